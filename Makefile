@@ -1,0 +1,42 @@
+# Two commands for a newcomer: `make repro` and `make test`. Both set up .venv first if it is not there yet.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export DVC_NO_ANALYTICS := 1
+
+.PHONY: help setup repro test check format clean
+
+help:
+	@echo "make repro   build the default recipe: download, fuse, verify, regress, gate"
+	@echo "make test    ruff, types, configuration, tests"
+	@echo "make setup   only make .venv"
+	@echo "make format  let ruff format and fix"
+	@echo "make clean   remove what the pipeline made (not the goldens)"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"error: Python {v[0]}.{v[1]} is not supported: use 3.11 to 3.13, e.g. make PYTHON=python3.12 $(MAKECMDGOALS)")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	@touch $@
+
+repro: $(READY)
+	@dvc repro --quiet; status=$$?; python -m stages.summary; exit $$status
+
+test: $(READY)
+	ruff format --check .
+	ruff check .
+	mypy
+	python -m stages.config --check
+	pytest
+
+format: $(READY)
+	ruff format .
+	ruff check --fix .
+
+clean:
+	rm -rf artifacts/merged artifacts/regression artifacts/*.json artifacts/.merged.*

@@ -1,0 +1,102 @@
+"""Which files of a diffusers pipeline repository are worth having. Pure: names and parsed JSON in, names out.
+
+Invariant: a name that is not on the list is never taken, so a repository cannot slip in a pickle or a script.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+from lora_fuse.errors import BadSource
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+MODEL_INDEX = "model_index.json"
+TEXT_SUFFIXES = frozenset({".json", ".txt", ".jinja", ".model"})
+PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
+# A second dot before the suffix marks a variant (`model.fp16.safetensors`), which is not taken.
+_PLAIN_WEIGHTS = re.compile(r"[^./]+\.safetensors")
+_PLAIN_INDEX = re.compile(r"[^./]+\.safetensors\.index\.json")
+
+
+def is_pickle(path: str) -> bool:
+    """Whether the name is that of a pickle, which can run code when it is loaded."""
+    return PurePosixPath(path).suffix.lower() in PICKLE_SUFFIXES
+
+
+def components(model_index: object, label: str) -> list[str]:
+    """The component folders that a `model_index.json` names: its `[library, class]` pairs that are not null.
+
+    Raises:
+        BadSource: it is not a mapping, or it names no component.
+    """
+    items = model_index.items() if isinstance(model_index, dict) else ()
+    pairs = {name: value for name, value in items if not name.startswith("_") and isinstance(value, list)}
+    named = sorted(name for name, value in pairs.items() if value and value[0] is not None)
+    if not named:
+        raise BadSource(f"{MODEL_INDEX} of {label} names no component; expected a diffusers pipeline")
+    return named
+
+
+def folder_files(component: str, names: Iterable[str]) -> list[str]:
+    """The paths that lie directly in a component's folder."""
+    return sorted(name for name in names if PurePosixPath(name).parent == PurePosixPath(component))
+
+
+def text_files(component: str, names: Iterable[str], label: str) -> list[str]:
+    """What describes a component: configs, vocabularies, templates and the index of its safetensors shards.
+
+    Raises:
+        BadSource: the component has no file at all.
+    """
+    here = folder_files(component, names)
+    if not here:
+        raise BadSource(f"{label} has no folder {component}/, which its {MODEL_INDEX} names; it is not complete")
+    texts = [name for name in here if PurePosixPath(name).suffix in TEXT_SUFFIXES]
+    return [name for name in texts if ".index." not in name or is_index(name)]
+
+
+def is_index(path: str) -> bool:
+    """Whether it is the index of safetensors shards, and not of a variant's or a pickle's."""
+    return _PLAIN_INDEX.fullmatch(PurePosixPath(path).name) is not None
+
+
+def indexed_weights(index: str, content: object, names: Iterable[str], label: str) -> list[str]:
+    """The shards that an index names.
+
+    Raises:
+        BadSource: it is no index, or a shard is missing, elsewhere, or not a safetensors file.
+    """
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BadSource(f"{index} of {label} is no shard index: it has no weight_map")
+    held, shards = set(names), []
+    for filename in sorted(set(map(str, weight_map.values()))):
+        shard = (PurePosixPath(index).parent / filename).as_posix()
+        if not _PLAIN_WEIGHTS.fullmatch(filename):
+            what = "a pickle" if is_pickle(filename) else "not a safetensors file beside it"
+            raise BadSource(f"{index} of {label} names {filename!r}, which is {what}; it cannot be taken")
+        if shard not in held:
+            raise BadSource(f"{label} has no {shard}, which its {index} names; it is not complete")
+        shards.append(shard)
+    return shards
+
+
+def single_weights(component: str, names: Iterable[str], label: str) -> list[str]:
+    """The weights of a component without an index: one safetensors file; none for a tokenizer or scheduler.
+
+    Raises:
+        BadSource: it has several, or only pickles or variants.
+    """
+    here = folder_files(component, names)
+    plain = [name for name in here if _PLAIN_WEIGHTS.fullmatch(PurePosixPath(name).name)]
+    if len(plain) > 1:
+        raise BadSource(f"{component}/ of {label} has {len(plain)} safetensors files and no index: {plain[0]}, …")
+    others = [name for name in here if is_pickle(name) or name.endswith(".safetensors")]
+    if not plain and others:
+        what = "weights only as pickles" if all(map(is_pickle, others)) else "weights only as a variant"
+        raise BadSource(f"{component}/ of {label} has {what} ({others[0]}); name a revision with plain safetensors")
+    return plain

@@ -1,0 +1,158 @@
+"""A base on disk: which files it has, which of them are the shards of the component to fuse.
+
+A base is a diffusers pipeline folder, one component folder (`config.json` and safetensors) or one safetensors file.
+Only headers are read here, so opening a 57 GB base takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path, PurePosixPath
+
+from lora_fuse.errors import BadCheckpoint
+from lora_fuse.header import PREFIX, Header, TensorInfo, header_length, parse_header
+
+INDEX_SUFFIX = ".safetensors.index.json"
+
+# What a merged repository takes over from a base: weights as safetensors and the text that loads them. A pickle, a
+# README (the merged repository has a card of its own) or a stray file is left behind.
+KEPT_SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".jinja", ".model"})
+
+
+class Kind(StrEnum):
+    """What a base is."""
+
+    PIPELINE = "pipeline"
+    COMPONENT = "component"
+    FILE = "file"
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One safetensors file of the component: `relative` is its POSIX path below the base."""
+
+    path: Path
+    relative: str
+    header: Header
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A base: its shards, and every other file that belongs to it (POSIX paths below `root`)."""
+
+    root: Path
+    kind: Kind
+    component: str
+    shards: tuple[Shard, ...]
+    others: tuple[str, ...]
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor of the component by name."""
+        return {name: tensor for shard in self.shards for name, tensor in shard.header.tensors.items()}
+
+    def locate(self, relative: str) -> Path:
+        """The file on disk behind a POSIX path of this base."""
+        return self.root if self.kind is Kind.FILE else self.root / relative
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a safetensors file.
+
+    Raises:
+        BadCheckpoint: the file is missing, cannot be read, or is not a whole safetensors file.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(PREFIX)
+            raw = prefix + file.read(header_length(prefix, size, str(path)))
+    except FileNotFoundError as error:
+        raise BadCheckpoint(f"no such file: {path}") from error
+    except OSError as error:
+        raise BadCheckpoint(f"cannot read {path}: {error.strerror}") from error
+    return parse_header(raw, size, str(path))
+
+
+def open_checkpoint(
+    root: Path, component: str = "transformer", files: Iterable[str] | None = None
+) -> Checkpoint:
+    """Open a base from its headers.
+
+    Args:
+        root: a pipeline folder, a component folder or a safetensors file.
+        component: the pipeline's component to fuse; not used for the other two kinds.
+        files: the POSIX paths that belong to the base (a lock's); without it, everything of a known kind below `root`.
+
+    Raises:
+        BadCheckpoint: there is nothing there, or its index and shards contradict each other.
+    """
+    if root.is_file():
+        return Checkpoint(root, Kind.FILE, "", (Shard(root, root.name, read_header(root)),), ())
+    if (root / "model_index.json").is_file():
+        kind, prefix = Kind.PIPELINE, f"{component}/"
+    elif (root / "config.json").is_file():
+        kind, prefix, component = Kind.COMPONENT, "", ""
+    else:
+        raise BadCheckpoint(
+            f"{root} is no base: expected a folder with model_index.json (a pipeline) or config.json (a component), "
+            "or one .safetensors file"
+        )
+    names = sorted(files) if files is not None else _kept_files(root)
+    shards = _component_shards(root, prefix, names)
+    taken = {shard.relative for shard in shards}
+    return Checkpoint(root, kind, component, shards, tuple(name for name in names if name not in taken))
+
+
+def _kept_files(root: Path) -> list[str]:
+    names = [
+        path.relative_to(root) for path in root.rglob("*") if path.is_file() and path.suffix in KEPT_SUFFIXES
+    ]
+    return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
+
+
+def _component_shards(root: Path, prefix: str, names: list[str]) -> tuple[Shard, ...]:
+    here = [name for name in names if name.startswith(prefix) and "/" not in name.removeprefix(prefix)]
+    indexes = [name for name in here if name.endswith(INDEX_SUFFIX)]
+    weights = [name for name in here if name.endswith(".safetensors")]
+    if len(indexes) == 1:
+        return _indexed_shards(root, indexes[0])
+    if not indexes and len(weights) == 1:
+        return (Shard(root / weights[0], weights[0], read_header(root / weights[0])),)
+    raise BadCheckpoint(
+        f"{root / prefix} has {len(indexes)} index files and {len(weights)} safetensors files; "
+        "expected one index with its shards, or one safetensors file"
+    )
+
+
+def _indexed_shards(root: Path, index: str) -> tuple[Shard, ...]:
+    try:
+        weight_map: dict[str, str] = json.loads((root / index).read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadCheckpoint(f"{root / index} is no shard index: it has no weight_map ({error})") from error
+    folder = PurePosixPath(index).parent
+    shards = []
+    for filename in sorted(set(weight_map.values())):
+        if PurePosixPath(filename).name != filename:
+            raise BadCheckpoint(
+                f"{root / index} names {filename!r}: a shard lies beside its index, not elsewhere"
+            )
+        relative = (folder / filename).as_posix()
+        shards.append(Shard(root / relative, relative, read_header(root / relative)))
+    _check_index(weight_map, shards, root / index)
+    return tuple(shards)
+
+
+def _check_index(weight_map: dict[str, str], shards: list[Shard], index: Path) -> None:
+    held = {(name, shard.path.name) for shard in shards for name in shard.header.tensors}
+    listed = set(weight_map.items())
+    for name, filename in sorted(listed - held):
+        raise BadCheckpoint(
+            f"{index} puts {name!r} in {filename}, and that shard does not have it; fetch the base again"
+        )
+    for name, filename in sorted(held - listed):
+        raise BadCheckpoint(
+            f"{filename} holds {name!r}, and {index} has no entry for it there; fetch the base again"
+        )

@@ -1,0 +1,196 @@
+"""The command line: ``python -m lora_fuse inspect|plan|fuse|verify``.
+
+Exit 0: done and right. 1: a check failed. 2: refused, with one ``error:`` line and nothing left behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_fuse.errors import BadConfig, LoraFuseError
+
+if TYPE_CHECKING:
+    from lora_fuse.lora import LoraInput
+    from lora_fuse.plan import Plan
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand and give its exit code."""
+    options = _parser().parse_args(arguments)
+    return guarded(lambda: int(options.run(options)))
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """Run `work`; an error raised on purpose becomes one line on stderr and its exit code."""
+    try:
+        return work()
+    except LoraFuseError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted; earlier results are as they were", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lora_fuse", description="Fuse LoRAs into a checkpoint, exactly."
+    )
+    commands = parser.add_subparsers(required=True, metavar="inspect|plan|fuse|verify")
+    inspect = commands.add_parser("inspect", help="what is in a LoRA: format, ranks, alphas, targets")
+    inspect.add_argument("lora", type=Path, metavar="LORA")
+    inspect.set_defaults(run=_inspect)
+    plan = commands.add_parser("plan", help="what would be fused, what refused; writes nothing")
+    plan.add_argument("base", type=Path, metavar="BASE")
+    plan.set_defaults(run=_plan)
+    fuse = commands.add_parser("fuse", help="write BASE with the LoRAs fused into it to OUT")
+    fuse.add_argument("base", type=Path, metavar="BASE")
+    fuse.add_argument("out", type=Path, metavar="OUT")
+    fuse.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    fuse.add_argument(
+        "--scheduler", type=Path, metavar="JSON", help="scheduler settings for OUT; default: the base's"
+    )
+    fuse.set_defaults(run=_fuse)
+    verify = commands.add_parser("verify", help="re-derive a merge independently and compare")
+    verify.add_argument("merged", type=Path, metavar="MERGED")
+    verify.add_argument("base", type=Path, metavar="BASE")
+    verify.add_argument(
+        "--rows", default="16", metavar="N|all", help="rows of each target to re-derive (default 16)"
+    )
+    verify.add_argument(
+        "--scheduler", type=Path, metavar="JSON", help="scheduler settings that MERGED should have"
+    )
+    verify.set_defaults(run=_verify)
+    for command in (plan, fuse, verify):
+        command.add_argument(
+            "--lora", type=Path, action="append", required=True, metavar="F", help="file or PEFT folder"
+        )
+        command.add_argument("--scale", type=float, action="append", metavar="S", help="one for each --lora")
+        command.add_argument("--component", default="transformer", help="the pipeline's part to fuse into")
+    return parser
+
+
+def _inputs(options: argparse.Namespace) -> list[LoraInput]:
+    from lora_fuse.lora import LoraInput
+
+    scales = options.scale or [1.0] * len(options.lora)
+    if len(scales) != len(options.lora):
+        raise BadConfig(
+            f"{len(options.lora)} --lora and {len(scales)} --scale: give one --scale for each --lora"
+        )
+    return [LoraInput(path.stem, path, scale) for path, scale in zip(options.lora, scales, strict=True)]
+
+
+def _make_plan(options: argparse.Namespace) -> Plan:
+    from lora_fuse.checkpoint import open_checkpoint
+    from lora_fuse.plan import make_plan
+
+    return make_plan(open_checkpoint(options.base, options.component), _inputs(options))
+
+
+def _scheduler(options: argparse.Namespace) -> dict[str, object]:
+    if options.scheduler is None:
+        return {}
+    try:
+        settings = json.loads(options.scheduler.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadConfig(f"--scheduler {options.scheduler} is not readable JSON: {error}") from error
+    return {key: value for key, value in settings.items() if not key.startswith("_")}
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from lora_fuse.lora_file import open_lora
+
+    lora = open_lora(options.lora)
+    print(f"{lora.path}: {len(lora.header.tensors)} keys, {len(lora.updates)} modules, sha256 {lora.sha256}")
+    for (rank, alpha), count in sorted(
+        Counter((update.rank, update.alpha) for update in lora.updates).items()
+    ):
+        print(f"  rank {rank}, alpha {alpha:g} (factor {alpha / rank:g}): {count} modules")
+    dtypes = Counter(tensor.dtype for tensor in lora.header.tensors.values())
+    print("  dtypes: " + ", ".join(f"{dtype} x {count}" for dtype, count in sorted(dtypes.items())))
+    for update in lora.updates:
+        print(f"  {update.module}  {update.out_features}x{update.in_features}")
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    _print_plan(_make_plan(options))
+    return 0
+
+
+def _print_plan(plan: Plan) -> None:
+    from lora_fuse.progress import human_bytes
+
+    for given in plan.inputs:
+        print(f"fuse {given.path} at scale {given.scale:g}")
+    tensors = len(plan.checkpoint.tensors())
+    print(f"{len(plan.targets)} of {tensors} tensors change ({plan.modules} modules in the LoRA files)")
+    for shard in plan.checkpoint.shards:
+        count = sum(1 for target in plan.targets.values() if target.shard is shard)
+        print(f"  {shard.relative}: {count} targets, {human_bytes(shard.path.stat().st_size)}")
+    print(f"{len(plan.checkpoint.others)} other files are taken over unchanged")
+
+
+def _fuse(options: argparse.Namespace) -> int:
+    from lora_fuse.checkpoint import Kind
+    from lora_fuse.export import diffusers_files
+
+    plan, scheduler = _make_plan(options), _scheduler(options)
+    if scheduler and plan.checkpoint.kind is not Kind.PIPELINE:
+        raise BadConfig(
+            f"--scheduler is for a pipeline, and {options.base} is a {plan.checkpoint.kind}; leave it out"
+        )
+    generated = diffusers_files(options.base, pipeline=None, scheduler=scheduler) if scheduler else {}
+    _print_plan(plan)
+    return _write(options, plan, generated)
+
+
+def _write(options: argparse.Namespace, plan: Plan, generated: dict[str, bytes]) -> int:
+    from lora_fuse.devices import resolve_device
+    from lora_fuse.manifest import build_manifest, manifest_path, write_manifest
+    from lora_fuse.merge import bytes_to_write, write_merged
+    from lora_fuse.progress import byte_progress, human_bytes
+
+    device = resolve_device(options.device)
+    with byte_progress(f"fuse ({device})", bytes_to_write(plan)) as progress:
+        files = write_merged(
+            plan, options.out, device=device, generated=generated, known={}, progress=progress
+        )
+    write_manifest(manifest_path(options.out), build_manifest(plan, files))
+    print(
+        f"merged: {options.out}, {human_bytes(sum(file.size for file in files.values()))} in {len(files)} files"
+    )
+    for name, file in files.items():
+        if file.origin == "fused":
+            print(f"  {file.sha256}  {name}")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from lora_fuse.verification import Expectation, verify_merge
+
+    if options.rows != "all" and not (options.rows.isdigit() and int(options.rows) > 0):
+        raise BadConfig(f"--rows is {options.rows!r}; give a number of rows, or all")
+    found = verify_merge(
+        options.merged,
+        options.base,
+        _inputs(options),
+        component=options.component,
+        rows=None if options.rows == "all" else int(options.rows),
+        expected=Expectation(scheduler=_scheduler(options)),
+    )
+    print(
+        f"verify: {found.targets} targets ({found.modules} modules), {found.rows_checked} of {found.rows_total} rows, "
+        f"{found.tensors_untouched} tensors and {found.files_untouched} files identical to the base"
+    )
+    for text in found.problems:
+        print(f"  problem: {text}", file=sys.stderr)
+    print("verify: passed" if found.passed else f"verify: FAILED, {found.problem_count} problems")
+    return 0 if found.passed else 1

@@ -1,0 +1,71 @@
+"""The whole error vocabulary: what can be refused, and what a failed check is called.
+
+A message says what is wrong, which thing, both values, and the way out, on one line. The command line prints it
+as ``error: …`` and exits 2 (`Refused`) or 1 (`CheckFailed`); anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class LoraFuseError(Exception):
+    """Base of every error that lora-fuse raises on purpose."""
+
+    exit_code = 2
+
+
+class Refused(LoraFuseError):
+    """The input cannot be used as asked; nothing was written."""
+
+
+class CheckFailed(LoraFuseError):
+    """The work was done and a check says that the result is not right."""
+
+    exit_code = 1
+
+
+class BadCheckpoint(Refused):
+    """A base, a shard, an index or a header is missing, truncated or contradicts itself."""
+
+
+class BadLora(Refused):
+    """A LoRA file is missing, is not safetensors, or its keys do not add up."""
+
+
+class UnmatchedTargets(BadLora):
+    """The LoRA names modules that the base does not have."""
+
+
+class ShapeMismatch(BadLora):
+    """A LoRA's factors do not fit the weight they are meant for."""
+
+
+class BadScale(Refused):
+    """A scale is not a finite number."""
+
+
+class BadConfig(Refused):
+    """A parameter is unknown, missing or of the wrong type."""
+
+
+class NoSpace(Refused):
+    """The disk has less room than the result needs."""
+
+
+class NoDevice(Refused):
+    """The device asked for is not on this machine."""
+
+
+class Busy(Refused):
+    """Another run is writing the same result."""
+
+
+class BadSource(Refused):
+    """A repository, revision or file cannot be had, or its content is not what was promised."""
+
+
+class PublishRefused(Refused):
+    """Something that publishing needs is missing, failed, or belongs to other bytes."""
+
+
+class RenderFailed(Refused):
+    """A pipeline cannot be loaded or run as the recipe says."""

@@ -1,0 +1,64 @@
+"""The model families that recipes name: one row each. What a shape cannot tell, a row here does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from lora_fuse.records import Lock
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A base on the Hub, the pipeline that runs it, and the LoRA files that were made for it.
+
+    `loras` are patterns of ``repo_id/filename``. A file that matches another family's pattern and not this one's is a
+    known wrong pair: it may merge (the shapes agree) and still give worse pictures.
+    """
+
+    base: str
+    pipeline: str
+    loras: tuple[str, ...]
+    component: str = "transformer"
+
+
+_LIGHTNING = "lightx2v/Qwen-Image-Lightning"
+
+FAMILIES = (
+    Family(
+        "Qwen/Qwen-Image",
+        "QwenImagePipeline",
+        (f"{_LIGHTNING}/Qwen-Image-Lightning-*", f"{_LIGHTNING}/Qwen-Image-fp8-*"),
+    ),
+    Family("Qwen/Qwen-Image-Edit", "QwenImageEditPipeline", (f"{_LIGHTNING}/Qwen-Image-Edit-Lightning-*",)),
+    Family(
+        "Qwen/Qwen-Image-Edit-2509", "QwenImageEditPlusPipeline", (f"{_LIGHTNING}/Qwen-Image-Edit-2509/*",)
+    ),
+    Family(
+        "Qwen/Qwen-Image-Edit-2511",
+        "QwenImageEditPlusPipeline",
+        ("lightx2v/Qwen-Image-Edit-2511-Lightning/*",),
+    ),
+    Family("Qwen/Qwen-Image-2512", "QwenImagePipeline", ("lightx2v/Qwen-Image-2512-Lightning/*",)),
+)
+
+COMPONENT = "transformer"  # what every family so far fuses into
+
+
+def pair_warnings(base: Lock, loras: Iterable[Lock]) -> list[str]:
+    """A sentence for each LoRA that is known to be made for another base; a local folder is never known."""
+    known = {family.base for family in FAMILIES}
+    warnings = []
+    for lora in loras:
+        filename = next(iter(lora.files))
+        made_for = [family.base for family in FAMILIES if _matches(family, f"{lora.repo_id}/{filename}")]
+        if made_for and base.repo_id in known and base.repo_id not in made_for:
+            warnings.append(
+                f"{filename} was made for {made_for[0]}, not for {base.repo_id}: it merges, and pictures may be worse"
+            )
+    return warnings
+
+
+def _matches(family: Family, name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in family.loras)

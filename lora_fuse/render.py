@@ -1,0 +1,259 @@
+"""Pictures from a diffusers folder, with or without LoRAs: the only module that knows diffusers and transformers.
+
+Nothing is fetched, the libraries print nothing, and what they let pass with a warning (a LoRA of which no layer was
+loaded) is refused. They are imported inside the functions: three seconds that a no-op must not pay.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+import warnings
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from lora_fuse.errors import RenderFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+Pipeline: TypeAlias = Any  # a diffusers.DiffusionPipeline; diffusers is not typed
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+# The pipelines that can be called, and how many input pictures each takes.
+PICTURES: Mapping[str, range] = {
+    "QwenImagePipeline": range(1),
+    "QwenImageEditPipeline": range(1, 2),
+    "QwenImageEditPlusPipeline": range(1, 4),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One picture to make; height and width in pixels, None for the pipeline's own choice."""
+
+    name: str
+    prompt: str
+    seed: int
+    images: tuple[Path, ...] = ()
+    height: int | None = None
+    width: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How it is made; `true_cfg_scale` 1.0 turns guidance, and with it the negative prompt, off."""
+
+    steps: int
+    true_cfg_scale: float
+    negative_prompt: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSpec:
+    """A LoRA file for the transformer and the scale at which it acts."""
+
+    name: str
+    path: Path
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A picture, the sigmas visited (steps of them, then 0) and the time that it took.
+
+    `nonfinite` counts the values (height x width x 3 of them) that were NaN or infinite and are painted 0.
+    """
+
+    image: Image.Image
+    sigmas: tuple[float, ...]
+    seconds: float
+    nonfinite: int
+
+
+def quiet_libraries() -> None:
+    """Turn off the progress bars and the warnings of diffusers, transformers and the Hub client, process-wide."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # before diffusers: importing it makes transformers warn
+    import diffusers
+
+    diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
+
+
+def allow_missing_torchvision() -> None:
+    """Let `Qwen2VLProcessor` be loaded where torchvision is not installed; elsewhere do nothing.
+
+    transformers has no video processor without torchvision, and the processor insists on one although the edit
+    pipelines never pass it a video. CPU builds of torch come without torchvision, so its name is taken off the list
+    of the processor's parts.
+    """
+    from transformers import Qwen2VLProcessor
+    from transformers.utils import is_torchvision_available
+
+    if not is_torchvision_available():
+        Qwen2VLProcessor.get_attributes = classmethod(lambda _: ["image_processor", "tokenizer"])
+
+
+def load_pipeline(
+    folder: Path,
+    pipeline: str,
+    *,
+    device: str,
+    dtype: str,
+    scheduler: Mapping[str, object] | None = None,
+    shared: Mapping[str, object] | None = None,
+) -> Pipeline:
+    """Load a diffusers folder as the named pipeline class, whichever class its model_index.json names.
+
+    Args:
+        folder: a complete diffusers repository; nothing is looked up elsewhere.
+        pipeline: one of `PICTURES`.
+        device: "cpu" or "cuda", see `lora_fuse.devices.resolve_device`.
+        dtype: one of `DTYPES`; weights stored in another are converted.
+        scheduler: config of a FlowMatchEulerDiscreteScheduler that replaces the folder's scheduler.
+        shared: parts of another pipeline, see `shared_components`; those that this one has no use for are left out.
+
+    Raises:
+        RenderFailed: the class or dtype is unknown, or the folder cannot be loaded as it.
+    """
+    _check_known(pipeline, dtype)
+    if not (folder / "model_index.json").is_file():
+        raise RenderFailed(f"{folder} has no model_index.json: give the folder of a whole diffusers pipeline")
+    quiet_libraries()
+    allow_missing_torchvision()
+    import diffusers
+    import torch
+
+    kind = getattr(diffusers, pipeline)
+    parts = {name: part for name, part in (shared or {}).items() if name in inspect.signature(kind).parameters}
+    if scheduler is not None:
+        parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler.from_config(dict(scheduler))
+    try:
+        pipe = kind.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True, **parts).to(device)
+    except torch.OutOfMemoryError as error:
+        raise RenderFailed(f"{folder} does not fit the memory of {device}: use device cpu or another GPU") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RenderFailed(f"{folder} cannot be loaded as {pipeline}: {_one_line(error)}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _check_known(pipeline: str, dtype: str) -> None:
+    if pipeline not in PICTURES:
+        near = get_close_matches(pipeline, PICTURES, n=3, cutoff=0.0)
+        raise RenderFailed(f"unknown pipeline class {pipeline!r}: did you mean {' or '.join(near)}?")
+    if dtype not in DTYPES:
+        raise RenderFailed(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+
+
+def shared_components(pipe: Pipeline) -> dict[str, object]:
+    """Everything that two pipelines for the same base can share: all but the transformer and the scheduler."""
+    own = ("transformer", "scheduler")
+    return {name: part for name, part in pipe.components.items() if name not in own and part is not None}
+
+
+def load_loras(pipe: Pipeline, loras: Sequence[LoraSpec], expected_modules: int) -> int:
+    """Attach LoRAs, unfused, and check that they arrived: diffusers may load no layer at all and only warn.
+
+    Args:
+        pipe: a loaded pipeline; its transformer is changed.
+        loras: act together, each at its scale.
+        expected_modules: modules that each LoRA targets, summed over the LoRAs.
+
+    Returns:
+        The number of modules that were given an adapter, so `expected_modules`.
+
+    Raises:
+        RenderFailed: diffusers cannot read a file, or attached another number of modules.
+    """
+    adapters = [f"lora_{number}" for number in range(len(loras))]  # torch forbids dots, which names may have
+    for lora, adapter in zip(loras, adapters, strict=True):
+        _load_lora(pipe, lora, adapter)
+    factors = [getattr(module, "lora_A", {}) for module in pipe.transformer.modules()]
+    attached = sum(adapter in factor for adapter in adapters for factor in factors)
+    if attached != expected_modules:
+        names = ", ".join(lora.name for lora in loras)
+        raise RenderFailed(
+            f"diffusers attached {attached} of {expected_modules} LoRA modules ({names}): pictures would show "
+            "another LoRA; convert the keys to the form transformer.X.lora_A.weight"
+        )
+    pipe.set_adapters(adapters, [lora.scale for lora in loras])
+    return attached
+
+
+def _load_lora(pipe: Pipeline, lora: LoraSpec, adapter: str) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second LoRA is what is meant
+            pipe.load_lora_weights(lora.path.parent, weight_name=lora.path.name, adapter_name=adapter)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise RenderFailed(f"diffusers cannot load LoRA {lora.name} ({lora.path}): {_one_line(error)}") from error
+
+
+def render(pipe: Pipeline, case: Case, sampling: Sampling) -> Rendered:
+    """Make one picture, the noise drawn on the CPU so that every device starts from the same.
+
+    Raises:
+        RenderFailed: an input picture cannot be read, their number does not suit the pipeline, or memory is short.
+    """
+    import torch
+
+    arguments = _pictures(type(pipe).__name__, case) | _size(case)
+    start = time.perf_counter()
+    try:
+        output = pipe(
+            prompt=case.prompt,
+            negative_prompt=sampling.negative_prompt,
+            true_cfg_scale=sampling.true_cfg_scale,
+            num_inference_steps=sampling.steps,
+            generator=torch.Generator("cpu").manual_seed(case.seed),
+            output_type="np",  # "pil" would paint NaN as black and say nothing
+            **arguments,
+        )
+    except torch.OutOfMemoryError as error:
+        raise RenderFailed(
+            f"case {case.name}: the GPU's memory is short: use device cpu or smaller pictures"
+        ) from error
+    seconds = time.perf_counter() - start
+    values = output.images[0]  # (height, width, 3) float32 in [0, 1]
+    finite = np.isfinite(values)
+    levels = (np.where(finite, values, 0.0) * 255).round().astype(np.uint8)
+    sigmas = tuple(pipe.scheduler.sigmas.tolist())
+    return Rendered(Image.fromarray(levels), sigmas, seconds, nonfinite=int((~finite).sum()))
+
+
+def _pictures(pipeline: str, case: Case) -> dict[str, object]:
+    """The `image` argument: one picture as itself, several as a list, none not at all."""
+    allowed = PICTURES[pipeline]
+    if len(case.images) not in allowed:
+        wanted = str(allowed[0]) if len(allowed) == 1 else f"{allowed[0]} to {allowed[-1]}"
+        raise RenderFailed(f"case {case.name} has {len(case.images)} input pictures and {pipeline} takes {wanted}")
+    pictures = [_open(path, case) for path in case.images]
+    return {"image": pictures[0] if len(pictures) == 1 else pictures} if pictures else {}
+
+
+def _size(case: Case) -> dict[str, object]:
+    sides = {"height": case.height, "width": case.width}
+    return {side: pixels for side, pixels in sides.items() if pixels is not None}
+
+
+def _open(path: Path, case: Case) -> Image.Image:
+    # Upright and RGB, as diffusers.utils.load_image gives it.
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except OSError as error:
+        raise RenderFailed(f"case {case.name}: input picture {path} cannot be read: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

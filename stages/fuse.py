@@ -1,0 +1,46 @@
+"""Stage `fuse`: stream base and LoRAs into a complete diffusers repository, and write its manifest."""
+
+from __future__ import annotations
+
+import sys
+
+from lora_fuse import hub
+from lora_fuse.checkpoint import open_checkpoint
+from lora_fuse.devices import resolve_device
+from lora_fuse.export import diffusers_files
+from lora_fuse.families import COMPONENT, pair_warnings
+from lora_fuse.manifest import build_manifest, write_manifest
+from lora_fuse.plan import make_plan
+from lora_fuse.progress import byte_progress
+from stages.artifacts import MANIFEST, MERGED, lora_inputs, read_locks
+from stages.config import run_stage
+from stages.params import Params
+
+
+def fuse(params: Params) -> int:
+    """Write `merged/` and `merged.manifest.json`."""
+    from lora_fuse.merge import bytes_to_write, write_merged
+
+    base, loras = read_locks()
+    for warning in pair_warnings(base, loras.values()):
+        print(f"warning: {warning}", file=sys.stderr)
+    root = hub.locate(base)
+    plan = make_plan(open_checkpoint(root, COMPONENT, base.files), lora_inputs(loras, params))
+    generated = diffusers_files(root, pipeline=params.base.pipeline, scheduler=params.scheduler_config)
+    device = resolve_device(params.fuse.device)
+    with byte_progress(f"fuse ({device})", bytes_to_write(plan)) as progress:
+        files = write_merged(
+            plan, MERGED, device=device, generated=generated, known=base.files, progress=progress
+        )
+    manifest = build_manifest(
+        plan, files, recipe=params.name, scale=params.fuse.scale, base=base, loras=loras
+    )
+    write_manifest(MANIFEST, manifest)
+    print(
+        f"fuse: {len(plan.targets)} of {len(plan.checkpoint.tensors())} tensors changed, {len(files)} files in {MERGED}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run_stage(fuse)

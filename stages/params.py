@@ -1,0 +1,195 @@
+"""The parameters of every stage, typed and checked strictly. `params.yaml` has exactly these keys.
+
+An unknown, missing or ill-typed key is an error that names the key; no default stands in for a missing one, because
+`conf/` is the only place where values come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from lora_fuse.errors import BadConfig
+from lora_fuse.records import Source
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
+Device = Literal["auto", "cpu", "cuda"]
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """A section of the parameters: frozen, strict, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class SourceParams(Section):
+    """A Hub repository at a revision, or a local folder; exactly one of `repo_id` and `path`."""
+
+    repo_id: Text | None
+    path: Text | None
+    revision: Text | None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> SourceParams:
+        if (self.repo_id is None) == (self.path is None):
+            raise ValueError(
+                f"set exactly one of repo_id ({self.repo_id}) and path ({self.path}), the other null"
+            )
+        if (self.repo_id is None) != (self.revision is None):
+            raise ValueError(f"a repo_id needs a revision and a path has none: got revision {self.revision}")
+        return self
+
+    @property
+    def source(self) -> Source:
+        """The same as the library knows it."""
+        return Source(self.repo_id, self.path, self.revision)
+
+
+class BaseParams(SourceParams):
+    """The base model and the diffusers pipeline class that runs it."""
+
+    pipeline: Text
+
+
+class LoraParams(SourceParams):
+    """One LoRA file of a repository or folder."""
+
+    filename: Text
+
+
+class FuseParams(Section):
+    """How to fuse: `scale` multiplies every LoRA's own entry in `lora_scales` (1.0 where there is none)."""
+
+    scale: Finite
+    lora_scales: dict[str, Finite]
+    device: Device
+
+    def scale_of(self, lora: str) -> float:
+        """The scale that is applied to one LoRA."""
+        return self.scale * self.lora_scales.get(lora, 1.0)
+
+
+class SchedulerParams(Section):
+    """FlowMatchEulerDiscreteScheduler's settings, under its own names."""
+
+    base_image_seq_len: PositiveInt
+    base_shift: Finite
+    invert_sigmas: bool
+    max_image_seq_len: PositiveInt
+    max_shift: Finite
+    num_train_timesteps: PositiveInt
+    shift: Finite
+    shift_terminal: Finite | None
+    stochastic_sampling: bool
+    time_shift_type: Literal["exponential", "linear"]
+    use_beta_sigmas: bool
+    use_dynamic_shifting: bool
+    use_exponential_sigmas: bool
+    use_karras_sigmas: bool
+
+
+class SamplingParams(Section):
+    """How the merged model is meant to be run."""
+
+    steps: PositiveInt
+    true_cfg_scale: Finite
+    negative_prompt: str | None
+
+
+class VerifyParams(Section):
+    """`rows`: rows of each target to re-derive, or ``all``."""
+
+    rows: PositiveInt | Literal["all"]
+
+
+class CaseParams(Section):
+    """One golden image: its input pictures (paths), prompt and seed; null sizes leave the choice to the pipeline."""
+
+    images: list[Text]
+    prompt: Text
+    seed: int
+    height: PositiveInt | None
+    width: PositiveInt | None
+
+
+class LimitParams(Section):
+    """Two pictures agree if PSNR (dB) is at least `psnr_db` and no channel is off by more than `max_abs` levels."""
+
+    psnr_db: Finite
+    max_abs: Annotated[int, Field(ge=0, le=255)]
+
+
+class RegressParams(Section):
+    """What is rendered, on what, and how far pictures may be apart."""
+
+    device: Device
+    dtype: DType
+    cases: dict[str, CaseParams]
+    unfused: LimitParams
+    golden: LimitParams
+
+
+class PublishParams(Section):
+    """Where the merged repository goes, if it goes anywhere."""
+
+    enabled: bool
+    repo_id: Text | None
+    private: bool
+
+
+class Params(Section):
+    """All of `params.yaml`: one buildable variant."""
+
+    name: Text
+    base: BaseParams
+    loras: Annotated[dict[str, LoraParams], Field(min_length=1)]
+    fuse: FuseParams
+    scheduler: SchedulerParams | None  # null keeps the base's own
+    sampling: SamplingParams
+    verify: VerifyParams
+    regress: RegressParams
+    publish: PublishParams
+
+    @property
+    def scheduler_config(self) -> dict[str, object]:
+        """The scheduler's settings by diffusers' names; empty to keep the base's own."""
+        return {} if self.scheduler is None else self.scheduler.model_dump()
+
+    @model_validator(mode="after")
+    def _scales_name_loras(self) -> Params:
+        unknown = sorted(set(self.fuse.lora_scales) - set(self.loras))
+        if unknown:
+            raise ValueError(
+                f"fuse.lora_scales names {unknown[0]!r}; the LoRAs are {', '.join(sorted(self.loras))}"
+            )
+        return self
+
+
+def parse_params(values: Mapping[str, Any], where: str) -> Params:
+    """Check a tree of parameters.
+
+    Args:
+        values: the tree, of plain mappings and scalars.
+        where: where it comes from, for the error message.
+
+    Raises:
+        BadConfig: a key is unknown, missing or ill-typed; the message names it.
+    """
+    try:
+        return Params.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the top"
+        more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise BadConfig(
+            f"{where}: {key}: {first['msg']}, got {_short(first['input'])}{more}; see conf/ for the keys"
+        ) from error
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,46 @@
+"""Stage `verify`: re-derive the merge independently; the gate decides on what it writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+from lora_fuse import hub
+from lora_fuse.families import COMPONENT
+from lora_fuse.manifest import check_files, read_manifest
+from lora_fuse.verification import Expectation, verify_merge
+from stages.artifacts import MANIFEST, MERGED, VERIFY, lora_inputs, read_locks, write_text
+from stages.config import run_stage
+from stages.params import Params
+
+
+def verify(params: Params) -> int:
+    """Write `verify.json`."""
+    base, loras = read_locks()
+    manifest, manifest_sha256 = read_manifest(MANIFEST)
+    found = verify_merge(
+        MERGED,
+        hub.locate(base),
+        lora_inputs(loras, params),
+        component=COMPONENT,
+        rows=None if params.verify.rows == "all" else params.verify.rows,
+        expected=Expectation(params.base.pipeline, params.scheduler_config),
+    )
+    for problem in check_files(manifest, MERGED):
+        found.problem(problem)
+    if found.targets != manifest.targets:
+        found.problem(f"the manifest says {manifest.targets} targets, the LoRA files have {found.targets}")
+    content = {"passed": found.passed, "manifest_sha256": manifest_sha256, **dataclasses.asdict(found)}
+    write_text(VERIFY, json.dumps(content, indent=2) + "\n")
+    for problem in found.problems:
+        print(f"verify: {problem}", file=sys.stderr)
+    outcome = "passed" if found.passed else f"FAILED, {found.problem_count} problems"
+    print(
+        f"verify: {outcome}: {found.targets} targets, {found.rows_checked} of {found.rows_total} rows re-derived"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run_stage(verify)

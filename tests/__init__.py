@@ -1,0 +1,1 @@
+"""Laws, one module each for the module that they are about."""

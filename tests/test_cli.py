@@ -1,0 +1,127 @@
+"""Laws of the command line: exit codes, one error line, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lora_fuse.records import Manifest, from_json
+from tests import tiny
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lora_fuse", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return tiny.write_pipeline(tmp_path / "base", tiny.weights())
+
+
+@pytest.fixture
+def lora(tmp_path: Path) -> Path:
+    return tiny.write_lora(tmp_path / "l.safetensors", tiny.lora_tensors())
+
+
+def test_fuse_then_verify_is_done_and_right(tmp_path: Path, base: Path, lora: Path) -> None:
+    out = tmp_path / "out"
+    fused = run("fuse", base, out, "--lora", lora, "--scale", 0.8)
+    assert (fused.returncode, "6 of 13 tensors change" in fused.stdout) == (0, True), fused.stderr
+    manifest = from_json(Manifest, (tmp_path / "out.manifest.json").read_text(), "manifest")
+    assert (manifest.scale, manifest.targets, manifest.recipe) == (0.8, 6, None)
+    verified = run("verify", out, base, "--lora", lora, "--scale", 0.8, "--rows", "all")
+    assert (verified.returncode, verified.stdout.splitlines()[-1]) == (0, "verify: passed")
+
+
+def test_verify_of_another_scale_exits_1(tmp_path: Path, base: Path, lora: Path) -> None:
+    run("fuse", base, tmp_path / "out", "--lora", lora, "--scale", 0.8)
+    wrong = run("verify", tmp_path / "out", base, "--lora", lora, "--scale", 0.7)
+    assert (wrong.returncode, wrong.stdout.splitlines()[-1]) == (1, "verify: FAILED, 6 problems")
+
+
+def test_a_scheduler_replaces_the_base_s(tmp_path: Path, base: Path, lora: Path) -> None:
+    (tmp_path / "s.json").write_text(json.dumps({"shift_terminal": None}))
+    run("fuse", base, tmp_path / "out", "--lora", lora, "--scheduler", tmp_path / "s.json")
+    config = json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())
+    assert config == {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift_terminal": None}
+
+
+def test_inspect_says_what_is_in_the_file(lora: Path) -> None:
+    seen = run("inspect", lora)
+    assert seen.returncode == 0
+    assert "rank 4, alpha 2 (factor 0.5): 6 modules" in seen.stdout
+    assert "transformer_blocks.1.attn.to_out.0  16x24" in seen.stdout
+
+
+def test_plan_writes_nothing(tmp_path: Path, base: Path, lora: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    assert run("plan", base, "--lora", lora).returncode == 0
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def broken(folder: Path, kind: str) -> Path:
+    """A LoRA that must be refused."""
+    path = folder / f"{kind}.safetensors"
+    tensors = tiny.lora_tensors()
+    if kind == "truncated":
+        tiny.write_lora(path, tensors)
+        path.write_bytes(path.read_bytes()[:-100])
+    elif kind == "text":
+        path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    elif kind == "unmatched":
+        tiny.write_lora(path, {key.replace("attn", "attention"): value for key, value in tensors.items()})
+    elif kind == "shape":
+        key = "transformer_blocks.0.attn.to_q.lora_up.weight"
+        tiny.write_lora(path, {**tensors, key: np.ones((8, 4), np.float32)})
+    elif kind == "pickle":
+        path = folder / "pickle.pt"
+        path.write_bytes(b"\x80\x04K\x01.")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "text", "unmatched", "shape", "pickle"])
+def test_a_bad_lora_is_one_error_line_exit_2_and_no_out(tmp_path: Path, base: Path, kind: str) -> None:
+    refused = run("fuse", base, tmp_path / "out", "--lora", broken(tmp_path, kind))
+    assert refused.returncode == 2
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert kind in line
+    assert not list(tmp_path.glob("*out*")) + list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize("scale", ["nan", "inf", "-inf"])
+def test_a_scale_that_is_not_finite_is_refused(tmp_path: Path, base: Path, lora: Path, scale: str) -> None:
+    refused = run("fuse", base, tmp_path / "out", "--lora", lora, f"--scale={scale}")
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
+    assert f"is {scale}, not a finite number" in refused.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_cuda_asked_for_and_absent_is_refused(tmp_path: Path, base: Path, lora: Path) -> None:
+    refused = run("fuse", base, tmp_path / "out", "--lora", lora, "--device", "cuda")
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
+    assert "cuda" in refused.stderr.lower()
+    assert not (tmp_path / "out").exists()
+
+
+def test_scales_pair_with_loras(tmp_path: Path, base: Path, lora: Path) -> None:
+    refused = run("plan", base, "--lora", lora, "--scale", 1, "--scale", 2)
+    assert (refused.returncode, "1 --lora and 2 --scale" in refused.stderr) == (2, True)
+
+
+def test_a_usage_error_exits_2() -> None:
+    assert run("fuse").returncode == 2
+
+
+def test_a_refused_fuse_leaves_the_last_result(tmp_path: Path, base: Path, lora: Path) -> None:
+    run("fuse", base, tmp_path / "out", "--lora", lora)
+    held = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert run("fuse", base, tmp_path / "out", "--lora", broken(tmp_path, "shape")).returncode == 2
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == held

@@ -1,0 +1,81 @@
+"""The house's rule: imports run one way, and each heavy library has one importer."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Lower may not import higher; a module not named here belongs to the middle.
+BOTTOM = {"errors", "records"}
+PURE = {"header", "lora", "fusion", "families", "metrics", "golden", "card", "report"}
+TOP = {"cli", "__main__"}
+
+OWNERS = {
+    "diffusers": {"lora_fuse/render.py"},
+    "transformers": {"lora_fuse/render.py"},
+    "peft": {"lora_fuse/render.py"},
+    "huggingface_hub": {"lora_fuse/hub.py", "lora_fuse/publishing.py"},
+    "safetensors": {"lora_fuse/verification.py"},
+    "hydra": {"stages/config.py"},
+    "omegaconf": {"stages/config.py"},
+}
+
+
+def modules(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).glob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def level(module: str) -> int:
+    return 0 if module in BOTTOM else 1 if module in PURE else 3 if module in TOP else 2
+
+
+@pytest.mark.parametrize("path", modules("lora_fuse"), ids=lambda path: path.name)
+def test_the_library_imports_downwards_only(path: Path) -> None:
+    siblings = {other.stem for other in modules("lora_fuse")}
+    for name in imported(path):
+        assert not name.startswith(("stages", "pocket")), name
+        target = name.removeprefix("lora_fuse.").split(".")[0]
+        if name.startswith("lora_fuse.") and target in siblings:
+            assert level(target) <= level(path.stem), f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize(
+    "path", [*modules("lora_fuse"), *modules("stages")], ids=lambda path: f"{path.parent.name}/{path.name}"
+)
+def test_each_heavy_library_has_one_importer(path: Path) -> None:
+    here = path.relative_to(ROOT).as_posix()
+    for name in imported(path):
+        owners = OWNERS.get(name.split(".")[0])
+        assert owners is None or here in owners, f"{here} imports {name}"
+
+
+@pytest.mark.parametrize("path", modules("stages"), ids=lambda path: path.name)
+def test_a_stage_is_thin(path: Path) -> None:
+    if path.stem not in {"params", "config", "artifacts"}:
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 60
+
+
+@pytest.mark.parametrize(
+    "module", ["lora_fuse.cli", "stages.config", "stages.gate", "stages.summary", "lora_fuse.hub"]
+)
+def test_start_up_imports_nothing_heavy(module: str) -> None:
+    heavy = "{'torch', 'diffusers', 'transformers', 'huggingface_hub', 'hydra', 'omegaconf', 'numpy'}"
+    code = f"import sys, {module}; print(sorted({heavy} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
