@@ -82,8 +82,8 @@ def qwen_image_edit_config(blocks: int = 60) -> dict[str, Any]:
 
 def tensor_shapes(config: Mapping[str, Any]) -> Shapes:
     """Names and shapes of the model that `config` describes, in the order in which diffusers saves them."""
-    import torch  # noqa: PLC0415 - seconds to import, and the writer does not need it
-    from diffusers import QwenImageTransformer2DModel  # noqa: PLC0415
+    import torch
+    from diffusers import QwenImageTransformer2DModel
 
     with torch.device("meta"):
         model = QwenImageTransformer2DModel.from_config(config)
@@ -174,9 +174,7 @@ def make_base(folder: Path, config: Mapping[str, Any], noise: Noise, limit: int 
     return shapes
 
 
-def make_lora(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], rank: int, alpha: float, noise: Noise
-) -> None:
+def make_lora(path: Path, shapes: Mapping[str, tuple[int, ...]], rank: int, alpha: float, noise: Noise) -> None:
     """Write a LoRA in the Lightning format for a base's `shapes`.
 
     Its keys are `X.lora_down.weight`, `X.lora_up.weight` and `X.alpha` for each target X.

@@ -37,7 +37,7 @@ def components(model_index: object, label: str) -> list[str]:
     pairs = {name: value for name, value in items if not name.startswith("_") and isinstance(value, list)}
     named = sorted(name for name, value in pairs.items() if value and value[0] is not None)
     if not named:
-        raise BadSource(f"{MODEL_INDEX} of {label} names no component; expected a diffusers pipeline")
+        raise BadSource(f"{MODEL_INDEX} of {label} names no component; name a diffusers pipeline")
     return named
 
 
@@ -54,7 +54,7 @@ def text_files(component: str, names: Iterable[str], label: str) -> list[str]:
     """
     here = folder_files(component, names)
     if not here:
-        raise BadSource(f"{label} has no folder {component}/, which its {MODEL_INDEX} names; it is not complete")
+        raise BadSource(f"{label} has no folder {component}/, which its {MODEL_INDEX} names; get a complete copy")
     texts = [name for name in here if PurePosixPath(name).suffix in TEXT_SUFFIXES]
     return [name for name in texts if ".index." not in name or is_index(name)]
 
@@ -72,7 +72,7 @@ def indexed_weights(index: str, content: object, names: Iterable[str], label: st
     """
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise BadSource(f"{index} of {label} is no shard index: it has no weight_map")
+        raise BadSource(f"{index} of {label} is no shard index: it has no weight_map; get a good copy")
     held, shards = set(names), []
     for filename in sorted(set(map(str, weight_map.values()))):
         shard = (PurePosixPath(index).parent / filename).as_posix()
@@ -80,7 +80,7 @@ def indexed_weights(index: str, content: object, names: Iterable[str], label: st
             what = "a pickle" if is_pickle(filename) else "not a safetensors file beside it"
             raise BadSource(f"{index} of {label} names {filename!r}, which is {what}; it cannot be taken")
         if shard not in held:
-            raise BadSource(f"{label} has no {shard}, which its {index} names; it is not complete")
+            raise BadSource(f"{label} has no {shard}, which its {index} names; get a complete copy")
         shards.append(shard)
     return shards
 
@@ -94,7 +94,10 @@ def single_weights(component: str, names: Iterable[str], label: str) -> list[str
     here = folder_files(component, names)
     plain = [name for name in here if _PLAIN_WEIGHTS.fullmatch(PurePosixPath(name).name)]
     if len(plain) > 1:
-        raise BadSource(f"{component}/ of {label} has {len(plain)} safetensors files and no index: {plain[0]}, …")
+        raise BadSource(
+            f"{component}/ of {label} has {len(plain)} safetensors files and no index ({plain[0]}, …); "
+            "keep one, or add the index"
+        )
     others = [name for name in here if is_pickle(name) or name.endswith(".safetensors")]
     if not plain and others:
         what = "weights only as pickles" if all(map(is_pickle, others)) else "weights only as a variant"

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from lora_fuse.records import Lock
-
 
 @dataclass(frozen=True, slots=True)
 class Family:
@@ -32,9 +30,7 @@ FAMILIES = (
         (f"{_LIGHTNING}/Qwen-Image-Lightning-*", f"{_LIGHTNING}/Qwen-Image-fp8-*"),
     ),
     Family("Qwen/Qwen-Image-Edit", "QwenImageEditPipeline", (f"{_LIGHTNING}/Qwen-Image-Edit-Lightning-*",)),
-    Family(
-        "Qwen/Qwen-Image-Edit-2509", "QwenImageEditPlusPipeline", (f"{_LIGHTNING}/Qwen-Image-Edit-2509/*",)
-    ),
+    Family("Qwen/Qwen-Image-Edit-2509", "QwenImageEditPlusPipeline", (f"{_LIGHTNING}/Qwen-Image-Edit-2509/*",)),
     Family(
         "Qwen/Qwen-Image-Edit-2511",
         "QwenImageEditPlusPipeline",
@@ -46,16 +42,20 @@ FAMILIES = (
 COMPONENT = "transformer"  # what every family so far fuses into
 
 
-def pair_warnings(base: Lock, loras: Iterable[Lock]) -> list[str]:
-    """A sentence for each LoRA that is known to be made for another base; a local folder is never known."""
+def pair_warnings(base: str | None, loras: Iterable[tuple[str | None, str | None]]) -> list[str]:
+    """A sentence for each LoRA that is known to be made for another base.
+
+    Args:
+        base: repository id of the base; None is a local folder, of which nothing is known.
+        loras: repository id and filename of each LoRA.
+    """
     known = {family.base for family in FAMILIES}
     warnings = []
-    for lora in loras:
-        filename = next(iter(lora.files))
-        made_for = [family.base for family in FAMILIES if _matches(family, f"{lora.repo_id}/{filename}")]
-        if made_for and base.repo_id in known and base.repo_id not in made_for:
+    for repo_id, filename in loras:
+        made_for = [family.base for family in FAMILIES if _matches(family, f"{repo_id}/{filename}")]
+        if made_for and base in known and base not in made_for:
             warnings.append(
-                f"{filename} was made for {made_for[0]}, not for {base.repo_id}: it merges, and pictures may be worse"
+                f"{filename} was made for {made_for[0]}, not for {base}: it merges, and pictures may be worse"
             )
     return warnings
 

@@ -162,7 +162,8 @@ class _Repository:
             file=sys.stderr,
             flush=True,
         )
-        with client_errors(self.label, self.repo_id, BadSource), bars_on_a_terminal():
+        what = self.label if len(names) > 1 else f"{names[0]} of {self.label}"
+        with client_errors(what, self.repo_id, BadSource), bars_on_a_terminal():
             return _snapshot(self.repo_id, self.commit, names, force_download=again)
 
 
@@ -268,6 +269,7 @@ def _explain(error: BaseException, repo_id: str) -> str:
         error = error.__cause__  # "not in the cache either" hides the reason
     page = f"{endpoint()}/{repo_id}"
     reasons: tuple[tuple[type[Exception], str], ...] = (
+        (errors.HFValidationError, f"{repo_id!r} is no repository id; write owner/name"),
         (errors.GatedRepoError, f"the repository is gated; ask for access at {page}, then set HF_TOKEN"),
         (errors.DisabledRepoError, f"the repository is disabled; see {page}"),
         (
@@ -284,6 +286,9 @@ def _explain(error: BaseException, repo_id: str) -> str:
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
-        advice = {401: "renew HF_TOKEN", 403: "give HF_TOKEN the right to do this"}.get(status, "try again later")
+        renew = "renew HF_TOKEN" if token() else "set HF_TOKEN"
+        known = {401: renew, 403: "give HF_TOKEN the right to do this", 412: "somebody else was faster, run again"}
+        advice = known.get(status, "try again later")
         return f"{endpoint()} answered {status} ({error.server_message or first}); {advice}"
-    return f"{type(error).__name__}: {first}; check the connection and run again (HF_HUB_DISABLE_XET=1: no Xet)"
+    without = ", if need be with HF_HUB_DISABLE_XET=1" if isinstance(error, RuntimeError) else ""  # Xet's own class
+    return f"{type(error).__name__}: {first}; check the connection and run again{without}"

@@ -10,8 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
+from lora_fuse.errors import RenderFailed
+from lora_fuse.golden import CaseResult, Limits, Picture, Subject, examine
 from lora_fuse.lora import LoraInput
 from lora_fuse.lora_file import open_lora
+from lora_fuse.metrics import Levels
 from lora_fuse.render import (
     Case,
     LoraSpec,
@@ -73,3 +79,67 @@ def _drop_transformer(pipe: Pipeline) -> None:
     """Give the memory back before the other transformer is loaded."""
     pipe.register_modules(transformer=None)
     gc.collect()
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedPair:
+    """A pair, the golden that it was compared with if there is one, and what that came to."""
+
+    pair: Pair
+    golden: Levels | None
+    result: CaseResult
+
+    @property
+    def name(self) -> str:
+        """The case's name."""
+        return self.pair.case.name
+
+
+def judge_pairs(pairs: Sequence[Pair], goldens: Path, limits: Mapping[str, Limits]) -> list[JudgedPair]:
+    """Compare every pair with each other and with ``goldens/CASE.png``.
+
+    Args:
+        pairs: what was rendered.
+        goldens: the folder of this recipe's approved pictures for this environment; it may be missing.
+        limits: of ``unfused`` and ``golden``.
+
+    Raises:
+        RenderFailed: a golden is there and cannot be read.
+    """
+    judged = []
+    for pair in pairs:
+        case, golden = pair.case, _read_golden(goldens / f"{pair.case.name}.png")
+        size = (case.width, case.height) if case.width and case.height else None
+        result = examine(
+            Subject(case.name, case.prompt, case.seed, size),
+            Picture(levels(pair.merged.image), pair.merged.nonfinite),
+            Picture(levels(pair.unfused.image), pair.unfused.nonfinite),
+            golden,
+            unfused_limits=limits["unfused"],
+            golden_limits=limits["golden"],
+        )
+        judged.append(JudgedPair(pair, golden, result))
+    return judged
+
+
+def levels(image: Image.Image) -> Levels:
+    """A picture as uint8 (height, width, 3)."""
+    return np.asarray(image.convert("RGB"))
+
+
+def _read_golden(path: Path) -> Levels | None:
+    if not path.exists():
+        return None
+    try:
+        with Image.open(path) as image:
+            return levels(image)
+    except OSError as error:
+        raise RenderFailed(f"the golden {path} cannot be read ({error}); restore it: git checkout {path}") from error
+
+
+def save_pictures(judged: Sequence[JudgedPair], folder: Path) -> None:
+    """Write ``CASE.merged.png`` and ``CASE.unfused.png``, lossless; an approval copies the former."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for case in judged:
+        case.pair.merged.image.save(folder / f"{case.name}.merged.png")
+        case.pair.unfused.image.save(folder / f"{case.name}.unfused.png")

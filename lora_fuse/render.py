@@ -237,7 +237,7 @@ def _pictures(pipeline: str, case: Case) -> dict[str, object]:
     if len(case.images) not in allowed:
         wanted = str(allowed[0]) if len(allowed) == 1 else f"{allowed[0]} to {allowed[-1]}"
         raise RenderFailed(f"case {case.name} has {len(case.images)} input pictures and {pipeline} takes {wanted}")
-    pictures = [_open(path, case) for path in case.images]
+    pictures = [open_picture(path, case) for path in case.images]
     return {"image": pictures[0] if len(pictures) == 1 else pictures} if pictures else {}
 
 
@@ -246,8 +246,12 @@ def _size(case: Case) -> dict[str, object]:
     return {side: pixels for side, pixels in sides.items() if pixels is not None}
 
 
-def _open(path: Path, case: Case) -> Image.Image:
-    # Upright and RGB, as diffusers.utils.load_image gives it.
+def open_picture(path: Path, case: Case) -> Image.Image:
+    """An input picture, upright and RGB as `diffusers.utils.load_image` gives it.
+
+    Raises:
+        RenderFailed: it is missing or no picture.
+    """
     try:
         with Image.open(path) as picture:
             return ImageOps.exif_transpose(picture).convert("RGB")

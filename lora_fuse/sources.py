@@ -121,17 +121,18 @@ class Basket:
         try:
             return json.loads((self._root / name).read_bytes())
         except ValueError as error:
-            raise BadSource(f"{name} of {self.shelf.label} is not JSON: {error}; fetch a good copy") from error
+            raise BadSource(f"{name} of {self.shelf.label} is not JSON: {error}; get a good copy") from error
 
     def _checked(self, name: str, advance: Callable[[int], None]) -> FileRecord:
         promise = self.shelf.files[name]
         found = examine(self._root / name, promise, advance)
-        if isinstance(found, str):
-            _say(f"{name} of {self.shelf.label}: {found}; fetching it again")
+        if isinstance(found, str) and self.shelf.commit:
+            print(f"download: {name} of {self.shelf.label}: {found}; fetching it again", file=sys.stderr, flush=True)
             self.shelf.fetch([name], again=True)
             found = examine(self._root / name, promise, lambda _: None)
         if isinstance(found, str):
-            raise BadSource(f"{name} of {self.shelf.label}: {found}, also when fetched again; do not use it")
+            advice = "it was fetched twice, so report it to its owner" if self.shelf.commit else "mend the folder"
+            raise BadSource(f"{name} of {self.shelf.label}: {found}; {advice}")
         return found
 
 
@@ -192,7 +193,3 @@ def hashing(total: int) -> Iterator[Callable[[int], None]]:
         return
     with byte_progress("hash", total) as advance:
         yield advance
-
-
-def _say(line: str) -> None:
-    print(f"download: {line}", file=sys.stderr, flush=True)

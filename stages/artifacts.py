@@ -53,9 +53,7 @@ def read_object(path: Path, stage: str) -> dict[str, Any]:
     except ValueError as error:
         raise BadSource(f"{path} is not JSON ({error}); run its stage again: dvc repro -f {stage}") from error
     if not isinstance(content, dict):
-        raise BadSource(
-            f"{path} holds a {type(content).__name__}, not a mapping; run again: dvc repro -f {stage}"
-        )
+        raise BadSource(f"{path} holds a {type(content).__name__}, not a mapping; run again: dvc repro -f {stage}")
     return content
 
 

@@ -58,9 +58,7 @@ def load(overrides: Sequence[str] = ()) -> Params:
     except FileNotFoundError as error:
         raise BadConfig(f"{PARAMS} is not in {Path.cwd()}; run stages from the project's folder") from error
     except yaml.YAMLError as error:
-        raise BadConfig(
-            f"{PARAMS} is not YAML ({_one_line(error)}); write it anew: python -m stages.config"
-        ) from error
+        raise BadConfig(f"{PARAMS} is not YAML ({_one_line(error)}); write it anew: python -m stages.config") from error
     return parse_params(tree, str(PARAMS))
 
 
@@ -89,9 +87,7 @@ def _check(wanted: str) -> int:
     if yaml.safe_load(held) == yaml.safe_load(wanted):
         print(f"{PARAMS} is what conf/ composes to")
         return 0
-    diff = difflib.unified_diff(
-        held.splitlines(), wanted.splitlines(), str(PARAMS), "conf/", lineterm="", n=0
-    )
+    diff = difflib.unified_diff(held.splitlines(), wanted.splitlines(), str(PARAMS), "conf/", lineterm="", n=0)
     print("\n".join(diff))
     raise CheckFailed(f"{PARAMS} is not what conf/ composes to; write it anew: python -m stages.config")
 

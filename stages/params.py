@@ -16,6 +16,7 @@ from lora_fuse.records import Source
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
+CaseName = Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")]  # part of file names and of flat metric keys
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -36,9 +37,7 @@ class SourceParams(Section):
     @model_validator(mode="after")
     def _one_place(self) -> SourceParams:
         if (self.repo_id is None) == (self.path is None):
-            raise ValueError(
-                f"set exactly one of repo_id ({self.repo_id}) and path ({self.path}), the other null"
-            )
+            raise ValueError(f"set exactly one of repo_id ({self.repo_id}) and path ({self.path}), the other null")
         if (self.repo_id is None) != (self.revision is None):
             raise ValueError(f"a repo_id needs a revision and a path has none: got revision {self.revision}")
         return self
@@ -128,7 +127,7 @@ class RegressParams(Section):
 
     device: Device
     dtype: DType
-    cases: dict[str, CaseParams]
+    cases: Annotated[dict[CaseName, CaseParams], Field(min_length=1)]
     unfused: LimitParams
     golden: LimitParams
 
@@ -163,9 +162,7 @@ class Params(Section):
     def _scales_name_loras(self) -> Params:
         unknown = sorted(set(self.fuse.lora_scales) - set(self.loras))
         if unknown:
-            raise ValueError(
-                f"fuse.lora_scales names {unknown[0]!r}; the LoRAs are {', '.join(sorted(self.loras))}"
-            )
+            raise ValueError(f"fuse.lora_scales names {unknown[0]!r}; the LoRAs are {', '.join(sorted(self.loras))}")
         return self
 
 

@@ -24,9 +24,7 @@ def publish(params: Params) -> int:
         print("publish: skipped, publish.enabled is false")
         return 0
     if settings.repo_id is None:
-        raise PublishRefused(
-            "publish.enabled is true and publish.repo_id is null; name the repository: owner/name"
-        )
+        raise PublishRefused("publish.enabled is true and publish.repo_id is null; name the repository: owner/name")
     verify, metrics = read_object(VERIFY, "verify"), read_object(METRICS, "regress")
     code, sentence = decide(verify, metrics)
     if code:
@@ -43,9 +41,7 @@ def publish(params: Params) -> int:
         repo_id=settings.repo_id,
     )
     message = f"{manifest.recipe}, scale {manifest.scale:g}, by lora-fuse {manifest.tool.version}"
-    receipt = push(
-        MERGED, manifest, card, repo_id=settings.repo_id, private=settings.private, message=message
-    )
+    receipt = push(MERGED, manifest, card, repo_id=settings.repo_id, private=settings.private, message=message)
     write_text(RECEIPT, to_json(receipt))
     print(f"publish: {receipt.status}: {receipt.repo_id}@{receipt.commit}")
     return 0

@@ -36,9 +36,7 @@ def verify(params: Params) -> int:
     for problem in found.problems:
         print(f"verify: {problem}", file=sys.stderr)
     outcome = "passed" if found.passed else f"FAILED, {found.problem_count} problems"
-    print(
-        f"verify: {outcome}: {found.targets} targets, {found.rows_checked} of {found.rows_total} rows re-derived"
-    )
+    print(f"verify: {outcome}: {found.targets} targets, {found.rows_checked} of {found.rows_total} rows re-derived")
     return 0
 
 

@@ -64,7 +64,10 @@ def test_an_index_gives_its_shards_once_each() -> None:
     [
         ({"weight_map": {"a": "gone.safetensors"}}, "here has no unet/gone.safetensors"),
         ({"weight_map": {"a": "m.bin"}}, "'m.bin', which is a pickle"),
-        ({"weight_map": {"a": "../vae/m.safetensors"}}, "'../vae/m.safetensors', which is not a safetensors file beside"),
+        (
+            {"weight_map": {"a": "../vae/m.safetensors"}},
+            "'../vae/m.safetensors', which is not a safetensors file beside",
+        ),
         ({"weight_map": {"a": "m.fp16.safetensors"}}, "'m.fp16.safetensors', which is not"),
         ({"weight_map": {}}, "has no weight_map"),
         ({"weight_map": ["m.safetensors"]}, "has no weight_map"),

@@ -37,7 +37,7 @@ def front_matter(text: str) -> dict[str, Any]:
 
 
 def snippet(text: str) -> str:
-    return text.split("```python\n")[1].split("```")[0]
+    return text.partition("```python\n")[2].partition("```")[0]
 
 
 def arguments(text: str) -> dict[str, Any]:
@@ -87,7 +87,15 @@ def test_a_text_to_image_pipeline_is_given_no_picture_and_no_absent_negative_pro
 
 def test_commits_hash_scale_verdict_and_the_way_to_rebuild_are_there() -> None:
     text = card()
-    for fact in (COMMIT, "d" * 40, SHA256, "| 0.8 |", "passed", "recipe=edit_4steps fuse.scale=0.8", "1.2.3 (git abc1234)"):
+    for fact in (
+        COMMIT,
+        "d" * 40,
+        SHA256,
+        "| 0.8 |",
+        "passed",
+        "recipe=edit_4steps fuse.scale=0.8",
+        "1.2.3 (git abc1234)",
+    ):
         assert fact in text
 
 

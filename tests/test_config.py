@@ -12,9 +12,8 @@ import yaml
 
 from lora_fuse.errors import BadConfig
 from lora_fuse.families import FAMILIES, pair_warnings
-from lora_fuse.records import FileRecord, Lock
 from stages.config import compose, load
-from stages.params import Params, parse_params
+from stages.params import parse_params
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "conf" / "recipe").glob("*.yaml"))
@@ -50,19 +49,10 @@ def test_there_is_a_recipe_for_every_family_and_its_steps() -> None:
         assert ((family.base, 8) in built) == (family.base not in only_4)
 
 
-def locks(params: Params) -> tuple[Lock, list[Lock]]:
-    """What a download of these parameters would pin, without the download."""
-    record = FileRecord(1, "0" * 64)
-    base = Lock(params.base.repo_id, params.base.path, params.base.revision, None, {})
-    return base, [
-        Lock(lora.repo_id, lora.path, lora.revision, None, {lora.filename: record})
-        for lora in params.loras.values()
-    ]
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_only_the_manual_procedure_s_pair_is_warned_about(recipe: str) -> None:
-    warnings = pair_warnings(*locks(load([f"recipe={recipe}"])))
+    params = load([f"recipe={recipe}"])
+    warnings = pair_warnings(params.base.repo_id, [(lora.repo_id, lora.filename) for lora in params.loras.values()])
     assert bool(warnings) == (recipe == "qwen_image_edit_2509_lora_on_edit")
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -27,6 +26,9 @@ from benchmarks.make_checkpoint import (
     qwen_image_edit_config,
     tensor_shapes,
 )
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 TINY = {
     **qwen_image_edit_config(2),
@@ -52,9 +54,7 @@ def parameters(shapes: Shapes) -> int:
 def test_60_blocks_are_the_published_model(real: Shapes) -> None:
     assert len(real) == 1933
     assert round(parameters(real) / 1e9, 2) == 20.43
-    assert (
-        max(math.prod(shape) for shape in real.values()) * ITEM == 113_246_208
-    )  # 113 MB, img_mod and txt_mod
+    assert max(math.prod(shape) for shape in real.values()) * ITEM == 113_246_208  # 113 MB, img_mod and txt_mod
     assert len(plan_shards(real)) == 9
 
 
@@ -104,9 +104,7 @@ def test_the_index_names_every_tensor_in_its_own_shard(tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == parameters(shapes) * ITEM
     for filename in set(index["weight_map"].values()):
         with safe_open(tmp_path / "transformer" / filename, "pt") as shard:
-            assert set(shard.keys()) == {
-                key for key, value in index["weight_map"].items() if value == filename
-            }
+            assert set(shard.keys()) == {key for key, value in index["weight_map"].items() if value == filename}
     assert set(index["weight_map"]) == set(shapes)
 
 
@@ -136,9 +134,7 @@ def test_a_seed_decides_the_bytes(tmp_path: Path) -> None:
     assert a != c
 
 
-def test_an_existing_checkpoint_is_not_written_into(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_existing_checkpoint_is_not_written_into(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "transformer").mkdir()
     with pytest.raises(SystemExit) as stopped:
         main([str(tmp_path), "--blocks", "1"])

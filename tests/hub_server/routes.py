@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote
@@ -31,7 +31,17 @@ MODEL = "/api/models/{owner}/{name}"
 
 @dataclass(slots=True)
 class HubApi:
-    """The handlers; `cdn_host` is put in place of the server's own name where files are redirected to."""
+    """The handlers.
+
+    Args:
+        registry: what there is.
+        lfs: storage of large files.
+        xet: the other storage of large files; None for a Hub without it.
+        cdn_host: stands in place of the server's own name where files are redirected to.
+        page_size: entries of a listing that are given at once.
+        base_url: the server's own address.
+        tampered: what a commit keeps under a path, whatever it was given.
+    """
 
     registry: Registry
     lfs: LfsStore
@@ -39,6 +49,7 @@ class HubApi:
     cdn_host: str = "localhost"
     page_size: int = 1000
     base_url: str = ""
+    tampered: dict[str, Entry] = field(default_factory=dict)
 
     def routes(self) -> list[Route]:
         """Every route; a revision is one segment, percent-encoded as the client sends it."""
@@ -238,6 +249,7 @@ class HubApi:
         changes: dict[str, Entry | None] = {}
         for line in lines:
             changes |= self._change(line["key"], line["value"], base)
+        changes |= {path: entry for path, entry in self.tampered.items() if path in changes}
         answer: dict[str, Any] = {"success": True, "hookOutput": ""}
         if as_pull:
             pull = repo.open_pull(title, self._someone(request).name)

@@ -67,6 +67,10 @@ class LoopbackHub:
             return Entry.regular(content)
         return Entry.lfs(self.lfs.add(content), len(content), None)
 
+    def tamper(self, path: str, content: bytes) -> None:
+        """From now on keep this content whenever a commit brings a file of that path."""
+        self._api.tampered[path] = self._entry(path, content)
+
     def read(self, repo_id: str, path: str, *, revision: str = "main") -> bytes:
         """The content of a file as the Hub has it."""
         entry = self.registry.repos[repo_id].at(revision).tree[path]

@@ -119,6 +119,17 @@ def unpack(chunk: Chunk, packed: bytes) -> bytes:
     return bytes(result)
 
 
+def merged_ranges(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same numbers in as few ranges (stop not included) as there can be."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
 class XetStore:
     """Xorbs in a folder and files in memory, with the routes of the CAS under `/cas`."""
 
@@ -251,16 +262,16 @@ class XetStore:
         return covering, offset
 
     def _fetch_plan(self, terms: list[Term], *, is_v1: bool) -> dict[str, list[dict[str, Any]]]:
+        """Where to get the chunks of each xorb; every chunk is listed once, however often the file repeats it."""
         plan: dict[str, list[dict[str, Any]]] = {}
-        for term in terms:
-            chunks, url = self._chunks[term.xorb], f"{self.base_url}/cas/xorb/{term.xorb}"
-            last = chunks[term.stop - 1]
-            span = {"start": chunks[term.start].offset, "end": last.offset + last.packed - 1}  # end included
-            chunk_range = {"start": term.start, "end": term.stop}
-            item: dict[str, Any] = {"url": url, "range": chunk_range, "url_range": span}
-            if not is_v1:
-                url = f"{url}?r={span['start']}-{span['end']}"
-                item = {"url": url, "ranges": [{"chunks": chunk_range, "bytes": span}]}
-            if item not in plan.setdefault(term.xorb, []):
-                plan[term.xorb].append(item)
+        for xorb in dict.fromkeys(term.xorb for term in terms):
+            for start, stop in merged_ranges([(term.start, term.stop) for term in terms if term.xorb == xorb]):
+                first, last = self._chunks[xorb][start], self._chunks[xorb][stop - 1]
+                span = {"start": first.offset, "end": last.offset + last.packed - 1}  # end included
+                chunks, url = {"start": start, "end": stop}, f"{self.base_url}/cas/xorb/{xorb}"
+                item: dict[str, Any] = {"url": url, "range": chunks, "url_range": span}
+                if not is_v1:
+                    url = f"{url}?r={span['start']}-{span['end']}"
+                    item = {"url": url, "ranges": [{"chunks": chunks, "bytes": span}]}
+                plan.setdefault(xorb, []).append(item)
         return plan

@@ -1,0 +1,67 @@
+"""``python -m stages.approve --reason "…" [--case NAME …]``: make this run's pictures the goldens of this environment.
+
+Nothing else ever writes a golden. Refused when the weights are wrong or merged and unfused disagree: a golden of a
+broken merge would hide it. The same run does not pass by it; the next one is compared with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from typing import Any
+
+from lora_fuse.cli import guarded
+from lora_fuse.errors import BadConfig, CheckFailed
+from lora_fuse.golden import Comparison, Limits, Verdict, beyond
+from lora_fuse.metrics import METRICS as NAMES
+from stages.artifacts import GOLDEN, IMAGES, MANIFEST, METRICS, VERIFY, read_object, write_text
+from stages.config import load
+from stages.params import LimitParams
+
+RECORD = "approved.json"
+
+
+def approve(reason: str, only: list[str], limits: LimitParams) -> int:
+    """Copy the candidates to `artifacts/golden/RECIPE/ENVIRONMENT/` and record why, and of what they are pictures."""
+    metrics, manifest = read_object(METRICS, "regress"), read_object(MANIFEST, "fuse")
+    cases = [key.removesuffix(".verdict") for key in metrics if key.endswith(".verdict")]
+    unknown = sorted(set(only) - set(cases))
+    if unknown or not reason.strip():
+        raise BadConfig(f"no case {unknown[0]!r}; the cases are {', '.join(cases)}" if unknown else "--reason is empty")
+    chosen = only or cases
+    _refuse_bad(read_object(VERIFY, "verify"), metrics, chosen, Limits(**limits.model_dump()))
+    folder = GOLDEN / metrics["recipe"] / metrics["environment"]
+    folder.mkdir(parents=True, exist_ok=True)
+    record = read_object(folder / RECORD, "regress") if (folder / RECORD).exists() else {}
+    for case in chosen:
+        shutil.copyfile(IMAGES / f"{case}.merged.png", folder / f"{case}.png")
+        record[case] = {"reason": reason, "loras": manifest["loras"], "tool": manifest["tool"]}
+        print(f"approved: {folder / case}.png")
+    write_text(folder / RECORD, json.dumps(record, indent=2, sort_keys=True) + "\n")
+    return 0
+
+
+def _refuse_bad(verify: dict[str, Any], metrics: dict[str, Any], cases: list[str], limits: Limits) -> None:
+    if not verify["passed"] or verify["manifest_sha256"] != metrics["manifest_sha256"]:
+        raise CheckFailed(f"the weights behind these pictures are not verified, see {VERIFY}; nothing was approved")
+    for case in cases:
+        values = {name: metrics[f"{case}.unfused.{name}"] for name in NAMES}
+        reasons = [metrics[f"{case}.reasons"]] if metrics[f"{case}.verdict"] == Verdict.INVALID else []
+        reasons = reasons or beyond(Comparison(**values), limits, "the unfused picture of that run")
+        if reasons:
+            raise CheckFailed(f"{case}: {' '.join(reasons)} Mend the merge first; nothing was approved")
+
+
+def main() -> int:
+    """Read the command line and approve."""
+    parser = argparse.ArgumentParser(prog="python -m stages.approve", description="Approve this run's pictures.")
+    parser.add_argument("--reason", required=True, help="why these pictures are right; kept beside them")
+    parser.add_argument("--case", action="append", default=[], help="only this case; may be given again")
+    options = parser.parse_args()
+    return guarded(lambda: approve(options.reason, options.case, load().regress.unfused))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
