@@ -76,9 +76,7 @@ def read_header(path: Path) -> Header:
     return parse_header(raw, size, str(path))
 
 
-def open_checkpoint(
-    root: Path, component: str = "transformer", files: Iterable[str] | None = None
-) -> Checkpoint:
+def open_checkpoint(root: Path, component: str = "transformer", files: Iterable[str] | None = None) -> Checkpoint:
     """Open a base from its headers.
 
     Args:
@@ -107,9 +105,7 @@ def open_checkpoint(
 
 
 def _kept_files(root: Path) -> list[str]:
-    names = [
-        path.relative_to(root) for path in root.rglob("*") if path.is_file() and path.suffix in KEPT_SUFFIXES
-    ]
+    names = [path.relative_to(root) for path in root.rglob("*") if path.is_file() and path.suffix in KEPT_SUFFIXES]
     return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
 
 
@@ -136,9 +132,7 @@ def _indexed_shards(root: Path, index: str) -> tuple[Shard, ...]:
     shards = []
     for filename in sorted(set(weight_map.values())):
         if PurePosixPath(filename).name != filename:
-            raise BadCheckpoint(
-                f"{root / index} names {filename!r}: a shard lies beside its index, not elsewhere"
-            )
+            raise BadCheckpoint(f"{root / index} names {filename!r}: a shard lies beside its index, not elsewhere")
         relative = (folder / filename).as_posix()
         shards.append(Shard(root / relative, relative, read_header(root / relative)))
     _check_index(weight_map, shards, root / index)
@@ -153,6 +147,4 @@ def _check_index(weight_map: dict[str, str], shards: list[Shard], index: Path) -
             f"{index} puts {name!r} in {filename}, and that shard does not have it; fetch the base again"
         )
     for name, filename in sorted(held - listed):
-        raise BadCheckpoint(
-            f"{filename} holds {name!r}, and {index} has no entry for it there; fetch the base again"
-        )
+        raise BadCheckpoint(f"{filename} holds {name!r}, and {index} has no entry for it there; fetch the base again")

@@ -39,9 +39,7 @@ def guarded(work: Callable[[], int]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m lora_fuse", description="Fuse LoRAs into a checkpoint, exactly."
-    )
+    parser = argparse.ArgumentParser(prog="python -m lora_fuse", description="Fuse LoRAs into a checkpoint, exactly.")
     commands = parser.add_subparsers(required=True, metavar="inspect|plan|fuse|verify")
     inspect = commands.add_parser("inspect", help="what is in a LoRA: format, ranks, alphas, targets")
     inspect.add_argument("lora", type=Path, metavar="LORA")
@@ -53,19 +51,13 @@ def _parser() -> argparse.ArgumentParser:
     fuse.add_argument("base", type=Path, metavar="BASE")
     fuse.add_argument("out", type=Path, metavar="OUT")
     fuse.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    fuse.add_argument(
-        "--scheduler", type=Path, metavar="JSON", help="scheduler settings for OUT; default: the base's"
-    )
+    fuse.add_argument("--scheduler", type=Path, metavar="JSON", help="scheduler settings for OUT; default: the base's")
     fuse.set_defaults(run=_fuse)
     verify = commands.add_parser("verify", help="re-derive a merge independently and compare")
     verify.add_argument("merged", type=Path, metavar="MERGED")
     verify.add_argument("base", type=Path, metavar="BASE")
-    verify.add_argument(
-        "--rows", default="16", metavar="N|all", help="rows of each target to re-derive (default 16)"
-    )
-    verify.add_argument(
-        "--scheduler", type=Path, metavar="JSON", help="scheduler settings that MERGED should have"
-    )
+    verify.add_argument("--rows", default="16", metavar="N|all", help="rows of each target to re-derive (default 16)")
+    verify.add_argument("--scheduler", type=Path, metavar="JSON", help="scheduler settings that MERGED should have")
     verify.set_defaults(run=_verify)
     for command in (plan, fuse, verify):
         command.add_argument(
@@ -81,9 +73,7 @@ def _inputs(options: argparse.Namespace) -> list[LoraInput]:
 
     scales = options.scale or [1.0] * len(options.lora)
     if len(scales) != len(options.lora):
-        raise BadConfig(
-            f"{len(options.lora)} --lora and {len(scales)} --scale: give one --scale for each --lora"
-        )
+        raise BadConfig(f"{len(options.lora)} --lora and {len(scales)} --scale: give one --scale for each --lora")
     return [LoraInput(path.stem, path, scale) for path, scale in zip(options.lora, scales, strict=True)]
 
 
@@ -109,9 +99,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
     lora = open_lora(options.lora)
     print(f"{lora.path}: {len(lora.header.tensors)} keys, {len(lora.updates)} modules, sha256 {lora.sha256}")
-    for (rank, alpha), count in sorted(
-        Counter((update.rank, update.alpha) for update in lora.updates).items()
-    ):
+    for (rank, alpha), count in sorted(Counter((update.rank, update.alpha) for update in lora.updates).items()):
         print(f"  rank {rank}, alpha {alpha:g} (factor {alpha / rank:g}): {count} modules")
     dtypes = Counter(tensor.dtype for tensor in lora.header.tensors.values())
     print("  dtypes: " + ", ".join(f"{dtype} x {count}" for dtype, count in sorted(dtypes.items())))
@@ -144,9 +132,7 @@ def _fuse(options: argparse.Namespace) -> int:
 
     plan, scheduler = _make_plan(options), _scheduler(options)
     if scheduler and plan.checkpoint.kind is not Kind.PIPELINE:
-        raise BadConfig(
-            f"--scheduler is for a pipeline, and {options.base} is a {plan.checkpoint.kind}; leave it out"
-        )
+        raise BadConfig(f"--scheduler is for a pipeline, and {options.base} is a {plan.checkpoint.kind}; leave it out")
     generated = diffusers_files(options.base, pipeline=None, scheduler=scheduler) if scheduler else {}
     _print_plan(plan)
     return _write(options, plan, generated)
@@ -160,13 +146,9 @@ def _write(options: argparse.Namespace, plan: Plan, generated: dict[str, bytes])
 
     device = resolve_device(options.device)
     with byte_progress(f"fuse ({device})", bytes_to_write(plan)) as progress:
-        files = write_merged(
-            plan, options.out, device=device, generated=generated, known={}, progress=progress
-        )
+        files = write_merged(plan, options.out, device=device, generated=generated, known={}, progress=progress)
     write_manifest(manifest_path(options.out), build_manifest(plan, files))
-    print(
-        f"merged: {options.out}, {human_bytes(sum(file.size for file in files.values()))} in {len(files)} files"
-    )
+    print(f"merged: {options.out}, {human_bytes(sum(file.size for file in files.values()))} in {len(files)} files")
     for name, file in files.items():
         if file.origin == "fused":
             print(f"  {file.sha256}  {name}")

@@ -121,9 +121,7 @@ class Fuser:
         return up.mul_(term.coefficient), down
 
 
-def fuse_shard(
-    shard: Shard, targets: dict[str, Target], to: Path, fuser: Fuser, progress: Progress
-) -> FileRecord:
+def fuse_shard(shard: Shard, targets: dict[str, Target], to: Path, fuser: Fuser, progress: Progress) -> FileRecord:
     """Write the merged shard to `to`, hashing on the way.
 
     Raises:
@@ -141,9 +139,7 @@ def fuse_shard(
             for piece, slot in zip(pieces(shard, targets), cycle(slots), strict=False):
                 if slot.written is not None:
                     slot.written.result()
-                done: Future[None] = reader.submit(
-                    _read_all, source, memoryview(slot.buffer)[: piece.nbytes], shard
-                )
+                done: Future[None] = reader.submit(_read_all, source, memoryview(slot.buffer)[: piece.nbytes], shard)
                 if piece.target is not None:
                     factors = fuser.factors(piece.target)
                     done = workers.submit(_after, done, fuser.fuse, piece, piece.target, factors, slot.buffer)
@@ -163,8 +159,7 @@ def _threads(workers: int) -> Iterator[tuple[ThreadPoolExecutor, ThreadPoolExecu
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, before)
         pools = [
-            ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
-            for count in (1, workers, 1)
+            ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) for count in (1, workers, 1)
         ]
         for pool in pools:
             stack.callback(pool.shutdown, cancel_futures=True)
@@ -199,7 +194,5 @@ def _read_all(source: BinaryIO, view: memoryview, shard: Shard) -> None:
     while done < len(view):
         got = source.readinto(view[done:])  # type: ignore[attr-defined]
         if not got:
-            raise BadCheckpoint(
-                f"{shard.path} ended {len(view) - done} bytes early: it changed while it was read"
-            )
+            raise BadCheckpoint(f"{shard.path} ended {len(view) - done} bytes early: it changed while it was read")
         done += got

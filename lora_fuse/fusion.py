@@ -45,7 +45,7 @@ def fuse_rows(rows: torch.Tensor, factors: Sequence[tuple[torch.Tensor, torch.Te
 
     Args:
         rows: (n, in_features), the weight's rows in its own dtype; overwritten.
-        factors: pairs of `up` (n, rank), already multiplied by its coefficient, and `down` (rank, in_features), float64.
+        factors: pairs of `up` (n, rank), already times its coefficient, and `down` (rank, in_features), float64.
     """
     total = _float64_buffer(rows)
     total.copy_(rows)

@@ -84,9 +84,7 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
     try:
         entries = json.loads(raw[PREFIX:], object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
-        raise BadCheckpoint(
-            f"{where} is not a safetensors file: its header does not parse ({error})"
-        ) from error
+        raise BadCheckpoint(f"{where} is not a safetensors file: its header does not parse ({error})") from error
     if not isinstance(entries, dict):
         raise BadCheckpoint(
             f"{where} is not a safetensors file: its header is a {type(entries).__name__}, not a mapping"
@@ -114,13 +112,9 @@ def _tensor(name: str, entry: Any, data_start: int, where: str) -> TensorInfo:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         numbers = [*shape, start, end]
     except (TypeError, KeyError, ValueError) as error:
-        raise BadCheckpoint(
-            f"{where}: the header entry of {name!r} lacks dtype, shape or data_offsets"
-        ) from error
+        raise BadCheckpoint(f"{where}: the header entry of {name!r} lacks dtype, shape or data_offsets") from error
     if not all(type(number) is int and number >= 0 for number in numbers):
-        raise BadCheckpoint(
-            f"{where}: the header entry of {name!r} has a shape or offset that is no natural number"
-        )
+        raise BadCheckpoint(f"{where}: the header entry of {name!r} has a shape or offset that is no natural number")
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise BadCheckpoint(f"{where}: {name!r} has the dtype {dtype!r}; known are {', '.join(DTYPE_BYTES)}")
     if end - start != math.prod(shape) * DTYPE_BYTES[dtype]:

@@ -149,9 +149,7 @@ def _update(
     return Update(module, down.name, up.name, rank, alpha, up.shape[0], down.shape[1])
 
 
-def match_targets(
-    updates: Iterable[Update], weights: Mapping[str, TensorInfo], where: str
-) -> dict[str, Update]:
+def match_targets(updates: Iterable[Update], weights: Mapping[str, TensorInfo], where: str) -> dict[str, Update]:
     """Find each update's weight in the base by the base's own names.
 
     Args:
@@ -175,9 +173,7 @@ def match_targets(
             missing.append(update.module)
             continue
         if name in found:
-            raise BadLora(
-                f"{where}: {found[name].module!r} and {update.module!r} both mean the base's {name!r}"
-            )
+            raise BadLora(f"{where}: {found[name].module!r} and {update.module!r} both mean the base's {name!r}")
         _check_fit(update, weights[name], where)
         found[name] = update
     if missing:

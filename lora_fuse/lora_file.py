@@ -63,17 +63,13 @@ def open_lora(path: Path) -> LoraFile:
     if path.is_dir():
         config, file = _open_peft_folder(path)
     if file.suffix != ".safetensors":
-        raise BadLora(
-            f"{file} is not a .safetensors file; a pickle can run code when it is opened, convert it first"
-        )
+        raise BadLora(f"{file} is not a .safetensors file; a pickle can run code when it is opened, convert it first")
     try:
         header = read_header(file)
     except BadCheckpoint as error:
         raise BadLora(f"LoRA: {error}") from error
     if "lora_adapter_metadata" in header.metadata:
-        config = parse_adapter_config(
-            header.metadata["lora_adapter_metadata"], f"{file} (lora_adapter_metadata)"
-        )
+        config = parse_adapter_config(header.metadata["lora_adapter_metadata"], f"{file} (lora_adapter_metadata)")
     alphas = {name: _scalar(file, tensor) for name, tensor in header.tensors.items() if name.endswith(ALPHA)}
     updates = parse_lora(header.tensors, alphas, config, str(file))
     with file.open("rb") as opened:
@@ -85,9 +81,7 @@ def _open_peft_folder(folder: Path) -> tuple[AdapterConfig, Path]:
     config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     for needed in (config, weights):
         if not needed.is_file():
-            raise BadLora(
-                f"{folder} is no PEFT folder: it has no {needed.name}; give the .safetensors file itself"
-            )
+            raise BadLora(f"{folder} is no PEFT folder: it has no {needed.name}; give the .safetensors file itself")
     return parse_adapter_config(config.read_text(encoding="utf-8"), str(config)), weights
 
 

@@ -41,9 +41,7 @@ def build_manifest(
         lock = (loras or {}).get(given.name)
         pinned = {"repo_id": lock.repo_id, "path": lock.path, "revision": lock.revision} if lock else {}
         filename = next(iter(lock.files)) if lock else None
-        merged.append(
-            MergedLora(name=given.name, scale=given.scale, sha256=lora.sha256, filename=filename, **pinned)
-        )
+        merged.append(MergedLora(name=given.name, scale=given.scale, sha256=lora.sha256, filename=filename, **pinned))
     return Manifest(
         schema=SCHEMA,
         recipe=recipe,
@@ -83,12 +81,10 @@ def check_files(manifest: Manifest, merged: Path) -> list[str]:
     """
     held = {path.relative_to(merged).as_posix(): path for path in merged.rglob("*") if not path.is_dir()}
     problems = [
-        f"{name} is in the manifest and not in {merged}"
-        for name in sorted(manifest.files.keys() - held.keys())
+        f"{name} is in the manifest and not in {merged}" for name in sorted(manifest.files.keys() - held.keys())
     ]
     problems += [
-        f"{name} is in {merged} and not in the manifest"
-        for name in sorted(held.keys() - manifest.files.keys())
+        f"{name} is in {merged} and not in the manifest" for name in sorted(held.keys() - manifest.files.keys())
     ]
     for name in sorted(held.keys() & manifest.files.keys()):
         size, wanted = held[name].stat().st_size, manifest.files[name].size

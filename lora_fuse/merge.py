@@ -66,9 +66,7 @@ def write_merged(
             finally:
                 _remove(partial)
     except OSError as error:
-        raise Refused(
-            f"cannot write {out}: {error.strerror} ({error.filename or partial}); it is as it was"
-        ) from error
+        raise Refused(f"cannot write {out}: {error.strerror} ({error.filename or partial}); it is as it was") from error
     return {name: files[name] for name in sorted(files)}
 
 
@@ -129,18 +127,14 @@ def _place(source: Path, target: Path) -> None:
 def _check_places(checkpoint: Checkpoint, out: Path) -> None:
     base, place = checkpoint.root.resolve(), out.resolve()
     if place == base or base in place.parents or place in base.parents:
-        raise Refused(
-            f"OUT {out} and BASE {checkpoint.root} overlap; write the merged checkpoint somewhere else"
-        )
+        raise Refused(f"OUT {out} and BASE {checkpoint.root} overlap; write the merged checkpoint somewhere else")
     if (
         out.is_dir()
         and any(out.iterdir())
         and not (out / "model_index.json").exists()
         and not (out / "config.json").exists()
     ):
-        raise Refused(
-            f"OUT {out} is a folder with other things in it; it would be replaced, name another place"
-        )
+        raise Refused(f"OUT {out} is a folder with other things in it; it would be replaced, name another place")
 
 
 def _check_space(plan: Plan, out: Path) -> None:

@@ -69,15 +69,11 @@ def make_plan(checkpoint: Checkpoint, inputs: Sequence[LoraInput]) -> Plan:
     """
     for given in inputs:
         if not math.isfinite(given.scale):
-            raise BadScale(
-                f"the scale of {given.name} is {given.scale}, not a finite number; 1.0 is the usual one"
-            )
+            raise BadScale(f"the scale of {given.name} is {given.scale}, not a finite number; 1.0 is the usual one")
     loras = tuple(open_lora(given.path) for given in inputs)
     weights = checkpoint.tensors()
     terms: dict[str, list[Term]] = {}
-    for lora, given in sorted(
-        zip(loras, inputs, strict=True), key=lambda pair: (pair[0].sha256, pair[1].scale)
-    ):
+    for lora, given in sorted(zip(loras, inputs, strict=True), key=lambda pair: (pair[0].sha256, pair[1].scale)):
         for name, update in match_targets(lora.updates, weights, str(lora.path)).items():
             coefficient = given.scale * update.alpha / update.rank
             terms.setdefault(name, []).append(Term(lora, update, coefficient))

@@ -155,6 +155,4 @@ def from_json(kind: type[Record], text: str, where: str) -> Record:
     except ValidationError as error:
         first = error.errors()[0]
         at = ".".join(str(part) for part in first["loc"]) or "the top"
-        raise BadSource(
-            f"{where} is not a {kind.__name__}: at {at}: {first['msg']}; run its stage again"
-        ) from error
+        raise BadSource(f"{where} is not a {kind.__name__}: at {at}: {first['msg']}; run its stage again") from error

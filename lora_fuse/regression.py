@@ -10,14 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from lora_fuse.errors import RenderFailed
 from lora_fuse.golden import CaseResult, Limits, Picture, Subject, examine
 from lora_fuse.lora import LoraInput
 from lora_fuse.lora_file import open_lora
-from lora_fuse.metrics import Levels
+from lora_fuse.metrics import Levels, to_levels
 from lora_fuse.render import (
     Case,
     LoraSpec,
@@ -112,8 +111,8 @@ def judge_pairs(pairs: Sequence[Pair], goldens: Path, limits: Mapping[str, Limit
         size = (case.width, case.height) if case.width and case.height else None
         result = examine(
             Subject(case.name, case.prompt, case.seed, size),
-            Picture(levels(pair.merged.image), pair.merged.nonfinite),
-            Picture(levels(pair.unfused.image), pair.unfused.nonfinite),
+            Picture(to_levels(pair.merged.image), pair.merged.nonfinite),
+            Picture(to_levels(pair.unfused.image), pair.unfused.nonfinite),
             golden,
             unfused_limits=limits["unfused"],
             golden_limits=limits["golden"],
@@ -122,17 +121,12 @@ def judge_pairs(pairs: Sequence[Pair], goldens: Path, limits: Mapping[str, Limit
     return judged
 
 
-def levels(image: Image.Image) -> Levels:
-    """A picture as uint8 (height, width, 3)."""
-    return np.asarray(image.convert("RGB"))
-
-
 def _read_golden(path: Path) -> Levels | None:
     if not path.exists():
         return None
     try:
         with Image.open(path) as image:
-            return levels(image)
+            return to_levels(image)
     except OSError as error:
         raise RenderFailed(f"the golden {path} cannot be read ({error}); restore it: git checkout {path}") from error
 

@@ -191,7 +191,7 @@ def _cell(name: str, higher_is_nearer: bool, comparison: Comparison | None, limi
 def _measure(name: str, value: float | None) -> str:
     if name == "psnr_db":
         return decibels(value)
-    return f"{value:.2%}" if name == "changed_share" else f"{value:.3g}"
+    return f"{100 * (value or 0):.3g}%" if name == "changed_share" else f"{value:.3g}"
 
 
 def _environment() -> jinja2.Environment:

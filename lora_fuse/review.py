@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import numpy as np
-from PIL import Image
 
 from lora_fuse.devices import Environment
 from lora_fuse.families import pair_warnings
 from lora_fuse.golden import Limits, worst
-from lora_fuse.metrics import Levels
+from lora_fuse.metrics import amplified_difference, to_levels, to_png
 from lora_fuse.records import Manifest, MergedLora
-from lora_fuse.regression import JudgedPair, Setup, levels
+from lora_fuse.regression import JudgedPair, Setup
 from lora_fuse.render import open_picture
 from lora_fuse.report import BuiltFrom, CaseReport, Difference, LoraRow, Report, WeightsCheck
 
@@ -97,28 +93,17 @@ def _environment(here: Environment, manifest: Manifest) -> dict[str, str]:
 
 
 def _case(case: JudgedPair) -> CaseReport:
-    merged, unfused = levels(case.pair.merged.image), levels(case.pair.unfused.image)
+    merged, unfused = to_levels(case.pair.merged.image), to_levels(case.pair.unfused.image)
     others = {"golden": case.golden, "unfused": unfused}
     return CaseReport(
         result=case.result,
-        inputs=tuple(_png(levels(open_picture(path, case.pair.case))) for path in case.pair.case.images),
-        merged=_png(merged),
-        unfused=_png(unfused),
-        golden=None if case.golden is None else _png(case.golden),
+        inputs=tuple(to_png(to_levels(open_picture(path, case.pair.case))) for path in case.pair.case.images),
+        merged=to_png(merged),
+        unfused=to_png(unfused),
+        golden=None if case.golden is None else to_png(case.golden),
         differences=tuple(
-            Difference(name, FACTOR, _png(_amplified(merged, other)))
+            Difference(name, FACTOR, to_png(amplified_difference(merged, other, FACTOR)))
             for name, other in others.items()
             if other is not None and other.shape == merged.shape
         ),
     )
-
-
-def _amplified(merged: Levels, other: Levels) -> Levels:
-    apart = np.abs(merged.astype(np.int32) - other.astype(np.int32)) * FACTOR
-    return np.clip(apart, 0, 255).astype(np.uint8)
-
-
-def _png(picture: Levels) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG")
-    return buffer.getvalue()

@@ -160,16 +160,10 @@ def _all_deltas(loras: Sequence[LoraInput], base: Weights, found: Verification) 
         for module, parts in groups.items():
             name = _longest_match(module, base.names())
             if name is None or "up" not in parts or "down" not in parts:
-                found.problem(
-                    f"{given.name}: {module} of the file has no weight in the base, or lacks a factor"
-                )
+                found.problem(f"{given.name}: {module} of the file has no weight in the base, or lacks a factor")
                 continue
             up, down = parts["up"].astype(np.float64), parts["down"].astype(np.float64)
-            alpha = (
-                float(parts["alpha"].reshape(-1)[0])
-                if "alpha" in parts
-                else _outer_alpha(given.path, len(down))
-            )
+            alpha = float(parts["alpha"].reshape(-1)[0]) if "alpha" in parts else _outer_alpha(given.path, len(down))
             deltas.setdefault(name, []).append(Delta(up, down, given.scale * alpha / len(down)))
     found.targets = len(deltas)
     return deltas
@@ -237,8 +231,9 @@ def _check_target(
         if wrong.any():
             row, column = np.argwhere(wrong)[0]
             found.problem(
-                f"{name}: {int(wrong.sum())} of {wrong.size} values looked at are not base + delta rounded once, first "
-                f"[{block[row]}, {column}]: {merged.rows(name, block)[row, column]!s}, expected {exact[row, column]:.9g}"
+                f"{name}: {int(wrong.sum())} of {wrong.size} values looked at are not base + delta rounded once, "
+                f"first [{block[row]}, {column}]: {merged.rows(name, block)[row, column]!s}, "
+                f"expected {exact[row, column]:.9g}"
             )
             return
 
@@ -262,9 +257,7 @@ def is_nearest(values: Array, exact: npt.NDArray[np.float64]) -> npt.NDArray[np.
     return np.asarray((off <= (up - wide) / 2 * SLACK) & (-off <= (wide - down) / 2 * SLACK))
 
 
-def _check_files(
-    merged: Path, base: Path, weights: set[Path], expected: Expectation, found: Verification
-) -> None:
+def _check_files(merged: Path, base: Path, weights: set[Path], expected: Expectation, found: Verification) -> None:
     generated = set()
     if expected.scheduler:
         generated.add(merged / "scheduler" / "scheduler_config.json")

@@ -20,26 +20,24 @@ from stages.artifacts import GOLDEN, IMAGES, MANIFEST, METRICS, VERIFY, read_obj
 from stages.config import load
 from stages.params import LimitParams
 
-RECORD = "approved.json"
-
 
 def approve(reason: str, only: list[str], limits: LimitParams) -> int:
     """Copy the candidates to `artifacts/golden/RECIPE/ENVIRONMENT/` and record why, and of what they are pictures."""
     metrics, manifest = read_object(METRICS, "regress"), read_object(MANIFEST, "fuse")
     cases = [key.removesuffix(".verdict") for key in metrics if key.endswith(".verdict")]
-    unknown = sorted(set(only) - set(cases))
-    if unknown or not reason.strip():
-        raise BadConfig(f"no case {unknown[0]!r}; the cases are {', '.join(cases)}" if unknown else "--reason is empty")
+    if not set(only) <= set(cases) or not reason.strip():
+        raise BadConfig(f"a --reason and known cases are needed: got {reason!r} and {only}, of {', '.join(cases)}")
     chosen = only or cases
     _refuse_bad(read_object(VERIFY, "verify"), metrics, chosen, Limits(**limits.model_dump()))
     folder = GOLDEN / metrics["recipe"] / metrics["environment"]
     folder.mkdir(parents=True, exist_ok=True)
-    record = read_object(folder / RECORD, "regress") if (folder / RECORD).exists() else {}
+    why = folder / "approved.json"
+    record = read_object(why, "regress") if why.exists() else {}
     for case in chosen:
         shutil.copyfile(IMAGES / f"{case}.merged.png", folder / f"{case}.png")
         record[case] = {"reason": reason, "loras": manifest["loras"], "tool": manifest["tool"]}
         print(f"approved: {folder / case}.png")
-    write_text(folder / RECORD, json.dumps(record, indent=2, sort_keys=True) + "\n")
+    write_text(why, json.dumps(record, indent=2, sort_keys=True) + "\n")
     return 0
 
 
@@ -54,14 +52,9 @@ def _refuse_bad(verify: dict[str, Any], metrics: dict[str, Any], cases: list[str
             raise CheckFailed(f"{case}: {' '.join(reasons)} Mend the merge first; nothing was approved")
 
 
-def main() -> int:
-    """Read the command line and approve."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m stages.approve", description="Approve this run's pictures.")
     parser.add_argument("--reason", required=True, help="why these pictures are right; kept beside them")
     parser.add_argument("--case", action="append", default=[], help="only this case; may be given again")
-    options = parser.parse_args()
-    return guarded(lambda: approve(options.reason, options.case, load().regress.unfused))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    given = parser.parse_args()
+    sys.exit(guarded(lambda: approve(given.reason, given.case, load().regress.unfused)))

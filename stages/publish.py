@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from lora_fuse.card import model_card
-
 from lora_fuse.errors import PublishRefused
 from lora_fuse.manifest import read_manifest
 from lora_fuse.publishing import publish as push

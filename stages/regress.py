@@ -13,34 +13,35 @@ from lora_fuse.regression import Setup, judge_pairs, render_pairs, save_pictures
 from lora_fuse.render import Case, Sampling
 from lora_fuse.report import report_html
 from lora_fuse.review import review
-from stages.artifacts import GOLDEN, IMAGES, MANIFEST, MERGED, METRICS, REPORT, VERIFY
-from stages.artifacts import lora_inputs, read_locks, read_object, write_text
+from stages import artifacts as at
 from stages.config import run_stage
 from stages.params import Params
 
 
 def regress(params: Params) -> int:
     """Write the pictures, `metrics.json` and `report.html`; the gate decides on them."""
-    settings, (base, loras) = params.regress, read_locks()
-    manifest, manifest_sha256 = read_manifest(MANIFEST)
+    settings, (base, loras) = params.regress, at.read_locks()
+    manifest, manifest_sha256 = read_manifest(at.MANIFEST)
     make_deterministic()
     here = environment(resolve_device(settings.device), settings.dtype)
     setup = Setup(
         params.base.pipeline, Sampling(**params.sampling.model_dump()), params.scheduler_config, here.device, here.dtype
     )
-    pairs = render_pairs(MERGED, hub.locate(base), lora_inputs(loras, params), _cases(params), setup)
+    pairs = render_pairs(at.MERGED, hub.locate(base), at.lora_inputs(loras, params), _cases(params), setup)
     limits = {"unfused": Limits(**settings.unfused.model_dump()), "golden": Limits(**settings.golden.model_dump())}
-    judged = judge_pairs(pairs, GOLDEN / params.name / here.key, limits)
-    save_pictures(judged, IMAGES)
+    judged = judge_pairs(pairs, at.GOLDEN / params.name / here.key, limits)
+    save_pictures(judged, at.IMAGES)
     facts = {"recipe": params.name, "scale": params.fuse.scale, "environment": here.key}
     metrics = {
         **flat_metrics(case.result for case in judged),
         **facts,
         "manifest_sha256": manifest_sha256,
     }
-    write_text(METRICS, json.dumps(metrics, indent=2) + "\n")
-    write_text(REPORT, report_html(review(manifest, read_object(VERIFY, "verify"), judged, setup, here, limits)))
-    print(f"regress: {metrics['verdict']} on {here.key}, see {REPORT}")
+    at.write_text(at.METRICS, json.dumps(metrics, indent=2) + "\n")
+    at.write_text(
+        at.REPORT, report_html(review(manifest, at.read_object(at.VERIFY, "verify"), judged, setup, here, limits))
+    )
+    print(f"regress: {metrics['verdict']} on {here.key}, see {at.REPORT}")
     return 0
 
 

@@ -39,10 +39,7 @@ def test_every_recipe_composes_to_checked_parameters(recipe: str) -> None:
 
 
 def test_there_is_a_recipe_for_every_family_and_its_steps() -> None:
-    built = {
-        (load([f"recipe={recipe}"]).base.repo_id, load([f"recipe={recipe}"]).sampling.steps)
-        for recipe in RECIPES
-    }
+    built = {(load([f"recipe={recipe}"]).base.repo_id, load([f"recipe={recipe}"]).sampling.steps) for recipe in RECIPES}
     only_4 = {"Qwen/Qwen-Image-Edit-2511", "Qwen/Qwen-Image-2512"}
     for family in FAMILIES:
         assert (family.base, 4) in built

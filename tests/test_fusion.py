@@ -67,9 +67,7 @@ def test_torch_alone_rounds_twice() -> None:
 def test_rows_get_the_sum_of_all_updates(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(5, 7, generator=generator).to(dtype)
-    factors = [
-        (torch.randn(5, 3, generator=generator).double(), torch.randn(3, 7, generator=generator).double())
-    ] * 2
+    factors = [(torch.randn(5, 3, generator=generator).double(), torch.randn(3, 7, generator=generator).double())] * 2
     expected = round_once(rows.double() + sum(up @ down for up, down in factors), dtype)
     fuse_rows(rows, factors)
     torch.testing.assert_close(rows, expected, rtol=1e-15 if dtype == torch.float64 else 0, atol=0)

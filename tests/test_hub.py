@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from lora_fuse.hub import locate, lock_base, lock_lora, verify_files
 from lora_fuse.records import FileRecord, Lock, Source, from_json, to_json
 from tests.hub_server import Fault, LoopbackHub
 
+ROOT = Path(__file__).resolve().parents[1]
 BASE, LORA = "bob/base", "bob/lora"
 NOWHERE = "http://127.0.0.1:9"  # the discard port: nobody listens
 LORA_FILE = "4steps/lora.safetensors"
@@ -412,7 +415,10 @@ def test_without_a_token_none_is_sent_even_if_one_is_stored(
     hub.push(BASE, PIPELINE)
     monkeypatch.delenv("HF_TOKEN")
     write(tmp_path / "hf-home", {"token": b"hf_write"})
-    lock()
+    # A new process, since the client reads at its import where a token is stored.
+    code = f"from lora_fuse import hub, records; hub.lock_base(records.Source({BASE!r}), previous=None)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+    assert len(hub.log) > len(PIPELINE)
     assert not [call for call in hub.log if call.authorized]
 
 

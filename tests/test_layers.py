@@ -71,9 +71,7 @@ def test_a_stage_is_thin(path: Path) -> None:
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 60
 
 
-@pytest.mark.parametrize(
-    "module", ["lora_fuse.cli", "stages.config", "stages.gate", "stages.summary", "lora_fuse.hub"]
-)
+@pytest.mark.parametrize("module", ["lora_fuse.cli", "stages.config", "stages.gate", "stages.summary", "lora_fuse.hub"])
 def test_start_up_imports_nothing_heavy(module: str) -> None:
     heavy = "{'torch', 'diffusers', 'transformers', 'huggingface_hub', 'hydra', 'omegaconf', 'numpy'}"
     code = f"import sys, {module}; print(sorted({heavy} & sys.modules.keys()))"

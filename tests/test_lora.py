@@ -19,9 +19,7 @@ def base_names() -> dict[str, TensorInfo]:
     return {name: TensorInfo(name, "BF16", tensor.shape, 0, 0) for name, tensor in tiny.weights().items()}
 
 
-def opened(
-    tmp_path: Path, tensors: dict[str, tiny.Array], metadata: dict[str, str] | None = None
-) -> LoraFile:
+def opened(tmp_path: Path, tensors: dict[str, tiny.Array], metadata: dict[str, str] | None = None) -> LoraFile:
     return open_lora(tiny.write_lora(tmp_path / "lora.safetensors", tensors, metadata))
 
 
@@ -56,9 +54,7 @@ def test_a_peft_folder_gives_its_alpha(tmp_path: Path) -> None:
     assert {update.alpha for update in open_lora(tmp_path).updates} == {6.0}
 
 
-@pytest.mark.parametrize(
-    "entry", [{"use_rslora": True}, {"rank_pattern": {"to_q": 8}}, {"alpha_pattern": {"to_q": 8}}]
-)
+@pytest.mark.parametrize("entry", [{"use_rslora": True}, {"rank_pattern": {"to_q": 8}}, {"alpha_pattern": {"to_q": 8}}])
 def test_a_scaling_that_would_be_ignored_is_refused(tmp_path: Path, entry: dict[str, object]) -> None:
     tiny.write_lora(tmp_path / "adapter_model.safetensors", tiny.lora_tensors("peft", alpha=None))
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 6, **entry}))

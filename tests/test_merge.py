@@ -23,9 +23,7 @@ from lora_fuse.records import MergedFile
 from tests import tiny
 
 
-def fuse(
-    base: Path, out: Path, *loras: LoraInput, generated: dict[str, bytes] | None = None
-) -> dict[str, MergedFile]:
+def fuse(base: Path, out: Path, *loras: LoraInput, generated: dict[str, bytes] | None = None) -> dict[str, MergedFile]:
     plan = make_plan(open_checkpoint(base), loras)
     return write_merged(plan, out, device="cpu", generated=generated or {}, known={}, progress=lambda _: None)
 
@@ -51,9 +49,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_only_targets_change_and_they_change_by_the_formula(
-    tmp_path: Path, base: Path, lora: LoraInput
-) -> None:
+def test_only_targets_change_and_they_change_by_the_formula(tmp_path: Path, base: Path, lora: LoraInput) -> None:
     fuse(base, tmp_path / "out", lora)
     before, after, factors = shards(base), shards(tmp_path / "out"), tiny.lora_tensors()
     for name, old in before.items():
@@ -78,9 +74,7 @@ def test_a_merged_shard_keeps_the_name_and_the_header_of_the_base_shard(
         assert len(merged) == shard.path.stat().st_size
 
 
-def test_every_file_of_the_result_is_listed_with_its_true_hash(
-    tmp_path: Path, base: Path, lora: LoraInput
-) -> None:
+def test_every_file_of_the_result_is_listed_with_its_true_hash(tmp_path: Path, base: Path, lora: LoraInput) -> None:
     files = fuse(base, tmp_path / "out", lora, generated={"model_index.json": b"{}\n"})
     held = snapshot(tmp_path / "out")
     assert files.keys() == held.keys()
@@ -111,9 +105,7 @@ def test_out_is_of_the_same_kind_as_base(tmp_path: Path, lora: LoraInput) -> Non
 def test_the_bytes_do_not_depend_on_threads_chunks_or_the_order_of_loras(
     tmp_path: Path, base: Path, lora: LoraInput, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    second = LoraInput(
-        "m", tiny.write_lora(tmp_path / "m.safetensors", tiny.lora_tensors("diffusers", seed=8)), 0.3
-    )
+    second = LoraInput("m", tiny.write_lora(tmp_path / "m.safetensors", tiny.lora_tensors("diffusers", seed=8)), 0.3)
     first = fuse(base, tmp_path / "a", lora, second)
     assert fuse(base, tmp_path / "b", second, lora) == first
     monkeypatch.setattr(engine, "CHUNK", 70)
@@ -146,9 +138,7 @@ def test_a_scale_that_is_not_finite_is_refused(base: Path, lora: LoraInput, scal
         make_plan(open_checkpoint(base), [LoraInput("l", lora.path, scale)])
 
 
-def test_a_factor_that_is_not_finite_leaves_the_last_result(
-    tmp_path: Path, base: Path, lora: LoraInput
-) -> None:
+def test_a_factor_that_is_not_finite_leaves_the_last_result(tmp_path: Path, base: Path, lora: LoraInput) -> None:
     fuse(base, tmp_path / "out", lora)
     before = snapshot(tmp_path / "out")
     tensors = tiny.lora_tensors()

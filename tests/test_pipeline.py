@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,11 @@ class Workspace:
         for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "start"]):
             self.run("git", *command)
 
-    def run(self, *command: str, code: int | None = 0, **env: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *command: str, code: int | None = 0, env: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            command, cwd=self.root, env={**self.env, **env}, capture_output=True, text=True, check=False
+            command, cwd=self.root, env={**self.env, **(env or {})}, capture_output=True, text=True, check=False
         )
         assert code is None or done.returncode == code, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
@@ -48,8 +50,8 @@ class Workspace:
     def config(self, *overrides: str) -> None:
         self.run(sys.executable, "-m", "stages.config", *overrides)
 
-    def repro(self, *arguments: str, code: int = 0, **env: str) -> str:
-        done = self.run("dvc", "repro", *arguments, code=code, **env)
+    def repro(self, *arguments: str, code: int = 0, env: Mapping[str, str] | None = None) -> str:
+        done = self.run("dvc", "repro", *arguments, code=code, env=env)
         return done.stdout + done.stderr
 
     def read(self, name: str) -> dict[str, Any]:
@@ -127,7 +129,10 @@ def test_a_deleted_result_is_rebuilt_to_the_same_bytes(workspace: Workspace) -> 
     output = workspace.repro("verify")
     assert ran(output)[0] == "fuse"
     assert workspace.fused() == before
-    assert before.keys() == {str(p.relative_to(workspace.root / MERGED)) for p in (workspace.root / MERGED / "transformer").glob("*.safetensors")}
+    assert before.keys() == {
+        str(p.relative_to(workspace.root / MERGED))
+        for p in (workspace.root / MERGED / "transformer").glob("*.safetensors")
+    }
 
 
 def test_another_scale_fails_the_gate_and_the_default_passes_again(workspace: Workspace) -> None:
@@ -204,7 +209,7 @@ def test_publish_then_build_from_the_hub(workspace: Workspace, hub: LoopbackHub)
     before = workspace.fused()
     hub_env = {name: os.environ[name] for name in ("HF_ENDPOINT", "HF_HOME", "HF_TOKEN")}
     workspace.config("publish.enabled=true", "publish.repo_id=alice/merged")
-    workspace.repro("publish/dvc.yaml", **hub_env)
+    workspace.repro("publish/dvc.yaml", env=hub_env)
     receipt = workspace.read("artifacts/publish.json")
     manifest = workspace.read("artifacts/merged.manifest.json")
     assert (receipt["status"], receipt["private"]) == ("published", True)
@@ -215,12 +220,12 @@ def test_publish_then_build_from_the_hub(workspace: Workspace, hub: LoopbackHub)
         "from huggingface_hub import HfApi; a = HfApi(); a.create_repo('alice/pocket');"
         "print(a.upload_folder(repo_id='alice/pocket', folder_path='pocket/model').oid)"
     )
-    commit = workspace.run(sys.executable, "-c", push, **hub_env).stdout.strip()
+    commit = workspace.run(sys.executable, "-c", push, env=hub_env).stdout.strip()
     workspace.config("base.path=null", "base.repo_id=alice/pocket", f"base.revision={commit!r}")
-    workspace.repro("verify", **hub_env)
+    workspace.repro("verify", env=hub_env)
     assert workspace.read("artifacts/base.lock.json")["base"]["revision"] == commit
     assert workspace.fused() == before
-    workspace.repro("-f", "fuse", **{**hub_env, "HF_ENDPOINT": "http://127.0.0.1:9"})  # later stages need no Hub
+    workspace.repro("-f", "fuse", env={**hub_env, "HF_ENDPOINT": "http://127.0.0.1:9"})  # later stages need no Hub
     assert workspace.fused() == before
 
 
@@ -230,7 +235,7 @@ def test_publish_refuses_what_the_gate_has_not_passed(workspace: Workspace, hub:
     verify = workspace.root / "artifacts/verify.json"
     text = verify.read_text()
     verify.write_text(text.replace('"passed": true', '"passed": false'))
-    refused = workspace.run(sys.executable, "-m", "stages.publish", code=2, **hub_env)
+    refused = workspace.run(sys.executable, "-m", "stages.publish", code=2, env=hub_env)
     verify.write_text(text)
     assert "the gate is not passed" in refused.stderr
     assert hub.registry.repos == {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -279,5 +281,23 @@ def test_a_regular_file_that_differs_is_noticed_by_its_git_id(hub: LoopbackHub, 
 
 def test_somebody_elses_commit_in_between_is_not_overwritten(hub: LoopbackHub, merged: Path) -> None:
     push(merged)
-    hub.faults.append(Fault(COMMIT, status=412, body=b'{"error": "The branch was updated"}'))
-    assert "somebody else was faster" in refusal(lambda: push(merged, card=CARD + "more\n"))
+    hub.log.clear()
+    hub.faults.append(Fault("/preupload/", delay=0.5))
+
+    def meanwhile() -> None:
+        while not hub.calls("/preupload/"):
+            time.sleep(0.005)
+        hub.push(REPO, {"README.md": b"theirs"})
+
+    other = threading.Thread(target=meanwhile)
+    other.start()
+    message = refusal(lambda: push(merged, card=CARD + "more\n"))
+    other.join()
+    assert "README.md differs" in message
+    assert "publish again" in message
+    assert hub.read(REPO, "README.md") == b"theirs"
+
+
+def test_a_refused_commit_says_that_somebody_was_faster(hub: LoopbackHub, merged: Path) -> None:
+    hub.faults.append(Fault(COMMIT, status=412, body=b"{}"))
+    assert "somebody else was faster" in refusal(lambda: push(merged))

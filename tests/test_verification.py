@@ -91,9 +91,7 @@ def test_a_module_left_out_is_found(tmp_path: Path, merge: Merge) -> None:
 
 def test_a_key_that_the_base_lacks_is_found(tmp_path: Path, merge: Merge) -> None:
     extra = {"transformer_blocks.9.x.lora_down.weight": np.ones((1, 1), np.float32)}
-    more = LoraInput(
-        "l", tiny.write_lora(tmp_path / "more.safetensors", {**tiny.lora_tensors(), **extra}), 1.0
-    )
+    more = LoraInput("l", tiny.write_lora(tmp_path / "more.safetensors", {**tiny.lora_tensors(), **extra}), 1.0)
     found = merge.verify(more, rows=1)
     assert found.modules == 7
     assert "has no weight in the base" in found.problems[0]

@@ -43,8 +43,7 @@ def write_component(folder: Path, tensors: Mapping[str, Array], shards: int = 2)
     for index in range(shards):
         filename = f"{stem}-{index + 1:05d}-of-{shards:05d}.safetensors"
         part = {
-            name: tensors[name]
-            for name in names[index * len(names) // shards : (index + 1) * len(names) // shards]
+            name: tensors[name] for name in names[index * len(names) // shards : (index + 1) * len(names) // shards]
         }
         save_file(part, folder / filename, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(part, filename))
@@ -75,9 +74,7 @@ def write_pipeline(folder: Path, tensors: Mapping[str, Array], shards: int = 2) 
     return folder
 
 
-def lora_tensors(
-    style: str = "lightning", rank: int = 4, alpha: float | None = 2.0, seed: int = 7
-) -> dict[str, Array]:
+def lora_tensors(style: str = "lightning", rank: int = 4, alpha: float | None = 2.0, seed: int = 7) -> dict[str, Array]:
     """A LoRA for every linear of `weights`, in the key style of lightx2v or of diffusers/PEFT."""
     down, up = {
         "lightning": ("{}.lora_down.weight", "{}.lora_up.weight"),
@@ -92,11 +89,7 @@ def lora_tensors(
             made[down.format(name)] = (rng.standard_normal((rank, in_features)) / 4).astype(np.float32)
             made[up.format(name)] = (rng.standard_normal((out_features, rank)) / 4).astype(np.float32)
             if alpha is not None:
-                key = (
-                    down.format(name)
-                    .replace(".lora_down.weight", ".alpha")
-                    .replace(".lora_A.weight", ".alpha")
-                )
+                key = down.format(name).replace(".lora_down.weight", ".alpha").replace(".lora_A.weight", ".alpha")
                 made[key] = np.array(alpha, dtype=np.float32)
     return made
 
