@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from lora_fuse.report import summary_text
-
 from stages.artifacts import METRICS, REPORT, read_object
 from stages.config import run_stage
 from stages.params import Params
