@@ -45,7 +45,6 @@ class Checkpoint:
 
     root: Path
     kind: Kind
-    component: str
     shards: tuple[Shard, ...]
     others: tuple[str, ...]
 
@@ -88,11 +87,11 @@ def open_checkpoint(root: Path, component: str = "transformer", files: Iterable[
         BadCheckpoint: there is nothing there, or its index and shards contradict each other.
     """
     if root.is_file():
-        return Checkpoint(root, Kind.FILE, "", (Shard(root, root.name, read_header(root)),), ())
+        return Checkpoint(root, Kind.FILE, (Shard(root, root.name, read_header(root)),), ())
     if (root / "model_index.json").is_file():
         kind, prefix = Kind.PIPELINE, f"{component}/"
     elif (root / "config.json").is_file():
-        kind, prefix, component = Kind.COMPONENT, "", ""
+        kind, prefix = Kind.COMPONENT, ""
     else:
         raise BadCheckpoint(
             f"{root} is no base: expected a folder with model_index.json (a pipeline) or config.json (a component), "
@@ -101,7 +100,7 @@ def open_checkpoint(root: Path, component: str = "transformer", files: Iterable[
     names = sorted(files) if files is not None else _kept_files(root)
     shards = _component_shards(root, prefix, names)
     taken = {shard.relative for shard in shards}
-    return Checkpoint(root, kind, component, shards, tuple(name for name in names if name not in taken))
+    return Checkpoint(root, kind, shards, tuple(name for name in names if name not in taken))
 
 
 def _kept_files(root: Path) -> list[str]:

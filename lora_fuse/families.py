@@ -18,7 +18,6 @@ class Family:
     base: str
     pipeline: str
     loras: tuple[str, ...]
-    component: str = "transformer"
 
 
 _LIGHTNING = "lightx2v/Qwen-Image-Lightning"
