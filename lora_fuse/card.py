@@ -117,7 +117,7 @@ def _snippet(pipeline: str, source: str, steps: int, true_cfg_scale: float, nega
         f"from diffusers import {pipeline}",
         *(["from diffusers.utils import load_image"] if edits else []),
         "",
-        f'pipe = {pipeline}.from_pretrained("{source}", torch_dtype=torch.bfloat16).to("cuda")',
+        f'pipe = {pipeline}.from_pretrained("{source}", dtype=torch.bfloat16).to("cuda")',
         "image = pipe(",
         *(f"    {argument}," for argument in call),
         ").images[0]",
