@@ -1,6 +1,7 @@
 """Renders each case twice in one process: from the merged checkpoint, and from the base with the LoRAs unfused.
 
-The two transformers are never in memory together; text encoder, VAE, tokenizer and processor are loaded once.
+If asked, a third time from the base alone at its own settings, to show what the LoRA saves. Merged and unfused
+transformer are never in memory together; text encoder, VAE, tokenizer and processor are loaded once.
 """
 
 from __future__ import annotations
@@ -32,22 +33,27 @@ from lora_fuse.render import (
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What both sides share: pipeline class, sampling, scheduler settings (empty: the folder's own), device, dtype."""
+    """What the sides share: pipeline class, sampling, scheduler settings (empty: the folder's own), device, dtype.
+
+    `baseline` is how the base alone is run; None leaves that side out.
+    """
 
     pipeline: str
     sampling: Sampling
     scheduler: Mapping[str, object]
     device: str
     dtype: str
+    baseline: Sampling | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One case, rendered from the merged checkpoint and from base + LoRA."""
+    """One case, rendered from the merged checkpoint, from base + LoRA and, if asked, from the base alone."""
 
     case: Case
     merged: Rendered
     unfused: Rendered
+    baseline: Rendered | None = None
 
 
 def render_pairs(
@@ -71,7 +77,18 @@ def render_pairs(
     specs = [LoraSpec(lora.name, lora.path, lora.scale) for lora in loras]
     load_loras(pipe, specs, sum(len(open_lora(lora.path).updates) for lora in loras))
     theirs = [render(pipe, case, setup.sampling) for case in cases]
-    return [Pair(case, mine, other) for case, mine, other in zip(cases, ours, theirs, strict=True)]
+    alone = _render_baseline(pipe, base, cases, setup)
+    return [Pair(*sides) for sides in zip(cases, ours, theirs, alone, strict=True)]
+
+
+def _render_baseline(pipe: Pipeline, base: Path, cases: Sequence[Case], setup: Setup) -> Sequence[Rendered | None]:
+    """The base as its authors run it: no LoRA, its own scheduler, steps and CFG."""
+    if setup.baseline is None:
+        return [None] * len(cases)
+    pipe.unload_lora_weights()
+    parts = {**shared_components(pipe), "transformer": pipe.transformer}
+    pipe = load_pipeline(base, setup.pipeline, device=setup.device, dtype=setup.dtype, shared=parts)
+    return [render(pipe, case, setup.baseline) for case in cases]
 
 
 def _drop_transformer(pipe: Pipeline) -> None:
@@ -132,8 +149,10 @@ def _read_golden(path: Path) -> Levels | None:
 
 
 def save_pictures(judged: Sequence[JudgedPair], folder: Path) -> None:
-    """Write ``CASE.merged.png`` and ``CASE.unfused.png``, lossless; an approval copies the former."""
+    """Write ``CASE.merged.png``, ``CASE.unfused.png`` and so on, lossless; an approval copies the first."""
     folder.mkdir(parents=True, exist_ok=True)
     for case in judged:
-        case.pair.merged.image.save(folder / f"{case.name}.merged.png")
-        case.pair.unfused.image.save(folder / f"{case.name}.unfused.png")
+        sides = {"merged": case.pair.merged, "unfused": case.pair.unfused, "baseline": case.pair.baseline}
+        for side, rendered in sides.items():
+            if rendered is not None:
+                rendered.image.save(folder / f"{case.name}.{side}.png")

@@ -71,6 +71,22 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True)
+class Baseline:
+    """The base alone at its own settings: its picture, and both times in seconds."""
+
+    png: bytes
+    steps: int
+    true_cfg_scale: float
+    seconds: float
+    merged_seconds: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times as long the base takes."""
+        return self.seconds / self.merged_seconds
+
+
+@dataclass(frozen=True, slots=True)
 class CaseReport:
     """A judged case and its pictures, all PNG files; `golden` is None where none was approved."""
 
@@ -80,6 +96,7 @@ class CaseReport:
     unfused: bytes
     golden: bytes | None
     differences: tuple[Difference, ...]
+    baseline: Baseline | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from lora_fuse.golden import Limits, worst
 from lora_fuse.metrics import amplified_difference, to_levels, to_png
 from lora_fuse.records import Manifest, MergedLora
 from lora_fuse.regression import JudgedPair, Setup
-from lora_fuse.render import open_picture
-from lora_fuse.report import BuiltFrom, CaseReport, Difference, LoraRow, Report, WeightsCheck
+from lora_fuse.render import Sampling, open_picture
+from lora_fuse.report import Baseline, BuiltFrom, CaseReport, Difference, LoraRow, Report, WeightsCheck
 
 FACTOR = 8  # a difference of 32 levels, and any larger one, is shown as white
 
@@ -50,7 +50,7 @@ def review(
         warnings=tuple(_warnings(manifest)),
         unfused_limits=limits["unfused"],
         golden_limits=limits["golden"],
-        cases=tuple(_case(case) for case in judged),
+        cases=tuple(_case(case, setup.baseline) for case in judged),
     )
 
 
@@ -92,7 +92,7 @@ def _environment(here: Environment, manifest: Manifest) -> dict[str, str]:
     }
 
 
-def _case(case: JudgedPair) -> CaseReport:
+def _case(case: JudgedPair, baseline: Sampling | None) -> CaseReport:
     merged, unfused = to_levels(case.pair.merged.image), to_levels(case.pair.unfused.image)
     others = {"golden": case.golden, "unfused": unfused}
     return CaseReport(
@@ -106,4 +106,13 @@ def _case(case: JudgedPair) -> CaseReport:
             for name, other in others.items()
             if other is not None and other.shape == merged.shape
         ),
+        baseline=_baseline(case, baseline),
     )
+
+
+def _baseline(case: JudgedPair, sampling: Sampling | None) -> Baseline | None:
+    alone = case.pair.baseline
+    if alone is None or sampling is None:
+        return None
+    png = to_png(to_levels(alone.image))
+    return Baseline(png, sampling.steps, sampling.true_cfg_scale, alone.seconds, case.pair.merged.seconds)

@@ -48,10 +48,19 @@ class SourceParams(Section):
         return Source(self.repo_id, self.path, self.revision)
 
 
+class SamplingParams(Section):
+    """How a model is meant to be run."""
+
+    steps: PositiveInt
+    true_cfg_scale: Finite
+    negative_prompt: str | None
+
+
 class BaseParams(SourceParams):
-    """The base model and the diffusers pipeline class that runs it."""
+    """The base model, the diffusers pipeline class that runs it, and how it is run without a LoRA."""
 
     pipeline: Text
+    sampling: SamplingParams
 
 
 class LoraParams(SourceParams):
@@ -91,14 +100,6 @@ class SchedulerParams(Section):
     use_karras_sigmas: bool
 
 
-class SamplingParams(Section):
-    """How the merged model is meant to be run."""
-
-    steps: PositiveInt
-    true_cfg_scale: Finite
-    negative_prompt: str | None
-
-
 class VerifyParams(Section):
     """`rows`: rows of each target to re-derive, or ``all``."""
 
@@ -123,10 +124,11 @@ class LimitParams(Section):
 
 
 class RegressParams(Section):
-    """What is rendered, on what, and how far pictures may be apart."""
+    """What is rendered, on what, and how far pictures may be apart; `baseline` adds the base alone to the report."""
 
     device: Device
     dtype: DType
+    baseline: bool
     cases: Annotated[dict[CaseName, CaseParams], Field(min_length=1)]
     unfused: LimitParams
     golden: LimitParams

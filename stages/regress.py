@@ -25,7 +25,12 @@ def regress(params: Params) -> int:
     make_deterministic()
     here = environment(resolve_device(settings.device), settings.dtype)
     setup = Setup(
-        params.base.pipeline, Sampling(**params.sampling.model_dump()), params.scheduler_config, here.device, here.dtype
+        pipeline=params.base.pipeline,
+        sampling=Sampling(**params.sampling.model_dump()),
+        scheduler=params.scheduler_config,
+        device=here.device,
+        dtype=here.dtype,
+        baseline=Sampling(**params.base.sampling.model_dump()) if settings.baseline else None,
     )
     pairs = render_pairs(at.MERGED, hub.locate(base), at.lora_inputs(loras, params), _cases(params), setup)
     limits = {"unfused": Limits(**settings.unfused.model_dump()), "golden": Limits(**settings.golden.model_dump())}

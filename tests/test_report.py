@@ -14,6 +14,7 @@ from lora_fuse.golden import CaseResult, Limits, Picture, Subject, Verdict, exam
 from lora_fuse.metrics import Levels, amplified_difference, to_png
 from lora_fuse.report import (
     MEANINGS,
+    Baseline,
     BuiltFrom,
     CaseReport,
     Difference,
@@ -202,6 +203,14 @@ def test_the_summary_s_columns_are_aligned() -> None:
 
 def test_a_passed_run_says_so() -> None:
     assert "passed, exact" in summary_text(metrics_of(EXACT), "r")
+
+
+def test_the_base_alone_is_shown_with_both_times_and_their_ratio() -> None:
+    case = dataclasses.replace(EXACT, baseline=Baseline(to_png(scene(5)), 40, 4.0, seconds=12.0, merged_seconds=1.5))
+    page = report_html(page_of(case))
+    assert "40 steps at CFG 4.0" in page
+    assert "12.00 s; merged 1.50 s: 8.0 times as fast" in page
+    assert "base alone" not in report_html(page_of(EXACT))
 
 
 def test_every_verdict_has_a_meaning() -> None:
