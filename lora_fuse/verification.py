@@ -1,8 +1,8 @@
 """An independent re-derivation of a merge: other code, other libraries, another way to judge rounding.
 
 The engine streams bytes by its own header reader and computes in torch. Here safetensors itself reads, numpy computes,
-modules are found by the longest base name that a key ends in, and a value is right if it is *nearest*: no neighbour in
-the weight's dtype lies closer to the float64 sum. A mistake in one is not repeated in the other.
+`expected` finds the modules in its own way, and a value is right if it is *nearest*: no neighbour in the weight's dtype
+lies closer to the float64 sum. A mistake in one is not repeated in the other.
 """
 
 from __future__ import annotations
@@ -10,26 +10,19 @@ from __future__ import annotations
 import filecmp
 import json
 import math
-import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
 import numpy.typing as npt
-from safetensors import safe_open
 
 from lora_fuse.errors import BadCheckpoint
+from lora_fuse.expected import Array, Delta, Weights, read_expected
 from lora_fuse.lora import LoraInput
 
-Array = npt.NDArray[Any]
-
-KEY = re.compile(r"(?P<module>.+?)\.(?P<part>lora_down|lora_up|lora_A|lora_B|alpha)(\.weight)?")
-PARTS = {"lora_down": "down", "lora_A": "down", "lora_up": "up", "lora_B": "up", "alpha": "alpha"}
 SLACK = 1 + 1e-9  # float64 sums taken in another order differ by about 1e-16 of the value
 SHOWN = 20  # problems that are spelled out; the rest is counted
 
@@ -67,42 +60,6 @@ class Expectation:
     scheduler: Mapping[str, object] = field(default_factory=dict)
 
 
-class Weights:
-    """The tensors of the safetensors files in one place, by name, opened through safetensors."""
-
-    def __init__(self, files: Sequence[Path], stack: ExitStack) -> None:
-        self._handles: dict[str, Any] = {}
-        for file in files:
-            handle = stack.enter_context(safe_open(file, framework="np"))
-            self._handles.update(dict.fromkeys(handle.keys(), handle))
-
-    def names(self) -> set[str]:
-        """All tensor names."""
-        return set(self._handles)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-        return tuple(self._handles[name].get_slice(name).get_shape())
-
-    def tensor(self, name: str) -> Array:
-        """The whole tensor in its own dtype."""
-        return np.asarray(self._handles[name].get_tensor(name))
-
-    def rows(self, name: str, rows: npt.NDArray[np.int64]) -> Array:
-        """Some rows of a matrix in its own dtype."""
-        part = self._handles[name].get_slice(name)
-        return np.concatenate([np.asarray(part[int(row) : int(row) + 1]) for row in rows])
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """One LoRA's part in one weight: ``coefficient * up @ down``."""
-
-    up: Array  # B: (out_features, rank)
-    down: Array  # A: (rank, in_features)
-    coefficient: float
-
-
 def verify_merge(
     merged: Path,
     base: Path,
@@ -131,8 +88,11 @@ def verify_merge(
         if [file.name for file in base_files] != [file.name for file in merged_files] and base.is_dir():
             found.problem(f"shards differ: base {_names(base_files)}, merged {_names(merged_files)}")
         ours, theirs = Weights(merged_files, stack), Weights(base_files, stack)
-        deltas = _all_deltas(loras, theirs, found)
-        _check_tensors(ours, theirs, deltas, rows, found)
+        expected_sum = read_expected(loras, theirs)
+        found.modules, found.targets = expected_sum.modules, len(expected_sum.deltas)
+        for problem in expected_sum.problems:
+            found.problem(problem)
+        _check_tensors(ours, theirs, expected_sum.deltas, rows, found)
     if base.is_dir():
         _check_files(merged, base, {*base_files, *merged_files}, expected, found)
     return found
@@ -150,54 +110,6 @@ def _weight_files(root: Path, component: str) -> list[Path]:
 
 def _names(files: Sequence[Path]) -> str:
     return ", ".join(file.name for file in files)
-
-
-def _all_deltas(loras: Sequence[LoraInput], base: Weights, found: Verification) -> dict[str, list[Delta]]:
-    deltas: dict[str, list[Delta]] = {}
-    for given in loras:
-        groups = _grouped_keys(given, found)
-        found.modules += len(groups)
-        for module, parts in groups.items():
-            name = _longest_match(module, base.names())
-            if name is None or "up" not in parts or "down" not in parts:
-                found.problem(f"{given.name}: {module} of the file has no weight in the base, or lacks a factor")
-                continue
-            up, down = parts["up"].astype(np.float64), parts["down"].astype(np.float64)
-            alpha = float(parts["alpha"].reshape(-1)[0]) if "alpha" in parts else _outer_alpha(given.path, len(down))
-            deltas.setdefault(name, []).append(Delta(up, down, given.scale * alpha / len(down)))
-    found.targets = len(deltas)
-    return deltas
-
-
-def _grouped_keys(given: LoraInput, found: Verification) -> dict[str, dict[str, Array]]:
-    file = given.path / "adapter_model.safetensors" if given.path.is_dir() else given.path
-    groups: dict[str, dict[str, Array]] = {}
-    with safe_open(file, framework="np") as handle:
-        for key in handle.keys():  # noqa: SIM118  (a safetensors handle is not a mapping)
-            match = KEY.fullmatch(key)
-            if match is None:
-                found.problem(f"{given.name}: the key {key} is of no known kind")
-                continue
-            groups.setdefault(match["module"], {})[PARTS[match["part"]]] = np.asarray(handle.get_tensor(key))
-    return groups
-
-
-def _longest_match(module: str, names: set[str]) -> str | None:
-    """The base weight whose dotted name is the longest tail of `module`."""
-    parts = module.split(".")
-    tails = (".".join([*parts[start:], "weight"]) for start in range(len(parts)))
-    return next((tail for tail in tails if tail in names), None)
-
-
-def _outer_alpha(path: Path, rank: int) -> float:
-    """The alpha of a module without one in its keys: PEFT's configuration beside or inside the file, else the rank."""
-    if path.is_dir():
-        text = (path / "adapter_config.json").read_text(encoding="utf-8")
-    else:
-        with safe_open(path, framework="np") as handle:
-            text = (handle.metadata() or {}).get("lora_adapter_metadata", "{}")
-    alphas = [value for key, value in json.loads(text).items() if key.split(".")[-1] == "lora_alpha"]
-    return float(alphas[0]) if alphas and alphas[0] is not None else float(rank)
 
 
 def _check_tensors(
