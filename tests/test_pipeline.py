@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.hub_server import LoopbackHub
 
 ROOT = Path(__file__).resolve().parents[1]
 MERGED = Path("artifacts/merged")
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 STAGES = ["download", "fuse", "verify", "regress", "gate"]
 
 
@@ -184,7 +186,8 @@ def test_a_recipe_by_override_runs_end_to_end_without_a_golden(workspace: Worksp
         ("loras.lightning.filename=nope.safetensors", "nope.safetensors"),
         ("loras.lightning.filename=lora.pt", "pickle"),
         ("base.path=pocket/nowhere", "pocket/nowhere"),
-        ("fuse.device=cuda", "cuda"),
+        pytest.param("fuse.device=cuda", "cuda", marks=NO_GPU),
+        pytest.param("regress.device=cuda", "cuda", marks=NO_GPU),
     ],
 )
 def test_bad_input_is_one_error_line_and_leaves_the_last_result(
