@@ -7,6 +7,7 @@ transformer are never in memory together; text encoder, VAE, tokenizer and proce
 from __future__ import annotations
 
 import gc
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,8 +150,12 @@ def _read_golden(path: Path) -> Levels | None:
 
 
 def save_pictures(judged: Sequence[JudgedPair], folder: Path) -> None:
-    """Write ``CASE.merged.png``, ``CASE.unfused.png`` and so on, lossless; an approval copies the first."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write ``CASE.merged.png``, ``CASE.unfused.png`` and so on, lossless; an approval copies the first.
+
+    What an earlier run left in `folder` goes, but only now that there is something to put in its place.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     for case in judged:
         sides = {"merged": case.pair.merged, "unfused": case.pair.unfused, "baseline": case.pair.baseline}
         for side, rendered in sides.items():

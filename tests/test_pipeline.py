@@ -200,6 +200,7 @@ def test_bad_input_is_one_error_line_and_leaves_the_last_result(
     assert message in errors[0]
     assert workspace.fused() == before
     assert (workspace.root / MERGED / "model_index.json").is_file()
+    assert (workspace.root / "artifacts/regression/images/rabbit.merged.png").is_file()
 
 
 def test_publishing_is_off_unless_asked_for(workspace: Workspace) -> None:

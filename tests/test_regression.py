@@ -64,9 +64,15 @@ def test_the_base_alone_runs_at_its_own_steps_and_scheduler_without_the_lora(pai
 
 
 def test_a_run_is_exact_against_its_own_approved_pictures(pairs: list[Pair], tmp_path: Path) -> None:
-    save_pictures(judge_pairs(pairs, tmp_path, LIMITS), tmp_path)
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "of-an-earlier-run.png").write_bytes(b"")
+    save_pictures(judge_pairs(pairs, tmp_path, LIMITS), images)
+    assert sorted(path.name for path in images.iterdir()) == sorted(
+        f"{pair.case.name}.{side}.png" for pair in pairs for side in ("merged", "unfused", "baseline")
+    )
     for pair in pairs:
-        (tmp_path / f"{pair.case.name}.merged.png").rename(tmp_path / f"{pair.case.name}.png")
+        (images / f"{pair.case.name}.merged.png").rename(tmp_path / f"{pair.case.name}.png")
     assert [case.result.verdict for case in judge_pairs(pairs, tmp_path, LIMITS)] == [Verdict.EXACT] * 2
 
 
