@@ -59,7 +59,7 @@ def build(out: Path) -> None:
     _forget_versions(folder)
     (out / LORA).parent.mkdir(parents=True, exist_ok=True)
     save_file(model.lora(transformer), out / LORA)
-    drawings.draw(out / "inputs")
+    drawings.draw_inputs(out / "inputs")
 
 
 def _forget_versions(folder: Path) -> None:
