@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
 
+from lora_fuse.allowlist import TEXT_SUFFIXES
 from lora_fuse.errors import BadCheckpoint
 from lora_fuse.header import PREFIX, Header, TensorInfo, header_length, parse_header
 
@@ -19,7 +20,7 @@ INDEX_SUFFIX = ".safetensors.index.json"
 
 # What a merged repository takes over from a base: weights as safetensors and the text that loads them. A pickle, a
 # README (the merged repository has a card of its own) or a stray file is left behind.
-KEPT_SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".jinja", ".model"})
+KEPT_SUFFIXES = TEXT_SUFFIXES | {".safetensors"}
 
 
 class Kind(StrEnum):

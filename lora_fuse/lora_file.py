@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy.typing as npt
 
 from lora_fuse.checkpoint import read_header
 from lora_fuse.errors import BadCheckpoint, BadLora
+from lora_fuse.files import hash_file
 from lora_fuse.header import Header, TensorInfo
 from lora_fuse.lora import ALPHA, AdapterConfig, Update, parse_adapter_config, parse_lora
 
@@ -72,9 +72,7 @@ def open_lora(path: Path) -> LoraFile:
         config = parse_adapter_config(header.metadata["lora_adapter_metadata"], f"{file} (lora_adapter_metadata)")
     alphas = {name: _scalar(file, tensor) for name, tensor in header.tensors.items() if name.endswith(ALPHA)}
     updates = parse_lora(header.tensors, alphas, config, str(file))
-    with file.open("rb") as opened:
-        sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
-    return LoraFile(file, header, updates, sha256)
+    return LoraFile(file, header, updates, hash_file(file).sha256)
 
 
 def _open_peft_folder(folder: Path) -> tuple[AdapterConfig, Path]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lora_fuse.errors import BadSource
+from lora_fuse.files import replace_text
 from lora_fuse.plan import Plan
 from lora_fuse.provenance import this_tool
 from lora_fuse.records import SCHEMA, Lock, Manifest, MergedFile, MergedLora, from_json, to_json
@@ -56,9 +57,7 @@ def build_manifest(
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write the manifest, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(to_json(manifest), encoding="utf-8")
-    partial.replace(path)
+    replace_text(path, to_json(manifest))
 
 
 def read_manifest(path: Path) -> tuple[Manifest, str]:

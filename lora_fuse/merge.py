@@ -17,6 +17,7 @@ from pathlib import Path
 from lora_fuse.checkpoint import Checkpoint, Kind
 from lora_fuse.engine import Fuser, Progress, fuse_shard
 from lora_fuse.errors import BadCheckpoint, Busy, NoSpace, Refused
+from lora_fuse.files import hash_file
 from lora_fuse.plan import Plan
 from lora_fuse.records import FileRecord, MergedFile
 
@@ -101,13 +102,6 @@ def _write_files(
         (partial / name).write_bytes(content)
         files[name] = MergedFile(len(content), hashlib.sha256(content).hexdigest(), "generated")
     return files
-
-
-def hash_file(path: Path) -> FileRecord:
-    """Size in bytes and sha256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileRecord(path.stat().st_size, digest)
 
 
 def _place(source: Path, target: Path) -> None:

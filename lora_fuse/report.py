@@ -130,7 +130,7 @@ def summary_text(metrics: Mapping[str, Any], report_path: str) -> str:
         metrics: the content of `metrics.json`, as `golden.flat_metrics` makes it.
         report_path: where the page is.
     """
-    names = [key.removesuffix(".verdict") for key in metrics if key.endswith(".verdict")]
+    names = case_names(metrics)
     rows = [("case", "verdict", "PSNR to golden", "max diff", "PSNR to unfused", "max diff")]
     for name in names:
         pairs = [text for pair in ("golden", "unfused") for text in _flat_pair(metrics, f"{name}.{pair}")]
@@ -142,6 +142,11 @@ def summary_text(metrics: Mapping[str, Any], report_path: str) -> str:
     passed = "passed" if metrics["passed"] else "FAILED"
     verdict = metrics["verdict"]
     return "\n".join([*lines, "", f"{passed}, {verdict}: {MEANINGS[verdict]}", f"report: {report_path}"])
+
+
+def case_names(metrics: Mapping[str, Any]) -> list[str]:
+    """The cases of a `metrics.json`, in its order."""
+    return [key.removesuffix(".verdict") for key in metrics if key.endswith(".verdict")]
 
 
 def _flat_pair(metrics: Mapping[str, Any], pair: str) -> tuple[str, str]:

@@ -14,9 +14,11 @@ from typing import Any
 
 from lora_fuse.cli import guarded
 from lora_fuse.errors import BadConfig, CheckFailed
+from lora_fuse.files import replace_text
 from lora_fuse.golden import Comparison, Limits, Verdict, beyond
 from lora_fuse.metrics import METRICS as NAMES
-from stages.artifacts import GOLDEN, IMAGES, MANIFEST, METRICS, VERIFY, read_object, write_text
+from lora_fuse.report import case_names
+from stages.artifacts import GOLDEN, IMAGES, MANIFEST, METRICS, VERIFY, read_object
 from stages.config import load
 from stages.params import LimitParams
 
@@ -24,20 +26,18 @@ from stages.params import LimitParams
 def approve(reason: str, only: list[str], limits: LimitParams) -> int:
     """Copy the candidates to `artifacts/golden/RECIPE/ENVIRONMENT/` and record why, and of what they are pictures."""
     metrics, manifest = read_object(METRICS, "regress"), read_object(MANIFEST, "fuse")
-    cases = [key.removesuffix(".verdict") for key in metrics if key.endswith(".verdict")]
+    cases = case_names(metrics)
     if not set(only) <= set(cases) or not reason.strip():
         raise BadConfig(f"a --reason and known cases are needed: got {reason!r} and {only}, of {', '.join(cases)}")
-    chosen = only or cases
-    _refuse_bad(read_object(VERIFY, "verify"), metrics, chosen, Limits(**limits.model_dump()))
+    _refuse_bad(read_object(VERIFY, "verify"), metrics, only or cases, Limits(**limits.model_dump()))
     folder = GOLDEN / metrics["recipe"] / metrics["environment"]
     folder.mkdir(parents=True, exist_ok=True)
-    why = folder / "approved.json"
-    record = read_object(why, "regress") if why.exists() else {}
-    for case in chosen:
+    record = read_object(why, "regress") if (why := folder / "approved.json").exists() else {}
+    for case in only or cases:
         shutil.copyfile(IMAGES / f"{case}.merged.png", folder / f"{case}.png")
         record[case] = {"reason": reason, "loras": manifest["loras"], "tool": manifest["tool"]}
         print(f"approved: {folder / case}.png")
-    write_text(why, json.dumps(record, indent=2, sort_keys=True) + "\n")
+    replace_text(why, json.dumps(record, indent=2, sort_keys=True) + "\n")
     return 0
 
 
@@ -45,9 +45,9 @@ def _refuse_bad(verify: dict[str, Any], metrics: dict[str, Any], cases: list[str
     if not verify["passed"] or verify["manifest_sha256"] != metrics["manifest_sha256"]:
         raise CheckFailed(f"the weights behind these pictures are not verified, see {VERIFY}; nothing was approved")
     for case in cases:
-        values = {name: metrics[f"{case}.unfused.{name}"] for name in NAMES}
+        pair = Comparison(**{name: metrics[f"{case}.unfused.{name}"] for name in NAMES})
         reasons = [metrics[f"{case}.reasons"]] if metrics[f"{case}.verdict"] == Verdict.INVALID else []
-        reasons = reasons or beyond(Comparison(**values), limits, "the unfused picture of that run")
+        reasons = reasons or beyond(pair, limits, "the unfused picture of that run")
         if reasons:
             raise CheckFailed(f"{case}: {' '.join(reasons)} Mend the merge first; nothing was approved")
 

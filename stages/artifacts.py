@@ -57,14 +57,6 @@ def read_object(path: Path, stage: str) -> dict[str, Any]:
     return content
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a result, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
 def lora_inputs(loras: Mapping[str, Lock], params: Params) -> list[LoraInput]:
     """The pinned LoRA files with the scales of the recipe."""
     return [

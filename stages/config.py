@@ -16,6 +16,7 @@ import yaml
 
 from lora_fuse.cli import guarded
 from lora_fuse.errors import BadConfig, CheckFailed
+from lora_fuse.files import replace_text
 from stages.params import Params, parse_params
 
 PARAMS = Path("params.yaml")
@@ -75,9 +76,7 @@ def main(arguments: Sequence[str]) -> int:
     wanted = yaml.safe_dump(tree, sort_keys=True, allow_unicode=True, width=110)
     if "--check" in arguments:
         return _check(wanted)
-    partial = PARAMS.with_name(f".{PARAMS.name}.partial")
-    partial.write_text(wanted, encoding="utf-8")
-    partial.replace(PARAMS)
+    replace_text(PARAMS, wanted)
     print(f"{PARAMS} written: recipe {tree['name']}")
     return 0
 

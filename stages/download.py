@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from lora_fuse import hub
+from lora_fuse.files import replace_text
 from lora_fuse.progress import human_bytes
 from lora_fuse.records import SCHEMA, BaseLock, Lock, LoraLock, from_json, to_json
-from stages.artifacts import BASE_LOCK, LORA_LOCK, write_text
+from stages.artifacts import BASE_LOCK, LORA_LOCK
 from stages.config import run_stage
 from stages.params import Params
 
@@ -18,8 +19,8 @@ def download(params: Params) -> int:
         name: hub.lock_lora(lora.source, lora.filename, previous=loras_before.get(name))
         for name, lora in sorted(params.loras.items())
     }
-    write_text(BASE_LOCK, to_json(BaseLock(SCHEMA, base)))
-    write_text(LORA_LOCK, to_json(LoraLock(SCHEMA, loras)))
+    replace_text(BASE_LOCK, to_json(BaseLock(SCHEMA, base)))
+    replace_text(LORA_LOCK, to_json(LoraLock(SCHEMA, loras)))
     for lock in (base, *loras.values()):
         size = sum(file.size for file in lock.files.values())
         print(f"download: {lock.label}: {len(lock.files)} files, {human_bytes(size)}, every sha256 checked")

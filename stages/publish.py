@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from lora_fuse.card import model_card
 from lora_fuse.errors import PublishRefused
+from lora_fuse.files import replace_text
 from lora_fuse.manifest import read_manifest
 from lora_fuse.publishing import publish as push
 from lora_fuse.publishing import skipped
 from lora_fuse.records import to_json
-from stages.artifacts import MANIFEST, MERGED, METRICS, RECEIPT, VERIFY, read_object, write_text
+from stages.artifacts import MANIFEST, MERGED, METRICS, RECEIPT, VERIFY, read_object
 from stages.config import run_stage
 from stages.gate import decide
 from stages.params import Params
@@ -19,7 +20,7 @@ def publish(params: Params) -> int:
     manifest, manifest_sha256 = read_manifest(MANIFEST)
     settings = params.publish
     if not settings.enabled:
-        write_text(RECEIPT, to_json(skipped("publish.enabled is false", manifest_sha256)))
+        replace_text(RECEIPT, to_json(skipped("publish.enabled is false", manifest_sha256)))
         print("publish: skipped, publish.enabled is false")
         return 0
     if settings.repo_id is None:
@@ -41,7 +42,7 @@ def publish(params: Params) -> int:
     )
     message = f"{manifest.recipe}, scale {manifest.scale:g}, by lora-fuse {manifest.tool.version}"
     receipt = push(MERGED, manifest, card, repo_id=settings.repo_id, private=settings.private, message=message)
-    write_text(RECEIPT, to_json(receipt))
+    replace_text(RECEIPT, to_json(receipt))
     print(f"publish: {receipt.status}: {receipt.repo_id}@{receipt.commit}")
     return 0
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lora_fuse import hub
 from lora_fuse.devices import environment, make_deterministic, resolve_device
+from lora_fuse.files import replace_text
 from lora_fuse.golden import Limits, flat_metrics
 from lora_fuse.manifest import read_manifest
 from lora_fuse.regression import Setup, judge_pairs, render_pairs, save_pictures
@@ -42,8 +43,8 @@ def regress(params: Params) -> int:
         **facts,
         "manifest_sha256": manifest_sha256,
     }
-    at.write_text(at.METRICS, json.dumps(metrics, indent=2) + "\n")
-    at.write_text(
+    replace_text(at.METRICS, json.dumps(metrics, indent=2) + "\n")
+    replace_text(
         at.REPORT, report_html(review(manifest, at.read_object(at.VERIFY, "verify"), judged, setup, here, limits))
     )
     print(f"regress: {metrics['verdict']} on {here.key}, see {at.REPORT}")

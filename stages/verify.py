@@ -8,9 +8,10 @@ import sys
 
 from lora_fuse import hub
 from lora_fuse.families import COMPONENT
+from lora_fuse.files import replace_text
 from lora_fuse.manifest import check_files, read_manifest
 from lora_fuse.verification import Expectation, verify_merge
-from stages.artifacts import MANIFEST, MERGED, VERIFY, lora_inputs, read_locks, write_text
+from stages.artifacts import MANIFEST, MERGED, VERIFY, lora_inputs, read_locks
 from stages.config import run_stage
 from stages.params import Params
 
@@ -32,7 +33,7 @@ def verify(params: Params) -> int:
     if found.targets != manifest.targets:
         found.problem(f"the manifest says {manifest.targets} targets, the LoRA files have {found.targets}")
     content = {"passed": found.passed, "manifest_sha256": manifest_sha256, **dataclasses.asdict(found)}
-    write_text(VERIFY, json.dumps(content, indent=2) + "\n")
+    replace_text(VERIFY, json.dumps(content, indent=2) + "\n")
     for problem in found.problems:
         print(f"verify: {problem}", file=sys.stderr)
     outcome = "passed" if found.passed else f"FAILED, {found.problem_count} problems"
