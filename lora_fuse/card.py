@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2
@@ -43,13 +44,25 @@ with lora-fuse {{ version }}. The bytes do not depend on the machine: every file
 """
 
 
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """How a checkpoint is meant to be run.
+
+    `pipeline` is the diffusers class that loads it, `true_cfg_scale` 1.0 no guidance, `negative_prompt` None absent;
+    `condition_area` the pixels that input pictures are scaled to, None to leave that to the pipeline.
+    """
+
+    pipeline: str
+    steps: int
+    true_cfg_scale: float
+    negative_prompt: str | None
+    condition_area: int | None
+
+
 def model_card(
     manifest: Manifest,
     *,
-    pipeline: str,
-    steps: int,
-    true_cfg_scale: float,
-    negative_prompt: str | None,
+    usage: Usage,
     verdict: str,
     repo_id: str | None,
 ) -> str:
@@ -59,10 +72,7 @@ def model_card(
 
     Args:
         manifest: what the checkpoint is made of.
-        pipeline: the diffusers pipeline class that loads it.
-        steps: denoising steps of the recipe.
-        true_cfg_scale: guidance of the recipe; 1.0 is none.
-        negative_prompt: the recipe's; None leaves it out.
+        usage: how it is meant to be run.
         verdict: the gate's sentence.
         repo_id: where it is published; None for a folder.
     """
@@ -76,9 +86,9 @@ def model_card(
         base=_base(manifest),
         base_commit=_commit(manifest.base.revision if manifest.base else None),
         targets=manifest.targets,
-        snippet=_snippet(pipeline, repo_id or "merged", steps, true_cfg_scale, negative_prompt),
-        steps=steps,
-        cfg=f"{true_cfg_scale:g}",
+        snippet=_snippet(usage, repo_id or "merged"),
+        steps=usage.steps,
+        cfg=f"{usage.true_cfg_scale:g}",
         loras=[_row(lora) for lora in manifest.loras],
         verdict=verdict.strip(),
         rebuild=_rebuild(manifest),
@@ -106,21 +116,24 @@ def _row(lora: MergedLora) -> dict[str, str]:
     return {"source": source, "commit": _commit(lora.revision), "sha256": lora.sha256, "scale": f"{lora.scale:g}"}
 
 
-def _snippet(pipeline: str, source: str, steps: int, true_cfg_scale: float, negative_prompt: str | None) -> str:
-    edits = "Edit" in pipeline  # the pipelines of diffusers that take a picture have it in their name
+def _snippet(usage: Usage, source: str) -> str:
+    edits = "Edit" in usage.pipeline  # the pipelines of diffusers that take a picture have it in their name
+    small = edits and usage.condition_area is not None
     call = ['prompt="Change the rabbit\'s color to purple"' if edits else 'prompt="A rabbit in a meadow"']
     call += ['image=load_image("input.png")'] if edits else []
-    call += [] if negative_prompt is None else [f"negative_prompt={json.dumps(negative_prompt)}"]
-    call += [f"num_inference_steps={steps}", f"true_cfg_scale={true_cfg_scale!r}"]
+    call += [] if usage.negative_prompt is None else [f"negative_prompt={json.dumps(usage.negative_prompt)}"]
+    call += [f"num_inference_steps={usage.steps}", f"true_cfg_scale={usage.true_cfg_scale!r}"]
+    body = ["image = pipe(", *(f"    {argument}," for argument in call), ").images[0]"]
+    if small:  # the pipelines have no argument for it
+        body = [f"with condition_area({usage.condition_area}):", *(f"    {line}" for line in body)]
     lines = [
         "import torch",
-        f"from diffusers import {pipeline}",
+        f"from diffusers import {usage.pipeline}",
         *(["from diffusers.utils import load_image"] if edits else []),
+        *(["from lora_fuse.render import condition_area"] if small else []),
         "",
-        f'pipe = {pipeline}.from_pretrained("{source}", dtype=torch.bfloat16).to("cuda")',
-        "image = pipe(",
-        *(f"    {argument}," for argument in call),
-        ").images[0]",
+        f'pipe = {usage.pipeline}.from_pretrained("{source}", dtype=torch.bfloat16).to("cuda")',
+        *body,
         'image.save("output.png")',
     ]
     return "\n".join(lines)

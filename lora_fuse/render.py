@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import time
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -19,7 +20,7 @@ from PIL import Image, ImageOps
 from lora_fuse.errors import RenderFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 Pipeline: TypeAlias = Any  # a diffusers.DiffusionPipeline; diffusers is not typed
@@ -48,11 +49,15 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How it is made; `true_cfg_scale` 1.0 turns guidance, and with it the negative prompt, off."""
+    """How it is made; `true_cfg_scale` 1.0 turns guidance, and with it the negative prompt, off.
+
+    `condition_area`: see the function of that name.
+    """
 
     steps: int
     true_cfg_scale: float
     negative_prompt: str | None
+    condition_area: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +106,30 @@ def allow_missing_torchvision() -> None:
 
     if not is_torchvision_available():
         Qwen2VLProcessor.get_attributes = classmethod(lambda _: ["image_processor", "tokenizer"])
+
+
+@contextmanager
+def condition_area(pixels: int | None) -> Iterator[None]:
+    """Within it, the edit pipelines scale input pictures to `pixels` in all, where they would to a megapixel or more.
+
+    They have no argument for it; every size that they choose comes from one function in the module of each. A model
+    that was trained on small pictures needs it. None changes nothing.
+    """
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+
+    modules = (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus) if pixels else ()
+    own = [module.calculate_dimensions for module in modules]
+
+    def limited(choose: Callable[[float, float], Any]) -> Callable[[float, float], Any]:
+        return lambda area, ratio: choose(min(area, pixels or area), ratio)
+
+    for module in modules:
+        module.calculate_dimensions = limited(module.calculate_dimensions)
+    try:
+        yield
+    finally:
+        for module, function in zip(modules, own, strict=True):
+            module.calculate_dimensions = function
 
 
 def load_pipeline(
@@ -210,15 +239,16 @@ def render(pipe: Pipeline, case: Case, sampling: Sampling) -> Rendered:
     arguments = _pictures(type(pipe).__name__, case) | _size(case)
     start = time.perf_counter()
     try:
-        output = pipe(
-            prompt=case.prompt,
-            negative_prompt=sampling.negative_prompt,
-            true_cfg_scale=sampling.true_cfg_scale,
-            num_inference_steps=sampling.steps,
-            generator=torch.Generator("cpu").manual_seed(case.seed),
-            output_type="np",  # "pil" would paint NaN as black and say nothing
-            **arguments,
-        )
+        with condition_area(sampling.condition_area):
+            output = pipe(
+                prompt=case.prompt,
+                negative_prompt=sampling.negative_prompt,
+                true_cfg_scale=sampling.true_cfg_scale,
+                num_inference_steps=sampling.steps,
+                generator=torch.Generator("cpu").manual_seed(case.seed),
+                output_type="np",  # "pil" would paint NaN as black and say nothing
+                **arguments,
+            )
     except torch.OutOfMemoryError as error:
         raise RenderFailed(
             f"case {case.name}: the GPU's memory is short: use device cpu or smaller pictures"

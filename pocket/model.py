@@ -7,6 +7,8 @@ attention streams of each block, their twelve LoRA targets); everything else is 
 from __future__ import annotations
 
 import inspect
+import json
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,24 +27,20 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
-from pocket.tokenizer import train
-from pocket.weights import fill, uniform
+from pocket import tokenizer as bpe
+from pocket.scenes import prompts
+from pocket.weights import fill
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
+
+SIDE = 128  # pixels: of the pictures that it was trained on, in and out
 
 PIPELINES = (QwenImageEditPipeline, QwenImageEditPlusPipeline, QwenImagePipeline)
 
-# Words that the templates lack and that the recipes' prompts use.
-PROMPTS = (
-    "Change the rabbit's color to purple",
-    "Picture 1: Picture 2: The rabbit in Picture 1 wears the hat from Picture 2.",
-    "Make the cat's fur blue and turn the background into a night sky",
-    "A red cat with a blue hat in a green garden, cartoon",
-)
-
 # Qwen-Image-Edit's own. A Lightning LoRA wants another, and a merged repository must carry that one.
-SCHEDULER: dict[str, Any] = {
+SCHEDULER: Mapping[str, Any] = {
     "base_image_seq_len": 256,
     "base_shift": 0.5,
     "invert_sigmas": False,
@@ -58,9 +56,7 @@ SCHEDULER: dict[str, Any] = {
     "use_exponential_sigmas": False,
     "use_karras_sigmas": False,
 }
-
-TEXT_WIDTH = 32
-BLOCKS = 2
+LIGHTNING_SCHEDULER = {**SCHEDULER, "base_shift": math.log(3), "max_shift": math.log(3), "shift_terminal": None}
 
 # The 12 linears per block that the published rank-64 Lightning LoRAs cover.
 LORA_TARGETS = (
@@ -77,28 +73,24 @@ LORA_TARGETS = (
     "txt_mlp.net.0.proj",
     "txt_mlp.net.2",
 )
-LORA_RANK = 8
-LORA_ALPHA = 4.0
-LORA_STRENGTH = 1.0  # size of the delta beside the weight that it is added to
 
-# Each component's weights are a function of its seed and of the parameters' names. The VAE's is the one among the
-# first hundred whose decoder gives all three colours a mean near mid-grey and a like spread.
-SEEDS: Mapping[str, int] = {"text_encoder": 0, "transformer": 0, "vae": 86, "lora": 0}
-
-# Factors on weights of unit gain, by the end of the name. They make a picture depend on everything that it should
-# (LoRA, scale, scheduler, prompt, pictures, seed) without amplifying rounding; README.md has the figures.
-TRANSFORMER_GAINS: Mapping[str, float] = {
-    "img_mod.1.weight": 2.5,
-    "txt_mod.1.weight": 2.5,
-    "norm_added_k.weight": 3.5,  # some twenty words hold their own beside thousands of picture tokens
-    "proj_out.weight": 1.5,
+TEXT_WIDTH = 64
+CHANNELS = 16  # of a latent
+PATCH = 16  # pixels: side of what a latent covers
+MODEL_INDEX = {
+    "_class_name": "QwenImageEditPipeline",
+    "processor": ["transformers", "Qwen2VLProcessor"],
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
+    "tokenizer": ["transformers", "Qwen2Tokenizer"],
+    "transformer": ["diffusers", "QwenImageTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKLQwenImage"],
 }
-VAE_GAINS: Mapping[str, float] = {"decoder.conv_out.weight": 0.6}  # contrast: a spread of some 50 levels of 255
 
 
 def tokenizer() -> Qwen2Tokenizer:
-    """One tokenizer for all three pipelines."""
-    return train([*(_template(pipeline) for pipeline in PIPELINES), *PROMPTS])
+    """One tokenizer for all three pipelines; every word of their templates and of the grammar is one token."""
+    return bpe.train([*(_template(pipeline) for pipeline in PIPELINES), *prompts()])
 
 
 def _template(pipeline: Any) -> str:
@@ -107,36 +99,29 @@ def _template(pipeline: Any) -> str:
     return str(pipeline(**parts).prompt_template_encode)
 
 
-def scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """The base's own scheduler."""
-    return FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER)
-
-
-def image_processor() -> Qwen2VLImageProcessorPil:
-    """The picture as the text encoder sees it: at most 4 x 56 x 56 pixels, 16 tokens."""
-    return Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 4 * 56 * 56})
-
-
 def text_encoder(words: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
-    """Qwen2.5-VL, 2 text layers and 2 vision layers, bfloat16."""
+    """Qwen2.5-VL, 2 text layers and 2 vision layers, never trained: its outputs tell the words apart, which is enough.
+
+    Every weight is a function of its name, see `pocket.weights`.
+    """
     token = words.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(words),
             "hidden_size": TEXT_WIDTH,
-            "intermediate_size": 64,
+            "intermediate_size": 128,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "tie_word_embeddings": True,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
             "bos_token_id": token("<|endoftext|>"),
             "eos_token_id": token("<|im_end|>"),
             "pad_token_id": token("<|endoftext|>"),
         },
         vision_config={
             "depth": 2,
-            "hidden_size": TEXT_WIDTH,
+            "hidden_size": 32,
             "intermediate_size": 64,
             "num_heads": 4,
             "out_hidden_size": TEXT_WIDTH,
@@ -150,55 +135,64 @@ def text_encoder(words: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
         vision_token_id=token("<|vision_pad|>"),
         tie_word_embeddings=True,
     )
-    return _filled(Qwen2_5_VLForConditionalGeneration(config), "text_encoder", {})
-
-
-def transformer() -> QwenImageTransformer2DModel:
-    """Two double-stream blocks, 2 heads of 16, bfloat16."""
-    model = QwenImageTransformer2DModel(
-        patch_size=2,
-        in_channels=64,
-        out_channels=16,
-        num_layers=BLOCKS,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=TEXT_WIDTH,
-        axes_dims_rope=(4, 6, 6),
-    )
-    return _filled(model, "transformer", TRANSFORMER_GAINS)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    fill(model, "text_encoder")
+    return model.eval()
 
 
 def vae() -> AutoencoderKLQwenImage:
-    """Real geometry, 4 channels at full resolution, bfloat16."""
-    model = AutoencoderKLQwenImage(
-        base_dim=4,
-        z_dim=16,
-        dim_mult=[1, 2, 2, 2],
+    """An untrained VAE of 1.5 M parameters, 16 pixels a latent."""
+    return AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=CHANNELS,
+        dim_mult=[1, 2, 4, 6, 6],
         num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.0] * 16,
-        latents_std=[1.0] * 16,
+        temperal_downsample=[False] * 4,
+        latents_mean=[0.0] * CHANNELS,
+        latents_std=[1.0] * CHANNELS,
     )
-    return _filled(model, "vae", VAE_GAINS)
 
 
-def lora(model: QwenImageTransformer2DModel) -> dict[str, torch.Tensor]:
-    """A LoRA on every target of every block, in the key format of the published Lightning files, float32.
+def transformer() -> QwenImageTransformer2DModel:
+    """An untrained transformer of 2.6 M parameters whose blocks start as the identity and whose output starts at 0.
 
-    With entries of `down` of variance 1 and of `up` of variance u, (alpha/rank) up @ down has entries of variance
-    (alpha/rank)^2 rank u; u is chosen to make that LORA_STRENGTH^2 / fan_in, the weight's own times the strength.
+    Source: adaLN-Zero, Peebles and Xie, "Scalable Diffusion Models with Transformers", 2023, section 3.2.
     """
-    state = {}
-    weights = dict(model.named_parameters())
-    for name in (f"transformer_blocks.{block}.{target}" for block in range(BLOCKS) for target in LORA_TARGETS):
-        rows, columns = weights[f"{name}.weight"].shape
-        spread = LORA_STRENGTH * LORA_RANK**0.5 / LORA_ALPHA / columns**0.5
-        state[f"{name}.lora_down.weight"] = uniform(f"lora:{SEEDS['lora']}.{name}.down", (LORA_RANK, columns), 1.0)
-        state[f"{name}.lora_up.weight"] = uniform(f"lora:{SEEDS['lora']}.{name}.up", (rows, LORA_RANK), spread)
-        state[f"{name}.alpha"] = torch.tensor(LORA_ALPHA)
-    return state
+    model = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=4 * CHANNELS,
+        out_channels=CHANNELS,
+        num_layers=5,
+        attention_head_dim=24,
+        num_attention_heads=5,
+        joint_attention_dim=TEXT_WIDTH,
+        axes_dims_rope=(4, 10, 10),
+    )
+    zeroed = [layer for block in model.transformer_blocks for layer in (block.img_mod[1], block.txt_mod[1])]
+    with torch.no_grad():
+        for layer in (*zeroed, model.proj_out):
+            layer.weight.zero_()
+            layer.bias.zero_()
+    return model
 
 
-def _filled(model: Any, component: str, gains: Mapping[str, float]) -> Any:
-    fill(model, f"{component}:{SEEDS[component]}", gains)
-    return model.to(torch.bfloat16).eval()
+def save_frame(folder: Path) -> None:
+    """Write a diffusers repository without its two trained parts, the transformer and the VAE."""
+    words = tokenizer()
+    text_encoder(words).half().save_pretrained(folder / "text_encoder")
+    FlowMatchEulerDiscreteScheduler.from_config(dict(SCHEDULER)).save_pretrained(folder / "scheduler")
+    words.save_pretrained(folder / "tokenizer")
+    # The parts, not a Qwen2VLProcessor: that one cannot be made without torchvision, and with it writes more files.
+    words.save_pretrained(folder / "processor")
+    pixels = 56 * 56  # 4 tokens: the picture itself reaches the transformer through the VAE
+    size = {"shortest_edge": pixels, "longest_edge": pixels}
+    Qwen2VLImageProcessorPil(size=size).save_pretrained(folder / "processor")
+    video = {"video_processor_type": "Qwen2VLVideoProcessor"}  # looked for where torchvision is installed
+    write_json(folder / "processor" / "video_preprocessor_config.json", video)
+    write_json(folder / "model_index.json", MODEL_INDEX)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write sorted, indented JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -17,6 +17,8 @@ from PIL import Image, ImageDraw
 Color = tuple[int, int, int]
 Kind = Literal["coat", "any coat", "back", "any back", "night", "animal", "hat", "any hat", "no hat"]
 
+Style = Literal["plain", "pastel"]  # pastel: pale colours and thick outlines, what the style LoRA learns
+
 SUPERSAMPLING = 2
 
 COATS: dict[str, Color] = {
@@ -151,15 +153,46 @@ def family(rng: random.Random, pictures: int) -> list[Scene]:
     return scenes
 
 
+def caption(scene: Scene) -> str:
+    """What a scene shows, as a prompt for the text-to-image pipeline."""
+    hat = f" with a {scene.hat[0]} hat" if scene.hat else ""
+    return f"a {scene.coat} {scene.animal}{hat}"
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """Two pictures, a prompt that takes something from the second into the first, and the one right answer."""
+
+    first: Scene
+    second: Scene
+    prompt: str
+    answer: Scene
+
+
+def transfers(first: Scene, second: Scene) -> list[Transfer]:
+    """Everything that the first scene's animal can take over from the second's."""
+    who, out = first.animal, []
+    if second.coat != first.coat:
+        prompt = f"The {who} in Picture 1 gets the color of the {second.animal} in Picture 2."
+        out.append(Transfer(first, second, prompt, replace(first, coat=second.coat)))
+    if second.hat and second.hat != first.hat:
+        prompt = f"The {who} in Picture 1 wears the hat from Picture 2."
+        out.append(Transfer(first, second, prompt, replace(first, hat=second.hat)))
+    return [t for t in out if is_seen(t.answer) == is_seen(first)]
+
+
 def prompts() -> list[str]:
-    """Every prompt of the grammar."""
-    scenes = [Scene(a, "", "", 0, 0, 1, hat) for a in ANIMALS for hat in (None, ("red", "top"))]
-    return sorted({option.prompt for scene in scenes for option in instructions(scene)})
+    """Every prompt of the grammar, for one, two and no input pictures."""
+    pairs = [(a, c) for a in ANIMALS for c in COATS]
+    hats = [None, *((h, "top") for h in HATS)]
+    shown = [Scene(a, c, "", 0, 0, 1, hat) for a, c in pairs for hat in hats]
+    found = {option.prompt for scene in shown for option in instructions(scene)} | {caption(scene) for scene in shown}
+    return sorted(found | {t.prompt for one in shown[:: len(hats)] for two in shown for t in transfers(one, two)})
 
 
-def draw(scene: Scene, side: int) -> Image.Image:
+def draw(scene: Scene, side: int, style: Style = "plain") -> Image.Image:
     """The picture of a scene, `side` x `side` pixels, RGB."""
-    pen = _Pen(side * SUPERSAMPLING, NIGHT if scene.moon else BACKS[scene.back])
+    pen = _Pen(side * SUPERSAMPLING, NIGHT if scene.moon else BACKS[scene.back], style)
     _sky(pen, scene)
     _animal(pen, scene)
     if scene.hat:
@@ -170,20 +203,26 @@ def draw(scene: Scene, side: int) -> Image.Image:
 class _Pen:
     """Draws in units of the picture's side."""
 
-    def __init__(self, side: int, ground: Color) -> None:
-        self.side = side
-        self.image = Image.new("RGB", (side, side), ground)
+    def __init__(self, side: int, ground: Color, style: Style) -> None:
+        self.side, self.pale = side, 0.5 if style == "pastel" else 0.0
+        self.image = Image.new("RGB", (side, side), self.tint(ground))
         self.pen = ImageDraw.Draw(self.image)
-        self.width = round(side * 0.014)
+        self.width = round(side * (0.03 if style == "pastel" else 0.014))
+
+    def tint(self, color: Color) -> Color:
+        return _mix(color, WHITE, self.pale)
+
+    def edge(self, fill: Color) -> Color:
+        return _mix(fill, INK, 0.5)
 
     def oval(self, x: float, y: float, rx: float, ry: float, fill: Color, outline: bool = False) -> None:
         box = [v * self.side for v in (x - rx, y - ry, x + rx, y + ry)]
-        self.pen.ellipse(box, fill=fill, outline=INK if outline else None, width=self.width)
+        self.pen.ellipse(box, fill=self.tint(fill), outline=self.edge(fill) if outline else None, width=self.width)
 
     def polygon(self, points: Sequence[tuple[float, float]], fill: Color) -> None:
         corners = [(x * self.side, y * self.side) for x, y in points]
-        self.pen.polygon(corners, fill=fill)
-        self.pen.line([*corners, *corners[:2]], fill=INK, width=self.width, joint="curve")
+        self.pen.polygon(corners, fill=self.tint(fill))
+        self.pen.line([*corners, *corners[:2]], fill=self.edge(fill), width=self.width, joint="curve")
 
     def arc(self, x: float, y: float, r: float, start: float, end: float) -> None:
         box = [v * self.side for v in (x - r, y - r, x + r, y + r)]

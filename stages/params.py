@@ -57,9 +57,13 @@ class SamplingParams(Section):
 
 
 class BaseParams(SourceParams):
-    """The base model, the diffusers pipeline class that runs it, and how it is run without a LoRA."""
+    """The base model, the diffusers pipeline class that runs it, and how it is run without a LoRA.
+
+    `condition_area`: pixels that input pictures are scaled to; null leaves it to the pipeline (a megapixel).
+    """
 
     pipeline: Text
+    condition_area: PositiveInt | None
     sampling: SamplingParams
 
 

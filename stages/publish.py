@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_fuse.card import model_card
+from lora_fuse.card import Usage, model_card
 from lora_fuse.errors import PublishRefused
 from lora_fuse.files import replace_text
 from lora_fuse.manifest import read_manifest
@@ -31,15 +31,8 @@ def publish(params: Params) -> int:
         raise PublishRefused(f"the gate is not passed: {sentence}")
     if verify["manifest_sha256"] != manifest_sha256:
         raise PublishRefused(f"{VERIFY} is about other bytes than {MANIFEST}; check these first: dvc repro")
-    card = model_card(
-        manifest,
-        pipeline=params.base.pipeline,
-        steps=params.sampling.steps,
-        true_cfg_scale=params.sampling.true_cfg_scale,
-        negative_prompt=params.sampling.negative_prompt,
-        verdict=metrics["verdict"],
-        repo_id=settings.repo_id,
-    )
+    usage = Usage(params.base.pipeline, **params.sampling.model_dump(), condition_area=params.base.condition_area)
+    card = model_card(manifest, usage=usage, verdict=metrics["verdict"], repo_id=settings.repo_id)
     message = f"{manifest.recipe}, scale {manifest.scale:g}, by lora-fuse {manifest.tool.version}"
     receipt = push(MERGED, manifest, card, repo_id=settings.repo_id, private=settings.private, message=message)
     replace_text(RECEIPT, to_json(receipt))

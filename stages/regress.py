@@ -24,25 +24,22 @@ def regress(params: Params) -> int:
     settings, (base, loras) = params.regress, at.read_locks()
     manifest, manifest_sha256 = read_manifest(at.MANIFEST)
     make_deterministic()
+    area = params.base.condition_area
     here = environment(resolve_device(settings.device), settings.dtype)
     setup = Setup(
         pipeline=params.base.pipeline,
-        sampling=Sampling(**params.sampling.model_dump()),
+        sampling=Sampling(**params.sampling.model_dump(), condition_area=area),
         scheduler=params.scheduler_config,
         device=here.device,
         dtype=here.dtype,
-        baseline=Sampling(**params.base.sampling.model_dump()) if settings.baseline else None,
+        baseline=Sampling(**params.base.sampling.model_dump(), condition_area=area) if settings.baseline else None,
     )
     pairs = render_pairs(at.MERGED, hub.locate(base), at.lora_inputs(loras, params), _cases(params), setup)
     limits = {"unfused": Limits(**settings.unfused.model_dump()), "golden": Limits(**settings.golden.model_dump())}
     judged = judge_pairs(pairs, at.GOLDEN / params.name / here.key, limits)
     save_pictures(judged, at.IMAGES)
     facts = {"recipe": params.name, "scale": params.fuse.scale, "environment": here.key}
-    metrics = {
-        **flat_metrics(case.result for case in judged),
-        **facts,
-        "manifest_sha256": manifest_sha256,
-    }
+    metrics = {**flat_metrics(case.result for case in judged), **facts, "manifest_sha256": manifest_sha256}
     replace_text(at.METRICS, json.dumps(metrics, indent=2) + "\n")
     replace_text(
         at.REPORT, report_html(review(manifest, at.read_object(at.VERIFY, "verify"), judged, setup, here, limits))

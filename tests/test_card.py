@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from lora_fuse.card import model_card
+from lora_fuse.card import Usage, model_card
 from lora_fuse.records import FileRecord, Lock, Manifest, MergedFile, MergedLora, Tool
 
 COMMIT, SHA256 = "c" * 40, "5" * 64
@@ -18,16 +18,9 @@ FILES = {"vae/model.safetensors": MergedFile(5, SHA256, "base")}
 MANIFEST = Manifest(1, "edit_4steps", BASE, (LORA,), 0.8, 720, FILES, Tool("1.2.3", "abc1234", dirty=False))
 
 
-def card(manifest: Manifest = MANIFEST, **changes: Any) -> str:
-    settings: dict[str, Any] = {
-        "pipeline": "QwenImageEditPipeline",
-        "steps": 4,
-        "true_cfg_scale": 1.0,
-        "negative_prompt": " ",
-        "verdict": "passed",
-        "repo_id": "alice/edit",
-    }
-    return model_card(manifest, **(settings | changes))
+def card(manifest: Manifest = MANIFEST, repo_id: str | None = "alice/edit", **changes: Any) -> str:
+    usage = replace(Usage("QwenImageEditPipeline", 4, 1.0, " ", None), **changes)
+    return model_card(manifest, usage=usage, verdict="passed", repo_id=repo_id)
 
 
 def front_matter(text: str) -> dict[str, Any]:
@@ -77,6 +70,14 @@ def test_the_snippet_is_python_with_the_settings_of_the_recipe() -> None:
     assert (given["num_inference_steps"], given["true_cfg_scale"]) == (8, 1.5)
     assert given["negative_prompt"] == 'a "quoted" one'
     assert "image" in given
+
+
+def test_a_model_of_small_pictures_is_shown_with_the_area_that_it_needs() -> None:
+    text = snippet(card(condition_area=16384))
+    block = next(node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.With))
+    assert ast.unparse(block.items[0]) == "condition_area(16384)"
+    assert "from lora_fuse.render import condition_area" in text
+    assert "condition_area" not in card() + card(pipeline="QwenImagePipeline", condition_area=16384)
 
 
 def test_a_text_to_image_pipeline_is_given_no_picture_and_no_absent_negative_prompt() -> None:

@@ -15,7 +15,7 @@ from stages.gate import decide
 
 ROOT = Path(__file__).resolve().parents[1]
 VERIFY: dict[str, Any] = {"passed": True, "problem_count": 0, "manifest_sha256": "m"}
-PAIR = {"psnr_db": 50.0, "max_abs": 4, "mean_abs": 0.1, "changed_share": 0.5}
+PAIR = {"psnr_db": 65.0, "max_abs": 4, "mean_abs": 0.1, "changed_share": 0.5}
 METRICS: dict[str, Any] = {
     "passed": False,
     "verdict": "no-golden",

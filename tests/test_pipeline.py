@@ -110,12 +110,13 @@ def test_the_merged_repository_gives_the_picture_of_the_report_in_a_process_of_i
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import load_image
-from lora_fuse.render import allow_missing_torchvision
+from lora_fuse.render import allow_missing_torchvision, condition_area
 allow_missing_torchvision()
 pipe = DiffusionPipeline.from_pretrained("artifacts/merged", dtype=torch.float32)
-picture = pipe(image=load_image("pocket/inputs/rabbit.png"), prompt="Change the rabbit's color to purple",
-    negative_prompt=" ", num_inference_steps=4, true_cfg_scale=1.0, height=256, width=256,
-    generator=torch.Generator("cpu").manual_seed(0)).images[0]
+with condition_area(16384):
+    picture = pipe(image=load_image("pocket/inputs/rabbit.png"), prompt="Change the rabbit's color to purple",
+        negative_prompt=" ", num_inference_steps=4, true_cfg_scale=1.0,
+        generator=torch.Generator("cpu").manual_seed(0)).images[0]
 picture.save("again.png")
 """
     workspace.run(sys.executable, "-c", script)

@@ -1,0 +1,157 @@
+"""The pocket model through the real pipelines, at the settings that the evaluation compares."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lora_fuse.checkpoint import open_checkpoint
+from lora_fuse.lora import LoraInput
+from lora_fuse.merge import write_merged
+from lora_fuse.plan import make_plan
+from lora_fuse.render import LoraSpec, condition_area, load_loras, load_pipeline, shared_components
+from pocket.model import LIGHTNING_SCHEDULER, LORA_TARGETS, SCHEDULER, SIDE
+from pocket.tasks import Task
+
+POCKET = Path(__file__).resolve().parent
+LIGHTNING = "pocket-lightning-4steps-v2.safetensors"
+STYLE = "pocket-pastel.safetensors"
+BATCH = 25  # tasks that one call of a pipeline makes together
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How pictures are made; `scale` is that of the unfused LoRA, None for none, `fused` takes the merged weights."""
+
+    name: str
+    steps: int
+    scheduler: Mapping[str, Any]
+    cfg: float = 1.0
+    scale: float | None = None
+    fused: bool = False
+
+
+MANY = Setting("base, 40 steps", 40, SCHEDULER)
+FEW = Setting("base, 4 steps", 4, LIGHTNING_SCHEDULER)
+MERGED = Setting("merged, 4 steps", 4, LIGHTNING_SCHEDULER, fused=True)
+SCALES = tuple(
+    Setting(f"base + LoRA x {scale}", 4, LIGHTNING_SCHEDULER, scale=scale) for scale in (0.8, 0.9, 1.0, 1.1, 1.2)
+)
+OWN_SCHEDULER = replace(MERGED, name="merged, the base's scheduler", scheduler=SCHEDULER)
+EIGHT = replace(MERGED, name="merged, 8 steps", steps=8)
+GUIDED = (replace(MANY, name="base, 40 steps, CFG 2", cfg=2.0), replace(MANY, name="base, 40 steps, CFG 4", cfg=4.0))
+
+
+class Bench:
+    """Pipelines of the pocket folder `pocket`; `lora` names the Lightning file in its ``lora/``."""
+
+    def __init__(self, pocket: Path = POCKET, lora: str = LIGHTNING, device: str = "cpu") -> None:
+        self.model, self.device = pocket / "model", device
+        self.lightning, self.style = pocket / "lora" / lora, pocket / "lora" / STYLE
+        self._exit = ExitStack()
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._exit.close()
+
+    @cached_property
+    def base(self) -> Any:
+        """The base alone."""
+        return load_pipeline(self.model, "QwenImageEditPipeline", device=self.device, dtype="float32")
+
+    @cached_property
+    def unfused(self) -> Any:
+        """Base and Lightning LoRA side by side."""
+        pipe = self._sibling("QwenImageEditPipeline", self.model)
+        blocks = len(pipe.transformer.transformer_blocks)
+        load_loras(pipe, [LoraSpec("lightning", self.lightning, 1.0)], blocks * len(LORA_TARGETS))
+        return pipe
+
+    @cached_property
+    def merged(self) -> Any:
+        """The Lightning LoRA fused by this project."""
+        return self._sibling("QwenImageEditPipeline", self._merge([self.lightning]))
+
+    @cached_property
+    def merged_plus(self) -> Any:
+        """The same for two input pictures."""
+        return self._sibling("QwenImageEditPlusPipeline", self._merge([self.lightning]))
+
+    @cached_property
+    def merged_text(self) -> Any:
+        """The same without input pictures."""
+        return self._sibling("QwenImagePipeline", self._merge([self.lightning]))
+
+    @cached_property
+    def styled(self) -> Any:
+        """Lightning and style LoRA fused together."""
+        return self._sibling("QwenImageEditPipeline", self._merge([self.lightning, self.style]))
+
+    def _merge(self, loras: Sequence[Path]) -> Path:
+        out = Path(self._exit.enter_context(tempfile.TemporaryDirectory())) / "merged"
+        plan = make_plan(open_checkpoint(self.model), [LoraInput(path.stem, path, 1.0) for path in loras])
+        write_merged(plan, out, device="cpu", generated={}, known={}, progress=lambda _: None)
+        return out
+
+    def _sibling(self, pipeline: str, folder: Path) -> Any:
+        return load_pipeline(folder, pipeline, device=self.device, dtype="float32", shared=shared_components(self.base))
+
+    def pictures(self, setting: Setting, tasks: Sequence[Task]) -> list[Image.Image]:
+        """One picture a task."""
+        if setting.scale is not None:
+            self.unfused.set_adapters(["lora_0"], [setting.scale])
+            return self.run(self.unfused, setting, tasks)
+        return self.run(self.merged if setting.fused else self.base, setting, tasks)
+
+    def run(self, pipe: Any, setting: Setting, tasks: Sequence[Task]) -> list[Image.Image]:
+        """One picture a task from a certain pipeline."""
+        pipe.scheduler = type(pipe.scheduler).from_config(dict(setting.scheduler))
+        several = any(len(task.images) > 1 for task in tasks)  # which the pipeline takes as one prompt's
+        batch, out = (1 if several else BATCH), []
+        for i in range(0, len(tasks), batch):
+            part = tasks[i : i + batch]
+            images = [image for task in part for image in task.images]
+            with condition_area(SIDE**2):
+                out += pipe(
+                    prompt=[task.prompt for task in part],
+                    negative_prompt=[" "] * len(part) if setting.cfg > 1 else None,
+                    true_cfg_scale=setting.cfg,
+                    num_inference_steps=setting.steps,
+                    generator=[torch.Generator("cpu").manual_seed(task.seed) for task in part],
+                    **({"image": images} if images else {}),
+                    height=SIDE,
+                    width=SIDE,
+                ).images
+        return out
+
+    @torch.no_grad()
+    def round_trip(self, tasks: Sequence[Task]) -> list[float]:
+        """DB of the VAE's reconstruction of the first right answer of each task."""
+        vae, processor, out = self.base.vae, self.base.image_processor, []
+        for task in tasks:
+            x = processor.preprocess(task.answers[0]).unsqueeze(2).to(vae.device)
+            y = vae.decode(vae.encode(x).latent_dist.mode()).sample.squeeze(2)
+            out.append(psnr(processor.postprocess(y.cpu())[0], task.answers[0]))
+        return out
+
+
+def psnr(one: Image.Image, other: Image.Image) -> float:
+    """DB between two pictures of one size, 99 for equal ones."""
+    error = np.square(np.asarray(one, np.float64) - np.asarray(other, np.float64)).mean()
+    return float(10 * np.log10(255**2 / error)) if error else 99.0
+
+
+def nearest(picture: Image.Image, task: Task) -> float:
+    """DB to the nearest right answer."""
+    return max(psnr(picture, answer) for answer in task.answers)

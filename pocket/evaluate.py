@@ -1,0 +1,107 @@
+"""Measure the pocket model on held-out scenes and draw its contact sheet: ``python -m pocket.evaluate [--sheet FILE]``.
+
+Every figure is a PSNR in dB, the mean over scenes: to the nearest right answer, and to the picture that the base makes
+in its own 40 steps from the same noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from pocket import bench, tasks
+from pocket.bench import EIGHT, FEW, GUIDED, MANY, MERGED, OWN_SCHEDULER, SCALES, Bench, Setting, nearest, psnr
+from pocket.contact_sheet import contact_sheet
+
+HEAD = f"{'':30} {'answer':>7} {'worst':>7} {'exact':>7} {'open':>7} {'to 40':>7} {'better':>7} {'s each':>7}"
+
+
+class Table:
+    """Measures settings on one set of tasks and prints a row for each."""
+
+    def __init__(self, made_by: Bench, chosen: Sequence[tasks.Task]) -> None:
+        self.bench, self.chosen = made_by, chosen
+        self.exact = np.array([len(task.answers) == 1 for task in chosen])
+        self.many: list[Image.Image] = []
+        self.few: npt.NDArray[np.float64] = np.full(len(chosen), np.inf)
+
+    def row(self, setting: Setting) -> None:
+        """Make the pictures of a setting and print what they come to."""
+        begun = time.perf_counter()
+        pictures = self.bench.pictures(setting, self.chosen)
+        seconds = (time.perf_counter() - begun) / len(self.chosen)
+        best = np.array([nearest(picture, task) for picture, task in zip(pictures, self.chosen, strict=True)])
+        if setting == MANY:
+            self.many = pictures
+        if setting == FEW:
+            self.few = best
+        far = np.mean([psnr(one, many) for one, many in zip(pictures, self.many, strict=True)])
+        cells = (best.mean(), best.min(), _mean(best[self.exact]), _mean(best[~self.exact]))
+        print(
+            f"{setting.name:30}" + "".join(f" {cell:7.2f}" for cell in cells),
+            f"{'' if setting == MANY else f'{far:.2f}':>7}",
+            f"{'' if np.isinf(self.few).any() or setting == FEW else f'{np.mean(best > self.few):.0%}':>7}",
+            f"{seconds:7.3f}",
+            flush=True,
+        )
+
+
+def _mean(values: npt.NDArray[np.float64]) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the tables, draw the sheet if asked to."""
+    parser = argparse.ArgumentParser(prog="python -m pocket.evaluate", description="measure the pocket model, in dB")
+    parser.add_argument("--scenes", type=int, default=100, help="held-out scenes (default: 100)")
+    parser.add_argument("--pocket", type=Path, default=bench.POCKET, help="folder with model/ and lora/")
+    parser.add_argument("--lora", default=bench.LIGHTNING, help="Lightning file in lora/")
+    parser.add_argument("--sheet", type=Path, help="draw the contact sheet into this file")
+    options = parser.parse_args(arguments)
+    started = time.perf_counter()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with Bench(options.pocket, options.lora, device) as made_by:
+        chosen = tasks.held_out(options.scenes)
+        trips = made_by.round_trip(chosen)
+        print(f"{len(chosen)} held-out scenes; the VAE's round trip {np.mean(trips):.2f} dB, at worst {min(trips):.2f}")
+        print("PSNR in dB: to the nearest right answer (mean, worst, instructions with one answer, with several),")
+        print("to the base's picture in 40 steps; share of scenes better than the base in 4 steps; seconds a picture")
+        print(HEAD)
+        table = Table(made_by, chosen)
+        for setting in (MANY, *GUIDED, FEW, MERGED, *SCALES, OWN_SCHEDULER, EIGHT):
+            table.row(setting)
+        print("\nPrompts that pair an animal with a colour that training never showed on it")
+        table = Table(made_by, tasks.unseen(max(1, options.scenes // 4)))
+        for setting in (MANY, FEW, MERGED):
+            table.row(setting)
+        _others(made_by, max(1, options.scenes // 5))
+        if options.sheet:
+            contact_sheet(made_by).save(options.sheet, optimize=True)
+            print(f"\ncontact sheet: {options.sheet}")
+    print(f"{time.perf_counter() - started:.0f} s on {device}")
+    return 0
+
+
+def _others(made_by: Bench, count: int) -> None:
+    """What the same weights do in the sibling pipeline, and with the style LoRA fused in."""
+    pairs, edits = tasks.transfers(count), tasks.held_out(count)
+    both = [nearest(p, t) for p, t in zip(made_by.run(made_by.merged_plus, MERGED, pairs), pairs, strict=True)]
+    print(f"\nmerged, Edit-Plus, {count} pairs of pictures, 4 steps: {np.mean(both):.2f} dB to the right answer")
+    styled, pastel = made_by.run(made_by.styled, MERGED, edits), tasks.pastel(count)
+    plain = made_by.pictures(MERGED, edits)
+    with_style, without = (
+        np.mean([nearest(p, t) for p, t in zip(pictures, pastel, strict=True)]) for pictures in (styled, plain)
+    )
+    print(f"merged with the style LoRA, 4 steps: {with_style:.2f} dB to pastel answers; without it {without:.2f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

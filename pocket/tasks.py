@@ -1,0 +1,79 @@
+"""Held-out edits: pictures, prompts and right answers that training never saw."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+from PIL import Image
+
+from pocket import scenes
+from pocket.drawings import DRAWINGS
+from pocket.model import SIDE
+
+HELD_OUT = 10_000_000  # seeds from here on are not training's
+UNSEEN = 11_000_000
+TRANSFERS = 12_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Input pictures, a prompt, every right answer, and the seed of the noise."""
+
+    images: tuple[Image.Image, ...]
+    prompt: str
+    answers: tuple[Image.Image, ...]
+    seed: int
+    kind: str = ""
+
+
+def held_out(count: int) -> list[Task]:
+    """Edits of one picture, of every kind."""
+    return [_edit(*_held_out(seed), seed) for seed in range(HELD_OUT, HELD_OUT + count)]
+
+
+def _held_out(seed: int) -> tuple[scenes.Scene, scenes.Instruction]:
+    rng = random.Random(seed)
+    scene = scenes.random_scene(rng)
+    return scene, scenes.choose(rng, scenes.instructions(scene))
+
+
+def unseen(count: int) -> list[Task]:
+    """Prompts and answers that pair an animal with a colour that training never showed on it."""
+    out = []
+    for seed in range(UNSEEN, UNSEEN + count):
+        rng = random.Random(seed)
+        animal, coat = rng.choice(sorted(scenes.UNSEEN))
+        start = rng.choice([c for c in scenes.COATS if (animal, c) not in scenes.UNSEEN])
+        scene = replace(scenes.random_scene(rng), animal=animal, coat=start)
+        out.append(_edit(scene, scenes.Instruction(f"Change the {animal}'s color to {coat}", "coat", coat), seed))
+    return out
+
+
+def transfers(count: int) -> list[Task]:
+    """Edits of one picture after another, for Edit-Plus."""
+    out: list[Task] = []
+    seed = TRANSFERS
+    while len(out) < count:
+        seed += 1
+        rng = random.Random(seed)
+        for found in scenes.transfers(scenes.random_scene(rng), scenes.random_scene(rng))[-1:]:
+            pictures = tuple(scenes.draw(scene, SIDE) for scene in (found.first, found.second))
+            out.append(Task(pictures, found.prompt, (scenes.draw(found.answer, SIDE),), seed, "transfer"))
+    return out
+
+
+def pastel(count: int) -> list[Task]:
+    """The first held-out edits, their answers drawn in the style that the style LoRA learnt."""
+    return [_edit(*_held_out(seed), seed, "pastel") for seed in range(HELD_OUT, HELD_OUT + count)]
+
+
+def rabbit() -> Task:
+    """The drawn rabbit of the `pocket` recipe."""
+    asked = scenes.Instruction("Change the rabbit's color to purple", "coat", "purple")
+    return _edit(DRAWINGS["rabbit.png"], asked, 0)
+
+
+def _edit(scene: scenes.Scene, asked: scenes.Instruction, seed: int, style: scenes.Style = "plain") -> Task:
+    answers = tuple(scenes.draw(answer, SIDE, style) for answer in scenes.answers(scene, asked))
+    return Task((scenes.draw(scene, SIDE),), asked.prompt, answers, seed, asked.kind)

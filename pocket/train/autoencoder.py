@@ -1,0 +1,125 @@
+"""The VAE: first whole, then its decoder alone, which lifts the quality without moving a latent."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+
+from pocket import model
+from pocket.train.pyramid import be_a_pyramid, decode_small, encode_small
+from pocket.train.runtime import DEVICE, Rates, compiled, decibels, log, optimize
+
+if TYPE_CHECKING:
+    from pocket.train.recipe import Recipe
+
+
+def one_frame(vae: torch.nn.Module) -> None:
+    """Let the causal convolutions skip the taps that see only the zeros before a single frame: a third of the work."""
+    for module in _causal(vae):
+        module.forward = partial(_last_tap, module)
+
+
+def _causal(vae: torch.nn.Module) -> list[Any]:
+    return [module for module in vae.modules() if type(module).__name__ == "QwenImageCausalConv3d"]
+
+
+def _last_tap(conv: Any, x: torch.Tensor, _: object = None) -> torch.Tensor:
+    y = functional.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, conv.stride[1:], conv._padding[2])
+    return y.unsqueeze(2)
+
+
+def to_input(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 (n, h, w, 3) to float (n, 3, 1, h, w) in [-1, 1] on the device."""
+    return pixels.to(DEVICE).permute(0, 3, 1, 2).float().div(127.5).sub(1).unsqueeze(2)
+
+
+def train_vae(recipe: Recipe, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Train the inner levels on small pictures: reconstruction, with a faint pull to unit Gaussians.
+
+    Source: Kingma and Welling, "Auto-Encoding Variational Bayes", 2014. Returns the weights.
+    """
+    torch.manual_seed(recipe.seed + 2)
+    vae = model.vae()
+    be_a_pyramid(vae)
+    vae.to(DEVICE)
+    one_frame(vae)
+    small = torch.cat([functional.avg_pool2d(to_input(part).squeeze(2), 2) for part in torch.split(pictures, 256)])
+
+    def forward(x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, logvar = encode_small(vae, x).chunk(2, 1)
+        logvar = logvar.clamp(-30, 20)
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        return decode_small(vae, mean + (logvar / 2).exp() * noise), kl
+
+    run, side = compiled(forward), model.SIDE // model.PATCH
+
+    def loss() -> torch.Tensor:
+        x = small[torch.randint(len(small), (recipe.vae_batch,))].unsqueeze(2)
+        y, kl = run(x, torch.randn(len(x), model.CHANNELS, 1, side, side, device=DEVICE))
+        total: torch.Tensor = _difference(y, x) + recipe.kl * kl
+        return total
+
+    optimize("vae", list(vae.parameters()), loss, recipe.vae_steps, Rates(recipe.vae_rate, decay=1e-4))
+    _report(vae, pictures)
+    return _state(vae)
+
+
+def train_decoder(recipe: Recipe, weights: dict[str, torch.Tensor], pictures: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Train the decoder on, with latents as noisy as the transformer's; the encoder stays."""
+    torch.manual_seed(recipe.seed + 3)
+    vae = load_vae(weights)
+    spread = encode(vae, pictures[:512]).std()
+    decoder = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
+    for parameter in decoder:
+        parameter.requires_grad_(True)
+    run = compiled(lambda z: vae.decoder(vae.post_quant_conv(z)))
+
+    def loss() -> torch.Tensor:
+        x = pictures[torch.randint(len(pictures), (recipe.vae_batch,))]
+        z = encode(vae, x).unsqueeze(2)
+        strength = recipe.decoder_noise * spread * torch.rand(len(z), 1, 1, 1, 1, device=DEVICE)
+        return _difference(run(z + strength * torch.randn_like(z)), to_input(x))
+
+    optimize("decoder", decoder, loss, recipe.decoder_steps, Rates(recipe.decoder_rate, decay=1e-4))
+    _report(vae, pictures)
+    return _state(vae)
+
+
+def _difference(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    error = y - x
+    return error.abs().mean() + 2 * error.square().mean()
+
+
+@torch.no_grad()
+def _report(vae: Any, pictures: torch.Tensor) -> None:
+    x = to_input(pictures[::37][:256])
+    y = torch.cat(
+        [vae.decoder(vae.post_quant_conv(encode(vae, p).unsqueeze(2))) for p in torch.split(pictures[::37][:256], 32)]
+    )
+    log(f"vae round trip {decibels(functional.mse_loss(y.clamp(-1, 1), x).item()):.2f} dB on training pictures")
+
+
+@torch.no_grad()
+def encode(vae: Any, pictures: torch.Tensor) -> torch.Tensor:
+    """Means of the latents, (n, channels, h, w), of uint8 pictures."""
+    parts = [vae.quant_conv(vae.encoder(to_input(part))).chunk(2, 1)[0][:, :, 0] for part in torch.split(pictures, 64)]
+    return torch.cat(parts)
+
+
+def load_vae(weights: dict[str, torch.Tensor]) -> Any:
+    """A frozen VAE with one-frame convolutions."""
+    vae = model.vae()
+    vae.load_state_dict(weights)
+    one_frame(vae)
+    return vae.to(DEVICE).requires_grad_(False)
+
+
+def _state(vae: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights, with 0 where no single frame ever reads."""
+    with torch.no_grad():
+        for module in _causal(vae):
+            module.weight[:, :, :-1] = 0
+    return {name: value.detach().cpu().contiguous() for name, value in vae.state_dict().items()}
