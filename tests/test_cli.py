@@ -125,3 +125,13 @@ def test_a_refused_fuse_leaves_the_last_result(tmp_path: Path, base: Path, lora:
     held = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert run("fuse", base, tmp_path / "out", "--lora", broken(tmp_path, "shape")).returncode == 2
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == held
+
+
+def test_a_reader_that_leaves_early_is_no_error(lora: Path) -> None:
+    command = [sys.executable, "-m", "lora_fuse", "inspect", str(lora)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        process.stdout = None
+        _, errors = process.communicate()
+    assert (process.returncode, errors) == (141, "")
