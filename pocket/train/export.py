@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import QwenImageEditPipeline
 from safetensors.torch import save_file
 
 from pocket import drawings, model
@@ -47,15 +46,13 @@ def export(out: Path, parts: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
     (out / "lora").mkdir(parents=True, exist_ok=True)
     for version in ("v1", "v2"):
         save_file(dict(parts[version]), out / "lora" / LORAS[version])
-    QwenImageEditPipeline.save_lora_weights(
-        out / "lora",
-        transformer_lora_layers=dict(parts["pastel"]),
-        weight_name=LORAS["pastel"],
-        transformer_lora_adapter_metadata={
-            "r": style.RANK,
-            "lora_alpha": style.ALPHA,
-            "target_modules": list(style.TARGETS),
-        },
+    # As diffusers' save_lora_weights names keys and scaling; it adds a second entry to the header's metadata, and
+    # safetensors writes two in any order, so that the bytes would change from run to run.
+    scaling = {"r": style.RANK, "lora_alpha": style.ALPHA, "target_modules": list(style.TARGETS)}
+    save_file(
+        {f"transformer.{key}": value for key, value in parts["pastel"].items()},
+        out / "lora" / LORAS["pastel"],
+        metadata={"lora_adapter_metadata": json.dumps({f"transformer.{key}": v for key, v in scaling.items()})},
     )
     drawings.draw_inputs(out / "inputs")
 
