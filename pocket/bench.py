@@ -10,13 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
 from lora_fuse.checkpoint import open_checkpoint
 from lora_fuse.lora import LoraInput
 from lora_fuse.merge import write_merged
+from lora_fuse.metrics import psnr_db, to_levels
 from lora_fuse.plan import make_plan
 from lora_fuse.render import LoraSpec, condition_area, load_loras, load_pipeline, shared_components
 from pocket.model import LIGHTNING_SCHEDULER, LORA_TARGETS, SCHEDULER, SIDE
@@ -79,19 +79,18 @@ class Bench:
         return pipe
 
     @cached_property
+    def _merged(self) -> Path:
+        return self._merge([self.lightning])
+
+    @cached_property
     def merged(self) -> Any:
         """The Lightning LoRA fused by this project."""
-        return self._sibling("QwenImageEditPipeline", self._merge([self.lightning]))
+        return self._sibling("QwenImageEditPipeline", self._merged)
 
     @cached_property
     def merged_plus(self) -> Any:
         """The same for two input pictures."""
-        return self._sibling("QwenImageEditPlusPipeline", self._merge([self.lightning]))
-
-    @cached_property
-    def merged_text(self) -> Any:
-        """The same without input pictures."""
-        return self._sibling("QwenImagePipeline", self._merge([self.lightning]))
+        return self._sibling("QwenImageEditPlusPipeline", self._merged)
 
     @cached_property
     def styled(self) -> Any:
@@ -137,7 +136,7 @@ class Bench:
 
     @torch.no_grad()
     def round_trip(self, tasks: Sequence[Task]) -> list[float]:
-        """DB of the VAE's reconstruction of the first right answer of each task."""
+        """PSNR in dB of the VAE's reconstruction of the first right answer of each task."""
         vae, processor, out = self.base.vae, self.base.image_processor, []
         for task in tasks:
             x = processor.preprocess(task.answers[0]).unsqueeze(2).to(vae.device)
@@ -147,11 +146,10 @@ class Bench:
 
 
 def psnr(one: Image.Image, other: Image.Image) -> float:
-    """DB between two pictures of one size, 99 for equal ones."""
-    error = np.square(np.asarray(one, np.float64) - np.asarray(other, np.float64)).mean()
-    return float(10 * np.log10(255**2 / error)) if error else 99.0
+    """PSNR in dB between two pictures of one size, 99 for equal ones, so that a mean stays finite."""
+    return min(psnr_db(to_levels(one), to_levels(other)), 99.0)
 
 
 def nearest(picture: Image.Image, task: Task) -> float:
-    """DB to the nearest right answer."""
+    """PSNR in dB to the nearest right answer."""
     return max(psnr(picture, answer) for answer in task.answers)

@@ -18,6 +18,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file, save_file
 
+from pocket.bench import POCKET
 from pocket.train import autoencoder, examples, flow, lightning, pictures, style
 from pocket.train.export import export
 from pocket.train.pipelines import encoders
@@ -26,8 +27,6 @@ from pocket.train.runtime import DEVICE, log
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-POCKET = Path(__file__).resolve().parents[1]
 
 Tensors = dict[str, torch.Tensor]
 
