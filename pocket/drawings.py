@@ -10,7 +10,7 @@ SIDE = 256  # pixels
 
 DRAWINGS = {
     "rabbit.png": Scene("rabbit", "white", "blue", x=0.5, y=0.52, size=1.0),
-    "hat.png": Scene("bear", "brown", "yellow", x=0.5, y=0.52, size=1.0, hat=("red", "top")),
+    "hat.png": Scene("bear", "brown", "yellow", x=0.5, y=0.52, size=1.0, hat="red"),
 }
 
 

@@ -41,9 +41,8 @@ BACKS: dict[str, Color] = {
     "orange": (252, 205, 155),
 }
 HATS: dict[str, Color] = {"red": (215, 35, 45), "yellow": (250, 205, 40), "black": (35, 35, 40), "blue": (40, 80, 200)}
-SHAPES = ("top", "party")
+PARTY_HATS = frozenset({"red", "yellow"})  # the others are top hats
 ANIMALS = ("rabbit", "cat", "bear")
-MOONS = tuple((x, y) for x in (0.15, 0.85) for y in (0.15, 0.24))
 NIGHT: Color = (24, 28, 74)
 INK: Color = (45, 35, 40)
 WHITE: Color = (255, 255, 255)
@@ -68,8 +67,8 @@ class Scene:
     x: float  # centre of the head
     y: float
     size: float
-    hat: tuple[str, str] | None = None  # colour, shape
-    moon: tuple[float, float] | None = None  # at night only; the background's colour is kept, unseen
+    hat: str | None = None  # its colour
+    night: bool = False  # the background's colour is kept, unseen
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +88,10 @@ def random_scene(rng: random.Random, seen: bool = True) -> Scene:
         animal=animal,
         coat=coat,
         back=rng.choice(list(BACKS)),
-        x=rng.uniform(0.4, 0.6),
-        y=rng.uniform(0.47, 0.55),
-        size=rng.uniform(0.88, 1.08),
-        hat=(rng.choice(list(HATS)), rng.choice(SHAPES)) if rng.random() < 0.35 else None,
+        x=rng.uniform(0.46, 0.54),
+        y=rng.uniform(0.505, 0.535),
+        size=rng.uniform(0.97, 1.03),
+        hat=rng.choice(list(HATS)) if rng.random() < 0.35 else None,
     )
 
 
@@ -100,10 +99,10 @@ def instructions(scene: Scene) -> list[Instruction]:
     """Every instruction that applies to a scene."""
     who = scene.animal
     out = [Instruction(f"Change the {who}'s color to {c}", "coat", c) for c in COATS if c != scene.coat]
-    out += [Instruction(f"Make the background {b}", "back", b) for b in BACKS if b != scene.back or scene.moon]
+    out += [Instruction(f"Make the background {b}", "back", b) for b in BACKS if b != scene.back or scene.night]
     out += [Instruction(f"Turn the {who} into a {a}", "animal", a) for a in ANIMALS if a != who]
     out += [Instruction(f"Change the {who}'s color", "any coat"), Instruction("Change the background", "any back")]
-    if not scene.moon:
+    if not scene.night:
         out.append(Instruction("Make it night", "night"))
     if scene.hat:
         return [*out, Instruction("Remove the hat", "no hat")]
@@ -119,13 +118,13 @@ def answers(scene: Scene, asked: Instruction) -> list[Scene]:
             return [replace(scene, coat=c) for c in coats]
         case "back" | "any back":
             backs = [asked.value] if asked.value else [b for b in BACKS if b != scene.back]
-            return [replace(scene, back=b, moon=None) for b in backs]
+            return [replace(scene, back=b, night=False) for b in backs]
         case "night":
-            return [replace(scene, moon=moon) for moon in MOONS]
+            return [replace(scene, night=True)]
         case "animal":
             return [replace(scene, animal=asked.value)]
         case "hat" | "any hat":
-            return [replace(scene, hat=(c, s)) for c in ([asked.value] if asked.value else HATS) for s in SHAPES]
+            return [replace(scene, hat=hat) for hat in ([asked.value] if asked.value else HATS)]
         case "no hat":
             return [replace(scene, hat=None)]
 
@@ -155,7 +154,7 @@ def family(rng: random.Random, pictures: int) -> list[Scene]:
 
 def caption(scene: Scene) -> str:
     """What a scene shows, as a prompt for the text-to-image pipeline."""
-    hat = f" with a {scene.hat[0]} hat" if scene.hat else ""
+    hat = f" with a {scene.hat} hat" if scene.hat else ""
     return f"a {scene.coat} {scene.animal}{hat}"
 
 
@@ -184,7 +183,7 @@ def transfers(first: Scene, second: Scene) -> list[Transfer]:
 def prompts() -> list[str]:
     """Every prompt of the grammar, for one, two and no input pictures."""
     pairs = [(a, c) for a in ANIMALS for c in COATS]
-    hats = [None, *((h, "top") for h in HATS)]
+    hats = [None, *HATS]
     shown = [Scene(a, c, "", 0, 0, 1, hat) for a, c in pairs for hat in hats]
     found = {option.prompt for scene in shown for option in instructions(scene)} | {caption(scene) for scene in shown}
     return sorted(found | {t.prompt for one in shown[:: len(hats)] for two in shown for t in transfers(one, two)})
@@ -192,11 +191,11 @@ def prompts() -> list[str]:
 
 def draw(scene: Scene, side: int, style: Style = "plain") -> Image.Image:
     """The picture of a scene, `side` x `side` pixels, RGB."""
-    pen = _Pen(side * SUPERSAMPLING, NIGHT if scene.moon else BACKS[scene.back], style)
+    pen = _Pen(side * SUPERSAMPLING, NIGHT if scene.night else BACKS[scene.back], style)
     _sky(pen, scene)
     _animal(pen, scene)
     if scene.hat:
-        _hat(pen, scene, *scene.hat)
+        _hat(pen, scene, scene.hat)
     return pen.image.reduce(SUPERSAMPLING)
 
 
@@ -238,12 +237,11 @@ def _mix(a: Color, b: Color, share: float) -> Color:
 
 
 def _sky(pen: _Pen, scene: Scene) -> None:
-    if scene.moon:
-        x, y = scene.moon
-        pen.oval(x, y, 0.09, 0.09, (250, 240, 190))
-        for dx, star in ((-0.05, 0.12), (0.06, 0.26), (-0.02, 0.40)):
-            pen.oval(1 - x + dx, star, 0.02, 0.02, WHITE)
-    pen.oval(0.5, 1.35, 0.95, 0.52, (40, 80, 60) if scene.moon else (120, 190, 95))
+    if scene.night:
+        pen.oval(0.15, 0.17, 0.09, 0.09, (250, 240, 190))  # moon
+        for x, y in ((0.80, 0.12), (0.91, 0.26), (0.83, 0.40)):
+            pen.oval(x, y, 0.02, 0.02, WHITE)  # star
+    pen.oval(0.5, 1.35, 0.95, 0.52, (40, 80, 60) if scene.night else (120, 190, 95))
 
 
 def _animal(pen: _Pen, scene: Scene) -> None:
@@ -276,13 +274,13 @@ def _ear(pen: _Pen, scene: Scene, side: int) -> None:
             pen.oval(x + side * 0.14 * s, y - 0.13 * s, 0.035 * s, 0.035 * s, inner)
 
 
-def _hat(pen: _Pen, scene: Scene, color: str, shape: str) -> None:
+def _hat(pen: _Pen, scene: Scene, color: str) -> None:
     s, x, top, fill = scene.size, scene.x, scene.y - 0.13 * scene.size, HATS[color]
 
     def points(*corners: tuple[float, float]) -> list[tuple[float, float]]:
         return [(x + px * s, top + py * s) for px, py in corners]
 
-    if shape == "party":
+    if color in PARTY_HATS:
         pen.polygon(points((-0.11, 0.02), (0, -0.24), (0.11, 0.02)), fill)
         pen.oval(x, top - 0.24 * s, 0.03 * s, 0.03 * s, WHITE, outline=True)
         return

@@ -80,10 +80,17 @@ class Run:
         """Both styles, which the VAE must know."""
         return torch.cat([self.drawn["plain"], self.drawn["pastel"]])
 
-    def examples(self) -> dict[str, examples.Examples]:
+    def by_kind(self) -> dict[str, examples.Examples]:
         """Examples on the device, by kind."""
-        tokens, data = self.load("latents")["tokens"].to(DEVICE), self.load("embeds")
-        return {kind: examples.Examples(kind, chosen, tokens, data) for kind, chosen in self.chosen.kinds().items()}
+        return {kind: self._examples(kind) for kind in self.chosen.kinds()}
+
+    def edits(self) -> examples.Examples:
+        """Edits of one picture."""
+        return self._examples("edits")
+
+    def _examples(self, kind: str) -> examples.Examples:
+        tokens = self.load("latents")["tokens"].to(DEVICE)
+        return examples.Examples(kind, self.chosen.kinds()[kind], tokens, self.load("embeds"))
 
     def pictures(self) -> Tensors:
         """Draw every scene, an eighth of them in pastel, too."""
@@ -112,26 +119,25 @@ class Run:
 
     def base(self) -> Tensors:
         """Train the transformer."""
-        return flow.train_base(self.recipe, self.examples())
+        return flow.train_base(self.recipe, self.by_kind())
 
     def teacher(self) -> Tensors:
         """Let the base show what many steps give."""
-        return lightning.teach(self.recipe, self.load("base"), self.examples()["edits"])
+        return lightning.teach(self.recipe, self.load("base"), self.edits())
 
     def v1(self) -> Tensors:
         """Distil: the first version of the Lightning LoRA."""
-        edits = self.examples()["edits"]
-        return lightning.train_v1(self.recipe, self.load("base"), edits, self.load("teacher"))
+        return lightning.train_v1(self.recipe, self.load("base"), self.edits(), self.load("teacher"))
 
     def v2(self) -> Tensors:
         """Distil on: the second version."""
-        edits = self.examples()["edits"]
-        return lightning.train_v2(self.recipe, self.load("base"), edits, self.load("teacher"), self.load("v1"))
+        first = self.load("v1")
+        return lightning.train_v2(self.recipe, self.load("base"), self.edits(), self.load("teacher"), first)
 
     def pastel(self) -> Tensors:
         """Train the style LoRA."""
         tokens = examples.normalized(self.load("vae"), self.drawn["pastel"], self.load("latents"))
-        return style.train_style(self.recipe, self.load("base"), self.examples()["edits"], tokens)
+        return style.train_style(self.recipe, self.load("base"), self.edits(), tokens)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

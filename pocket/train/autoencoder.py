@@ -75,7 +75,7 @@ def train_decoder(recipe: Recipe, weights: dict[str, torch.Tensor], pictures: to
     decoder = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
     for parameter in decoder:
         parameter.requires_grad_(True)
-    run = compiled(lambda z: vae.decoder(vae.post_quant_conv(z)))
+    run = compiled(partial(decode, vae))
 
     def loss() -> torch.Tensor:
         x = pictures[torch.randint(len(pictures), (recipe.vae_batch,))]
@@ -96,9 +96,7 @@ def _difference(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def _report(vae: Any, pictures: torch.Tensor) -> None:
     x = to_input(pictures[::37][:256])
-    y = torch.cat(
-        [vae.decoder(vae.post_quant_conv(encode(vae, p).unsqueeze(2))) for p in torch.split(pictures[::37][:256], 32)]
-    )
+    y = torch.cat([decode(vae, encode(vae, part).unsqueeze(2)) for part in torch.split(pictures[::37][:256], 32)])
     log(f"vae round trip {decibels(functional.mse_loss(y.clamp(-1, 1), x).item()):.2f} dB on training pictures")
 
 
@@ -107,6 +105,12 @@ def encode(vae: Any, pictures: torch.Tensor) -> torch.Tensor:
     """Means of the latents, (n, channels, h, w), of uint8 pictures."""
     parts = [vae.quant_conv(vae.encoder(to_input(part))).chunk(2, 1)[0][:, :, 0] for part in torch.split(pictures, 64)]
     return torch.cat(parts)
+
+
+def decode(vae: Any, z: torch.Tensor) -> torch.Tensor:
+    """Pictures (n, 3, 1, h, w) of latents (n, channels, 1, h/16, w/16), not clamped, so that gradients reach them."""
+    pictures: torch.Tensor = vae.decoder(vae.post_quant_conv(z))
+    return pictures
 
 
 def load_vae(weights: dict[str, torch.Tensor]) -> Any:

@@ -103,8 +103,9 @@ class Examples:
     ) -> None:
         self.tokens = tokens
         self.inputs = data[f"{kind}.inputs"].to(DEVICE)
+        width = data[f"{kind}.asked.embeds"].shape[1]  # the empty prompt is the shortest
         self.text = {
-            key: (data[f"{kind}.{key}.embeds"].to(DEVICE), data[f"{kind}.{key}.mask"].to(DEVICE))
+            key: tuple(_widened(data[f"{kind}.{key}.{part}"].to(DEVICE), width) for part in ("embeds", "mask"))
             for key in ("asked", "empty")
         }
         counts = [len(example.answers) for example in chosen]
@@ -129,17 +130,8 @@ class Examples:
         conditions = [self.tokens[column] for column in self.inputs[index].unbind(1)]
         without = torch.as_tensor(empty, device=DEVICE).expand(len(index))
         pairs = zip(self.text["asked"], self.text["empty"], strict=True)
-        width = max(self.text[key][0].shape[1] for key in self.text)
-        embeds, mask = (
-            torch.where(
-                without.view(-1, *[1] * (a.ndim - 1)),
-                _widened(e[index], width),
-                _widened(a[index], width),
-            )
-            for a, e in pairs
-        )
-        used = int(mask.sum(1).max())
-        return Given(conditions, embeds[:, :used].float(), mask[:, :used])
+        embeds, mask = (torch.where(without.view(-1, *[1] * (a.ndim - 1)), e[index], a[index]) for a, e in pairs)
+        return Given(conditions, embeds.float(), mask)
 
 
 def _widened(x: torch.Tensor, width: int) -> torch.Tensor:

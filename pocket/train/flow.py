@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from itertools import cycle
+from itertools import chain, cycle, repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
 
 from pocket import model
-from pocket.train.runtime import DEVICE, Rates, optimize
+from pocket.train.runtime import DEVICE, Rates, captured, optimize
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from pocket.train.examples import Examples, Given
     from pocket.train.recipe import Recipe
 
-# Which examples a step is about: six in eight edit one picture.
-CYCLE = ("edits", "edits", "edits", "pairs", "edits", "edits", "edits", "texts")
+# Which examples a step is about: eight in ten edit one picture.
+CYCLE = (*["edits"] * 4, "pairs", *["edits"] * 4, "texts")
 
 
 def velocity(net: Any, x: torch.Tensor, sigma: torch.Tensor, given: Given) -> torch.Tensor:
@@ -50,11 +50,11 @@ def on_path(
     return a * answer + b * noise, (a * noise - b * answer) * math.pi / 2
 
 
-def flow_loss(net: Any, recipe: Recipe, answer: torch.Tensor, given: Given) -> torch.Tensor:
+def flow_loss(net: Any, path: str, answer: torch.Tensor, given: Given) -> torch.Tensor:
     """Mean squared error of the velocity at random sigmas."""
     u = torch.rand(len(answer), device=DEVICE)
     sigma = 2 * u / (1 + u)  # shift 2: more of the noisy end, where the answer is decided
-    x, target = on_path(recipe.path, answer, torch.randn_like(answer), sigma[:, None, None])
+    x, target = on_path(path, answer, torch.randn_like(answer), sigma[:, None, None])
     return functional.mse_loss(velocity(net, x, sigma, given), target)
 
 
@@ -66,15 +66,15 @@ def train_base(recipe: Recipe, examples: Mapping[str, Examples]) -> dict[str, to
     """
     torch.manual_seed(recipe.seed + 4)
     net = model.transformer().to(DEVICE)
-
-    kinds = cycle(CYCLE)
+    run, kinds = captured(net), cycle(CYCLE)
+    paths = chain(repeat("straight", round(recipe.base_steps * recipe.straight)), repeat(recipe.path))
 
     def loss() -> torch.Tensor:
         chosen = examples[next(kinds)]
         index = chosen.draw(recipe.base_batch)
         u = torch.rand(len(index), device=DEVICE)
         answer = _some_wrong(recipe, chosen, index, u < recipe.wrong)
-        return flow_loss(net, recipe, chosen.tokens[answer], chosen.given(index, u > 1 - recipe.dropped))
+        return flow_loss(run, next(paths), chosen.tokens[answer], chosen.given(index, u > 1 - recipe.dropped))
 
     rates = Rates(recipe.base_rate, decay=0.01, matrix=recipe.matrix_rate, average=0.998)
     optimize("base", list(net.parameters()), loss, recipe.base_steps, rates)

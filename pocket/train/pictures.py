@@ -56,7 +56,7 @@ def curriculum(recipe: Recipe) -> Curriculum:
         edits += rng.sample(found, min(len(found), recipe.edits // recipe.families))
     texts = defaultdict(list)
     for number, scene in enumerate(records):
-        if not scene.moon:
+        if not scene.night:
             texts[scenes.caption(scene)].append(number)
     pairs = []
     for _ in range(recipe.pairs):

@@ -17,21 +17,22 @@ class Recipe:
     edits: int = 20000  # examples of one input picture
     pairs: int = 1000  # examples of two input pictures
 
-    vae_steps: int = 6000
+    vae_steps: int = 4000
     vae_batch: int = 8
     vae_rate: float = 2e-3
     kl: float = 1e-4
-    decoder_steps: int = 2000
+    decoder_steps: int = 3500
     decoder_rate: float = 1e-3
     decoder_noise: float = 0.15  # on latents of unit spread: what the transformer gets wrong
 
     path: Literal["straight", "curved"] = "curved"
+    straight: float = 0.5  # share of the base's steps that go along straight paths first, where it learns faster
     wrong: float = 0.0  # share of examples whose answer follows another instruction than the prompt
     dropped: float = 0.1  # share of examples whose prompt is " "
-    base_steps: int = 4500
+    base_steps: int = 5800
     base_batch: int = 64
     base_rate: float = 2e-3
-    matrix_rate: float = 3e-3  # Muon's, for the matrices of the blocks; 0: AdamW for everything
+    matrix_rate: float = 6e-3  # Muon's, for the matrices of the blocks; 0: AdamW for everything
 
     cfg: float = 1.0  # the teacher's guidance
     trajectories: int = 3000

@@ -6,6 +6,7 @@ import math
 import shutil
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +23,17 @@ def log(*words: object) -> None:
 
 
 def compiled(function: Any) -> Any:
-    """`function` through torch.compile on a CPU that has a C++ compiler: 1.9 times as fast for the VAE."""
-    return torch.compile(function, dynamic=False) if DEVICE.type == "cpu" and shutil.which("g++") else function
+    """`function` through torch.compile where that has what it needs: 1.9 times as fast for the VAE on a CPU."""
+    if DEVICE.type == "cpu" and shutil.which("g++"):
+        return torch.compile(function, dynamic=False)
+    return captured(function)
+
+
+def captured(function: Any) -> Any:
+    """`function` through torch.compile on CUDA only, where launching kernels is what takes the time."""
+    if DEVICE.type == "cuda" and find_spec("triton") and shutil.which("gcc"):
+        return torch.compile(function, dynamic=False, mode="reduce-overhead")
+    return function
 
 
 def decibels(mse: float) -> float:

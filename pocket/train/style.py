@@ -42,7 +42,7 @@ def train_style(
 
     def loss() -> torch.Tensor:
         index = drawn[torch.randint(len(drawn), (recipe.base_batch // 2,), device=DEVICE)]
-        return flow_loss(net, recipe, pastel[examples.answer(index)], examples.given(index))
+        return flow_loss(net, recipe.path, pastel[examples.answer(index)], examples.given(index))
 
     optimize("pastel", parameters, loss, recipe.style_steps, Rates(recipe.style_rate))
     return {
