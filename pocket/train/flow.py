@@ -66,15 +66,18 @@ def train_base(recipe: Recipe, examples: Mapping[str, Examples]) -> dict[str, to
     """
     torch.manual_seed(recipe.seed + 4)
     net = model.transformer().to(DEVICE)
-    run, kinds = captured(net), cycle(CYCLE)
+    runs = {"edits": captured(net)}  # a compilation takes longer than the other kinds' steps
+    kinds = cycle(CYCLE)
     paths = chain(repeat("straight", round(recipe.base_steps * recipe.straight)), repeat(recipe.path))
 
     def loss() -> torch.Tensor:
-        chosen = examples[next(kinds)]
+        kind = next(kinds)
+        chosen = examples[kind]
         index = chosen.draw(recipe.base_batch)
         u = torch.rand(len(index), device=DEVICE)
         answer = _some_wrong(recipe, chosen, index, u < recipe.wrong)
-        return flow_loss(run, next(paths), chosen.tokens[answer], chosen.given(index, u > 1 - recipe.dropped))
+        given = chosen.given(index, u > 1 - recipe.dropped)
+        return flow_loss(runs.get(kind, net), next(paths), chosen.tokens[answer], given)
 
     rates = Rates(recipe.base_rate, decay=0.01, matrix=recipe.matrix_rate, average=0.998)
     optimize("base", list(net.parameters()), loss, recipe.base_steps, rates)
