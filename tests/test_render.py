@@ -177,11 +177,10 @@ def test_unfused_and_fused_pictures_agree_and_alpha_matters(edit: Pipeline, text
     fused = sibling(edit, "QwenImagePipeline")
     fuse(fused, 4.0 / 8)
     right = render(fused, TEXT, FOUR_STEPS)
-    agreement = psnr(right.image, unfused.image)
-    assert agreement > 70
-    assert psnr(plain.image, unfused.image) < agreement - 40
+    assert psnr(right.image, unfused.image) > 70
+    assert psnr(plain.image, unfused.image) < 29
     fuse(fused, 4.0 / 8)  # as if alpha had been ignored: twice too strong
-    assert psnr(render(fused, TEXT, FOUR_STEPS).image, unfused.image) < agreement - 40
+    assert psnr(render(fused, TEXT, FOUR_STEPS).image, unfused.image) < 27
 
 
 def test_a_tenth_of_the_scale_shows(edit: Pipeline, text: Pipeline) -> None:

@@ -82,15 +82,15 @@ class Run:
 
     def by_kind(self) -> dict[str, examples.Examples]:
         """Examples on the device, by kind."""
-        return {kind: self._examples(kind) for kind in self.chosen.kinds()}
+        return self._examples(*self.chosen.kinds())
 
     def edits(self) -> examples.Examples:
         """Edits of one picture."""
-        return self._examples("edits")
+        return self._examples("edits")["edits"]
 
-    def _examples(self, kind: str) -> examples.Examples:
-        tokens = self.load("latents")["tokens"].to(DEVICE)
-        return examples.Examples(kind, self.chosen.kinds()[kind], tokens, self.load("embeds"))
+    def _examples(self, *kinds: str) -> dict[str, examples.Examples]:
+        tokens, data, chosen = self.load("latents")["tokens"].to(DEVICE), self.load("embeds"), self.chosen.kinds()
+        return {kind: examples.Examples(kind, chosen[kind], tokens, data) for kind in kinds}
 
     def pictures(self) -> Tensors:
         """Draw every scene, an eighth of them in pastel, too."""
