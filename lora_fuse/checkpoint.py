@@ -7,16 +7,18 @@ Only headers are read here, so opening a 57 GB base takes milliseconds.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from lora_fuse.allowlist import TEXT_SUFFIXES
 from lora_fuse.errors import BadCheckpoint
 from lora_fuse.header import PREFIX, Header, TensorInfo, header_length, parse_header
 
 INDEX_SUFFIX = ".safetensors.index.json"
+PROVENANCE = "lora_fuse"  # the metadata entry of a fused shard: what was fused, as JSON
 
 # What a merged repository takes over from a base: weights as safetensors and the text that loads them. A pickle, a
 # README (the merged repository has a card of its own) or a stray file is left behind.
@@ -48,6 +50,7 @@ class Checkpoint:
     kind: Kind
     shards: tuple[Shard, ...]
     others: tuple[str, ...]
+    config: Mapping[str, Any] = field(default_factory=dict)  # the component's config.json, if it has one
 
     def tensors(self) -> dict[str, TensorInfo]:
         """Every tensor of the component by name."""
@@ -101,7 +104,20 @@ def open_checkpoint(root: Path, component: str = "transformer", files: Iterable[
     names = sorted(files) if files is not None else _kept_files(root)
     shards = _component_shards(root, prefix, names)
     taken = {shard.relative for shard in shards}
-    return Checkpoint(root, kind, shards, tuple(name for name in names if name not in taken))
+    others = tuple(name for name in names if name not in taken)
+    return Checkpoint(root, kind, shards, others, _read_config(root / f"{prefix}config.json"))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise BadCheckpoint(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise BadCheckpoint(f"{path} holds a {type(config).__name__}, not a mapping; fetch the base again")
+    return config
 
 
 def _kept_files(root: Path) -> list[str]:

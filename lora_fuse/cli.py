@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 from lora_fuse.errors import BadConfig, LoraFuseError
 
 if TYPE_CHECKING:
-    from lora_fuse.lora import LoraInput
+    from lora_fuse.lora import LoraInput, Update
     from lora_fuse.plan import Plan
+    from lora_fuse.selection import Selection
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,6 +72,11 @@ def _parser() -> argparse.ArgumentParser:
             "--lora", type=Path, action="append", required=True, metavar="F", help="file or PEFT folder"
         )
         command.add_argument("--scale", type=float, action="append", metavar="S", help="one for each --lora")
+        command.add_argument("--only", action="append", default=[], metavar="P", help="pattern of modules to fuse")
+        command.add_argument("--skip", action="append", default=[], metavar="P", help="pattern of modules to leave")
+        command.add_argument(
+            "--module-scale", action="append", default=[], metavar="P=S", help="multiply every scale there by S"
+        )
         command.add_argument("--component", default="transformer", help="the pipeline's part to fuse into")
     return parser
 
@@ -88,7 +94,20 @@ def _make_plan(options: argparse.Namespace) -> Plan:
     from lora_fuse.checkpoint import open_checkpoint
     from lora_fuse.plan import make_plan
 
-    return make_plan(open_checkpoint(options.base, options.component), _inputs(options))
+    return make_plan(open_checkpoint(options.base, options.component), _inputs(options), _selection(options))
+
+
+def _selection(options: argparse.Namespace) -> Selection:
+    from lora_fuse.selection import Selection
+
+    scales = {}
+    for text in options.module_scale:
+        pattern, _, number = text.rpartition("=")
+        try:
+            scales[pattern] = float(number)
+        except ValueError as error:
+            raise BadConfig(f"--module-scale {text!r}: expected PATTERN=NUMBER, as in '*.attn.*=0.5'") from error
+    return Selection(tuple(options.only), tuple(options.skip), scales)
 
 
 def _scheduler(options: argparse.Namespace) -> dict[str, object]:
@@ -106,13 +125,20 @@ def _inspect(options: argparse.Namespace) -> int:
 
     lora = open_lora(options.lora)
     print(f"{lora.path}: {len(lora.header.tensors)} keys, {len(lora.updates)} modules, sha256 {lora.sha256}")
-    for (rank, alpha), count in sorted(Counter((update.rank, update.alpha) for update in lora.updates).items()):
-        print(f"  rank {rank}, alpha {alpha:g} (factor {alpha / rank:g}): {count} modules")
+    for line, count in sorted(Counter(_describe(update) for update in lora.updates).items()):
+        print(f"  {line}: {count} modules")
     dtypes = Counter(tensor.dtype for tensor in lora.header.tensors.values())
     print("  dtypes: " + ", ".join(f"{dtype} x {count}" for dtype, count in sorted(dtypes.items())))
     for update in lora.updates:
-        print(f"  {update.module}  {update.out_features}x{update.in_features}")
+        print(f"  {update.module}.{update.part}  {'x'.join(map(str, update.shape))}")
     return 0
+
+
+def _describe(update: Update) -> str:
+    told = f"{update.algorithm}, keys {update.format.name}"
+    if update.rank is not None:
+        told += f", rank {update.rank}, alpha {update.alpha:g} (factor {update.factor:g})"
+    return told
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -127,6 +153,8 @@ def _print_plan(plan: Plan) -> None:
         print(f"fuse {given.path} at scale {given.scale:g}")
     tensors = len(plan.checkpoint.tensors())
     print(f"{len(plan.targets)} of {tensors} tensors change ({plan.modules} modules in the LoRA files)")
+    if plan.skipped:
+        print(f"  {len(plan.skipped)} are left as they are by --only and --skip, first {plan.skipped[0]}")
     for shard in plan.checkpoint.shards:
         count = sum(1 for target in plan.targets.values() if target.shard is shard)
         print(f"  {shard.relative}: {count} targets, {human_bytes(shard.path.stat().st_size)}")
@@ -174,11 +202,19 @@ def _verify(options: argparse.Namespace) -> int:
         component=options.component,
         rows=None if options.rows == "all" else int(options.rows),
         expected=Expectation(scheduler=_scheduler(options)),
+        selection=_selection(options),
     )
     print(
         f"verify: {found.targets} targets ({found.modules} modules), {found.rows_checked} of {found.rows_total} rows, "
         f"{found.tensors_untouched} tensors and {found.files_untouched} files identical to the base"
     )
+    if found.changes:
+        norms = sorted(change.relative_norm for change in found.changes.values())
+        same = sum(change.unchanged for change in found.changes.values()) / len(found.changes)
+        spread = f"{norms[0]:.3g} to {norms[-1]:.3g}, median {norms[len(norms) // 2]:.3g}"
+        print(f"  norm of difference over weight: {spread}; {same:.1%} of the weights are unchanged by rounding")
+    for text in found.notes:
+        print(f"  note: {text}")
     for text in found.problems:
         print(f"  problem: {text}", file=sys.stderr)
     print("verify: passed" if found.passed else f"verify: FAILED, {found.problem_count} problems")

@@ -1,7 +1,7 @@
 """Carries out a `Plan` on one shard: read, add, hash and write, piece by piece, in buffers that are used again.
 
-A fused shard begins with the base shard's own header and has every tensor at the same offset, so only the bytes of
-targets differ. One thread reads ahead, one hashes and writes behind, and the arithmetic between them is spread over
+A fused shard has the base shard's tensors at the same offsets, so only the bytes of targets differ, and its header says
+what was fused. One thread reads ahead, one hashes and writes behind, and the arithmetic between them is spread over
 threads that take whole pieces: torch's own threads, which meet after every operation, would spin against the other
 two for the same cores. Memory does not grow with the model.
 """
@@ -9,6 +9,7 @@ two for the same cores. Memory does not grow with the model.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,20 +19,19 @@ from itertools import cycle
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import torch
 
-from lora_fuse.checkpoint import Shard
-from lora_fuse.errors import BadCheckpoint, BadLora
-from lora_fuse.fusion import fuse_rows
-from lora_fuse.plan import Target, Term
+from lora_fuse.checkpoint import PROVENANCE, Shard
+from lora_fuse.deltas import Decomposed, Difference, difference
+from lora_fuse.errors import BadCheckpoint
+from lora_fuse.fusion import NotFinite, fuse_rows
+from lora_fuse.plan import Target
 from lora_fuse.records import FileRecord
 
 BUFFER = 8 << 20  # bytes; one buffer
 CHUNK = 1 << 19  # elements of a weight that are summed at a time: 4 MB in float64
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
-Factors = list[tuple[torch.Tensor, torch.Tensor]]
 Progress = Callable[[int], None]  # is told how many more bytes are done
 
 
@@ -71,69 +71,85 @@ def _copies(nbytes: int) -> Iterator[Piece]:
 
 
 def _row_blocks(target: Target) -> Iterator[Piece]:
-    rows, columns = target.tensor.shape
+    rows = target.tensor.shape[0]
     row_bytes = target.tensor.nbytes // rows
-    block = max(1, min(CHUNK // columns, BUFFER // row_bytes))
+    block = max(1, min(CHUNK // math.prod(target.tensor.shape[1:]), BUFFER // row_bytes))
     for first in range(0, rows, block):
         yield Piece(min(block, rows - first) * row_bytes, target, first)
 
 
 class Fuser:
-    """Adds updates to buffers of weights on one device, several buffers at a time."""
+    """Adds differences to buffers of weights on one device, several buffers at a time."""
 
     def __init__(self, device: str) -> None:
         self.workers = os.cpu_count() or 1
         self._device = torch.device(device)
         self._current: Target | None = None
-        self._factors: Factors = []
+        self._differences: list[Difference] = []
 
-    def factors(self, target: Target) -> Factors:
-        """The factors of a target in float64 on the device, `up` times its coefficient; read once per target.
+    def differences(self, target: Target) -> list[Difference]:
+        """What is added to a target; its tensors are read once."""
+        if target is not self._current:
+            self._current, self._differences = target, _differences(target)
+        return self._differences
+
+    def fuse(self, piece: Piece, target: Target, differences: list[Difference], buffer: bytearray) -> None:
+        """Overwrite the piece's rows in `buffer` with the merged ones.
 
         Raises:
-            BadLora: a factor is not finite.
+            BadCheckpoint: the base holds NaN or infinity there, or the sum is too large for its dtype.
         """
-        if target is not self._current:
-            self._current, self._factors = target, [self._load(term) for term in target.terms]
-        return self._factors
-
-    def fuse(self, piece: Piece, target: Target, factors: Factors, buffer: bytearray) -> None:
-        """Overwrite the piece's rows in `buffer` with the merged ones."""
         dtype = TORCH_DTYPES[target.tensor.dtype]
         held = torch.frombuffer(buffer, dtype=dtype, count=piece.nbytes // dtype.itemsize)
-        held = held.view(-1, target.tensor.shape[1])
-        rows = slice(piece.first_row, piece.first_row + held.shape[0])
-        moved = held.to(self._device)
-        fuse_rows(moved, [(up[rows], down) for up, down in factors])
+        held = held.view(-1, math.prod(target.tensor.shape[1:]))
+        moved = held if any(isinstance(one, Decomposed) for one in differences) else held.to(self._device)
+        try:
+            fuse_rows(moved, differences, piece.first_row)
+        except NotFinite as error:
+            raise BadCheckpoint(f"{target.shard.path}: {target.tensor.name!r}: {error}; nothing was written") from error
         if moved is not held:
             held.copy_(moved)
 
-    def _load(self, term: Term) -> tuple[torch.Tensor, torch.Tensor]:
-        factors = []
-        for key in (term.update.up, term.update.down):
-            values = term.lora.read(key)
-            if not np.isfinite(values).all():
-                raise BadLora(
-                    f"{term.lora.path}: {key!r} holds NaN or infinity; the file is broken, fetch or train it again"
-                )
-            factors.append(torch.from_numpy(values).to(self._device))
-        up, down = factors  # B: (out_features, rank), A: (rank, in_features)
-        return up.mul_(term.coefficient), down
+
+def _differences(target: Target) -> list[Difference]:
+    """The differences of all terms; those that need to know the whole weight have seen it."""
+    found = [
+        difference(term.update.format.algorithm, term.lora.read(term.update), term.update.factor, term.scale)
+        for term in target.terms
+    ]
+    for one in found:
+        if isinstance(one, Decomposed) and one.by_column:
+            for first, rows in _rows_of(target):
+                one.measure(rows, first)
+    return found
 
 
-def fuse_shard(shard: Shard, targets: dict[str, Target], to: Path, fuser: Fuser, progress: Progress) -> FileRecord:
-    """Write the merged shard to `to`, hashing on the way.
+def _rows_of(target: Target) -> Iterator[tuple[int, torch.Tensor]]:
+    """A target's rows as the base has them, in float64, block by block."""
+    dtype, columns = TORCH_DTYPES[target.tensor.dtype], math.prod(target.tensor.shape[1:])
+    with target.shard.path.open("rb", buffering=0) as file:
+        file.seek(target.tensor.start)
+        for piece in _row_blocks(target):
+            buffer = bytearray(piece.nbytes)
+            _read_all(file, memoryview(buffer), target.shard)
+            yield piece.first_row, torch.frombuffer(buffer, dtype=dtype).view(-1, columns).double()
+
+
+def fuse_shard(
+    shard: Shard, targets: dict[str, Target], to: Path, fuser: Fuser, provenance: str, progress: Progress
+) -> FileRecord:
+    """Write the merged shard to `to`, hashing on the way; `provenance` goes into its header.
 
     Raises:
         BadCheckpoint: the base shard cannot be read, or ended early (it changed since its header was read).
-        BadLora: a factor is not finite.
     """
-    size = len(shard.header.raw)
+    header = shard.header.with_metadata(PROVENANCE, provenance)
+    size = len(header)
     with shard.path.open("rb", buffering=0) as source, to.open("wb", buffering=0) as sink:
-        source.seek(size)
-        sink.write(shard.header.raw)
-        progress(size)
-        output = _Output(sink, hashlib.sha256(shard.header.raw), progress)
+        source.seek(len(shard.header.raw))
+        sink.write(header)
+        progress(len(shard.header.raw))
+        output = _Output(sink, hashlib.sha256(header), progress)
         slots = [Slot() for _ in range(2 * fuser.workers + 2)]
         with _threads(fuser.workers) as (reader, workers, writer):
             for piece, slot in zip(pieces(shard, targets), cycle(slots), strict=False):
@@ -141,8 +157,8 @@ def fuse_shard(shard: Shard, targets: dict[str, Target], to: Path, fuser: Fuser,
                     slot.written.result()
                 done: Future[None] = reader.submit(_read_all, source, memoryview(slot.buffer)[: piece.nbytes], shard)
                 if piece.target is not None:
-                    factors = fuser.factors(piece.target)
-                    done = workers.submit(_after, done, fuser.fuse, piece, piece.target, factors, slot.buffer)
+                    differences = fuser.differences(piece.target)
+                    done = workers.submit(_after, done, fuser.fuse, piece, piece.target, differences, slot.buffer)
                 slot.written = writer.submit(_after, done, output.emit, slot.buffer, piece.nbytes)
                 size += piece.nbytes
             for slot in slots:

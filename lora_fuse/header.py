@@ -1,8 +1,8 @@
 """The safetensors header, parsed from bytes.
 
 Layout (github.com/huggingface/safetensors, "Format"): an unsigned little-endian 64-bit length N, N bytes of JSON
-that map a tensor's name to its dtype, shape and data offsets, then the data. A shard that we merge keeps the base
-shard's header byte for byte, so `Header.raw` is what a merged file begins with.
+that map a tensor's name to its dtype, shape and data offsets, then the data; offsets count from the end of the JSON.
+A shard that we merge has the base shard's entries in its order, and one more entry in the metadata.
 
 Invariant of a `Header`: tensors are in file order, do not overlap, leave no hole and end where the file ends.
 """
@@ -49,6 +49,15 @@ class Header:
     raw: bytes
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
+
+    def with_metadata(self, name: str, value: str) -> bytes:
+        """Length and JSON of the same tensors with one more metadata entry, padded to 8 bytes as the format's own."""
+        entries = json.loads(self.raw[PREFIX:])
+        metadata = {**self.metadata, name: value}
+        entries = {"__metadata__": metadata} | {key: entry for key, entry in entries.items() if key != "__metadata__"}
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % PREFIX)
+        return struct.pack("<Q", len(text)) + text
 
 
 def header_length(prefix: bytes, file_size: int, where: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from lora_fuse.adapter_config import AdapterConfig, parse_adapter_config
 from lora_fuse.checkpoint import read_header
 from lora_fuse.errors import BadCheckpoint, BadLora
 from lora_fuse.files import hash_file
 from lora_fuse.header import Header, TensorInfo
-from lora_fuse.lora import ALPHA, AdapterConfig, Update, parse_adapter_config, parse_lora
+from lora_fuse.lora import Update, parse_lora
 
 NUMPY_DTYPES: dict[str, npt.DTypeLike] = {
     "F64": np.float64,
@@ -22,6 +24,10 @@ NUMPY_DTYPES: dict[str, npt.DTypeLike] = {
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
 }
+SCALAR_DTYPES: dict[str, npt.DTypeLike] = NUMPY_DTYPES | {
+    "I8": np.int8, "U8": np.uint8, "I16": np.int16, "U16": np.uint16,
+    "I32": np.int32, "U32": np.uint32, "I64": np.int64, "U64": np.uint64,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,31 +39,26 @@ class LoraFile:
     updates: tuple[Update, ...]
     sha256: str
 
-    def read(self, key: str) -> npt.NDArray[np.float64]:
-        """One tensor of the file, widened to float64 (exact for every dtype that a LoRA may have)."""
-        return read_array(self.path, self.header.tensors[key])
+    def read(self, update: Update) -> dict[str, npt.NDArray[np.float64]]:
+        """The tensors of an update by role, widened to float64 (exact for every dtype that a LoRA may have)."""
+        tensors = {role: self.header.tensors[key] for role, key in update.keys.items()}
+        return {role: _read(self.path, tensor).astype(np.float64) for role, tensor in tensors.items()}
 
 
-def read_array(path: Path, tensor: TensorInfo) -> npt.NDArray[np.float64]:
-    """Read one floating-point tensor as float64, in its own shape.
-
-    Raises:
-        BadLora: the tensor holds no floating-point numbers.
-    """
-    if tensor.dtype not in NUMPY_DTYPES:
+def _read(path: Path, tensor: TensorInfo, dtypes: Mapping[str, npt.DTypeLike] = NUMPY_DTYPES) -> npt.NDArray[Any]:
+    if tensor.dtype not in dtypes:
         raise BadLora(f"{path}: {tensor.name!r} is {tensor.dtype}; a LoRA holds {', '.join(NUMPY_DTYPES)}")
     with path.open("rb") as file:
         file.seek(tensor.start)
         data = file.read(tensor.nbytes)
-    values: npt.NDArray[Any] = np.frombuffer(data, dtype=NUMPY_DTYPES[tensor.dtype])
-    return values.astype(np.float64).reshape(tensor.shape)
+    return np.frombuffer(data, dtype=dtypes[tensor.dtype]).reshape(tensor.shape)
 
 
 def open_lora(path: Path) -> LoraFile:
     """Open a LoRA file, or a PEFT folder with `adapter_config.json` and `adapter_model.safetensors`.
 
     Raises:
-        BadLora: it is missing, is not safetensors, is truncated, or its keys do not add up.
+        BadLora: it is missing, is not safetensors, is truncated, holds NaN, or its keys do not add up.
     """
     config, file = AdapterConfig(), path
     if path.is_dir():
@@ -70,8 +71,12 @@ def open_lora(path: Path) -> LoraFile:
         raise BadLora(f"LoRA: {error}") from error
     if "lora_adapter_metadata" in header.metadata:
         config = parse_adapter_config(header.metadata["lora_adapter_metadata"], f"{file} (lora_adapter_metadata)")
-    alphas = {name: _scalar(file, tensor) for name, tensor in header.tensors.items() if name.endswith(ALPHA)}
+    alphas = {name: _scalar(file, tensor) for name, tensor in header.tensors.items() if name.endswith(".alpha")}
     updates = parse_lora(header.tensors, alphas, config, str(file))
+    for update in updates:
+        for key in update.keys.values():
+            if not np.isfinite(_read(file, header.tensors[key])).all():
+                raise BadLora(f"{file}: {key!r} holds NaN or infinity; the file is broken, fetch or train it again")
     return LoraFile(file, header, updates, hash_file(file).sha256)
 
 
@@ -84,7 +89,7 @@ def _open_peft_folder(folder: Path) -> tuple[AdapterConfig, Path]:
 
 
 def _scalar(path: Path, tensor: TensorInfo) -> float:
-    values = read_array(path, tensor)
+    values = _read(path, tensor, SCALAR_DTYPES)
     if values.size != 1:
         raise BadLora(f"{path}: {tensor.name!r} has the shape {list(tensor.shape)}; an alpha is one number")
     return float(values.reshape(-1)[0])

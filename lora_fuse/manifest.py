@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from lora_fuse.errors import BadSource
 from lora_fuse.files import replace_text
 from lora_fuse.plan import Plan
 from lora_fuse.provenance import this_tool
-from lora_fuse.records import SCHEMA, Lock, Manifest, MergedFile, MergedLora, from_json, to_json
+from lora_fuse.records import SCHEMA, Lock, Manifest, MergedFile, MergedLora, Selected, from_json, to_json
 
 
 def manifest_path(merged: Path) -> Path:
@@ -49,6 +50,7 @@ def build_manifest(
         base=base,
         loras=tuple(merged),
         scale=plan.inputs[0].scale if scale is None else scale,
+        selection=None if plan.selection.everything else Selected(**asdict(plan.selection)),
         targets=len(plan.targets),
         files=files,
         tool=this_tool(),

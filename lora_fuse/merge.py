@@ -1,26 +1,23 @@
-"""A merged checkpoint, whole or not at all: everything is written beside `out` and then renamed over it.
-
-Under ``out`` there is either the previous result or the new one. While a merge runs it holds a lock on ``out``, so
-a second one says so instead of mixing its files in.
-"""
+"""A merged checkpoint, whole or not at all: everything is written beside `out` and then takes its place."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 from lora_fuse.checkpoint import Checkpoint, Kind
 from lora_fuse.engine import Fuser, Progress, fuse_shard
-from lora_fuse.errors import BadCheckpoint, Busy, NoSpace, Refused
+from lora_fuse.errors import BadCheckpoint, NoSpace, Refused
 from lora_fuse.files import hash_file
 from lora_fuse.plan import Plan
 from lora_fuse.records import FileRecord, MergedFile
+from lora_fuse.workplace import Workplace, swap, workplace
 
+ENGINE = 1  # to be raised when the same inputs give other bytes
 SPARE = 64 << 20  # bytes to leave free: directories, the manifest, other programs
 
 
@@ -32,6 +29,7 @@ def write_merged(
     generated: Mapping[str, bytes],
     known: Mapping[str, FileRecord],
     progress: Progress,
+    source: str | None = None,
 ) -> dict[str, MergedFile]:
     """Write the merged checkpoint of the same kind as the base to `out`, replacing what was there.
 
@@ -42,6 +40,7 @@ def write_merged(
         generated: files of a pipeline whose content is given here instead of the base's, by POSIX path.
         known: the base's files whose sha256 is known already (a lock's), so that they are not hashed again.
         progress: is told how many more bytes are done.
+        source: ``repo@commit`` of the base, if it is known; it goes into the headers of fused shards.
 
     Returns:
         Every file of the result by POSIX path.
@@ -53,22 +52,29 @@ def write_merged(
     """
     _check_places(plan.checkpoint, out)
     _check_space(plan, out)
-    partial = out.parent / f".{out.name}.partial"
+    provenance = plan.provenance(source)
     try:
-        with _exclusive(out):
-            _recover(out)
-            _remove(partial)
-            try:
-                files = _write_files(plan, partial, Fuser(device), generated, known, progress)
-                if plan.checkpoint.kind is Kind.FILE:
-                    ((name, record),) = files.items()
-                    partial, files = partial / name, {out.name: record}
-                _swap(partial, out)
-            finally:
-                _remove(partial)
+        with workplace(out, _key(plan, provenance)) as place:
+            files = _write_files(plan, place, Fuser(device), generated, known, progress, provenance)
+            new = place.files
+            if plan.checkpoint.kind is Kind.FILE:
+                ((name, record),) = files.items()
+                new, files = new / name, {out.name: record}
+            swap(new, out)
     except OSError as error:
-        raise Refused(f"cannot write {out}: {error.strerror} ({error.filename or partial}); it is as it was") from error
+        raise Refused(f"cannot write {out}: {error.strerror} ({error.filename or out}); it is as it was") from error
     return {name: files[name] for name in sorted(files)}
+
+
+def _key(plan: Plan, provenance: str) -> str:
+    """A hash of all that the bytes of fused shards depend on; a base shard is known by what `stat` says of it."""
+    shards = [(shard.relative, *_identity(shard.path)) for shard in plan.fused_shards]
+    return hashlib.sha256(json.dumps([ENGINE, provenance, shards]).encode()).hexdigest()
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    info = _stat(path)
+    return info.st_size, info.st_mtime_ns, info.st_ino
 
 
 def bytes_to_write(plan: Plan) -> int:
@@ -78,35 +84,40 @@ def bytes_to_write(plan: Plan) -> int:
 
 def _write_files(
     plan: Plan,
-    partial: Path,
+    place: Workplace,
     fuser: Fuser,
     generated: Mapping[str, bytes],
     known: Mapping[str, FileRecord],
     progress: Progress,
+    provenance: str,
 ) -> dict[str, MergedFile]:
-    partial.mkdir(parents=True)
     files: dict[str, MergedFile] = {}
+    done = place.keep_finished([shard.relative for shard in plan.fused_shards])
     for shard in plan.fused_shards:
-        target = partial / shard.relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        record = fuse_shard(shard, plan.targets, target, fuser, progress)
+        record = done.get(shard.relative)
+        if record is None:
+            before = _identity(shard.path)
+            record = fuse_shard(shard, plan.targets, place.place(shard.relative), fuser, provenance, progress)
+            if _identity(shard.path) != before:
+                raise BadCheckpoint(f"{shard.path} changed while it was read; run again when nothing writes to it")
+            place.finish(shard.relative, record)
+        else:
+            progress(shard.path.stat().st_size)
         files[shard.relative] = MergedFile(record.size, record.sha256, "fused")
     untouched = [shard.relative for shard in plan.checkpoint.shards if shard.relative not in files]
     for name in [*untouched, *plan.checkpoint.others]:
         if name not in generated:
             record = known.get(name) or hash_file(plan.checkpoint.locate(name))
-            _place(plan.checkpoint.locate(name), partial / name)
+            _place(plan.checkpoint.locate(name), place.place(name))
             files[name] = MergedFile(record.size, record.sha256, "base")
     for name, content in generated.items():
-        (partial / name).parent.mkdir(parents=True, exist_ok=True)
-        (partial / name).write_bytes(content)
+        place.place(name).write_bytes(content)
         files[name] = MergedFile(len(content), hashlib.sha256(content).hexdigest(), "generated")
     return files
 
 
 def _place(source: Path, target: Path) -> None:
     """Link weights, copy text: weights are large and only ever replaced, text is what people edit in place."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     real = source.resolve()
     if real.suffix == ".safetensors" or source.suffix == ".safetensors":
         try:
@@ -153,42 +164,3 @@ def _stat(path: Path) -> os.stat_result:
         return path.stat()
     except OSError as error:
         raise BadCheckpoint(f"the base lacks {path}: {error.strerror}; fetch it again") from error
-
-
-@contextmanager
-def _exclusive(out: Path) -> Iterator[None]:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with (out.parent / f".{out.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Busy(f"another run is writing {out}; wait for it to end") from error
-        yield
-
-
-def _previous(out: Path) -> Path:
-    return out.parent / f".{out.name}.previous"
-
-
-def _swap(new: Path, out: Path) -> None:
-    """Put `new` in place of `out`; a folder cannot be renamed over another, so the old one steps aside first."""
-    if out.is_dir():
-        out.rename(_previous(out))
-    new.replace(out)
-    _remove(_previous(out))
-
-
-def _recover(out: Path) -> None:
-    """Finish or undo a swap that was killed half-way."""
-    if _previous(out).exists():
-        if out.exists():
-            _remove(_previous(out))
-        else:
-            _previous(out).rename(out)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 
-from lora_fuse.checkpoint import Checkpoint, Shard
+from lora_fuse.checkpoint import PROVENANCE, Checkpoint, Shard
 from lora_fuse.errors import BadCheckpoint, BadScale
 from lora_fuse.header import TensorInfo
-from lora_fuse.lora import LoraInput, Update, match_targets
+from lora_fuse.lora import LoraInput, Update
 from lora_fuse.lora_file import LoraFile, open_lora
+from lora_fuse.matching import match_targets
+from lora_fuse.selection import Selection
 
 ROUNDABLE = ("BF16", "F16", "F32", "F64")
 
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One LoRA's part in one weight: ``coefficient * up @ down``, where coefficient is scale * alpha / rank."""
+    """One LoRA's part in one parameter, at the scale that the user gives."""
 
     lora: LoraFile
     update: Update
-    coefficient: float
+    scale: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +40,15 @@ class Target:
 class Plan:
     """A checked fuse: nothing in it can be refused any more but for the disk and the data itself.
 
-    `loras` are the opened files, in the order of `inputs`.
+    `loras` are the opened files, in the order of `inputs`; `skipped` the parameters that the selection leaves out.
     """
 
     checkpoint: Checkpoint
     inputs: tuple[LoraInput, ...]
     loras: tuple[LoraFile, ...]
     targets: dict[str, Target]
+    selection: Selection = field(default_factory=Selection)
+    skipped: tuple[str, ...] = ()
 
     @property
     def fused_shards(self) -> tuple[Shard, ...]:
@@ -51,13 +56,22 @@ class Plan:
         changed = {target.shard.relative for target in self.targets.values()}
         return tuple(shard for shard in self.checkpoint.shards if shard.relative in changed)
 
+    def provenance(self, source: str | None) -> str:
+        """What a fused shard's header says about its making, as JSON: the same wherever and whenever it is made."""
+        loras = [
+            {"sha256": lora.sha256, "scale": given.scale}
+            for given, lora in sorted(zip(self.inputs, self.loras, strict=True), key=_order)
+        ]
+        said = {"base": source, "loras": loras} | ({} if self.selection.everything else asdict(self.selection))
+        return json.dumps(said, sort_keys=True)
+
     @property
     def modules(self) -> int:
         """Modules in the LoRA files, summed over files: what has to be fused."""
         return sum(len(lora.updates) for lora in self.loras)
 
 
-def make_plan(checkpoint: Checkpoint, inputs: Sequence[LoraInput]) -> Plan:
+def make_plan(checkpoint: Checkpoint, inputs: Sequence[LoraInput], selection: Selection | None = None) -> Plan:
     """Match every LoRA against the base.
 
     LoRAs are summed in the order of their sha256, so the order on a command line cannot show in the result.
@@ -66,18 +80,42 @@ def make_plan(checkpoint: Checkpoint, inputs: Sequence[LoraInput]) -> Plan:
         BadScale: a scale is not finite.
         BadLora: a file cannot be used (see `open_lora` and `match_targets` for the kinds).
         BadCheckpoint: a target has a dtype that cannot be rounded to.
+        BadConfig: a pattern of the selection matches no target, or it leaves none.
     """
+    chosen = selection or Selection()
+    _refuse_unfit(checkpoint)
     for given in inputs:
         if not math.isfinite(given.scale):
             raise BadScale(f"the scale of {given.name} is {given.scale}, not a finite number; 1.0 is the usual one")
     loras = tuple(open_lora(given.path) for given in inputs)
     weights = checkpoint.tensors()
     terms: dict[str, list[Term]] = {}
-    for lora, given in sorted(zip(loras, inputs, strict=True), key=lambda pair: (pair[0].sha256, pair[1].scale)):
+    for given, lora in sorted(zip(inputs, loras, strict=True), key=_order):
         for name, update in match_targets(lora.updates, weights, str(lora.path)).items():
-            coefficient = given.scale * update.alpha / update.rank
-            terms.setdefault(name, []).append(Term(lora, update, coefficient))
-    return Plan(checkpoint, tuple(inputs), loras, _targets(checkpoint, terms))
+            terms.setdefault(name, []).append(Term(lora, update, given.scale * (chosen.share(name) or 0.0)))
+    chosen.check(terms)
+    skipped = tuple(sorted(name for name in terms if chosen.share(name) is None))
+    kept = {name: found for name, found in terms.items() if name not in skipped}
+    return Plan(checkpoint, tuple(inputs), loras, _targets(checkpoint, kept), chosen, skipped)
+
+
+def _refuse_unfit(checkpoint: Checkpoint) -> None:
+    """A base whose weights are not the plain ones that a LoRA was trained for."""
+    for shard in checkpoint.shards:
+        if PROVENANCE in shard.header.metadata:
+            raise BadCheckpoint(
+                f"{shard.path} is merged already ({shard.header.metadata[PROVENANCE]}); fuse into the original base, "
+                "all LoRAs in one run"
+            )
+    if checkpoint.config.get("quantization_config"):
+        raise BadCheckpoint(
+            f"{checkpoint.root} is quantised ({checkpoint.config['quantization_config']}); "
+            "fuse into the unquantised base and quantise the result"
+        )
+
+
+def _order(pair: tuple[LoraInput, LoraFile]) -> tuple[str, float]:
+    return pair[1].sha256, pair[0].scale
 
 
 def _targets(checkpoint: Checkpoint, terms: dict[str, list[Term]]) -> dict[str, Target]:

@@ -111,6 +111,15 @@ class MergedLora:
 
 
 @dataclass(frozen=True, slots=True)
+class Selected:
+    """The patterns by which modules were chosen and scaled, see `lora_fuse.selection`."""
+
+    only: tuple[str, ...]
+    skip: tuple[str, ...]
+    scales: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Tool:
     """What built it: package version, git commit of the checkout (if it is one) and whether that was modified."""
 
@@ -121,7 +130,10 @@ class Tool:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Everything that a merged checkpoint is made of; `files` lists every file of it by POSIX path."""
+    """Everything that a merged checkpoint is made of; `files` lists every file of it by POSIX path.
+
+    `selection` is None where every module of every LoRA was fused.
+    """
 
     schema: int
     recipe: str | None
@@ -131,6 +143,7 @@ class Manifest:
     targets: int
     files: dict[str, MergedFile]
     tool: Tool
+    selection: Selected | None = None
 
 
 def to_json(record: object) -> str:

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +23,31 @@ import numpy.typing as npt
 from lora_fuse.errors import BadCheckpoint
 from lora_fuse.expected import Array, Delta, Weights, read_expected
 from lora_fuse.lora import LoraInput
+from lora_fuse.selection import Selection
 
 SLACK = 1 + 1e-9  # float64 sums taken in another order differ by about 1e-16 of the value
 SHOWN = 20  # problems that are spelled out; the rest is counted
 
 
+@dataclass(frozen=True, slots=True)
+class Change:
+    """How much a target was changed, over the rows that were looked at.
+
+    `relative_norm` is the norm of the difference over that of the base's weights (Frobenius), `unchanged` the share of
+    the weights that rounding left as they were.
+    """
+
+    relative_norm: float
+    unchanged: float
+
+
 @dataclass(slots=True)
 class Verification:
-    """What was checked and what was wrong. `problems` empty means that the merge is right as far as was looked."""
+    """What was checked and what was wrong. `problems` empty means that the merge is right as far as was looked.
+
+    `notes` are no failures: a target whose difference is zero, which a real LoRA can have, and one whose difference is
+    larger than the weight itself, which is rarely meant.
+    """
 
     modules: int = 0
     targets: int = 0
@@ -39,6 +57,8 @@ class Verification:
     files_untouched: int = 0
     problem_count: int = 0
     problems: list[str] = field(default_factory=list)
+    changes: dict[str, Change] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -68,6 +88,7 @@ def verify_merge(
     component: str,
     rows: int | None,
     expected: Expectation,
+    selection: Selection | None = None,
 ) -> Verification:
     """Compare a merged checkpoint with what the base and the LoRAs should have given.
 
@@ -78,6 +99,7 @@ def verify_merge(
         component: the pipeline's component that was fused.
         rows: rows of each target to re-derive; None for all of them.
         expected: what the generated files should say.
+        selection: which modules were fused; None for all.
 
     Raises:
         BadCheckpoint: one side has nothing to compare.
@@ -88,7 +110,7 @@ def verify_merge(
         if [file.name for file in base_files] != [file.name for file in merged_files] and base.is_dir():
             found.problem(f"shards differ: base {_names(base_files)}, merged {_names(merged_files)}")
         ours, theirs = Weights(merged_files, stack), Weights(base_files, stack)
-        expected_sum = read_expected(loras, theirs)
+        expected_sum = read_expected(loras, theirs, selection or Selection())
         found.modules, found.targets = expected_sum.modules, len(expected_sum.deltas)
         for problem in expected_sum.problems:
             found.problem(problem)
@@ -134,20 +156,52 @@ def _check_target(
         found.problem(f"{name} has the shape {merged.shape(name)}, the base has {base.shape(name)}")
         return
     found.rows_total += total
+    tally = _Tally()
     for block in _row_blocks(name, total, rows):
-        exact = base.rows(name, block).astype(np.float64)
+        before = base.rows(name, block).reshape(len(block), -1)
+        added = np.zeros(before.shape)
         for delta in deltas:
-            exact += (delta.up[block] * delta.coefficient) @ delta.down
-        wrong = ~is_nearest(merged.rows(name, block), exact)
+            added += delta.rows(block, partial(base.tensor, name))
+        exact = before.astype(np.float64) + added
+        ours = merged.rows(name, block).reshape(exact.shape)
+        tally.add(before, added, ours)
+        wrong = ~is_nearest(ours, exact)
         found.rows_checked += len(block)
         if wrong.any():
             row, column = np.argwhere(wrong)[0]
             found.problem(
                 f"{name}: {int(wrong.sum())} of {wrong.size} values looked at are not base + delta rounded once, "
-                f"first [{block[row]}, {column}]: {merged.rows(name, block)[row, column]!s}, "
+                f"first [{block[row]}, {column}]: {ours[row, column]!s}, "
                 f"expected {exact[row, column]:.9g}"
             )
             return
+    found.changes[name] = change = tally.change()
+    if change.relative_norm == 0:
+        found.notes.append(f"{name}: the difference is zero in the rows looked at")
+    elif change.relative_norm > 1:
+        found.notes.append(
+            f"{name}: the difference is {change.relative_norm:.2g} times the weight; is the scale right?"
+        )
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Sums over the blocks of one target."""
+
+    base: float = 0.0
+    added: float = 0.0
+    same: int = 0
+    seen: int = 0
+
+    def add(self, before: Array, added: npt.NDArray[np.float64], after: Array) -> None:
+        self.base += float(np.square(before.astype(np.float64)).sum())
+        self.added += float(np.square(added).sum())
+        self.same += int((before == after).sum())
+        self.seen += before.size
+
+    def change(self) -> Change:
+        norm = math.sqrt(self.added / self.base) if self.base else math.inf if self.added else 0.0
+        return Change(norm, self.same / max(self.seen, 1))
 
 
 def _row_blocks(name: str, total: int, rows: int | None) -> Iterator[npt.NDArray[np.int64]]:

@@ -25,11 +25,20 @@ def fuse(params: Params) -> int:
     for warning in pair_warnings(base.repo_id, [(lora.repo_id, next(iter(lora.files))) for lora in loras.values()]):
         print(f"warning: {warning}", file=sys.stderr)
     root = hub.locate(base)
-    plan = make_plan(open_checkpoint(root, COMPONENT, base.files), lora_inputs(loras, params))
+    checkpoint = open_checkpoint(root, COMPONENT, base.files)
+    plan = make_plan(checkpoint, lora_inputs(loras, params), params.fuse.selection)
     generated = diffusers_files(root, pipeline=params.base.pipeline, scheduler=params.scheduler_config)
     device = resolve_device(params.fuse.device)
     with byte_progress(f"fuse ({device})", bytes_to_write(plan)) as progress:
-        files = write_merged(plan, MERGED, device=device, generated=generated, known=base.files, progress=progress)
+        files = write_merged(
+            plan,
+            MERGED,
+            device=device,
+            generated=generated,
+            known=base.files,
+            progress=progress,
+            source=base.label if base.repo_id else None,
+        )
     manifest = build_manifest(plan, files, recipe=params.name, scale=params.fuse.scale, base=base, loras=loras)
     write_manifest(MANIFEST, manifest)
     print(

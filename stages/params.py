@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 
 from lora_fuse.errors import BadConfig
 from lora_fuse.records import Source
+from lora_fuse.selection import Selection
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
@@ -74,15 +75,26 @@ class LoraParams(SourceParams):
 
 
 class FuseParams(Section):
-    """How to fuse: `scale` multiplies every LoRA's own entry in `lora_scales` (1.0 where there is none)."""
+    """How to fuse: `scale` multiplies every LoRA's own entry in `lora_scales` (1.0 where there is none).
+
+    `only`, `skip` and `scales` are patterns of modules, see `lora_fuse.selection`.
+    """
 
     scale: Finite
     lora_scales: dict[str, Finite]
+    only: list[Text]
+    skip: list[Text]
+    scales: dict[str, Finite]
     device: Device
 
     def scale_of(self, lora: str) -> float:
         """The scale that is applied to one LoRA."""
         return self.scale * self.lora_scales.get(lora, 1.0)
+
+    @property
+    def selection(self) -> Selection:
+        """Which modules are fused, as the library knows it."""
+        return Selection(tuple(self.only), tuple(self.skip), self.scales)
 
 
 class SchedulerParams(Section):

@@ -27,6 +27,7 @@ def verify(params: Params) -> int:
         component=COMPONENT,
         rows=None if params.verify.rows == "all" else params.verify.rows,
         expected=Expectation(params.base.pipeline, params.scheduler_config),
+        selection=params.fuse.selection,
     )
     for problem in check_files(manifest, MERGED):
         found.problem(problem)

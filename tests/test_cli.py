@@ -57,7 +57,7 @@ def test_inspect_says_what_is_in_the_file(lora: Path) -> None:
     seen = run("inspect", lora)
     assert seen.returncode == 0
     assert "rank 4, alpha 2 (factor 0.5): 6 modules" in seen.stdout
-    assert "transformer_blocks.1.attn.to_out.0  16x24" in seen.stdout
+    assert "transformer_blocks.1.attn.to_out.0.weight  16x24" in seen.stdout
 
 
 def test_plan_writes_nothing(tmp_path: Path, base: Path, lora: Path) -> None:

@@ -9,22 +9,25 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lora_fuse.fusion import fuse_rows, round_once
+from lora_fuse.deltas import LowRank, Matrix
+from lora_fuse.fusion import NUMPY, NotFinite, fuse_rows, round_once
 
-NUMPY = {torch.bfloat16: np.dtype(ml_dtypes.bfloat16), torch.float16: np.dtype(np.float16)}
+
+def low_rank(up: torch.Tensor, down: torch.Tensor, factor: float = 1.0) -> LowRank:
+    return LowRank(Matrix(up.double().numpy(), down.double().numpy()), factor)
 
 
-def nearest(value: float, dtype: npt.DTypeLike) -> float:
+def nearest(value: float | Fraction, dtype: npt.DTypeLike) -> float:
     """The nearest number of a dtype by exact fractions, ties to the even last bit."""
-    near = np.array(np.float32(value), dtype=dtype)
+    near = np.array(np.float32(float(value)), dtype=dtype)
     around = [near, np.nextafter(near, np.array(np.inf, dtype)), np.nextafter(near, np.array(-np.inf, dtype))]
     finite = [one for one in around if np.isfinite(one.astype(np.float64))]
 
     def distance(one: npt.NDArray[np.generic]) -> tuple[Fraction, int]:
-        return abs(Fraction(float(one.astype(np.float64))) - Fraction(value)), int(one.view(np.uint16)) & 1
+        return abs(Fraction(float(one.astype(np.float64))) - Fraction(value)), int(one.view(f"u{one.itemsize}")) & 1
 
     return float(min(finite, key=distance).astype(np.float64))
 
@@ -67,14 +70,58 @@ def test_torch_alone_rounds_twice() -> None:
 def test_rows_get_the_sum_of_all_updates(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(5, 7, generator=generator).to(dtype)
-    factors = [(torch.randn(5, 3, generator=generator).double(), torch.randn(3, 7, generator=generator).double())] * 2
-    expected = round_once(rows.double() + sum(up @ down for up, down in factors), dtype)
-    fuse_rows(rows, factors)
+    up, down = torch.randn(5, 3, generator=generator).double(), torch.randn(3, 7, generator=generator).double()
+    expected = round_once(rows.double() + 2 * up @ down, dtype)
+    fuse_rows(rows, [low_rank(up, down)] * 2)
     torch.testing.assert_close(rows, expected, rtol=1e-15 if dtype == torch.float64 else 0, atol=0)
 
 
 def test_a_zero_update_changes_no_bit() -> None:
     rows = torch.randn(4, 4).to(torch.bfloat16)
     before = rows.clone()
-    fuse_rows(rows, [(torch.zeros(4, 2, dtype=torch.float64), torch.ones(2, 4, dtype=torch.float64))])
+    fuse_rows(rows, [low_rank(torch.zeros(4, 2), torch.ones(2, 4))])
     assert torch.equal(rows, before)
+
+
+NUMBERS = st.integers(-8, 8).map(lambda n: n / 8)
+
+
+@given(st.data(), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
+@settings(max_examples=60, deadline=None)
+def test_every_value_is_the_exact_sum_rounded(data: st.DataObject, dtype: torch.dtype) -> None:
+    """Small dyadic numbers at odd scales: sums lie at ties, or a float64 rounding away from them, all the time."""
+    shape = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3)))
+    rows, columns, rank = shape
+
+    def matrix(n: int, m: int) -> torch.Tensor:
+        values = data.draw(st.lists(NUMBERS, min_size=n * m, max_size=n * m))
+        return torch.tensor(values, dtype=torch.float64).reshape(n, m)
+
+    weight, up, down = matrix(rows, columns).to(dtype), matrix(rows, rank), matrix(rank, columns)
+    scales = data.draw(st.lists(st.sampled_from([1.0, 0.1, 0.3, 2.0**-8, 2.0**-24, 2.0**-53, 1e-20]), max_size=3))
+    merged = weight.clone()
+    fuse_rows(merged, [low_rank(up, down, scale) for scale in scales])
+    for i in range(rows):
+        for j in range(columns):
+            product = sum((Fraction(float(up[i, k])) * Fraction(float(down[k, j])) for k in range(rank)), Fraction(0))
+            exact = Fraction(float(weight[i, j])) + sum((Fraction(s) * product for s in scales), Fraction(0))
+            assert float(merged[i, j]) == nearest(exact, NUMPY[dtype]), (exact, float(merged[i, j]))
+
+
+def test_float64_alone_falls_on_the_wrong_side_of_a_tie() -> None:
+    """The bad input for the law above: 1 + 2**-8 is a tie of bfloat16, and 2**-60 is lost in a float64 sum."""
+    one, tie, little = (torch.tensor([[x]], dtype=torch.float64) for x in (1.0, 2.0**-8, 2.0**-60))
+    assert float(round_once(one + tie + little, torch.bfloat16)) == 1.0
+    merged = one.to(torch.bfloat16)
+    fuse_rows(merged, [low_rank(tie, one), low_rank(little, one)])
+    assert float(merged) == 1 + 2.0**-7
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weight", "added"),
+    [(torch.bfloat16, float("nan"), 0.0), (torch.float16, float("inf"), 0.0), (torch.float16, 60000.0, 10000.0)],
+)
+def test_what_is_not_finite_is_refused(dtype: torch.dtype, weight: float, added: float) -> None:
+    rows = torch.tensor([[weight]], dtype=dtype)
+    with pytest.raises(NotFinite):
+        fuse_rows(rows, [low_rank(torch.tensor([[added]]), torch.ones(1, 1))])

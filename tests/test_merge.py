@@ -14,7 +14,7 @@ import torch
 from safetensors.numpy import load_file
 
 from lora_fuse import engine
-from lora_fuse.checkpoint import open_checkpoint
+from lora_fuse.checkpoint import open_checkpoint, read_header
 from lora_fuse.errors import BadCheckpoint, BadLora, BadScale, Busy, NoSpace, Refused
 from lora_fuse.lora import LoraInput
 from lora_fuse.merge import write_merged
@@ -64,14 +64,17 @@ def test_only_targets_change_and_they_change_by_the_formula(tmp_path: Path, base
         assert after[name].tobytes() != old.tobytes()
 
 
-def test_a_merged_shard_keeps_the_name_and_the_header_of_the_base_shard(
+def test_a_merged_shard_keeps_the_name_and_the_layout_of_the_base_shard(
     tmp_path: Path, base: Path, lora: LoraInput
 ) -> None:
     fuse(base, tmp_path / "out", lora)
     for shard in open_checkpoint(base).shards:
-        merged = (tmp_path / "out" / shard.relative).read_bytes()
-        assert merged.startswith(shard.header.raw)
-        assert len(merged) == shard.path.stat().st_size
+        merged = read_header(tmp_path / "out" / shard.relative)
+        moved = len(merged.raw) - len(shard.header.raw)
+        expected = [(t.name, t.dtype, t.shape, t.start + moved) for t in shard.header.tensors.values()]
+        assert [(t.name, t.dtype, t.shape, t.start) for t in merged.tensors.values()] == expected
+        assert len(merged.raw) % 8 == 0
+        assert shard.header.metadata.items() < merged.metadata.items()
 
 
 def test_every_file_of_the_result_is_listed_with_its_true_hash(tmp_path: Path, base: Path, lora: LoraInput) -> None:

@@ -16,6 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
+from lora_fuse.checkpoint import PROVENANCE, open_checkpoint
+from lora_fuse.header import Header
 from tests.hub_server import LoopbackHub
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,6 +65,16 @@ class Workspace:
     def fused(self) -> dict[str, str]:
         files = self.read("artifacts/merged.manifest.json")["files"]
         return {name: file["sha256"] for name, file in files.items() if file["from"] == "fused"}
+
+    def data(self) -> dict[str, bytes]:
+        """The fused files without their headers."""
+        return {
+            name: (self.root / MERGED / name).read_bytes()[len(header.raw) :] for name, header in self.headers().items()
+        }
+
+    def headers(self) -> dict[str, Header]:
+        shards = open_checkpoint(self.root / MERGED, "transformer").shards
+        return {shard.relative: shard.header for shard in shards}
 
 
 def ran(output: str) -> list[str]:
@@ -212,7 +224,7 @@ def test_publishing_is_off_unless_asked_for(workspace: Workspace) -> None:
 
 
 def test_publish_then_build_from_the_hub(workspace: Workspace, hub: LoopbackHub) -> None:
-    before = workspace.fused()
+    data = workspace.data()
     hub_env = {name: os.environ[name] for name in ("HF_ENDPOINT", "HF_HOME", "HF_TOKEN")}
     workspace.config("publish.enabled=true", "publish.repo_id=alice/merged")
     workspace.repro("publish/dvc.yaml", env=hub_env)
@@ -230,9 +242,11 @@ def test_publish_then_build_from_the_hub(workspace: Workspace, hub: LoopbackHub)
     workspace.config("base.path=null", "base.repo_id=alice/pocket", f"base.revision={commit!r}")
     workspace.repro("verify", env=hub_env)
     assert workspace.read("artifacts/base.lock.json")["base"]["revision"] == commit
-    assert workspace.fused() == before
+    fused = workspace.fused()
+    assert workspace.data() == data  # the header says what the base was, the rest is the same
+    assert all(f'"alice/pocket@{commit}"' in header.metadata[PROVENANCE] for header in workspace.headers().values())
     workspace.repro("-f", "fuse", env={**hub_env, "HF_ENDPOINT": "http://127.0.0.1:9"})  # later stages need no Hub
-    assert workspace.fused() == before
+    assert workspace.fused() == fused
 
 
 def test_publish_refuses_what_the_gate_has_not_passed(workspace: Workspace, hub: LoopbackHub) -> None:

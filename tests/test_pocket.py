@@ -113,7 +113,7 @@ def test_the_style_lora_has_the_keys_and_the_scaling_of_diffusers() -> None:
     names = {f"transformer.transformer_blocks.{block}.{target}" for block in range(BLOCKS) for target in style.TARGETS}
     assert {update.module for update in lora.updates} == names
     assert {(update.rank, update.alpha) for update in lora.updates} == {(4, 8.0)}
-    assert all(update.down.endswith(".lora_A.weight") for update in lora.updates)
+    assert all(update.keys["down"].endswith(".lora_A.weight") for update in lora.updates)
 
 
 def test_only_the_targets_that_nobody_reads_have_no_delta() -> None:

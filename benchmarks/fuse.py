@@ -1,0 +1,117 @@
+"""Time the fuse against its peers on weights of real shapes: ``python -m benchmarks.fuse [--blocks 8] [--runs 3]``.
+
+Every run is a process of its own; the three take turns, so that a slow moment of the machine hits all of them. The
+files are in the page cache as far as memory allows. `cp` copies the same files: nothing that reads and writes them can
+be faster. diffusers loads the base, loads and fuses the LoRA and saves. The engine hashes what it writes, the others
+do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+DIFFUSERS = """
+import sys, torch
+from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+base, lora, out = sys.argv[1:]
+model = QwenImageTransformer2DModel.from_pretrained(base, torch_dtype=torch.bfloat16)
+model.load_lora_adapter(QwenImagePipeline.lora_state_dict(lora), prefix="transformer")
+model.fuse_lora(lora_scale=1.0)
+model.unload_lora()
+model.save_pretrained(out, max_shard_size="5GB")
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Wall time in seconds and peak resident memory in bytes of one process."""
+
+    seconds: float
+    peak: int
+
+
+def measure(command: Sequence[str], out: Path) -> Run:
+    """Run a command that writes `out`, and remove what it wrote.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    begun = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said = process.stdout.read() if process.stdout else ""
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - begun
+    if os.waitstatus_to_exitcode(status) != 0:
+        raise SystemExit(f"{' '.join(command)} failed:\n{said}")
+    shutil.rmtree(out)
+    os.sync()  # what it wrote must not be written back during the next one
+    return Run(seconds, usage.ru_maxrss * 1024)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make the checkpoint, take turns, print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fuse", description="time the fuse against its peers")
+    parser.add_argument("--blocks", type=int, default=8, help="transformer blocks of 60 (default: 8, 5.5 GB)")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each; the median counts (default: 3)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of the engine")
+    parser.add_argument("--folder", type=Path, help="for the files, three times their size; default: a temporary one")
+    parser.add_argument("--without-diffusers", action="store_true", help="it holds the whole model in memory")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+        folder = Path(temporary)
+        make = [sys.executable, "-m", "benchmarks.make_checkpoint", str(folder), "--blocks", str(options.blocks)]
+        subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
+        base, lora, out = folder / "transformer", folder / "lora.safetensors", folder / "out"
+        fuse = [sys.executable, "-m", "lora_fuse", "fuse", str(base), str(out), "--lora", str(lora), "--scale", "1.0"]
+        commands = {
+            "cp": ["cp", "-r", "--reflink=never", str(base), str(out)],
+            "diffusers": [sys.executable, "-c", DIFFUSERS, str(base), str(lora), str(out)],
+            "lora-fuse": [*fuse, "--device", options.device],
+        }
+        if options.without_diffusers:
+            del commands["diffusers"]
+        size = sum(path.stat().st_size for path in base.iterdir())
+        print(f"{options.blocks} of 60 blocks, {size / 1e9:.2f} GB, bfloat16, rank 64; {_machine()}")
+        runs: dict[str, list[Run]] = {name: [] for name in commands}
+        for _ in range(options.runs):
+            for name, command in commands.items():
+                runs[name].append(measure(command, out))
+        _table(runs, size)
+
+
+def _table(runs: dict[str, list[Run]], size: int) -> None:
+    medians = {name: statistics.median(run.seconds for run in found) for name, found in runs.items()}
+    print(f"| {'':9} | seconds, each run | median | GB/s | times cp | peak memory |")
+    print(f"|{'-' * 11}|---|---|---|---|---|")
+    for name, found in runs.items():
+        each = ", ".join(f"{run.seconds:.1f}" for run in found)
+        ratio = medians[name] / medians["cp"]
+        peak = max(run.peak for run in found) / 1e9
+        speed = size / 1e9 / medians[name]
+        print(f"| {name:9} | {each} | {medians[name]:.1f} | {speed:.2f} | {ratio:.2f} | {peak:.2f} GB |")
+    if "diffusers" in medians:
+        print(f"lora-fuse is {medians['diffusers'] / medians['lora-fuse']:.1f} times as fast as diffusers")
+
+
+def _machine() -> str:
+    names = [line.partition(":")[2].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
+    return f"{os.cpu_count()} cores ({names[0] if names else platform.machine()})"
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+if __name__ == "__main__":
+    main()
