@@ -25,18 +25,18 @@ Tensors = Mapping[str, Array]
 class Difference(Protocol):
     """What is added to a weight.
 
-    `size` bounds the sum of the absolute values that any element is a sum of; `roundings` how many of them a float64
-    evaluation makes on the way. Together they bound its error.
+    `size` bounds the sum of the absolute values that any element is a sum of, `roundings` the roundings that a float64
+    evaluation makes on the way; together they bound its error. `size` is infinite where the formula has a root in it.
     """
 
     size: float
     roundings: int
 
-    def add_to(self, total: torch.Tensor, weight: torch.Tensor, first: int) -> None:
-        """Add rows `first` and following to `total`, (n, columns) float64; `weight` is the base's rows likewise."""
+    def add_to(self, total: torch.Tensor, weight: torch.Tensor, row: int, column: int) -> None:
+        """Add to `total`, (n, m) float64, the part that begins at a row and a column; `weight` is the base's part."""
 
-    def exact(self, row: int, column: int) -> Fraction | None:
-        """One value without any rounding; None where the formula has a root in it."""
+    def exact(self, row: int, column: int) -> Fraction:
+        """One value without any rounding; not where `size` is infinite."""
 
 
 @dataclass(slots=True)
@@ -61,11 +61,11 @@ class Matrix:
         """Rows and columns."""
         return self.a.shape[0], (self.a if self.b is None else self.b).shape[1]
 
-    def rows(self, first: int, count: int, device: torch.device) -> torch.Tensor:
-        """Some rows, float64."""
-        a, *b = self._on(device)
-        part = a[first : first + count]
-        return part @ b[0] if b else part
+    def part(self, like: torch.Tensor, row: int, column: int) -> torch.Tensor:
+        """The part that begins at a row and a column and is as large as `like`, float64."""
+        a, *b = self._on(like.device)
+        rows, columns = slice(row, row + like.shape[0]), slice(column, column + like.shape[1])
+        return a[rows] @ b[0][:, columns] if b else a[rows, columns]
 
     def values(self) -> Array:
         """All of it; for small ones. Summed in one order, so that the bits do not depend on threads."""
@@ -80,14 +80,14 @@ class Matrix:
         pairs = zip(self.a[row].tolist(), self.b[:, column].tolist(), strict=True)
         return sum((Fraction(x) * Fraction(y) for x, y in pairs), Fraction(0))
 
-    def add_to(self, total: torch.Tensor, first: int, factor: float) -> None:
-        """Add ``factor * rows`` to `total`."""
+    def add_to(self, total: torch.Tensor, row: int, column: int, factor: float) -> None:
+        """Add ``factor * part`` to `total`."""
         a, *b = self._on(total.device)
-        part = a[first : first + len(total)]
+        rows, columns = slice(row, row + total.shape[0]), slice(column, column + total.shape[1])
         if b:
-            total.addmm_(part, b[0], alpha=factor)
+            total.addmm_(a[rows], b[0][:, columns], alpha=factor)
         else:
-            total.add_(part, alpha=factor)
+            total.add_(a[rows, columns], alpha=factor)
 
     def _on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         if device not in self._held:
@@ -103,10 +103,10 @@ class LowRank:
         self.matrix, self.factor = matrix, factor
         self.size, self.roundings = abs(factor) * matrix.size, matrix.roundings + 2
 
-    def add_to(self, total: torch.Tensor, weight: torch.Tensor, first: int) -> None:
+    def add_to(self, total: torch.Tensor, weight: torch.Tensor, row: int, column: int) -> None:
         """See `Difference`."""
         del weight
-        self.matrix.add_to(total, first, self.factor)
+        self.matrix.add_to(total, row, column, self.factor)
 
     def exact(self, row: int, column: int) -> Fraction:
         """See `Difference`."""
@@ -121,11 +121,10 @@ class Hadamard:
         self.size = abs(factor) * left.size * right.size
         self.roundings = left.roundings + right.roundings + 3
 
-    def add_to(self, total: torch.Tensor, weight: torch.Tensor, first: int) -> None:
+    def add_to(self, total: torch.Tensor, weight: torch.Tensor, row: int, column: int) -> None:
         """See `Difference`."""
         del weight
-        parts = (side.rows(first, len(total), total.device) for side in (self.left, self.right))
-        total.addcmul_(*parts, value=self.factor)
+        total.addcmul_(*(side.part(total, row, column) for side in (self.left, self.right)), value=self.factor)
 
     def exact(self, row: int, column: int) -> Fraction:
         """See `Difference`."""
@@ -141,14 +140,15 @@ class Kronecker:
         self.roundings = left.roundings + right.roundings + 3
         self._values = [torch.from_numpy(np.ascontiguousarray(side.values())) for side in (left, right)]
 
-    def add_to(self, total: torch.Tensor, weight: torch.Tensor, first: int) -> None:
+    def add_to(self, total: torch.Tensor, weight: torch.Tensor, row: int, column: int) -> None:
         """See `Difference`."""
         del weight
         left, right = (values.to(total.device) for values in self._values)
-        rows = torch.arange(first, first + len(total), device=total.device)
-        outer = left[rows // len(right)], right[rows % len(right)]
-        view = total.view(len(total), left.shape[1], right.shape[1])
-        view.addcmul_(outer[0].unsqueeze(2), outer[1].unsqueeze(1), value=self.factor)
+        rows = torch.arange(row, row + total.shape[0], device=total.device).unsqueeze(1)
+        columns = torch.arange(column, column + total.shape[1], device=total.device)
+        height, width = right.shape
+        parts = left[rows // height, columns // width], right[rows % height, columns % width]
+        total.addcmul_(*parts, value=self.factor)
 
     def exact(self, row: int, column: int) -> Fraction:
         """See `Difference`."""
@@ -165,8 +165,6 @@ class Decomposed:
     ``W + s * (m * (W + D) / |W + D| - W)``, lycoris/functional/general.py and ComfyUI's weight_decompose.
     """
 
-    on_cpu = True  # the length is a long sum: on the CPU alone are its bits always the same
-
     def __init__(self, inner: Difference, magnitude: Array, scale: float, by_column: bool) -> None:
         self.inner, self.scale, self.by_column = inner, scale, by_column
         self.magnitude = torch.from_numpy(np.ascontiguousarray(magnitude.reshape(-1)))
@@ -175,12 +173,12 @@ class Decomposed:
 
     def measure(self, weight: torch.Tensor, first: int) -> None:
         """Take in some rows of the base, in order: the lengths of columns are known when all have been seen."""
-        squares = self._moved(weight, first).square().sum(0)
+        squares = self._moved(weight, first, 0).square().sum(0)
         self.lengths = squares if self.lengths is None else self.lengths + squares
 
-    def add_to(self, total: torch.Tensor, weight: torch.Tensor, first: int) -> None:
-        """See `Difference`; by column, `measure` comes first."""
-        moved = self._moved(weight, first)
+    def add_to(self, total: torch.Tensor, weight: torch.Tensor, row: int, column: int) -> None:
+        """See `Difference`; for whole rows only, and by column, `measure` comes first."""
+        moved = self._moved(weight, row, column)
         if self.by_column:
             if self.lengths is None:
                 raise RuntimeError("measure() comes first")
@@ -189,15 +187,16 @@ class Decomposed:
             moved *= (self.magnitude / lengths).repeat_interleave(repeat)
         else:
             lengths = moved.square().sum(1).sqrt()
-            moved *= (self.magnitude[first : first + len(total)] / lengths).unsqueeze(1)
+            moved *= (self.magnitude[row : row + len(total)] / lengths).unsqueeze(1)
         total.add_(moved.sub_(weight), alpha=self.scale)
 
-    def exact(self, row: int, column: int) -> None:
+    def exact(self, row: int, column: int) -> Fraction:
         """There is a root in it."""
+        raise NotImplementedError
 
-    def _moved(self, weight: torch.Tensor, first: int) -> torch.Tensor:
+    def _moved(self, weight: torch.Tensor, row: int, column: int) -> torch.Tensor:
         moved = weight.clone()
-        self.inner.add_to(moved, weight, first)
+        self.inner.add_to(moved, weight, row, column)
         return moved
 
 

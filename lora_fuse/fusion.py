@@ -1,34 +1,24 @@
-"""The arithmetic of a fuse: base + differences in float64, rounded once, to the right side of every tie. Pure.
+"""The arithmetic of a fuse: ``W' = round(W + sum_i D_i)``, the exact sum, rounded once. Pure.
 
-``W' = round(W + sum_i D_i)``. The float64 sum has an error, which depends on thread count, library and device. It is
-bounded here (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.1), and where the bound leaves a
+The float64 sum has an error, which depends on thread count, library and device. It is bounded here for any order of
+summation (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.1), and where the bound leaves a
 doubt about the rounding, the sum is taken again in fractions. So the bytes are those of the exact sum everywhere.
 """
 
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import NamedTuple
 
-import ml_dtypes
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from lora_fuse.deltas import Difference
+from lora_fuse.rounding import nearest, round_most, settle
+from lora_fuse.scratch import scratch
 
-NUMPY: dict[torch.dtype, npt.DTypeLike] = {
-    torch.bfloat16: ml_dtypes.bfloat16,
-    torch.float16: np.float16,
-    torch.float32: np.float32,
-}
-BITS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}  # of the significand, the hidden one included
-SMALLEST_NORMAL = {torch.bfloat16: 2.0**-126, torch.float16: 2.0**-14, torch.float32: 2.0**-126}
-
-Exact = Callable[[int], Fraction | None]  # the exact value of an element by its number
+BLOCK = (512, 512)  # rows and columns that are summed at a time on a CPU: 2 MB in float64
 
 
 class NotFinite(ValueError):
@@ -38,6 +28,9 @@ class NotFinite(ValueError):
 def fuse_rows(rows: torch.Tensor, differences: Sequence[Difference], first: int = 0) -> None:
     """Add differences to some rows of a weight, in place.
 
+    The result is exact but for a difference that has a root in it (DoRA), whose float64 sum is rounded, and for float64
+    weights, which get the float64 sum.
+
     Args:
         rows: (n, columns), the weight's rows in its own dtype; overwritten.
         differences: of the whole weight.
@@ -46,100 +39,66 @@ def fuse_rows(rows: torch.Tensor, differences: Sequence[Difference], first: int 
     Raises:
         NotFinite: a weight is NaN or infinite, or a sum is too large for the dtype.
     """
-    total = _float64_buffer(rows)
-    total.copy_(rows)
     low, high = torch.aminmax(rows)
-    largest = max(-float(low), float(high))
-    if not math.isfinite(largest):
+    reach = max(-float(low), float(high))
+    if not math.isfinite(reach):
         raise NotFinite("the base holds NaN or infinity")
-    needs_base = any(not math.isfinite(one.size) for one in differences)
-    weight = total.clone() if needs_base else total
-    for one in differences:
-        one.add_to(total, weight, first)
-    reach = largest + sum(one.size for one in differences)
-    columns = rows.shape[1]
-
-    def exact(number: int) -> Fraction | None:
-        row, column = divmod(number, columns)
-        parts = [one.exact(first + row, column) for one in differences]
-        known = [part for part in parts if part is not None]
-        return sum(known, Fraction(float(rows[row, column]))) if len(known) == len(parts) else None
-
+    reach += sum(one.size for one in differences)
     operations = 2 + sum(one.roundings + 1 for one in differences)
-    bound = 0.0 if needs_base else 2.0**-52 * operations * reach
-    merged = round_once(total, rows.dtype, bound, exact)
-    if not reach < torch.finfo(rows.dtype).max and not bool(torch.isfinite(merged).all()):
+    error = 2.0**-52 * operations * reach if math.isfinite(reach) else 0.0
+    doubts = [
+        _fuse_block(block, differences, row, column, first, error)
+        for row, column, block in _blocks(rows, whole_rows=not math.isfinite(reach))
+    ]
+    _settle(rows, _Doubts(*(torch.cat(parts) for parts in zip(*doubts, strict=True))), differences, first, error)
+    if not reach < torch.finfo(rows.dtype).max and not bool(torch.isfinite(rows).all()):
         raise NotFinite(f"a sum is too large for {rows.dtype}")
-    rows.copy_(merged)
 
 
-def round_once(
-    values: torch.Tensor, dtype: torch.dtype, bound: float = 0.0, exact: Exact = lambda _: None
-) -> torch.Tensor:
-    """Round float64 values to `dtype`, to nearest, ties to even, in one step.
-
-    torch converts float64 to bfloat16 and float16 by way of float32, which rounds twice; what may lie at a tie is
-    therefore looked at again.
-
-    Args:
-        values: float64, contiguous, any shape.
-        dtype: bfloat16, float16, float32 or float64 (which is returned as it is).
-        bound: how far each value may be from the exact one.
-        exact: the exact one, asked for where `bound` leaves a doubt.
-    """
-    if dtype == torch.float64:
-        return values
-    rounded = values.to(dtype)
-    doubtful = _doubtful(values.view(-1), dtype, bound)
-    if len(doubtful):
-        held, numbers = values.view(-1)[doubtful].cpu().numpy(), doubtful.cpu().numpy()
-        settled = _settle(held, dtype, bound, lambda i: exact(int(numbers[i])))
-        bits = torch.from_numpy(settled.view(np.uint8).reshape(len(held), -1))
-        rounded.view(-1)[doubtful] = bits.view(dtype).view(-1).to(values.device)
-    return rounded
+def _blocks(rows: torch.Tensor, whole_rows: bool) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Parts of `rows` by their first row and column: on the CPU so small that what is made of one stays in a cache."""
+    if rows.device.type != "cpu":
+        yield 0, 0, rows
+        return
+    width = rows.shape[1] if whole_rows else BLOCK[1]
+    height = max(1, BLOCK[0] * BLOCK[1] // width)
+    for row in range(0, rows.shape[0], height):
+        for column in range(0, rows.shape[1], width):
+            yield row, column, rows[row : row + height, column : column + width]
 
 
-def _doubtful(values: torch.Tensor, dtype: torch.dtype, bound: float) -> torch.Tensor:
-    """Numbers of all elements that may lie within `bound` of a tie, or whose conversion may round twice.
+class _Doubts(NamedTuple):
+    """Elements that are to be rounded again: where they are in the rows, their weight and their float64 sum."""
 
-    The bits that a conversion drops read 1000... at a tie. Of float32 that is seen to one unit in the last place, of
-    float64 to `window`; where an element is so small that `bound` is more than that, it is doubtful anyway.
-    """
-    if dtype == torch.float32:
-        bits, dropped, window, reach = values.view(torch.int64), 53 - BITS[dtype], 1 << 20, 2.0**33
+    row: torch.Tensor
+    column: torch.Tensor
+    weight: torch.Tensor
+    total: torch.Tensor
+
+
+def _fuse_block(
+    block: torch.Tensor, differences: Sequence[Difference], row: int, column: int, first: int, error: float
+) -> _Doubts:
+    total = scratch("total", block.shape, torch.float64, block.device).copy_(block)
+    weight = total.clone() if error == 0 else total
+    for one in differences:
+        one.add_to(total, weight, first + row, column)
+    if block.dtype == torch.float64:
+        near, doubtful = total, torch.empty(0, dtype=torch.int64, device=block.device)
     else:
-        bits, dropped, window, reach = values.to(torch.float32).view(torch.int32), 24 - BITS[dtype], 1, 2.0**25
-    mask, tie = (1 << dropped) - 1, 1 << (dropped - 1)
-    near = ((bits + (window - tie)) & mask) <= 2 * window
-    return torch.nonzero(near | (values.abs() < max(bound * reach, SMALLEST_NORMAL[dtype]))).view(-1)
+        near, doubtful = round_most(total, error, block.dtype)
+    i, j = doubtful // block.shape[1], doubtful % block.shape[1]
+    doubts = _Doubts(row + i, column + j, block[i, j], total[i, j])
+    block.copy_(near)
+    return doubts
 
 
-def _settle(values: npt.NDArray[np.float64], dtype: torch.dtype, bound: float, exact: Exact) -> npt.NDArray[np.generic]:
-    """Round each value by comparing it, or the exact one, with the ties on both sides of a first guess."""
-    kind = np.dtype(NUMPY[dtype])
-    near: npt.NDArray[Any] = values.astype(kind)
-    infinity = np.array(np.inf, kind)
-    steps = [np.nextafter(near, infinity), np.nextafter(near, -infinity)]
-    middle = near.astype(np.float64)
-    ties = [(middle + step.astype(np.float64)) / 2 for step in steps]
-    bits: npt.NDArray[Any] = near.view(np.uint16 if kind.itemsize == 2 else np.uint32)
-    odd = (bits & 1).astype(bool)
-    above = np.where(odd, values >= ties[0], values > ties[0])
-    below = np.where(odd, values <= ties[1], values < ties[1])
-    for i in np.flatnonzero(np.minimum(*(np.abs(values - tie) for tie in ties)) <= bound) if bound else ():
-        if (value := exact(int(i))) is not None:
-            up, down = Fraction(float(ties[0][i])), Fraction(float(ties[1][i]))
-            above[i] = value > up or (value == up and odd[i])
-            below[i] = value < down or (value == down and odd[i])
-    settled: npt.NDArray[np.generic] = np.where(above, steps[0], np.where(below, steps[1], near))
-    return settled
-
-
-_scratch = threading.local()  # a float64 buffer for each thread: fresh memory would cost more than the sum
-
-
-def _float64_buffer(like: torch.Tensor) -> torch.Tensor:
-    buffer: torch.Tensor | None = getattr(_scratch, "buffer", None)
-    if buffer is None or buffer.numel() < like.numel() or buffer.device != like.device:
-        buffer = _scratch.buffer = torch.empty(like.numel(), dtype=torch.float64, device=like.device)
-    return buffer[: like.numel()].view(like.shape)
+def _settle(rows: torch.Tensor, doubts: _Doubts, differences: Sequence[Difference], first: int, error: float) -> None:
+    if not len(doubts.row):
+        return
+    merged, undecided = settle(doubts.total, error, rows.dtype)
+    for number in undecided.tolist():
+        row, column, weight = (int(doubts.row[number]), int(doubts.column[number]), float(doubts.weight[number]))
+        parts = (one.exact(first + row, column) for one in differences)
+        merged[number] = nearest(sum(parts, Fraction(weight)), rows.dtype)
+    rows[doubts.row, doubts.column] = merged

@@ -12,8 +12,17 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lora_fuse.deltas import LowRank, Matrix
-from lora_fuse.fusion import NUMPY, NotFinite, fuse_rows, round_once
+from lora_fuse import fusion
+from lora_fuse.deltas import Difference, Hadamard, Kronecker, LowRank, Matrix
+from lora_fuse.fusion import NotFinite, fuse_rows
+from lora_fuse.rounding import narrow, round_most, settle
+from lora_fuse.rounding import nearest as nearest_of
+
+NUMPY: dict[torch.dtype, npt.DTypeLike] = {
+    torch.bfloat16: ml_dtypes.bfloat16,
+    torch.float16: np.float16,
+    torch.float32: np.float32,
+}
 
 
 def low_rank(up: torch.Tensor, down: torch.Tensor, factor: float = 1.0) -> LowRank:
@@ -33,7 +42,7 @@ def nearest(value: float | Fraction, dtype: npt.DTypeLike) -> float:
 
 
 def rounded(values: list[float], dtype: torch.dtype) -> list[float]:
-    return [float(x) for x in round_once(torch.tensor(values, dtype=torch.float64), dtype).to(torch.float64)]
+    return [float(x) for x in narrow(torch.tensor(values, dtype=torch.float64), dtype).to(torch.float64)]
 
 
 # Just above half-way between 1 and the next number: float32 drops the last bit and lands on the tie.
@@ -59,7 +68,7 @@ def test_float16_is_rounded_once(value: float) -> None:
 
 
 def test_torch_alone_rounds_twice() -> None:
-    """The bad input that `round_once` exists for: without it these tests would pass by luck."""
+    """The bad input that `narrow` exists for: without it these tests would pass by luck."""
     assert float(torch.tensor(BF16_TIE, dtype=torch.float64).to(torch.bfloat16)) != nearest(
         BF16_TIE, ml_dtypes.bfloat16
     )
@@ -71,7 +80,8 @@ def test_rows_get_the_sum_of_all_updates(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(5, 7, generator=generator).to(dtype)
     up, down = torch.randn(5, 3, generator=generator).double(), torch.randn(3, 7, generator=generator).double()
-    expected = round_once(rows.double() + 2 * up @ down, dtype)
+    summed = rows.double() + 2 * up @ down
+    expected = summed if dtype == torch.float64 else narrow(summed, dtype)
     fuse_rows(rows, [low_rank(up, down)] * 2)
     torch.testing.assert_close(rows, expected, rtol=1e-15 if dtype == torch.float64 else 0, atol=0)
 
@@ -111,7 +121,7 @@ def test_every_value_is_the_exact_sum_rounded(data: st.DataObject, dtype: torch.
 def test_float64_alone_falls_on_the_wrong_side_of_a_tie() -> None:
     """The bad input for the law above: 1 + 2**-8 is a tie of bfloat16, and 2**-60 is lost in a float64 sum."""
     one, tie, little = (torch.tensor([[x]], dtype=torch.float64) for x in (1.0, 2.0**-8, 2.0**-60))
-    assert float(round_once(one + tie + little, torch.bfloat16)) == 1.0
+    assert float(narrow(one + tie + little, torch.bfloat16)) == 1.0
     merged = one.to(torch.bfloat16)
     fuse_rows(merged, [low_rank(tie, one), low_rank(little, one)])
     assert float(merged) == 1 + 2.0**-7
@@ -125,3 +135,59 @@ def test_what_is_not_finite_is_refused(dtype: torch.dtype, weight: float, added:
     rows = torch.tensor([[weight]], dtype=dtype)
     with pytest.raises(NotFinite):
         fuse_rows(rows, [low_rank(torch.tensor([[added]]), torch.ones(1, 1))])
+
+
+@given(st.fractions(), st.integers(-150, 130), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
+def test_a_fraction_is_rounded_to_the_nearest(value: Fraction, power: int, dtype: torch.dtype) -> None:
+    exact = value * Fraction(2) ** power
+    rounded = nearest_of(exact, dtype)
+    if abs(exact) < torch.finfo(dtype).max:
+        assert rounded == nearest(exact, NUMPY[dtype])
+    else:
+        assert abs(rounded) in (torch.finfo(dtype).max, float("inf"))
+
+
+@given(
+    st.lists(st.floats(-4, 4), min_size=1, max_size=40),
+    st.sampled_from([0.0, 2.0**-50, 2.0**-30, 2.0**-12]),
+    st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    st.floats(-1, 1),
+)
+def test_what_is_not_doubted_is_right_wherever_the_exact_value_is(
+    values: list[float], error: float, dtype: torch.dtype, share: float
+) -> None:
+    """`round_most` and `settle` may doubt too much, never too little: move each value by up to the error."""
+    held = torch.tensor(values, dtype=torch.float64)
+    near, doubtful = round_most(held.clone(), error, dtype)
+    rounded = near.to(dtype).double()
+    settled, undecided = settle(held[doubtful], error, dtype)
+    rounded[doubtful] = settled.double()
+    sure = set(range(len(values))) - set(doubtful[undecided].tolist())
+    for i in sure:
+        exact = Fraction(values[i]) + Fraction(error) * Fraction(share)
+        assert float(rounded[i]) == nearest(exact, NUMPY[dtype])
+
+
+def test_far_from_a_tie_nothing_is_doubted() -> None:
+    _, doubtful = round_most(torch.full((64,), 1 + 2.0**-10, dtype=torch.float64), 2.0**-50, torch.bfloat16)
+    assert not len(doubtful)
+
+
+@pytest.mark.parametrize("block", [(1, 1), (2, 3), (512, 512)])
+def test_the_sum_does_not_depend_on_the_blocks(block: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(3)
+    parts = [rng.standard_normal(shape) / 8 for shape in ((6, 2), (2, 8), (6, 2), (2, 8), (2, 4), (3, 2), (6, 8))]
+    differences: list[Difference] = [
+        LowRank(Matrix(*parts[:2]), 0.3),
+        Hadamard(Matrix(*parts[:2]), Matrix(*parts[2:4]), 0.7),
+        Kronecker(Matrix(parts[4]), Matrix(parts[5]), 0.2),
+        LowRank(Matrix(parts[6]), 1.0),
+    ]
+    weight = torch.from_numpy(rng.standard_normal((6, 8))).to(torch.bfloat16)
+    monkeypatch.setattr(fusion, "BLOCK", block)
+    merged = weight[2:5].clone()
+    fuse_rows(merged, differences, 2)
+    for i in range(3):
+        for j in range(8):
+            exact = Fraction(float(weight[2 + i, j])) + sum(one.exact(2 + i, j) for one in differences)
+            assert float(merged[i, j]) == nearest(exact, ml_dtypes.bfloat16)

@@ -13,7 +13,19 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Lower may not import higher; a module not named here belongs to the middle.
 BOTTOM = {"errors", "records"}
-PURE = {"allowlist", "header", "formats", "adapter_config", "lora", "matching", "selection", "deltas", "fusion"}
+PURE = {
+    "allowlist",
+    "header",
+    "formats",
+    "adapter_config",
+    "lora",
+    "matching",
+    "selection",
+    "deltas",
+    "rounding",
+    "fusion",
+    "scratch",
+}
 PURE |= {"families", "metrics", "golden", "card", "report"}
 TOP = {"cli", "__main__"}
 

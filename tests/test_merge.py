@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from lora_fuse import engine
+from lora_fuse import engine, fusion
 from lora_fuse.checkpoint import open_checkpoint, read_header
 from lora_fuse.errors import BadCheckpoint, BadLora, BadScale, Busy, NoSpace, Refused
 from lora_fuse.lora import LoraInput
@@ -111,7 +111,7 @@ def test_the_bytes_do_not_depend_on_threads_chunks_or_the_order_of_loras(
     second = LoraInput("m", tiny.write_lora(tmp_path / "m.safetensors", tiny.lora_tensors("diffusers", seed=8)), 0.3)
     first = fuse(base, tmp_path / "a", lora, second)
     assert fuse(base, tmp_path / "b", second, lora) == first
-    monkeypatch.setattr(engine, "CHUNK", 70)
+    monkeypatch.setattr(fusion, "BLOCK", (3, 5))
     monkeypatch.setattr(engine, "BUFFER", 200)
     assert fuse(base, tmp_path / "c", lora, second) == first
     threads = torch.get_num_threads()

@@ -1,0 +1,100 @@
+"""Large files read and written past the page cache, where the system can.
+
+A checkpoint is read once and written once, and is larger than what a cache is good for: taking pages for it costs more
+time than the disk does. What is in the cache already is read from there. O_DIRECT wants memory, offsets and lengths in
+whole blocks (open(2), NOTES), so memory comes from here and holds a block more than is asked for at either end.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+BLOCK = 4096  # bytes; a multiple of every disk's own
+
+
+def blocks(nbytes: int) -> int:
+    """A number of bytes rounded up to whole blocks."""
+    return -(-nbytes // BLOCK) * BLOCK
+
+
+def block_memory(nbytes: int) -> memoryview:
+    """Memory for `Reader.read` of up to `nbytes`, or for `Writer.write`."""
+    return memoryview(mmap.mmap(-1, blocks(nbytes) + 2 * BLOCK))
+
+
+class _File:
+    def __init__(self, path: Path, flags: int) -> None:
+        self._fds = [os.open(path, flags, 0o666)]
+        with suppress(OSError, AttributeError):  # a filesystem, or a system, that cannot
+            self._fds.append(os.open(path, flags & ~os.O_TRUNC | os.O_DIRECT))
+
+    @property
+    def _plain(self) -> int:
+        return self._fds[0]
+
+    @property
+    def _direct(self) -> int | None:
+        return self._fds[1] if len(self._fds) > 1 else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for fd in self._fds:
+            os.close(fd)
+
+
+class Reader(_File):
+    """A file to read from."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, os.O_RDONLY)
+
+    def read(self, memory: memoryview, start: int, nbytes: int) -> memoryview:
+        """Bytes from `start` on, as a part of `memory`; fewer than `nbytes` where the file ends."""
+        lead = start % BLOCK
+        wanted = memory[lead : lead + nbytes]
+        if self._direct is None:
+            return wanted[: _read(self._plain, wanted, start)]
+        with suppress(OSError, AttributeError):  # EAGAIN: not in the cache
+            if os.preadv(self._plain, [wanted], start, os.RWF_NOWAIT) == nbytes:
+                return wanted
+        got = os.preadv(self._direct, [memory[: blocks(lead + nbytes)]], start - lead)
+        if lead + nbytes > got > 0:  # near the end, or interrupted: the rest need not begin at a block
+            got += _read(self._plain, memory[got : lead + nbytes], start - lead + got)
+        return wanted[: max(0, got - lead)]
+
+
+class Writer(_File):
+    """A new file, written from its beginning to its end."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        self._size = 0
+
+    def write(self, memory: memoryview, nbytes: int) -> None:
+        """Append the first `nbytes` of `memory`: whole blocks but for the last time, or the cache is used."""
+        done, whole = 0, nbytes // BLOCK * BLOCK
+        if self._direct is not None and self._size % BLOCK == 0:
+            with suppress(OSError):  # what a direct write cannot do, a plain one does, or says why not
+                done = os.pwrite(self._direct, memory[:whole], self._size)
+        _write(self._plain, memory[done:nbytes], self._size + done)
+        self._size += nbytes
+
+
+def _read(fd: int, memory: memoryview, start: int) -> int:
+    done = 0
+    while done < len(memory) and (got := os.preadv(fd, [memory[done:]], start + done)):
+        done += got
+    return done
+
+
+def _write(fd: int, memory: memoryview, start: int) -> None:
+    done = 0
+    while done < len(memory):
+        done += os.pwrite(fd, memory[done:], start + done)
