@@ -51,6 +51,7 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     others: tuple[str, ...]
     config: Mapping[str, Any] = field(default_factory=dict)  # the component's config.json, if it has one
+    label: str | None = None  # ``repo@commit``, where it is known
 
     def tensors(self) -> dict[str, TensorInfo]:
         """Every tensor of the component by name."""
@@ -79,19 +80,22 @@ def read_header(path: Path) -> Header:
     return parse_header(raw, size, str(path))
 
 
-def open_checkpoint(root: Path, component: str = "transformer", files: Iterable[str] | None = None) -> Checkpoint:
+def open_checkpoint(
+    root: Path, component: str = "transformer", files: Iterable[str] | None = None, label: str | None = None
+) -> Checkpoint:
     """Open a base from its headers.
 
     Args:
         root: a pipeline folder, a component folder or a safetensors file.
         component: the pipeline's component to fuse; not used for the other two kinds.
         files: the POSIX paths that belong to the base (a lock's); without it, everything of a known kind below `root`.
+        label: ``repo@commit`` of the base, where it is known; the headers of fused shards will say it.
 
     Raises:
         BadCheckpoint: there is nothing there, or its index and shards contradict each other.
     """
     if root.is_file():
-        return Checkpoint(root, Kind.FILE, (Shard(root, root.name, read_header(root)),), ())
+        return Checkpoint(root, Kind.FILE, (Shard(root, root.name, read_header(root)),), (), label=label)
     if (root / "model_index.json").is_file():
         kind, prefix = Kind.PIPELINE, f"{component}/"
     elif (root / "config.json").is_file():
@@ -105,7 +109,7 @@ def open_checkpoint(root: Path, component: str = "transformer", files: Iterable[
     shards = _component_shards(root, prefix, names)
     taken = {shard.relative for shard in shards}
     others = tuple(name for name in names if name not in taken)
-    return Checkpoint(root, kind, shards, others, _read_config(root / f"{prefix}config.json"))
+    return Checkpoint(root, kind, shards, others, _read_config(root / f"{prefix}config.json"), label)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

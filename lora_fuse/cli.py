@@ -59,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     fuse.add_argument("base", type=Path, metavar="BASE")
     fuse.add_argument("out", type=Path, metavar="OUT")
     fuse.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    fuse.add_argument(
+        "--untouched", choices=("auto", "reflink", "hardlink", "copy"), default="auto", help="how to take over the rest"
+    )
     fuse.add_argument("--scheduler", type=Path, metavar="JSON", help="scheduler settings for OUT; default: the base's")
     fuse.set_defaults(run=_fuse)
     verify = commands.add_parser("verify", help="re-derive a merge independently and compare")
@@ -181,7 +184,15 @@ def _write(options: argparse.Namespace, plan: Plan, generated: dict[str, bytes])
 
     device = resolve_device(options.device)
     with byte_progress(f"fuse ({device})", bytes_to_write(plan)) as progress:
-        files = write_merged(plan, options.out, device=device, generated=generated, known={}, progress=progress)
+        files = write_merged(
+            plan,
+            options.out,
+            device=device,
+            generated=generated,
+            known={},
+            progress=progress,
+            untouched=options.untouched,
+        )
     write_manifest(manifest_path(options.out), build_manifest(plan, files))
     print(f"merged: {options.out}, {human_bytes(sum(file.size for file in files.values()))} in {len(files)} files")
     for name, file in files.items():

@@ -89,7 +89,7 @@ class Fuser:
     def differences(self, target: Target) -> list[Difference]:
         """What is added to a target; its tensors are read once."""
         if target is not self._current:
-            self._current, self._differences = target, _differences(target)
+            self._current, self._differences = target, read_differences(target)
         return self._differences
 
     def fuse(self, target: Target, differences: list[Difference], first: int, data: memoryview) -> None:
@@ -109,7 +109,7 @@ class Fuser:
             held.copy_(moved)
 
 
-def _differences(target: Target) -> list[Difference]:
+def read_differences(target: Target) -> list[Difference]:
     """The differences of all terms; those that need to know the whole weight have seen it."""
     found = [
         difference(term.update.format.algorithm, term.lora.read(term.update), term.update.factor, term.scale)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import os
+import shutil
 from pathlib import Path
+from typing import Literal
 
 from lora_fuse.records import FileRecord
+
+Untouched = Literal["auto", "reflink", "hardlink", "copy"]
+FICLONE = 0x40049409  # linux/fs.h
 
 
 def hash_file(path: Path) -> FileRecord:
@@ -21,3 +28,35 @@ def replace_text(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def take_over(source: Path, target: Path, how: Untouched) -> None:
+    """Make `target`, which is not there yet, a file with the content of `source`.
+
+    Args:
+        source: a file, not a link to one.
+        target: the new file.
+        how: ``reflink`` shares blocks until one side is written (btrfs, XFS and others), ``hardlink`` is the same file
+            under two names, ``copy`` shares nothing; ``auto`` is the first of them that the filesystem can do. What it
+            cannot do becomes a copy.
+    """
+    if how in ("auto", "reflink") and _reflink(source, target):
+        return
+    if how in ("auto", "hardlink"):
+        try:
+            os.link(source, target)
+        except OSError:  # another filesystem, or one without links
+            pass
+        else:
+            return
+    shutil.copyfile(source, target)
+
+
+def _reflink(source: Path, target: Path) -> bool:
+    try:
+        with source.open("rb") as old, target.open("wb") as new:
+            fcntl.ioctl(new, FICLONE, old.fileno())
+    except OSError:
+        target.unlink(missing_ok=True)
+        return False
+    return True

@@ -9,10 +9,10 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from lora_fuse.checkpoint import Checkpoint, Kind
+from lora_fuse.checkpoint import PROVENANCE, Checkpoint, Kind, Shard
 from lora_fuse.engine import Fuser, Progress, fuse_shard
 from lora_fuse.errors import BadCheckpoint, NoSpace, Refused
-from lora_fuse.files import hash_file
+from lora_fuse.files import Untouched, hash_file, take_over
 from lora_fuse.plan import Plan
 from lora_fuse.records import FileRecord, MergedFile
 from lora_fuse.workplace import Workplace, swap, workplace
@@ -29,7 +29,7 @@ def write_merged(
     generated: Mapping[str, bytes],
     known: Mapping[str, FileRecord],
     progress: Progress,
-    source: str | None = None,
+    untouched: Untouched = "auto",
 ) -> dict[str, MergedFile]:
     """Write the merged checkpoint of the same kind as the base to `out`, replacing what was there.
 
@@ -40,7 +40,7 @@ def write_merged(
         generated: files of a pipeline whose content is given here instead of the base's, by POSIX path.
         known: the base's files whose sha256 is known already (a lock's), so that they are not hashed again.
         progress: is told how many more bytes are done.
-        source: ``repo@commit`` of the base, if it is known; it goes into the headers of fused shards.
+        untouched: how weights that do not change are taken over.
 
     Returns:
         Every file of the result by POSIX path.
@@ -51,11 +51,10 @@ def write_merged(
         Refused: the base or a LoRA turned out to be broken; `out` is as it was.
     """
     _check_places(plan.checkpoint, out)
-    _check_space(plan, out)
-    provenance = plan.provenance(source)
+    _check_space(plan, out, untouched)
     try:
-        with workplace(out, _key(plan, provenance)) as place:
-            files = _write_files(plan, place, Fuser(device), generated, known, progress, provenance)
+        with workplace(out, _key(plan)) as place:
+            files = _write_files(plan, place, Fuser(device), generated, known, progress, untouched)
             new = place.files
             if plan.checkpoint.kind is Kind.FILE:
                 ((name, record),) = files.items()
@@ -66,10 +65,10 @@ def write_merged(
     return {name: files[name] for name in sorted(files)}
 
 
-def _key(plan: Plan, provenance: str) -> str:
+def _key(plan: Plan) -> str:
     """A hash of all that the bytes of fused shards depend on; a base shard is known by what `stat` says of it."""
     shards = [(shard.relative, *_identity(shard.path)) for shard in plan.fused_shards]
-    return hashlib.sha256(json.dumps([ENGINE, provenance, shards]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([ENGINE, plan.provenance, shards]).encode()).hexdigest()
 
 
 def _identity(path: Path) -> tuple[int, int, int]:
@@ -79,7 +78,12 @@ def _identity(path: Path) -> tuple[int, int, int]:
 
 def bytes_to_write(plan: Plan) -> int:
     """Bytes that go through the engine: the fused shards, whole."""
-    return sum(shard.path.stat().st_size for shard in plan.fused_shards)
+    return sum(_fused_size(shard, plan.provenance) for shard in plan.fused_shards)
+
+
+def _fused_size(shard: Shard, provenance: str) -> int:
+    header = shard.header
+    return _stat(shard.path).st_size - len(header.raw) + len(header.with_metadata(PROVENANCE, provenance))
 
 
 def _write_files(
@@ -89,7 +93,7 @@ def _write_files(
     generated: Mapping[str, bytes],
     known: Mapping[str, FileRecord],
     progress: Progress,
-    provenance: str,
+    untouched: Untouched,
 ) -> dict[str, MergedFile]:
     files: dict[str, MergedFile] = {}
     done = place.keep_finished([shard.relative for shard in plan.fused_shards])
@@ -97,18 +101,18 @@ def _write_files(
         record = done.get(shard.relative)
         if record is None:
             before = _identity(shard.path)
-            record = fuse_shard(shard, plan.targets, place.place(shard.relative), fuser, provenance, progress)
+            record = fuse_shard(shard, plan.targets, place.place(shard.relative), fuser, plan.provenance, progress)
             if _identity(shard.path) != before:
                 raise BadCheckpoint(f"{shard.path} changed while it was read; run again when nothing writes to it")
             place.finish(shard.relative, record)
         else:
-            progress(shard.path.stat().st_size)
+            progress(record.size)
         files[shard.relative] = MergedFile(record.size, record.sha256, "fused")
-    untouched = [shard.relative for shard in plan.checkpoint.shards if shard.relative not in files]
-    for name in [*untouched, *plan.checkpoint.others]:
+    same = [shard.relative for shard in plan.checkpoint.shards if shard.relative not in files]
+    for name in [*same, *plan.checkpoint.others]:
         if name not in generated:
             record = known.get(name) or hash_file(plan.checkpoint.locate(name))
-            _place(plan.checkpoint.locate(name), place.place(name))
+            _take_over(plan.checkpoint.locate(name), place.place(name), untouched)
             files[name] = MergedFile(record.size, record.sha256, "base")
     for name, content in generated.items():
         place.place(name).write_bytes(content)
@@ -116,17 +120,10 @@ def _write_files(
     return files
 
 
-def _place(source: Path, target: Path) -> None:
-    """Link weights, copy text: weights are large and only ever replaced, text is what people edit in place."""
-    real = source.resolve()
-    if real.suffix == ".safetensors" or source.suffix == ".safetensors":
-        try:
-            os.link(real, target)
-        except OSError:  # another filesystem, or one without links
-            pass
-        else:
-            return
-    shutil.copyfile(real, target)
+def _take_over(source: Path, target: Path, how: Untouched) -> None:
+    """Share weights with the base, copy text: weights are large and only ever replaced, text is edited in place."""
+    is_weight = ".safetensors" in (source.suffix, source.resolve().suffix)
+    take_over(source.resolve(), target, how if is_weight else "copy")
 
 
 def _check_places(checkpoint: Checkpoint, out: Path) -> None:
@@ -142,14 +139,14 @@ def _check_places(checkpoint: Checkpoint, out: Path) -> None:
         raise Refused(f"OUT {out} is a folder with other things in it; it would be replaced, name another place")
 
 
-def _check_space(plan: Plan, out: Path) -> None:
+def _check_space(plan: Plan, out: Path, untouched: Untouched) -> None:
     there = next(parent for parent in [out, *out.absolute().parents] if parent.is_dir())
     device = there.stat().st_dev
     need = bytes_to_write(plan)
     fused = {shard.relative for shard in plan.fused_shards}
     for name in [*(shard.relative for shard in plan.checkpoint.shards), *plan.checkpoint.others]:
         info = _stat(plan.checkpoint.locate(name))
-        if name not in fused and info.st_dev != device:
+        if name not in fused and (untouched == "copy" or info.st_dev != device):
             need += info.st_size
     free = shutil.disk_usage(there).free
     if free < need + SPARE:

@@ -56,14 +56,15 @@ class Plan:
         changed = {target.shard.relative for target in self.targets.values()}
         return tuple(shard for shard in self.checkpoint.shards if shard.relative in changed)
 
-    def provenance(self, source: str | None) -> str:
+    @property
+    def provenance(self) -> str:
         """What a fused shard's header says about its making, as JSON: the same wherever and whenever it is made."""
         loras = [
             {"sha256": lora.sha256, "scale": given.scale}
             for given, lora in sorted(zip(self.inputs, self.loras, strict=True), key=_order)
         ]
-        said = {"base": source, "loras": loras} | ({} if self.selection.everything else asdict(self.selection))
-        return json.dumps(said, sort_keys=True)
+        selected = {} if self.selection.everything else asdict(self.selection)
+        return json.dumps({"base": self.checkpoint.label, "loras": loras, **selected}, sort_keys=True)
 
     @property
     def modules(self) -> int:

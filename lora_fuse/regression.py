@@ -16,20 +16,10 @@ from PIL import Image
 
 from lora_fuse.errors import RenderFailed
 from lora_fuse.golden import CaseResult, Limits, Picture, Subject, examine
-from lora_fuse.lora import LoraInput
-from lora_fuse.lora_file import open_lora
 from lora_fuse.metrics import Levels, to_levels
-from lora_fuse.render import (
-    Case,
-    LoraSpec,
-    Pipeline,
-    Rendered,
-    Sampling,
-    load_loras,
-    load_pipeline,
-    render,
-    shared_components,
-)
+from lora_fuse.plan import Plan
+from lora_fuse.render import Case, Pipeline, Rendered, Sampling, load_pipeline, render, shared_components
+from lora_fuse.unfused import attach
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,44 +39,47 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One case, rendered from the merged checkpoint, from base + LoRA and, if asked, from the base alone."""
+    """One case, rendered from the merged checkpoint, from base + LoRA and, if asked, from the base alone.
+
+    `unfused_by` says who put the LoRA beside the base, see `lora_fuse.unfused`.
+    """
 
     case: Case
     merged: Rendered
     unfused: Rendered
+    unfused_by: str
     baseline: Rendered | None = None
 
 
-def render_pairs(
-    merged: Path, base: Path, loras: Sequence[LoraInput], cases: Sequence[Case], setup: Setup
-) -> list[Pair]:
+def render_pairs(merged: Path, plan: Plan, cases: Sequence[Case], setup: Setup) -> list[Pair]:
     """Render every case from both sides.
 
     The merged side is loaded as a user would load it, with the scheduler that lies in the repository; the unfused side
-    gets the recipe's scheduler, so a wrong scheduler in the repository shows.
+    is the plan's base with the recipe's scheduler, so a wrong scheduler in the repository shows.
 
     Raises:
-        RenderFailed: a side cannot be loaded or run, or not every LoRA module was attached.
+        RenderFailed: a side cannot be loaded or run.
     """
     pipe = load_pipeline(merged, setup.pipeline, device=setup.device, dtype=setup.dtype)
     ours = [render(pipe, case, setup.sampling) for case in cases]
     shared = shared_components(pipe)
     _drop_transformer(pipe)
+    base = plan.checkpoint.root
     pipe = load_pipeline(
         base, setup.pipeline, device=setup.device, dtype=setup.dtype, scheduler=setup.scheduler or None, shared=shared
     )
-    specs = [LoraSpec(lora.name, lora.path, lora.scale) for lora in loras]
-    load_loras(pipe, specs, sum(len(open_lora(lora.path).updates) for lora in loras))
+    by, detach = attach(pipe, plan)
     theirs = [render(pipe, case, setup.sampling) for case in cases]
+    detach()
     alone = _render_baseline(pipe, base, cases, setup)
-    return [Pair(*sides) for sides in zip(cases, ours, theirs, alone, strict=True)]
+    sides = zip(cases, ours, theirs, alone, strict=True)
+    return [Pair(case, first, second, by, third) for case, first, second, third in sides]
 
 
 def _render_baseline(pipe: Pipeline, base: Path, cases: Sequence[Case], setup: Setup) -> Sequence[Rendered | None]:
     """The base as its authors run it: no LoRA, its own scheduler, steps and CFG."""
     if setup.baseline is None:
         return [None] * len(cases)
-    pipe.unload_lora_weights()
     parts = {**shared_components(pipe), "transformer": pipe.transformer}
     pipe = load_pipeline(base, setup.pipeline, device=setup.device, dtype=setup.dtype, shared=parts)
     return [render(pipe, case, setup.baseline) for case in cases]

@@ -46,7 +46,7 @@ def review(
             verify["rows_total"],
             tuple(verify["problems"]),
         ),
-        environment=_environment(here, manifest),
+        environment={**_environment(here, manifest), "LoRA unfused by": judged[0].pair.unfused_by},
         warnings=tuple(_warnings(manifest)),
         unfused_limits=limits["unfused"],
         golden_limits=limits["golden"],

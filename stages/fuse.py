@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from lora_fuse import hub
-from lora_fuse.checkpoint import open_checkpoint
 from lora_fuse.devices import resolve_device
 from lora_fuse.export import diffusers_files
-from lora_fuse.families import COMPONENT, pair_warnings
+from lora_fuse.families import pair_warnings
 from lora_fuse.manifest import build_manifest, write_manifest
-from lora_fuse.plan import make_plan
 from lora_fuse.progress import byte_progress
-from stages.artifacts import MANIFEST, MERGED, lora_inputs, read_locks
+from stages.artifacts import MANIFEST, MERGED, read_locks
 from stages.config import run_stage
 from stages.params import Params
+from stages.planning import plan_of
 
 
 def fuse(params: Params) -> int:
@@ -24,10 +22,8 @@ def fuse(params: Params) -> int:
     base, loras = read_locks()
     for warning in pair_warnings(base.repo_id, [(lora.repo_id, next(iter(lora.files))) for lora in loras.values()]):
         print(f"warning: {warning}", file=sys.stderr)
-    root = hub.locate(base)
-    checkpoint = open_checkpoint(root, COMPONENT, base.files)
-    plan = make_plan(checkpoint, lora_inputs(loras, params), params.fuse.selection)
-    generated = diffusers_files(root, pipeline=params.base.pipeline, scheduler=params.scheduler_config)
+    plan = plan_of(base, loras, params)
+    generated = diffusers_files(plan.checkpoint.root, pipeline=params.base.pipeline, scheduler=params.scheduler_config)
     device = resolve_device(params.fuse.device)
     with byte_progress(f"fuse ({device})", bytes_to_write(plan)) as progress:
         files = write_merged(
@@ -37,7 +33,7 @@ def fuse(params: Params) -> int:
             generated=generated,
             known=base.files,
             progress=progress,
-            source=base.label if base.repo_id else None,
+            untouched=params.fuse.untouched,
         )
     manifest = build_manifest(plan, files, recipe=params.name, scale=params.fuse.scale, base=base, loras=loras)
     write_manifest(MANIFEST, manifest)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from lora_fuse.errors import BadConfig
+from lora_fuse.files import Untouched
 from lora_fuse.records import Source
 from lora_fuse.selection import Selection
 
@@ -77,7 +78,8 @@ class LoraParams(SourceParams):
 class FuseParams(Section):
     """How to fuse: `scale` multiplies every LoRA's own entry in `lora_scales` (1.0 where there is none).
 
-    `only`, `skip` and `scales` are patterns of modules, see `lora_fuse.selection`.
+    `only`, `skip` and `scales` are patterns of modules, see `lora_fuse.selection`; `untouched` is how weights that do
+    not change are taken over, see `lora_fuse.files.take_over`.
     """
 
     scale: Finite
@@ -86,6 +88,7 @@ class FuseParams(Section):
     skip: list[Text]
     scales: dict[str, Finite]
     device: Device
+    untouched: Untouched
 
     def scale_of(self, lora: str) -> float:
         """The scale that is applied to one LoRA."""

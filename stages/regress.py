@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lora_fuse import hub
 from lora_fuse.devices import environment, make_deterministic, resolve_device
 from lora_fuse.files import replace_text
 from lora_fuse.golden import Limits, flat_metrics
@@ -17,6 +16,7 @@ from lora_fuse.review import review
 from stages import artifacts as at
 from stages.config import run_stage
 from stages.params import Params
+from stages.planning import plan_of
 
 
 def regress(params: Params) -> int:
@@ -34,12 +34,13 @@ def regress(params: Params) -> int:
         dtype=here.dtype,
         baseline=Sampling(**params.base.sampling.model_dump(), condition_area=area) if settings.baseline else None,
     )
-    pairs = render_pairs(at.MERGED, hub.locate(base), at.lora_inputs(loras, params), _cases(params), setup)
+    pairs = render_pairs(at.MERGED, plan_of(base, loras, params), _cases(params), setup)
     limits = {"unfused": Limits(**settings.unfused.model_dump()), "golden": Limits(**settings.golden.model_dump())}
     judged = judge_pairs(pairs, at.GOLDEN / params.name / here.key, limits)
     save_pictures(judged, at.IMAGES)
     facts = {"recipe": params.name, "scale": params.fuse.scale, "environment": here.key}
-    metrics = {**flat_metrics(case.result for case in judged), **facts, "manifest_sha256": manifest_sha256}
+    facts |= {"unfused_by": pairs[0].unfused_by, "manifest_sha256": manifest_sha256}
+    metrics = {**flat_metrics(case.result for case in judged), **facts}
     replace_text(at.METRICS, json.dumps(metrics, indent=2) + "\n")
     replace_text(
         at.REPORT, report_html(review(manifest, at.read_object(at.VERIFY, "verify"), judged, setup, here, limits))

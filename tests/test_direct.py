@@ -60,7 +60,8 @@ def test_what_is_written_is_what_was_given(tmp_path: Path, lengths: list[int]) -
 def test_a_hashed_file_has_the_bytes_and_their_hash(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int]
 ) -> None:
-    path, whole, told = tmp_path_factory.mktemp("hashed") / "out", b"", []
+    path, whole = tmp_path_factory.mktemp("hashed") / "out", b""
+    told: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hashed, "WINDOW", 2 * BLOCK)
         with HashedFile(path, told.append) as file:

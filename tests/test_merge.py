@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import struct
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file
 from lora_fuse import engine, fusion
 from lora_fuse.checkpoint import open_checkpoint, read_header
 from lora_fuse.errors import BadCheckpoint, BadLora, BadScale, Busy, NoSpace, Refused
+from lora_fuse.files import Untouched, take_over
 from lora_fuse.lora import LoraInput
 from lora_fuse.merge import write_merged
 from lora_fuse.plan import make_plan
@@ -23,9 +25,22 @@ from lora_fuse.records import MergedFile
 from tests import tiny
 
 
-def fuse(base: Path, out: Path, *loras: LoraInput, generated: dict[str, bytes] | None = None) -> dict[str, MergedFile]:
-    plan = make_plan(open_checkpoint(base), loras)
-    return write_merged(plan, out, device="cpu", generated=generated or {}, known={}, progress=lambda _: None)
+def fuse(
+    base: Path,
+    out: Path,
+    *loras: LoraInput,
+    generated: dict[str, bytes] | None = None,
+    untouched: Untouched = "hardlink",
+) -> dict[str, MergedFile]:
+    return write_merged(
+        make_plan(open_checkpoint(base), loras),
+        out,
+        device="cpu",
+        generated=generated or {},
+        known={},
+        progress=lambda _: None,
+        untouched=untouched,
+    )
 
 
 @pytest.fixture
@@ -202,11 +217,28 @@ def test_a_swap_that_was_killed_half_way_is_undone(tmp_path: Path, base: Path, l
     assert not (tmp_path / ".out.previous").exists()
 
 
-def test_weights_are_linked_and_text_is_copied(tmp_path: Path, base: Path, lora: LoraInput) -> None:
-    fuse(base, tmp_path / "out", lora)
+@pytest.mark.parametrize("how", ["auto", "reflink", "hardlink", "copy"])
+def test_weights_are_taken_over_as_asked_and_text_is_copied(
+    tmp_path: Path, base: Path, lora: LoraInput, how: Untouched
+) -> None:
+    fuse(base, tmp_path / "out", lora, untouched=how)
     vae = "vae/diffusion_pytorch_model.safetensors"
-    assert (tmp_path / "out" / vae).samefile(base / vae)
+    assert (tmp_path / "out" / vae).read_bytes() == (base / vae).read_bytes()
+    assert (tmp_path / "out" / vae).samefile(base / vae) or how != "hardlink"
+    assert not (tmp_path / "out" / vae).samefile(base / vae) or how in ("auto", "hardlink")
     assert not (tmp_path / "out" / "vae/config.json").samefile(base / "vae/config.json")
+
+
+def test_what_cannot_be_shared_is_copied(tmp_path: Path) -> None:
+    source, elsewhere = tmp_path / "a", Path("/dev/shm")  # noqa: S108
+    source.write_bytes(b"weights")
+    if not elsewhere.is_dir() or elsewhere.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second filesystem here")
+    ways: list[Untouched] = ["auto", "reflink", "hardlink"]
+    with tempfile.TemporaryDirectory(dir=elsewhere) as folder:
+        for how in ways:
+            take_over(source, Path(folder) / how, how)
+            assert (Path(folder) / how).read_bytes() == b"weights"
 
 
 def test_linked_files_of_the_base_survive_a_new_merge(tmp_path: Path, base: Path, lora: LoraInput) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from lora_fuse.checkpoint import open_checkpoint
 from lora_fuse.errors import RenderFailed
@@ -15,22 +19,28 @@ from lora_fuse.golden import Limits, Verdict
 from lora_fuse.lora import LoraInput
 from lora_fuse.merge import write_merged
 from lora_fuse.metrics import to_levels
-from lora_fuse.plan import make_plan
+from lora_fuse.plan import Plan, make_plan
 from lora_fuse.regression import Pair, Setup, judge_pairs, render_pairs, save_pictures
-from lora_fuse.render import Case, Sampling
+from lora_fuse.render import Case, Sampling, load_pipeline, render
+from lora_fuse.selection import Selection
+from lora_fuse.unfused import DIFFUSERS, attach_differences
 from stages.config import compose
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "pocket/model"
 LORA = ROOT / "pocket/lora/pocket-lightning-4steps-v2.safetensors"
 CASES = [Case("one", "a purple rabbit", 0, height=128, width=128), Case("two", "a blue bear", 1, height=128, width=96)]
+Array = npt.NDArray[Any]
 LIMITS = {"unfused": Limits(60, 4), "golden": Limits(54, 6)}  # conf/regress/_pocket.yaml
 
 
-def merge(out: Path, scale: float, scheduler: dict[str, object]) -> Path:
-    plan = make_plan(open_checkpoint(BASE), [LoraInput("l", LORA, scale)])
-    generated = diffusers_files(BASE, pipeline="QwenImagePipeline", scheduler=scheduler)
-    write_merged(plan, out, device="cpu", generated=generated, known={}, progress=lambda _: None)
+def plan(scale: float, lora: Path = LORA, selection: Selection | None = None) -> Plan:
+    return make_plan(open_checkpoint(BASE), [LoraInput("l", lora, scale)], selection)
+
+
+def merge(out: Path, what: Plan, scheduler: Mapping[str, object]) -> Path:
+    generated = diffusers_files(BASE, pipeline="QwenImagePipeline", scheduler=dict(scheduler))
+    write_merged(what, out, device="cpu", generated=generated, known={}, progress=lambda _: None)
     return out
 
 
@@ -44,9 +54,9 @@ def setup() -> Setup:
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory, setup: Setup) -> list[Pair]:
-    merged = merge(tmp_path_factory.mktemp("merge") / "merged", 1.0, dict(setup.scheduler))
+    merged = merge(tmp_path_factory.mktemp("merge") / "merged", plan(1.0), setup.scheduler)
     with_baseline = replace(setup, baseline=Sampling(6, 4.0, " "))
-    return render_pairs(merged, BASE, [LoraInput("l", LORA, 1.0)], CASES, with_baseline)
+    return render_pairs(merged, plan(1.0), CASES, with_baseline)
 
 
 def test_merged_and_unfused_agree_and_visit_the_recipe_s_sigmas(pairs: list[Pair], tmp_path: Path) -> None:
@@ -80,8 +90,8 @@ def test_a_run_is_exact_against_its_own_approved_pictures(pairs: list[Pair], tmp
 def test_a_merge_at_another_scale_or_with_the_base_s_scheduler_is_a_regression(
     tmp_path: Path, setup: Setup, scale: float, own_scheduler: bool
 ) -> None:
-    merged = merge(tmp_path / "merged", scale, {} if own_scheduler else dict(setup.scheduler))
-    wrong = render_pairs(merged, BASE, [LoraInput("l", LORA, 1.0)], CASES[:1], setup)
+    merged = merge(tmp_path / "merged", plan(scale), {} if own_scheduler else setup.scheduler)
+    wrong = render_pairs(merged, plan(1.0), CASES[:1], setup)
     (judged,) = judge_pairs(wrong, tmp_path, LIMITS)
     assert judged.result.verdict is Verdict.REGRESSION
     assert "unfused picture" in judged.result.reasons[0]
@@ -91,3 +101,71 @@ def test_a_golden_that_is_no_picture_is_refused(pairs: list[Pair], tmp_path: Pat
     (tmp_path / "one.png").write_text("a git-lfs pointer")
     with pytest.raises(RenderFailed, match=r"golden .*one\.png cannot be read"):
         judge_pairs(pairs, tmp_path, LIMITS)
+
+
+def other_lora(path: Path, kind: str) -> Path:
+    """A LoRA of a kind that diffusers does not read, for some modules of pocket's transformer."""
+    rng, weights = np.random.default_rng(5), load_file(next((BASE / "transformer").glob("*00001*.safetensors")))
+
+    def random(*shape: int) -> Array:
+        return (rng.standard_normal(shape) / 4).astype(np.float32)
+
+    state: dict[str, Array] = {}
+    for name in ("attn.to_q", "attn.to_out.0", "img_mlp.net.2"):
+        module = f"transformer_blocks.0.{name}"
+        weight = weights[f"{module}.weight"].astype(np.float32)
+        rows, columns = weight.shape
+        parts: dict[str, Array]
+        match kind:
+            case "LoHa":
+                shapes = {"w1_a": (rows, 4), "w1_b": (4, columns), "w2_a": (rows, 4), "w2_b": (4, columns)}
+                parts = {f"hada_{end}": random(*shape) for end, shape in shapes.items()}
+            case "LoKr":
+                shapes = {"w1": (4, 4), "w2_a": (rows // 4, 2), "w2_b": (2, columns // 4)}
+                parts = {f"lokr_{end}": random(*shape) for end, shape in shapes.items()}
+            case "diff":
+                parts = {"diff": random(rows, columns) / 8, "diff_b": random(rows) / 4}
+            case _:
+                lengths = np.linalg.norm(weight, axis=1)[:, None]
+                parts = {"lora_down.weight": random(4, columns), "lora_up.weight": random(rows, 4) / 8}
+                parts["dora_scale"] = (lengths * 1.1).astype(np.float32)
+        state |= {f"{module}.{end}": tensor for end, tensor in parts.items()}
+    if kind == "diff":
+        state["transformer_blocks.0.attn.norm_q.diff"] = random(
+            *weights["transformer_blocks.0.attn.norm_q.weight"].shape
+        )
+    save_file(state, path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["LoHa", "LoKr", "diff", "DoRA"])
+def test_what_diffusers_cannot_read_is_put_beside_the_base_here(tmp_path: Path, setup: Setup, kind: str) -> None:
+    lora = other_lora(tmp_path / "other.safetensors", kind)
+    merged, wrong = (merge(tmp_path / f"{scale}", plan(scale, lora), setup.scheduler) for scale in (1.0, 0.7))
+    (pair,) = render_pairs(merged, plan(1.0, lora), CASES[:1], setup)
+    assert "diffusers does not read" in pair.unfused_by
+    assert judge_pairs([pair], tmp_path, LIMITS)[0].result.verdict is Verdict.NO_GOLDEN
+    regressed = judge_pairs(render_pairs(wrong, plan(1.0, lora), CASES[:1], setup), tmp_path, LIMITS)
+    assert regressed[0].result.verdict is Verdict.REGRESSION
+
+
+def test_modules_that_are_left_out_or_scaled_are_so_beside_the_base_too(tmp_path: Path, setup: Setup) -> None:
+    selection = Selection(skip=("*.img_mlp.*",), scales={"*.attn.*": 0.5})
+    chosen = plan(1.0, selection=selection)
+    (pair,) = render_pairs(merge(tmp_path / "merged", chosen, setup.scheduler), chosen, CASES[:1], setup)
+    assert "leaves modules out" in pair.unfused_by
+    assert judge_pairs([pair], tmp_path, LIMITS)[0].result.verdict is Verdict.NO_GOLDEN
+    (other,) = render_pairs(tmp_path / "merged", plan(1.0), CASES[:1], setup)
+    assert judge_pairs([other], tmp_path, LIMITS)[0].result.verdict is Verdict.REGRESSION
+
+
+def test_the_differences_here_draw_what_diffusers_draws(pairs: list[Pair], setup: Setup) -> None:
+    """The two ways to put a LoRA beside a base, against each other; and taking it off leaves the base."""
+    pipe = load_pipeline(BASE, setup.pipeline, device="cpu", dtype="float32", scheduler=setup.scheduler)
+    before = to_levels(render(pipe, CASES[0], setup.sampling).image)
+    detach = attach_differences(pipe.transformer, plan(1.0).targets)
+    ours = to_levels(render(pipe, CASES[0], setup.sampling).image).astype(int)
+    detach()
+    assert np.abs(ours - to_levels(pairs[0].unfused.image)).max() <= 1
+    assert pairs[0].unfused_by == DIFFUSERS
+    assert np.array_equal(to_levels(render(pipe, CASES[0], setup.sampling).image), before)

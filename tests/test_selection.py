@@ -30,12 +30,12 @@ class Place:
         self.lora = LoraInput("l", tiny.write_lora(folder / "l.safetensors", tiny.lora_tensors()), scale)
         self.out = folder / "out"
 
-    def plan(self, selection: Selection) -> Plan:
-        return make_plan(open_checkpoint(self.base), [self.lora], selection)
+    def plan(self, selection: Selection, label: str | None = None) -> Plan:
+        return make_plan(open_checkpoint(self.base, label=label), [self.lora], selection)
 
-    def fuse(self, selection: Selection, source: str | None = None) -> dict[str, tiny.Array]:
+    def fuse(self, selection: Selection, label: str | None = None) -> dict[str, tiny.Array]:
         write_merged(
-            self.plan(selection), self.out, device="cpu", generated={}, known={}, progress=lambda _: None, source=source
+            self.plan(selection, label), self.out, device="cpu", generated={}, known={}, progress=lambda _: None
         )
         return {name: tensor for file in self.out.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
@@ -102,7 +102,7 @@ def test_the_manifest_records_the_choice(tmp_path: Path) -> None:
 
 def test_a_fused_shard_says_what_was_fused_and_keeps_the_bases_metadata(tmp_path: Path) -> None:
     place = Place(tmp_path)
-    place.fuse(Selection(only=("*.attn.*",)), source="owner/name@0123")
+    place.fuse(Selection(only=("*.attn.*",)), label="owner/name@0123")
     metadata = read_header(next(place.out.glob("*.safetensors"))).metadata
     assert metadata["format"] == "pt"
     said = json.loads(metadata[PROVENANCE])
