@@ -1,8 +1,8 @@
 """Large files read and written past the page cache, where the system can.
 
-A checkpoint is read once and written once, and is larger than what a cache is good for: taking pages for it costs more
-time than the disk does. What is in the cache already is read from there. O_DIRECT wants memory, offsets and lengths in
-whole blocks (open(2), NOTES), so memory comes from here and holds a block more than is asked for at either end.
+A checkpoint that is larger than what a cache is good for pays for the cache's pages and waits for the disk as well.
+What is in the cache already is read from there. O_DIRECT wants memory, offsets and lengths in whole blocks (open(2),
+NOTES), so memory comes from here and holds a block more than is asked for at either end.
 """
 
 from __future__ import annotations
@@ -27,11 +27,22 @@ def block_memory(nbytes: int) -> memoryview:
     return memoryview(mmap.mmap(-1, blocks(nbytes) + 2 * BLOCK))
 
 
+def too_large_to_cache(nbytes: int) -> bool:
+    """Whether so much more to write would make the kernel write at once: see `dirty_background_ratio` in its docs."""
+    try:
+        share = int(Path("/proc/sys/vm/dirty_background_ratio").read_text()) / 100
+        (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
+        return nbytes > share * int(line.split()[1]) * 1024
+    except (OSError, ValueError):  # not Linux
+        return False
+
+
 class _File:
-    def __init__(self, path: Path, flags: int) -> None:
+    def __init__(self, path: Path, flags: int, direct: bool) -> None:
         self._fds = [os.open(path, flags, 0o666)]
-        with suppress(OSError, AttributeError):  # a filesystem, or a system, that cannot
-            self._fds.append(os.open(path, flags & ~os.O_TRUNC | os.O_DIRECT))
+        if direct:
+            with suppress(OSError, AttributeError):  # a filesystem, or a system, that cannot
+                self._fds.append(os.open(path, flags & ~os.O_TRUNC | os.O_DIRECT))
 
     @property
     def _plain(self) -> int:
@@ -53,7 +64,7 @@ class Reader(_File):
     """A file to read from."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, os.O_RDONLY)
+        super().__init__(path, os.O_RDONLY, direct=True)
 
     def read(self, memory: memoryview, start: int, nbytes: int) -> memoryview:
         """Bytes from `start` on, as a part of `memory`; fewer than `nbytes` where the file ends."""
@@ -73,8 +84,8 @@ class Reader(_File):
 class Writer(_File):
     """A new file, written from its beginning to its end."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    def __init__(self, path: Path, direct: bool) -> None:
+        super().__init__(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, direct)
         self._size = 0
 
     def write(self, memory: memoryview, nbytes: int) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from lora_fuse.plan import Target
 from lora_fuse.records import FileRecord
 
 BUFFER = 8 << 20  # bytes; one buffer
+WORKERS = 8  # at most: a single thread hashes, and no more are needed to keep it busy
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 Progress = Callable[[int], None]  # is told how many more bytes are done
@@ -78,11 +80,13 @@ def _row_blocks(target: Target) -> Iterator[Piece]:
 
 
 class Fuser:
-    """Adds differences to buffers of weights on one device, several buffers at a time."""
+    """Adds differences to buffers of weights on one device, several at a time; `direct` writes them past the cache."""
 
-    def __init__(self, device: str) -> None:
-        self.workers = os.cpu_count() or 1
+    def __init__(self, device: str, direct: bool) -> None:
+        self.direct = direct
+        self.workers = min(os.cpu_count() or 1, WORKERS)
         self._device = torch.device(device)
+        self._of_thread = threading.local()
         self._current: Target | None = None
         self._differences: list[Difference] = []
 
@@ -99,14 +103,39 @@ class Fuser:
             BadCheckpoint: the base holds NaN or infinity there, or the sum is too large for its dtype.
         """
         dtype = TORCH_DTYPES[target.tensor.dtype]
-        held = torch.frombuffer(data, dtype=dtype).view(-1, math.prod(target.tensor.shape[1:]))
-        moved = held if any(isinstance(one, Decomposed) for one in differences) else held.to(self._device)
+        rows = torch.frombuffer(data, dtype=dtype).view(-1, math.prod(target.tensor.shape[1:]))
         try:
-            fuse_rows(moved, differences, first)
+            if self._device.type == "cpu" or any(isinstance(one, Decomposed) for one in differences):
+                fuse_rows(rows, differences, first)
+            else:
+                self._fuse_there(rows, differences, first)
         except NotFinite as error:
             raise BadCheckpoint(f"{target.shard.path}: {target.tensor.name!r}: {error}; nothing was written") from error
-        if moved is not held:
-            held.copy_(moved)
+
+    def _fuse_there(self, rows: torch.Tensor, differences: list[Difference], first: int) -> None:
+        """On the device, in a stream of this thread's own: one piece is carried over while another is summed."""
+        if not hasattr(self._of_thread, "stream"):
+            self._of_thread.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._of_thread.stream):
+            moved = rows.to(self._device, non_blocking=True)
+            fuse_rows(moved, differences, first)
+            rows.copy_(moved, non_blocking=True)
+            self._of_thread.stream.synchronize()
+
+    @contextmanager
+    def pinned(self, memories: Sequence[memoryview]) -> Iterator[None]:
+        """Within it, the device reads and writes these itself, where it is one that can."""
+        if self._device.type == "cpu":
+            yield
+            return
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        held = [torch.frombuffer(memory, dtype=torch.uint8) for memory in memories]
+        done = [one for one in held if not int(runtime.cudaHostRegister(one.data_ptr(), one.numel(), 0))]
+        try:
+            yield
+        finally:
+            for one in done:
+                runtime.cudaHostUnregister(one.data_ptr())
 
 
 def read_differences(target: Target) -> list[Difference]:
@@ -141,10 +170,14 @@ def fuse_shard(
     Raises:
         BadCheckpoint: the base shard cannot be read, or ended early (it changed since its header was read).
     """
-    with Reader(shard.path) as source, HashedFile(to, progress) as output, _threads(fuser.workers) as pools:
-        reader, workers, packer = pools
+    slots = [Slot() for _ in range(2 * fuser.workers + 2)]
+    with (
+        Reader(shard.path) as source,
+        HashedFile(to, progress, fuser.direct) as output,
+        fuser.pinned([slot.memory for slot in slots]),
+        _threads(fuser.workers) as (reader, workers, packer),
+    ):
         output.append(shard.header.with_metadata(PROVENANCE, provenance))
-        slots = [Slot() for _ in range(2 * fuser.workers + 2)]
         at = len(shard.header.raw)
         for piece, slot in zip(pieces(shard, targets), cycle(slots), strict=False):
             if slot.busy is not None:
@@ -177,7 +210,7 @@ def _fuse(
 
 
 @contextmanager
-def _threads(workers: int) -> Iterator[list[ThreadPoolExecutor]]:
+def _threads(workers: int) -> Iterator[tuple[ThreadPoolExecutor, ThreadPoolExecutor, ThreadPoolExecutor]]:
     """A reader, workers and a packer; while they live, torch uses no threads of its own. Pending work is dropped."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -188,4 +221,4 @@ def _threads(workers: int) -> Iterator[list[ThreadPoolExecutor]]:
         ]
         for pool in pools:
             stack.callback(pool.shutdown, cancel_futures=True)
-        yield pools
+        yield pools[0], pools[1], pools[2]

@@ -30,9 +30,9 @@ class _Window:
 class HashedFile:
     """Takes bytes in order, from one thread; `finish` gives size and sha256."""
 
-    def __init__(self, path: Path, progress: Callable[[int], None]) -> None:
-        """Open `path` anew; `progress` is told how many more bytes are written."""
-        self._writer, self._progress = Writer(path), progress
+    def __init__(self, path: Path, progress: Callable[[int], None], direct: bool) -> None:
+        """Open `path` anew; `progress` is told how many more bytes are written, `direct` writes past the cache."""
+        self._writer, self._progress = Writer(path, direct), progress
         self._digest, self._size = hashlib.sha256(), 0
         self._windows = cycle([_Window() for _ in range(WINDOWS)])
         self._window = next(self._windows)

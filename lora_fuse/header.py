@@ -4,7 +4,10 @@ Layout (github.com/huggingface/safetensors, "Format"): an unsigned little-endian
 that map a tensor's name to its dtype, shape and data offsets, then the data; offsets count from the end of the JSON.
 A shard that we merge has the base shard's entries in its order, and one more entry in the metadata.
 
-Invariant of a `Header`: tensors are in file order, do not overlap, leave no hole and end where the file ends.
+Invariant of a `Header`: tensors are in file order, do not overlap, leave no hole and end where the file ends. What is
+accepted here the reference implementation reads, and as the same tensors. It refuses less: a key that stands in a
+header twice, a field that the format does not have (its meaning would be lost in a merge), an entry that is a list, a
+dtype that is not in `DTYPE_BYTES`, a shape that no array can have.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +23,10 @@ from lora_fuse.errors import BadCheckpoint
 
 PREFIX = 8  # bytes of the length before the JSON
 MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
+MAX_DIMENSIONS = 64  # numpy's limit
+MAX_NUMBER = 2**64 - 1  # as the reference reads a shape or an offset
+MAX_SIZE = 2**63 - 1  # bytes of a tensor, as numpy and torch count them
+FIELDS = ("dtype", "shape", "data_offsets")
 
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -51,12 +59,21 @@ class Header:
     metadata: dict[str, str]
 
     def with_metadata(self, name: str, value: str) -> bytes:
-        """Length and JSON of the same tensors with one more metadata entry, padded to 8 bytes as the format's own."""
-        entries = json.loads(self.raw[PREFIX:])
+        """Length and JSON of the same tensors with one more metadata entry, padded to 8 bytes as the format's own.
+
+        Raises:
+            BadCheckpoint: there is no room for the entry below the limit of the reference implementation.
+        """
+        entries = json.loads(self.raw[PREFIX:].decode())
         metadata = {**self.metadata, name: value}
         entries = {"__metadata__": metadata} | {key: entry for key, entry in entries.items() if key != "__metadata__"}
         text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % PREFIX)
+        if len(text) > MAX_HEADER:
+            raise BadCheckpoint(
+                f"with the entry {name!r} the header of {len(self.tensors)} tensors would be {len(text)} bytes, and "
+                f"safetensors reads {MAX_HEADER}; split the file into shards"
+            )
         return struct.pack("<Q", len(text)) + text
 
 
@@ -91,47 +108,74 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
         BadCheckpoint: the JSON is not a safetensors header, or its offsets do not tile the file exactly.
     """
     try:
-        entries = json.loads(raw[PREFIX:], object_pairs_hook=_no_duplicates)
+        entries = json.loads(raw[PREFIX:].decode(), object_pairs_hook=_mapping, parse_int=_integer)
     except (ValueError, RecursionError) as error:
-        raise BadCheckpoint(f"{where} is not a safetensors file: its header does not parse ({error})") from error
+        raise BadCheckpoint(
+            f"{where} is not a safetensors file: its header does not parse ({error}); fetch it again"
+        ) from error
     if not isinstance(entries, dict):
         raise BadCheckpoint(
-            f"{where} is not a safetensors file: its header is a {type(entries).__name__}, not a mapping"
+            f"{where} is not a safetensors file: its header is a {type(entries).__name__}, not a mapping; "
+            "fetch it again"
         )
-    metadata = entries.pop("__metadata__", {})
+    metadata = entries.pop("__metadata__", None)
+    if metadata is None:
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise BadCheckpoint(f"{where}: __metadata__ in the header is not a mapping of strings")
+        raise BadCheckpoint(f"{where}: __metadata__ in the header is not a mapping of strings; fetch it again")
     tensors = [_tensor(name, entry, len(raw), where) for name, entry in entries.items()]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
     _check_tiling(tensors, len(raw), file_size, where)
     return Header(raw, {tensor.name: tensor for tensor in tensors}, metadata)
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object in which no key stands twice and no escape is half of a character."""
     entries = dict(pairs)
     if len(entries) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"the key {twice!r} stands in it twice")
+    for text in (*entries, *(value for value in entries.values() if isinstance(value, str))):
+        text.encode()  # of a lone surrogate a ValueError
     return entries
 
 
+def _integer(digits: str) -> float:
+    """A JSON number without a fraction; as for the reference, -0 and what is far beyond 64 bits is a float."""
+    return float(digits) if digits == "-0" or len(digits) > len(str(MAX_NUMBER)) else int(digits)
+
+
 def _tensor(name: str, entry: Any, data_start: int, where: str) -> TensorInfo:
-    try:
-        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        numbers = [*shape, start, end]
-    except (TypeError, KeyError, ValueError) as error:
-        raise BadCheckpoint(f"{where}: the header entry of {name!r} lacks dtype, shape or data_offsets") from error
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise BadCheckpoint(f"{where}: the header entry of {name!r} has a shape or offset that is no natural number")
+    if not isinstance(entry, dict) or not entry.keys() >= set(FIELDS):
+        raise BadCheckpoint(f"{where}: the header entry of {name!r} lacks {' or '.join(FIELDS)}; fetch it again")
+    if unknown := sorted(entry.keys() - set(FIELDS)):
+        raise BadCheckpoint(
+            f"{where}: the header entry of {name!r} has {unknown[0]!r}, and the format knows {', '.join(FIELDS)}; "
+            "load the file with safetensors and save it again"
+        )
+    dtype, shape, offsets = (entry[field] for field in FIELDS)
+    if not _are_naturals(shape) or not _are_naturals(offsets) or len(offsets) != 2:
+        raise BadCheckpoint(
+            f"{where}: the header entry of {name!r} has a shape or offset that is no natural number of 64 bits, or "
+            "not two offsets; fetch it again"
+        )
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise BadCheckpoint(f"{where}: {name!r} has the dtype {dtype!r}; known are {', '.join(DTYPE_BYTES)}")
+    if len(shape) > MAX_DIMENSIONS or math.prod(n or 1 for n in shape) * DTYPE_BYTES[dtype] > MAX_SIZE:
+        raise BadCheckpoint(
+            f"{where}: {name!r} has a shape of {len(shape)} dimensions that no array can have; fetch it again"
+        )
+    start, end = offsets
     if end - start != math.prod(shape) * DTYPE_BYTES[dtype]:
         raise BadCheckpoint(
-            f"{where}: {name!r} is {dtype} {list(shape)}, {math.prod(shape) * DTYPE_BYTES[dtype]} bytes, "
-            f"but its data_offsets span {end - start}"
+            f"{where}: {name!r} is {dtype} {shape}, {math.prod(shape) * DTYPE_BYTES[dtype]} bytes, "
+            f"but its data_offsets span {end - start}; fetch it again"
         )
-    return TensorInfo(name, dtype, shape, data_start + start, data_start + end)
+    return TensorInfo(name, dtype, tuple(shape), data_start + start, data_start + end)
+
+
+def _are_naturals(numbers: Any) -> bool:
+    return isinstance(numbers, list) and all(type(number) is int and 0 <= number <= MAX_NUMBER for number in numbers)
 
 
 def _check_tiling(tensors: list[TensorInfo], data_start: int, file_size: int, where: str) -> None:
@@ -140,7 +184,7 @@ def _check_tiling(tensors: list[TensorInfo], data_start: int, file_size: int, wh
         if tensor.start != at:
             raise BadCheckpoint(
                 f"{where}: {tensor.name!r} begins at byte {tensor.start} where {at} is expected; "
-                "the header's offsets overlap or leave a hole"
+                "the header's offsets overlap or leave a hole; fetch it again"
             )
         at = tensor.end
     if at != file_size:

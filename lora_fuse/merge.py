@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lora_fuse.checkpoint import PROVENANCE, Checkpoint, Kind, Shard
+from lora_fuse.direct import too_large_to_cache
 from lora_fuse.engine import Fuser, Progress, fuse_shard
 from lora_fuse.errors import BadCheckpoint, NoSpace, Refused
 from lora_fuse.files import Untouched, hash_file, take_over
@@ -54,7 +55,8 @@ def write_merged(
     _check_space(plan, out, untouched)
     try:
         with workplace(out, _key(plan)) as place:
-            files = _write_files(plan, place, Fuser(device), generated, known, progress, untouched)
+            fuser = Fuser(device, direct=too_large_to_cache(bytes_to_write(plan)))
+            files = _write_files(plan, place, fuser, generated, known, progress, untouched)
             new = place.files
             if plan.checkpoint.kind is Kind.FILE:
                 ((name, record),) = files.items()

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_fuse import hashed
-from lora_fuse.direct import BLOCK, Reader, Writer, block_memory
+from lora_fuse.direct import BLOCK, Reader, Writer, block_memory, too_large_to_cache
 from lora_fuse.hashed import HashedFile
 
 CONTENT = np.random.default_rng(0).bytes(5 * BLOCK + 123)
@@ -44,10 +44,11 @@ def test_any_part_reads_as_it_is(file: Path, start: int, nbytes: int, cached: bo
 
 
 @pytest.mark.parametrize("lengths", [[BLOCK], [BLOCK, 5], [2 * BLOCK, BLOCK, 1], [7], [BLOCK, 9, 9], []])
-def test_what_is_written_is_what_was_given(tmp_path: Path, lengths: list[int]) -> None:
+@pytest.mark.parametrize("direct", [True, False])
+def test_what_is_written_is_what_was_given(tmp_path: Path, lengths: list[int], direct: bool) -> None:
     memory, at = block_memory(2 * BLOCK), 0
     (tmp_path / "out").write_bytes(b"an older and longer file" * BLOCK)
-    with Writer(tmp_path / "out") as sink:
+    with Writer(tmp_path / "out", direct) as sink:
         for nbytes in lengths:
             memory[:nbytes] = CONTENT[at : at + nbytes]
             sink.write(memory, nbytes)
@@ -64,7 +65,7 @@ def test_a_hashed_file_has_the_bytes_and_their_hash(
     told: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hashed, "WINDOW", 2 * BLOCK)
-        with HashedFile(path, told.append) as file:
+        with HashedFile(path, told.append, direct=True) as file:
             for nbytes in lengths:
                 file.append(CONTENT[:nbytes])
                 whole += CONTENT[:nbytes]
@@ -74,13 +75,19 @@ def test_a_hashed_file_has_the_bytes_and_their_hash(
     assert sum(told) == len(whole)
 
 
-def test_a_file_that_may_not_grow_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_file_that_may_not_grow_is_an_error(tmp_path: Path, direct: bool) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (BLOCK, before[1]))
     try:
-        with HashedFile(tmp_path / "out", lambda _: None) as file:
+        with HashedFile(tmp_path / "out", lambda _: None, direct) as file:
             file.append(CONTENT)
             with pytest.raises(OSError, match=os.strerror(errno.EFBIG)):
                 file.finish()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_only_what_is_small_beside_the_memory_goes_into_the_cache() -> None:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert [too_large_to_cache(nbytes) for nbytes in (1, memory)] == [False, True]
