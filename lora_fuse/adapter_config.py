@@ -70,7 +70,7 @@ def parse_adapter_config(text: str, where: str) -> AdapterConfig:
         )
         for pattern in (*config.rank_pattern, *config.alpha_pattern):
             re.compile(pattern)
-    except (ValueError, TypeError, AttributeError, re.error) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
         raise BadLora(f"{where} is not a PEFT configuration: {error}") from error
     for key in REFUSED:
         if entries.get(key):

@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from lora_fuse.families import manifest_warnings
 from lora_fuse.records import Manifest, MergedLora
 
 TEMPLATE = """\
@@ -24,6 +25,10 @@ TEMPLATE = """\
 {{ snippet }}
 ```
 
+{% for warning in warnings -%}
+> **Warning:** {{ warning }}.
+
+{% endfor -%}
 Keep the scheduler of this repository, and run exactly {{ steps }} steps at `true_cfg_scale` {{ cfg }}.
 
 | | source | commit | file sha256 | scale |
@@ -86,6 +91,7 @@ def model_card(
         base=_base(manifest),
         base_commit=_commit(manifest.base.revision if manifest.base else None),
         targets=manifest.targets,
+        warnings=manifest_warnings(manifest),
         snippet=_snippet(usage, repo_id or "merged"),
         steps=usage.steps,
         cfg=f"{usage.true_cfg_scale:g}",

@@ -150,8 +150,12 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _print_plan(plan: Plan) -> None:
+    from lora_fuse.families import cached_from, pair_warnings
     from lora_fuse.progress import human_bytes
 
+    base, _ = cached_from(plan.checkpoint.root.absolute())
+    for warning in pair_warnings(base, [cached_from(given.path.absolute()) for given in plan.inputs]):
+        print(f"warning: {warning}", file=sys.stderr)
     for given in plan.inputs:
         print(f"fuse {given.path} at scale {given.scale:g}")
     tensors = len(plan.checkpoint.tensors())

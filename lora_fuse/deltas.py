@@ -1,5 +1,7 @@
 """The arithmetic of an update: factors in, rows of the difference out, in float64; and any one value exactly. Pure.
 
+torch is imported where it computes: plain LoRAs in 16 bits do without (see `lowrank`), and its import takes seconds.
+
 `difference` builds what an algorithm of `lora_fuse.formats` means. A row of the weight is an output feature; the other
 dimensions of a convolution are flattened behind it. Each formula is multiplied by the file's own factor and the scale.
 """
@@ -10,16 +12,23 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from lora_fuse.exact import inner_product
 from lora_fuse.formats import Algorithm
+
+if TYPE_CHECKING:
+    import torch
 
 Array = npt.NDArray[np.float64]
 Tensors = Mapping[str, Array]
+
+
+class NotFinite(ValueError):
+    """A weight holds NaN or infinity, or would after the sum."""
 
 
 class Difference(Protocol):
@@ -75,10 +84,7 @@ class Matrix:
         """One value without rounding."""
         if self.b is None:
             return Fraction(float(self.a[row, column]))
-        if not self.a[row].any():
-            return Fraction(0)
-        pairs = zip(self.a[row].tolist(), self.b[:, column].tolist(), strict=True)
-        return sum((Fraction(x) * Fraction(y) for x, y in pairs), Fraction(0))
+        return inner_product(self.a[row], self.b[:, column])
 
     def add_to(self, total: torch.Tensor, row: int, column: int, factor: float) -> None:
         """Add ``factor * part`` to `total`."""
@@ -90,6 +96,8 @@ class Matrix:
             total.add_(a[rows, columns], alpha=factor)
 
     def _on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        import torch
+
         if device not in self._held:
             parts = (self.a,) if self.b is None else (self.a, self.b)
             self._held[device] = tuple(torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in parts)
@@ -138,12 +146,14 @@ class Kronecker:
         self.left, self.right, self.factor = left, right, factor
         self.size = abs(factor) * left.size * right.size
         self.roundings = left.roundings + right.roundings + 3
-        self._values = [torch.from_numpy(np.ascontiguousarray(side.values())) for side in (left, right)]
+        self._values = [np.ascontiguousarray(side.values()) for side in (left, right)]
 
     def add_to(self, total: torch.Tensor, weight: torch.Tensor, row: int, column: int) -> None:
         """See `Difference`."""
+        import torch
+
         del weight
-        left, right = (values.to(total.device) for values in self._values)
+        left, right = (torch.from_numpy(values).to(total.device) for values in self._values)
         rows = torch.arange(row, row + total.shape[0], device=total.device).unsqueeze(1)
         columns = torch.arange(column, column + total.shape[1], device=total.device)
         height, width = right.shape
@@ -167,7 +177,7 @@ class Decomposed:
 
     def __init__(self, inner: Difference, magnitude: Array, scale: float, by_column: bool) -> None:
         self.inner, self.scale, self.by_column = inner, scale, by_column
-        self.magnitude = torch.from_numpy(np.ascontiguousarray(magnitude.reshape(-1)))
+        self.magnitude = np.ascontiguousarray(magnitude.reshape(-1))
         self.size, self.roundings = math.inf, 0
         self.lengths: torch.Tensor | None = None  # of columns: `measure` fills it
 
@@ -178,16 +188,18 @@ class Decomposed:
 
     def add_to(self, total: torch.Tensor, weight: torch.Tensor, row: int, column: int) -> None:
         """See `Difference`; for whole rows only, and by column, `measure` comes first."""
-        moved = self._moved(weight, row, column)
+        import torch
+
+        moved, magnitude = self._moved(weight, row, column), torch.from_numpy(self.magnitude)
         if self.by_column:
             if self.lengths is None:
                 raise RuntimeError("measure() comes first")
-            repeat = weight.shape[1] // len(self.magnitude)
+            repeat = weight.shape[1] // len(magnitude)
             lengths = self.lengths.view(-1, repeat).sum(1).sqrt()
-            moved *= (self.magnitude / lengths).repeat_interleave(repeat)
+            moved *= (magnitude / lengths).repeat_interleave(repeat)
         else:
             lengths = moved.square().sum(1).sqrt()
-            moved *= (self.magnitude[row : row + len(total)] / lengths).unsqueeze(1)
+            moved *= (magnitude[row : row + len(total)] / lengths).unsqueeze(1)
         total.add_(moved.sub_(weight), alpha=self.scale)
 
     def exact(self, row: int, column: int) -> Fraction:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 from lora_fuse.errors import NoDevice
 
@@ -52,10 +54,12 @@ def resolve_device(requested: str) -> str:
     Raises:
         NoDevice: no such device is known, or cuda was asked for and torch finds none.
     """
-    import torch
-
     if requested not in DEVICES:
         raise NoDevice(f"unknown device {requested!r}: use one of {', '.join(DEVICES)}")
+    if requested == "cpu" or (requested == "auto" and _has_no_gpu()):
+        return "cpu"
+    import torch
+
     present = torch.cuda.is_available()
     if requested == "cuda" and not present:
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
@@ -66,6 +70,12 @@ def resolve_device(requested: str) -> str:
     if requested == "auto":
         return "cuda" if present else "cpu"
     return requested
+
+
+def _has_no_gpu() -> bool:
+    """Whether a look at the machine is enough to know: importing torch to ask takes seconds."""
+    nodes = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # NVIDIA, NVIDIA under WSL, AMD
+    return sys.platform == "linux" and not any(Path(node).exists() for node in nodes)
 
 
 def make_deterministic() -> None:

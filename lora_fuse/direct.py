@@ -24,7 +24,10 @@ def blocks(nbytes: int) -> int:
 
 def block_memory(nbytes: int) -> memoryview:
     """Memory for `Reader.read` of up to `nbytes`, or for `Writer.write`."""
-    return memoryview(mmap.mmap(-1, blocks(nbytes) + 2 * BLOCK))
+    memory = mmap.mmap(-1, blocks(nbytes) + 2 * BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError, AttributeError):  # a disk is given memory in pieces that are contiguous: let them be large
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(memory)
 
 
 def too_large_to_cache(nbytes: int) -> bool:
@@ -39,6 +42,7 @@ def too_large_to_cache(nbytes: int) -> bool:
 
 class _File:
     def __init__(self, path: Path, flags: int, direct: bool) -> None:
+        self.path = path
         self._fds = [os.open(path, flags, 0o666)]
         if direct:
             with suppress(OSError, AttributeError):  # a filesystem, or a system, that cannot

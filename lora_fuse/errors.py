@@ -6,11 +6,18 @@ as ``error: …`` and exits 2 (`Refused`) or 1 (`CheckFailed`); anything else is
 
 from __future__ import annotations
 
+LONGEST = 2000  # characters of a message
+
 
 class LoraFuseError(Exception):
     """Base of every error that lora-fuse raises on purpose."""
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        """One line; of a very long one, as names in a broken file may make it, the beginning and the end."""
+        line = " ".join(super().__str__().splitlines())
+        return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} […] {line[-LONGEST // 2 :]}"
 
 
 class Refused(LoraFuseError):

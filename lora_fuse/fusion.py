@@ -14,15 +14,12 @@ from typing import NamedTuple
 
 import torch
 
-from lora_fuse.deltas import Difference
-from lora_fuse.rounding import nearest, round_most, settle
+from lora_fuse.deltas import Difference, NotFinite
+from lora_fuse.exact import nearest
+from lora_fuse.rounding import BINARIES, round_most, settle
 from lora_fuse.scratch import scratch
 
 BLOCK = (512, 1024)  # rows and columns that are summed at a time on a CPU: 4 MB in float64
-
-
-class NotFinite(ValueError):
-    """A weight holds NaN or infinity, or would after the sum."""
 
 
 def fuse_rows(rows: torch.Tensor, differences: Sequence[Difference], first: int = 0) -> None:
@@ -100,5 +97,5 @@ def _settle(rows: torch.Tensor, doubts: _Doubts, differences: Sequence[Differenc
     for number in undecided.tolist():
         row, column, weight = (int(doubts.row[number]), int(doubts.column[number]), float(doubts.weight[number]))
         parts = (one.exact(first + row, column) for one in differences)
-        merged[number] = nearest(sum(parts, Fraction(weight)), rows.dtype)
+        merged[number] = nearest(sum(parts, Fraction(weight)), BINARIES[rows.dtype])
     rows[doubts.row, doubts.column] = merged

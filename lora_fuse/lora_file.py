@@ -85,7 +85,11 @@ def _open_peft_folder(folder: Path) -> tuple[AdapterConfig, Path]:
     for needed in (config, weights):
         if not needed.is_file():
             raise BadLora(f"{folder} is no PEFT folder: it has no {needed.name}; give the .safetensors file itself")
-    return parse_adapter_config(config.read_text(encoding="utf-8"), str(config)), weights
+    try:
+        text = config.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadLora(f"{config} cannot be read: {error}; fetch the folder again") from error
+    return parse_adapter_config(text, str(config)), weights
 
 
 def _scalar(path: Path, tensor: TensorInfo) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lora_fuse.checkpoint import PROVENANCE, Checkpoint, Kind, Shard
 from lora_fuse.direct import too_large_to_cache
-from lora_fuse.engine import Fuser, Progress, fuse_shard
+from lora_fuse.engine import Progress, Way, fuse_shard
 from lora_fuse.errors import BadCheckpoint, NoSpace, Refused
 from lora_fuse.files import Untouched, hash_file, take_over
 from lora_fuse.plan import Plan
@@ -19,6 +19,7 @@ from lora_fuse.records import FileRecord, MergedFile
 from lora_fuse.workplace import Workplace, swap, workplace
 
 ENGINE = 1  # to be raised when the same inputs give other bytes
+_Identity = tuple[int, int, int]  # of a file: size, time of change, inode
 SPARE = 64 << 20  # bytes to leave free: directories, the manifest, other programs
 
 
@@ -54,9 +55,11 @@ def write_merged(
     _check_places(plan.checkpoint, out)
     _check_space(plan, out, untouched)
     try:
-        with workplace(out, _key(plan)) as place:
-            fuser = Fuser(device, direct=too_large_to_cache(bytes_to_write(plan)))
-            files = _write_files(plan, place, fuser, generated, known, progress, untouched)
+        shards = {shard.relative: _identity(shard.path) for shard in plan.fused_shards}
+        with workplace(out, _key(plan, shards)) as place:
+            way = Way(device, direct=too_large_to_cache(bytes_to_write(plan)))
+            files = _fuse_shards(plan, place, way, shards, progress)
+            files |= _place_others(plan, place, generated, known, untouched)
             new = place.files
             if plan.checkpoint.kind is Kind.FILE:
                 ((name, record),) = files.items()
@@ -67,13 +70,12 @@ def write_merged(
     return {name: files[name] for name in sorted(files)}
 
 
-def _key(plan: Plan) -> str:
+def _key(plan: Plan, shards: Mapping[str, _Identity]) -> str:
     """A hash of all that the bytes of fused shards depend on; a base shard is known by what `stat` says of it."""
-    shards = [(shard.relative, *_identity(shard.path)) for shard in plan.fused_shards]
     return hashlib.sha256(json.dumps([ENGINE, plan.provenance, shards]).encode()).hexdigest()
 
 
-def _identity(path: Path) -> tuple[int, int, int]:
+def _identity(path: Path) -> _Identity:
     info = _stat(path)
     return info.st_size, info.st_mtime_ns, info.st_ino
 
@@ -88,29 +90,36 @@ def _fused_size(shard: Shard, provenance: str) -> int:
     return _stat(shard.path).st_size - len(header.raw) + len(header.with_metadata(PROVENANCE, provenance))
 
 
-def _write_files(
-    plan: Plan,
-    place: Workplace,
-    fuser: Fuser,
-    generated: Mapping[str, bytes],
-    known: Mapping[str, FileRecord],
-    progress: Progress,
-    untouched: Untouched,
+def _fuse_shards(
+    plan: Plan, place: Workplace, way: Way, shards: Mapping[str, _Identity], progress: Progress
 ) -> dict[str, MergedFile]:
-    files: dict[str, MergedFile] = {}
+    """The shards that change; those that a killed run has finished are not made again."""
+    files = {}
     done = place.keep_finished([shard.relative for shard in plan.fused_shards])
     for shard in plan.fused_shards:
         record = done.get(shard.relative)
         if record is None:
-            before = _identity(shard.path)
-            record = fuse_shard(shard, plan.targets, place.place(shard.relative), fuser, plan.provenance, progress)
-            if _identity(shard.path) != before:
+            record = fuse_shard(shard, plan.targets, place.place(shard.relative), way, plan.provenance, progress)
+            if _identity(shard.path) != shards[shard.relative]:
                 raise BadCheckpoint(f"{shard.path} changed while it was read; run again when nothing writes to it")
             place.finish(shard.relative, record)
         else:
             progress(record.size)
         files[shard.relative] = MergedFile(record.size, record.sha256, "fused")
-    same = [shard.relative for shard in plan.checkpoint.shards if shard.relative not in files]
+    return files
+
+
+def _place_others(
+    plan: Plan,
+    place: Workplace,
+    generated: Mapping[str, bytes],
+    known: Mapping[str, FileRecord],
+    untouched: Untouched,
+) -> dict[str, MergedFile]:
+    """What is the base's as it is, and what is generated."""
+    files = {}
+    fused = {shard.relative for shard in plan.fused_shards}
+    same = [shard.relative for shard in plan.checkpoint.shards if shard.relative not in fused]
     for name in [*same, *plan.checkpoint.others]:
         if name not in generated:
             record = known.get(name) or hash_file(plan.checkpoint.locate(name))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_fuse.devices import Environment
-from lora_fuse.families import pair_warnings
+from lora_fuse.families import manifest_warnings
 from lora_fuse.golden import Limits, worst
 from lora_fuse.metrics import amplified_difference, to_levels, to_png
 from lora_fuse.records import Manifest, MergedLora
@@ -47,17 +47,11 @@ def review(
             tuple(verify["problems"]),
         ),
         environment={**_environment(here, manifest), "LoRA unfused by": judged[0].pair.unfused_by},
-        warnings=tuple(_warnings(manifest)),
+        warnings=tuple(manifest_warnings(manifest)),
         unfused_limits=limits["unfused"],
         golden_limits=limits["golden"],
         cases=tuple(_case(case, setup.baseline) for case in judged),
     )
-
-
-def _warnings(manifest: Manifest) -> list[str]:
-    if manifest.base is None:
-        return []
-    return pair_warnings(manifest.base.repo_id, [(lora.repo_id, lora.filename) for lora in manifest.loras])
 
 
 def _built_from(manifest: Manifest, setup: Setup, sigmas: tuple[float, ...]) -> BuiltFrom:

@@ -1,18 +1,14 @@
-"""One rounding, to nearest, ties to even: of values known up to an error, and of exact fractions. Pure."""
+"""One rounding, to nearest, ties to even, of values known up to an error. Pure."""
 
 from __future__ import annotations
-
-import math
-from fractions import Fraction
 
 import numpy as np
 import torch
 
+from lora_fuse.exact import BFLOAT16, FLOAT16, FLOAT32
 from lora_fuse.scratch import scratch
 
-# Bits of the significand, the hidden one included, and the smallest normal number.
-PRECISION = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}
-SMALLEST_NORMAL = {dtype: torch.finfo(dtype).smallest_normal for dtype in PRECISION}
+BINARIES = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16, torch.float32: FLOAT32}
 
 
 def round_most(values: torch.Tensor, error: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,13 +48,14 @@ def _near_a_tie(near: torch.Tensor, error: float, dtype: torch.dtype) -> torch.T
     float32 and for `error`; a value so small that this is not enough counts as near. Both tests end in a negative
     number, for torch compares four times as slowly as it subtracts.
     """
-    dropped, window = PRECISION[torch.float32] - PRECISION[dtype], 2
+    dropped, window = FLOAT32.precision - BINARIES[dtype].precision, 2
     mask, tie = (1 << dropped) - 1, 1 << (dropped - 1)
     bits = near.view(torch.int32)
     distance, size = (scratch(name, bits.shape, torch.int32, bits.device) for name in ("distance", "size"))
     torch.add(bits, tie + window, out=distance)  # modulo the mask the same as minus the tie
     distance.bitwise_and_(mask).sub_(2 * window + 1)
-    small = torch.tensor(max(error * 2.0**25, SMALLEST_NORMAL[dtype]) * 1.001, dtype=torch.float32).view(torch.int32)
+    least = max(error * 2.0**25, BINARIES[dtype].smallest_normal) * 1.001
+    small = torch.tensor(least, dtype=torch.float32).view(torch.int32)
     torch.bitwise_and(bits, 0x7FFFFFFF, out=size)  # floats of one sign are ordered as their bits are
     return _negative(distance.bitwise_or_(size.sub_(int(small))))
 
@@ -82,17 +79,3 @@ def narrow(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     wide, bits = near.double(), near.view(torch.int32)
     towards_zero = torch.where(wide.abs() > values.abs(), bits - 1, bits)
     return torch.where(wide == values, bits, towards_zero | 1).view(torch.float32).to(dtype)
-
-
-def nearest(exact: Fraction, dtype: torch.dtype) -> float:
-    """The number of a dtype that is nearest to a fraction; infinity where it is too large."""
-    size = abs(exact)
-    if not size:
-        return 0.0
-    exponent = size.numerator.bit_length() - size.denominator.bit_length()
-    if Fraction(2) ** exponent > size:
-        exponent -= 1  # now 2**exponent is at most the size, and more than half of it
-    exponent = max(exponent, math.frexp(SMALLEST_NORMAL[dtype])[1] - 1)
-    unit = Fraction(2) ** (exponent - PRECISION[dtype] + 1)
-    rounded = round(size / unit) * unit  # Python rounds a fraction to the nearest integer, ties to even
-    return math.copysign(float(rounded) if rounded <= torch.finfo(dtype).max else math.inf, exact)

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from lora_fuse.deltas import Decomposed, Difference
-from lora_fuse.engine import read_differences
 from lora_fuse.errors import RenderFailed
 from lora_fuse.formats import Algorithm
 from lora_fuse.plan import Plan, Target
 from lora_fuse.render import LoraSpec, Pipeline, load_loras
+from lora_fuse.sums import read_differences
 
 DIFFUSERS = "diffusers"
 

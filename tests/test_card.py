@@ -106,5 +106,17 @@ def test_without_a_recipe_the_command_line_is_shown() -> None:
     assert text.splitlines()[text.splitlines().index("---", 1) + 2] == "# merged"
 
 
+def test_a_lora_that_was_made_for_another_base_is_warned_of() -> None:
+    base = replace(BASE, repo_id="Qwen/Qwen-Image-Edit")
+    file = "Qwen-Image-Edit-2509/Qwen-Image-Edit-2509-Lightning-4steps-V1.0-bf16.safetensors"
+    lora = replace(LORA, repo_id="lightx2v/Qwen-Image-Lightning", filename=file)
+    said = f"**Warning:** {file} was made for Qwen/Qwen-Image-Edit-2509, not for Qwen/Qwen-Image-Edit: it merges"
+    assert said in card(replace(MANIFEST, base=base, loras=(lora,)))
+    assert "Warning" not in card(
+        replace(MANIFEST, base=replace(BASE, repo_id="Qwen/Qwen-Image-Edit-2509"), loras=(lora,))
+    )
+    assert "Warning" not in card()
+
+
 def test_the_same_manifest_gives_the_same_card() -> None:
     assert card() == card()

@@ -66,6 +66,28 @@ def test_plan_writes_nothing(tmp_path: Path, base: Path, lora: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_known_wrong_pair_in_the_hub_cache_is_warned_of(tmp_path: Path, base: Path, lora: Path) -> None:
+    file = "Qwen-Image-Edit-2509/Qwen-Image-Edit-2509-Lightning-4steps-V1.0-bf16.safetensors"
+    cached = tmp_path / "models--lightx2v--Qwen-Image-Lightning" / "snapshots" / ("c" * 40) / file
+    cached.parent.mkdir(parents=True)
+    lora.rename(cached)
+    for repo_id, warned in (("Qwen--Qwen-Image-Edit", True), ("Qwen--Qwen-Image-Edit-2509", False)):
+        snapshot = tmp_path / f"models--{repo_id}" / "snapshots" / ("d" * 40)
+        snapshot.parent.mkdir(parents=True)
+        snapshot.symlink_to(base)
+        planned = run("plan", snapshot, "--lora", cached)
+        warning = f"warning: {file} was made for Qwen/Qwen-Image-Edit-2509, not for Qwen/Qwen-Image-Edit: it merges"
+        assert (planned.returncode, planned.stderr.startswith(warning)) == (0, warned)
+
+
+def test_an_error_is_one_line_however_long_a_name_is(tmp_path: Path) -> None:
+    key = "a\n" * 5000 + ".lora_down.weight"
+    tiny.write_lora(tmp_path / "l.safetensors", {key: np.ones((1, 1), np.float32)})
+    refused = run("inspect", tmp_path / "l.safetensors")
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
+    assert len(refused.stderr) < 2100
+
+
 def broken(folder: Path, kind: str) -> Path:
     """A LoRA that must be refused."""
     path = folder / f"{kind}.safetensors"

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from lora_fuse.cli import main
 from tests import tiny
 
 SHARDS = 6
@@ -141,15 +145,61 @@ def test_a_kill_at_any_moment_leaves_the_old_result_or_the_new_one(place: Path, 
 
 
 def test_a_second_run_while_one_lives_says_so(place: Path) -> None:
-    first = start(place)
-    while not list(place.glob(".out.partial-*/files/*")):
-        time.sleep(0.001)
-    os.kill(first.pid, signal.SIGSTOP)  # it lives, and holds the place
+    first = stopped(place)  # it lives, and holds the place
     code, said = run(place)
     os.kill(first.pid, signal.SIGCONT)
     first.communicate(timeout=120)
     assert (code, said.splitlines()[-1]) == (2, "error: another run is writing out; wait for it to end")
     assert first.returncode == 0
+
+
+def stopped(place: Path) -> subprocess.Popen[str]:
+    """A run that was stopped as it began to write."""
+    process = start(place)
+    while not list(place.glob(".out.partial-*/files/*")):
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGSTOP)
+    return process
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda shard: os.truncate(shard, shard.stat().st_size - 100), "100 bytes early: it changed while it was read"),
+        (os.utime, "changed while it was read; run again when nothing writes to it"),
+        (lambda shard: shard.unlink(), "No such file or directory"),
+    ],
+    ids=["truncated", "touched", "removed"],
+)
+def test_a_base_that_changes_under_way_is_one_clear_error(
+    place: Path, change: Callable[[Path], None], said: str
+) -> None:
+    assert run(place, "0.5")[0] == 0
+    before = hashes(place / "out")
+    process = stopped(place)
+    change(sorted((place / "base").glob("*.safetensors"))[-1])
+    os.kill(process.pid, signal.SIGCONT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2, out + err
+    assert err.splitlines()[-1].startswith("error: ")
+    assert said in err.splitlines()[-1]
+    assert hashes(place / "out") == before
+    assert left(place) == []
+
+
+def test_a_disk_that_cannot_be_read_is_one_clear_error(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(os, "preadv", broken)
+    assert main(["fuse", "base", "out", "--lora", "l.safetensors", "--scale", "1.0"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"error: base/.*safetensors cannot be read \(Input/output error\); check the disk .*", error)
+    assert not (place / "out").exists()
+    assert left(place) == []
 
 
 def test_a_disk_that_fills_up_under_way_is_one_clear_error(place: Path) -> None:

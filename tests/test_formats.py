@@ -370,6 +370,16 @@ def test_a_rank_that_the_configuration_denies_is_refused(tmp_path: Path) -> None
     assert {update.rank for update in open_lora(tmp_path).updates} == {4}
 
 
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"[" * 100_000, b"7", b'{"r": "x"}'], ids=["binary", "deep", "7", "text"]
+)
+def test_a_broken_peft_configuration_is_refused(tmp_path: Path, content: bytes) -> None:
+    tiny.write_lora(tmp_path / "adapter_model.safetensors", tiny.lora_tensors("peft", alpha=None))
+    (tmp_path / "adapter_config.json").write_bytes(content)
+    with pytest.raises(BadLora, match=r"adapter_config\.json (is not a PEFT configuration|cannot be read): "):
+        open_lora(tmp_path)
+
+
 def test_an_alpha_in_the_file_is_not_multiplied_by_the_headers(tmp_path: Path) -> None:
     plain = merged(tmp_path / "a", tiny.lora_tensors(alpha=2.0))
     header = json.dumps({"transformer.lora_alpha": 12, "transformer.r": 4})

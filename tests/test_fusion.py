@@ -13,10 +13,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lora_fuse import fusion
-from lora_fuse.deltas import Difference, Hadamard, Kronecker, LowRank, Matrix
-from lora_fuse.fusion import NotFinite, fuse_rows
-from lora_fuse.rounding import narrow, round_most, settle
-from lora_fuse.rounding import nearest as nearest_of
+from lora_fuse.deltas import Difference, Hadamard, Kronecker, LowRank, Matrix, NotFinite
+from lora_fuse.exact import nearest as nearest_of
+from lora_fuse.fusion import fuse_rows
+from lora_fuse.rounding import BINARIES, narrow, round_most, settle
 
 NUMPY: dict[torch.dtype, npt.DTypeLike] = {
     torch.bfloat16: ml_dtypes.bfloat16,
@@ -140,7 +140,7 @@ def test_what_is_not_finite_is_refused(dtype: torch.dtype, weight: float, added:
 @given(st.fractions(), st.integers(-150, 130), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
 def test_a_fraction_is_rounded_to_the_nearest(value: Fraction, power: int, dtype: torch.dtype) -> None:
     exact = value * Fraction(2) ** power
-    rounded = nearest_of(exact, dtype)
+    rounded = nearest_of(exact, BINARIES[dtype])
     if abs(exact) < torch.finfo(dtype).max:
         assert rounded == nearest(exact, NUMPY[dtype])
     else:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import tiny
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Lower may not import higher; a module not named here belongs to the middle.
@@ -21,7 +23,10 @@ PURE = {
     "lora",
     "matching",
     "selection",
+    "exact",
     "deltas",
+    "compiled",
+    "lowrank",
     "rounding",
     "fusion",
     "scratch",
@@ -35,6 +40,7 @@ OWNERS = {
     "peft": {"lora_fuse/render.py"},
     "huggingface_hub": {"lora_fuse/hub.py", "lora_fuse/publishing.py"},
     "safetensors": {"lora_fuse/expected.py"},
+    "numba": {"lora_fuse/compiled.py"},
     "hydra": {"stages/config.py"},
     "omegaconf": {"stages/config.py"},
 }
@@ -90,3 +96,14 @@ def test_start_up_imports_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print(sorted({heavy} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_plain_fuse_on_a_cpu_does_without_torch(tmp_path: Path) -> None:
+    """Its import takes seconds."""
+    tiny.write_component(tmp_path / "base", tiny.weights())
+    tiny.write_lora(tmp_path / "l.safetensors", tiny.lora_tensors("diffusers"))
+    code = "import sys; from lora_fuse.cli import main; code = main(sys.argv[1:]); print(code, 'torch' in sys.modules)"
+    arguments = ["fuse", tmp_path / "base", tmp_path / "out", "--lora", tmp_path / "l.safetensors", "--scale", "1.0"]
+    command = [sys.executable, "-c", code, *map(str, arguments), "--device", "cpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 False"

@@ -5,16 +5,16 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import struct
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file
 
-from lora_fuse import engine, fusion
+from lora_fuse import engine, fusion, lowrank, pieces, sums
 from lora_fuse.checkpoint import open_checkpoint, read_header
 from lora_fuse.errors import BadCheckpoint, BadLora, BadScale, Busy, NoSpace, Refused
 from lora_fuse.files import Untouched, take_over
@@ -126,15 +126,17 @@ def test_the_bytes_do_not_depend_on_threads_chunks_or_the_order_of_loras(
     second = LoraInput("m", tiny.write_lora(tmp_path / "m.safetensors", tiny.lora_tensors("diffusers", seed=8)), 0.3)
     first = fuse(base, tmp_path / "a", lora, second)
     assert fuse(base, tmp_path / "b", second, lora) == first
-    monkeypatch.setattr(fusion, "BLOCK", (3, 5))
-    monkeypatch.setattr(engine, "BUFFER", 200)
+    monkeypatch.setattr(lowrank, "BLOCK", 40)
+    monkeypatch.setattr(pieces, "BUFFER", 200)
     assert fuse(base, tmp_path / "c", lora, second) == first
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        assert fuse(base, tmp_path / "d", lora, second) == first
-    finally:
-        torch.set_num_threads(threads)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    for workers in (1, 2, 4):
+        monkeypatch.setattr(engine, "WORKERS", workers)
+        assert fuse(base, tmp_path / f"of {workers}", lora, second) == first
+    monkeypatch.setattr(sums, "stackable", lambda *_: None)
+    assert fuse(base, tmp_path / "by torch", lora, second) == first
+    monkeypatch.setattr(fusion, "BLOCK", (3, 5))
+    assert fuse(base, tmp_path / "in small blocks", lora, second) == first
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
