@@ -181,12 +181,12 @@ def _fuse(options: argparse.Namespace) -> int:
 
 
 def _write(options: argparse.Namespace, plan: Plan, generated: dict[str, bytes]) -> int:
-    from lora_fuse.devices import resolve_device
+    from lora_fuse.devices import fuse_device
     from lora_fuse.manifest import build_manifest, manifest_path, write_manifest
     from lora_fuse.merge import bytes_to_write, write_merged
     from lora_fuse.progress import byte_progress, human_bytes
 
-    device = resolve_device(options.device)
+    device = fuse_device(options.device, plan.plain)
     with byte_progress(f"fuse ({device})", bytes_to_write(plan)) as progress:
         files = write_merged(
             plan,

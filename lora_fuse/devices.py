@@ -15,6 +15,7 @@ from pathlib import Path
 from lora_fuse.errors import NoDevice
 
 DEVICES = ("auto", "cpu", "cuda")
+ENOUGH = 8  # cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,24 @@ def resolve_device(requested: str) -> str:
     if requested == "auto":
         return "cuda" if present else "cpu"
     return requested
+
+
+def fuse_device(requested: str, plain: bool) -> str:
+    """The device to fuse on, as `resolve_device`; but from `ENOUGH` cores on, "auto" adds `plain` LoRAs on the CPU.
+
+    There hashing takes longer than adding, and a GPU would only add the seconds that torch and CUDA take to start
+    (docs/performance.md).
+
+    Args:
+        requested: "auto", "cpu" or "cuda".
+        plain: whether all that is added are plain LoRAs, to weights of 16 bits.
+
+    Raises:
+        NoDevice: see `resolve_device`.
+    """
+    if requested == "auto" and plain and (os.cpu_count() or 1) >= ENOUGH:
+        return "cpu"
+    return resolve_device(requested)
 
 
 def _has_no_gpu() -> bool:

@@ -15,8 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
-
-from threadpoolctl import threadpool_limits
+from threading import Event
 
 from lora_fuse.checkpoint import PROVENANCE, Shard
 from lora_fuse.deltas import NotFinite
@@ -28,9 +27,10 @@ from lora_fuse.plan import Target
 from lora_fuse.records import FileRecord
 from lora_fuse.sums import Sum, read_exactly, read_sum
 
-WORKERS = 8  # at most: a single thread hashes, and no more are needed to keep it busy
+WORKERS = 4  # at most, of a shard: a single thread hashes it, and more are not needed to keep that one busy
+SHARDS = 3  # at a time, at most: each has buffers of its own, some 300 MB
 
-Progress = Callable[[int], None]  # is told how many more bytes are done
+Progress = Callable[[int], None]  # is told how many more bytes are done, from any thread
 
 
 @dataclass(slots=True)
@@ -41,17 +41,31 @@ class Slot:
     busy: Future[None] | None = None
 
 
+class Stopped(Exception):
+    """Another shard failed, or the user has had enough."""
+
+
 @dataclass(frozen=True, slots=True)
 class Way:
     """How to fuse: on ``cpu`` or ``cuda``, and whether to write past the cache. The bytes do not depend on it."""
 
     device: str
     direct: bool
+    stop: Event = field(default_factory=Event)
+
+    @property
+    def shards(self) -> int:
+        """How many at a time."""
+        return max(1, min(_cores() // WORKERS, SHARDS))
 
     @property
     def workers(self) -> int:
-        """Threads that add."""
-        return min(os.cpu_count() or 1, WORKERS)
+        """Threads that add to one shard."""
+        return min(_cores(), WORKERS)
+
+
+def _cores() -> int:
+    return os.cpu_count() or 1
 
 
 def fuse_shard(
@@ -62,6 +76,7 @@ def fuse_shard(
     Raises:
         BadCheckpoint: the base shard cannot be read, ended early (it changed since its header was read), or holds NaN
             or infinity where something is added; or a sum is too large for its dtype.
+        Stopped: `way.stop` was set.
     """
     slots = [Slot() for _ in range(2 * way.workers + 2)]
     sums = _Sums(way.device)
@@ -74,6 +89,8 @@ def fuse_shard(
         output.append(shard.header.with_metadata(PROVENANCE, provenance))
         at = len(shard.header.raw)
         for piece, slot in zip(pieces(shard, targets), cycle(slots), strict=False):
+            if way.stop.is_set():
+                raise Stopped
             if slot.busy is not None:
                 slot.busy.result()
             data = reader.submit(read_exactly, source, slot.memory, at, piece.nbytes)
@@ -111,8 +128,8 @@ def _add(target: Target, added: Sum, first: int, read: Future[memoryview]) -> me
 
 @contextmanager
 def _threads(workers: int) -> Iterator[tuple[ThreadPoolExecutor, ThreadPoolExecutor, ThreadPoolExecutor]]:
-    """A reader, workers and a packer; while they live, BLAS uses no threads of its own. Pending work is dropped."""
-    with threadpool_limits(1, user_api="blas"), ExitStack() as stack:
+    """A reader, workers and a packer. Pending work is dropped."""
+    with ExitStack() as stack:
         pools = [ThreadPoolExecutor(count) for count in (1, workers, 1)]
         for pool in pools:
             stack.callback(pool.shutdown, cancel_futures=True)

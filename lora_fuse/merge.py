@@ -7,11 +7,14 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
+
+from threadpoolctl import threadpool_limits
 
 from lora_fuse.checkpoint import PROVENANCE, Checkpoint, Kind, Shard
 from lora_fuse.direct import too_large_to_cache
-from lora_fuse.engine import Progress, Way, fuse_shard
+from lora_fuse.engine import Progress, Stopped, Way, fuse_shard
 from lora_fuse.errors import BadCheckpoint, NoSpace, Refused
 from lora_fuse.files import Untouched, hash_file, take_over
 from lora_fuse.plan import Plan
@@ -41,7 +44,7 @@ def write_merged(
         device: ``cpu`` or ``cuda``; the bytes do not depend on it.
         generated: files of a pipeline whose content is given here instead of the base's, by POSIX path.
         known: the base's files whose sha256 is known already (a lock's), so that they are not hashed again.
-        progress: is told how many more bytes are done.
+        progress: is told how many more bytes are done, from any thread.
         untouched: how weights that do not change are taken over.
 
     Returns:
@@ -93,20 +96,35 @@ def _fused_size(shard: Shard, provenance: str) -> int:
 def _fuse_shards(
     plan: Plan, place: Workplace, way: Way, shards: Mapping[str, _Identity], progress: Progress
 ) -> dict[str, MergedFile]:
-    """The shards that change; those that a killed run has finished are not made again."""
-    files = {}
+    """The shards that change, several at a time; those that a killed run has finished are not made again."""
     done = place.keep_finished([shard.relative for shard in plan.fused_shards])
-    for shard in plan.fused_shards:
-        record = done.get(shard.relative)
-        if record is None:
-            record = fuse_shard(shard, plan.targets, place.place(shard.relative), way, plan.provenance, progress)
-            if _identity(shard.path) != shards[shard.relative]:
-                raise BadCheckpoint(f"{shard.path} changed while it was read; run again when nothing writes to it")
-            place.finish(shard.relative, record)
-        else:
-            progress(record.size)
-        files[shard.relative] = MergedFile(record.size, record.sha256, "fused")
-    return files
+
+    def fuse(shard: Shard) -> FileRecord:
+        if shard.relative in done:
+            progress(done[shard.relative].size)
+            return done[shard.relative]
+        record = fuse_shard(shard, plan.targets, place.place(shard.relative), way, plan.provenance, progress)
+        if _identity(shard.path) != shards[shard.relative]:
+            raise BadCheckpoint(f"{shard.path} changed while it was read; run again when nothing writes to it")
+        place.finish(shard.relative, record)
+        return record
+
+    # BLAS has one thread: its own would spin against those that take pieces.
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(way.shards) as pool:
+        running = [pool.submit(fuse, shard) for shard in plan.fused_shards]
+        try:
+            wait(running, return_when=FIRST_EXCEPTION)
+        finally:  # after a failure or Ctrl-C; otherwise nothing runs any more
+            way.stop.set()
+            cancelled = [one for one in running if one.cancel()]
+        failed = [error for one in running if one not in cancelled and (error := one.exception()) is not None]
+        for error in sorted(failed, key=lambda error: isinstance(error, Stopped)):
+            raise error
+        records = [one.result() for one in running]
+    return {
+        shard.relative: MergedFile(record.size, record.sha256, "fused")
+        for shard, record in zip(plan.fused_shards, records, strict=True)
+    }
 
 
 def _place_others(

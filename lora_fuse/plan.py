@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 
 from lora_fuse.checkpoint import PROVENANCE, Checkpoint, Shard
 from lora_fuse.errors import BadCheckpoint, BadScale
+from lora_fuse.formats import Algorithm
 from lora_fuse.header import TensorInfo
 from lora_fuse.lora import LoraInput, Update
 from lora_fuse.lora_file import LoraFile, open_lora
@@ -55,6 +56,15 @@ class Plan:
         """The shards that hold at least one target, in the base's order."""
         changed = {target.shard.relative for target in self.targets.values()}
         return tuple(shard for shard in self.checkpoint.shards if shard.relative in changed)
+
+    @property
+    def plain(self) -> bool:
+        """Whether only plain LoRAs are added, and only to weights of 16 bits: what is quickest."""
+        return all(
+            target.tensor.dtype in ("BF16", "F16")
+            and all(term.update.algorithm == str(Algorithm.LORA) for term in target.terms)
+            for target in self.targets.values()
+        )
 
     @property
     def provenance(self) -> str:

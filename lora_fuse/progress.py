@@ -20,18 +20,24 @@ def human_bytes(count: float) -> str:
 
 @contextmanager
 def byte_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show progress towards `total` bytes on stderr; yields the function to call with the bytes just done."""
+    """Show progress on stderr towards `total` bytes.
+
+    Yields:
+        The function to call with the bytes just done, from any thread.
+    """
     if sys.stderr.isatty():
         with tqdm(total=total, desc=label, unit="B", unit_scale=True, file=sys.stderr) as bar:
-            yield lambda count: _discard(bar.update(count))
+            lock = threading.Lock()
+
+            def add(count: int) -> None:
+                with lock:
+                    bar.update(count)
+
+            yield add
         return
     lines = _Lines(label, total)
     yield lines.add
     lines.finish()
-
-
-def _discard(_: object) -> None:
-    """A bar's update tells whether it redrew; nobody asks."""
 
 
 class _Lines:

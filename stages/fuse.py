@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from lora_fuse.devices import resolve_device
+from lora_fuse.devices import fuse_device
 from lora_fuse.export import diffusers_files
 from lora_fuse.families import pair_warnings
 from lora_fuse.manifest import build_manifest, write_manifest
@@ -24,7 +24,7 @@ def fuse(params: Params) -> int:
         print(f"warning: {warning}", file=sys.stderr)
     plan = plan_of(base, loras, params)
     generated = diffusers_files(plan.checkpoint.root, pipeline=params.base.pipeline, scheduler=params.scheduler_config)
-    device = resolve_device(params.fuse.device)
+    device = fuse_device(params.fuse.device, plan.plain)
     with byte_progress(f"fuse ({device})", bytes_to_write(plan)) as progress:
         files = write_merged(
             plan,

@@ -170,13 +170,31 @@ def test_a_factor_that_is_not_finite_leaves_the_last_result(tmp_path: Path, base
     assert not list(tmp_path.glob(".out.partial*"))
 
 
-def test_a_shard_that_shrinks_under_way_is_refused(tmp_path: Path, base: Path, lora: LoraInput) -> None:
+@pytest.mark.parametrize("cores", [1, 64])
+def test_a_shard_that_shrinks_under_way_is_refused(
+    tmp_path: Path, base: Path, lora: LoraInput, cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether shards are fused one by one or side by side: the error is that of the shard that failed."""
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
     plan = make_plan(open_checkpoint(base), [lora])
     with plan.checkpoint.shards[1].path.open("r+b") as file:
         file.truncate(plan.checkpoint.shards[1].path.stat().st_size - 10)
     with pytest.raises(BadCheckpoint, match="ended 10 bytes early"):
         write_merged(plan, tmp_path / "out", device="cpu", generated={}, known={}, progress=lambda _: None)
     assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out.partial*"))
+
+
+def test_a_failed_shard_stops_the_others(tmp_path: Path, lora: LoraInput, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six shards, three at a time, of 200 pieces each; the first is broken in its first piece."""
+    tensors = {f"filler.{i}": np.ones((1000,), tiny.BF16) for i in range(60)} | tiny.weights()
+    tensors["transformer_blocks.0.attn.to_out.0.bias"][:] = np.nan  # no target: may stay
+    tensors["transformer_blocks.0.attn.to_q.weight"][:] = np.nan
+    base = tiny.write_component(tmp_path / "base", tensors, shards=6)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    with pytest.raises(BadCheckpoint, match=r"to_q.weight': the base holds NaN"):
+        fuse(base, tmp_path / "out", lora)
+    assert not list(tmp_path.glob("out*")) + list(tmp_path.glob(".out.partial*"))
 
 
 def test_a_full_disk_is_refused_before_the_first_write(tmp_path: Path, lora: LoraInput) -> None:

@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_fuse.devices import environment, make_deterministic, resolve_device
+from lora_fuse import devices
+from lora_fuse.devices import environment, fuse_device, make_deterministic, resolve_device
 from lora_fuse.errors import NoDevice, RenderFailed
 from lora_fuse.render import (
     Case,
@@ -263,6 +264,20 @@ def test_cuda_is_refused_where_there_is_none() -> None:
     with pytest.raises(NoDevice, match=rf"torch {torch.__version__.replace('+', '.')} .* finds no GPU"):
         resolve_device("cuda")
     assert resolve_device("auto") == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("cores", "plain", "present", "device"),
+    [(2, True, True, "cuda"), (64, True, True, "cpu"), (64, False, True, "cuda"), (2, True, False, "cpu")],
+)
+def test_a_fuse_takes_the_gpu_only_where_it_is_of_use(
+    cores: int, plain: bool, present: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "_has_no_gpu", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: present)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert fuse_device("auto", plain) == device
+    assert fuse_device("cpu", plain) == "cpu"
 
 
 def test_an_unknown_device_is_refused() -> None:
