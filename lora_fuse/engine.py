@@ -28,7 +28,7 @@ from lora_fuse.records import FileRecord
 from lora_fuse.sums import Sum, read_exactly, read_sum
 
 WORKERS = 4  # at most, of a shard: a single thread hashes it, and more are not needed to keep that one busy
-SHARDS = 3  # at a time, at most: each has buffers of its own, some 300 MB
+SHARDS = 3  # at a time, at most: each has buffers of its own, some 200 MB
 
 Progress = Callable[[int], None]  # is told how many more bytes are done, from any thread
 

@@ -16,7 +16,7 @@ import numpy as np
 from lora_fuse.direct import Writer, block_memory
 from lora_fuse.records import FileRecord
 
-WINDOW = 64 << 20  # bytes; whole blocks: a disk takes a large request at several times the speed of small ones
+WINDOW = 32 << 20  # bytes; whole blocks: a disk takes a large request at several times the speed of small ones
 WINDOWS = 3  # one fills, one is hashed and written, one is between
 
 
