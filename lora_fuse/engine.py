@@ -130,7 +130,7 @@ def _add(target: Target, added: Sum, first: int, read: Future[memoryview]) -> me
 def _threads(workers: int) -> Iterator[tuple[ThreadPoolExecutor, ThreadPoolExecutor, ThreadPoolExecutor]]:
     """A reader, workers and a packer. Pending work is dropped."""
     with ExitStack() as stack:
-        pools = [ThreadPoolExecutor(count) for count in (1, workers, 1)]
+        pools = [ThreadPoolExecutor(count, name) for count, name in ((1, "read"), (workers, "add"), (1, "pack"))]
         for pool in pools:
             stack.callback(pool.shutdown, cancel_futures=True)
         yield pools[0], pools[1], pools[2]

@@ -31,6 +31,7 @@ KEY = re.compile(
     r"lora_linear_layer\.up|(?:hada|lokr)_\w+|diff_b|diff|alpha|dora_scale|lora_magnitude_vector)"
     r"(?:\.(?!bias$)[^.]+)??(?:\.weight|(?P<bias>\.bias))?"
 )
+BLOCK = 4 << 20  # bytes of a tensor that are compared at a time, so that they stay in a cache
 DOWN = {"lora_down", "lora_A", "lora.down", "lora_linear_layer.down"}
 UP = {"lora_up", "lora_B", "lora.up", "lora_linear_layer.up"}
 
@@ -52,6 +53,18 @@ class Weights:
         """Shape of a tensor."""
         return tuple(self._handles[name].get_slice(name).get_shape())
 
+    def same(self, other: Weights, name: str) -> bool:
+        """Whether a tensor has the dtype, the shape and the bytes that it has there; read in blocks."""
+        ours, theirs = (side._handles[name].get_slice(name) for side in (self, other))
+        if (ours.get_dtype(), ours.get_shape()) != (theirs.get_dtype(), theirs.get_shape()):
+            return False
+        shape = ours.get_shape()
+        if not shape:
+            return self.tensor(name).tobytes() == other.tensor(name).tobytes()
+        rows = max(1, BLOCK // max(1, 8 * math.prod(shape[1:])))
+        blocks = (slice(row, min(row + rows, shape[0])) for row in range(0, shape[0], rows))
+        return all(np.array_equal(_bytes(ours[block]), _bytes(theirs[block])) for block in blocks)
+
     def tensor(self, name: str) -> Array:
         """The whole tensor in its own dtype."""
         return np.asarray(self._handles[name].get_tensor(name))
@@ -60,6 +73,10 @@ class Weights:
         """Some rows of a matrix in its own dtype."""
         part = self._handles[name].get_slice(name)
         return np.concatenate([np.asarray(part[int(row) : int(row) + 1]) for row in rows])
+
+
+def _bytes(values: Array) -> npt.NDArray[np.uint8]:
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
 
 @dataclass(frozen=True, slots=True)

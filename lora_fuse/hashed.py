@@ -36,7 +36,7 @@ class HashedFile:
         self._digest, self._size = hashlib.sha256(), 0
         self._windows = cycle([_Window() for _ in range(WINDOWS)])
         self._window = next(self._windows)
-        self._hashing, self._writing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._hashing, self._writing = ThreadPoolExecutor(1, "hash"), ThreadPoolExecutor(1, "write")
 
     def __enter__(self) -> Self:
         return self

@@ -110,7 +110,7 @@ def _fuse_shards(
         return record
 
     # BLAS has one thread: its own would spin against those that take pieces.
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(way.shards) as pool:
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(way.shards, "shard") as pool:
         running = [pool.submit(fuse, shard) for shard in plan.fused_shards]
         try:
             wait(running, return_when=FIRST_EXCEPTION)

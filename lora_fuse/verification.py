@@ -144,7 +144,7 @@ def _check_tensors(
             _check_target(name, merged, base, deltas[name], rows, found)
         else:
             found.tensors_untouched += 1
-            if merged.tensor(name).tobytes() != base.tensor(name).tobytes():
+            if not merged.same(base, name):
                 found.problem(f"{name} is no target of any LoRA and differs from the base")
 
 

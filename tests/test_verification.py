@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from lora_fuse import expected
 from lora_fuse.checkpoint import open_checkpoint
 from lora_fuse.export import diffusers_files
 from lora_fuse.lora import LoraInput
@@ -81,6 +84,30 @@ def test_a_changed_tensor_that_is_no_target_is_found(merge: Merge) -> None:
     name = next(name for name in names if name.endswith(".bias"))
     merge.change(name, 1.0)
     assert merge.verify(rows=1).problems == [f"{name} is no target of any LoRA and differs from the base"]
+
+
+@pytest.mark.parametrize("change", [lambda held: held.view(np.float16), lambda held: held.reshape(4, -1)])
+def test_the_same_bytes_as_something_else_are_found(
+    merge: Merge, change: Callable[[npt.NDArray[np.generic]], npt.NDArray[np.generic]]
+) -> None:
+    tensors = load_file(merge.out / SHARD)
+    name = next(name for name in tensors if name.endswith(".bias"))
+    (merge.out / SHARD).unlink()
+    save_file({**tensors, name: change(tensors[name])}, merge.out / SHARD)
+    assert merge.verify(rows=1).problems == [f"{name} is no target of any LoRA and differs from the base"]
+
+
+@pytest.mark.parametrize("block", [1, 64, 1 << 20])
+def test_a_change_in_the_last_block_is_found(merge: Merge, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expected, "BLOCK", block)
+    assert merge.verify(rows=1).passed
+    tensors = load_file(merge.out / SHARD)
+    name = next(name for name in tensors if name.endswith(".bias"))
+    tensors[name] = tensors[name].copy()
+    tensors[name][-1] += 1
+    (merge.out / SHARD).unlink()
+    save_file(tensors, merge.out / SHARD)
+    assert merge.verify(rows=1).problem_count == 1
 
 
 def test_a_module_left_out_is_found(tmp_path: Path, merge: Merge) -> None:
