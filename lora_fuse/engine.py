@@ -19,13 +19,14 @@ from threading import Event
 
 from lora_fuse.checkpoint import PROVENANCE, Shard
 from lora_fuse.deltas import NotFinite
-from lora_fuse.direct import Reader, block_memory
+from lora_fuse.direct import block_memory
 from lora_fuse.errors import BadCheckpoint
 from lora_fuse.hashed import HashedFile
 from lora_fuse.pieces import BUFFER, pieces
 from lora_fuse.plan import Target
+from lora_fuse.reading import open_shard, read_exactly
 from lora_fuse.records import FileRecord
-from lora_fuse.sums import Sum, read_exactly, read_sum
+from lora_fuse.sums import Sum, read_sum
 
 WORKERS = 4  # at most, of a shard: a single thread hashes it, and more are not needed to keep that one busy
 SHARDS = 3  # at a time, at most: each has buffers of its own, some 200 MB
@@ -81,7 +82,7 @@ def fuse_shard(
     slots = [Slot() for _ in range(2 * way.workers + 2)]
     sums = _Sums(way.device)
     with (
-        Reader(shard.path) as source,
+        open_shard(shard.path) as source,
         HashedFile(to, progress, way.direct) as output,
         _pinned(way.device, slots),
         _threads(way.workers) as (reader, workers, packer),

@@ -48,9 +48,14 @@ class LoraFile:
 def _read(path: Path, tensor: TensorInfo, dtypes: Mapping[str, npt.DTypeLike] = NUMPY_DTYPES) -> npt.NDArray[Any]:
     if tensor.dtype not in dtypes:
         raise BadLora(f"{path}: {tensor.name!r} is {tensor.dtype}; a LoRA holds {', '.join(NUMPY_DTYPES)}")
-    with path.open("rb") as file:
-        file.seek(tensor.start)
-        data = file.read(tensor.nbytes)
+    try:
+        with path.open("rb") as file:
+            file.seek(tensor.start)
+            data = file.read(tensor.nbytes)
+    except OSError as error:
+        raise BadLora(f"{path} cannot be read ({error.strerror}); check the disk or fetch it again") from error
+    if len(data) < tensor.nbytes:
+        raise BadLora(f"{path} ended {tensor.nbytes - len(data)} bytes early: it changed while it was read")
     return np.frombuffer(data, dtype=dtypes[tensor.dtype]).reshape(tensor.shape)
 
 

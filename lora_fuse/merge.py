@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 from lora_fuse.checkpoint import PROVENANCE, Checkpoint, Kind, Shard
 from lora_fuse.direct import too_large_to_cache
 from lora_fuse.engine import Progress, Stopped, Way, fuse_shard
-from lora_fuse.errors import BadCheckpoint, NoSpace, Refused
+from lora_fuse.errors import BadCheckpoint, BadLora, NoSpace, Refused
 from lora_fuse.files import Untouched, hash_file, take_over
 from lora_fuse.plan import Plan
 from lora_fuse.records import FileRecord, MergedFile
@@ -59,10 +59,14 @@ def write_merged(
     _check_space(plan, out, untouched)
     try:
         shards = {shard.relative: _identity(shard.path) for shard in plan.fused_shards}
+        loras = {lora.path: _identity(lora.path) for lora in plan.loras}
         with workplace(out, _key(plan, shards)) as place:
             way = Way(device, direct=too_large_to_cache(bytes_to_write(plan)))
             files = _fuse_shards(plan, place, way, shards, progress)
             files |= _place_others(plan, place, generated, known, untouched)
+            for path, before in loras.items():
+                if _identity(path) != before:
+                    raise BadLora(f"{path} changed while it was read; run again when nothing writes to it")
             new = place.files
             if plan.checkpoint.kind is Kind.FILE:
                 ((name, record),) = files.items()
@@ -189,4 +193,4 @@ def _stat(path: Path) -> os.stat_result:
     try:
         return path.stat()
     except OSError as error:
-        raise BadCheckpoint(f"the base lacks {path}: {error.strerror}; fetch it again") from error
+        raise BadCheckpoint(f"{path} is not there any more ({error.strerror}); fetch it again") from error

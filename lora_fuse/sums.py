@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from lora_fuse.deltas import Decomposed, Difference, difference
-from lora_fuse.direct import Reader, block_memory
-from lora_fuse.errors import BadCheckpoint
+from lora_fuse.direct import block_memory
 from lora_fuse.lowrank import Stacked, TooLarge, stackable
 from lora_fuse.pieces import BUFFER, row_pieces
 from lora_fuse.plan import Target
+from lora_fuse.reading import open_shard, read_exactly
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +85,7 @@ def _rows_of(target: Target) -> Iterator[tuple[int, torch.Tensor]]:
     from lora_fuse.on_torch import TORCH_DTYPES, as_rows
 
     at, memory = target.tensor.start, block_memory(BUFFER)
-    with Reader(target.shard.path) as source:
+    with open_shard(target.shard.path) as source:
         for piece in row_pieces(target):
             data = read_exactly(source, memory, at, piece.nbytes)
             yield piece.first_row, as_rows(data, TORCH_DTYPES[target.tensor.dtype], _columns(target)).double()
@@ -94,20 +94,3 @@ def _rows_of(target: Target) -> Iterator[tuple[int, torch.Tensor]]:
 
 def _columns(target: Target) -> int:
     return math.prod(target.tensor.shape[1:])
-
-
-def read_exactly(source: Reader, memory: memoryview, start: int, nbytes: int) -> memoryview:
-    """Read a part of a shard.
-
-    Raises:
-        BadCheckpoint: it cannot be read, or is not there any more.
-    """
-    try:
-        data = source.read(memory, start, nbytes)
-    except OSError as error:
-        raise BadCheckpoint(
-            f"{source.path} cannot be read ({error.strerror}); check the disk or fetch it again"
-        ) from error
-    if len(data) < nbytes:
-        raise BadCheckpoint(f"{source.path} ended {nbytes - len(data)} bytes early: it changed while it was read")
-    return data

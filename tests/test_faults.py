@@ -167,7 +167,7 @@ def stopped(place: Path) -> subprocess.Popen[str]:
     [
         (lambda shard: os.truncate(shard, shard.stat().st_size - 100), "100 bytes early: it changed while it was read"),
         (os.utime, "changed while it was read; run again when nothing writes to it"),
-        (lambda shard: shard.unlink(), "No such file or directory"),
+        (lambda shard: shard.unlink(), "safetensors cannot be read (No such file or directory); check the disk"),
     ],
     ids=["truncated", "touched", "removed"],
 )
@@ -184,6 +184,29 @@ def test_a_base_that_changes_under_way_is_one_clear_error(
     assert err.splitlines()[-1].startswith("error: ")
     assert said in err.splitlines()[-1]
     assert hashes(place / "out") == before
+    assert left(place) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda lora: lora.unlink(), "cannot be read (No such file"),
+        (lambda lora: os.truncate(lora, 90_000), "early"),
+        (os.utime, "changed while it was read"),
+    ],
+    ids=["removed", "truncated", "touched"],
+)
+def test_a_lora_that_changes_under_way_is_one_clear_error(
+    place: Path, change: Callable[[Path], None], said: str
+) -> None:
+    process = stopped(place)
+    change(place / "l.safetensors")
+    os.kill(process.pid, signal.SIGCONT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2, out + err
+    assert err.splitlines()[-1].startswith("error: l.safetensors ")
+    assert said in err.splitlines()[-1]
+    assert not (place / "out").exists()
     assert left(place) == []
 
 
