@@ -23,6 +23,8 @@ from pocket.contact_sheet import contact_sheet
 
 HEAD = f"{'':30} {'answer':>7} {'worst':>7} {'exact':>7} {'open':>7} {'to 40':>7} {'better':>7} {'s each':>7}"
 
+WITH_ALL = (GUIDED[-1], next(setting for setting in SCALES if setting.scale == 1.0))  # worse, and the same as merged
+
 
 class Table:
     """Measures settings on one set of tasks and prints a row for each."""
@@ -64,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--scenes", type=int, default=100, help="held-out scenes (default: 100)")
     parser.add_argument("--pocket", type=Path, default=bench.POCKET, help="folder with model/ and lora/")
     parser.add_argument("--lora", default=bench.LIGHTNING, help="Lightning file in lora/")
+    parser.add_argument("--all", action="store_true", help="also CFG 4, and the LoRA at 1.0 beside the base")
     parser.add_argument("--sheet", type=Path, help="draw the contact sheet into this file")
     options = parser.parse_args(arguments)
     started = time.perf_counter()
@@ -77,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(HEAD)
         table = Table(made_by, chosen)
         for setting in (MANY, *GUIDED, FEW, MERGED, *SCALES, OWN_SCHEDULER, EIGHT):
-            table.row(setting)
+            if options.all or setting not in WITH_ALL:
+                table.row(setting)
         print("\nPrompts that pair an animal with a colour that training never showed on it")
         table = Table(made_by, tasks.unseen(max(1, options.scenes // 4)))
         for setting in (MANY, FEW, MERGED):
