@@ -1,8 +1,9 @@
 """What can be measured on a picture, or between two: one function each, of arrays only.
 
 A picture is `Levels`: uint8, (height, width, 3), 0 to 255. A new regression metric is a function here, a row in
-`METRICS`, a field in `golden.Comparison` and, where it decides, one in `golden.Limits`, whose value `conf/` gives.
-Every function of two pictures is symmetric, and for identical pictures gives the best value there is.
+`METRICS`, a field in `golden.Comparison` and one in `golden.Limits`, whose value `conf/` gives: null decides nothing.
+Every function of two pictures is symmetric but for `ssimulacra2`, and for identical ones gives the best value there is.
+The libraries that measure are imported where they are used: a report that is only read needs none of them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ PEAK = 255
 # A picture that failed as a whole (NaN painted black, an empty decode) has no contrast: 0 to 2 levels where the
 # dullest rendered pictures had more than 10.
 FLAT_STD = 3.0
+FLIP_BLOCK = 32  # pixels
+SHORTEST_PERIOD, LONGEST_PERIOD = 8, 64  # pixels, of a grid: a patch of the transformers is 16
 
 
 def is_finite(values: npt.NDArray[Any]) -> bool:
@@ -75,6 +78,98 @@ def changed_share(a: Levels, b: Levels) -> float:
     return float(_difference(a, b).any(axis=-1).mean(dtype=np.float64))
 
 
+def ssim(a: Levels, b: Levels) -> float:
+    """Structural similarity, 1 at best: the mean over windows of 7 pixels and over channels.
+
+    Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity", by scikit-image.
+
+    Raises:
+        ValueError: the pictures differ in size, or are smaller than a window.
+    """
+    from skimage.metrics import structural_similarity
+
+    _difference(a, b)
+    return float(structural_similarity(a, b, channel_axis=-1, data_range=PEAK))
+
+
+def ssimulacra2(a: Levels, b: Levels) -> float:
+    """SSIMULACRA 2 of `a` as a distortion of `b`: 100 at best, 90 if no eye sees it, 70 good, 50 fair, 30 poor.
+
+    Sneyers 2022, github.com/cloudinary/ssimulacra2.
+
+    Raises:
+        ValueError: the pictures differ in size.
+    """
+    from ssimulacra2 import compute_ssimulacra2
+
+    _difference(a, b)
+    return float(compute_ssimulacra2(io.BytesIO(to_png(b)), io.BytesIO(to_png(a))))
+
+
+def flip(a: Levels, b: Levels) -> float:
+    """The mean of FLIP's map of what an eye sees when the pictures alternate: 0 at best, 1 at worst.
+
+    Andersson et al. 2020, "FLIP: A Difference Evaluator for Alternating Images", at 67 pixels per degree.
+
+    Raises:
+        ValueError: the pictures differ in size.
+    """
+    return float(_flip_map(a, b).mean(dtype=np.float64))
+
+
+def flip_worst(a: Levels, b: Levels) -> float:
+    """The mean of FLIP's map in the worst of the blocks of 32 x 32 pixels: it sees the patch that a mean hides.
+
+    Raises:
+        ValueError: the pictures differ in size.
+    """
+    errors = _flip_map(a, b)
+    rows, columns = (range(0, max(1, n - FLIP_BLOCK + 1), FLIP_BLOCK // 2) for n in errors.shape)
+    return max(float(errors[i : i + FLIP_BLOCK, j : j + FLIP_BLOCK].mean()) for i in rows for j in columns)
+
+
+def comb_db(a: Levels, b: Levels) -> float:
+    """How far the difference's spectrum stands out at the harmonics of one period, in dB: a grid shows as a comb.
+
+    A faint grid, as a wrong 8-bit scale leaves it at every patch, is ordinary drift to every metric of pixels. For each
+    axis and each period of 8 to 64 pixels, the mean level (dB) of the harmonics over the median of their neighbours;
+    the largest of these, at least 0.
+
+    Raises:
+        ValueError: the pictures differ in size.
+    """
+    residual = _difference(a, b).mean(axis=-1)
+    return max(0.0, *(_comb_along(side) for side in (residual, residual.T)))
+
+
+def _comb_along(residual: npt.NDArray[np.float64]) -> float:
+    """The gain of the best period along the second axis."""
+    length = residual.shape[1]
+    spectrum = np.fft.rfft((residual - residual.mean(axis=1, keepdims=True)) * np.hanning(length), axis=1)
+    power = np.square(np.abs(spectrum)).mean(axis=0)
+    if not power.any():
+        return 0.0
+    level = 10 * np.log10(power + 1e-9 * power.max())
+    gains = [0.0]
+    for period in range(SHORTEST_PERIOD, min(LONGEST_PERIOD, length // 8) + 1):
+        spacing = length / period
+        harmonics = np.rint(np.arange(1, period // 2 + 1) * spacing).astype(int)
+        reach = max(3, int(spacing / 2))
+        near = harmonics[:, None] + np.concatenate([np.arange(-reach, -1), np.arange(2, reach + 1)])
+        near = np.clip(near, 1, len(level) - 1)
+        gains.append(float((level[np.minimum(harmonics, len(level) - 1)] - np.median(level[near], axis=1)).mean()))
+    return max(gains)
+
+
+def _flip_map(a: Levels, b: Levels) -> npt.NDArray[np.float32]:
+    from flip_evaluator import evaluate
+
+    _difference(a, b)
+    found, _, _ = evaluate(*(side.astype(np.float32) / PEAK for side in (b, a)), "LDR", applyMagma=False)
+    errors: npt.NDArray[np.float32] = found[..., 0]
+    return errors
+
+
 @dataclass(frozen=True, slots=True)
 class Metric:
     """A distance between two pictures, how a person calls it, its unit, and which way is nearer."""
@@ -91,6 +186,11 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         "max_abs": Metric(max_abs, "largest difference", "levels of 255"),
         "mean_abs": Metric(mean_abs, "mean difference", "levels of 255"),
         "changed_share": Metric(changed_share, "changed pixels", "share"),
+        "ssim": Metric(ssim, "SSIM", "1 at best", higher_is_nearer=True),
+        "ssimulacra2": Metric(ssimulacra2, "SSIMULACRA 2", "100 at best", higher_is_nearer=True),
+        "flip": Metric(flip, "FLIP", "0 to 1"),
+        "flip_worst": Metric(flip_worst, "FLIP, worst block", "0 to 1"),
+        "comb_db": Metric(comb_db, "comb of a grid", "dB"),
     }
 )
 
