@@ -89,7 +89,7 @@ def ssim(a: Levels, b: Levels) -> float:
     from skimage.metrics import structural_similarity
 
     _difference(a, b)
-    return float(structural_similarity(a, b, channel_axis=-1, data_range=PEAK))
+    return float(structural_similarity(a, b, channel_axis=-1, data_range=PEAK))  # type: ignore[no-untyped-call]
 
 
 def ssimulacra2(a: Levels, b: Levels) -> float:
@@ -172,25 +172,34 @@ def _flip_map(a: Levels, b: Levels) -> npt.NDArray[np.float32]:
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A distance between two pictures, how a person calls it, its unit, and which way is nearer."""
+    """A distance between two pictures, how a person calls it, its digits and unit, and which way is nearer."""
 
     measure: Callable[[Levels, Levels], float]
     title: str
-    unit: str
+    digits: str
+    unit: str = ""
     higher_is_nearer: bool = False
+
+    def text(self, value: float | None) -> str:
+        """A value with its unit; None is the PSNR of identical pictures."""
+        return "identical" if value is None else f"{value:{self.digits}}{self.unit}"
+
+    def bound_text(self, bound: float) -> str:
+        """A limit with its unit, as it stands in `conf/`."""
+        return f"{bound:g}{self.unit}"
 
 
 METRICS: Mapping[str, Metric] = MappingProxyType(
     {
-        "psnr_db": Metric(psnr_db, "PSNR", "dB", higher_is_nearer=True),
-        "max_abs": Metric(max_abs, "largest difference", "levels of 255"),
-        "mean_abs": Metric(mean_abs, "mean difference", "levels of 255"),
-        "changed_share": Metric(changed_share, "changed pixels", "share"),
-        "ssim": Metric(ssim, "SSIM", "1 at best", higher_is_nearer=True),
-        "ssimulacra2": Metric(ssimulacra2, "SSIMULACRA 2", "100 at best", higher_is_nearer=True),
-        "flip": Metric(flip, "FLIP", "0 to 1"),
-        "flip_worst": Metric(flip_worst, "FLIP, worst block", "0 to 1"),
-        "comb_db": Metric(comb_db, "comb of a grid", "dB"),
+        "psnr_db": Metric(psnr_db, "PSNR", ".2f", " dB", higher_is_nearer=True),
+        "max_abs": Metric(max_abs, "largest difference", "g", " levels"),
+        "mean_abs": Metric(mean_abs, "mean difference", ".3g", " levels"),
+        "changed_share": Metric(changed_share, "share of changed pixels", ".3g"),
+        "ssim": Metric(ssim, "SSIM", ".4f", higher_is_nearer=True),
+        "ssimulacra2": Metric(ssimulacra2, "SSIMULACRA 2", ".1f", higher_is_nearer=True),
+        "flip": Metric(flip, "FLIP", ".4f"),
+        "flip_worst": Metric(flip_worst, "FLIP of the worst block", ".4f"),
+        "comb_db": Metric(comb_db, "comb of a grid", ".1f", " dB"),
     }
 )
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import jinja2
 
     from lora_fuse.golden import CaseResult, Comparison, Limits, Verdict
+    from lora_fuse.metrics import Metric
 
 # What a verdict means to somebody who never read the documentation.
 MEANINGS: Mapping[str, str] = {
@@ -193,27 +194,21 @@ def _metric_rows(result: CaseResult, report: Report) -> list[tuple[str, _Cell, _
     return [
         (
             metric.title,
-            _cell(name, metric.higher_is_nearer, result.vs_golden, report.golden_limits),
-            _cell(name, metric.higher_is_nearer, result.vs_unfused, report.unfused_limits),
+            _cell(name, metric, result.vs_golden, report.golden_limits),
+            _cell(name, metric, result.vs_unfused, report.unfused_limits),
         )
         for name, metric in METRICS.items()
     ]
 
 
-def _cell(name: str, higher_is_nearer: bool, comparison: Comparison | None, limits: Limits) -> _Cell:
+def _cell(name: str, metric: Metric, comparison: Comparison | None, limits: Limits) -> _Cell:
     if comparison is None:
         return _Cell("-")
-    value, limit = getattr(comparison, name), getattr(limits, name, None)
-    if limit is None:
-        return _Cell(_measure(name, value))
-    holds = value is None or (value >= limit if higher_is_nearer else value <= limit)
-    return _Cell(_measure(name, value), f"{'≥' if higher_is_nearer else '≤'} {limit:g}", holds)
-
-
-def _measure(name: str, value: float | None) -> str:
-    if name == "psnr_db":
-        return decibels(value)
-    return f"{100 * (value or 0):.3g}%" if name == "changed_share" else f"{value:.3g}"
+    value, bound = comparison.values[name], limits.bounds.get(name)
+    if bound is None:
+        return _Cell(metric.text(value))
+    holds = value is None or (value >= bound if metric.higher_is_nearer else value <= bound)
+    return _Cell(metric.text(value), f"{'≥' if metric.higher_is_nearer else '≤'} {metric.bound_text(bound)}", holds)
 
 
 def _environment() -> jinja2.Environment:

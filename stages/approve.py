@@ -29,7 +29,7 @@ def approve(reason: str, only: list[str], limits: LimitParams) -> int:
     cases = case_names(metrics)
     if not set(only) <= set(cases) or not reason.strip():
         raise BadConfig(f"a --reason and known cases are needed: got {reason!r} and {only}, of {', '.join(cases)}")
-    _refuse_bad(read_object(VERIFY, "verify"), metrics, only or cases, Limits(**limits.model_dump()))
+    _refuse_bad(read_object(VERIFY, "verify"), metrics, only or cases, Limits(limits.bounds))
     folder = GOLDEN / metrics["recipe"] / metrics["environment"]
     folder.mkdir(parents=True, exist_ok=True)
     record = read_object(why, "regress") if (why := folder / "approved.json").exists() else {}
@@ -45,7 +45,7 @@ def _refuse_bad(verify: dict[str, Any], metrics: dict[str, Any], cases: list[str
     if not verify["passed"] or verify["manifest_sha256"] != metrics["manifest_sha256"]:
         raise CheckFailed(f"the weights behind these pictures are not verified, see {VERIFY}; nothing was approved")
     for case in cases:
-        pair = Comparison(**{name: metrics[f"{case}.unfused.{name}"] for name in NAMES})
+        pair = Comparison({name: metrics[f"{case}.unfused.{name}"] for name in NAMES})
         reasons = [metrics[f"{case}.reasons"]] if metrics[f"{case}.verdict"] == Verdict.INVALID else []
         reasons = reasons or beyond(pair, limits, "the unfused picture of that run")
         if reasons:

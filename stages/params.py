@@ -136,10 +136,28 @@ class CaseParams(Section):
 
 
 class LimitParams(Section):
-    """Two pictures agree if PSNR (dB) is at least `psnr_db` and no channel is off by more than `max_abs` levels."""
+    """What two pictures must come to, by the metrics of `lora_fuse.metrics`; a null decides nothing."""
 
-    psnr_db: Finite
-    max_abs: Annotated[int, Field(ge=0, le=255)]
+    psnr_db: Finite | None
+    max_abs: Finite | None
+    mean_abs: Finite | None
+    changed_share: Finite | None
+    ssim: Finite | None
+    ssimulacra2: Finite | None
+    flip: Finite | None
+    flip_worst: Finite | None
+    comb_db: Finite | None
+
+    @model_validator(mode="after")
+    def _something_decides(self) -> LimitParams:
+        if not self.bounds:
+            raise ValueError("every limit is null, so every picture would pass; set one")
+        return self
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """Those that decide."""
+        return {name: value for name, value in self.model_dump().items() if value is not None}
 
 
 class RegressParams(Section):

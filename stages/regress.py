@@ -35,7 +35,7 @@ def regress(params: Params) -> int:
         baseline=Sampling(**params.base.sampling.model_dump(), condition_area=area) if settings.baseline else None,
     )
     pairs = render_pairs(at.MERGED, plan_of(base, loras, params), _cases(params), setup)
-    limits = {"unfused": Limits(**settings.unfused.model_dump()), "golden": Limits(**settings.golden.model_dump())}
+    limits = {"unfused": Limits(settings.unfused.bounds), "golden": Limits(settings.golden.bounds)}
     judged = judge_pairs(pairs, at.GOLDEN / params.name / here.key, limits)
     save_pictures(judged, at.IMAGES)
     facts = {"recipe": params.name, "scale": params.fuse.scale, "environment": here.key}

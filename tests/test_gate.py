@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from lora_fuse.metrics import METRICS as NAMES
 from stages.gate import decide
 
 ROOT = Path(__file__).resolve().parents[1]
 VERIFY: dict[str, Any] = {"passed": True, "problem_count": 0, "manifest_sha256": "m"}
-PAIR = {"psnr_db": 65.0, "max_abs": 4, "mean_abs": 0.1, "changed_share": 0.5}
+PAIR = {**dict.fromkeys(NAMES, 0.0), "psnr_db": 65.0, "max_abs": 4}
 METRICS: dict[str, Any] = {
     "passed": False,
     "verdict": "no-golden",

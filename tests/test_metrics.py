@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from lora_fuse.metrics import (
     METRICS,
@@ -31,6 +31,9 @@ def plain(level: int, height: int = 4, width: int = 6) -> Levels:
     return np.full((height, width, 3), level, dtype=np.uint8)
 
 
+OF_PIXELS = ("psnr_db", "max_abs", "mean_abs", "changed_share")  # of pictures of any size
+OF_EYES = {"ssim": 1.0, "ssimulacra2": 100.0, "flip": 0.0, "flip_worst": 0.0, "comb_db": 0.0}  # and their best values
+
 shapes = st.tuples(st.integers(1, 6), st.integers(1, 6), st.just(3))
 pairs = shapes.flatmap(lambda shape: st.tuples(arrays.arrays(np.uint8, shape), arrays.arrays(np.uint8, shape)))
 
@@ -38,14 +41,14 @@ pairs = shapes.flatmap(lambda shape: st.tuples(arrays.arrays(np.uint8, shape), a
 @given(pairs)
 def test_every_metric_is_symmetric(pair: tuple[Levels, Levels]) -> None:
     a, b = pair
-    for metric in METRICS.values():
-        assert metric.measure(a, b) == metric.measure(b, a)
+    for name in OF_PIXELS:
+        assert METRICS[name].measure(a, b) == METRICS[name].measure(b, a)
 
 
 @given(pairs)
 def test_identical_pictures_get_the_best_value_and_no_others_do(pair: tuple[Levels, Levels]) -> None:
     a, b = pair
-    for metric in METRICS.values():
+    for metric in (METRICS[name] for name in OF_PIXELS):
         best = math.inf if metric.higher_is_nearer else 0
         assert metric.measure(a, a.copy()) == best
         assert (metric.measure(a, b) == best) == bool((a == b).all())
@@ -58,6 +61,75 @@ def test_the_metrics_bound_each_other(pair: tuple[Levels, Levels]) -> None:
     assert mean_abs(a, b) <= max_abs(a, b) * changed_share(a, b) + 1e-9
     if max_abs(a, b):
         assert psnr_db(a, b) >= 20 * math.log10(255 / max_abs(a, b)) - 1e-9
+
+
+def photograph(size: int = 128) -> Image.Image:
+    return Image.open("pocket/inputs/chelsea.png").convert("RGB").resize((size, size))
+
+
+def noisy(picture: Levels, levels: int) -> Levels:
+    noise = np.random.default_rng(0).integers(-levels, levels + 1, picture.shape)
+    changed: Levels = np.clip(picture + noise, 0, 255).astype(np.uint8)
+    return changed
+
+
+def test_the_metrics_are_those_of_pixels_and_those_of_eyes() -> None:
+    assert set(METRICS) == {*OF_PIXELS, *OF_EYES}
+
+
+@pytest.mark.parametrize("name", OF_EYES)
+def test_a_metric_of_eyes_is_best_for_identical_pictures_and_worse_the_more_they_differ(name: str) -> None:
+    metric, picture = METRICS[name], to_levels(photograph())
+    found = [metric.measure(noisy(picture, levels), picture) for levels in (0, 2, 8, 32)]
+    assert found[0] == OF_EYES[name]
+    if name != "comb_db":  # noise is no comb, however much there is
+        assert found == sorted(found, reverse=metric.higher_is_nearer)
+        assert len(set(found)) == 4
+    if name != "ssimulacra2":
+        assert metric.measure(picture, noisy(picture, 8)) == pytest.approx(found[2])
+
+
+def test_a_patch_is_seen_in_the_worst_block() -> None:
+    picture = to_levels(photograph(512))
+    patched = picture.copy()
+    patched[100:148, 64:96] = np.roll(patched[100:148, 64:96], 9, axis=0)
+    assert METRICS["flip"].measure(patched, picture) < 0.01
+    assert METRICS["flip_worst"].measure(patched, picture) > 0.1
+
+
+BENIGN = {
+    "noise": lambda image: noisy(to_levels(image), 1),
+    "blur": lambda image: to_levels(image.filter(ImageFilter.GaussianBlur(0.7))),
+    "shift": lambda image: np.roll(to_levels(image), 1, axis=1),
+    "jpeg": lambda image: to_levels(Image.open(as_jpeg(image))),
+}
+
+
+def as_jpeg(image: Image.Image) -> io.BytesIO:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=90)
+    return file
+
+
+@pytest.mark.parametrize("size", [128, 500, 1024])
+@pytest.mark.parametrize("change", BENIGN)
+def test_what_is_no_grid_is_no_comb(change: str, size: int) -> None:
+    image = photograph(size)
+    assert METRICS["comb_db"].measure(BENIGN[change](image), to_levels(image)) < 1.5
+
+
+@pytest.mark.parametrize("size", [128, 500, 1024])
+@pytest.mark.parametrize("period", [8, 16])
+def test_a_grid_of_one_level_is_a_comb_though_all_else_calls_it_drift(period: int, size: int) -> None:
+    picture = to_levels(photograph(size))
+    drift = noisy(picture, 1)
+    grid = np.zeros_like(picture)
+    grid[::period] = grid[:, ::period] = 1
+    gridded = np.minimum(drift.astype(int) + grid, 255).astype(np.uint8)
+    assert METRICS["comb_db"].measure(gridded, picture) > 3
+    assert METRICS["psnr_db"].measure(gridded, picture) > 45
+    assert METRICS["flip_worst"].measure(gridded, picture) < 0.03
+    assert METRICS["ssimulacra2"].measure(gridded, picture) > 90
 
 
 def test_psnr_of_a_uniform_difference_is_that_of_the_formula() -> None:

@@ -25,7 +25,7 @@ from lora_fuse.report import (
     summary_text,
 )
 
-LIMITS = Limits(psnr_db=40, max_abs=8)
+LIMITS = Limits({"psnr_db": 40, "max_abs": 8})
 SHA = "ab" * 32
 HOSTILE = '<script>alert(1)</script> & "quoted" \''
 
