@@ -136,7 +136,7 @@ def _snippet(usage: Usage, source: str) -> str:
         "import torch",
         f"from diffusers import {usage.pipeline}",
         *(["from diffusers.utils import load_image"] if edits else []),
-        *(["from lora_fuse.render import condition_area"] if small else []),
+        *(["from lora_fuse.regression.render import condition_area"] if small else []),
         "",
         f'pipe = {usage.pipeline}.from_pretrained("{source}", dtype=torch.bfloat16).to("cuda")',
         *body,

@@ -15,9 +15,9 @@ from typing import Any
 from lora_fuse.cli import guarded
 from lora_fuse.errors import BadConfig, CheckFailed
 from lora_fuse.files import replace_text
-from lora_fuse.golden import Comparison, Limits, Verdict, beyond
-from lora_fuse.metrics import METRICS as NAMES
-from lora_fuse.report import case_names
+from lora_fuse.regression.metrics import METRICS as NAMES
+from lora_fuse.regression.report import case_names
+from lora_fuse.regression.verdicts import Comparison, Limits, Verdict, beyond
 from stages.artifacts import GOLDEN, IMAGES, MANIFEST, METRICS, VERIFY, read_object
 from stages.config import load
 from stages.params import LimitParams

@@ -136,7 +136,7 @@ class CaseParams(Section):
 
 
 class LimitParams(Section):
-    """What two pictures must come to, by the metrics of `lora_fuse.metrics`; a null decides nothing."""
+    """What two pictures must come to, by the metrics of `lora_fuse.regression.metrics`; a null decides nothing."""
 
     psnr_db: Finite | None
     max_abs: Finite | None

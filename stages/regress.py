@@ -7,12 +7,12 @@ from pathlib import Path
 
 from lora_fuse.devices import environment, make_deterministic, resolve_device
 from lora_fuse.files import replace_text
-from lora_fuse.golden import Limits, flat_metrics
 from lora_fuse.manifest import read_manifest
-from lora_fuse.regression import Setup, judge_pairs, render_pairs, save_pictures
-from lora_fuse.render import Case, Sampling
-from lora_fuse.report import report_html
-from lora_fuse.review import review
+from lora_fuse.regression.pairs import Setup, judge_pairs, render_pairs, save_pictures
+from lora_fuse.regression.render import Case, Sampling
+from lora_fuse.regression.report import report_html
+from lora_fuse.regression.review import review
+from lora_fuse.regression.verdicts import Limits, flat_metrics
 from stages import artifacts as at
 from stages.config import run_stage
 from stages.params import Params

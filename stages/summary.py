@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_fuse.report import summary_text
+from lora_fuse.regression.report import summary_text
 from stages.artifacts import METRICS, REPORT, read_object
 from stages.config import run_stage
 from stages.params import Params

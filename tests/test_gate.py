@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lora_fuse.metrics import METRICS as NAMES
+from lora_fuse.regression.metrics import METRICS as NAMES
 from stages.gate import decide
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_fuse.golden import (
+from lora_fuse.regression.metrics import Levels
+from lora_fuse.regression.verdicts import (
     CaseResult,
     Comparison,
     Facts,
@@ -25,7 +26,6 @@ from lora_fuse.golden import (
     judge,
     worst,
 )
-from lora_fuse.metrics import Levels
 
 UNFUSED = Limits({"psnr_db": 38, "max_abs": 64})
 GOLDEN = Limits({"psnr_db": 50, "max_abs": 8})

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image, ImageFilter
 
-from lora_fuse.metrics import (
+from lora_fuse.regression.metrics import (
     METRICS,
     Levels,
     amplified_difference,

@@ -122,7 +122,7 @@ def test_the_merged_repository_gives_the_picture_of_the_report_in_a_process_of_i
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import load_image
-from lora_fuse.render import allow_missing_torchvision, condition_area
+from lora_fuse.regression.render import allow_missing_torchvision, condition_area
 allow_missing_torchvision()
 pipe = DiffusionPipeline.from_pretrained("artifacts/merged", dtype=torch.float32)
 with condition_area(16384):

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lora_fuse.lora_file import open_lora
-from lora_fuse.render import PICTURES, Pipeline, load_pipeline, shared_components
+from lora_fuse.regression.render import PICTURES, Pipeline, load_pipeline, shared_components
 from pocket import drawings, model
 from pocket.bench import LIGHTNING, POCKET, STYLE
 from pocket.train import style

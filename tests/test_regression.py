@@ -15,15 +15,15 @@ from safetensors.numpy import load_file, save_file
 from lora_fuse.checkpoint import open_checkpoint
 from lora_fuse.errors import RenderFailed
 from lora_fuse.export import diffusers_files
-from lora_fuse.golden import Limits, Verdict
 from lora_fuse.lora import LoraInput
 from lora_fuse.merge import write_merged
-from lora_fuse.metrics import to_levels
 from lora_fuse.plan import Plan, make_plan
-from lora_fuse.regression import Pair, Setup, judge_pairs, render_pairs, save_pictures
-from lora_fuse.render import Case, Sampling, load_pipeline, render
+from lora_fuse.regression.metrics import to_levels
+from lora_fuse.regression.pairs import Pair, Setup, judge_pairs, render_pairs, save_pictures
+from lora_fuse.regression.render import Case, Sampling, load_pipeline, render
+from lora_fuse.regression.unfused import DIFFUSERS, attach_differences
+from lora_fuse.regression.verdicts import Limits, Verdict
 from lora_fuse.selection import Selection
-from lora_fuse.unfused import DIFFUSERS, attach_differences
 from stages.config import compose
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from lora_fuse import devices
 from lora_fuse.devices import environment, fuse_device, make_deterministic, resolve_device
 from lora_fuse.errors import NoDevice, RenderFailed
-from lora_fuse.render import (
+from lora_fuse.regression.render import (
     Case,
     LoraSpec,
     Pipeline,
@@ -311,7 +311,7 @@ def test_deterministic_mode_keeps_a_workspace_that_was_chosen(monkeypatch: pytes
 
 def test_importing_render_costs_no_heavy_import() -> None:
     code = (
-        "import sys, lora_fuse.render, lora_fuse.devices;"
+        "import sys, lora_fuse.regression.render, lora_fuse.devices;"
         "print({'torch', 'diffusers', 'transformers', 'peft'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -321,7 +321,7 @@ def test_importing_render_costs_no_heavy_import() -> None:
 def test_loading_and_rendering_prints_nothing() -> None:
     """In a fresh process: the libraries warn when they are first imported."""
     code = (
-        "from pathlib import Path; from lora_fuse.render import *;"
+        "from pathlib import Path; from lora_fuse.regression.render import *;"
         f"pipe = load_pipeline(Path({str(POCKET / 'model')!r}), 'QwenImagePipeline', device='cpu', dtype='float32');"
         "render(pipe, Case('a', 'a cat', 0, (), 64, 64), Sampling(2, 1.0, ' '))"
     )

@@ -10,9 +10,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from lora_fuse.golden import CaseResult, Limits, Picture, Subject, Verdict, examine, flat_metrics, worst
-from lora_fuse.metrics import Levels, amplified_difference, to_png
-from lora_fuse.report import (
+from lora_fuse.regression.metrics import Levels, amplified_difference, to_png
+from lora_fuse.regression.report import (
     MEANINGS,
     Baseline,
     BuiltFrom,
@@ -24,6 +23,7 @@ from lora_fuse.report import (
     report_html,
     summary_text,
 )
+from lora_fuse.regression.verdicts import CaseResult, Limits, Picture, Subject, Verdict, examine, flat_metrics, worst
 
 LIMITS = Limits({"psnr_db": 40, "max_abs": 8})
 SHA = "ab" * 32

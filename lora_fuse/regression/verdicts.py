@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeAlias
 
-from lora_fuse.metrics import METRICS, Levels, is_flat
+from lora_fuse.regression.metrics import METRICS, Levels, is_flat
 
 Size: TypeAlias = tuple[int, int]  # width, height in pixels
 Scalar: TypeAlias = float | int | bool | str | None

@@ -2,7 +2,7 @@
 
 The HTML holds its pictures and styles itself and asks the network for nothing, so it can be mailed, kept as a CI
 artifact and opened in ten years. Failures come first. Nothing is decided here: verdicts and sentences come from
-`golden`, and this module only shows them.
+`verdicts`, and this module only shows them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import jinja2
 
-    from lora_fuse.golden import CaseResult, Comparison, Limits, Verdict
-    from lora_fuse.metrics import Metric
+    from lora_fuse.regression.metrics import Metric
+    from lora_fuse.regression.verdicts import CaseResult, Comparison, Limits, Verdict
 
 # What a verdict means to somebody who never read the documentation.
 MEANINGS: Mapping[str, str] = {
@@ -128,7 +128,7 @@ def summary_text(metrics: Mapping[str, Any], report_path: str) -> str:
     """A table of the cases and the verdict, aligned for a terminal, without colours.
 
     Args:
-        metrics: the content of `metrics.json`, as `golden.flat_metrics` makes it.
+        metrics: the content of `metrics.json`, as `verdicts.flat_metrics` makes it.
         report_path: where the page is.
     """
     names = case_names(metrics)
@@ -189,7 +189,7 @@ class _Cell:
 
 def _metric_rows(result: CaseResult, report: Report) -> list[tuple[str, _Cell, _Cell]]:
     """(title, to the golden, to the unfused picture) for each metric."""
-    from lora_fuse.metrics import METRICS
+    from lora_fuse.regression.metrics import METRICS
 
     return [
         (
@@ -215,7 +215,7 @@ def _environment() -> jinja2.Environment:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("lora_fuse"),
+        loader=jinja2.PackageLoader("lora_fuse.regression"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -1,7 +1,7 @@
 """What can be measured on a picture, or between two: one function each, of arrays only.
 
 A picture is `Levels`: uint8, (height, width, 3), 0 to 255. A new regression metric is a function here, a row in
-`METRICS`, a field in `golden.Comparison` and one in `golden.Limits`, whose value `conf/` gives: null decides nothing.
+`METRICS` and a key of `stages.params.LimitParams`, whose value `conf/` gives: null decides nothing.
 Every function of two pictures is symmetric but for `ssimulacra2`, and for identical ones gives the best value there is.
 The libraries that measure are imported where they are used: a report that is only read needs none of them.
 """

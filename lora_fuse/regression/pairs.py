@@ -15,11 +15,11 @@ from pathlib import Path
 from PIL import Image
 
 from lora_fuse.errors import RenderFailed
-from lora_fuse.golden import CaseResult, Limits, Picture, Subject, examine
-from lora_fuse.metrics import Levels, to_levels
 from lora_fuse.plan import Plan
-from lora_fuse.render import Case, Pipeline, Rendered, Sampling, load_pipeline, render, shared_components
-from lora_fuse.unfused import attach
+from lora_fuse.regression.metrics import Levels, to_levels
+from lora_fuse.regression.render import Case, Pipeline, Rendered, Sampling, load_pipeline, render, shared_components
+from lora_fuse.regression.unfused import attach
+from lora_fuse.regression.verdicts import CaseResult, Limits, Picture, Subject, examine
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Setup:
 class Pair:
     """One case, rendered from the merged checkpoint, from base + LoRA and, if asked, from the base alone.
 
-    `unfused_by` says who put the LoRA beside the base, see `lora_fuse.unfused`.
+    `unfused_by` says who put the LoRA beside the base, see `lora_fuse.regression.unfused`.
     """
 
     case: Case

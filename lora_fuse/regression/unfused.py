@@ -16,7 +16,7 @@ from lora_fuse.deltas import Decomposed, Difference
 from lora_fuse.errors import RenderFailed
 from lora_fuse.formats import Algorithm
 from lora_fuse.plan import Plan, Target
-from lora_fuse.render import LoraSpec, Pipeline, load_loras
+from lora_fuse.regression.render import LoraSpec, Pipeline, load_loras
 from lora_fuse.sums import read_differences
 
 DIFFUSERS = "diffusers"

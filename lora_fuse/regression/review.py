@@ -7,12 +7,12 @@ from typing import Any
 
 from lora_fuse.devices import Environment
 from lora_fuse.families import manifest_warnings
-from lora_fuse.golden import Limits, worst
-from lora_fuse.metrics import amplified_difference, to_levels, to_png
 from lora_fuse.records import Manifest, MergedLora
-from lora_fuse.regression import JudgedPair, Setup
-from lora_fuse.render import Sampling, open_picture
-from lora_fuse.report import Baseline, BuiltFrom, CaseReport, Difference, LoraRow, Report, WeightsCheck
+from lora_fuse.regression.metrics import amplified_difference, to_levels, to_png
+from lora_fuse.regression.pairs import JudgedPair, Setup
+from lora_fuse.regression.render import Sampling, open_picture
+from lora_fuse.regression.report import Baseline, BuiltFrom, CaseReport, Difference, LoraRow, Report, WeightsCheck
+from lora_fuse.regression.verdicts import Limits, worst
 
 FACTOR = 8  # a difference of 32 levels, and any larger one, is shown as white
 

@@ -1,0 +1,5 @@
+"""The golden-image regression: is a merged checkpoint's picture the one that base and LoRA give, and the approved one?
+
+`render` makes pictures, `pairs` renders merged and unfused in one process, `metrics` measures, `verdicts` decides,
+`goldens` keeps what was approved, `review` and `report` show it.
+"""
