@@ -76,3 +76,11 @@ class PublishRefused(Refused):
 
 class RenderFailed(Refused):
     """A pipeline cannot be loaded or run as the recipe says."""
+
+
+class OutOfMemory(RenderFailed):
+    """The pipeline or a picture does not fit the GPU's memory."""
+
+
+class BadGolden(Refused):
+    """An approved picture is missing, is not the one that was approved, or nobody approved it."""

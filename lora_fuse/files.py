@@ -24,9 +24,14 @@ def hash_file(path: Path) -> FileRecord:
 
 def replace_text(path: Path, text: str) -> None:
     """Give `path` a new content: a reader, or a kill at any moment, finds the old text or the new one."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """`replace_text`, of bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(content)
     partial.replace(path)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import getpass
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from lora_fuse.records import Tool
 
-# Files that a build itself writes; changing them does not make the checkout a modified one.
-BUILD_PRODUCTS = (":!dvc.lock", ":!publish/dvc.lock")
+# What a build or an approval itself writes; that does not make the checkout a modified one. params.yaml is compiled
+# from conf/, and what it says is in the records.
+BUILD_PRODUCTS = (":!dvc.lock", ":!publish/dvc.lock", ":!params.yaml", ":!artifacts/golden")
 
 
 def this_tool() -> Tool:
@@ -24,6 +26,18 @@ def this_tool() -> Tool:
         return Tool(number)
     changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *BUILD_PRODUCTS)
     return Tool(number, commit, bool(changes))
+
+
+def modified_files(root: Path) -> list[str] | None:
+    """The files of a checkout that no commit has, but for `BUILD_PRODUCTS`; None where there is no checkout."""
+    listed = _git(root, "status", "--porcelain", "-uall", "--", ".", *BUILD_PRODUCTS)
+    return None if listed is None else [line.split(maxsplit=1)[1] for line in listed.splitlines()]
+
+
+def this_person(root: Path) -> str:
+    """Who runs this: as git knows it (``name <mail>``), or the system's user."""
+    name, mail = _git(root, "config", "user.name"), _git(root, "config", "user.email")
+    return f"{name} <{mail}>" if name and mail else getpass.getuser()
 
 
 def _git(root: Path, *arguments: str) -> str | None:

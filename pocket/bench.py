@@ -68,7 +68,7 @@ class Bench:
     @cached_property
     def base(self) -> Any:
         """The base alone."""
-        return load_pipeline(self.model, "QwenImageEditPipeline", device=self.device, dtype="float32")
+        return load_pipeline(self.model, "QwenImageEditPipeline", dtype="float32").to(self.device)
 
     @cached_property
     def unfused(self) -> Any:
@@ -104,7 +104,7 @@ class Bench:
         return out
 
     def _sibling(self, pipeline: str, folder: Path) -> Any:
-        return load_pipeline(folder, pipeline, device=self.device, dtype="float32", shared=shared_components(self.base))
+        return load_pipeline(folder, pipeline, dtype="float32", shared=shared_components(self.base)).to(self.device)
 
     def pictures(self, setting: Setting, tasks: Sequence[Task]) -> list[Image.Image]:
         """One picture a task."""

@@ -1,60 +1,77 @@
-"""``python -m stages.approve --reason "…" [--case NAME …]``: make this run's pictures the goldens of this environment.
+"""``python -m stages.approve --reason "…" [--case NAME …] [--add]``: make this run's pictures goldens.
 
-Nothing else ever writes a golden. Refused when the weights are wrong or merged and unfused disagree: a golden of a
-broken merge would hide it. The same run does not pass by it; the next one is compared with it.
+Nothing else ever writes a golden. Refused when the weights are wrong, when merged and unfused disagree (a golden of a
+broken merge would hide it), or when no commit says how the pictures were made. The run itself does not pass by it: its
+verdict stays, and the next run is compared with the new goldens.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import sys
-from typing import Any
+from datetime import UTC, datetime
+from pathlib import Path
 
 from lora_fuse.cli import guarded
 from lora_fuse.errors import BadConfig, CheckFailed
-from lora_fuse.files import replace_text
-from lora_fuse.regression.metrics import METRICS as NAMES
-from lora_fuse.regression.report import case_names
-from lora_fuse.regression.verdicts import Comparison, Limits, Verdict, beyond
-from stages.artifacts import GOLDEN, IMAGES, MANIFEST, METRICS, VERIFY, read_object
+from lora_fuse.provenance import modified_files, this_person
+from lora_fuse.records import from_json
+from lora_fuse.regression.goldens import Approval, Candidate, Candidates, Goldens, Provenance
+from stages.artifacts import CANDIDATES, GOLDEN, IMAGES, VERIFY, read_object, read_text
 from stages.config import load
-from stages.params import LimitParams
 
 
-def approve(reason: str, only: list[str], limits: LimitParams) -> int:
-    """Copy the candidates to `artifacts/golden/RECIPE/ENVIRONMENT/` and record why, and of what they are pictures."""
-    metrics, manifest = read_object(METRICS, "regress"), read_object(MANIFEST, "fuse")
-    cases = case_names(metrics)
-    if not set(only) <= set(cases) or not reason.strip():
-        raise BadConfig(f"a --reason and known cases are needed: got {reason!r} and {only}, of {', '.join(cases)}")
-    _refuse_bad(read_object(VERIFY, "verify"), metrics, only or cases, Limits(limits.bounds))
-    folder = GOLDEN / metrics["recipe"] / metrics["environment"]
-    folder.mkdir(parents=True, exist_ok=True)
-    record = read_object(why, "regress") if (why := folder / "approved.json").exists() else {}
-    for case in only or cases:
-        shutil.copyfile(IMAGES / f"{case}.merged.png", folder / f"{case}.png")
-        record[case] = {"reason": reason, "loras": manifest["loras"], "tool": manifest["tool"]}
-        print(f"approved: {folder / case}.png")
-    replace_text(why, json.dumps(record, indent=2, sort_keys=True) + "\n")
+def approve(reason: str, only: list[str], add: bool) -> int:
+    """Copy the candidates to `artifacts/golden/RECIPE/KEY/`, each with its record, and who approved it and why."""
+    found = from_json(Candidates, read_text(CANDIDATES, "regress"), str(CANDIDATES))
+    if not set(only) <= set(found.cases) or not reason.strip():
+        raise BadConfig(
+            f"a --reason and known cases are needed: got {reason!r} and {only}, of {', '.join(found.cases)}"
+        )
+    chosen = {name: found.cases[name] for name in only or found.cases}
+    _refuse_bad(found.manifest_sha256, chosen)
+    approval = Approval(this_person(Path.cwd()), datetime.now(UTC).isoformat(timespec="seconds"), reason.strip(), ())
+    pictures = {name: (IMAGES / f"{name}.merged.png").read_bytes() for name in chosen}
+    for name, candidate in chosen.items():
+        goldens = Goldens(GOLDEN / candidate.provenance.recipe)
+        print(f"approved: {goldens.approve(pictures[name], candidate, approval, beside=add)}")
     return 0
 
 
-def _refuse_bad(verify: dict[str, Any], metrics: dict[str, Any], cases: list[str], limits: Limits) -> None:
-    if not verify["passed"] or verify["manifest_sha256"] != metrics["manifest_sha256"]:
+def _refuse_bad(manifest_sha256: str, chosen: dict[str, Candidate]) -> None:
+    verify = read_object(VERIFY, "verify")
+    if not verify["passed"] or verify["manifest_sha256"] != manifest_sha256:
         raise CheckFailed(f"the weights behind these pictures are not verified, see {VERIFY}; nothing was approved")
-    for case in cases:
-        pair = Comparison({name: metrics[f"{case}.unfused.{name}"] for name in NAMES})
-        reasons = [metrics[f"{case}.reasons"]] if metrics[f"{case}.verdict"] == Verdict.INVALID else []
-        reasons = reasons or beyond(pair, limits, "the unfused picture of that run")
-        if reasons:
-            raise CheckFailed(f"{case}: {' '.join(reasons)} Mend the merge first; nothing was approved")
+    for name, candidate in chosen.items():
+        if not candidate.agrees:
+            raise CheckFailed(f"{name}: {' '.join(candidate.reasons)} Mend the merge first; nothing was approved")
+    _refuse_unrepeatable(next(iter(chosen.values())).provenance)
+
+
+def _refuse_unrepeatable(provenance: Provenance) -> None:
+    """No commit would give these pictures again."""
+    modified = modified_files(Path.cwd())
+    if modified is None or provenance.tool.git is None:
+        raise CheckFailed("this is no git checkout, so nothing says what made these pictures; nothing was approved")
+    if modified:
+        more = f" and {len(modified) - 1} more" if len(modified) > 1 else ""
+        raise CheckFailed(f"no commit has {modified[0]}{more}: commit, run dvc repro -f regress; nothing was approved")
+    if provenance.tool.dirty:
+        raise CheckFailed(
+            f"these pictures were made by a modified checkout of {provenance.tool.git[:12]}: run dvc repro -f regress; "
+            "nothing was approved"
+        )
+    if load() != load([f"recipe={provenance.recipe}"]):
+        raise CheckFailed(
+            f"params.yaml is not what recipe {provenance.recipe} composes to: make a recipe of these overrides, commit "
+            "it and run it; nothing was approved"
+        )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m stages.approve", description="Approve this run's pictures.")
     parser.add_argument("--reason", required=True, help="why these pictures are right; kept beside them")
     parser.add_argument("--case", action="append", default=[], help="only this case; may be given again")
+    parser.add_argument("--add", action="store_true", help="keep the goldens that the case has, and allow this one too")
     given = parser.parse_args()
-    sys.exit(guarded(lambda: approve(given.reason, given.case, load().regress.unfused)))
+    sys.exit(guarded(lambda: approve(given.reason, given.case, given.add)))

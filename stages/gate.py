@@ -1,40 +1,34 @@
-"""Stage `gate`: decide from `verify.json` and `metrics.json`. Exit 0 passed, 1 failed, 3 nothing to compare with."""
+"""Stage `gate`: decide from `verify.json` and `metrics.json`; its exit code is the pipeline's answer.
+
+0 passed. 1 failed: wrong weights, a broken picture or a regression. 3 there is no approved picture to compare
+with. 4 a person has to look: within the limits of a golden of another environment.
+"""
 
 from __future__ import annotations
 
 import sys
 from typing import Any
 
+from lora_fuse.regression.report import MEANINGS, next_step
 from stages.artifacts import METRICS, REPORT, VERIFY, read_object
 from stages.config import run_stage
 from stages.params import Params
 
-NO_GOLDEN = 3
+EXIT_CODES = {"exact": 0, "drift": 0, "review": 4, "no-golden": 3, "regression": 1, "invalid": 1}
 
 
 def decide(verify: dict[str, Any], metrics: dict[str, Any]) -> tuple[int, str]:
-    """The exit code and a sentence that says why, and what comes next."""
+    """The exit code and a sentence that says why, and the one command that comes next."""
     if not verify["passed"]:
         return (
             1,
-            f"the merged weights are wrong ({verify['problem_count']} problems, see {VERIFY}): dvc repro -f fuse",
+            f"the merged weights are wrong ({verify['problem_count']} problems, see {VERIFY}); next: dvc repro -f fuse",
         )
     if verify["manifest_sha256"] != metrics["manifest_sha256"]:
-        return (
-            1,
-            f"{VERIFY} and {METRICS} are about different merges; run both again: dvc repro -f verify regress",
-        )
-    if metrics["verdict"] == "no-golden":
-        return NO_GOLDEN, (
-            f"no approved pictures for {metrics['environment']}; look at {REPORT}, then: "
-            'python -m stages.approve --reason "…"'
-        )
-    if not metrics["passed"]:
-        return 1, (
-            f"{metrics['verdict']}: look at {REPORT}. If params.yaml was changed for an experiment, "
-            "`python -m stages.config` puts it back"
-        )
-    return 0, f"{metrics['verdict']}: merged weights verified, pictures as approved"
+        return 1, f"{VERIFY} and {METRICS} are about different merges; next: dvc repro -f verify regress"
+    verdict = metrics["verdict"]
+    seen = "" if metrics["passed"] else f", see {REPORT}"
+    return EXIT_CODES[verdict], f"{verdict}: {MEANINGS[verdict]}{seen}; next: {next_step(metrics)}"
 
 
 def gate(_: Params) -> int:

@@ -20,6 +20,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
 CaseName = Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")]  # part of file names and of flat metric keys
 Device = Literal["auto", "cpu", "cuda"]
+Placement = Literal["cuda", "model_offload", "group_offload", "balanced", "cpu"]
 DType = Literal["float32", "bfloat16", "float16"]
 
 
@@ -56,6 +57,24 @@ class SamplingParams(Section):
     steps: PositiveInt
     true_cfg_scale: Finite
     negative_prompt: str | None
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """The arguments of the pipeline's call, by the names of `lora_fuse.regression.render.Sampling`."""
+        names = ("steps", "true_cfg_scale", "negative_prompt")
+        return {name: getattr(self, name) for name in names}
+
+
+class RecipeSamplingParams(SamplingParams):
+    """How the merged model is run; `sigmas` is what it has to visit, without the final 0, or null if that is open."""
+
+    sigmas: list[Finite] | None
+
+    @model_validator(mode="after")
+    def _one_sigma_a_step(self) -> RecipeSamplingParams:
+        if self.sigmas is not None and len(self.sigmas) != self.steps:
+            raise ValueError(f"{self.steps} steps visit as many sigmas: got {len(self.sigmas)}, {self.sigmas}")
+        return self
 
 
 class BaseParams(SourceParams):
@@ -161,11 +180,17 @@ class LimitParams(Section):
 
 
 class RegressParams(Section):
-    """What is rendered, on what, and how far pictures may be apart; `baseline` adds the base alone to the report."""
+    """What is rendered, on what, and how far pictures may be apart.
 
-    device: Device
+    `threads` are torch's on the CPU, null its own choice; `baseline` adds the base alone to the report; `over_floor` is
+    how many times the noise floor the latents of merged and unfused may be apart, null decides nothing.
+    """
+
+    placement: Placement
     dtype: DType
+    threads: PositiveInt | None
     baseline: bool
+    over_floor: Finite | None
     cases: Annotated[dict[CaseName, CaseParams], Field(min_length=1)]
     unfused: LimitParams
     golden: LimitParams
@@ -187,7 +212,7 @@ class Params(Section):
     loras: Annotated[dict[str, LoraParams], Field(min_length=1)]
     fuse: FuseParams
     scheduler: SchedulerParams | None  # null keeps the base's own
-    sampling: SamplingParams
+    sampling: RecipeSamplingParams
     verify: VerifyParams
     regress: RegressParams
     publish: PublishParams

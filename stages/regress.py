@@ -3,50 +3,54 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
-from lora_fuse.devices import environment, make_deterministic, resolve_device
 from lora_fuse.files import replace_text
 from lora_fuse.manifest import read_manifest
-from lora_fuse.regression.pairs import Setup, judge_pairs, render_pairs, save_pictures
+from lora_fuse.records import to_json
+from lora_fuse.regression.candidates import candidates
+from lora_fuse.regression.environment import environment, make_deterministic
+from lora_fuse.regression.goldens import Goldens
+from lora_fuse.regression.pairs import Setup, check_cases, judge_pairs, render_pairs, save_pictures
 from lora_fuse.regression.render import Case, Sampling
 from lora_fuse.regression.report import report_html
-from lora_fuse.regression.review import review
-from lora_fuse.regression.verdicts import Limits, flat_metrics
+from lora_fuse.regression.review import block_changes, case_rows, review, run_metrics
 from stages import artifacts as at
 from stages.config import run_stage
 from stages.params import Params
-from stages.planning import plan_of
+from stages.planning import plan_of, rules_of
 
 
 def regress(params: Params) -> int:
-    """Write the pictures, `metrics.json` and `report.html`; the gate decides on them."""
+    """Write the pictures, the candidates, `metrics.json` and `report.html`; the gate decides on them."""
     settings, (base, loras) = params.regress, at.read_locks()
     manifest, manifest_sha256 = read_manifest(at.MANIFEST)
-    make_deterministic()
-    area = params.base.condition_area
-    here = environment(resolve_device(settings.device), settings.dtype)
-    setup = Setup(
-        pipeline=params.base.pipeline,
-        sampling=Sampling(**params.sampling.model_dump(), condition_area=area),
-        scheduler=params.scheduler_config,
-        device=here.device,
-        dtype=here.dtype,
-        baseline=Sampling(**params.base.sampling.model_dump(), condition_area=area) if settings.baseline else None,
-    )
-    pairs = render_pairs(at.MERGED, plan_of(base, loras, params), _cases(params), setup)
-    limits = {"unfused": Limits(settings.unfused.bounds), "golden": Limits(settings.golden.bounds)}
-    judged = judge_pairs(pairs, at.GOLDEN / params.name / here.key, limits)
+    verify = at.read_object(at.VERIFY, "verify")
+    make_deterministic(settings.threads)
+    here, cases, setup = environment(settings.placement, settings.dtype), _cases(params), _setup(params)
+    rules = rules_of(params)
+    check_cases(cases, setup)
+    approved = Goldens(at.GOLDEN / params.name).for_run(here.key, [case.name for case in cases])
+    pairs = render_pairs(at.MERGED, plan_of(base, loras, params), cases, setup)
+    judged = judge_pairs(pairs, {name: [one.golden for one in found] for name, found in approved.items()}, rules)
+    found = candidates(judged, manifest, manifest_sha256, setup, here)
     save_pictures(judged, at.IMAGES)
-    facts = {"recipe": params.name, "scale": params.fuse.scale, "environment": here.key}
-    facts |= {"unfused_by": pairs[0].unfused_by, "manifest_sha256": manifest_sha256}
-    metrics = {**flat_metrics(case.result for case in judged), **facts}
-    replace_text(at.METRICS, json.dumps(metrics, indent=2) + "\n")
-    replace_text(
-        at.REPORT, report_html(review(manifest, at.read_object(at.VERIFY, "verify"), judged, setup, here, limits))
-    )
+    replace_text(at.CANDIDATES, to_json(found))
+    metrics = run_metrics(judged, found, params.fuse.scale)
+    blocks = [asdict(block) for block in block_changes(verify["changes"])]
+    for path, content in ((at.METRICS, metrics), (at.CASES, case_rows(metrics)), (at.BLOCKS, blocks)):
+        replace_text(path, json.dumps(content, indent=2) + "\n")
+    replace_text(at.REPORT, report_html(review(manifest, verify, judged, found, approved, rules, setup)))
     print(f"regress: {metrics['verdict']} on {here.key}, see {at.REPORT}")
     return 0
+
+
+def _setup(params: Params) -> Setup:
+    area, regress = params.base.condition_area, params.regress
+    baseline = Sampling(**params.base.sampling.usage, condition_area=area) if regress.baseline else None
+    sampling = Sampling(**params.sampling.usage, condition_area=area)
+    return Setup(params.base.pipeline, sampling, params.scheduler_config, regress.placement, regress.dtype, baseline)
 
 
 def _cases(params: Params) -> list[Case]:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from PIL import Image
 
 Levels: TypeAlias = npt.NDArray[np.uint8]  # (height, width, 3)
+Latents: TypeAlias = npt.NDArray[np.float32]  # of any shape
 
 PEAK = 255
 # A picture that failed as a whole (NaN painted black, an empty decode) has no contrast: 0 to 2 levels where the
@@ -142,6 +143,21 @@ def comb_db(a: Levels, b: Levels) -> float:
     return max(0.0, *(_comb_along(side) for side in (residual, residual.T)))
 
 
+def latents_l2(a: Latents, b: Latents) -> float:
+    """``|a - b| / |b|`` of final latents (Euclidean norms), `b` the reference: 0 at best, NaN if either has one.
+
+    The sharpest of all where both are of one run: nothing is rounded to levels, and the decoder does not blur it.
+
+    Raises:
+        ValueError: the latents differ in shape.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"latents of different shapes cannot be compared: {a.shape} and {b.shape}")
+    reference = np.linalg.norm(b.astype(np.float64))
+    difference = np.linalg.norm(a.astype(np.float64) - b)
+    return float(difference / reference) if difference else 0.0
+
+
 def _comb_along(residual: npt.NDArray[np.float64]) -> float:
     """The gain of the best period along the second axis."""
     length = residual.shape[1]
@@ -172,17 +188,30 @@ def _flip_map(a: Levels, b: Levels) -> npt.NDArray[np.float32]:
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A distance between two pictures, how a person calls it, its digits and unit, and which way is nearer."""
+    """A distance between two pictures, how a person calls it, its digits and unit, and which way is nearer.
 
-    measure: Callable[[Levels, Levels], float]
+    `best` is its value for identical pictures; `of_latents` says that it measures their final latents instead.
+    """
+
+    measure: Callable[[Any, Any], float]
     title: str
     digits: str
     unit: str = ""
-    higher_is_nearer: bool = False
+    best: float = 0.0
+    of_latents: bool = False
 
-    def text(self, value: float | None) -> str:
-        """A value with its unit; None is the PSNR of identical pictures."""
-        return "identical" if value is None else f"{value:{self.digits}}{self.unit}"
+    @property
+    def higher_is_nearer(self) -> bool:
+        """Whether a greater value means a smaller distance: so it is where the best value is not 0."""
+        return self.best > 0
+
+    def holds(self, value: float, bound: float) -> bool:
+        """Whether a value is within a bound; a NaN is within none."""
+        return value >= bound if self.higher_is_nearer else value <= bound
+
+    def text(self, value: float) -> str:
+        """A value with its unit."""
+        return "identical" if math.isinf(value) else f"{value:{self.digits}}{self.unit}"
 
     def bound_text(self, bound: float) -> str:
         """A limit with its unit, as it stands in `conf/`."""
@@ -191,27 +220,39 @@ class Metric:
 
 METRICS: Mapping[str, Metric] = MappingProxyType(
     {
-        "psnr_db": Metric(psnr_db, "PSNR", ".2f", " dB", higher_is_nearer=True),
+        "psnr_db": Metric(psnr_db, "PSNR", ".2f", " dB", best=math.inf),
         "max_abs": Metric(max_abs, "largest difference", "g", " levels"),
         "mean_abs": Metric(mean_abs, "mean difference", ".3g", " levels"),
         "changed_share": Metric(changed_share, "share of changed pixels", ".3g"),
-        "ssim": Metric(ssim, "SSIM", ".4f", higher_is_nearer=True),
-        "ssimulacra2": Metric(ssimulacra2, "SSIMULACRA 2", ".1f", higher_is_nearer=True),
+        "ssim": Metric(ssim, "SSIM", ".4f", best=1.0),
+        "ssimulacra2": Metric(ssimulacra2, "SSIMULACRA 2", ".1f", best=100.0),
         "flip": Metric(flip, "FLIP", ".4f"),
         "flip_worst": Metric(flip_worst, "FLIP of the worst block", ".4f"),
         "comb_db": Metric(comb_db, "comb of a grid", ".1f", " dB"),
+        "latents_l2": Metric(latents_l2, "latents, relative L2", ".2e", of_latents=True),
     }
 )
 
 
-def amplified_difference(a: Levels, b: Levels, factor: int) -> Levels:
-    """The absolute difference times `factor`, cut off at 255: what a person looks at, not what is judged.
+HEAT_TOP = 64  # levels, from which on a heat map is brightest
+_HEAT = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]], dtype=np.float64)
+
+
+def heat_map(a: Levels, b: Levels) -> Levels:
+    """Where two pictures differ, and how much: black is equal, then purple, red, orange and yellow for 64 levels.
+
+    The largest difference of any channel, on a logarithmic scale, so that one level is seen too. What a person looks
+    at, not what is judged. The colours are five of matplotlib's "inferno".
 
     Raises:
         ValueError: the pictures differ in size.
     """
-    amplified: Levels = np.minimum(np.abs(_difference(a, b)) * factor, PEAK).astype(np.uint8)
-    return amplified
+    largest = np.abs(_difference(a, b)).max(axis=-1)
+    share = np.log2(1 + np.minimum(largest, HEAT_TOP)) / np.log2(1 + HEAT_TOP)
+    stops = np.linspace(0, 1, len(_HEAT))
+    colours = np.stack([np.interp(share, stops, channel) for channel in _HEAT.T], axis=-1)
+    heat: Levels = colours.round().astype(np.uint8)
+    return heat
 
 
 def to_levels(picture: Image.Image) -> Levels:

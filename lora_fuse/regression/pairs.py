@@ -1,30 +1,42 @@
-"""Renders each case twice in one process: from the merged checkpoint, and from the base with the LoRAs unfused.
+"""Renders each case from the merged checkpoint and from the base with the LoRAs unfused, in one process.
 
-If asked, a third time from the base alone at its own settings, to show what the LoRA saves. Merged and unfused
-transformer are never in memory together; text encoder, VAE, tokenizer and processor are loaded once.
+Then once more unfused with its weights moved by one rounding, which gives the noise floor; and, if asked, from the base
+alone at its own settings, to show what the LoRA saves. Merged and unfused transformer are never in memory together;
+text encoder, VAE, tokenizer and processor are loaded once.
 """
 
 from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
-from lora_fuse.errors import RenderFailed
+from lora_fuse.errors import OutOfMemory
 from lora_fuse.plan import Plan
-from lora_fuse.regression.metrics import Levels, to_levels
-from lora_fuse.regression.render import Case, Pipeline, Rendered, Sampling, load_pipeline, render, shared_components
+from lora_fuse.regression.floor import jitter
+from lora_fuse.regression.metrics import to_levels
+from lora_fuse.regression.placement import advice, place
+from lora_fuse.regression.render import (
+    Case,
+    Pipeline,
+    Rendered,
+    Sampling,
+    check_pictures,
+    load_pipeline,
+    make_scheduler,
+    open_picture,
+    render,
+    shared_components,
+)
 from lora_fuse.regression.unfused import attach
-from lora_fuse.regression.verdicts import CaseResult, Limits, Picture, Subject, examine
+from lora_fuse.regression.verdicts import CaseResult, Golden, Picture, Rules, Subject, examine
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What the sides share: pipeline class, sampling, scheduler settings (empty: the folder's own), device, dtype.
+    """What the sides share: pipeline class, sampling, scheduler settings (empty: the folder's own), placement, dtype.
 
     `baseline` is how the base alone is run; None leaves that side out.
     """
@@ -32,23 +44,47 @@ class Setup:
     pipeline: str
     sampling: Sampling
     scheduler: Mapping[str, object]
-    device: str
+    placement: str
     dtype: str
     baseline: Sampling | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One case, rendered from the merged checkpoint, from base + LoRA and, if asked, from the base alone.
+    """One case, rendered from the merged checkpoint and from base + LoRA, and what belongs to it.
 
-    `unfused_by` says who put the LoRA beside the base, see `lora_fuse.regression.unfused`.
+    `floor` is base + LoRA again with weights moved by one rounding; `unfused_by` says who put the LoRA beside the base,
+    see `lora_fuse.regression.unfused`; `baseline` is the base alone.
     """
 
     case: Case
     merged: Rendered
     unfused: Rendered
+    floor: Rendered
     unfused_by: str
     baseline: Rendered | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class References:
+    """What a merge is compared with, of the same run: a picture per case, and who attached the LoRA."""
+
+    unfused: list[Rendered]
+    floor: list[Rendered]
+    baseline: Sequence[Rendered | None]
+    unfused_by: str
+
+
+def check_cases(cases: Iterable[Case], setup: Setup) -> None:
+    """Open every input picture and count them: nothing is loaded or rendered for a run that cannot end well.
+
+    Raises:
+        RenderFailed: a picture is missing or none, or their number does not suit the pipeline.
+    """
+    for case in cases:
+        check_pictures(setup.pipeline, case)
+        for path in case.images:
+            open_picture(path, case)
 
 
 def render_pairs(merged: Path, plan: Plan, cases: Sequence[Case], setup: Setup) -> list[Pair]:
@@ -59,44 +95,81 @@ def render_pairs(merged: Path, plan: Plan, cases: Sequence[Case], setup: Setup) 
 
     Raises:
         RenderFailed: a side cannot be loaded or run.
+        OutOfMemory: the GPU's memory is short; the message names the placement to try.
     """
-    pipe = load_pipeline(merged, setup.pipeline, device=setup.device, dtype=setup.dtype)
-    ours = [render(pipe, case, setup.sampling) for case in cases]
+    pipe = load_pipeline(merged, setup.pipeline, dtype=setup.dtype)
+    ours = render_all(pipe, cases, setup.sampling, setup.placement)
     shared = shared_components(pipe)
     _drop_transformer(pipe)
-    base = plan.checkpoint.root
-    pipe = load_pipeline(
-        base, setup.pipeline, device=setup.device, dtype=setup.dtype, scheduler=setup.scheduler or None, shared=shared
-    )
-    by, detach = attach(pipe, plan)
-    theirs = [render(pipe, case, setup.sampling) for case in cases]
-    detach()
-    alone = _render_baseline(pipe, base, cases, setup)
-    sides = zip(cases, ours, theirs, alone, strict=True)
-    return [Pair(case, first, second, by, third) for case, first, second, third in sides]
+    theirs = render_references(plan, cases, setup, shared)
+    sides = zip(cases, ours, theirs.unfused, theirs.floor, theirs.baseline, strict=True)
+    return [Pair(case, one, other, floor, theirs.unfused_by, alone) for case, one, other, floor, alone in sides]
 
 
-def _render_baseline(pipe: Pipeline, base: Path, cases: Sequence[Case], setup: Setup) -> Sequence[Rendered | None]:
-    """The base as its authors run it: no LoRA, its own scheduler, steps and CFG."""
-    if setup.baseline is None:
-        return [None] * len(cases)
-    parts = {**shared_components(pipe), "transformer": pipe.transformer}
-    pipe = load_pipeline(base, setup.pipeline, device=setup.device, dtype=setup.dtype, shared=parts)
-    return [render(pipe, case, setup.baseline) for case in cases]
+def render_references(
+    plan: Plan, cases: Sequence[Case], setup: Setup, shared: Mapping[str, object] | None = None
+) -> References:
+    """Render every case from the base alone if asked, with the LoRAs beside it, and with its weights moved.
+
+    Args:
+        plan: what is fused, into which base.
+        cases: see `render_pairs`.
+        setup: see `render_pairs`.
+        shared: parts of the merged pipeline.
+
+    Raises:
+        RenderFailed: see `render_pairs`.
+        OutOfMemory: see `render_pairs`.
+    """
+    import torch
+
+    pipe = load_pipeline(plan.checkpoint.root, setup.pipeline, dtype=setup.dtype, shared=shared)
+    alone: Sequence[Rendered | None] = [None] * len(cases)
+    if setup.baseline is not None:  # as its authors run it: no LoRA, its own scheduler, steps and CFG
+        alone = render_all(pipe, cases, setup.baseline, setup.placement)
+    if setup.scheduler:
+        pipe.register_modules(scheduler=make_scheduler(setup.scheduler))
+    by = attach(pipe, plan)
+    unfused = render_all(pipe, cases, setup.sampling, setup.placement)
+    stored = {target.tensor.dtype for target in plan.targets.values()}
+    dtypes = [getattr(torch, setup.dtype), *(getattr(torch, _TORCH_NAMES[dtype]) for dtype in stored)]
+    jitter(pipe.transformer, plan.targets, dtypes)
+    floor = render_all(pipe, cases, setup.sampling, setup.placement)
+    _drop_transformer(pipe)
+    return References(unfused, floor, alone, by)
+
+
+_TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+
+
+def render_all(pipe: Pipeline, cases: Iterable[Case], sampling: Sampling, placement: str) -> list[Rendered]:
+    """Place a pipeline and render every case with it.
+
+    Raises:
+        RenderFailed: it cannot be run.
+        OutOfMemory: the GPU's memory is short; the message names the placement to try.
+    """
+    place(pipe, placement)
+    try:
+        return [render(pipe, case, sampling) for case in cases]
+    except OutOfMemory as error:
+        raise OutOfMemory(f"{error}, {advice(placement)}") from error
 
 
 def _drop_transformer(pipe: Pipeline) -> None:
     """Give the memory back before the other transformer is loaded."""
+    import torch
+
     pipe.register_modules(transformer=None)
     gc.collect()
+    torch.cuda.empty_cache()  # without a GPU it does nothing
 
 
 @dataclass(frozen=True, slots=True)
 class JudgedPair:
-    """A pair, the golden that it was compared with if there is one, and what that came to."""
+    """A pair and what it came to."""
 
     pair: Pair
-    golden: Levels | None
     result: CaseResult
 
     @property
@@ -105,41 +178,26 @@ class JudgedPair:
         return self.pair.case.name
 
 
-def judge_pairs(pairs: Sequence[Pair], goldens: Path, limits: Mapping[str, Limits]) -> list[JudgedPair]:
-    """Compare every pair with each other and with ``goldens/CASE.png``.
+def judge_pairs(pairs: Sequence[Pair], goldens: Mapping[str, Sequence[Golden]], rules: Rules) -> list[JudgedPair]:
+    """Compare every pair with each other, with its noise floor and with the goldens of its case.
 
     Args:
         pairs: what was rendered.
-        goldens: the folder of this recipe's approved pictures for this environment; it may be missing.
-        limits: of ``unfused`` and ``golden``.
-
-    Raises:
-        RenderFailed: a golden is there and cannot be read.
+        goldens: approved pictures by case, see `lora_fuse.regression.goldens.Goldens`.
+        rules: what the cases are held to.
     """
     judged = []
     for pair in pairs:
-        case, golden = pair.case, _read_golden(goldens / f"{pair.case.name}.png")
+        case = pair.case
         size = (case.width, case.height) if case.width and case.height else None
-        result = examine(
-            Subject(case.name, case.prompt, case.seed, size),
-            Picture(to_levels(pair.merged.image), pair.merged.nonfinite),
-            Picture(to_levels(pair.unfused.image), pair.unfused.nonfinite),
-            golden,
-            unfused_limits=limits["unfused"],
-            golden_limits=limits["golden"],
-        )
-        judged.append(JudgedPair(pair, golden, result))
+        merged, unfused, floor = map(_picture, (pair.merged, pair.unfused, pair.floor))
+        subject = Subject(case.name, case.prompt, case.seed, size)
+        judged.append(JudgedPair(pair, examine(subject, merged, unfused, goldens.get(case.name, ()), rules, floor)))
     return judged
 
 
-def _read_golden(path: Path) -> Levels | None:
-    if not path.exists():
-        return None
-    try:
-        with Image.open(path) as image:
-            return to_levels(image)
-    except OSError as error:
-        raise RenderFailed(f"the golden {path} cannot be read ({error}); restore it: git checkout {path}") from error
+def _picture(rendered: Rendered) -> Picture:
+    return Picture(to_levels(rendered.image), rendered.nonfinite, rendered.latents, rendered.sigmas)
 
 
 def save_pictures(judged: Sequence[JudgedPair], folder: Path) -> None:

@@ -7,7 +7,6 @@ loaded) is refused. They are imported inside the functions: three seconds that a
 from __future__ import annotations
 
 import inspect
-import time
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +14,11 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from lora_fuse.errors import RenderFailed
+from lora_fuse.errors import OutOfMemory, RenderFailed
+from lora_fuse.regression.cost import Cost, Meter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -71,15 +72,21 @@ class LoraSpec:
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A picture, the sigmas visited (steps of them, then 0) and the time that it took.
+    """A picture and how it came about.
 
-    `nonfinite` counts the values (height x width x 3 of them) that were NaN or infinite and are painted 0.
+    Attributes:
+        image: as a user would save it.
+        latents: the final ones, float32, in the pipeline's own packing.
+        sigmas: visited, as many as steps, then 0.
+        nonfinite: how many of the height x width x 3 values were NaN or infinite; they are painted 0.
+        cost: time and memory.
     """
 
     image: Image.Image
+    latents: npt.NDArray[np.float32]
     sigmas: tuple[float, ...]
-    seconds: float
     nonfinite: int
+    cost: Cost
 
 
 def quiet_libraries() -> None:
@@ -136,25 +143,23 @@ def load_pipeline(
     folder: Path,
     pipeline: str,
     *,
-    device: str,
     dtype: str,
-    scheduler: Mapping[str, object] | None = None,
     shared: Mapping[str, object] | None = None,
 ) -> Pipeline:
-    """Load a diffusers folder as the named pipeline class, whichever class its model_index.json names.
+    """Load a diffusers folder on the CPU as the named pipeline class, whichever class its model_index.json names.
 
     Args:
         folder: a complete diffusers repository; nothing is looked up elsewhere.
         pipeline: one of `PICTURES`.
-        device: "cpu" or "cuda", see `lora_fuse.devices.resolve_device`.
         dtype: one of `DTYPES`; weights stored in another are converted.
-        scheduler: config of a FlowMatchEulerDiscreteScheduler that replaces the folder's scheduler.
         shared: parts of another pipeline, see `shared_components`; those that this one has no use for are left out.
 
     Raises:
         RenderFailed: the class or dtype is unknown, or the folder cannot be loaded as it.
     """
-    _check_known(pipeline, dtype)
+    check_pipeline(pipeline)
+    if dtype not in DTYPES:
+        raise RenderFailed(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
     if not (folder / "model_index.json").is_file():
         raise RenderFailed(f"{folder} has no model_index.json: give the folder of a whole diffusers pipeline")
     quiet_libraries()
@@ -164,24 +169,30 @@ def load_pipeline(
 
     kind = getattr(diffusers, pipeline)
     parts = {name: part for name, part in (shared or {}).items() if name in inspect.signature(kind).parameters}
-    if scheduler is not None:
-        parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler.from_config(dict(scheduler))
     try:
-        pipe = kind.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True, **parts).to(device)
-    except torch.OutOfMemoryError as error:
-        raise RenderFailed(f"{folder} does not fit the memory of {device}: use device cpu or another GPU") from error
+        pipe = kind.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True, **parts)
     except (OSError, ValueError, RuntimeError) as error:
         raise RenderFailed(f"{folder} cannot be loaded as {pipeline}: {_one_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def _check_known(pipeline: str, dtype: str) -> None:
+def check_pipeline(pipeline: str) -> None:
+    """Refuse a pipeline class that is not one of `PICTURES`.
+
+    Raises:
+        RenderFailed: it is not; the message has the nearest.
+    """
     if pipeline not in PICTURES:
         near = get_close_matches(pipeline, PICTURES, n=3, cutoff=0.0)
         raise RenderFailed(f"unknown pipeline class {pipeline!r}: did you mean {' or '.join(near)}?")
-    if dtype not in DTYPES:
-        raise RenderFailed(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+
+
+def make_scheduler(config: Mapping[str, object]) -> object:
+    """The scheduler of every model here, from its config."""
+    import diffusers
+
+    return diffusers.FlowMatchEulerDiscreteScheduler.from_config(dict(config))
 
 
 def shared_components(pipe: Pipeline) -> dict[str, object]:
@@ -232,12 +243,20 @@ def render(pipe: Pipeline, case: Case, sampling: Sampling) -> Rendered:
     """Make one picture, the noise drawn on the CPU so that every device starts from the same.
 
     Raises:
-        RenderFailed: an input picture cannot be read, their number does not suit the pipeline, or memory is short.
+        RenderFailed: an input picture cannot be read, or their number does not suit the pipeline.
+        OutOfMemory: the GPU's memory is short.
     """
     import torch
 
     arguments = _pictures(type(pipe).__name__, case) | _size(case)
-    start = time.perf_counter()
+    meter, final = Meter(), []
+
+    def after_step(_: Pipeline, step: int, __: object, tensors: dict[str, Any]) -> dict[str, Any]:
+        meter.step()
+        if step == sampling.steps - 1:
+            final.append(tensors["latents"].detach().float().cpu().numpy())
+        return {}
+
     try:
         with condition_area(sampling.condition_area):
             output = pipe(
@@ -247,28 +266,37 @@ def render(pipe: Pipeline, case: Case, sampling: Sampling) -> Rendered:
                 num_inference_steps=sampling.steps,
                 generator=torch.Generator("cpu").manual_seed(case.seed),
                 output_type="np",  # "pil" would paint NaN as black and say nothing
+                callback_on_step_end=after_step,
                 **arguments,
             )
     except torch.OutOfMemoryError as error:
-        raise RenderFailed(
-            f"case {case.name}: the GPU's memory is short: use device cpu or smaller pictures"
-        ) from error
-    seconds = time.perf_counter() - start
+        raise OutOfMemory(f"case {case.name} does not fit the GPU's memory") from error
+    cost = meter.stop()
     values = output.images[0]  # (height, width, 3) float32 in [0, 1]
     finite = np.isfinite(values)
     levels = (np.where(finite, values, 0.0) * 255).round().astype(np.uint8)
     sigmas = tuple(pipe.scheduler.sigmas.tolist())
-    return Rendered(Image.fromarray(levels), sigmas, seconds, nonfinite=int((~finite).sum()))
+    return Rendered(Image.fromarray(levels), final[0], sigmas, int((~finite).sum()), cost)
 
 
 def _pictures(pipeline: str, case: Case) -> dict[str, object]:
     """The `image` argument: one picture as itself, several as a list, none not at all."""
+    check_pictures(pipeline, case)
+    pictures = [open_picture(path, case) for path in case.images]
+    return {"image": pictures[0] if len(pictures) == 1 else pictures} if pictures else {}
+
+
+def check_pictures(pipeline: str, case: Case) -> None:
+    """Whether a pipeline takes as many input pictures as a case has.
+
+    Raises:
+        RenderFailed: it does not, or the pipeline is unknown.
+    """
+    check_pipeline(pipeline)
     allowed = PICTURES[pipeline]
     if len(case.images) not in allowed:
         wanted = str(allowed[0]) if len(allowed) == 1 else f"{allowed[0]} to {allowed[-1]}"
         raise RenderFailed(f"case {case.name} has {len(case.images)} input pictures and {pipeline} takes {wanted}")
-    pictures = [open_picture(path, case) for path in case.images]
-    return {"image": pictures[0] if len(pictures) == 1 else pictures} if pictures else {}
 
 
 def _size(case: Case) -> dict[str, object]:

@@ -1,31 +1,42 @@
 """The report of a regression run: one HTML file to look at, and a few lines for the terminal.
 
-The HTML holds its pictures and styles itself and asks the network for nothing, so it can be mailed, kept as a CI
-artifact and opened in ten years. Failures come first. Nothing is decided here: verdicts and sentences come from
-`verdicts`, and this module only shows them.
+The HTML holds its pictures, styles and the dozen lines of script that move its sliders, and asks the network for
+nothing: it can be mailed, kept as a CI artifact and opened in ten years. Failures come first. Nothing is decided here:
+verdicts and sentences come from `verdicts`, and this module only shows them.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import jinja2
 
     from lora_fuse.regression.metrics import Metric
-    from lora_fuse.regression.verdicts import CaseResult, Comparison, Limits, Verdict
+    from lora_fuse.regression.verdicts import CaseResult, Comparison, Limits, Rules, Verdict
 
 # What a verdict means to somebody who never read the documentation.
 MEANINGS: Mapping[str, str] = {
     "exact": "every picture is the approved one, bit for bit",
     "drift": "not every picture is the approved one bit for bit, and all are within their limits",
+    "review": "there is a case that was approved in another environment only, and is within the limits of that picture",
     "no-golden": "there is a case without an approved picture",
     "regression": "there is a picture outside its limits",
     "invalid": "there is a broken picture: not finite, flat or of the wrong size",
 }
+
+SCRIPT = """
+for (const slider of document.querySelectorAll(".slider")) {
+  const range = slider.querySelector("input");
+  range.hidden = false;
+  range.addEventListener("input", () => slider.style.setProperty("--at", range.value + "%"));
+}
+"""
+SCRIPT_HASH = "sha256-" + base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +63,14 @@ class BuiltFrom:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockChange:
+    """How much the LoRAs change a block: the largest relative norm of the difference of any of its weights."""
+
+    block: str
+    relative_norm: float
+
+
+@dataclass(frozen=True, slots=True)
 class WeightsCheck:
     """What the weights' own check found: the merge derived again, independently, row by row."""
 
@@ -60,22 +79,22 @@ class WeightsCheck:
     rows_checked: int
     rows_total: int
     problems: tuple[str, ...]
+    blocks: tuple[BlockChange, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
-    """A picture of ``|merged - other|``, amplified `factor` times."""
+class Image:
+    """An encoded picture as the page shows it; `kind` is its MIME type."""
 
-    other: str
-    factor: int
-    png: bytes
+    data: bytes
+    kind: str = "image/png"
 
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
     """The base alone at its own settings: its picture, and both times in seconds."""
 
-    png: bytes
+    picture: Image
     steps: int
     true_cfg_scale: float
     seconds: float
@@ -89,39 +108,118 @@ class Baseline:
 
 @dataclass(frozen=True, slots=True)
 class CaseReport:
-    """A judged case and its pictures, all PNG files; `golden` is None where none was approved."""
+    """A judged case and its pictures.
+
+    `heat` are maps of where merged differs, by what it is compared with; `cost` says what the merged picture took;
+    `changed` what is not as it was when the golden was approved, None where there is none.
+    """
 
     result: CaseResult
-    inputs: tuple[bytes, ...]
-    merged: bytes
-    unfused: bytes
-    golden: bytes | None
-    differences: tuple[Difference, ...]
+    inputs: tuple[Image, ...]
+    merged: Image
+    unfused: Image
+    golden: Image | None
+    heat: Mapping[str, Image] = field(default_factory=dict)
+    cost: str = ""
+    changed: tuple[str, ...] | None = None
     baseline: Baseline | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything that the page shows. `environment` is shown in its own order; `warnings` are shown loudly."""
+    """Everything that the page shows.
+
+    `next_step` is a command; `environment` is shown in its own order; `warnings` are shown loudly; `heat_top` is the
+    difference, in levels, from which on a heat map is brightest.
+    """
 
     recipe: str
     verdict: Verdict
+    next_step: str
     built_from: BuiltFrom
     weights: WeightsCheck
     environment: Mapping[str, str]
     warnings: tuple[str, ...]
-    unfused_limits: Limits
-    golden_limits: Limits
+    rules: Rules
     cases: tuple[CaseReport, ...]
+    heat_top: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Gate:
+    """One of the three gates as a tile: what it asks, the answer in a word, and a sentence."""
+
+    title: str
+    state: str
+    sentence: str
 
 
 def report_html(report: Report) -> str:
     """The page: one self-contained file, failures first. Its size is about 4/3 of its pictures'."""
     cases = sorted(report.cases, key=lambda case: -case.result.verdict.severity)  # stable: else in the given order
-    shown = [(case, _metric_rows(case.result, report)) for case in cases]
+    shown = [(case, _metric_rows(case.result, report.rules)) for case in cases]
     passed = sum(case.result.verdict.passed for case in cases)
     template = _environment().get_template("report.html.j2")
-    return template.render(report=report, cases=shown, passed=passed, meanings=MEANINGS)
+    return template.render(
+        report=report,
+        cases=shown,
+        passed=passed,
+        gates=_gates(report),
+        changed=_changed(report.cases),
+        meanings=MEANINGS,
+        script=SCRIPT,
+        script_hash=SCRIPT_HASH,
+    )
+
+
+def _gates(report: Report) -> list[_Gate]:
+    weights, total = report.weights, len(report.cases)
+    apart = [case.result.subject.name for case in report.cases if not case.result.agrees]
+    verdicts = [str(case.result.verdict) for case in report.cases]
+    near = sum(verdict in ("exact", "drift") for verdict in verdicts)
+    unknown = sum(verdict in ("no-golden", "review") for verdict in verdicts)
+    checked = f"{weights.targets:,} weights derived again, {weights.rows_checked:,} of {weights.rows_total:,} rows"
+    return [
+        _Gate("Weights", "passed" if weights.passed else "failed", f"{checked}."),
+        _Gate(
+            "Merged = base + LoRA",
+            "failed" if apart else "passed",
+            f"Not in {', '.join(apart)}." if apart else f"In {total} of {total} cases, within this run.",
+        ),
+        _Gate(
+            "As approved",
+            "passed" if near == total else "open" if near + unknown == total else "failed",
+            f"{near} of {total} cases{f', {unknown} not approved here' if unknown else ''}.",
+        ),
+    ]
+
+
+def _changed(cases: Sequence[CaseReport]) -> list[tuple[str, str]] | None:
+    """What is not as it was approved, and in which cases; None if no case has a golden."""
+    known = [case for case in cases if case.changed is not None]
+    found: dict[str, list[str]] = {}
+    for case in known:
+        for sentence in case.changed or ():
+            found.setdefault(sentence, []).append(case.result.subject.name)
+    everywhere = len(known)
+    return (
+        [(sentence, "" if len(names) == everywhere else ", ".join(names)) for sentence, names in found.items()]
+        if known
+        else None
+    )
+
+
+def next_step(metrics: Mapping[str, Any]) -> str:
+    """The one command that comes after a run, from what `metrics.json` says of it."""
+    match metrics["verdict"]:
+        case "exact" | "drift":
+            return "dvc repro publish/dvc.yaml"
+        case "review" | "no-golden":
+            return 'python -m stages.approve --reason "…"'
+    changed = [name for name in case_names(metrics) if metrics[f"{name}.verdict"] == "regression"]
+    if metrics["verdict"] == "regression" and all(metrics[f"{name}.agrees"] for name in case_names(metrics)):
+        return f'python -m stages.approve {" ".join(f"--case {name}" for name in changed)} --reason "…", if it is meant'
+    return f"python -m stages.verify recipe={metrics['recipe']} verify.rows=all"
 
 
 def summary_text(metrics: Mapping[str, Any], report_path: str) -> str:
@@ -132,17 +230,21 @@ def summary_text(metrics: Mapping[str, Any], report_path: str) -> str:
         report_path: where the page is.
     """
     names = case_names(metrics)
-    rows = [("case", "verdict", "PSNR to golden", "max diff", "PSNR to unfused", "max diff")]
+    rows = [("case", "verdict", "PSNR to golden", "max diff", "PSNR to unfused", "max diff", "over floor", "seconds")]
     for name in names:
         pairs = [text for pair in ("golden", "unfused") for text in _flat_pair(metrics, f"{name}.{pair}")]
-        rows.append((name, metrics[f"{name}.verdict"], *pairs))
+        more = [
+            _number(metrics.get(f"{name}.{key}"), digits) for key, digits in (("over_floor", ".2f"), ("seconds", ".2f"))
+        ]
+        rows.append((name, metrics[f"{name}.verdict"], *pairs, *more))
     lines = _aligned(rows)
     for name in names:
         if metrics[f"{name}.verdict"] != "exact":
             lines.append(f"{name}: {metrics[f'{name}.reasons']}")
     passed = "passed" if metrics["passed"] else "FAILED"
     verdict = metrics["verdict"]
-    return "\n".join([*lines, "", f"{passed}, {verdict}: {MEANINGS[verdict]}", f"report: {report_path}"])
+    ending = [f"{passed}, {verdict}: {MEANINGS[verdict]}", f"report: {report_path}", f"next: {next_step(metrics)}"]
+    return "\n".join([*lines, "", *ending])
 
 
 def case_names(metrics: Mapping[str, Any]) -> list[str]:
@@ -153,7 +255,12 @@ def case_names(metrics: Mapping[str, Any]) -> list[str]:
 def _flat_pair(metrics: Mapping[str, Any], pair: str) -> tuple[str, str]:
     if metrics[f"{pair}.max_abs"] is None:
         return "-", "-"
-    return decibels(metrics[f"{pair}.psnr_db"]), str(metrics[f"{pair}.max_abs"])
+    psnr = "identical" if metrics[f"{pair}.identical"] else f"{metrics[f'{pair}.psnr_db']:.2f} dB"
+    return psnr, str(metrics[f"{pair}.max_abs"])
+
+
+def _number(value: float | None, digits: str) -> str:
+    return "-" if value is None else f"{value:{digits}}"
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -169,13 +276,8 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     return lines
 
 
-def decibels(value: float | None) -> str:
-    """A PSNR as text; None is that of identical pictures."""
-    return "identical" if value is None else f"{value:.2f} dB"
-
-
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+def _data_uri(picture: Image) -> str:
+    return f"data:{picture.kind};base64," + base64.b64encode(picture.data).decode("ascii")
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,28 +289,46 @@ class _Cell:
     holds: bool = True
 
 
-def _metric_rows(result: CaseResult, report: Report) -> list[tuple[str, _Cell, _Cell]]:
-    """(title, to the golden, to the unfused picture) for each metric."""
-    from lora_fuse.regression.metrics import METRICS
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A metric of one case, to the golden, to the unfused picture, and of the noise floor."""
 
-    return [
-        (
+    title: str
+    golden: _Cell
+    unfused: _Cell
+    floor: _Cell
+
+
+def _metric_rows(result: CaseResult, rules: Rules) -> list[_Row]:
+    from lora_fuse.regression.metrics import METRICS
+    from lora_fuse.regression.verdicts import Limits
+
+    rows = [
+        _Row(
             metric.title,
-            _cell(name, metric, result.vs_golden, report.golden_limits),
-            _cell(name, metric, result.vs_unfused, report.unfused_limits),
+            _cell(name, metric, result.vs_golden, rules.golden),
+            _cell(name, metric, result.vs_unfused, rules.unfused),
+            _cell(name, metric, result.floor, Limits({})),
         )
         for name, metric in METRICS.items()
     ]
+    over = result.over_floor
+    if over is not None:
+        limit = "" if rules.over_floor is None else f"≤ {rules.over_floor:g} x"
+        holds = rules.over_floor is None or over <= rules.over_floor
+        rows.append(_Row("latents over the floor", _Cell("-"), _Cell(f"{over:.2f} x", limit, holds), _Cell("1 x")))
+    return rows
 
 
 def _cell(name: str, metric: Metric, comparison: Comparison | None, limits: Limits) -> _Cell:
-    if comparison is None:
+    value = None if comparison is None else comparison.values.get(name)
+    if value is None:
         return _Cell("-")
-    value, bound = comparison.values[name], limits.bounds.get(name)
+    bound = limits.bounds.get(name)
     if bound is None:
         return _Cell(metric.text(value))
-    holds = value is None or (value >= bound if metric.higher_is_nearer else value <= bound)
-    return _Cell(metric.text(value), f"{'≥' if metric.higher_is_nearer else '≤'} {metric.bound_text(bound)}", holds)
+    sign = "≥" if metric.higher_is_nearer else "≤"
+    return _Cell(metric.text(value), f"{sign} {metric.bound_text(bound)}", metric.holds(value, bound))
 
 
 def _environment() -> jinja2.Environment:
@@ -221,5 +341,5 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"data_uri": _data_uri, "decibels": decibels}
+    environment.filters |= {"data_uri": _data_uri}
     return environment

@@ -2,28 +2,71 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_fuse.devices import Environment
+from PIL import Image
+
 from lora_fuse.families import manifest_warnings
 from lora_fuse.records import Manifest, MergedLora
-from lora_fuse.regression.metrics import amplified_difference, to_levels, to_png
+from lora_fuse.regression.goldens import Approved, Candidate, Candidates, Provenance, differences
+from lora_fuse.regression.metrics import HEAT_TOP, Levels, heat_map, to_levels, to_png
 from lora_fuse.regression.pairs import JudgedPair, Setup
 from lora_fuse.regression.render import Sampling, open_picture
-from lora_fuse.regression.report import Baseline, BuiltFrom, CaseReport, Difference, LoraRow, Report, WeightsCheck
-from lora_fuse.regression.verdicts import Limits, worst
+from lora_fuse.regression.report import (
+    Baseline,
+    BlockChange,
+    BuiltFrom,
+    CaseReport,
+    LoraRow,
+    Report,
+    WeightsCheck,
+    case_names,
+    next_step,
+)
+from lora_fuse.regression.report import Image as Encoded
+from lora_fuse.regression.verdicts import Rules, Scalar, flat_metrics, worst
 
-FACTOR = 8  # a difference of 32 levels, and any larger one, is shown as white
+LARGE = 512  # pixels of a side, from which on the page has WebP at this quality; the files beside it are lossless
+QUALITY = 90
+
+
+def run_metrics(judged: Sequence[JudgedPair], found: Candidates, scale: float) -> dict[str, Scalar]:
+    """The content of `metrics.json`: what was measured and decided, what it cost, and of what.
+
+    Args:
+        judged: every case.
+        found: the candidates' records.
+        scale: the recipe's.
+    """
+    metrics = flat_metrics(one.result for one in judged)
+    for one in judged:
+        cost = one.pair.merged.cost
+        metrics |= {f"{one.name}.{name}": getattr(cost, name) for name in cost.__dataclass_fields__}
+    provenance = next(iter(found.cases.values())).provenance
+    metrics |= {"recipe": provenance.recipe, "scale": scale, "environment": str(provenance.environment.key)}
+    return metrics | {"unfused_by": judged[0].pair.unfused_by, "manifest_sha256": found.manifest_sha256}
+
+
+def case_rows(metrics: Mapping[str, Scalar]) -> list[dict[str, Scalar]]:
+    """A row for each case, for `dvc plots`: what `metrics.json` says of it, under the names after the case's own."""
+    return [
+        {"case": name}
+        | {key.removeprefix(f"{name}."): value for key, value in metrics.items() if key.startswith(f"{name}.")}
+        for name in case_names(metrics)
+    ]
 
 
 def review(
     manifest: Manifest,
     verify: Mapping[str, Any],
     judged: Sequence[JudgedPair],
+    found: Candidates,
+    approved: Mapping[str, Sequence[Approved]],
+    rules: Rules,
     setup: Setup,
-    here: Environment,
-    limits: Mapping[str, Limits],
 ) -> Report:
     """The report of one run.
 
@@ -31,26 +74,23 @@ def review(
         manifest: of the merged checkpoint.
         verify: the content of `verify.json`.
         judged: every case.
+        found: the candidates' records.
+        approved: the goldens that the cases were compared with.
+        rules: what they were held to.
         setup: how both sides were rendered.
-        here: where.
-        limits: what the cases were held to, of ``unfused`` and ``golden``.
     """
+    first = next(iter(found.cases.values())).provenance
     return Report(
-        recipe=manifest.recipe or "merge",
+        recipe=first.recipe,
         verdict=worst(case.result.verdict for case in judged),
-        built_from=_built_from(manifest, setup, judged[0].pair.merged.sigmas),
-        weights=WeightsCheck(
-            verify["passed"],
-            verify["targets"],
-            verify["rows_checked"],
-            verify["rows_total"],
-            tuple(verify["problems"]),
-        ),
-        environment={**_environment(here, manifest), "LoRA unfused by": judged[0].pair.unfused_by},
+        next_step=next_step(run_metrics(judged, found, manifest.scale)),
+        built_from=_built_from(manifest, setup, first.sigmas),
+        weights=_weights(verify),
+        environment={**_environment(first), "LoRA unfused by": judged[0].pair.unfused_by},
         warnings=tuple(manifest_warnings(manifest)),
-        unfused_limits=limits["unfused"],
-        golden_limits=limits["golden"],
-        cases=tuple(_case(case, setup.baseline) for case in judged),
+        rules=rules,
+        cases=tuple(_case(one, found.cases[one.name], approved.get(one.name, ()), setup.baseline) for one in judged),
+        heat_top=HEAT_TOP,
     )
 
 
@@ -73,40 +113,81 @@ def _place(lora: MergedLora) -> str:
     return f"{lora.repo_id}@{lora.revision}/{lora.filename}" if lora.repo_id else f"{lora.path}/{lora.filename}"
 
 
-def _environment(here: Environment, manifest: Manifest) -> dict[str, str]:
-    tool = manifest.tool
-    return {
-        "goldens of": here.key,
-        "device": f"{here.device_name}, {here.threads} threads" if here.device == "cpu" else here.device_name,
-        "dtype": here.dtype,
-        "torch": here.torch,
-        "diffusers": here.diffusers,
-        "transformers": here.transformers,
-        "lora-fuse": f"{tool.version}, {(tool.git or 'no checkout')[:12]}{', modified' if tool.dirty else ''}",
-    }
+def _weights(verify: Mapping[str, Any]) -> WeightsCheck:
+    counts = (verify["targets"], verify["rows_checked"], verify["rows_total"])
+    return WeightsCheck(verify["passed"], *counts, tuple(verify["problems"]), block_changes(verify["changes"]))
 
 
-def _case(case: JudgedPair, baseline: Sampling | None) -> CaseReport:
+def block_changes(changes: Mapping[str, Mapping[str, float]]) -> tuple[BlockChange, ...]:
+    """The largest relative norm by block; ``transformer_blocks.7.attn.to_q.weight`` is of block ``7``.
+
+    What is in no numbered block is under its own first name. In the order of the model.
+    """
+    largest: dict[str, float] = {}
+    for name, change in changes.items():
+        numbered = re.match(r"^\w+\.(\d+)\.", name)
+        block = numbered[1] if numbered else name.partition(".")[0]
+        largest[block] = max(largest.get(block, 0.0), change["relative_norm"])
+    ordered = sorted(largest.items(), key=lambda item: (0, int(item[0]), "") if item[0].isdigit() else (1, 0, item[0]))
+    return tuple(BlockChange(name, norm) for name, norm in ordered)
+
+
+def _environment(provenance: Provenance) -> dict[str, str]:
+    here, tool = provenance.environment, provenance.tool
+    shown = {"goldens of": str(here.key), "device": here.device_name, "placement": here.placement}
+    shown |= {name: text for name, text in (("driver", here.driver), ("CUDA", here.cuda)) if text is not None}
+    shown |= {name: getattr(here, name) for name in ("torch", "diffusers", "transformers", "python")}
+    shown["lora-fuse"] = f"{tool.version}, {(tool.git or 'no checkout')[:12]}{', modified' if tool.dirty else ''}"
+    shown["flags"] = ", ".join(f"{name} {value}" for name, value in here.flags.items())
+    return shown
+
+
+def _case(
+    case: JudgedPair, candidate: Candidate, approved: Sequence[Approved], baseline: Sampling | None
+) -> CaseReport:
     merged, unfused = to_levels(case.pair.merged.image), to_levels(case.pair.unfused.image)
-    others = {"golden": case.golden, "unfused": unfused}
+    golden = case.result.golden
+    others = {"golden": None if golden is None else golden.levels, "unfused": unfused}
+    record = next((one.record for one in approved if one.golden is golden), None)
     return CaseReport(
         result=case.result,
-        inputs=tuple(to_png(to_levels(open_picture(path, case.pair.case))) for path in case.pair.case.images),
-        merged=to_png(merged),
-        unfused=to_png(unfused),
-        golden=None if case.golden is None else to_png(case.golden),
-        differences=tuple(
-            Difference(name, FACTOR, to_png(amplified_difference(merged, other, FACTOR)))
+        inputs=tuple(_encoded(to_levels(open_picture(path, case.pair.case))) for path in case.pair.case.images),
+        merged=_encoded(merged),
+        unfused=_encoded(unfused),
+        golden=None if golden is None else _encoded(golden.levels),
+        heat={
+            name: _encoded(heat_map(merged, other))
             for name, other in others.items()
             if other is not None and other.shape == merged.shape
-        ),
+        },
+        cost=_cost(case),
+        changed=None if record is None else tuple(differences(candidate.provenance, record.provenance)),
         baseline=_baseline(case, baseline),
     )
+
+
+def _cost(case: JudgedPair) -> str:
+    cost = case.pair.merged.cost
+    parts = [f"{cost.seconds:.2f} s"]
+    if cost.steps_per_s is not None:
+        parts.append(f"{cost.steps_per_s:.2f} steps/s")
+    if cost.peak_gpu_bytes is not None:
+        parts.append(f"{cost.peak_gpu_bytes / 2**30:.2f} GiB of GPU memory")
+    return ", ".join([*parts, f"{cost.peak_host_bytes / 2**30:.2f} GiB of host memory"])
 
 
 def _baseline(case: JudgedPair, sampling: Sampling | None) -> Baseline | None:
     alone = case.pair.baseline
     if alone is None or sampling is None:
         return None
-    png = to_png(to_levels(alone.image))
-    return Baseline(png, sampling.steps, sampling.true_cfg_scale, alone.seconds, case.pair.merged.seconds)
+    times = (alone.cost.seconds, case.pair.merged.cost.seconds)
+    return Baseline(_encoded(to_levels(alone.image)), sampling.steps, sampling.true_cfg_scale, *times)
+
+
+def _encoded(picture: Levels) -> Encoded:
+    """A PNG, or for a large picture WebP, which looks the same and is a tenth of the size."""
+    if max(picture.shape[:2]) <= LARGE:
+        return Encoded(to_png(picture))
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="WEBP", quality=QUALITY)
+    return Encoded(buffer.getvalue(), "image/webp")

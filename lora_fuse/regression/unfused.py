@@ -7,7 +7,7 @@ has no notion of (modules left out, scales of their own), is attached here.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,11 +22,11 @@ from lora_fuse.sums import read_differences
 DIFFUSERS = "diffusers"
 
 
-def attach(pipe: Pipeline, plan: Plan) -> tuple[str, Callable[[], None]]:
+def attach(pipe: Pipeline, plan: Plan) -> str:
     """Let the LoRAs of a plan act in a pipeline of its base.
 
     Returns:
-        Who attached them, for the report: `DIFFUSERS`, or why it was done here. And what takes them off again.
+        Who attached them, for the report: `DIFFUSERS`, or why it was done here.
     """
     reason = _beyond_diffusers(plan)
     if reason is None:
@@ -37,8 +37,9 @@ def attach(pipe: Pipeline, plan: Plan) -> tuple[str, Callable[[], None]]:
             reason = str(error)
             pipe.unload_lora_weights()
         else:
-            return DIFFUSERS, pipe.unload_lora_weights
-    return f"lora-fuse, for {reason}", attach_differences(pipe.transformer, plan.targets)
+            return DIFFUSERS
+    attach_differences(pipe.transformer, plan.targets)
+    return f"lora-fuse, for {reason}"
 
 
 def _beyond_diffusers(plan: Plan) -> str | None:
@@ -50,29 +51,18 @@ def _beyond_diffusers(plan: Plan) -> str | None:
     return None
 
 
-def attach_differences(model: torch.nn.Module, targets: Mapping[str, Target]) -> Callable[[], None]:
+def attach_differences(model: torch.nn.Module, targets: Mapping[str, Target]) -> None:
     """Add to what a module gives what it would give with the difference in the place of its parameters.
 
     Every module that has targets is linear in its parameters, so that is what the sum of both would give; the
     difference has the precision of the pictures, and is not rounded to the base's.
-
-    Returns:
-        What undoes it.
     """
     modules: dict[str, dict[str, Target]] = defaultdict(dict)
     for name, target in targets.items():
         module, _, parameter = name.rpartition(".")
         modules[module][parameter] = target
-    handles = [
+    for name, found in modules.items():
         model.get_submodule(name).register_forward_hook(_Beside(found), with_kwargs=True)
-        for name, found in modules.items()
-    ]
-
-    def detach() -> None:
-        for handle in handles:
-            handle.remove()
-
-    return detach
 
 
 class _Beside:

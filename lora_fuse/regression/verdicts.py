@@ -1,27 +1,34 @@
-"""Verdicts: is the merged checkpoint's picture right? Pure; pictures come in as arrays, thresholds as `Limits`.
+"""Verdicts: is the merged checkpoint's picture right? Pure; pictures come in as arrays, thresholds as `Rules`.
 
 A case is judged in this order, and the first failure names the verdict:
 
 1. by itself: finite, not flat, of the size asked for. A picture that fails cannot be compared: *invalid*.
-2. against the unfused picture of the same run. This pair shares hardware and libraries, so it holds a tight limit
-   everywhere: beyond it, *regression*.
-3. against the golden, the approved picture of this kind of device: beyond its limit, *regression*.
+2. within the run, against base + LoRA unfused, and its noise floor. This pair shares hardware and libraries, so it
+   holds a tight limit everywhere. Beyond it, or at other sigmas than the recipe's: *regression*.
+3. against the golden, a picture approved in this very environment. Beyond its limit: *regression*; else *exact* or
+   *drift*.
 
-A case without a golden is *no-golden*, which is never a pass: approving is a person's act.
+A golden of a near environment can say *review* at best. A case without any is *no-golden*, which is never a pass:
+approving is a person's act.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeAlias
 
-from lora_fuse.regression.metrics import METRICS, Levels, is_flat
+from lora_fuse.regression.metrics import METRICS, Latents, Levels, is_flat
 
 Size: TypeAlias = tuple[int, int]  # width, height in pixels
+Values: TypeAlias = Mapping[str, float]  # by metric, as `metrics.METRICS` names them
 Scalar: TypeAlias = float | int | bool | str | None
+
+# What arithmetic in float32 leaves in the latents (relative L2), below which no floor is compared with.
+FLOAT32_NOISE = 1e-5
+SIGMA_TOLERANCE = 1e-4
 
 
 class Verdict(StrEnum):
@@ -32,6 +39,7 @@ class Verdict(StrEnum):
 
     EXACT = "exact"  # the golden, bit for bit
     DRIFT = "drift"  # not the golden, and within its limits
+    REVIEW = "review"  # within the limits of a golden of another environment: a person has to look
     NO_GOLDEN = "no-golden"
     REGRESSION = "regression"
     INVALID = "invalid"
@@ -52,9 +60,6 @@ def worst(verdicts: Iterable[Verdict]) -> Verdict:
     return max(verdicts, key=lambda verdict: verdict.severity, default=Verdict.INVALID)
 
 
-Values: TypeAlias = Mapping[str, float | None]  # by metric, as `metrics.METRICS` names them
-
-
 @dataclass(frozen=True, slots=True)
 class Limits:
     """How far two pictures may be apart: a bound for each metric that decides, by its name in `metrics.METRICS`.
@@ -67,15 +72,60 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class Rules:
+    """What a case is held to.
+
+    Attributes:
+        unfused: limits of merged against unfused.
+        golden: limits of merged against golden.
+        over_floor: how many times the noise floor the latents of that first pair may be apart; None decides nothing.
+        sigmas: what the pipeline must visit, without the final 0; None leaves it open.
+    """
+
+    unfused: Limits
+    golden: Limits
+    over_floor: float | None = None
+    sigmas: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture as levels, and where it was just rendered what is known from before rounding.
+
+    `nonfinite` counts values that were NaN or infinite; `sigmas` has the final 0.
+    """
+
+    levels: Levels
+    nonfinite: int = 0
+    latents: Latents | None = None
+    sigmas: tuple[float, ...] = ()
+
+    @property
+    def facts(self) -> Facts:
+        """What is true of it by itself."""
+        height, width = self.levels.shape[:2]
+        return Facts((width, height), self.nonfinite, is_flat(self.levels))
+
+
+@dataclass(frozen=True, slots=True)
+class Golden:
+    """An approved picture: its name, and of which environment it is where that is not the run's."""
+
+    levels: Levels
+    name: str
+    elsewhere: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
-    """The distances between two pictures, by metric; the PSNR of identical ones is None: JSON has no infinity."""
+    """The distances between two pictures, by metric. The PSNR of identical ones is infinite."""
 
     values: Values
 
     @property
     def identical(self) -> bool:
         """Whether every level is the same."""
-        return self.values["psnr_db"] is None
+        return math.isinf(self.values["psnr_db"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,109 +148,150 @@ class Subject:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A rendered or approved picture, and how many of its values were not finite before rounding."""
-
-    levels: Levels
-    nonfinite: int = 0
-
-    @property
-    def facts(self) -> Facts:
-        """What is true of it by itself."""
-        height, width = self.levels.shape[:2]
-        return Facts((width, height), self.nonfinite, is_flat(self.levels))
-
-
-@dataclass(frozen=True, slots=True)
 class CaseResult:
-    """A judged case. `reasons` are whole sentences with both values; a comparison that was not possible is None."""
+    """A judged case. `reasons` are whole sentences with both values; a comparison that was not possible is None.
+
+    `floor` compares the unfused pipeline with itself, moved by as much as rounding moves it; `agrees` says that merged
+    and unfused are the same within their limits; `golden` is the one that the picture is nearest to.
+    """
 
     subject: Subject
     facts: Facts
     vs_unfused: Comparison | None
+    floor: Comparison | None
     vs_golden: Comparison | None
+    golden: Golden | None
+    agrees: bool
     verdict: Verdict
     reasons: tuple[str, ...]
 
+    @property
+    def over_floor(self) -> float | None:
+        """How many times the noise floor the latents of merged and unfused are apart."""
+        if self.vs_unfused is None or self.floor is None or "latents_l2" not in self.floor.values:
+            return None
+        apart = self.vs_unfused.values.get("latents_l2", math.nan)
+        return apart / max(self.floor.values["latents_l2"], FLOAT32_NOISE)
 
-def compare(a: Levels, b: Levels) -> Comparison:
-    """Measure two pictures against each other.
+
+def compare(a: Picture, b: Picture) -> Comparison:
+    """Measure two pictures against each other, and their latents where both have them.
 
     Raises:
         ValueError: they differ in size.
     """
-    measured = {name: metric.measure(a, b) for name, metric in METRICS.items()}
-    return Comparison({name: None if math.isinf(value) else value for name, value in measured.items()})
-
-
-def judge(
-    facts: Mapping[str, Facts],
-    vs_unfused: Comparison | None,
-    vs_golden: Comparison | None,
-    *,
-    asked: Size | None,
-    unfused_limits: Limits,
-    golden_limits: Limits,
-) -> tuple[Verdict, tuple[str, ...]]:
-    """Decide a case.
-
-    Args:
-        facts: of the pictures by name: "merged", "unfused" and, where there is one, "golden".
-        vs_unfused: merged against unfused; None if that was not possible, which is never a pass.
-        vs_golden: merged against golden; None without a golden.
-        asked: the size that the case asks for.
-        unfused_limits: for the first pair.
-        golden_limits: for the second.
-
-    Returns:
-        The verdict and the sentences that say why.
-    """
-    faults = [*_faults(facts), *_wrong_sizes(facts, asked)]
-    if faults or vs_unfused is None:
-        return Verdict.INVALID, tuple(faults) or ("The merged picture was not compared with the unfused one.",)
-    broken = beyond(vs_unfused, unfused_limits, "the unfused picture of this run")
-    if vs_golden is not None:
-        broken += beyond(vs_golden, golden_limits, "the golden")
-    if broken:
-        return Verdict.REGRESSION, tuple(broken)
-    if vs_golden is None:
-        return Verdict.NO_GOLDEN, ("No picture was approved for this case on this kind of device.",)
-    if vs_golden.identical:
-        return Verdict.EXACT, ()
-    return Verdict.DRIFT, (f"Not the golden bit for bit, and within its limits: {_measured(vs_golden)}.",)
+    same = a.levels.shape == b.levels.shape and bool((a.levels == b.levels).all())
+    values = {
+        name: metric.best if same else metric.measure(a.levels, b.levels)
+        for name, metric in METRICS.items()
+        if not metric.of_latents
+    }
+    if a.latents is not None and b.latents is not None:
+        values |= {name: m.measure(a.latents, b.latents) for name, m in METRICS.items() if m.of_latents}
+    return Comparison(values)
 
 
 def examine(
     subject: Subject,
     merged: Picture,
     unfused: Picture,
-    golden: Levels | None,
-    *,
-    unfused_limits: Limits,
-    golden_limits: Limits,
+    goldens: Sequence[Golden],
+    rules: Rules,
+    floor: Picture | None = None,
 ) -> CaseResult:
-    """Measure and judge the pictures of one case."""
-    facts = {"merged": merged.facts, "unfused": unfused.facts}
-    if golden is not None:
-        facts["golden"] = Picture(golden).facts
-    vs_unfused = _compare_if_possible(merged.levels, unfused.levels)
-    vs_golden = None if golden is None else _compare_if_possible(merged.levels, golden)
-    verdict, reasons = judge(
-        facts,
+    """Measure and judge the pictures of one case.
+
+    Args:
+        subject: what was asked for.
+        merged: from the merged checkpoint.
+        unfused: from base + LoRA.
+        goldens: approved pictures, all of one environment.
+        rules: what they are held to.
+        floor: the unfused pipeline again, moved by as much as rounding moves it.
+    """
+    found = _nearest_golden(merged, goldens)
+    golden, vs_golden = found or (None, None)
+    vs_unfused = _compare_if_possible(merged, unfused)
+    of_floor = None if floor is None else _compare_if_possible(floor, unfused)
+    result = CaseResult(
+        subject,
+        merged.facts,
         vs_unfused,
+        of_floor,
         vs_golden,
-        asked=subject.size,
-        unfused_limits=unfused_limits,
-        golden_limits=golden_limits,
+        golden,
+        agrees=False,
+        verdict=Verdict.INVALID,
+        reasons=(),
     )
-    return CaseResult(subject, facts["merged"], vs_unfused, vs_golden, verdict, reasons)
+    facts = {"merged": merged.facts, "unfused": unfused.facts}
+    faults = [*_faults(facts), *_wrong_sizes(facts, subject.size)]
+    if faults:
+        return _decided(result, Verdict.INVALID, faults)
+    apart = [*_wrong_sigmas(merged, unfused, rules.sigmas), *_disagreement(result, rules)]
+    return _decided(result, *_against_golden(result, rules, apart), agrees=not apart)
+
+
+def _decided(result: CaseResult, verdict: Verdict, reasons: Iterable[str], *, agrees: bool = False) -> CaseResult:
+    measured = (result.subject, result.facts, result.vs_unfused, result.floor, result.vs_golden, result.golden)
+    return CaseResult(*measured, agrees=agrees, verdict=verdict, reasons=tuple(reasons))
+
+
+def _nearest_golden(merged: Picture, goldens: Sequence[Golden]) -> tuple[Golden, Comparison | None] | None:
+    """The golden that has the least error to the picture; one of another size only if there is no other."""
+    compared = [(golden, _compare_if_possible(merged, Picture(golden.levels))) for golden in goldens]
+    return max(compared, key=lambda pair: -1.0 if pair[1] is None else pair[1].values["psnr_db"], default=None)
+
+
+def _disagreement(result: CaseResult, rules: Rules) -> list[str]:
+    """What separates merged and unfused."""
+    if result.vs_unfused is None:
+        return ["The merged picture was not compared with the unfused one."]
+    sentences = beyond(result.vs_unfused, rules.unfused, "the unfused picture of this run")
+    if rules.over_floor is not None:
+        over = result.over_floor
+        if over is None:
+            sentences.append("The noise floor was not measured, and the recipe sets regress.over_floor.")
+        elif not over <= rules.over_floor:
+            sentences.append(
+                f"The latents are {over:.3g} times the noise floor from those of the unfused run, "
+                f"above {rules.over_floor:g} times: the merge does not do what the LoRA does."
+            )
+    return sentences
+
+
+def _against_golden(result: CaseResult, rules: Rules, apart: Sequence[str]) -> tuple[Verdict, list[str]]:
+    """The verdict of a case whose pictures are sound; `apart` is what separates merged and unfused."""
+    golden, compared = result.golden, result.vs_golden
+    here = golden is not None and golden.elsewhere is None
+    broken = [] if golden is None else _beyond_golden(result, golden, compared, rules)
+    if apart or (here and broken):
+        return Verdict.REGRESSION, [*apart, *(broken if here else ())]
+    if golden is None:
+        return Verdict.NO_GOLDEN, ["No picture was approved for this case."]
+    if here and compared is not None and compared.identical:
+        return Verdict.EXACT, []
+    if here:
+        return Verdict.DRIFT, [f"Not the golden bit for bit, and within its limits: {_measured(compared)}."]
+    where = f"the golden of {golden.elsewhere}, the nearest environment that has one"
+    if broken:
+        return Verdict.NO_GOLDEN, [f"No picture was approved here, and {where}, is too far.", *broken]
+    return Verdict.REVIEW, [f"No picture was approved here. Within the limits of {where}: {_measured(compared)}."]
+
+
+def _beyond_golden(result: CaseResult, golden: Golden, compared: Comparison | None, rules: Rules) -> list[str]:
+    if compared is not None:
+        return beyond(compared, rules.golden, "the golden")
+    (width, height), picture = golden.levels.shape[1::-1], result.facts.size
+    return [f"The golden {golden.name} is {width}x{height}, and the merged picture {picture[0]}x{picture[1]}."]
 
 
 def flat_metrics(results: Iterable[CaseResult]) -> dict[str, Scalar]:
     """The judged cases as `metrics.json` has them: `passed`, `verdict`, and one level of dotted keys per case.
 
-    ``{case}.verdict``, ``{case}.reasons`` and, for both pairs, ``{case}.golden.psnr_db`` and so on. Every case has
-    every key (null where nothing was measured), so that a difference between two runs shows.
+    ``{case}.verdict``, ``{case}.reasons`` and, for the pairs ``golden``, ``unfused`` and ``floor``,
+    ``{case}.golden.psnr_db`` and so on. Every case has every key (null where nothing was measured, or where the PSNR
+    is infinite), so that a difference between two runs shows.
     """
     listed = list(results)
     overall = worst(result.verdict for result in listed)
@@ -209,11 +300,19 @@ def flat_metrics(results: Iterable[CaseResult]) -> dict[str, Scalar]:
         name = result.subject.name
         flat[f"{name}.verdict"] = result.verdict.value
         flat[f"{name}.reasons"] = " ".join(result.reasons)
-        for pair, comparison in (("golden", result.vs_golden), ("unfused", result.vs_unfused)):
-            values = dict.fromkeys(METRICS) if comparison is None else comparison.values
-            flat |= {f"{name}.{pair}.{metric}": value for metric, value in values.items()}
+        flat[f"{name}.agrees"] = result.agrees
+        flat[f"{name}.over_floor"] = _json_number(result.over_floor)
+        for pair, comparison in (("golden", result.vs_golden), ("unfused", result.vs_unfused), ("floor", result.floor)):
+            for metric in METRICS:
+                value = None if comparison is None else comparison.values.get(metric)
+                flat[f"{name}.{pair}.{metric}"] = _json_number(value)
             flat[f"{name}.{pair}.identical"] = comparison is not None and comparison.identical
     return flat
+
+
+def _json_number(value: float | None) -> float | None:
+    """JSON has neither infinity nor NaN."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _faults(facts: Mapping[str, Facts]) -> list[str]:
@@ -238,25 +337,39 @@ def _wrong_sizes(facts: Mapping[str, Facts], asked: Size | None) -> list[str]:
     ]
 
 
-def _compare_if_possible(a: Levels, b: Levels) -> Comparison | None:
-    return compare(a, b) if a.shape == b.shape else None
+def _wrong_sigmas(merged: Picture, unfused: Picture, wanted: tuple[float, ...] | None) -> list[str]:
+    if wanted is None:
+        return []
+    return [
+        f"The {name} pipeline visited the sigmas {_listed(picture.sigmas[:-1])}, the recipe's are {_listed(wanted)}."
+        for name, picture in (("merged", merged), ("unfused", unfused))
+        if len(picture.sigmas) != len(wanted) + 1
+        or any(abs(a - b) > SIGMA_TOLERANCE for a, b in zip(picture.sigmas, wanted, strict=False))
+    ]
+
+
+def _listed(sigmas: Iterable[float]) -> str:
+    return ", ".join(f"{sigma:.4g}" for sigma in sigmas)
+
+
+def _compare_if_possible(a: Picture, b: Picture) -> Comparison | None:
+    return compare(a, b) if a.levels.shape == b.levels.shape else None
 
 
 def beyond(comparison: Comparison, limits: Limits, other: str) -> list[str]:
-    """A sentence for each limit that does not hold; written so that a NaN holds none."""
+    """A sentence for each limit that does not hold; a NaN holds none."""
     sentences = []
     for name, bound in limits.bounds.items():
         metric, value = METRICS[name], comparison.values[name]
-        if value is None:
-            continue  # the PSNR of identical pictures
-        if not (value >= bound if metric.higher_is_nearer else value <= bound):
+        if not metric.holds(value, bound):
             side = "below" if metric.higher_is_nearer else "above"
-            sentences.append(
-                f"{metric.title[0].upper()}{metric.title[1:]} to {other} is {metric.text(value)}, {side} {metric.bound_text(bound)}."
-            )
+            title = metric.title[0].upper() + metric.title[1:]
+            sentences.append(f"{title} to {other} is {metric.text(value)}, {side} {metric.bound_text(bound)}.")
     return sentences
 
 
-def _measured(comparison: Comparison) -> str:
+def _measured(comparison: Comparison | None) -> str:
+    if comparison is None:
+        return "not measured"
     shown = ("psnr_db", "max_abs", "flip_worst")
     return ", ".join(f"{METRICS[name].title} {METRICS[name].text(comparison.values[name])}" for name in shown)

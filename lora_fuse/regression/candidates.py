@@ -1,0 +1,67 @@
+"""What a run leaves for approval: every merged picture's sha256 and everything that it came from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_fuse.files import hash_file
+from lora_fuse.provenance import this_tool
+from lora_fuse.records import Manifest, to_json
+from lora_fuse.regression.environment import Environment
+from lora_fuse.regression.goldens import SCHEMA, Candidate, Candidates, CaseRecord, Provenance
+from lora_fuse.regression.metrics import to_levels, to_png
+from lora_fuse.regression.pairs import JudgedPair, Setup
+from lora_fuse.regression.render import Case
+
+
+def candidates(
+    judged: Sequence[JudgedPair], manifest: Manifest, manifest_sha256: str, setup: Setup, here: Environment
+) -> Candidates:
+    """The record of a run's merged pictures."""
+    return Candidates(
+        SCHEMA,
+        manifest_sha256,
+        {
+            one.name: Candidate(
+                sha256=hashlib.sha256(to_png(to_levels(one.pair.merged.image))).hexdigest(),
+                agrees=one.result.agrees,
+                reasons=one.result.reasons,
+                provenance=_provenance(one, manifest, manifest_sha256, setup, here),
+            )
+            for one in judged
+        },
+    )
+
+
+def _provenance(
+    one: JudgedPair, manifest: Manifest, manifest_sha256: str, setup: Setup, here: Environment
+) -> Provenance:
+    base = manifest.base
+    return Provenance(
+        recipe=manifest.recipe or "merge",
+        base=base.label if base else "unknown",
+        base_sha256=hashlib.sha256(to_json(base.files if base else {}).encode()).hexdigest(),
+        loras=manifest.loras,
+        manifest_sha256=manifest_sha256,
+        pipeline=setup.pipeline,
+        case=_case_record(one.pair.case),
+        steps=setup.sampling.steps,
+        true_cfg_scale=setup.sampling.true_cfg_scale,
+        negative_prompt=setup.sampling.negative_prompt,
+        scheduler=_plain(setup.scheduler),
+        sigmas=one.pair.merged.sigmas,
+        environment=here,
+        tool=this_tool(),
+    )
+
+
+def _case_record(case: Case) -> CaseRecord:
+    images = {Path(path).as_posix(): hash_file(path).sha256 for path in case.images}
+    return CaseRecord(case.name, case.prompt, case.seed, images, case.height, case.width)
+
+
+def _plain(scheduler: Mapping[str, Any]) -> dict[str, bool | int | float | str | None]:
+    return dict(scheduler)

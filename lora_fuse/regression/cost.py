@@ -1,0 +1,81 @@
+"""What a picture cost: seconds, steps per second, peak memory of the GPUs and of the process."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Time and memory of one picture.
+
+    Attributes:
+        seconds: from the prompt to the pixels.
+        steps_per_s: of the denoising loop alone, from the end of its first step on; None for a single step.
+        peak_gpu_bytes: allocated by torch, the sum of all GPUs; None without one.
+        peak_host_bytes: resident memory of the process; where its peak cannot be reset (not Linux), since its start.
+    """
+
+    seconds: float
+    steps_per_s: float | None
+    peak_gpu_bytes: int | None
+    peak_host_bytes: int
+
+
+class Meter:
+    """Measures from its making to `stop`."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+        for gpu in self._gpus:
+            torch.cuda.reset_peak_memory_stats(gpu)
+        _reset_host_peak()
+        self._steps: list[float] = []
+        self._start = self._now()
+
+    def step(self) -> None:
+        """A denoising step has ended."""
+        self._steps.append(self._now())
+
+    def stop(self) -> Cost:
+        """What it came to."""
+        import torch
+
+        seconds = self._now() - self._start
+        count, gpus = len(self._steps) - 1, self._gpus
+        return Cost(
+            seconds=seconds,
+            steps_per_s=count / (self._steps[-1] - self._steps[0]) if count > 0 else None,
+            peak_gpu_bytes=sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus) if gpus else None,
+            peak_host_bytes=_host_peak(),
+        )
+
+    def _now(self) -> float:
+        import torch
+
+        for gpu in self._gpus:
+            torch.cuda.synchronize(gpu)
+        return time.perf_counter()
+
+
+def _reset_host_peak() -> None:
+    """Linux: 5 resets the high-water mark of resident memory (man 5 proc, clear_refs)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return
+
+
+def _host_peak() -> int:
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024

@@ -1,0 +1,52 @@
+"""The noise floor of a run: how far the same pictures move when weights move by as much as one rounding moves them.
+
+A right merge is base + LoRA, rounded once: each of its weights is off by an error that is spread evenly over one unit
+in the last place (ulp), so with the variance ulp^2 / 12 (Widrow and Kollar, Quantization Noise, 2008, chapter 5). Here
+one weight in twelve is moved by a whole ulp, up or down: the same variance, without the merge. What that does to the
+unfused pipeline's latents is what rounding may do; a merge that is wrong in anything else is further off.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+SHARE = 1 / 12  # of the weights, moved by one ulp
+
+
+def jitter(model: torch.nn.Module, names: Iterable[str], dtypes: Iterable[torch.dtype], seed: int = 0) -> int:
+    """Move one in twelve of the named parameters' values by one ulp, up or down, in place.
+
+    Args:
+        model: the base's component, LoRA attached or not.
+        names: of parameters, as the checkpoint has them.
+        dtypes: that the weights pass through, on disk and in memory; the coarsest has the ulp that counts.
+        seed: of the choice, which is drawn on the parameter's own device.
+
+    Returns:
+        The number of parameters that were found.
+    """
+    import torch
+
+    wanted = set(names)
+    coarsest = max((torch.finfo(dtype) for dtype in dtypes), key=lambda info: info.eps)
+    bits, lowest = round(-math.log2(coarsest.eps)), round(math.log2(coarsest.smallest_normal))
+    generators: dict[torch.device, torch.Generator] = {}
+    found = 0
+    for full_name, parameter in model.named_parameters():
+        if full_name.replace(".base_layer", "") not in wanted:  # PEFT puts the weight one level down
+            continue
+        found += 1
+        device = parameter.device
+        generator = generators.setdefault(device, torch.Generator(device).manual_seed(seed))
+        weight = parameter.detach()
+        exponent = torch.frexp(weight.float()).exponent - 1
+        ulp = torch.exp2((exponent.clamp_(min=lowest) - bits).float())
+        chance = torch.rand(weight.shape, generator=generator, device=device)
+        direction = (chance < SHARE / 2).float() - (chance >= 1 - SHARE / 2).float()
+        weight.copy_(weight + direction * ulp)
+    return found

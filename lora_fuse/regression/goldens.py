@@ -1,0 +1,282 @@
+"""Approved pictures: ``artifacts/golden/RECIPE/KEY/CASE.png``, each with a record of what it is a picture of, and why.
+
+``CASE.png`` is the first of a case, ``CASE.2.png`` another one that was approved as well; ``CASE.json`` and so on are
+their records. A picture without a record, a record without its picture, or a picture that is not the recorded one is
+refused: nothing is a golden that nobody approved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from lora_fuse.errors import BadGolden
+from lora_fuse.files import replace_bytes, replace_text
+from lora_fuse.records import MergedLora, Tool, from_json, to_json
+from lora_fuse.regression.environment import Environment, Key
+from lora_fuse.regression.metrics import Levels, to_levels
+from lora_fuse.regression.verdicts import Golden
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class CaseRecord:
+    """What was asked for; `images` are the sha256 of the input pictures by path, sizes in pixels or the pipeline's."""
+
+    name: str
+    prompt: str
+    seed: int
+    images: dict[str, str]
+    height: int | None
+    width: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Everything that a picture came from.
+
+    Attributes:
+        recipe: its name.
+        base: what a person would call it, ``repo@commit`` or a path.
+        base_sha256: of the list of the base's files, their sizes and sha256.
+        loras: as they went into the merge, with commit, sha256 and scale.
+        manifest_sha256: of the manifest of the merge, so of every byte of it.
+        pipeline: diffusers' class.
+        case: what was asked for.
+        steps: of denoising.
+        true_cfg_scale: 1.0 is without guidance.
+        negative_prompt: unused without guidance.
+        scheduler: the settings that the recipe gives; empty where it keeps the base's.
+        sigmas: that were visited.
+        environment: where, with which versions and flags.
+        tool: what made it.
+    """
+
+    recipe: str
+    base: str
+    base_sha256: str
+    loras: tuple[MergedLora, ...]
+    manifest_sha256: str
+    pipeline: str
+    case: CaseRecord
+    steps: int
+    true_cfg_scale: float
+    negative_prompt: str | None
+    scheduler: dict[str, bool | int | float | str | None]
+    sigmas: tuple[float, ...]
+    environment: Environment
+    tool: Tool
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A picture of the last run: its sha256 as a PNG file, whether merged and unfused agree, and what it came from."""
+
+    sha256: str
+    agrees: bool
+    reasons: tuple[str, ...]
+    provenance: Provenance
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """What a run leaves for approval, by case."""
+
+    schema: int
+    manifest_sha256: str
+    cases: dict[str, Candidate]
+
+
+@dataclass(frozen=True, slots=True)
+class Approval:
+    """Who found a picture right, when (UTC, ISO 8601), why, and the sha256 of the goldens that it took the place of."""
+
+    by: str
+    at: str
+    reason: str
+    replaces: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GoldenRecord:
+    """The record beside an approved picture."""
+
+    schema: int
+    sha256: str
+    approval: Approval
+    provenance: Provenance
+
+
+@dataclass(frozen=True, slots=True)
+class Approved:
+    """A golden as a run compares with it, and its record."""
+
+    golden: Golden
+    record: GoldenRecord
+
+
+class Goldens:
+    """The goldens of one recipe."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder` has a folder for each key; it need not exist."""
+        self._folder = folder
+
+    def records(self, key: Key, case: str | None = None) -> Iterator[tuple[Path, GoldenRecord]]:
+        """Every golden of a key, or of one of its cases: the picture's path and its record, checked.
+
+        Raises:
+            BadGolden: a picture or a record is missing, cannot be read, or they are not of each other.
+        """
+        folder = self._folder / str(key)
+        names = {path.stem for path in folder.glob("*") if path.suffix in {".png", ".json"}}
+        for name in sorted(names):
+            if case is None or name.partition(".")[0] == case:
+                yield _checked(folder / f"{name}.png", folder / f"{name}.json")
+
+    def for_run(self, key: Key, cases: Iterable[str]) -> dict[str, list[Approved]]:
+        """The pictures to compare a run with, by case: those of its key, or where a case has none, of the nearest.
+
+        Raises:
+            BadGolden: see `records`.
+        """
+        return {case: self._of_key(key, key, case) or self._of_nearest(key, case) for case in cases}
+
+    def _of_key(self, key: Key, run: Key, case: str) -> list[Approved]:
+        elsewhere = None if key == run else f"{key} ({'; '.join(key.differences(run))})"
+        return [
+            Approved(Golden(_levels(path), path.name, elsewhere), record) for path, record in self.records(key, case)
+        ]
+
+    def _of_nearest(self, run: Key, case: str) -> list[Approved]:
+        others = {
+            path.parent.name: _read_record(path).provenance.environment.key
+            for path in self._folder.glob("*/*.json")
+            if path.stem.partition(".")[0] == case
+        }
+        nearest = run.nearest(others.values())
+        return [] if nearest is None else self._of_key(nearest, run, case)
+
+    def approve(self, picture: bytes, candidate: Candidate, approval: Approval, *, beside: bool = False) -> Path:
+        """Make a candidate a golden of its key.
+
+        Args:
+            picture: the PNG file.
+            candidate: what it is.
+            approval: who, when and why; what it replaces is filled in.
+            beside: keep the case's other goldens; without it they are removed.
+
+        Returns:
+            The path of the golden.
+
+        Raises:
+            BadGolden: the picture is not the candidate's, or see `records`.
+        """
+        if hashlib.sha256(picture).hexdigest() != candidate.sha256:
+            raise BadGolden(
+                f"the picture of {candidate.provenance.case.name} is not the one that was judged; run again: "
+                "dvc repro -f regress"
+            )
+        case, key = candidate.provenance.case.name, candidate.provenance.environment.key
+        present = list(self.records(key, case))
+        for path, record in present:
+            if record.sha256 == candidate.sha256 and beside:
+                return path
+        taken = {path.stem for path, _ in present} if beside else set()
+        numbered = (f"{case}.{number}" if number > 1 else case for number in range(1, len(taken) + 2))
+        name = next(name for name in numbered if name not in taken)
+        replaced = () if beside else tuple(record.sha256 for _, record in present)
+        folder = self._folder / str(key)
+        folder.mkdir(parents=True, exist_ok=True)
+        record = GoldenRecord(
+            SCHEMA,
+            candidate.sha256,
+            Approval(approval.by, approval.at, approval.reason, replaced),
+            candidate.provenance,
+        )
+        replace_bytes(folder / f"{name}.png", picture)
+        replace_text(folder / f"{name}.json", to_json(record))
+        for path, _ in [] if beside else present:
+            if path.stem != name:
+                path.unlink()
+                path.with_suffix(".json").unlink()
+        return folder / f"{name}.png"
+
+
+def differences(now: Provenance, then: Provenance) -> list[str]:
+    """What is not as it was when a golden was approved, a sentence each: what a changed picture can come from."""
+    sentences = [f"the base is {now.base}, and was {then.base}"] if now.base_sha256 != then.base_sha256 else []
+    sentences += _lora_differences(now.loras, then.loras)
+    alike = ("pipeline", "steps", "true_cfg_scale", "negative_prompt", "sigmas")
+    here, there = now.environment, then.environment
+    machine = [name for name in Environment.__dataclass_fields__ if name not in {"key", "flags"}]
+    sides = [
+        ("", {name: getattr(now, name) for name in alike}, {name: getattr(then, name) for name in alike}),
+        ("scheduler ", now.scheduler, then.scheduler),
+        ("the case's ", asdict(now.case), asdict(then.case)),
+        ("", {name: getattr(here, name) for name in machine}, {name: getattr(there, name) for name in machine}),
+        ("", here.flags, there.flags),
+    ]
+    for what, new, old in sides:
+        sentences += [
+            f"{what}{name} is {new.get(name)}, was {old.get(name)}"
+            for name in [*new, *(name for name in old if name not in new)]
+            if new.get(name) != old.get(name)
+        ]
+    return sentences
+
+
+def _lora_differences(now: Iterable[MergedLora], then: Iterable[MergedLora]) -> list[str]:
+    after, before = {lora.name: lora for lora in now}, {lora.name: lora for lora in then}
+    sentences = [f"LoRA {name} is new" for name in after if name not in before]
+    sentences += [f"LoRA {name} is gone" for name in before if name not in after]
+    for name, new in after.items():
+        old = before.get(name, new)
+        if old.sha256 != new.sha256:
+            sentences.append(f"LoRA {name} is {_place(new)}, was {_place(old)}")
+        if old.scale != new.scale:
+            sentences.append(f"LoRA {name} has scale {new.scale:g}, had {old.scale:g}")
+    return sentences
+
+
+def _place(lora: MergedLora) -> str:
+    at = f"{lora.repo_id}@{(lora.revision or '')[:12]}" if lora.repo_id else str(lora.path)
+    return f"{at}/{lora.filename} ({lora.sha256[:12]})"
+
+
+def _read_record(path: Path) -> GoldenRecord:
+    try:
+        return from_json(GoldenRecord, path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise BadGolden(
+            f"the record {path} cannot be read ({error}); restore it: git checkout {path.parent}"
+        ) from error
+
+
+def _checked(picture: Path, record: Path) -> tuple[Path, GoldenRecord]:
+    if not record.exists():
+        raise BadGolden(f"{picture} has no record {record.name}, so nobody approved it; remove it and approve a run")
+    found = _read_record(record)
+    try:
+        held = hashlib.sha256(picture.read_bytes()).hexdigest()
+    except OSError as error:
+        raise BadGolden(f"the golden {picture} cannot be read ({error}); restore it: git checkout {picture}") from error
+    if held != found.sha256:
+        raise BadGolden(
+            f"the golden {picture} has sha256 {held}, and {found.sha256} was approved; "
+            f"restore it: git checkout {picture}"
+        )
+    return picture, found
+
+
+def _levels(path: Path) -> Levels:
+    try:
+        with Image.open(path) as image:
+            return to_levels(image)
+    except OSError as error:
+        raise BadGolden(f"the golden {path} is no picture ({error}); restore it: git checkout {path}") from error
