@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from lora_fuse import hub
 from lora_fuse.checkpoint import open_checkpoint
 from lora_fuse.families import COMPONENT
 from lora_fuse.plan import Plan, make_plan
 from lora_fuse.records import Lock
+from lora_fuse.regression.pairs import Setup
+from lora_fuse.regression.render import Case, Sampling
 from lora_fuse.regression.verdicts import Limits, Rules
 from stages.artifacts import lora_inputs
 from stages.params import Params
@@ -25,3 +28,17 @@ def rules_of(params: Params) -> Rules:
     regress, sigmas = params.regress, params.sampling.sigmas
     limits = (Limits(regress.unfused.bounds), Limits(regress.golden.bounds))
     return Rules(*limits, regress.over_floor, None if sigmas is None else tuple(sigmas))
+
+
+def setup_of(params: Params) -> Setup:
+    """How both sides are rendered."""
+    area, regress = params.base.condition_area, params.regress
+    baseline = Sampling(**params.base.sampling.usage, condition_area=area) if regress.baseline else None
+    sampling = Sampling(**params.sampling.usage, condition_area=area)
+    return Setup(params.base.pipeline, sampling, params.scheduler_config, regress.placement, regress.dtype, baseline)
+
+
+def cases_of(params: Params) -> list[Case]:
+    """The pictures to make."""
+    cases = params.regress.cases.items()
+    return [Case(name, c.prompt, c.seed, tuple(map(Path, c.images)), c.height, c.width) for name, c in cases]

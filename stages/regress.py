@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 from lora_fuse.files import replace_text
 from lora_fuse.manifest import read_manifest
@@ -12,14 +11,13 @@ from lora_fuse.records import to_json
 from lora_fuse.regression.candidates import candidates
 from lora_fuse.regression.environment import environment, make_deterministic
 from lora_fuse.regression.goldens import Goldens
-from lora_fuse.regression.pairs import Setup, check_cases, judge_pairs, render_pairs, save_pictures
-from lora_fuse.regression.render import Case, Sampling
+from lora_fuse.regression.pairs import check_cases, judge_pairs, render_pairs, save_pictures
 from lora_fuse.regression.report import report_html
 from lora_fuse.regression.review import block_changes, case_rows, review, run_metrics
 from stages import artifacts as at
 from stages.config import run_stage
 from stages.params import Params
-from stages.planning import plan_of, rules_of
+from stages.planning import cases_of, plan_of, rules_of, setup_of
 
 
 def regress(params: Params) -> int:
@@ -28,7 +26,7 @@ def regress(params: Params) -> int:
     manifest, manifest_sha256 = read_manifest(at.MANIFEST)
     verify = at.read_object(at.VERIFY, "verify")
     make_deterministic(settings.threads)
-    here, cases, setup = environment(settings.placement, settings.dtype), _cases(params), _setup(params)
+    here, cases, setup = environment(settings.placement, settings.dtype), cases_of(params), setup_of(params)
     rules = rules_of(params)
     check_cases(cases, setup)
     approved = Goldens(at.GOLDEN / params.name).for_run(here.key, [case.name for case in cases])
@@ -44,18 +42,6 @@ def regress(params: Params) -> int:
     replace_text(at.REPORT, report_html(review(manifest, verify, judged, found, approved, rules, setup)))
     print(f"regress: {metrics['verdict']} on {here.key}, see {at.REPORT}")
     return 0
-
-
-def _setup(params: Params) -> Setup:
-    area, regress = params.base.condition_area, params.regress
-    baseline = Sampling(**params.base.sampling.usage, condition_area=area) if regress.baseline else None
-    sampling = Sampling(**params.sampling.usage, condition_area=area)
-    return Setup(params.base.pipeline, sampling, params.scheduler_config, regress.placement, regress.dtype, baseline)
-
-
-def _cases(params: Params) -> list[Case]:
-    cases = params.regress.cases.items()
-    return [Case(name, c.prompt, c.seed, tuple(map(Path, c.images)), c.height, c.width) for name, c in cases]
 
 
 if __name__ == "__main__":

@@ -52,11 +52,12 @@ def run_metrics(judged: Sequence[JudgedPair], found: Candidates, scale: float) -
 
 def case_rows(metrics: Mapping[str, Scalar]) -> list[dict[str, Scalar]]:
     """A row for each case, for `dvc plots`: what `metrics.json` says of it, under the names after the case's own."""
-    return [
-        {"case": name}
-        | {key.removeprefix(f"{name}."): value for key, value in metrics.items() if key.startswith(f"{name}.")}
-        for name in case_names(metrics)
-    ]
+    rows = []
+    for name in case_names(metrics):
+        row: dict[str, Scalar] = {"case": name}
+        row |= {key.removeprefix(f"{name}."): value for key, value in metrics.items() if key.startswith(f"{name}.")}
+        rows.append(row)
+    return rows
 
 
 def review(

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from lora_fuse.deltas import Decomposed, Difference
 from lora_fuse.errors import RenderFailed
@@ -18,6 +16,9 @@ from lora_fuse.formats import Algorithm
 from lora_fuse.plan import Plan, Target
 from lora_fuse.regression.render import LoraSpec, Pipeline, load_loras
 from lora_fuse.sums import read_differences
+
+if TYPE_CHECKING:
+    import torch
 
 DIFFUSERS = "diffusers"
 
@@ -75,6 +76,8 @@ class _Beside:
     def __call__(self, module: torch.nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> torch.Tensor | None:
         if self._inside:
             return None
+        import torch
+
         self._inside = True
         try:
             parameters = {
@@ -88,6 +91,8 @@ class _Beside:
 
 
 def _as_parameter(parameter: torch.Tensor, differences: Sequence[Difference]) -> torch.Tensor:
+    import torch
+
     on_cpu = any(isinstance(one, Decomposed) for one in differences)
     weight = parameter.detach().to("cpu" if on_cpu else parameter.device, torch.float64)
     weight = weight.reshape(len(weight), -1)

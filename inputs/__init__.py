@@ -1,0 +1,1 @@
+"""The input pictures of the real models' regression cases, and the code that draws them."""
