@@ -218,7 +218,9 @@ def next_step(metrics: Mapping[str, Any]) -> str:
             return 'python -m stages.approve --reason "…"'
     changed = [name for name in case_names(metrics) if metrics[f"{name}.verdict"] == "regression"]
     if metrics["verdict"] == "regression" and all(metrics[f"{name}.agrees"] for name in case_names(metrics)):
-        return f'python -m stages.approve {" ".join(f"--case {name}" for name in changed)} --reason "…"  # if it is meant'
+        return (
+            f'python -m stages.approve {" ".join(f"--case {name}" for name in changed)} --reason "…"  # if it is meant'
+        )
     return f"python -m stages.verify recipe={metrics['recipe']} verify.rows=all"
 
 
