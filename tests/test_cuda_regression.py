@@ -47,7 +47,7 @@ def plan(scale: float = 1.0) -> Plan:
 
 def merge(out: Path, scale: float = 1.0) -> Path:
     generated = diffusers_files(BASE, pipeline=SETUP.pipeline, scheduler=SCHEDULER)
-    write_merged(plan(scale), out, device="cpu", generated=generated, known={}, progress=lambda _: None)
+    write_merged(plan(scale), out, device="cuda", generated=generated, known={}, progress=lambda _: None)
     return out
 
 
