@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lora_fuse.regression.goldens import SCHEMA, Candidate, Candidates, CaseReco
 from lora_fuse.regression.metrics import to_levels, to_png
 from lora_fuse.regression.pairs import JudgedPair, Setup
 from lora_fuse.regression.render import Case
+from lora_fuse.regression.verdicts import Comparison
 
 
 def candidates(
@@ -29,11 +31,16 @@ def candidates(
                 sha256=hashlib.sha256(to_png(to_levels(one.pair.merged.image))).hexdigest(),
                 agrees=one.result.agrees,
                 reasons=one.result.reasons,
+                floor=_finite(one.result.floor),
                 provenance=_provenance(one, manifest, manifest_sha256, setup, here),
             )
             for one in judged
         },
     )
+
+
+def _finite(floor: Comparison | None) -> dict[str, float]:
+    return {} if floor is None else {name: value for name, value in floor.values.items() if math.isfinite(value)}
 
 
 def _provenance(

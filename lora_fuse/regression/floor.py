@@ -12,13 +12,15 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from lora_fuse.errors import RenderFailed
+
 if TYPE_CHECKING:
     import torch
 
 SHARE = 1 / 12  # of the weights, moved by one ulp
 
 
-def jitter(model: torch.nn.Module, names: Iterable[str], dtypes: Iterable[torch.dtype], seed: int = 0) -> int:
+def jitter(model: torch.nn.Module, names: Iterable[str], dtypes: Iterable[torch.dtype], seed: int = 0) -> None:
     """Move one in twelve of the named parameters' values by one ulp, up or down, in place.
 
     Args:
@@ -27,8 +29,8 @@ def jitter(model: torch.nn.Module, names: Iterable[str], dtypes: Iterable[torch.
         dtypes: that the weights pass through, on disk and in memory; the coarsest has the ulp that counts.
         seed: of the choice, which is drawn on the parameter's own device.
 
-    Returns:
-        The number of parameters that were found.
+    Raises:
+        RenderFailed: the model lacks one of them, so the floor would be too low.
     """
     import torch
 
@@ -36,11 +38,15 @@ def jitter(model: torch.nn.Module, names: Iterable[str], dtypes: Iterable[torch.
     coarsest = max((torch.finfo(dtype) for dtype in dtypes), key=lambda info: info.eps)
     bits, lowest = round(-math.log2(coarsest.eps)), round(math.log2(coarsest.smallest_normal))
     generators: dict[torch.device, torch.Generator] = {}
-    found = 0
-    for full_name, parameter in model.named_parameters():
-        if full_name.replace(".base_layer", "") not in wanted:  # PEFT puts the weight one level down
-            continue
-        found += 1
+    parameters = {
+        name.replace(".base_layer", ""): one for name, one in model.named_parameters()
+    }  # one level down by PEFT
+    if missing := sorted(wanted - parameters.keys()):
+        raise RenderFailed(
+            f"the pipeline's model has no {missing[0]} ({len(missing)} missing), which the merge changes"
+        )
+    for name in sorted(wanted):
+        parameter = parameters[name]
         device = parameter.device
         generator = generators.setdefault(device, torch.Generator(device).manual_seed(seed))
         weight = parameter.detach()
@@ -49,4 +55,3 @@ def jitter(model: torch.nn.Module, names: Iterable[str], dtypes: Iterable[torch.
         chance = torch.rand(weight.shape, generator=generator, device=device)
         direction = (chance < SHARE / 2).float() - (chance >= 1 - SHARE / 2).float()
         weight.copy_(weight + direction * ulp)
-    return found

@@ -75,11 +75,15 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A picture of the last run: its sha256 as a PNG file, whether merged and unfused agree, and what it came from."""
+    """A picture of the last run: its sha256 as a PNG file, whether merged and unfused agree, and what it came from.
+
+    `floor` is the case's noise floor, by metric; a PSNR that is infinite is left out.
+    """
 
     sha256: str
     agrees: bool
     reasons: tuple[str, ...]
+    floor: dict[str, float]
     provenance: Provenance
 
 
@@ -104,10 +108,11 @@ class Approval:
 
 @dataclass(frozen=True, slots=True)
 class GoldenRecord:
-    """The record beside an approved picture."""
+    """The record beside an approved picture; `floor` is the noise floor of its run, see `Candidate`."""
 
     schema: int
     sha256: str
+    floor: dict[str, float]
     approval: Approval
     provenance: Provenance
 
@@ -150,7 +155,8 @@ class Goldens:
     def _of_key(self, key: Key, run: Key, case: str) -> list[Approved]:
         elsewhere = None if key == run else f"{key} ({'; '.join(key.differences(run))})"
         return [
-            Approved(Golden(_levels(path), path.name, elsewhere), record) for path, record in self.records(key, case)
+            Approved(Golden(_levels(path), path.name, elsewhere, record.floor), record)
+            for path, record in self.records(key, case)
         ]
 
     def _of_nearest(self, run: Key, case: str) -> list[Approved]:
@@ -196,6 +202,7 @@ class Goldens:
         record = GoldenRecord(
             SCHEMA,
             candidate.sha256,
+            candidate.floor,
             Approval(approval.by, approval.at, approval.reason, replaced),
             candidate.provenance,
         )

@@ -209,13 +209,21 @@ class Metric:
         """Whether a value is within a bound; a NaN is within none."""
         return value >= bound if self.higher_is_nearer else value <= bound
 
+    def loosened(self, bound: float, floor: float, times: float) -> float:
+        """A bound that is never tighter than `times` the distance that the noise floor has: of a PSNR, in amplitude."""
+        if math.isinf(self.best):
+            return min(bound, floor - 20 * math.log10(times))
+        if self.higher_is_nearer:
+            return min(bound, self.best - times * (self.best - floor))
+        return max(bound, times * floor)
+
     def text(self, value: float) -> str:
         """A value with its unit."""
         return "identical" if math.isinf(value) else f"{value:{self.digits}}{self.unit}"
 
     def bound_text(self, bound: float) -> str:
-        """A limit with its unit, as it stands in `conf/`."""
-        return f"{bound:g}{self.unit}"
+        """A limit with its unit."""
+        return f"{bound:.4g}{self.unit}"
 
 
 METRICS: Mapping[str, Metric] = MappingProxyType(

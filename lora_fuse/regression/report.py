@@ -308,8 +308,8 @@ def _metric_rows(result: CaseResult, rules: Rules) -> list[_Row]:
     rows = [
         _Row(
             metric.title,
-            _cell(name, metric, result.vs_golden, rules.golden),
-            _cell(name, metric, result.vs_unfused, rules.unfused),
+            _cell(name, metric, result.vs_golden, result.golden_limits),
+            _cell(name, metric, result.vs_unfused, result.unfused_limits),
             _cell(name, metric, result.floor, Limits({})),
         )
         for name, metric in METRICS.items()

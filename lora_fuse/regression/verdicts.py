@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TypeAlias
 
@@ -70,6 +70,21 @@ class Limits:
 
     bounds: Mapping[str, float]
 
+    def over(self, floor: Values | None, times: float | None) -> Limits:
+        """The limits that can be held where rounding alone does `floor`: no bound is tighter than `times` that.
+
+        Some pictures are chaotic in 16 bits: one flipped rounding moves whole regions, whoever renders them.
+        """
+        if floor is None or times is None:
+            return self
+        loosened = {
+            name: METRICS[name].loosened(bound, floor[name], times)
+            if math.isfinite(floor.get(name, math.nan))
+            else bound
+            for name, bound in self.bounds.items()
+        }
+        return Limits(loosened)
+
 
 @dataclass(frozen=True, slots=True)
 class Rules:
@@ -78,7 +93,8 @@ class Rules:
     Attributes:
         unfused: limits of merged against unfused.
         golden: limits of merged against golden.
-        over_floor: how many times the noise floor the latents of that first pair may be apart; None decides nothing.
+        over_floor: how many times the noise floor the latents of that first pair may be apart, and the limits at
+            least allow; None decides and changes nothing. A golden's floor is that of the run it is from.
         sigmas: what the pipeline must visit, without the final 0; None leaves it open.
     """
 
@@ -109,11 +125,15 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Golden:
-    """An approved picture: its name, and of which environment it is where that is not the run's."""
+    """An approved picture, its name, and the noise floor of its run.
+
+    `elsewhere` says of which environment it is where that is not the run's.
+    """
 
     levels: Levels
     name: str
     elsewhere: str | None = None
+    floor: Values | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +172,8 @@ class CaseResult:
     """A judged case. `reasons` are whole sentences with both values; a comparison that was not possible is None.
 
     `floor` compares the unfused pipeline with itself, moved by as much as rounding moves it; `agrees` says that merged
-    and unfused are the same within their limits; `golden` is the one that the picture is nearest to.
+    and unfused are the same within their limits; `golden` is the one that the picture is nearest to. The limits are
+    those that counted.
     """
 
     subject: Subject
@@ -164,6 +185,8 @@ class CaseResult:
     agrees: bool
     verdict: Verdict
     reasons: tuple[str, ...]
+    unfused_limits: Limits
+    golden_limits: Limits
 
     @property
     def over_floor(self) -> float | None:
@@ -223,18 +246,19 @@ def examine(
         agrees=False,
         verdict=Verdict.INVALID,
         reasons=(),
+        unfused_limits=rules.unfused.over(None if of_floor is None else of_floor.values, rules.over_floor),
+        golden_limits=rules.golden.over(None if golden is None else golden.floor, rules.over_floor),
     )
     facts = {"merged": merged.facts, "unfused": unfused.facts}
     faults = [*_faults(facts), *_wrong_sizes(facts, subject.size)]
     if faults:
         return _decided(result, Verdict.INVALID, faults)
     apart = [*_wrong_sigmas(merged, unfused, rules.sigmas), *_disagreement(result, rules)]
-    return _decided(result, *_against_golden(result, rules, apart), agrees=not apart)
+    return _decided(result, *_against_golden(result, apart), agrees=not apart)
 
 
 def _decided(result: CaseResult, verdict: Verdict, reasons: Iterable[str], *, agrees: bool = False) -> CaseResult:
-    measured = (result.subject, result.facts, result.vs_unfused, result.floor, result.vs_golden, result.golden)
-    return CaseResult(*measured, agrees=agrees, verdict=verdict, reasons=tuple(reasons))
+    return replace(result, agrees=agrees, verdict=verdict, reasons=tuple(reasons))
 
 
 def _nearest_golden(merged: Picture, goldens: Sequence[Golden]) -> tuple[Golden, Comparison | None] | None:
@@ -247,7 +271,7 @@ def _disagreement(result: CaseResult, rules: Rules) -> list[str]:
     """What separates merged and unfused."""
     if result.vs_unfused is None:
         return ["The merged picture was not compared with the unfused one."]
-    sentences = beyond(result.vs_unfused, rules.unfused, "the unfused picture of this run")
+    sentences = beyond(result.vs_unfused, result.unfused_limits, "the unfused picture of this run")
     if rules.over_floor is not None:
         over = result.over_floor
         if over is None:
@@ -260,11 +284,11 @@ def _disagreement(result: CaseResult, rules: Rules) -> list[str]:
     return sentences
 
 
-def _against_golden(result: CaseResult, rules: Rules, apart: Sequence[str]) -> tuple[Verdict, list[str]]:
+def _against_golden(result: CaseResult, apart: Sequence[str]) -> tuple[Verdict, list[str]]:
     """The verdict of a case whose pictures are sound; `apart` is what separates merged and unfused."""
     golden, compared = result.golden, result.vs_golden
     here = golden is not None and golden.elsewhere is None
-    broken = [] if golden is None else _beyond_golden(result, golden, compared, rules)
+    broken = [] if golden is None else _beyond_golden(result, golden, compared)
     if apart or (here and broken):
         return Verdict.REGRESSION, [*apart, *(broken if here else ())]
     if golden is None:
@@ -279,9 +303,9 @@ def _against_golden(result: CaseResult, rules: Rules, apart: Sequence[str]) -> t
     return Verdict.REVIEW, [f"No picture was approved here. Within the limits of {where}: {_measured(compared)}."]
 
 
-def _beyond_golden(result: CaseResult, golden: Golden, compared: Comparison | None, rules: Rules) -> list[str]:
+def _beyond_golden(result: CaseResult, golden: Golden, compared: Comparison | None) -> list[str]:
     if compared is not None:
-        return beyond(compared, rules.golden, "the golden")
+        return beyond(compared, result.golden_limits, "the golden")
     (width, height), picture = golden.levels.shape[1::-1], result.facts.size
     return [f"The golden {golden.name} is {width}x{height}, and the merged picture {picture[0]}x{picture[1]}."]
 
