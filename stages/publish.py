@@ -31,7 +31,7 @@ def publish(params: Params) -> int:
         raise PublishRefused(f"the gate is not passed: {sentence}")
     if verify["manifest_sha256"] != manifest_sha256:
         raise PublishRefused(f"{VERIFY} is about other bytes than {MANIFEST}; check these first: dvc repro")
-    usage = Usage(params.base.pipeline, **params.sampling.model_dump(), condition_area=params.base.condition_area)
+    usage = Usage(params.base.pipeline, **params.sampling.usage, condition_area=params.base.condition_area)
     card = model_card(manifest, usage=usage, verdict=metrics["verdict"], repo_id=settings.repo_id)
     message = f"{manifest.recipe}, scale {manifest.scale:g}, by lora-fuse {manifest.tool.version}"
     receipt = push(MERGED, manifest, card, repo_id=settings.repo_id, private=settings.private, message=message)

@@ -25,7 +25,7 @@ def regress(params: Params) -> int:
     settings, (base, loras) = params.regress, at.read_locks()
     manifest, manifest_sha256 = read_manifest(at.MANIFEST)
     verify = at.read_object(at.VERIFY, "verify")
-    make_deterministic(settings.threads)
+    make_deterministic(settings.threads, on_gpu=settings.placement != "cpu")
     here, cases, setup = environment(settings.placement, settings.dtype), cases_of(params), setup_of(params)
     rules = rules_of(params)
     check_cases(cases, setup)

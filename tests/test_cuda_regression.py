@@ -53,7 +53,7 @@ def merge(out: Path, scale: float = 1.0) -> Path:
 
 @pytest.fixture(scope="module")
 def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    make_deterministic()
+    make_deterministic(on_gpu=True)
     return merge(tmp_path_factory.mktemp("merge") / "merged")
 
 

@@ -88,17 +88,17 @@ class Environment:
     flags: dict[str, str]
 
 
-def make_deterministic(threads: int | None = None) -> None:
+def make_deterministic(threads: int | None = None, *, on_gpu: bool = False) -> None:
     """The same seed gives the same picture twice; call it before torch has done any work in the process.
 
-    Kernels without a deterministic form raise instead of varying. On CUDA one attention backend is pinned, the
-    memory-efficient one, which every CUDA build has and which takes masks; TF32 and autotuning are off. The CPU has
-    its own flash attention behind the same switch, deterministic and several times faster than the one without, so
-    there the switch stays on.
+    Kernels without a deterministic form raise instead of varying. TF32 and autotuning are off. One attention backend is
+    pinned: on a GPU the memory-efficient one, which every CUDA build has and which takes masks; on the CPU its own flash
+    attention, deterministic and several times faster than the one without.
     Source: https://docs.pytorch.org/docs/stable/notes/randomness.html
 
     Args:
         threads: intra-op threads; None leaves torch's choice, the number of cores.
+        on_gpu: whether the pictures are made there.
     """
     pins = _CUDA_PINS | (_X86_PINS if platform.machine().lower() in {"x86_64", "amd64"} else {})
     for name, value in pins.items():
@@ -111,9 +111,10 @@ def make_deterministic(threads: int | None = None) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     if threads is not None:
         torch.set_num_threads(threads)
-    if torch.cuda.is_available():
-        torch.backends.cuda.enable_flash_sdp(False)
-        torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(on_gpu)
+    torch.backends.cuda.enable_flash_sdp(not on_gpu)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.enable_math_sdp(False)
 
 
 def check_gpu(placement: str) -> None:
