@@ -267,8 +267,14 @@ def test_a_floor_that_was_not_measured_is_a_regression_where_the_recipe_asks_for
 
 
 def visited(merged: tuple[float, ...], unfused: tuple[float, ...] | None = None) -> CaseResult:
-    sides = [Picture(scene(), sigmas=sigmas) for sigmas in (merged, merged if unfused is None else unfused)]
-    return examine(SUBJECT, *sides, [Golden(scene(), "rabbit.png")], Rules(UNFUSED, GOLDEN, sigmas=SIGMAS))
+    other = Picture(scene(), sigmas=merged if unfused is None else unfused)
+    return examine(
+        SUBJECT,
+        Picture(scene(), sigmas=merged),
+        other,
+        [Golden(scene(), "rabbit.png")],
+        Rules(UNFUSED, GOLDEN, sigmas=SIGMAS),
+    )
 
 
 def test_the_recipe_s_sigmas_and_their_rounding_pass() -> None:
