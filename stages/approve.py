@@ -14,9 +14,10 @@ from pathlib import Path
 
 from lora_fuse.cli import guarded
 from lora_fuse.errors import BadConfig, CheckFailed
-from lora_fuse.provenance import modified_files, this_person
+from lora_fuse.provenance import this_person
 from lora_fuse.records import from_json
-from lora_fuse.regression.goldens import Approval, Candidate, Candidates, Goldens, Provenance
+from lora_fuse.regression.approval import check_repeatable, check_weights, read_pictures
+from lora_fuse.regression.goldens import Approval, Candidates, Goldens
 from stages.artifacts import CANDIDATES, GOLDEN, IMAGES, VERIFY, read_object, read_text
 from stages.config import load
 
@@ -29,43 +30,19 @@ def approve(reason: str, only: list[str], add: bool) -> int:
             f"a --reason and known cases are needed: got {reason!r} and {only}, of {', '.join(found.cases)}"
         )
     chosen = {name: found.cases[name] for name in only or found.cases}
-    _refuse_bad(found.manifest_sha256, chosen)
-    approval = Approval(this_person(Path.cwd()), datetime.now(UTC).isoformat(timespec="seconds"), reason.strip(), ())
-    pictures = {name: (IMAGES / f"{name}.merged.png").read_bytes() for name in chosen}
-    for name, candidate in chosen.items():
-        goldens = Goldens(GOLDEN / candidate.provenance.recipe)
-        print(f"approved: {goldens.approve(pictures[name], candidate, approval, beside=add)}")
-    return 0
-
-
-def _refuse_bad(manifest_sha256: str, chosen: dict[str, Candidate]) -> None:
-    verify = read_object(VERIFY, "verify")
-    if not verify["passed"] or verify["manifest_sha256"] != manifest_sha256:
-        raise CheckFailed(f"the weights behind these pictures are not verified, see {VERIFY}; nothing was approved")
-    for name, candidate in chosen.items():
-        if not candidate.agrees:
-            raise CheckFailed(f"{name}: {' '.join(candidate.reasons)} Mend the merge first; nothing was approved")
-    _refuse_unrepeatable(next(iter(chosen.values())).provenance)
-
-
-def _refuse_unrepeatable(provenance: Provenance) -> None:
-    """No commit would give these pictures again."""
-    modified = modified_files(Path.cwd())
-    if modified is None or provenance.tool.git is None:
-        raise CheckFailed("this is no git checkout, so nothing says what made these pictures; nothing was approved")
-    if modified:
-        more = f" and {len(modified) - 1} more" if len(modified) > 1 else ""
-        raise CheckFailed(f"no commit has {modified[0]}{more}: commit, run dvc repro -f regress; nothing was approved")
-    if provenance.tool.dirty:
-        raise CheckFailed(
-            f"these pictures were made by a modified checkout of {provenance.tool.git[:12]}: run dvc repro -f regress; "
-            "nothing was approved"
-        )
+    provenance = next(iter(chosen.values())).provenance
+    check_weights(found.manifest_sha256, chosen, read_object(VERIFY, "verify"), VERIFY)
+    check_repeatable(provenance, Path.cwd())
     if load() != load([f"recipe={provenance.recipe}"]):
         raise CheckFailed(
             f"params.yaml is not what recipe {provenance.recipe} composes to: make a recipe of these overrides, commit "
             "it and run it; nothing was approved"
         )
+    pictures, goldens = read_pictures(IMAGES, chosen), Goldens(GOLDEN / provenance.recipe)
+    approval = Approval(this_person(Path.cwd()), datetime.now(UTC).isoformat(timespec="seconds"), reason.strip(), ())
+    for name, candidate in chosen.items():
+        print(f"approved: {goldens.approve(pictures[name], candidate, approval, beside=add)}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -85,6 +85,9 @@ def test_an_edited_params_yaml_is_found(tmp_path: Path, monkeypatch: pytest.Monk
         ("fuse.scale=nan", "fuse.scale"),
         ("sampling.steps=0", "sampling.steps"),
         ("fuse.device=tpu", "fuse.device"),
+        ("regress.placement=disk", "regress.placement"),
+        ("regress.threads=0", "regress.threads"),
+        ("regress.over_floor=nan", "regress.over_floor"),
         ("base.revision=null", "revision"),
         ("+fuse.lora_scales.other=1.0", "'other'"),
         ("base.revision=80e1234", "revision"),
@@ -96,6 +99,20 @@ def test_a_bad_override_is_one_line_that_names_the_key(override: str, named: str
     assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
     assert refused.stderr.startswith("error: ")
     assert named in refused.stderr
+
+
+@pytest.mark.parametrize(("override", "named"), [("sampling.steps=8", "8 steps"), ("sampling.sigmas=[1.0]", "got 1")])
+def test_a_step_without_its_sigma_is_refused_with_both_counts(override: str, named: str) -> None:
+    refused = run("stages.config", override)
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
+    assert "steps visit as many sigmas" in refused.stderr
+    assert named in refused.stderr
+    assert ("[1.0, 0.9, 0.75, 0.5]" in refused.stderr) == ("steps=" in override)
+
+
+def test_steps_are_free_where_the_sigmas_are_open() -> None:
+    assert load(["sampling.steps=8", "sampling.sigmas=null"]).sampling.steps == 8
+    assert load(["sampling.steps=2", "sampling.sigmas=[1.0, 0.5]"]).sampling.sigmas == [1.0, 0.5]
 
 
 def changed(path: str, value: object) -> dict[str, Any]:

@@ -1,114 +1,99 @@
-"""Laws of the gate and of approval: nothing wrong passes, and nothing wrong becomes a golden."""
+"""Laws of the gate: nothing wrong passes, and every answer names the one command that comes next."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
-from lora_fuse.regression.metrics import METRICS as NAMES
-from stages.gate import decide
+from lora_fuse.regression.report import MEANINGS, next_step
+from lora_fuse.regression.verdicts import Verdict
+from stages.gate import EXIT_CODES, decide
 
-ROOT = Path(__file__).resolve().parents[1]
 VERIFY: dict[str, Any] = {"passed": True, "problem_count": 0, "manifest_sha256": "m"}
-PAIR = {**dict.fromkeys(NAMES, 0.0), "psnr_db": 65.0, "max_abs": 4}
-METRICS: dict[str, Any] = {
-    "passed": False,
-    "verdict": "no-golden",
-    "recipe": "pocket",
-    "environment": "cpu-float32",
-    "manifest_sha256": "m",
-    **{f"{case}.verdict": "no-golden" for case in ("a", "b")},
-    **{f"{case}.reasons": "none approved" for case in ("a", "b")},
-    **{f"{case}.unfused.{name}": value for case in ("a", "b") for name, value in PAIR.items()},
-}
+
+
+def metrics(verdict: str, **cases: str) -> dict[str, Any]:
+    """What a run says whose cases have these verdicts; a verdict that ends in "!" is of sides that do not agree."""
+    found: dict[str, Any] = {
+        "passed": Verdict(verdict).passed,
+        "verdict": verdict,
+        "recipe": "pocket",
+        "manifest_sha256": "m",
+    }
+    for name, case in (cases or {"a": verdict}).items():
+        found |= {f"{name}.verdict": case.rstrip("!"), f"{name}.agrees": not case.endswith("!") and case != "invalid"}
+    return found
 
 
 @pytest.mark.parametrize(
-    ("verify", "metrics", "code", "word"),
+    ("verdict", "code"),
+    [("exact", 0), ("drift", 0), ("review", 4), ("no-golden", 3), ("regression", 1), ("invalid", 1)],
+)
+def test_every_verdict_has_its_exit_code_and_names_one_next_command(verdict: str, code: int) -> None:
+    decided, sentence = decide(VERIFY, metrics(verdict))
+    assert decided == code
+    assert sentence.startswith(f"{verdict}: {MEANINGS[verdict]}")
+    assert sentence.count("next: ") == 1
+    command = sentence.partition("next: ")[2]
+    assert command.startswith(("dvc repro ", "python -m stages."))
+    assert command.count("python -m") + command.count("dvc ") == 1
+    assert ("report.html" in sentence) == (code != 0)
+
+
+def test_only_what_passes_has_exit_code_0() -> None:
+    assert {verdict for verdict in Verdict if EXIT_CODES[verdict] == 0} == {v for v in Verdict if v.passed}
+    assert EXIT_CODES.keys() == set(Verdict)
+
+
+@pytest.mark.parametrize(
+    ("verify", "word", "command"),
     [
-        ({}, {"passed": True, "verdict": "exact"}, 0, "exact"),
-        ({}, {"passed": True, "verdict": "drift"}, 0, "drift"),
-        ({}, {}, 3, "stages.approve"),
-        ({}, {"verdict": "regression"}, 1, "regression"),
-        ({}, {"verdict": "invalid"}, 1, "invalid"),
-        ({"passed": False, "problem_count": 2}, {"passed": True, "verdict": "exact"}, 1, "2 problems"),
-        ({"manifest_sha256": "other"}, {"passed": True, "verdict": "exact"}, 1, "different merges"),
+        ({"passed": False, "problem_count": 2}, "2 problems", "dvc repro -f fuse"),
+        ({"manifest_sha256": "other"}, "different merges", "dvc repro -f verify regress"),
     ],
 )
-def test_the_gate_passes_only_what_is_right(
-    verify: dict[str, Any], metrics: dict[str, Any], code: int, word: str
+@pytest.mark.parametrize("verdict", list(Verdict))
+def test_wrong_weights_fail_whatever_the_pictures_are(
+    verify: dict[str, Any], word: str, command: str, verdict: str
 ) -> None:
-    decided, sentence = decide({**VERIFY, **verify}, {**METRICS, **metrics})
-    assert (decided, word in sentence) == (code, True)
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """A finished run with two candidates and no golden."""
-    images = tmp_path / "artifacts/regression/images"
-    images.mkdir(parents=True)
-    for case in ("a", "b"):
-        Image.new("RGB", (4, 4), "purple").save(images / f"{case}.merged.png")
-    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
-    write(tmp_path, "verify.json", VERIFY)
-    write(tmp_path, "regression/metrics.json", METRICS)
-    write(tmp_path, "merged.manifest.json", {"loras": [{"name": "l", "scale": 1.0}], "tool": {"version": "1"}})
-    return tmp_path
-
-
-def write(root: Path, name: str, content: dict[str, Any]) -> None:
-    (root / "artifacts" / name).write_text(json.dumps(content))
-
-
-def approve(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "stages.approve", *arguments]
-    env = {"PYTHONPATH": str(ROOT), "PATH": ""}
-    return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
-
-
-def goldens(root: Path) -> list[str]:
-    return sorted(path.name for path in (root / "artifacts/golden").rglob("*") if path.is_file())
-
-
-def test_approval_copies_the_candidates_and_says_why(run: Path) -> None:
-    assert approve(run, "--reason", "they are purple").returncode == 0
-    assert goldens(run) == ["a.png", "approved.json", "b.png"]
-    record = json.loads((run / "artifacts/golden/pocket/cpu-float32/approved.json").read_text())
-    assert record["a"]["reason"] == "they are purple"
-    assert record["a"]["loras"] == [{"name": "l", "scale": 1.0}]
-
-
-def test_one_case_can_be_approved_and_the_others_keep_their_record(run: Path) -> None:
-    approve(run, "--reason", "first")
-    approve(run, "--reason", "second", "--case", "b")
-    record = json.loads((run / "artifacts/golden/pocket/cpu-float32/approved.json").read_text())
-    assert {case: entry["reason"] for case, entry in record.items()} == {"a": "first", "b": "second"}
+    code, sentence = decide({**VERIFY, **verify}, metrics(verdict))
+    assert (code, word in sentence) == (1, True)
+    assert sentence.endswith(f"next: {command}")
 
 
 @pytest.mark.parametrize(
-    ("name", "change"),
+    ("found", "command"),
     [
-        ("verify.json", {**VERIFY, "passed": False}),
-        ("verify.json", {**VERIFY, "manifest_sha256": "other"}),
-        ("regression/metrics.json", {**METRICS, "b.verdict": "invalid"}),
-        ("regression/metrics.json", {**METRICS, "b.unfused.psnr_db": 30.0}),
-        ("regression/metrics.json", {**METRICS, "b.unfused.max_abs": 200}),
+        (metrics("exact"), "dvc repro publish/dvc.yaml"),
+        (metrics("drift", a="exact", b="drift"), "dvc repro publish/dvc.yaml"),
+        (metrics("review", a="exact", b="review"), 'python -m stages.approve --reason "…"'),
+        (metrics("no-golden", a="review", b="no-golden"), 'python -m stages.approve --reason "…"'),
     ],
 )
-def test_a_broken_run_cannot_be_approved(run: Path, name: str, change: dict[str, Any]) -> None:
-    write(run, name, change)
-    refused = approve(run, "--reason", "because")
-    assert (refused.returncode, len(refused.stderr.splitlines())) == (1, 1), refused.stderr
-    assert goldens(run) == []
+def test_what_comes_next(found: dict[str, Any], command: str) -> None:
+    assert next_step(found) == command
 
 
-@pytest.mark.parametrize("arguments", [["--reason", " "], ["--reason", "x", "--case", "c"], []])
-def test_approval_needs_a_reason_and_known_cases(run: Path, arguments: list[str]) -> None:
-    assert approve(run, *arguments).returncode == 2
-    assert goldens(run) == []
+def test_a_regression_of_sides_that_agree_can_be_approved_case_by_case() -> None:
+    found = metrics("regression", a="exact", b="regression", c="no-golden", d="regression")
+    step = next_step(found)
+    assert step.startswith("python -m stages.approve --case b --case d --reason ")
+    assert "--case a" not in step
+    assert "if it is meant" in step
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        metrics("regression", a="exact", b="regression!"),
+        metrics("regression", a="regression", b="regression!"),
+        metrics("invalid", a="regression", b="invalid"),
+        metrics("invalid"),
+    ],
+)
+def test_a_regression_of_sides_that_do_not_agree_sends_to_the_weights_and_never_to_approval(
+    found: dict[str, Any],
+) -> None:
+    assert next_step(found) == "python -m stages.verify recipe=pocket verify.rows=all"
+    assert "approve" not in decide(VERIFY, found)[1]

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from inputs import drawings, photo
-from lora_fuse.render import PICTURES, Case, open_picture
+from lora_fuse.regression.render import PICTURES, Case, open_picture
 from stages.config import compose
 from stages.params import Params, parse_params
 

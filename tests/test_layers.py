@@ -35,7 +35,8 @@ PURE |= {"families", "card", "regression.metrics", "regression.verdicts", "regre
 TOP = {"cli", "__main__"}
 
 OWNERS = {
-    "diffusers": {"lora_fuse/regression/render.py"},
+    "diffusers": {"lora_fuse/regression/render.py", "lora_fuse/regression/placement.py"},
+    "accelerate": {"lora_fuse/regression/placement.py"},
     "transformers": {"lora_fuse/regression/render.py"},
     "peft": {"lora_fuse/regression/render.py"},
     "huggingface_hub": {"lora_fuse/hub.py", "lora_fuse/publishing.py"},

@@ -13,12 +13,15 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image, ImageFilter
 
 from lora_fuse.regression.metrics import (
+    HEAT_TOP,
     METRICS,
+    Latents,
     Levels,
-    amplified_difference,
     changed_share,
+    heat_map,
     is_finite,
     is_flat,
+    latents_l2,
     max_abs,
     mean_abs,
     psnr_db,
@@ -74,7 +77,8 @@ def noisy(picture: Levels, levels: int) -> Levels:
 
 
 def test_the_metrics_are_those_of_pixels_and_those_of_eyes() -> None:
-    assert set(METRICS) == {*OF_PIXELS, *OF_EYES}
+    assert set(METRICS) == {*OF_PIXELS, *OF_EYES, "latents_l2"}
+    assert [name for name, metric in METRICS.items() if metric.of_latents] == ["latents_l2"]
 
 
 @pytest.mark.parametrize("name", OF_EYES)
@@ -150,7 +154,7 @@ def test_one_channel_of_one_pixel_is_one_changed_pixel() -> None:
     assert mean_abs(plain(10), changed) == 3 / 72
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", [*OF_PIXELS, *OF_EYES])
 def test_pictures_of_different_sizes_are_refused_with_both_sizes(metric: str) -> None:
     with pytest.raises(ValueError, match="6x4 and 4x6"):
         METRICS[metric].measure(plain(0, 4, 6), plain(0, 6, 4))
@@ -187,9 +191,76 @@ def test_contrast_in_one_channel_is_not_flat() -> None:
     assert not is_flat(picture)
 
 
-def test_the_amplified_difference_is_cut_off_at_white() -> None:
-    assert (amplified_difference(plain(10), plain(13), 16) == 48).all()
-    assert (amplified_difference(plain(10), plain(200), 16) == 255).all()
+def of(*values: float) -> Latents:
+    return np.array(values, dtype=np.float32)
+
+
+def test_the_distance_of_latents_is_that_of_the_formula() -> None:
+    assert latents_l2(of(3, 4), of(0, 4)) == pytest.approx(3 / 4)
+    assert latents_l2(of(1, 2, 2), of(1, 2, 2)) == 0
+    assert latents_l2(of(0, 0), of(3, 4)) == 1
+    assert latents_l2(of(3, 4), of(0, 2)) != latents_l2(of(0, 2), of(3, 4))  # the second is the reference
+
+
+def test_the_distance_of_latents_is_one_of_float64() -> None:
+    """Squares of 1e25 are beyond float32."""
+    assert latents_l2(of(1.1e25, 0), of(1e25, 0)) == pytest.approx(0.1)
+
+
+@given(arrays.arrays(np.float32, 6, elements=st.floats(0.5, 100, width=32)), st.floats(0.25, 4))
+def test_the_distance_of_latents_does_not_depend_on_their_scale(b: Latents, factor: float) -> None:
+    a = b + of(1, 0, -1, 0, 2, 0)
+    scaled = [(side.astype(np.float64) * factor).astype(np.float32) for side in (a, b)]
+    assert latents_l2(scaled[0], scaled[1]) == pytest.approx(latents_l2(a, b), rel=1e-4)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_one_nan_makes_the_distance_of_latents_one(side: int) -> None:
+    sides = [of(1, 2), of(1, 2)]
+    sides[side][0] = math.nan
+    assert math.isnan(latents_l2(*sides))
+
+
+def test_latents_of_different_shapes_are_refused_with_both_shapes() -> None:
+    with pytest.raises(ValueError, match=r"\(2,\) and \(3,\)"):
+        latents_l2(of(1, 2), of(1, 2, 3))
+
+
+def light(picture: Levels) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    """How bright an eye sees it (Rec. 709)."""
+    weighed: np.ndarray[tuple[int, ...], np.dtype[np.float64]] = picture @ np.array([0.2126, 0.7152, 0.0722])
+    return weighed
+
+
+def test_a_heat_map_is_black_where_nothing_differs_and_shows_a_single_level() -> None:
+    changed = plain(100)
+    changed[1, 2, 0] += 1
+    heat = heat_map(plain(100), changed)
+    black = tuple(heat[0, 0])
+    assert max(black) <= 4
+    assert (heat.reshape(-1, 3) == black).all(axis=1).sum() == 23
+    assert light(heat)[1, 2] > light(heat)[0, 0] + 10
+
+
+def test_a_heat_map_is_never_darker_where_more_differs_and_brightest_from_the_top_on() -> None:
+    ramp = np.zeros((1, 256, 3), dtype=np.uint8)
+    ramp[0, :, 1] = np.arange(256)
+    heat = heat_map(ramp, np.zeros_like(ramp))
+    assert (np.diff(light(heat)[0, : HEAT_TOP + 1]) > 0).all()
+    assert (heat[0, HEAT_TOP:] == heat[0, -1]).all()
+    assert light(heat)[0, -1] > 240
+
+
+@given(pairs)
+def test_a_heat_map_is_symmetric_and_of_the_size_of_the_pictures(pair: tuple[Levels, Levels]) -> None:
+    a, b = pair
+    assert heat_map(a, b).shape == a.shape
+    assert (heat_map(a, b) == heat_map(b, a)).all()
+
+
+def test_a_heat_map_of_different_sizes_is_refused() -> None:
+    with pytest.raises(ValueError, match="6x4 and 4x6"):
+        heat_map(plain(0, 4, 6), plain(0, 6, 4))
 
 
 def test_a_png_keeps_every_level_and_the_same_levels_give_the_same_bytes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from tests.hub_server import LoopbackHub
 
 ROOT = Path(__file__).resolve().parents[1]
 MERGED = Path("artifacts/merged")
+METRICS = "artifacts/regression/metrics.json"
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 STAGES = ["download", "fuse", "verify", "regress", "gate"]
 
@@ -38,9 +40,14 @@ class Workspace:
             if (ROOT / name).exists():
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(ROOT / name, root / name)
-        identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-        for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "start"]):
+        (root / "artifacts/golden").mkdir(parents=True, exist_ok=True)
+        for command in (["init", "-q"], ["config", "user.name", "t"], ["config", "user.email", "t@example.org"]):
             self.run("git", *command)
+        self.commit("start")
+
+    def commit(self, message: str) -> None:
+        self.run("git", "add", "-A")
+        self.run("git", "commit", "-qm", message)
 
     def run(
         self, *command: str, code: int | None = 0, env: Mapping[str, str] | None = None
@@ -57,6 +64,15 @@ class Workspace:
     def repro(self, *arguments: str, code: int = 0, env: Mapping[str, str] | None = None) -> str:
         done = self.run("dvc", "repro", *arguments, code=code, env=env)
         return done.stdout + done.stderr
+
+    def stage(self, name: str, *arguments: str, code: int = 0) -> str:
+        done = self.run(sys.executable, "-m", f"stages.{name}", *arguments, code=code)
+        return done.stdout + done.stderr
+
+    @property
+    def goldens(self) -> Path:
+        """Of the last run's environment."""
+        return self.root / "artifacts/golden/pocket" / str(self.read(METRICS)["environment"])
 
     def read(self, name: str) -> dict[str, Any]:
         content: dict[str, Any] = json.loads((self.root / name).read_text())
@@ -83,9 +99,19 @@ def ran(output: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """The default recipe, built once; each test leaves it built and passed."""
+    """The default recipe, built once; each test leaves it built and passed.
+
+    Where nobody has approved its pictures for this very environment, they are approved in the checkout of the tests.
+    """
     workspace = Workspace(tmp_path_factory.mktemp("checkout"))
-    assert ran(workspace.repro()) == STAGES
+    done = workspace.run("dvc", "repro", code=None)
+    output = done.stdout + done.stderr
+    assert ran(output) == STAGES, output
+    if done.returncode:
+        assert "exited with 3" in output or "exited with 4" in output, output
+        workspace.stage("approve", "--reason", "what this checkout makes")
+        workspace.commit("goldens")
+        assert ran(workspace.repro()) == ["regress", "gate"]
     return workspace
 
 
@@ -101,9 +127,11 @@ def test_a_second_run_has_nothing_to_do(workspace: Workspace) -> None:
 
 
 def test_the_run_passes_and_says_so(workspace: Workspace) -> None:
-    metrics = workspace.read("artifacts/regression/metrics.json")
+    metrics = workspace.read(METRICS)
     assert (metrics["passed"], workspace.read("artifacts/verify.json")["passed"]) == (True, True)
-    summary = workspace.run(sys.executable, "-m", "stages.summary").stdout
+    assert "-2threads-float32-" in metrics["environment"]
+    assert 0 < metrics["rabbit.over_floor"] < 2
+    summary = workspace.stage("summary")
     assert "artifacts/regression/report.html" in summary
     assert all(case in summary for case in ("rabbit", "photo"))
 
@@ -119,6 +147,8 @@ def test_a_build_leaves_the_checkout_clean_but_for_the_lock(workspace: Workspace
 
 def test_the_merged_repository_gives_the_picture_of_the_report_in_a_process_of_its_own(workspace: Workspace) -> None:
     script = """
+from lora_fuse.regression.environment import make_deterministic
+make_deterministic(2)
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import load_image
@@ -156,11 +186,11 @@ def test_another_scale_fails_the_gate_and_the_default_passes_again(workspace: Wo
     output = failed.stdout + failed.stderr
     assert ran(output) == ["fuse", "verify", "regress", "gate"]
     assert "gate: regression" in output
-    assert workspace.read("artifacts/regression/metrics.json")["passed"] is False
+    assert workspace.read(METRICS)["passed"] is False
     assert workspace.read("artifacts/verify.json")["passed"] is True
     workspace.config()
     workspace.repro()
-    assert workspace.read("artifacts/regression/metrics.json")["passed"] is True
+    assert workspace.read(METRICS)["passed"] is True
     assert workspace.fused() == before
 
 
@@ -189,8 +219,55 @@ def test_a_recipe_by_override_runs_end_to_end_without_a_golden(workspace: Worksp
     assert "stages.approve" in output.stdout + output.stderr
     assert "exited with 3" in output.stdout + output.stderr
     assert workspace.read("artifacts/merged/model_index.json")["_class_name"] == "QwenImageEditPlusPipeline"
-    metrics = workspace.read("artifacts/regression/metrics.json")
+    metrics = workspace.read(METRICS)
     assert (metrics["verdict"], metrics["passed"]) == ("no-golden", False)
+
+
+def test_what_is_approved_is_what_the_next_run_is_compared_with(workspace: Workspace) -> None:
+    shutil.rmtree(workspace.root / "artifacts/golden/pocket")
+    workspace.commit("no goldens")
+    failed = workspace.repro(code=255)
+    assert (ran(failed), "exited with 3" in failed) == (["regress", "gate"], True)
+    assert workspace.read(METRICS)["verdict"] == "no-golden"
+    workspace.stage("approve", "--reason", "the rabbit is purple")
+    assert "no-golden" in workspace.stage("gate", code=3)  # the run itself does not pass by it
+    record = json.loads((workspace.goldens / "rabbit.json").read_text())
+    shown = (workspace.root / "artifacts/regression/images/rabbit.merged.png").read_bytes()
+    assert record["sha256"] == hashlib.sha256(shown).hexdigest()
+    assert record["approval"]["by"] == "t <t@example.org>"
+    assert record["provenance"]["tool"]["git"] == workspace.run("git", "rev-parse", "HEAD").stdout.strip()
+    assert ran(workspace.repro()) == ["regress", "gate"]
+    metrics = workspace.read(METRICS)
+    assert (metrics["verdict"], metrics["rabbit.golden.identical"]) == ("exact", True)
+    workspace.commit("goldens")
+
+
+def test_a_run_in_another_environment_has_to_be_looked_at(workspace: Workspace) -> None:
+    done = workspace.run("dvc", "exp", "run", "-S", "regress.threads=1", code=255)
+    output = done.stdout + done.stderr
+    assert "exited with 4" in output
+    assert "gate: review" in output
+    metrics = workspace.read(METRICS)
+    assert "-1threads-" in metrics["environment"]
+    assert (metrics["verdict"], metrics["passed"]) == ("review", False)
+    assert "2threads" in metrics["rabbit.reasons"]
+    assert "threads is 1, was 2" in (workspace.root / "artifacts/regression/report.html").read_text()
+    assert "params.yaml is not what recipe pocket composes to" in workspace.stage("approve", "--reason", "x", code=1)
+
+
+def test_a_golden_that_nobody_approved_stops_the_run_and_leaves_the_last_one(workspace: Workspace) -> None:
+    before = (workspace.root / METRICS).read_bytes()
+    golden = workspace.goldens / "rabbit.png"
+    content = bytearray(golden.read_bytes())
+    content[len(content) // 2] ^= 1
+    golden.write_bytes(content)
+    errors = [line for line in workspace.repro(code=255).splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "rabbit.png has sha256" in errors[0]
+    assert (workspace.root / METRICS).read_bytes() == before
+    command = errors[0].partition("restore it: ")[2].split()
+    workspace.run(*command)  # what the message says helps
+    assert workspace.run("git", "status", "--porcelain", "artifacts").stdout == ""
 
 
 @pytest.mark.parametrize(
@@ -200,7 +277,7 @@ def test_a_recipe_by_override_runs_end_to_end_without_a_golden(workspace: Worksp
         ("loras.lightning.filename=lora.pt", "pickle"),
         ("base.path=pocket/nowhere", "pocket/nowhere"),
         pytest.param("fuse.device=cuda", "cuda", marks=NO_GPU),
-        pytest.param("regress.device=cuda", "cuda", marks=NO_GPU),
+        pytest.param("regress.placement=cuda", "regress.placement cuda", marks=NO_GPU),
     ],
 )
 def test_bad_input_is_one_error_line_and_leaves_the_last_result(

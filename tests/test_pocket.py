@@ -26,7 +26,7 @@ BLOCKS = 5
 
 @pytest.fixture(scope="module")
 def edit() -> Pipeline:
-    return load_pipeline(POCKET / "model", "QwenImageEditPipeline", device="cpu", dtype="float32")
+    return load_pipeline(POCKET / "model", "QwenImageEditPipeline", dtype="float32")
 
 
 def test_what_is_not_trained_is_what_the_code_writes(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_the_transformer_is_two_float16_shards_and_their_index_is_complete() -> 
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_the_tokenizer_splits_each_system_prefix_as_the_pipeline_expects(name: str, edit: Pipeline) -> None:
-    pipe = load_pipeline(POCKET / "model", name, device="cpu", dtype="float32", shared=shared_components(edit))
+    pipe = load_pipeline(POCKET / "model", name, dtype="float32", shared=shared_components(edit))
     prefix = pipe.prompt_template_encode.partition("user\n")
     tokens = pipe.tokenizer(prefix[0] + prefix[1])["input_ids"]
     assert len(tokens) == pipe.prompt_template_encode_start_idx

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_fuse import devices
-from lora_fuse.devices import environment, fuse_device, make_deterministic, resolve_device
+from lora_fuse.devices import fuse_device, resolve_device
 from lora_fuse.errors import NoDevice, RenderFailed
 from lora_fuse.regression.render import (
     Case,
@@ -26,6 +26,7 @@ from lora_fuse.regression.render import (
     condition_area,
     load_loras,
     load_pipeline,
+    make_scheduler,
     render,
     shared_components,
 )
@@ -67,7 +68,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def edit() -> Pipeline:
     """One load for the module; its text encoder and VAE serve the other pipelines."""
-    return load_pipeline(POCKET / "model", "QwenImageEditPipeline", device="cpu", dtype="float32", scheduler=LIGHTNING)
+    return lightning(load_pipeline(POCKET / "model", "QwenImageEditPipeline", dtype="float32"))
 
 
 @pytest.fixture
@@ -77,9 +78,12 @@ def text(edit: Pipeline) -> Pipeline:
 
 
 def sibling(edit: Pipeline, name: str, folder: Path = POCKET / "model") -> Pipeline:
-    return load_pipeline(
-        folder, name, device="cpu", dtype="float32", scheduler=LIGHTNING, shared=shared_components(edit)
-    )
+    return lightning(load_pipeline(folder, name, dtype="float32", shared=shared_components(edit)))
+
+
+def lightning(pipe: Pipeline) -> Pipeline:
+    pipe.register_modules(scheduler=make_scheduler(LIGHTNING))
+    return pipe
 
 
 def spec(scale: float = 1.0, path: Path = LORA) -> LoraSpec:
@@ -112,7 +116,8 @@ def test_edit_takes_one_picture(edit: Pipeline) -> None:
     assert rendered.image.size == (96, 64)
     assert rendered.nonfinite == 0
     assert np.asarray(rendered.image).std() > 20
-    assert rendered.seconds > 0
+    assert rendered.cost.seconds > 0
+    assert rendered.latents.dtype == np.float32
 
 
 def test_edit_plus_takes_two_pictures(edit: Pipeline) -> None:
@@ -139,9 +144,7 @@ def test_lightning_visits_its_four_sigmas_and_the_folders_own_scheduler_does_not
     edit: Pipeline, text: Pipeline
 ) -> None:
     lightning = render(text, TEXT, FOUR_STEPS)
-    own = load_pipeline(
-        POCKET / "model", "QwenImagePipeline", device="cpu", dtype="float32", shared=shared_components(edit)
-    )
+    own = load_pipeline(POCKET / "model", "QwenImagePipeline", dtype="float32", shared=shared_components(edit))
     base = render(own, TEXT, FOUR_STEPS)
     assert lightning.sigmas == pytest.approx((1.0, 0.9, 0.75, 0.5, 0.0))
     assert base.sigmas[-2:] == pytest.approx((0.02, 0.0))
@@ -238,20 +241,20 @@ def test_too_few_or_too_many_pictures_are_refused(pictures: tuple[Path, ...], ed
 
 def test_an_unknown_pipeline_class_is_refused_with_the_near_names() -> None:
     with pytest.raises(RenderFailed, match=r"unknown .*EditPlusPipelin'.*did you mean QwenImageEditPlusPipeline"):
-        load_pipeline(POCKET / "model", "QwenImageEditPlusPipelin", device="cpu", dtype="float32")
+        load_pipeline(POCKET / "model", "QwenImageEditPlusPipelin", dtype="float32")
 
 
 def test_an_unknown_dtype_is_refused() -> None:
     with pytest.raises(RenderFailed, match="unknown dtype 'int8'"):
-        load_pipeline(POCKET / "model", "QwenImagePipeline", device="cpu", dtype="int8")
+        load_pipeline(POCKET / "model", "QwenImagePipeline", dtype="int8")
 
 
 def test_a_folder_that_is_no_pipeline_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RenderFailed, match=r"no model_index\.json"):
-        load_pipeline(tmp_path, "QwenImagePipeline", device="cpu", dtype="float32")
+        load_pipeline(tmp_path, "QwenImagePipeline", dtype="float32")
     (tmp_path / "model_index.json").write_text('{"_class_name": "QwenImagePipeline"}', encoding="utf-8")
     with pytest.raises(RenderFailed, match="cannot be loaded as QwenImagePipeline"):
-        load_pipeline(tmp_path, "QwenImagePipeline", device="cpu", dtype="float32")
+        load_pipeline(tmp_path, "QwenImagePipeline", dtype="float32")
 
 
 # Devices
@@ -285,33 +288,9 @@ def test_an_unknown_device_is_refused() -> None:
         resolve_device("tpu")
 
 
-def test_the_environment_has_a_key_for_goldens() -> None:
-    here = environment("cpu", "float32")
-    assert here.key == "cpu-float32"
-    assert here.torch == torch.__version__
-    assert here.capability is None
-
-
-@pytest.fixture
-def restored() -> Iterator[None]:
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cuda.enable_flash_sdp(True)
-    torch.backends.cuda.enable_cudnn_sdp(True)
-
-
-@pytest.mark.usefixtures("restored")
-def test_deterministic_mode_keeps_a_workspace_that_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    make_deterministic()
-    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
-    assert torch.are_deterministic_algorithms_enabled()
-    assert not torch.backends.cuda.matmul.allow_tf32
-
-
 def test_importing_render_costs_no_heavy_import() -> None:
     code = (
-        "import sys, lora_fuse.regression.render, lora_fuse.devices;"
+        "import sys, lora_fuse.regression.pairs, lora_fuse.regression.goldens;"
         "print({'torch', 'diffusers', 'transformers', 'peft'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -322,7 +301,7 @@ def test_loading_and_rendering_prints_nothing() -> None:
     """In a fresh process: the libraries warn when they are first imported."""
     code = (
         "from pathlib import Path; from lora_fuse.regression.render import *;"
-        f"pipe = load_pipeline(Path({str(POCKET / 'model')!r}), 'QwenImagePipeline', device='cpu', dtype='float32');"
+        f"pipe = load_pipeline(Path({str(POCKET / 'model')!r}), 'QwenImagePipeline', dtype='float32');"
         "render(pipe, Case('a', 'a cat', 0, (), 64, 64), Sampling(2, 1.0, ' '))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

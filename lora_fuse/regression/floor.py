@@ -51,6 +51,7 @@ def jitter(model: torch.nn.Module, names: Iterable[str], dtypes: Iterable[torch.
         generator = generators.setdefault(device, torch.Generator(device).manual_seed(seed))
         weight = parameter.detach()
         exponent = torch.frexp(weight.float()).exponent - 1
+        exponent[weight == 0] = lowest  # frexp says 0, as of a half
         ulp = torch.exp2((exponent.clamp_(min=lowest) - bits).float())
         chance = torch.rand(weight.shape, generator=generator, device=device)
         direction = (chance < SHARE / 2).float() - (chance >= 1 - SHARE / 2).float()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from lora_fuse.errors import BadGolden
+from lora_fuse.errors import BadGolden, BadSource
 from lora_fuse.files import replace_bytes, replace_text
 from lora_fuse.records import MergedLora, Tool, from_json, to_json
 from lora_fuse.regression.environment import Environment, Key
@@ -183,11 +183,7 @@ class Goldens:
         Raises:
             BadGolden: the picture is not the candidate's, or see `records`.
         """
-        if hashlib.sha256(picture).hexdigest() != candidate.sha256:
-            raise BadGolden(
-                f"the picture of {candidate.provenance.case.name} is not the one that was judged; run again: "
-                "dvc repro -f regress"
-            )
+        check_picture(picture, candidate)
         case, key = candidate.provenance.case.name, candidate.provenance.environment.key
         present = list(self.records(key, case))
         for path, record in present:
@@ -215,6 +211,19 @@ class Goldens:
         return folder / f"{name}.png"
 
 
+def check_picture(picture: bytes, candidate: Candidate) -> None:
+    """Refuse a PNG file that is not the candidate's.
+
+    Raises:
+        BadGolden: it is not.
+    """
+    if hashlib.sha256(picture).hexdigest() != candidate.sha256:
+        raise BadGolden(
+            f"the picture of {candidate.provenance.case.name} is not the one that was judged; run again: "
+            "dvc repro -f regress; nothing was approved"
+        )
+
+
 def differences(now: Provenance, then: Provenance) -> list[str]:
     """What is not as it was when a golden was approved, a sentence each: what a changed picture can come from."""
     sentences = [f"the base is {now.base}, and was {then.base}"] if now.base_sha256 != then.base_sha256 else []
@@ -222,11 +231,13 @@ def differences(now: Provenance, then: Provenance) -> list[str]:
     alike = ("pipeline", "steps", "true_cfg_scale", "negative_prompt", "sigmas")
     here, there = now.environment, then.environment
     machine = [name for name in Environment.__dataclass_fields__ if name not in {"key", "flags"}]
+    kernels = ("isa", "threads")  # of the key; its versions are whole in the environment
     sides = [
         ("", {name: getattr(now, name) for name in alike}, {name: getattr(then, name) for name in alike}),
         ("scheduler ", now.scheduler, then.scheduler),
         ("the case's ", asdict(now.case), asdict(then.case)),
         ("", {name: getattr(here, name) for name in machine}, {name: getattr(there, name) for name in machine}),
+        ("", {name: getattr(here.key, name) for name in kernels}, {name: getattr(there.key, name) for name in kernels}),
         ("", here.flags, there.flags),
     ]
     for what, new, old in sides:
@@ -259,10 +270,9 @@ def _place(lora: MergedLora) -> str:
 def _read_record(path: Path) -> GoldenRecord:
     try:
         return from_json(GoldenRecord, path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise BadGolden(
-            f"the record {path} cannot be read ({error}); restore it: git checkout {path.parent}"
-        ) from error
+    except (OSError, UnicodeDecodeError, BadSource) as error:
+        what = str(error).removesuffix("; run its stage again")
+        raise BadGolden(f"the record {path} cannot be read ({what}); restore it: git checkout {path.parent}") from error
 
 
 def _checked(picture: Path, record: Path) -> tuple[Path, GoldenRecord]:
@@ -278,6 +288,9 @@ def _checked(picture: Path, record: Path) -> tuple[Path, GoldenRecord]:
             f"the golden {picture} has sha256 {held}, and {found.sha256} was approved; "
             f"restore it: git checkout {picture}"
         )
+    key, case = str(found.provenance.environment.key), found.provenance.case.name
+    if (picture.parent.name, picture.stem.partition(".")[0]) != (key, case):
+        raise BadGolden(f"the golden {picture} was approved as {key}/{case}; put it back, or approve a run")
     return picture, found
 
 

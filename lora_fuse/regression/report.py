@@ -258,7 +258,7 @@ def _flat_pair(metrics: Mapping[str, Any], pair: str) -> tuple[str, str]:
     if metrics[f"{pair}.max_abs"] is None:
         return "-", "-"
     psnr = "identical" if metrics[f"{pair}.identical"] else f"{metrics[f'{pair}.psnr_db']:.2f} dB"
-    return psnr, str(metrics[f"{pair}.max_abs"])
+    return psnr, f"{metrics[f'{pair}.max_abs']:g}"
 
 
 def _number(value: float | None, digits: str) -> str:

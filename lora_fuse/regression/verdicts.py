@@ -368,7 +368,7 @@ def _wrong_sigmas(merged: Picture, unfused: Picture, wanted: tuple[float, ...] |
         f"The {name} pipeline visited the sigmas {_listed(picture.sigmas[:-1])}, the recipe's are {_listed(wanted)}."
         for name, picture in (("merged", merged), ("unfused", unfused))
         if len(picture.sigmas) != len(wanted) + 1
-        or any(abs(a - b) > SIGMA_TOLERANCE for a, b in zip(picture.sigmas, wanted, strict=False))
+        or not all(abs(a - b) <= SIGMA_TOLERANCE for a, b in zip(picture.sigmas, wanted, strict=False))
     ]
 
 

@@ -1,0 +1,74 @@
+"""What may become a golden: the very picture that was judged, of right weights, that a commit would give again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_fuse.errors import BadGolden, CheckFailed
+from lora_fuse.provenance import modified_files
+from lora_fuse.regression.goldens import Candidate, Provenance, check_picture
+
+
+def check_weights(
+    manifest_sha256: str, chosen: Mapping[str, Candidate], verify: Mapping[str, Any], where: Path
+) -> None:
+    """Refuse pictures of wrong weights, or that are not what base and LoRA give: a golden of them would hide it.
+
+    Args:
+        manifest_sha256: of the merge that the pictures are of.
+        chosen: what is to be approved, by case.
+        verify: what the weights' own check found.
+        where: that is from, for the message.
+
+    Raises:
+        CheckFailed: they are.
+    """
+    if not verify["passed"] or verify["manifest_sha256"] != manifest_sha256:
+        raise CheckFailed(f"the weights behind these pictures are not verified, see {where}; nothing was approved")
+    for name, candidate in chosen.items():
+        if not candidate.agrees:
+            raise CheckFailed(f"{name}: {' '.join(candidate.reasons)} Mend the merge first; nothing was approved")
+
+
+def check_repeatable(provenance: Provenance, root: Path) -> None:
+    """Refuse pictures that no commit would give again.
+
+    Args:
+        provenance: of any of them.
+        root: of the checkout.
+
+    Raises:
+        CheckFailed: no commit would.
+    """
+    modified = modified_files(root)
+    if modified is None or provenance.tool.git is None:
+        raise CheckFailed("this is no git checkout, so nothing says what made these pictures; nothing was approved")
+    if modified:
+        more = f" and {len(modified) - 1} more" if len(modified) > 1 else ""
+        raise CheckFailed(f"no commit has {modified[0]}{more}: commit, run dvc repro -f regress; nothing was approved")
+    if provenance.tool.dirty:
+        raise CheckFailed(
+            f"these pictures were made by a modified checkout of {provenance.tool.git[:12]}: run dvc repro -f regress; "
+            "nothing was approved"
+        )
+
+
+def read_pictures(folder: Path, chosen: Mapping[str, Candidate]) -> dict[str, bytes]:
+    """The PNG files of candidates, by case.
+
+    Raises:
+        BadGolden: one is missing, or is not the one that was judged.
+    """
+    pictures = {}
+    for name, candidate in chosen.items():
+        path = folder / f"{name}.merged.png"
+        try:
+            pictures[name] = path.read_bytes()
+        except OSError as error:
+            raise BadGolden(
+                f"{path} cannot be read ({error}); run again: dvc repro -f regress; nothing was approved"
+            ) from error
+        check_picture(pictures[name], candidate)
+    return pictures
