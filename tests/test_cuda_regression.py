@@ -16,7 +16,7 @@ from lora_fuse.lora import LoraInput
 from lora_fuse.merge import write_merged
 from lora_fuse.plan import Plan, make_plan
 from lora_fuse.regression.environment import environment, make_deterministic
-from lora_fuse.regression.metrics import to_levels
+from lora_fuse.regression.metrics import Latents, to_levels
 from lora_fuse.regression.pairs import Pair, Setup, judge_pairs, render_pairs
 from lora_fuse.regression.render import Case, Sampling
 from lora_fuse.regression.verdicts import Limits, Rules, Verdict
@@ -66,7 +66,7 @@ def verdict(pairs: list[Pair]) -> Verdict:
     return judge_pairs(pairs, {}, RULES)[0].result.verdict
 
 
-def latents(pairs: list[Pair]) -> list[np.ndarray]:  # type: ignore[type-arg]
+def latents(pairs: list[Pair]) -> list[Latents]:
     return [side.latents for pair in pairs for side in (pair.merged, pair.unfused, pair.floor)]
 
 

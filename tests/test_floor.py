@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from lora_fuse.errors import RenderFailed
 from lora_fuse.regression.floor import SHARE, jitter
 
 DTYPES = {"bfloat16": 7, "float16": 10, "float32": 23}  # and the bits after the point
@@ -40,7 +41,7 @@ def test_one_weight_in_twelve_moves_by_one_ulp_of_the_coarsest_dtype(memory: str
     kinds = [getattr(torch, name) for name in (memory, disk)]
     model = Small(kinds[0], stored=getattr(torch, coarsest))
     before = model.first.weight.detach().clone()
-    assert jitter(model, ["first.weight"], kinds) == 1
+    jitter(model, ["first.weight"], kinds)
     steps = moved(before, model.first.weight.detach(), DTYPES[coarsest])
     assert set(steps.flatten().tolist()) == {-1.0, 0.0, 1.0}
     assert model.first.weight.dtype == kinds[0]
@@ -63,11 +64,16 @@ def test_the_variance_is_that_of_a_rounding() -> None:
 
 def test_what_is_not_named_stays_as_it_is() -> None:
     model, same = Small(), Small()
-    assert jitter(model, ["first.weight", "first.weight.not_there"], [torch.float32]) == 1
+    jitter(model, ["first.weight"], [torch.float32])
     assert not torch.equal(model.first.weight, same.first.weight)
     for name in ("first.bias", "second.weight", "second.bias"):
         assert torch.equal(model.get_parameter(name), same.get_parameter(name))
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_weight_that_the_model_lacks_is_named_since_the_floor_would_be_too_low() -> None:
+    with pytest.raises(RenderFailed, match=r"no third\.weight \(1 missing\)"):
+        jitter(Small(), ["first.weight", "third.weight"], [torch.float32])
 
 
 def test_the_same_seed_moves_the_same_weights_and_another_others() -> None:
@@ -91,7 +97,7 @@ def test_a_weight_under_a_lora_of_peft_is_found_and_the_lora_s_stay() -> None:
 
     model = inject_adapter_in_model(LoraConfig(r=4, target_modules=["first"]), Small())
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    assert jitter(model, ["first.weight", "second.weight"], [torch.float16]) == 2
+    jitter(model, ["first.weight", "second.weight"], [torch.float16])
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert changed == {"first.base_layer.weight", "second.weight"}
 

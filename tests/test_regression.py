@@ -269,6 +269,6 @@ def test_the_floor_moves_the_base_s_weights_with_the_lora_beside_them(setup: Set
     pipe.register_modules(scheduler=make_scheduler(setup.scheduler))
     attach(pipe, chosen)
     before = render_all(pipe, CASES[:1], setup.sampling, "cpu")[0]
-    assert jitter(pipe.transformer, chosen.targets, [torch.float16]) == len(chosen.targets)
+    jitter(pipe.transformer, chosen.targets, [torch.float16])
     after = render_all(pipe, CASES[:1], setup.sampling, "cpu")[0]
     assert 1e-6 < latents_l2(after.latents, before.latents) < 1e-2

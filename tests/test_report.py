@@ -429,7 +429,7 @@ def run_of(merged: Levels, golden: Levels | None) -> tuple[list[JudgedPair], Can
     result = examine(Subject("good", "x", 0), sides[0], sides[1], goldens, RULES, sides[2])
     found: Candidate = candidate(to_png(merged), "good")
     then = dataclasses.replace(PROVENANCE, loras=(dataclasses.replace(PROVENANCE.loras[0], scale=0.9),))
-    approved = [Approved(one, GoldenRecord(1, "f" * 64, APPROVAL, then)) for one in goldens]
+    approved = [Approved(one, GoldenRecord(1, "f" * 64, {}, APPROVAL, then)) for one in goldens]
     return [JudgedPair(pair, result)], Candidates(1, "m", {"good": found}), {"good": approved}
 
 

@@ -397,3 +397,35 @@ def test_what_is_judged_is_what_was_measured() -> None:
     result = look(merged, golden=golden)
     assert result.vs_golden == compare(Picture(merged), Picture(golden))
     assert result.vs_unfused == SAME
+
+
+NOISY = Picture(noisy(scene(), 20))  # about 27 dB from the scene
+
+
+def in_noise(merged: Levels, floor: Picture, times: float | None) -> CaseResult:
+    """Limits of 38 dB and 64 levels, where rounding alone does what `floor` shows."""
+    latents = np.ones(8, np.float32)
+    side, other = (Picture(levels, latents=latents * scale) for levels, scale in ((merged, 1.01), (scene(), 1)))
+    moved = Picture(floor.levels, latents=latents * 1.01)
+    return examine(SUBJECT, side, other, (), Rules(UNFUSED, GOLDEN, times), moved)
+
+
+def test_no_limit_is_tighter_than_twice_the_noise_floor() -> None:
+    chaotic = (scene() + np.random.default_rng(2).integers(-20, 21, scene().shape)).astype(np.uint8)
+    assert in_noise(chaotic, NOISY, 2.0).agrees
+    assert not in_noise(chaotic, NOISY, None).agrees
+    assert not in_noise(chaotic, Picture(noisy(scene(), 1)), 2.0).agrees  # of a quiet floor no limit is moved
+
+
+def test_beyond_twice_the_floor_a_noisy_case_is_a_regression_as_well() -> None:
+    assert in_noise(noisy(scene(), 55), NOISY, 2.0).verdict is Verdict.REGRESSION
+
+
+def test_a_golden_brings_the_floor_of_its_own_run() -> None:
+    apart = noisy(scene(), 8)
+    quiet, loud = (Golden(scene(), "g.png", floor={"psnr_db": psnr, "max_abs": 8.0}) for psnr in (80.0, 35.0))
+    rules = Rules(UNFUSED, GOLDEN, 2.0)
+    latents = np.ones(8, np.float32)
+    for golden, verdict in ((quiet, Verdict.REGRESSION), (loud, Verdict.DRIFT)):
+        merged = Picture(apart, latents=latents)
+        assert examine(SUBJECT, merged, merged, [golden], rules, merged).verdict is verdict

@@ -91,9 +91,9 @@ class Environment:
 def make_deterministic(threads: int | None = None, *, on_gpu: bool = False) -> None:
     """The same seed gives the same picture twice; call it before torch has done any work in the process.
 
-    Kernels without a deterministic form raise instead of varying. TF32 and autotuning are off. One attention backend is
-    pinned: on a GPU the memory-efficient one, which every CUDA build has and which takes masks; on the CPU its own flash
-    attention, deterministic and several times faster than the one without.
+    Kernels without a deterministic form raise instead of varying. TF32 and autotuning are off. One attention backend
+    is pinned: on a GPU the memory-efficient one, which every CUDA build has and which takes masks; on the CPU its own
+    flash attention, deterministic and several times faster than the one without.
     Source: https://docs.pytorch.org/docs/stable/notes/randomness.html
 
     Args:
