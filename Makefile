@@ -7,14 +7,15 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help setup repro test check format clean
+.PHONY: help setup repro test controls check format clean
 
 help:
-	@echo "make repro   build the default recipe: download, fuse, verify, regress, gate"
-	@echo "make test    ruff, types, configuration, tests"
-	@echo "make setup   only make .venv"
-	@echo "make format  let ruff format and fix"
-	@echo "make clean   remove what the pipeline made (not the goldens)"
+	@echo "make repro     build the default recipe: download, fuse, verify, regress, gate"
+	@echo "make test      ruff, types, configuration, tests"
+	@echo "make controls  does the gate catch wrong merges and let harmless changes through? one minute"
+	@echo "make setup     only make .venv"
+	@echo "make format    let ruff format and fix"
+	@echo "make clean     remove what the pipeline made (not the goldens)"
 
 setup: $(READY)
 
@@ -34,6 +35,9 @@ test: $(READY)
 	mypy
 	python -m stages.config --check
 	pytest
+
+controls: $(READY)
+	@OMP_WAIT_POLICY=passive python -m pocket.controls # waiting threads sleep: the cores may have other work
 
 format: $(READY)
 	ruff format .

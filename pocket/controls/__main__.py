@@ -1,0 +1,78 @@
+"""Does the gate catch what is wrong and let through what is not: ``python -m pocket.controls [NAME ...]``.
+
+Every control is built for real on the pocket model and judged by all three gates. The exit code is 1 if a fault was
+missed or a benign change was refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_fuse.cli import guarded
+from lora_fuse.regression.verdicts import Rules
+from pocket.controls import table
+from pocket.controls.benign import BENIGN
+from pocket.controls.control import Control, Outcome
+from pocket.controls.faults import FAULTS
+from pocket.controls.rig import Rig
+
+CONTROLS = {control.name: control for control in (*FAULTS, *BENIGN)}
+
+
+def judge(controls: Sequence[Control], rules: Rules | None = None) -> list[Outcome]:
+    """Build and judge controls, with a line for each.
+
+    Args:
+        controls: of `CONTROLS`.
+        rules: what the pictures are held to; None takes the recipe's.
+    """
+    outcomes = []
+    with Rig(rules) as rig:
+        for number, control in enumerate(controls, 1):
+            begun = time.perf_counter()
+            outcome = rig.judge(control)
+            outcomes.append(outcome)
+            seen = f"seen by {', '.join(outcome.seen_by)}" if outcome.seen_by else "passed"
+            result = seen if outcome.as_expected else f"{seen}: NOT AS IT SHOULD BE"
+            print(
+                f"{number}/{len(controls)} {control.name}: {result} ({time.perf_counter() - begun:.1f} s)", flush=True
+            )
+    return outcomes
+
+
+def main(arguments: Sequence[str] | None = None, rules: Rules | None = None) -> int:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(prog="python -m pocket.controls", description="control the gate")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="controls to make (default: all)")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables between FILE's markers")
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.names if name not in CONTROLS]
+    if unknown:
+        parser.error(f"no control is called {unknown[0]!r}; there are: {', '.join(CONTROLS)}")
+    begun = time.perf_counter()
+    outcomes = judge([CONTROLS[name] for name in options.names or CONTROLS], rules)
+    for title, some in table.split(outcomes):
+        if some:
+            print(f"\n{table.aligned(some, title)}")
+    for outcome in outcomes:
+        if not outcome.as_expected:
+            print(f"\n{outcome.control.name}:", *_said(outcome), sep="\n  ")
+    if options.markdown:
+        table.write_markdown(options.markdown, outcomes)
+    print(f"\n{time.perf_counter() - begun:.0f} s")
+    print(table.summary(outcomes))
+    return 0 if all(outcome.as_expected for outcome in outcomes) else 1
+
+
+def _said(outcome: Outcome) -> list[str]:
+    """What the gates said of a control that is not as it should be."""
+    pictures = [f"{result.subject.name}: {reason}" for result in outcome.results for reason in result.reasons]
+    return [*outcome.problems[:3], *pictures] or ["no gate saw anything"]
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

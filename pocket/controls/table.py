@@ -1,0 +1,88 @@
+"""The controls' tables, for a terminal and for Markdown."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lora_fuse.files import replace_text
+from lora_fuse.regression.metrics import METRICS
+from pocket.controls.control import GATES, GOLDEN, UNFUSED, WEIGHTS, Outcome
+
+BEGIN, END = "<!-- controls -->", "<!-- /controls -->"
+FIGURES = ((UNFUSED, "psnr_db"), (GOLDEN, "psnr_db"), (GOLDEN, "flip_worst"), (GOLDEN, "comb_db"))
+HEAD = ("", *GATES, "pictures", "PSNR unfused", "over floor", "PSNR golden", "worst FLIP", "comb", "what is done")
+NOTE = (
+    "`weights` is the merge derived anew, or, where it has other shards, compared with the right merge bit for bit "
+    "(`bits`); `unfused` is against base + LoRA, `golden` against the right merge's pictures. PSNR and comb in dB; of "
+    "two cases the worse."
+)
+
+
+def row(outcome: Outcome) -> tuple[str, ...]:
+    """The cells of a control."""
+    gates = (_gate(outcome, gate) for gate in GATES)
+    over = _worst([result.over_floor for result in outcome.results], max)
+    unfused, golden, worst_flip, comb = (_figure(outcome, *which) for which in FIGURES)
+    name = outcome.control.name if outcome.as_expected else f"{outcome.control.name}: WRONG"
+    return (name, *gates, outcome.verdict, unfused, over, golden, worst_flip, comb, outcome.control.what)
+
+
+def _gate(outcome: Outcome, gate: str) -> str:
+    if gate in outcome.seen_by:
+        return "seen"
+    return "bits" if gate == WEIGHTS and not outcome.same_files else "-"
+
+
+def _figure(outcome: Outcome, pair: str, name: str) -> str:
+    metric = METRICS[name]
+    values = outcome.values(pair, name)
+    return _worst(values, min if metric.higher_is_nearer else max, metric.digits)
+
+
+def _worst(values: Sequence[float | None], choose: Callable[[list[float]], float], digits: str = ".2f") -> str:
+    known = [value for value in values if value is not None]
+    if not known or any(map(math.isnan, known)):
+        return "none"
+    worst = choose(known)
+    return "same" if math.isinf(worst) else f"{worst:{digits}}"
+
+
+def aligned(outcomes: Sequence[Outcome], title: str) -> str:
+    """A table for a terminal."""
+    rows = [(title, *HEAD[1:]), *(row(outcome) for outcome in outcomes)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    figures = range(HEAD.index("PSNR unfused"), len(HEAD) - 1)
+    lines = (
+        "  ".join(f"{cell:{'>' if i in figures else '<'}{widths[i]}}" for i, cell in enumerate(cells)) for cells in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def markdown(outcomes: Sequence[Outcome], title: str) -> str:
+    """The same for a document."""
+    rows = [(title, *HEAD[1:]), tuple("---" for _ in HEAD), *(row(outcome) for outcome in outcomes)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def split(outcomes: Sequence[Outcome]) -> tuple[tuple[str, list[Outcome]], tuple[str, list[Outcome]]]:
+    """Faults and benign changes, each with its table's title."""
+    faults = [outcome for outcome in outcomes if outcome.control.is_fault]
+    return ("fault", faults), ("benign change", [outcome for outcome in outcomes if not outcome.control.is_fault])
+
+
+def summary(outcomes: Sequence[Outcome]) -> str:
+    """How many were as they should be."""
+    (_, faults), (_, benign) = split(outcomes)
+    caught, passed = (sum(outcome.as_expected for outcome in some) for some in (faults, benign))
+    return f"{caught} of {len(faults)} faults caught, {passed} of {len(benign)} benign changes passed"
+
+
+def write_markdown(path: Path, outcomes: Sequence[Outcome]) -> None:
+    """Put the tables between the markers of a document; a document that is not there yet has only them."""
+    text = path.read_text(encoding="utf-8") if path.exists() else f"{BEGIN}\n{END}\n"
+    tables = [markdown(some, title) for title, some in split(outcomes)]
+    inside = "\n\n".join([NOTE, *tables, f"{summary(outcomes)}."])
+    replace_text(path, re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{inside}\n{END}", text, flags=re.DOTALL))
