@@ -18,20 +18,21 @@ from pocket.controls import table
 from pocket.controls.benign import BENIGN
 from pocket.controls.control import Control, Outcome
 from pocket.controls.faults import FAULTS
-from pocket.controls.rig import Rig
+from pocket.controls.rig import RECIPE, Rig
 
 CONTROLS = {control.name: control for control in (*FAULTS, *BENIGN)}
 
 
-def judge(controls: Sequence[Control], rules: Rules | None = None) -> list[Outcome]:
+def judge(controls: Sequence[Control], rules: Rules | None = None, recipe: str = RECIPE) -> list[Outcome]:
     """Build and judge controls, with a line for each.
 
     Args:
         controls: of `CONTROLS`.
         rules: what the pictures are held to; None takes the recipe's.
+        recipe: a recipe of the pocket model that edits.
     """
     outcomes = []
-    with Rig(rules) as rig:
+    with Rig(rules, recipe) as rig:
         for number, control in enumerate(controls, 1):
             begun = time.perf_counter()
             outcome = rig.judge(control)
@@ -48,13 +49,14 @@ def main(arguments: Sequence[str] | None = None, rules: Rules | None = None) -> 
     """Print the tables."""
     parser = argparse.ArgumentParser(prog="python -m pocket.controls", description="control the gate")
     parser.add_argument("names", nargs="*", metavar="NAME", help="controls to make (default: all)")
+    parser.add_argument("--recipe", default=RECIPE, help="of the pocket model; pocket_cuda has its pictures on a GPU")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables between FILE's markers")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in CONTROLS]
     if unknown:
         parser.error(f"no control is called {unknown[0]!r}; there are: {', '.join(CONTROLS)}")
     begun = time.perf_counter()
-    outcomes = judge([CONTROLS[name] for name in options.names or CONTROLS], rules)
+    outcomes = judge([CONTROLS[name] for name in options.names or CONTROLS], rules, options.recipe)
     for title, some in table.split(outcomes):
         if some:
             print(f"\n{table.aligned(some, title)}")

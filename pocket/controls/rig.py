@@ -28,6 +28,7 @@ from stages.config import load
 from stages.params import Params
 from stages.planning import cases_of, rules_of, setup_of
 
+RECIPE = "pocket"
 NAME = "lightning"  # of the LoRA in the recipe
 
 
@@ -37,8 +38,8 @@ class Rig:
     The right merge is rendered once, and its pictures are the goldens; text encoder and VAE are loaded once.
     """
 
-    def __init__(self, rules: Rules | None = None) -> None:
-        self.params: Params = load(["recipe=pocket"])
+    def __init__(self, rules: Rules | None = None, recipe: str = RECIPE) -> None:
+        self.params: Params = load([f"recipe={recipe}"])
         self.setup, self.cases = setup_of(self.params), cases_of(self.params)
         self.rules = rules or rules_of(self.params)
         self.base = Path(str(self.params.base.path))
@@ -51,7 +52,7 @@ class Rig:
         self._exit.callback(torch.set_num_threads, threads)
         self._exit.callback(torch.use_deterministic_algorithms, strict)
         self._work = Path(self._exit.enter_context(tempfile.TemporaryDirectory(prefix="controls-")))
-        make_deterministic(self.params.regress.threads)
+        make_deterministic(self.params.regress.threads, on_gpu=self.setup.placement != "cpu")
         self.right = self.merge(self._work / "right")
         pipe = load_pipeline(self.right, self.setup.pipeline, dtype=self.setup.dtype)
         self.shared = shared_components(pipe)
