@@ -6,6 +6,8 @@ READY := $(VENV)/.ready
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
+# Threads that wait sleep: on a busy machine they would take the cores from those that work.
+export OMP_WAIT_POLICY := passive
 
 .PHONY: help setup repro test controls check format clean
 
