@@ -32,7 +32,7 @@ class Meter:
     def __init__(self) -> None:
         import torch
 
-        self._gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+        self._gpus = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)  # type: ignore[no-untyped-call]
         for gpu in self._gpus:
             torch.cuda.reset_peak_memory_stats(gpu)
         _reset_host_peak()
