@@ -190,13 +190,14 @@ def judge_pairs(pairs: Sequence[Pair], goldens: Mapping[str, Sequence[Golden]], 
     for pair in pairs:
         case = pair.case
         size = (case.width, case.height) if case.width and case.height else None
-        merged, unfused, floor = map(_picture, (pair.merged, pair.unfused, pair.floor))
+        merged, unfused, floor = map(picture_of, (pair.merged, pair.unfused, pair.floor))
         subject = Subject(case.name, case.prompt, case.seed, size)
         judged.append(JudgedPair(pair, examine(subject, merged, unfused, goldens.get(case.name, ()), rules, floor)))
     return judged
 
 
-def _picture(rendered: Rendered) -> Picture:
+def picture_of(rendered: Rendered) -> Picture:
+    """What is judged of a rendered picture."""
     return Picture(to_levels(rendered.image), rendered.nonfinite, rendered.latents, rendered.sigmas)
 
 

@@ -18,9 +18,9 @@ from lora_fuse.merge import write_merged
 from lora_fuse.plan import Plan, make_plan
 from lora_fuse.regression.environment import make_deterministic
 from lora_fuse.regression.metrics import to_levels
-from lora_fuse.regression.pairs import Pair, judge_pairs, render_all, render_references
+from lora_fuse.regression.pairs import Pair, judge_pairs, picture_of, render_all, render_references
 from lora_fuse.regression.render import Case, Pipeline, Rendered, Sampling, load_pipeline, shared_components
-from lora_fuse.regression.verdicts import CaseResult, Golden, Rules, beyond
+from lora_fuse.regression.verdicts import CaseResult, Golden, Rules, beyond, compare
 from lora_fuse.selection import Selection
 from lora_fuse.verification import Expectation, verify_merge
 from pocket.controls.control import Built, Control, Outcome
@@ -57,11 +57,15 @@ class Rig:
         pipe = load_pipeline(self.right, self.setup.pipeline, dtype=self.setup.dtype)
         self.shared = shared_components(pipe)
         pictures = self.render(pipe)
-        self.goldens = {
-            case.name: [Golden(to_levels(picture.image), f"{case.name}.png")]
-            for case, picture in zip(self.cases, pictures, strict=True)
-        }
         self.unfused = render_references(self.plan(), self.cases, self.setup, self.shared)
+        floors = [
+            compare(picture_of(floor), picture_of(unfused)).values
+            for floor, unfused in zip(self.unfused.floor, self.unfused.unfused, strict=True)
+        ]
+        self.goldens = {
+            case.name: [Golden(to_levels(picture.image), f"{case.name}.png", floor=floor)]
+            for case, picture, floor in zip(self.cases, pictures, floors, strict=True)
+        }
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -140,7 +144,7 @@ class Rig:
     def _beyond_golden(self, result: CaseResult) -> list[str]:
         if result.vs_golden is None:
             return [f"{result.subject.name} was not compared with its golden."]
-        return beyond(result.vs_golden, self.rules.golden, "the golden")
+        return beyond(result.vs_golden, result.golden_limits, "the golden")
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
