@@ -123,13 +123,17 @@ def render_references(
     """
     import torch
 
-    pipe = load_pipeline(plan.checkpoint.root, setup.pipeline, dtype=setup.dtype, shared=shared)
+    base = plan.checkpoint.root
+    pipe = load_pipeline(base, setup.pipeline, dtype=setup.dtype, shared=shared)
     alone: Sequence[Rendered | None] = [None] * len(cases)
     if setup.baseline is not None:  # as its authors run it: no LoRA, its own scheduler, steps and CFG
         alone = render_all(pipe, cases, setup.baseline, setup.placement)
+        shared = shared_components(pipe)
+        _drop_transformer(pipe)
+        pipe = load_pipeline(base, setup.pipeline, dtype=setup.dtype, shared=shared)
     if setup.scheduler:
         pipe.register_modules(scheduler=make_scheduler(setup.scheduler))
-    by = attach(pipe, plan)
+    by = _attach_by_itself(pipe, plan)
     unfused = render_all(pipe, cases, setup.sampling, setup.placement)
     stored = {target.tensor.dtype for target in plan.targets.values()}
     dtypes = [getattr(torch, setup.dtype), *(getattr(torch, _TORCH_NAMES[dtype]) for dtype in stored)]
@@ -137,6 +141,18 @@ def render_references(
     floor = render_all(pipe, cases, setup.sampling, setup.placement)
     _drop_transformer(pipe)
     return References(unfused, floor, alone, by)
+
+
+def _attach_by_itself(pipe: Pipeline, plan: Plan) -> str:
+    """Attach the LoRAs while the parts that are placed already are out of sight.
+
+    diffusers takes what accelerate has spread over GPUs for offloaded, and would then offload the transformer too.
+    """
+    placed = shared_components(pipe)
+    pipe.register_modules(**dict.fromkeys(placed))
+    by = attach(pipe, plan)
+    pipe.register_modules(**placed)
+    return by
 
 
 _TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}

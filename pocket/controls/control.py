@@ -43,7 +43,8 @@ class Control:
         name: a few words.
         what: what is done, in one line.
         build: does it, in an empty folder.
-        seen_by: those of `GATES` that have to see it, others may; none for a change that all have to let through.
+        seen_by: those of `GATES` that have to see it in float32, others may; in 16 bits any of them will do. None for a
+            change that all have to let through.
         verdict: what the pictures have to come to; None leaves it open, where the weights alone have to tell.
     """
 
@@ -69,6 +70,7 @@ class Outcome:
         problems: of the weights and of the repository's other files.
         results: of the pictures, one a case.
         beyond_golden: what separates the pictures from the goldens.
+        sharp: whether the pictures are of float32.
     """
 
     control: Control
@@ -76,6 +78,7 @@ class Outcome:
     problems: Sequence[str]
     results: Sequence[CaseResult]
     beyond_golden: Sequence[str]
+    sharp: bool = True
 
     @property
     def seen_by(self) -> tuple[str, ...]:
@@ -95,6 +98,8 @@ class Outcome:
         control = self.control
         if not control.is_fault:
             return not self.seen_by and self.verdict.passed
+        if not self.sharp:
+            return bool(self.seen_by)
         return set(control.seen_by) <= set(self.seen_by) and control.verdict in {None, self.verdict}
 
     def values(self, pair: str, metric: str) -> list[float]:

@@ -115,7 +115,7 @@ class Rig:
         pairs = [Pair(case, merged, unfused, floor, beside.unfused_by) for case, merged, unfused, floor in sides]
         results = [judged.result for judged in judge_pairs(pairs, self.goldens, self.rules)]
         apart = [sentence for result in results for sentence in self._beyond_golden(result)]
-        return Outcome(control, built.same_files, problems, results, apart)
+        return Outcome(control, built.same_files, problems, results, apart, self.setup.dtype == "float32")
 
     def _verify(self, folder: Path) -> list[str]:
         """What stage `verify` would say; the LoRA is always the recipe's own file."""
