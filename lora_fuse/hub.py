@@ -176,8 +176,8 @@ def _open_repository(repo_id: str, revision: str | None) -> _Repository:
         info = client().model_info(repo_id, revision=revision, files_metadata=True)
     if info.sha is None:
         raise BadSource(f"{label}: {endpoint()} names no commit, so it cannot be pinned; use another Hub")
-    stated = license_of(info.card_data.to_dict() if info.card_data else {}, "hub")
-    return _Repository(repo_id, info.sha, remote_files(info), stated)
+    card = vars(info.card_data) if info.card_data else {}
+    return _Repository(repo_id, info.sha, remote_files(info), license_of(card, "hub"))
 
 
 def _cached(lock: Lock) -> Path:

@@ -43,8 +43,8 @@ def build_manifest(
         lock = (loras or {}).get(given.name)
         one = MergedLora(name=given.name, scale=given.scale, sha256=lora.sha256)
         if lock:
-            pinned = {"repo_id": lock.repo_id, "path": lock.path, "revision": lock.revision}
-            one = replace(one, filename=next(iter(lock.files)), license=lock.license, **pinned)
+            one = replace(one, filename=next(iter(lock.files)), repo_id=lock.repo_id, path=lock.path)
+            one = replace(one, revision=lock.revision, license=lock.license)
         merged.append(one)
     return Manifest(
         schema=SCHEMA,
