@@ -145,25 +145,26 @@ def sparse(path: Path, nbytes: int) -> None:
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """Of 400 MB, which would all be in memory otherwise."""
+    """Of 400 MB, which would all be in memory otherwise. (What getrusage says is the parent's as well.)"""
     folder = tmp_path / "t"
     folder.mkdir()
     (folder / "config.json").write_text('{"_class_name": "QwenImageTransformer2DModel"}')
     sparse(folder / "diffusion_pytorch_model.safetensors", 400_000_000)
-    script = """
-import resource, sys
+    script = r"""
+import re, sys
 from pathlib import Path
 from lora_fuse.checkpoint import open_checkpoint
 from lora_fuse.exporting import export
 files = export(open_checkpoint(Path(sys.argv[1])), Path(sys.argv[2]), ["single_file"], name="big", metadata={},
                progress=lambda _: None)
-print(next(iter(files.values())).size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(next(iter(files.values())).size)
+print(int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024)
 """
     command = [sys.executable, "-c", script, str(folder), str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     size, peak = map(int, done.stdout.split())
     assert size > 400_000_000
-    assert peak < 250_000_000
+    assert peak < 200_000_000
 
 
 def test_every_format_has_a_place_of_its_own_and_words() -> None:
