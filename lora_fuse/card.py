@@ -33,7 +33,7 @@ TEMPLATE = """\
 ```
 
 {% if example -%}
-This makes the first picture below.
+This makes the first of the pictures below; another machine or dtype moves it a little.
 
 {% endif -%}
 {% for warning in warnings -%}

@@ -244,8 +244,7 @@ def _verify_download(folder: Path, trusted: Trusted | None) -> tuple[bool, froze
     from lora_fuse.published import check_published
 
     found = check_published(folder, trusted)
-    signed = "signature right" if found.signed else "signature not checked"
-    print(f"verify: {found.files} files of {folder} compared with its list, {signed}")
+    print(f"verify: {found.files} files of {folder} compared with its list, signature {found.signature}")
     for text in found.notes:
         print(f"  note: {text}")
     for text in found.problems:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from lora_fuse.errors import BadSource, CheckFailed, Refused
 from lora_fuse.records import FileRecord, Manifest, from_json
@@ -27,11 +28,11 @@ NOTICES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
 class Published:
     """What was found: `problems` empty means that it is what was published, as far as was looked.
 
-    `beside` are the paths that are not part of the merge, `signed` says whether a signature was checked.
+    `beside` are the paths that are not part of the merge.
     """
 
     files: int = 0
-    signed: bool = False
+    signature: Literal["right", "wrong", "missing", "not checked"] = "not checked"
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     beside: frozenset[str] = frozenset()
@@ -65,12 +66,14 @@ def check_published(folder: Path, trusted: Trusted | None) -> Published:
         return found
     found.files = len(manifest.files)
     _check_listed(folder, manifest, found)
-    extra = sorted(_held(folder) - manifest.files.keys())
+    held = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    kept = {name for name in held if name.partition("/")[0] in HOUSEKEEPING}
+    extra = sorted(held - kept - {LIST, SIGNATURE} - manifest.files.keys())
     harmless = [name for name in extra if _is_read_by_people(name)]
     found.problems += [f"{name} is not in {LIST}, so nobody published it" for name in extra if name not in harmless]
     found.notes += [f"{name} is not in {LIST}" for name in harmless]
     made = [name for name, file in manifest.files.items() if file.origin == "generated"]
-    found.beside = frozenset([*made, *extra, LIST, SIGNATURE])
+    found.beside = frozenset([*made, *extra, *kept, LIST, SIGNATURE])
     _check_signature(folder, trusted, extra, found)
     return found
 
@@ -94,18 +97,15 @@ def _check_signature(folder: Path, trusted: Trusted | None, extra: Iterable[str]
             found.notes.append(f"{SIGNATURE} was not checked: give --public-key FILE, or --identity and --issuer")
         return
     if not there:
+        found.signature = "missing"
         found.problems.append(f"{SIGNATURE} is not there, and a signature is asked for")
         return
     try:
         check(folder, trusted, unsigned=extra)
-        found.signed = True
+        found.signature = "right"
     except CheckFailed as error:
+        found.signature = "wrong"
         found.problems.append(str(error))
-
-
-def _held(folder: Path) -> set[str]:
-    paths = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
-    return {path.as_posix() for path in paths if path.parts[0] not in HOUSEKEEPING} - {LIST, SIGNATURE}
 
 
 def _is_read_by_people(name: str) -> bool:

@@ -10,7 +10,7 @@ Invariant: no clock time and no host in it, so the same build gives the same sta
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -24,12 +24,18 @@ BUILD_TYPE = "urn:lora-fuse:fuse:1"  # what externalParameters mean: the section
 
 
 @dataclass(frozen=True, slots=True)
-class Resource:
-    """A ResourceDescriptor: an artifact by name, address and digest (by algorithm)."""
+class Artifact:
+    """A ResourceDescriptor: an artifact by name and digest (by algorithm)."""
 
     name: str
     digest: dict[str, str]
-    uri: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Resource(Artifact):
+    """One that has an address."""
+
+    uri: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +45,7 @@ class Definition:
     build_type: Annotated[str, Field(alias="buildType")]
     external: Annotated[dict[str, Any], Field(alias="externalParameters")]
     internal: Annotated[dict[str, Any], Field(alias="internalParameters")]
-    dependencies: Annotated[tuple[Resource, ...], Field(alias="resolvedDependencies")]
+    dependencies: Annotated[tuple[Resource | Artifact, ...], Field(alias="resolvedDependencies")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +76,7 @@ class Statement:
     """The in-toto statement."""
 
     kind: Annotated[str, Field(alias="_type")]
-    subject: tuple[Resource, ...]
+    subject: tuple[Artifact, ...]
     predicate_type: Annotated[str, Field(alias="predicateType")]
     predicate: Predicate
 
@@ -97,7 +103,7 @@ def provenance_json(
     return to_json(
         Statement(
             STATEMENT,
-            tuple(Resource(name, {"sha256": file.sha256}) for name, file in sorted(files.items())),
+            tuple(Artifact(name, {"sha256": file.sha256}) for name, file in sorted(files.items())),
             PREDICATE,
             Predicate(
                 Definition(BUILD_TYPE, dict(parameters), internal, dependencies(manifest)),
@@ -107,9 +113,9 @@ def provenance_json(
     )
 
 
-def dependencies(manifest: Manifest) -> tuple[Resource, ...]:
+def dependencies(manifest: Manifest) -> tuple[Resource | Artifact, ...]:
     """What went in: every repository with its commit, and every file with its sha256."""
-    found = _of_base(manifest.base) if manifest.base else []
+    found: list[Resource | Artifact] = [*_of_base(manifest.base)] if manifest.base else []
     for lora in manifest.loras:
         found += _of_lora(lora)
     return tuple(one for number, one in enumerate(found) if one not in found[:number])  # two LoRAs of one repository
@@ -121,9 +127,9 @@ def purl(repo_id: str, commit: str | None, file: str | None = None) -> str:
     return f"pkg:huggingface/{repo_id}{at}" + (f"#{file}" if file else "")
 
 
-def _of_base(base: Lock) -> list[Resource]:
+def _of_base(base: Lock) -> Sequence[Resource | Artifact]:
     if base.repo_id is None:
-        return [Resource(f"base/{name}", {"sha256": file.sha256}) for name, file in sorted(base.files.items())]
+        return [Artifact(f"base/{name}", {"sha256": file.sha256}) for name, file in sorted(base.files.items())]
     return [
         *_repository(base.repo_id, base.revision),
         *(
@@ -133,10 +139,10 @@ def _of_base(base: Lock) -> list[Resource]:
     ]
 
 
-def _of_lora(lora: MergedLora) -> list[Resource]:
+def _of_lora(lora: MergedLora) -> Sequence[Resource | Artifact]:
     name = lora.filename or f"{lora.name}.safetensors"
     if lora.repo_id is None:
-        return [Resource(f"lora/{name}", {"sha256": lora.sha256})]
+        return [Artifact(f"lora/{name}", {"sha256": lora.sha256})]
     file = Resource(name, {"sha256": lora.sha256}, purl(lora.repo_id, lora.revision, name))
     return [*_repository(lora.repo_id, lora.revision), file]
 

@@ -202,7 +202,7 @@ def test_the_snippet_makes_the_first_case_with_a_picture_from_the_repository() -
     assert "width" not in given
     assert 'hf_hub_download("alice/edit", "images/rabbit.input.png")' in snippet(text)
     assert "manual_seed(7)" in snippet(text)
-    assert "makes the first picture below" in text
+    assert "makes the first of the pictures below" in text
 
 
 def test_several_input_pictures_are_a_list() -> None:

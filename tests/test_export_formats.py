@@ -145,7 +145,7 @@ def sparse(path: Path, nbytes: int) -> None:
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """Of 400 MB, which would all be in memory otherwise. (What getrusage says is the parent's as well.)"""
+    """Of 400 MB, which would all be in memory otherwise; what getrusage says would be the parent's as well."""
     folder = tmp_path / "t"
     folder.mkdir()
     (folder / "config.json").write_text('{"_class_name": "QwenImageTransformer2DModel"}')

@@ -11,6 +11,7 @@ from lora_fuse.card import Evidence, ShownCase
 from lora_fuse.errors import PublishRefused
 from lora_fuse.regression.goldens import Candidates
 from lora_fuse.regression.render import Case
+from lora_fuse.regression.report import MEANINGS
 from lora_fuse.release import Addition, addition
 
 PLOT = "images/blocks.png"
@@ -25,7 +26,8 @@ def evidence(metrics: Mapping[str, Any], cases: Sequence[Case], plot: str | None
         cases: that were rendered.
         plot: path of the picture of the blocks in the repository.
     """
-    return Evidence(metrics["verdict"], metrics["environment"], tuple(_shown(case, metrics) for case in cases), plot)
+    verdict = f"{metrics['verdict']}: {MEANINGS[metrics['verdict']]}."
+    return Evidence(verdict, metrics["environment"], tuple(_shown(case, metrics) for case in cases), plot)
 
 
 def pictures(cases: Sequence[Case], found: Candidates, manifest_sha256: str, images: Path) -> dict[str, Addition]:
