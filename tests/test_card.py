@@ -83,12 +83,7 @@ def test_the_front_matter_names_base_and_lora_and_how_they_were_joined() -> None
         "pipeline_tag": "image-to-image",
         "tags": ["lora-fuse", "merge", "4-steps"],
     }
-    data = ModelCard(card()).data
-    assert (data.base_model, data.license, data.pipeline_tag) == (
-        ["owner/base", "other/lora"],
-        "apache-2.0",
-        "image-to-image",
-    )
+    assert vars(ModelCard(card()).data).items() >= front_matter(card()).items()
     assert front_matter(card(pipeline="QwenImagePipeline"))["pipeline_tag"] == "text-to-image"
 
 

@@ -172,9 +172,8 @@ def test_the_links_of_the_client_s_cache_are_as_good(downloads: Path, signing_ke
 def test_the_library_s_own_command_accepts_the_signature(signed: Path, signing_key: Path) -> None:
     shutil.rmtree(signed / ".cache")
     command = [sys.executable, "-m", "model_signing", "verify", "key", signed, "--signature", signed / SIGNATURE]
-    done = subprocess.run(
-        [*command, "--public_key", public_key(signing_key)], capture_output=True, text=True, check=False
-    )
+    arguments = [*map(str, command), "--public_key", str(public_key(signing_key))]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert "Verification succeeded" in done.stdout, done.stderr
 
 
