@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lora_fuse.lora import LoraInput, Update
     from lora_fuse.plan import Plan
     from lora_fuse.selection import Selection
+    from lora_fuse.signing import Trusted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,15 +65,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     fuse.add_argument("--scheduler", type=Path, metavar="JSON", help="scheduler settings for OUT; default: the base's")
     fuse.set_defaults(run=_fuse)
-    verify = commands.add_parser("verify", help="re-derive a merge independently and compare")
-    verify.add_argument("merged", type=Path, metavar="MERGED")
-    verify.add_argument("base", type=Path, metavar="BASE")
+    verify = commands.add_parser(
+        "verify", help="check a download against its list and signature; with BASE, re-derive the merge and compare"
+    )
+    verify.add_argument("merged", type=Path, metavar="MERGED", help="a merged checkpoint, or a published repository")
+    verify.add_argument("base", type=Path, metavar="BASE", nargs="?", help="what it was merged from")
     verify.add_argument("--rows", default="16", metavar="N|all", help="rows of each target to re-derive (default 16)")
     verify.add_argument("--scheduler", type=Path, metavar="JSON", help="scheduler settings that MERGED should have")
+    verify.add_argument("--public-key", type=Path, metavar="FILE", help="the repository has to be signed by its owner")
+    verify.add_argument("--identity", metavar="WHO", help="the repository has to be signed, keyless, by this identity")
+    verify.add_argument("--issuer", metavar="URL", help="the OpenID issuer that vouches for --identity")
     verify.set_defaults(run=_verify)
     for command in (plan, fuse, verify):
+        needed = command is not verify
         command.add_argument(
-            "--lora", type=Path, action="append", required=True, metavar="F", help="file or PEFT folder"
+            "--lora", type=Path, action="append", required=needed, default=[], metavar="F", help="file or PEFT folder"
         )
         command.add_argument("--scale", type=float, action="append", metavar="S", help="one for each --lora")
         command.add_argument("--only", action="append", default=[], metavar="P", help="pattern of modules to fuse")
@@ -95,9 +102,11 @@ def _inputs(options: argparse.Namespace) -> list[LoraInput]:
 
 def _make_plan(options: argparse.Namespace) -> Plan:
     from lora_fuse.checkpoint import open_checkpoint
+    from lora_fuse.families import cached_at
     from lora_fuse.plan import make_plan
 
-    return make_plan(open_checkpoint(options.base, options.component), _inputs(options), _selection(options))
+    checkpoint = open_checkpoint(options.base, options.component, label=cached_at(options.base.absolute()))
+    return make_plan(checkpoint, _inputs(options), _selection(options))
 
 
 def _selection(options: argparse.Namespace) -> Selection:
@@ -206,17 +215,54 @@ def _write(options: argparse.Namespace, plan: Plan, generated: dict[str, bytes])
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from lora_fuse.verification import Expectation, verify_merge
+    from lora_fuse.published import is_published
 
     if options.rows != "all" and not (options.rows.isdigit() and int(options.rows) > 0):
         raise BadConfig(f"--rows is {options.rows!r}; give a number of rows, or all")
+    if (options.base is None) != (not options.lora):
+        raise BadConfig("BASE and --lora go together: give both to check the merge, none to check a download alone")
+    trusted = _trusted(options)
+    if trusted is None and options.base is not None and not is_published(options.merged):
+        return _verify_merge(options, frozenset())
+    passed, beside = _verify_download(options.merged, trusted)
+    if options.base is None:
+        return 0 if passed else 1
+    return max(0 if passed else 1, _verify_merge(options, beside))
+
+
+def _trusted(options: argparse.Namespace) -> Trusted | None:
+    from lora_fuse.signing import Trusted
+
+    if (options.identity is None) != (options.issuer is None) or (options.identity and options.public_key):
+        raise BadConfig("who has to have signed: give --public-key alone, or --identity and --issuer")
+    if options.public_key is None and options.identity is None:
+        return None
+    return Trusted(options.public_key, options.identity, options.issuer)
+
+
+def _verify_download(folder: Path, trusted: Trusted | None) -> tuple[bool, frozenset[str]]:
+    from lora_fuse.published import check_published
+
+    found = check_published(folder, trusted)
+    print(f"verify: {found.files} files of {folder} compared with its list, signature {found.signature}")
+    for text in found.notes:
+        print(f"  note: {text}")
+    for text in found.problems:
+        print(f"  problem: {text}", file=sys.stderr)
+    print("download: passed" if not found.problems else f"download: FAILED, {len(found.problems)} problems")
+    return not found.problems, found.beside
+
+
+def _verify_merge(options: argparse.Namespace, beside: frozenset[str]) -> int:
+    from lora_fuse.verification import Expectation, verify_merge
+
     found = verify_merge(
         options.merged,
         options.base,
         _inputs(options),
         component=options.component,
         rows=None if options.rows == "all" else int(options.rows),
-        expected=Expectation(scheduler=_scheduler(options)),
+        expected=Expectation(scheduler=_scheduler(options), beside=beside),
         selection=_selection(options),
     )
     print(

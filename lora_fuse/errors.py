@@ -74,6 +74,10 @@ class PublishRefused(Refused):
     """Something that publishing needs is missing, failed, or belongs to other bytes."""
 
 
+class BadKey(Refused):
+    """A key cannot be used, or what signs is not installed."""
+
+
 class RenderFailed(Refused):
     """A pipeline cannot be loaded or run as the recipe says."""
 

@@ -80,5 +80,12 @@ def cached_from(path: PurePath) -> tuple[str | None, str | None]:
     return None, path.name
 
 
+def cached_at(path: PurePath) -> str | None:
+    """``repo@commit`` of a folder or file in the Hub client's cache, see `cached_from`; None elsewhere."""
+    repo_id, _ = cached_from(path)
+    commit = next((part for above, part in pairwise(path.parts) if above == "snapshots"), None)
+    return f"{repo_id}@{commit}" if repo_id and commit else None
+
+
 def _matches(family: Family, name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in family.loras)

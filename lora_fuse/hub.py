@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 
 from lora_fuse.allowlist import is_pickle
 from lora_fuse.errors import BadLora, BadSource, NoSpace, Refused
-from lora_fuse.records import FileRecord, Lock, Source
+from lora_fuse.licences import license_of
+from lora_fuse.records import FileRecord, License, Lock, Source
 from lora_fuse.sources import Basket, Promise, examine, hashing, open_folder, take_pipeline
 
 if TYPE_CHECKING:
@@ -119,7 +120,8 @@ def _lock(source: Source, previous: Lock | None, offline: bool, take: Callable[[
     records = dict(sorted(basket.records.items()))
     if kept and kept.repo_id:
         _refuse_other_bytes(records, kept)
-    return Lock(source.repo_id, source.path, source.revision, basket.shelf.commit, records)
+    shelf = basket.shelf
+    return Lock(source.repo_id, source.path, source.revision, shelf.commit, records, shelf.license)
 
 
 def _is_whole(lock: Lock, *, complain: bool) -> bool:
@@ -149,6 +151,7 @@ class _Repository:
     repo_id: str
     commit: str
     files: Mapping[str, Promise]
+    license: License | None = None
 
     @property
     def label(self) -> str:
@@ -173,7 +176,8 @@ def _open_repository(repo_id: str, revision: str | None) -> _Repository:
         info = client().model_info(repo_id, revision=revision, files_metadata=True)
     if info.sha is None:
         raise BadSource(f"{label}: {endpoint()} names no commit, so it cannot be pinned; use another Hub")
-    return _Repository(repo_id, info.sha, remote_files(info))
+    card = vars(info.card_data) if info.card_data else {}
+    return _Repository(repo_id, info.sha, remote_files(info), license_of(card, "hub"))
 
 
 def _cached(lock: Lock) -> Path:

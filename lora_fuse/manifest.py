@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from lora_fuse.errors import BadSource
@@ -41,9 +41,11 @@ def build_manifest(
     merged = []
     for given, lora in zip(plan.inputs, plan.loras, strict=True):
         lock = (loras or {}).get(given.name)
-        pinned = {"repo_id": lock.repo_id, "path": lock.path, "revision": lock.revision} if lock else {}
-        filename = next(iter(lock.files)) if lock else None
-        merged.append(MergedLora(name=given.name, scale=given.scale, sha256=lora.sha256, filename=filename, **pinned))
+        one = MergedLora(name=given.name, scale=given.scale, sha256=lora.sha256)
+        if lock:
+            one = replace(one, filename=next(iter(lock.files)), repo_id=lock.repo_id, path=lock.path)
+            one = replace(one, revision=lock.revision, license=lock.license)
+        merged.append(one)
     return Manifest(
         schema=SCHEMA,
         recipe=recipe,

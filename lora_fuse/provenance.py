@@ -34,6 +34,17 @@ def modified_files(root: Path) -> list[str] | None:
     return None if listed is None else [line.split(maxsplit=1)[1] for line in listed.splitlines()]
 
 
+def this_repository() -> str | None:
+    """Where the checkout that this runs from was cloned from, without a name or password in it; None if nowhere."""
+    address = _git(Path(__file__).resolve().parents[1], "config", "remote.origin.url")
+    if not address or "://" not in address or address.startswith("file:"):
+        host, colon, path = (address or "").rpartition("@")[2].partition(":")  # git@host:owner/name
+        return f"https://{host}/{path.removesuffix('.git')}" if colon and "@" in str(address) else None
+    scheme, _, rest = address.partition("://")
+    host, _, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}/{path.removesuffix('.git')}"
+
+
 def this_person(root: Path) -> str:
     """Who runs this: as git knows it (``name <mail>``), or the system's user."""
     name, mail = _git(root, "config", "user.name"), _git(root, "config", "user.email")

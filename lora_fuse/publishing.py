@@ -56,7 +56,14 @@ def skipped(reason: str, manifest_sha256: str) -> Receipt:
 
 
 def publish(
-    merged: Path, manifest: Manifest, card: str, *, repo_id: str, private: bool = True, message: str
+    merged: Path,
+    manifest: Manifest,
+    card: str,
+    *,
+    repo_id: str,
+    private: bool = True,
+    message: str,
+    additional: Mapping[str, tuple[Path, FileRecord]] | None = None,
 ) -> Receipt:
     """Publish a merged checkpoint; the repository is created if it is not there.
 
@@ -68,6 +75,7 @@ def publish(
         private: whether only its owner may see the repository. An existing one keeps its visibility: if that is
             public and private is asked for, nothing is sent.
         message: title of the commit.
+        additional: files beside the manifest's, by POSIX path: where each lies, and what it has to be.
 
     Raises:
         PublishRefused: there is no token, the files are not the manifest's, the repository cannot be had, is
@@ -79,7 +87,13 @@ def publish(
         paths = _local_files(merged, manifest)
         paths[CARD] = Path(folder, CARD)
         paths[CARD].write_text(card, encoding="utf-8")
-        files = _hashed(paths, {name: FileRecord(file.size, file.sha256) for name, file in manifest.files.items()})
+        expected = {name: FileRecord(file.size, file.sha256) for name, file in manifest.files.items()}
+        for name, (path, record) in (additional or {}).items():
+            _refuse_pickle(name)
+            if name in paths:
+                raise PublishRefused(f"{name} is both in the manifest and beside it; fuse again")
+            paths[name], expected[name] = path, record
+        files = _hashed(paths, expected)
         remote = _open(repo_id, private=private)
         _refuse_foreign_weights(remote, files, repo_id)
         if differing := _differing(paths, files, remote):
@@ -108,12 +122,16 @@ def _local_files(merged: Path, manifest: Manifest) -> dict[str, Path]:
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(root):
             raise PublishRefused(f"{name} leads out of {merged}; only files in there are published, fuse again")
-        if is_pickle(name):
-            raise PublishRefused(f"{name} is a pickle, which runs code when it is loaded; it is not published")
+        _refuse_pickle(name)
         if name == CARD:
             raise PublishRefused(f"the manifest names {CARD}, which is where the card goes; fuse again")
         paths[name] = path
     return paths
+
+
+def _refuse_pickle(name: str) -> None:
+    if is_pickle(name):
+        raise PublishRefused(f"{name} is a pickle, which runs code when it is loaded; it is not published")
 
 
 def _hashed(paths: Mapping[str, Path], expected: Mapping[str, FileRecord]) -> dict[str, FileRecord]:

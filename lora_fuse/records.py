@@ -62,11 +62,31 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class License:
+    """The licence of a source as it says itself, or as somebody states it.
+
+    `id` is the Hub's (huggingface.co/docs/hub/repositories-licenses), in lower case; ``other`` goes with `name` and
+    `link`. `origin` is where it was read.
+    """
+
+    id: str
+    name: str | None = None
+    link: str | None = None
+    origin: Literal["hub", "front matter", "licence file", "by hand"] = "hub"
+
+    @property
+    def label(self) -> str:
+        """What a person would call it."""
+        return f"{self.name or self.link or 'unnamed'} (other)" if self.id == "other" else self.id
+
+
+@dataclass(frozen=True, slots=True)
 class Lock:
     """A source pinned: what was asked for, the commit it meant, and the sha256 of every file used.
 
     `requested` is the branch, tag or commit that the recipe names, `revision` the 40-hex commit it stood for at
-    download. A local folder has neither: its file hashes are the pin. `files` is keyed by POSIX path.
+    download. A local folder has neither: its file hashes are the pin. `files` is keyed by POSIX path. `license` is what
+    the source says of itself at that commit, None if it says nothing.
     """
 
     repo_id: str | None
@@ -74,6 +94,7 @@ class Lock:
     requested: str | None
     revision: str | None
     files: dict[str, FileRecord]
+    license: License | None = None
 
     @property
     def label(self) -> str:
@@ -108,6 +129,7 @@ class MergedLora:
     repo_id: str | None = None
     path: str | None = None
     revision: str | None = None
+    license: License | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +148,15 @@ class Tool:
     version: str
     git: str | None = None
     dirty: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Exports:
+    """What a merged checkpoint was exported to, by POSIX path, and the manifest that it was exported from."""
+
+    schema: int
+    manifest_sha256: str
+    files: dict[str, FileRecord]
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from lora_fuse.allowlist import MODEL_INDEX, components, indexed_weights, is_index, single_weights, text_files
 from lora_fuse.errors import BadSource
+from lora_fuse.license_files import read_license
 from lora_fuse.progress import byte_progress
-from lora_fuse.records import FileRecord
+from lora_fuse.records import FileRecord, License
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -50,6 +51,10 @@ class Shelf(Protocol):
     def files(self) -> Mapping[str, Promise]:
         """Everything on it by POSIX path."""
 
+    @property
+    def license(self) -> License | None:
+        """What it says of its licence; None if nothing."""
+
     def fetch(self, names: Iterable[str], *, again: bool = False) -> Path:
         """Have files on this machine, anew if `again`; returns the folder that they are in."""
 
@@ -60,6 +65,7 @@ class Folder:
 
     root: Path
     files: Mapping[str, Promise]
+    license: License | None = None
     commit: None = None
 
     @property
@@ -83,7 +89,7 @@ def open_folder(root: Path) -> Folder:
     # Linked folders are entered at the top only: enough for a pipeline, and no loop can catch us.
     below = [path for top in root.iterdir() for path in (top.rglob("*") if top.is_dir() else (top,))]
     files = [path for path in below if not path.is_dir()]
-    return Folder(root, {path.relative_to(root).as_posix(): Promise(_size(path)) for path in files})
+    return Folder(root, {path.relative_to(root).as_posix(): Promise(_size(path)) for path in files}, read_license(root))
 
 
 def _size(path: Path) -> int:

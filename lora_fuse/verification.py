@@ -74,10 +74,14 @@ class Verification:
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """What the merged repository's generated files should say; None or empty is not looked at."""
+    """What the merged repository's generated files should say; None or empty is not looked at.
+
+    `beside` are POSIX paths that are no part of the merge, see `lora_fuse.published`.
+    """
 
     pipeline: str | None = None
     scheduler: Mapping[str, object] = field(default_factory=dict)
+    beside: frozenset[str] = frozenset()
 
 
 def verify_merge(
@@ -231,6 +235,7 @@ def _check_files(merged: Path, base: Path, weights: set[Path], expected: Expecta
     if expected.pipeline is not None:
         generated.add(merged / "model_index.json")
         _check_json(merged / "model_index.json", {"_class_name": expected.pipeline}, found)
+    generated |= {merged / name for name in expected.beside}
     for path in sorted(merged.rglob("*")):
         if path.is_dir() or path in weights or path in generated:
             continue

@@ -27,6 +27,9 @@ CASES = REGRESSION / "cases.json"
 BLOCKS = REGRESSION / "blocks.json"
 REPORT = REGRESSION / "report.html"
 GOLDEN = ROOT / "golden"
+EXPORTED = ROOT / "export"
+EXPORTS = ROOT / "export.json"
+RELEASE = ROOT / "release"
 RECEIPT = ROOT / "publish.json"
 
 
@@ -57,6 +60,17 @@ def read_object(path: Path, stage: str) -> dict[str, Any]:
         raise BadSource(f"{path} is not JSON ({error}); run its stage again: dvc repro -f {stage}") from error
     if not isinstance(content, dict):
         raise BadSource(f"{path} holds a {type(content).__name__}, not a mapping; run again: dvc repro -f {stage}")
+    return content
+
+
+def read_rows(path: Path, stage: str) -> list[dict[str, Any]]:
+    """A stage's JSON list of rows."""
+    try:
+        content = json.loads(read_text(path, stage))
+    except ValueError as error:
+        raise BadSource(f"{path} is not JSON ({error}); run its stage again: dvc repro -f {stage}") from error
+    if not isinstance(content, list):
+        raise BadSource(f"{path} holds a {type(content).__name__}, not a list; run again: dvc repro -f {stage}")
     return content
 
 

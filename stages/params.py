@@ -7,6 +7,7 @@ An unknown, missing or ill-typed key is an error that names the key; no default 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
@@ -15,6 +16,7 @@ from lora_fuse.errors import BadConfig
 from lora_fuse.files import Untouched
 from lora_fuse.records import Source
 from lora_fuse.selection import Selection
+from lora_fuse.signing import Signer
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
@@ -196,12 +198,41 @@ class RegressParams(Section):
     golden: LimitParams
 
 
+class ExportParams(Section):
+    """Which other formats the merged checkpoint is written in, by the names of `lora_fuse.exporting.FORMATS`."""
+
+    formats: list[Text]
+
+
+class SigningParams(Section):
+    """Who signs what is published: the private key in a file, or keyless by Sigstore; nobody if neither is set."""
+
+    key: Text | None
+    keyless: bool
+
+    @model_validator(mode="after")
+    def _one_signer(self) -> SigningParams:
+        if self.key is not None and self.keyless:
+            raise ValueError(f"set key ({self.key}) or keyless, not both")
+        return self
+
+    @property
+    def signer(self) -> Signer | None:
+        """Who signs, as the library knows it; None leaves it unsigned."""
+        return Signer(None if self.key is None else Path(self.key)) if self.key is not None or self.keyless else None
+
+
 class PublishParams(Section):
-    """Where the merged repository goes, if it goes anywhere."""
+    """Where the merged repository goes, if it goes anywhere, under which licence, and who signs it.
+
+    `license` is an id of the Hub that somebody states by hand; null takes what base and LoRAs state.
+    """
 
     enabled: bool
     repo_id: Text | None
     private: bool
+    license: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.+-]*$")] | None
+    signing: SigningParams
 
 
 class Params(Section):
@@ -215,6 +246,7 @@ class Params(Section):
     sampling: RecipeSamplingParams
     verify: VerifyParams
     regress: RegressParams
+    export: ExportParams
     publish: PublishParams
 
     @property

@@ -31,7 +31,17 @@ PURE = {
     "fusion",
     "scratch",
 }
-PURE |= {"families", "card", "regression.metrics", "regression.verdicts", "regression.report"}
+PURE |= {
+    "families",
+    "licences",
+    "card",
+    "statement",
+    "bom",
+    "block_plot",
+    "regression.metrics",
+    "regression.verdicts",
+    "regression.report",
+}
 TOP = {"cli", "__main__"}
 
 OWNERS = {
@@ -39,7 +49,9 @@ OWNERS = {
     "accelerate": {"lora_fuse/regression/placement.py"},
     "transformers": {"lora_fuse/regression/render.py"},
     "peft": {"lora_fuse/regression/render.py"},
-    "huggingface_hub": {"lora_fuse/hub.py", "lora_fuse/publishing.py"},
+    "huggingface_hub": {"lora_fuse/hub.py", "lora_fuse/publishing.py", "lora_fuse/card.py"},
+    "cyclonedx": {"lora_fuse/bom.py"},
+    "model_signing": {"lora_fuse/signing.py"},
     "safetensors": {"lora_fuse/expected.py"},
     "numba": {"lora_fuse/compiled.py"},
     "hydra": {"stages/config.py"},

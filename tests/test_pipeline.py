@@ -308,7 +308,9 @@ def test_publish_then_build_from_the_hub(workspace: Workspace, hub: LoopbackHub)
     receipt = workspace.read("artifacts/publish.json")
     manifest = workspace.read("artifacts/merged.manifest.json")
     assert (receipt["status"], receipt["private"]) == ("published", True)
-    assert receipt["files"].keys() == {*manifest["files"], "README.md"}
+    listed = {*manifest["files"], "README.md", "lora_fuse.json", "provenance.json", "bom.cdx.json"}
+    pictures = {f"images/{name}.png" for name in ("blocks", "photo", "photo.input", "rabbit", "rabbit.input")}
+    assert receipt["files"].keys() == listed | pictures
     assert "hf_write" not in (workspace.root / "artifacts/publish.json").read_text()
 
     push = (

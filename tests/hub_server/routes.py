@@ -145,6 +145,9 @@ class HubApi:
             "author": repo.id.split("/")[0],
             "sha": commit.oid,
         }
+        readme = commit.tree.get("README.md")
+        match = re.match(r"\s*---\r?\n(.*?)\r?\n---", readme.content.decode(), re.DOTALL) if readme else None
+        about |= {"cardData": yaml.safe_load(match[1])} if match else {}
         dates = {"lastModified": commit.date, "createdAt": commit.date}
         state = {"private": repo.private, "gated": repo.gated and "auto", "disabled": False}
         return JSONResponse({**about, **dates, **state, "tags": [], "downloads": 0, "likes": 0, "siblings": files})

@@ -1,0 +1,175 @@
+"""`model.sig`: a folder signed and checked by OpenSSF model signing, the one importer of `model_signing`.
+
+The format is a Sigstore bundle around an in-toto statement with the sha256 of every file
+(github.com/sigstore/model-transparency). With a key: ECDSA on P-256, P-384 or P-521, nothing leaves the machine.
+Keyless: an identity that Sigstore vouches for, which needs the network.
+
+Invariant: nothing of a key but its path is ever in an output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_fuse.errors import BadKey, CheckFailed
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+SIGNATURE = "model.sig"
+IGNORED = (SIGNATURE, ".cache")  # itself, and what the Hub's client puts into a folder that it fills
+CURVES = "P-256, P-384 or P-521"
+# What the library and those below it raise of a key or a signature that they cannot use; it has no class of its own.
+UNUSABLE = (OSError, ValueError, TypeError, KeyError, AttributeError)
+
+
+@dataclass(frozen=True, slots=True)
+class Signer:
+    """Who signs: the private key in a file, or with None the identity that this machine has for Sigstore."""
+
+    key: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class Trusted:
+    """Whose signature counts: that of a public key, or of an identity by the OpenID issuer that vouches for it."""
+
+    key: Path | None = None
+    identity: str | None = None
+    issuer: str | None = None
+
+
+def sign(folder: Path, signer: Signer) -> bytes:
+    """Sign every file in a folder; links to files are followed.
+
+    An ECDSA signature is another one each time. `keep_or_sign` keeps the one that is there.
+
+    Raises:
+        BadKey: `model_signing` is not installed, the key cannot be used, or Sigstore gave no signature.
+    """
+    signing = _library("signing")
+    target = folder / SIGNATURE
+    config = signing.Config().set_hashing_config(_hashing(()))
+    if signer.key is None:
+        _keyless(config, folder, target)
+    else:
+        _with_key(config, signer.key).sign(folder, target)
+    content = target.read_bytes()
+    target.unlink()
+    return content
+
+
+def keep_or_sign(folder: Path, signer: Signer, before: bytes | None) -> bytes:
+    """The signature of the last time if it is one of these very files by this key, or else a new one.
+
+    So publishing again what is published already changes nothing.
+
+    Raises:
+        BadKey: see `sign`.
+    """
+    if before is None or signer.key is None:
+        return sign(folder, signer)
+    held, public = folder / SIGNATURE, folder.with_name(f"{folder.name}.public-key.pem")
+    try:
+        held.write_bytes(before)
+        public.write_bytes(_public_key(signer.key))
+        check(folder, Trusted(public))
+    except CheckFailed:
+        held.unlink()
+        return sign(folder, signer)
+    finally:
+        public.unlink(missing_ok=True)
+        held.unlink(missing_ok=True)
+    return before
+
+
+def check(folder: Path, trusted: Trusted, unsigned: Iterable[str] = ()) -> None:
+    """Whether `model.sig` in a folder is a signature of every file in it.
+
+    Args:
+        folder: with `model.sig`.
+        trusted: whose signature it has to be.
+        unsigned: paths that need not be signed.
+
+    Raises:
+        BadKey: `model_signing` is not installed, or the public key cannot be used.
+        CheckFailed: it is no signature, one by somebody else, or of other files.
+    """
+    verifying = _library("verifying")
+    from cryptography.exceptions import InvalidSignature
+    from sigstore.errors import Error as SigstoreError
+
+    config = verifying.Config().set_hashing_config(_hashing(unsigned))
+    if trusted.key is not None:
+        try:
+            config.use_elliptic_key_verifier(public_key=trusted.key)
+        except UNUSABLE as error:
+            raise BadKey(f"{trusted.key} is no public key on {CURVES} in PEM; name the file of one") from error
+    else:
+        config.use_sigstore_verifier(identity=trusted.identity, oidc_issuer=trusted.issuer)
+    try:
+        config.verify(folder, folder / SIGNATURE)
+    except (*UNUSABLE, InvalidSignature, SigstoreError) as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise CheckFailed(f"{SIGNATURE} is no signature of these files by {_whom(trusted)}: {said}") from error
+
+
+def _whom(trusted: Trusted) -> str:
+    return f"the key of {trusted.key}" if trusted.key is not None else f"{trusted.identity} ({trusted.issuer})"
+
+
+def _library(name: str) -> Any:
+    try:
+        import model_signing.hashing
+        import model_signing.signing
+        import model_signing.verifying
+    except ImportError as error:
+        raise BadKey(
+            f"signatures need the package model-signing ({error}); install it: "
+            "pip install -c constraints.txt -e '.[sign]'"
+        ) from error
+    modules: dict[str, ModuleType] = {
+        "hashing": model_signing.hashing,
+        "signing": model_signing.signing,
+        "verifying": model_signing.verifying,
+    }
+    return modules[name]
+
+
+def _hashing(unsigned: Iterable[str]) -> Any:
+    """Every file by its sha256; a folder of the Hub's cache consists of links."""
+    config = _library("hashing").Config()
+    return config.set_allow_symlinks(True).set_ignored_paths(paths=[*IGNORED, *unsigned])
+
+
+def _with_key(config: Any, key: Path) -> Any:
+    try:
+        return config.use_elliptic_key_signer(private_key=key)
+    except FileNotFoundError as error:
+        raise BadKey(f"the signing key {key} is not there; name a file, or set publish.signing.key to null") from error
+    except UNUSABLE:
+        # What the libraries say of it is kept to themselves: it could have parts of the key in it.
+        raise BadKey(f"{key} is no private key on {CURVES} in PEM without a password; name the file of one") from None
+
+
+def _keyless(config: Any, folder: Path, target: Path) -> None:
+    """An identity of this machine (a CI job's), or one that a browser asks for."""
+    from sigstore.errors import Error as SigstoreError
+    from sigstore.oidc import IssuerError
+
+    try:
+        config.use_sigstore_signer(use_ambient_credentials=True).sign(folder, target)
+    except (SigstoreError, IssuerError, OSError, ValueError, RuntimeError) as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise BadKey(f"Sigstore gave no signature: {said}; sign with a key, publish.signing.key") from error
+
+
+def _public_key(key: Path) -> bytes:
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+
+    _with_key(_library("signing").Config(), key)  # refuses what cannot be used
+    public = load_pem_private_key(key.read_bytes(), None).public_key()
+    return public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)

@@ -1,0 +1,57 @@
+"""What the stages left, as the card, the provenance and the bill of materials want it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_fuse.block_plot import block_plot
+from lora_fuse.bom import ModelFacts, bom_json
+from lora_fuse.card import ShownExport, Usage, model_card
+from lora_fuse.errors import PublishRefused
+from lora_fuse.exporting import words
+from lora_fuse.licences import Settled
+from lora_fuse.provenance import this_repository
+from lora_fuse.records import Exports, FileRecord, Manifest, from_json
+from lora_fuse.regression import shown
+from lora_fuse.regression.goldens import Candidates
+from lora_fuse.release import BOM, CARD, PROVENANCE, Contents, public_parameters
+from lora_fuse.statement import provenance_json
+from stages import artifacts as at
+from stages.params import Params
+from stages.planning import cases_of
+
+SECTIONS = {"name", "base", "loras", "fuse", "scheduler", "sampling", "export"}  # what the result depends on
+
+
+def contents_of(
+    params: Params, manifest: Manifest, manifest_sha256: str, metrics: dict[str, Any], licence: Settled
+) -> Contents:
+    """Everything that is published beside the merged checkpoint, the card among it.
+
+    Raises:
+        PublishRefused: pictures or exports are those of another merge.
+    """
+    cases, exports = cases_of(params), _exports(params, manifest_sha256)
+    usage = Usage(params.base.pipeline, **params.sampling.usage, condition_area=params.base.condition_area)
+    found = from_json(Candidates, at.read_text(at.CANDIDATES, "regress"), str(at.CANDIDATES))
+    pictures = shown.pictures(cases, found, manifest_sha256, at.IMAGES)
+    blocks = [(row["block"], row["relative_norm"]) for row in at.read_rows(at.BLOCKS, "regress")]
+    evidence = shown.evidence(metrics, cases, shown.PLOT if blocks else None)
+    repo_id, listed = params.publish.repo_id, [ShownExport(name, words(name), r.sha256) for name, r in exports.items()]
+    card = model_card(manifest, usage=usage, evidence=evidence, licence=licence, repo_id=repo_id, exports=listed)
+    parameters = public_parameters(params.model_dump(include=SECTIONS))
+    statement = provenance_json(manifest, exports, parameters=parameters, repository=this_repository())
+    model = ModelFacts(repo_id or params.name, licence.license, usage, shown.measured(metrics, cases))
+    bom = bom_json(manifest, manifest_sha256, exports, model)
+    texts = {CARD: card.encode(), PROVENANCE: statement.encode(), BOM: bom.encode()}
+    texts |= {shown.PLOT: block_plot(blocks)} if blocks else {}
+    return Contents(texts, pictures | {name: (at.EXPORTED / name, record) for name, record in exports.items()})
+
+
+def _exports(params: Params, manifest_sha256: str) -> dict[str, FileRecord]:
+    if not params.export.formats:
+        return {}
+    found = from_json(Exports, at.read_text(at.EXPORTS, "export"), str(at.EXPORTS))
+    if found.manifest_sha256 != manifest_sha256:
+        raise PublishRefused(f"{at.EXPORTS} is of another merge; export this one: dvc repro export")
+    return found.files

@@ -1,0 +1,108 @@
+"""A project that is ready to be published: real locks, merge and verification; only the pictures are drawn."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lora_fuse.files import replace_text
+from lora_fuse.manifest import read_manifest
+from lora_fuse.records import to_json
+from lora_fuse.regression.environment import environment
+from lora_fuse.regression.goldens import Candidate, Candidates, CaseRecord, Provenance
+from lora_fuse.regression.metrics import METRICS, to_levels, to_png
+from lora_fuse.regression.render import Case
+from stages import artifacts as at
+from stages.config import compose
+from stages.download import download
+from stages.fuse import fuse
+from stages.params import Params, parse_params
+from stages.planning import cases_of
+from stages.verify import verify
+
+ROOT = Path(__file__).resolve().parents[1]
+REPO = "alice/merged"
+
+
+class Project:
+    """A project's folder, which is the current one."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, overrides: Sequence[str]) -> None:
+        """`overrides` are those of the recipe."""
+        self.root, self._patch, self._overrides = root, monkeypatch, list(overrides)
+        (root / "pocket").symlink_to(ROOT / "pocket")
+
+    def params(self, *overrides: str) -> Params:
+        """The parameters, composed from `conf/`."""
+        with self._patch.context() as patch:
+            patch.chdir(ROOT)
+            tree = compose(
+                [
+                    *self._overrides,
+                    "publish.enabled=true",
+                    f"publish.repo_id={REPO}",
+                    "publish.private=false",
+                    *overrides,
+                ]
+            )
+        self._patch.chdir(self.root)
+        return parse_params(tree, "test")
+
+    def build(self) -> None:
+        """Download, fuse and verify, and leave what a regression that passed leaves."""
+        params = self.params()
+        for stage in (download, fuse, verify):
+            assert stage(params) == 0
+        leave_regression(params)
+
+
+def leave_regression(params: Params) -> None:
+    """The files of `stages.regress` with drawn pictures."""
+    _, manifest_sha256 = read_manifest(at.MANIFEST)
+    shutil.rmtree(at.REGRESSION, ignore_errors=True)
+    at.IMAGES.mkdir(parents=True)
+    metrics: dict[str, object] = {"passed": True, "verdict": "exact", "environment": "cpu-test"}
+    found = {}
+    for number, case in enumerate(cases_of(params)):
+        picture = to_png(to_levels(Image.new("RGB", (48, 32), (40 * number, 90, 200))))
+        (at.IMAGES / f"{case.name}.merged.png").write_bytes(picture)
+        found[case.name] = candidate(case, picture, params, manifest_sha256)
+        metrics |= {f"{case.name}.verdict": "exact", f"{case.name}.over_floor": 0.75}
+        for pair in ("golden", "unfused"):
+            metrics |= {f"{case.name}.{pair}.{metric}": None for metric in METRICS}
+            metrics |= {f"{case.name}.{pair}.identical": pair == "golden"}
+        metrics |= {f"{case.name}.unfused.psnr_db": 66.5}
+    metrics |= {"manifest_sha256": manifest_sha256, "recipe": params.name}
+    replace_text(at.METRICS, json.dumps(metrics))
+    replace_text(at.CANDIDATES, to_json(Candidates(1, manifest_sha256, found)))
+    replace_text(at.BLOCKS, json.dumps([{"block": "0", "relative_norm": 0.25}, {"block": "1", "relative_norm": 0.1}]))
+
+
+def candidate(case: Case, picture: bytes, params: Params, manifest_sha256: str) -> Candidate:
+    """The record of a picture."""
+    import hashlib
+
+    from lora_fuse.provenance import this_tool
+
+    provenance = Provenance(
+        recipe=params.name,
+        base="base",
+        base_sha256="5" * 64,
+        loras=(),
+        manifest_sha256=manifest_sha256,
+        pipeline=params.base.pipeline,
+        case=CaseRecord(case.name, case.prompt, case.seed, {}, case.height, case.width),
+        steps=params.sampling.steps,
+        true_cfg_scale=params.sampling.true_cfg_scale,
+        negative_prompt=params.sampling.negative_prompt,
+        scheduler={},
+        sigmas=(1.0, 0.0),
+        environment=environment("cpu", "float32"),
+        tool=this_tool(),
+    )
+    return Candidate(hashlib.sha256(picture).hexdigest(), True, (), {}, provenance)
