@@ -42,8 +42,8 @@ def build_manifest(
     for given, lora in zip(plan.inputs, plan.loras, strict=True):
         lock = (loras or {}).get(given.name)
         pinned = {"repo_id": lock.repo_id, "path": lock.path, "revision": lock.revision} if lock else {}
-        filename = next(iter(lock.files)) if lock else None
-        merged.append(MergedLora(name=given.name, scale=given.scale, sha256=lora.sha256, filename=filename, **pinned))
+        pinned |= {"filename": lock.lora_name} if lock else {}
+        merged.append(MergedLora(given.name, given.scale, lora.sha256, config_sha256=lora.config_sha256, **pinned))
     return Manifest(
         schema=SCHEMA,
         recipe=recipe,

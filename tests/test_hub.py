@@ -292,20 +292,23 @@ def test_a_missing_or_cut_file_is_not_located(hub: LoopbackHub) -> None:
 
 def test_a_lock_of_elsewhere_is_not_located(hub: LoopbackHub, tmp_path: Path) -> None:
     there = Lock(BASE, None, "main", "c" * 40, records(PIPELINE))
-    assert f"{BASE}@{'c' * 40} is not whole on this machine" in refusal(lambda: locate(there))
+    message = refusal(lambda: locate(there))
+    assert "model_index.json, scheduler/scheduler_config.json, tokenizer/chat_template.jinja and 8 more of" in message
+    assert f"{BASE}@{'c' * 40} are not on this machine" in message
     local = Lock(None, str(tmp_path / "gone"), None, None, records(PIPELINE))
-    assert "is not on this machine" in refusal(lambda: locate(local))
+    assert f"{tmp_path / 'gone'} are not on this machine" in refusal(lambda: locate(local))
 
 
 # ---------------------------------------------------------------- what is refused
 
 
-def test_a_lora_that_is_no_safetensors_file_is_refused_before_anything_is_asked(hub: LoopbackHub) -> None:
+def test_a_lora_that_is_no_safetensors_file_is_refused_before_anything_is_fetched(hub: LoopbackHub) -> None:
     hub.push(LORA, {"lora.bin": b"pickle", "lora.ckpt": b"pickle", "lora.txt": b"text"})
     for name in ("lora.bin", "lora.ckpt"):
         assert "a pickle" in refusal(lambda name=name: lock_lora(Source(LORA), name, previous=None), BadLora)  # type: ignore[misc]
-    assert "not safetensors" in refusal(lambda: lock_lora(Source(LORA), "lora.txt", previous=None), BadLora)
     assert not hub.log
+    assert "not safetensors" in refusal(lambda: lock_lora(Source(LORA), "lora.txt", previous=None), BadLora)
+    assert not hub.calls("/resolve/")
 
 
 @pytest.mark.parametrize("name", ["../lora.safetensors", "/etc/lora.safetensors", "a/../../lora.safetensors"])
@@ -457,4 +460,7 @@ def test_an_ill_formed_repository_name_is_refused(hub: LoopbackHub) -> None:
 def test_what_is_fetched_is_said_in_plain_lines(hub: LoopbackHub, capfd: pytest.CaptureFixture[str]) -> None:
     commit = hub.push(LORA, {LORA_FILE: weights(7)})
     lock_lora(Source(LORA), LORA_FILE, previous=None)
-    assert capfd.readouterr().err == f"download: 1 files, 0.000 GB from {LORA}@{commit.oid}\n"
+    said = capfd.readouterr().err
+    assert said.startswith(f"download: 1 files, 328B from {LORA_FILE} of {LORA}@{commit.oid}: 328B to fetch, ")
+    assert said.endswith("GB free\n")
+    assert len(said.splitlines()) == 1
