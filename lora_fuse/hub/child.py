@@ -2,8 +2,9 @@
 
 A transfer that stalls inside the client cannot be interrupted from within: Xet waits in Rust, HTTP in a thread. So
 `lora_fuse.hub.transfer` runs this, watches and kills it. Orders come in on stdin, one JSON object a line; JSON lines go
-out on stdout: ``plan`` (then a line on stdin says to go on), ``moved`` and ``done`` bytes, ``note``, ``waiting``, and
-for each order in the end ``folder`` or ``failed``. When stdin ends, the one who asked is gone, and so is this process.
+out on stdout: ``ready``, ``plan`` (then a line on stdin says to go on), ``moved`` and ``done`` bytes, ``note``,
+``waiting``, and for each order in the end ``folder`` or ``failed``. When stdin ends, the one who asked is gone, and so is
+this process.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from lora_fuse.hub.failures import cause, explain, is_full_disk, is_passing
 
 CHUNK = 1 << 20  # bytes after which the client writes and reports; its own 10 MB hide a slow connection's progress
 WRITTEN = "huggingface_hub.snapshot_download"  # the client's name for its bar of bytes written to disk
+SHORT = "Consistency check failed"  # the client's words for a body that ends early
 
 Say = Callable[..., None]
 
@@ -34,6 +36,7 @@ def main() -> None:
     from httpx2 import HTTPError
 
     _report_the_client_s_words(say)
+    say(ready=True)
     while True:
         order = json.loads(lines.get())
         try:
@@ -87,7 +90,8 @@ def _report_the_client_s_words(say: Say) -> None:
     class Told(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if record.levelno >= logging.WARNING:
-                say(note=record.getMessage())
+                if not record.getMessage().startswith("Retrying in"):  # why, it has said before
+                    say(note=record.getMessage())
             elif "waiting to acquire lock" in record.getMessage():
                 say(waiting=True)
 
@@ -108,7 +112,7 @@ def _failure(error: BaseException, repo_id: str) -> dict[str, Any]:
     return {
         "reason": explain(error, repo_id),
         "full": is_full_disk(cause(error)),
-        "again": status is not None and is_passing(error) and not from_api,
+        "again": (status is not None and is_passing(error) and not from_api) or SHORT in str(error),
         "xet": isinstance(error, RuntimeError) or (type(error) is ConnectionError),
     }
 

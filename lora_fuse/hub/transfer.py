@@ -30,7 +30,8 @@ from lora_fuse.progress import byte_progress, human_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PAUSES = (1.0, 3.0)  # seconds before the second and third try of a Hub in trouble
+PAUSES = (1.0, 2.0)  # seconds before the second and third try of a Hub in trouble
+START = 60.0  # seconds that the child may take to begin, if `stall_s` is less
 OTHERS = 10  # times `stall_s`: how long another process may hold a file without a visible byte
 QUIET = 1 << 26  # fetching fewer bytes than this shows no progress
 ROOT = Path(__file__).resolve().parents[2]  # where the child finds this package
@@ -148,6 +149,7 @@ class _Child:
             text=True,
             start_new_session=True,  # Ctrl-C is for the parent, which ends it
         )
+        self.is_ready = False
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -183,6 +185,7 @@ class _Child:
         if not line:
             raise EOFError
         message: dict[str, Any] = json.loads(line)
+        self.is_ready = True
         return message
 
     def last_words(self) -> str:
@@ -273,7 +276,7 @@ class _Watch:
             plain = failed["xet"] and not is_without_xet()
             raise _Failed(failed["reason"], again=failed["again"] or plain, plain=plain)
         self.progress.add(int(message.get("done", 0)))
-        return not message.keys().isdisjoint({"plan", "done", "moved"})
+        return not message.keys().isdisjoint({"ready", "plan", "done", "moved"})
 
     def _traces(self) -> list[tuple[str, int]]:
         """What can be seen on the disk, of this process or of one that is waited for."""
@@ -291,10 +294,11 @@ class _Watch:
         Raises:
             _Failed: nothing moved for `quiet` seconds, and that is too long.
         """
+        limit = self.how.stall_s if self.child.is_ready else max(START, self.how.stall_s)
         last = f" (last: {self.note.splitlines()[0]})" if self.note else ""
         if self.waiting and quiet > OTHERS * self.how.stall_s:
             raise _Failed(f"another process fetches it and has not moved for {quiet:.0f} s{last}; end that, run again")
-        if not self.waiting and quiet > self.how.stall_s:
+        if not self.waiting and quiet > limit:
             said = f"no byte came for {quiet:.0f} s{last}"
             raise _Failed(said, again=True, plain=not is_without_xet(), stalled=True)
 
