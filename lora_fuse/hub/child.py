@@ -3,7 +3,7 @@
 A transfer that stalls inside the client cannot be interrupted from within: Xet waits in Rust, HTTP in a thread. So
 `lora_fuse.hub.transfer` runs this, watches and kills it. Orders come in on stdin, one JSON object a line; JSON lines go
 out on stdout: ``ready``, ``plan`` (then a line on stdin says to go on), ``moved`` and ``done`` bytes, ``note``,
-``waiting``, and for each order in the end ``folder`` or ``failed``. When stdin ends, the one who asked is gone, and so is
+``waiting``, and for each order in the end ``folder`` or ``failed``. When stdin ends, whoever asked is gone, and so is
 this process.
 """
 
