@@ -34,7 +34,7 @@ PURE = {
 PURE |= {"families", "card", "regression.metrics", "regression.verdicts", "regression.report"}
 TOP = {"cli", "__main__"}
 # Within `lora_fuse.hub`, from the bottom up: none imports what comes after it.
-HUB = ["client", "failures", "leftovers", "room", "child", "transfer", "repository", "locks"]
+HUB = ["client", "failures", "leftovers", "room", "child", "process", "transfer", "repository", "locks"]
 
 OWNERS = {
     "diffusers": {"lora_fuse/regression/render.py"},

@@ -3,8 +3,8 @@
 The Hub client trusts its cache and the wire, so a lock is only ever made from bytes that were read back,
 hashed here and compared with what the Hub says of them.
 
-Imports run one way: `locks` → `repository` → `transfer` → (`room`, `leftovers`) → `failures` → `client`. `child` is the
-process in which the client itself transfers files; only `transfer` starts it, and nothing imports it.
+Imports run one way: `locks` → `repository` → `transfer` → (`process`, `room`, `leftovers`) → `failures` → `client`.
+`child` is what runs in the process in which the client itself transfers files; nothing imports it.
 
 Invariants: no pickle is ever fetched; a lock that exists keeps its commit, however far its branch moves, unless it
 is told to move; what is locked and whole on this machine needs no network; the token comes from `HF_TOKEN` and nowhere

@@ -8,22 +8,17 @@ that are finished stay, whatever happens, and are not fetched again.
 from __future__ import annotations
 
 import json
-import os
-import queue
-import subprocess
 import sys
-import tempfile
-import threading
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_fuse.errors import BadSource, NoSpace
 from lora_fuse.hub.client import cache_dir, is_without_xet, repository_folder
 from lora_fuse.hub.failures import full_disk
 from lora_fuse.hub.leftovers import remove_leftovers
+from lora_fuse.hub.process import ClientProcess
 from lora_fuse.hub.room import Planned, TransferPlan
 from lora_fuse.progress import byte_progress, human_bytes
 
@@ -34,7 +29,6 @@ PAUSES = (1.0, 2.0)  # seconds before the second and third try of a Hub in troub
 START = 60.0  # seconds that the child may take to begin, if `stall_s` is less
 OTHERS = 10  # times `stall_s`: how long another process may hold a file without a visible byte
 QUIET = 1 << 26  # fetching fewer bytes than this shows no progress
-ROOT = Path(__file__).resolve().parents[2]  # where the child finds this package
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +68,7 @@ class Transfers:
 
     def __init__(self, how: Transfer) -> None:
         self._how = how
-        self._child: _Child | None = None
+        self._child: ClientProcess | None = None
         self._plain = False  # do without Xet from now on
 
     def fetch(self, order: Order) -> None:
@@ -110,7 +104,7 @@ class Transfers:
 
     def _try(self, order: Order, progress: _Progress) -> None:
         if self._child is None:
-            self._child = _Child(plain=self._plain)
+            self._child = ClientProcess(plain=self._plain)
         try:
             _Watch(self._child, order, self._how, progress).until_done()
         except EOFError as error:
@@ -131,75 +125,6 @@ def _reasons(tries: list[_Failed]) -> str:
         return str(last)
     before = " without Xet too" if any(failed.plain for failed in tries[:-1]) else " twice"
     return f"{last},{before}; check the connection and run again, or raise download.stall_seconds"
-
-
-class _Child:
-    """The process of `lora_fuse.hub.child`, and what it says."""
-
-    def __init__(self, *, plain: bool) -> None:
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        without = {"HF_HUB_DISABLE_XET": "1"} if plain else {}
-        self._stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "lora_fuse.hub.child"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            env={**os.environ, "PYTHONPATH": path, **without},
-            text=True,
-            start_new_session=True,  # Ctrl-C is for the parent, which ends it
-        )
-        self.is_ready = False
-        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        for line in self._process.stdout or ():
-            self._lines.put(line)
-        self._lines.put("")
-
-    def tell(self, line: str) -> None:
-        """Say something to it.
-
-        Raises:
-            EOFError: it has ended.
-        """
-        if self._process.stdin is None:
-            raise EOFError
-        try:
-            self._process.stdin.write(line + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError as error:
-            raise EOFError from error
-
-    def hear(self, timeout: float) -> dict[str, Any]:
-        """The next thing that it says, or nothing for a moment.
-
-        Raises:
-            EOFError: it has ended.
-        """
-        try:
-            line = self._lines.get(timeout=timeout)
-        except queue.Empty:
-            return {}
-        if not line:
-            raise EOFError
-        message: dict[str, Any] = json.loads(line)
-        self.is_ready = True
-        return message
-
-    def last_words(self) -> str:
-        """How it ended, with the last line that it or its libraries printed."""
-        code = self._process.wait()
-        self._stderr.seek(0)
-        said = self._stderr.read().strip().splitlines()
-        return f"ended with {code} ({said[-1] if said else 'it said nothing'})"
-
-    def end(self) -> None:
-        """Kill it, and wait for that."""
-        self._process.kill()
-        with self._process, self._stderr, suppress(BrokenPipeError):
-            pass
 
 
 class _Progress(ExitStack):
@@ -233,7 +158,7 @@ class _Progress(ExitStack):
 class _Watch:
     """Follows a child until it is done, fails, ends, or stops moving."""
 
-    child: _Child
+    child: ClientProcess
     order: Order
     how: Transfer
     progress: _Progress
