@@ -55,7 +55,7 @@ class Project:
         lora = {"filename": filename, "path": None, "repo_id": repo_id, "revision": revision}
         self.params["loras"] = {"l": lora}
 
-    def start(self, *arguments: str, stall: float = 3.0, workers: int = 4, **env: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, stall: float = 2.5, workers: int = 4, **env: str) -> subprocess.Popen[str]:
         self.params["download"] = {"workers": workers, "stall_seconds": stall}
         (self.root / "params.yaml").write_text(yaml.safe_dump(self.params))
         return subprocess.Popen(
@@ -198,7 +198,7 @@ def test_what_goes_wrong_always_is_one_line(hub: LoopbackHub, project: Project, 
     assert said in line
     assert LORA in line
     assert not leftovers()
-    if transport == "lfs":
+    if (name, transport) in {("drop", "xet"), ("flipped byte", "lfs")}:  # what comes next is the same for all
         hub.faults.clear()
         project.run()
 
