@@ -250,7 +250,8 @@ def test_what_is_not_there_is_named(hub: LoopbackHub, project: Project) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "way_out"), [(401, "renew HF_TOKEN"), (403, "give HF_TOKEN the scope repo.content.read")]
+    ("status", "way_out"),
+    [(401, "renew HF_TOKEN"), (403, "give HF_TOKEN the right to do this (scope repo.content.read)")],
 )
 def test_a_token_that_ends_on_the_way_is_named(hub: LoopbackHub, project: Project, status: int, way_out: str) -> None:
     hub.push(LORA, {FILE: BIG})

@@ -107,7 +107,7 @@ def _status(error: Exception, first: str, scope: str) -> str:
     message = getattr(error, "server_message", None) or first
     known = {
         401: "renew HF_TOKEN" if token() else "set HF_TOKEN",
-        403: f"give HF_TOKEN the scope {scope} for it, at {endpoint()}/settings/tokens",
+        403: f"give HF_TOKEN the right to do this (scope {scope}), at {endpoint()}/settings/tokens",
         412: "somebody else was faster, run again",
     }
     return f"{endpoint()} answered {status} ({message}); {known.get(status, 'try again later')}"
