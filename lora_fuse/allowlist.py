@@ -9,12 +9,13 @@ import re
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from lora_fuse.errors import BadSource
+from lora_fuse.errors import BadLora, BadSource
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 MODEL_INDEX = "model_index.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # a PEFT folder's, by PEFT
 TEXT_SUFFIXES = frozenset({".json", ".txt", ".jinja", ".model"})
 PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
 # A second dot before the suffix marks a variant (`model.fp16.safetensors`), which is not taken.
@@ -103,3 +104,32 @@ def single_weights(component: str, names: Iterable[str], label: str) -> list[str
         what = "weights only as pickles" if all(map(is_pickle, others)) else "weights only as a variant"
         raise BadSource(f"{component}/ of {label} has {what} ({others[0]}); name a revision with plain safetensors")
     return plain
+
+
+def lora_files(name: str, names: Iterable[str], label: str) -> list[str]:
+    """The files of a LoRA: itself, or the configuration and the weights of the PEFT folder that it is.
+
+    Args:
+        name: the LoRA's POSIX path, ``.`` for the top.
+        names: every file of its repository or folder.
+        label: what that is called, for the error message.
+
+    Raises:
+        BadLora: it is no safetensors file, and no PEFT folder with one.
+        BadSource: there is nothing of that name.
+    """
+    path, known = PurePosixPath(name), set(names)
+    if path.suffix == ".safetensors":
+        return [name]
+    below = sorted(other for other in known if path in PurePosixPath(other).parents)
+    if name not in known and not below:
+        raise BadSource(f"{label} has no {name}; check the name and the revision")
+    wanted = [(path / part).as_posix() for part in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+    if known.issuperset(wanted):
+        return wanted
+    if name in known:
+        raise BadLora(f"{name!r} of {label} is not safetensors; name a .safetensors file or a PEFT folder")
+    lacking = next(other for other in wanted if other not in known)
+    pickles = [other for other in below if is_pickle(other)]
+    only = f"its weights are a pickle ({pickles[0]}), convert them" if pickles else "name the .safetensors file itself"
+    raise BadLora(f"{name!r} of {label} is no PEFT folder: there is no {lacking}; {only}")

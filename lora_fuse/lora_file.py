@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +33,16 @@ SCALAR_DTYPES: dict[str, npt.DTypeLike] = NUMPY_DTYPES | {
 
 @dataclass(frozen=True, slots=True)
 class LoraFile:
-    """An opened LoRA: its header, the updates that it holds, and the sha256 of the whole file."""
+    """An opened LoRA: its header, the updates that it holds, and the sha256 of the whole file.
+
+    Of a PEFT folder that is its weights' file, and `config_sha256` is of its `adapter_config.json`.
+    """
 
     path: Path
     header: Header
     updates: tuple[Update, ...]
     sha256: str
+    config_sha256: str | None = None
 
     def read(self, update: Update) -> dict[str, npt.NDArray[np.float64]]:
         """The tensors of an update by role, widened to float64 (exact for every dtype that a LoRA may have)."""
@@ -65,9 +70,9 @@ def open_lora(path: Path) -> LoraFile:
     Raises:
         BadLora: it is missing, is not safetensors, is truncated, holds NaN, or its keys do not add up.
     """
-    config, file = AdapterConfig(), path
+    config, file, config_sha256 = AdapterConfig(), path, None
     if path.is_dir():
-        config, file = _open_peft_folder(path)
+        config, file, config_sha256 = _open_peft_folder(path)
     if file.suffix != ".safetensors":
         raise BadLora(f"{file} is not a .safetensors file; a pickle can run code when it is opened, convert it first")
     try:
@@ -82,19 +87,20 @@ def open_lora(path: Path) -> LoraFile:
         for key in update.keys.values():
             if not np.isfinite(_read(file, header.tensors[key])).all():
                 raise BadLora(f"{file}: {key!r} holds NaN or infinity; the file is broken, fetch or train it again")
-    return LoraFile(file, header, updates, hash_file(file).sha256)
+    return LoraFile(file, header, updates, hash_file(file).sha256, config_sha256)
 
 
-def _open_peft_folder(folder: Path) -> tuple[AdapterConfig, Path]:
+def _open_peft_folder(folder: Path) -> tuple[AdapterConfig, Path, str]:
     config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     for needed in (config, weights):
         if not needed.is_file():
             raise BadLora(f"{folder} is no PEFT folder: it has no {needed.name}; give the .safetensors file itself")
     try:
-        text = config.read_text(encoding="utf-8")
+        content = config.read_bytes()
+        text = content.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise BadLora(f"{config} cannot be read: {error}; fetch the folder again") from error
-    return parse_adapter_config(text, str(config)), weights
+    return parse_adapter_config(text, str(config)), weights, hashlib.sha256(content).hexdigest()
 
 
 def _scalar(path: Path, tensor: TensorInfo) -> float:

@@ -41,9 +41,9 @@ def build_manifest(
     merged = []
     for given, lora in zip(plan.inputs, plan.loras, strict=True):
         lock = (loras or {}).get(given.name)
-        one = MergedLora(name=given.name, scale=given.scale, sha256=lora.sha256)
+        one = MergedLora(given.name, given.scale, lora.sha256, config_sha256=lora.config_sha256)
         if lock:
-            one = replace(one, filename=next(iter(lock.files)), repo_id=lock.repo_id, path=lock.path)
+            one = replace(one, filename=lock.lora_name, repo_id=lock.repo_id, path=lock.path)
             one = replace(one, revision=lock.revision, license=lock.license)
         merged.append(one)
     return Manifest(

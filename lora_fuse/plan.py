@@ -70,7 +70,7 @@ class Plan:
     def provenance(self) -> str:
         """What a fused shard's header says about its making, as JSON: the same wherever and whenever it is made."""
         loras = [
-            {"sha256": lora.sha256, "scale": given.scale}
+            {"sha256": lora.sha256, "scale": given.scale, **_config(lora)}
             for given, lora in sorted(zip(self.inputs, self.loras, strict=True), key=_order)
         ]
         selected = {} if self.selection.everything else asdict(self.selection)
@@ -125,8 +125,13 @@ def _refuse_unfit(checkpoint: Checkpoint) -> None:
         )
 
 
-def _order(pair: tuple[LoraInput, LoraFile]) -> tuple[str, float]:
-    return pair[1].sha256, pair[0].scale
+def _order(pair: tuple[LoraInput, LoraFile]) -> tuple[str, str, float]:
+    return pair[1].sha256, pair[1].config_sha256 or "", pair[0].scale
+
+
+def _config(lora: LoraFile) -> dict[str, str]:
+    """What else the bytes depend on: the configuration of a PEFT folder."""
+    return {} if lora.config_sha256 is None else {"config_sha256": lora.config_sha256}
 
 
 def _targets(checkpoint: Checkpoint, terms: dict[str, list[Term]]) -> dict[str, Target]:

@@ -7,6 +7,7 @@ everywhere.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -101,10 +102,19 @@ class Lock:
         """What a person would call it: ``repo@commit`` or the path."""
         return f"{self.repo_id}@{self.revision}" if self.repo_id else str(self.path)
 
+    @property
+    def lora_name(self) -> str:
+        """Of a LoRA's lock, the POSIX path that is the LoRA: its file, or its folder if that is PEFT's."""
+        first = next(iter(self.files), "")
+        return first if len(self.files) < 2 else PurePosixPath(first).parent.as_posix()
+
 
 @dataclass(frozen=True, slots=True)
 class LoraLock:
-    """All the LoRAs of a recipe, pinned, keyed by their name in it; each lock holds exactly one file."""
+    """All the LoRAs of a recipe, pinned, keyed by their name in it.
+
+    Each lock holds one safetensors file; of a PEFT folder, also the `adapter_config.json` beside it.
+    """
 
     schema: int
     loras: dict[str, Lock]
@@ -120,7 +130,11 @@ class BaseLock:
 
 @dataclass(frozen=True, slots=True)
 class MergedLora:
-    """A LoRA as it went into a merge: `scale` is the product that was applied, `sha256` is of the whole file."""
+    """A LoRA as it went into a merge: `scale` is the product that was applied, `sha256` is of the whole file.
+
+    Of a PEFT folder, `filename` is the folder, `sha256` is of its weights and `config_sha256` of the
+    `adapter_config.json` that scales them; the two stand for what was added.
+    """
 
     name: str
     scale: float
@@ -130,6 +144,7 @@ class MergedLora:
     path: str | None = None
     revision: str | None = None
     license: License | None = None
+    config_sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from lora_fuse.allowlist import MODEL_INDEX, components, indexed_weights, is_index, single_weights, text_files
+from lora_fuse.allowlist import (
+    MODEL_INDEX,
+    components,
+    indexed_weights,
+    is_index,
+    lora_files,
+    single_weights,
+    text_files,
+)
 from lora_fuse.errors import BadSource
 from lora_fuse.license_files import read_license
 from lora_fuse.progress import byte_progress
@@ -161,6 +169,16 @@ def take_pipeline(basket: Basket) -> None:
     if not weights:
         raise BadSource(f"{label} has no safetensors weights in {', '.join(texts)}; name a base that has some")
     basket.take(weights)
+
+
+def take_lora(basket: Basket, name: str) -> None:
+    """Take a LoRA from a shelf: a file, or a PEFT folder's configuration and weights.
+
+    Raises:
+        BadLora: it is neither.
+        BadSource: as `Basket.take`.
+    """
+    basket.take(lora_files(name, basket.shelf.files, basket.shelf.label))
 
 
 def examine(path: Path, promise: Promise, advance: Callable[[int], None]) -> FileRecord | str:

@@ -75,8 +75,8 @@ def read_rows(path: Path, stage: str) -> list[dict[str, Any]]:
 
 
 def lora_inputs(loras: Mapping[str, Lock], params: Params) -> list[LoraInput]:
-    """The pinned LoRA files with the scales of the recipe."""
+    """The pinned LoRAs (files and PEFT folders) with the scales of the recipe."""
     return [
-        LoraInput(name, hub.locate(lock) / next(iter(lock.files)), params.fuse.scale_of(name))
+        LoraInput(name, hub.locate(lock) / lock.lora_name, params.fuse.scale_of(name))
         for name, lock in sorted(loras.items())
     ]

@@ -63,9 +63,16 @@ def load(overrides: Sequence[str] = ()) -> Params:
     return parse_params(tree, str(PARAMS))
 
 
-def run_stage(stage: Callable[[Params], int]) -> None:
-    """Run a stage as a program: its parameters by the rule above, its errors as one line, its result as exit code."""
-    sys.exit(guarded(lambda: stage(load(sys.argv[1:]))))
+def run_stage(stage: Callable[..., int], *flags: str) -> None:
+    """Run a stage as a program: its parameters by the rule above, its errors as one line, its result as exit code.
+
+    Args:
+        stage: gets the parameters, and by keyword whether each flag is given.
+        flags: names of arguments (``update`` for ``--update``) that are no overrides and do not count for the rule.
+    """
+    given = {flag: f"--{flag}" in sys.argv[1:] for flag in flags}
+    overrides = [argument for argument in sys.argv[1:] if argument.removeprefix("--") not in given]
+    sys.exit(guarded(lambda: stage(load(overrides), **given)))
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -20,7 +20,7 @@ def fuse(params: Params) -> int:
     from lora_fuse.merge import bytes_to_write, write_merged
 
     base, loras = read_locks()
-    for warning in pair_warnings(base.repo_id, [(lora.repo_id, next(iter(lora.files))) for lora in loras.values()]):
+    for warning in pair_warnings(base.repo_id, [(lora.repo_id, lora.lora_name) for lora in loras.values()]):
         print(f"warning: {warning}", file=sys.stderr)
     plan = plan_of(base, loras, params)
     generated = diffusers_files(plan.checkpoint.root, pipeline=params.base.pipeline, scheduler=params.scheduler_config)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 
 from lora_fuse.errors import BadConfig
 from lora_fuse.files import Untouched
+from lora_fuse.hub import Transfer
 from lora_fuse.records import Source
 from lora_fuse.selection import Selection
 from lora_fuse.signing import Signer
@@ -91,7 +92,7 @@ class BaseParams(SourceParams):
 
 
 class LoraParams(SourceParams):
-    """One LoRA file of a repository or folder."""
+    """One LoRA of a repository or folder: `filename` is a safetensors file in it or a PEFT folder (``.``: itself)."""
 
     filename: Text
 
@@ -138,6 +139,18 @@ class SchedulerParams(Section):
     use_dynamic_shifting: bool
     use_exponential_sigmas: bool
     use_karras_sigmas: bool
+
+
+class DownloadParams(Section):
+    """Files fetched at once, and seconds without a byte after which a transfer has stalled and is tried another way."""
+
+    workers: PositiveInt
+    stall_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+    @property
+    def transfer(self) -> Transfer:
+        """The same as the library knows it."""
+        return Transfer(self.workers, self.stall_seconds)
 
 
 class VerifyParams(Section):
@@ -241,6 +254,7 @@ class Params(Section):
     name: Text
     base: BaseParams
     loras: Annotated[dict[str, LoraParams], Field(min_length=1)]
+    download: DownloadParams
     fuse: FuseParams
     scheduler: SchedulerParams | None  # null keeps the base's own
     sampling: RecipeSamplingParams

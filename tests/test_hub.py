@@ -167,6 +167,69 @@ def test_links_inside_a_local_base_are_followed(tmp_path: Path) -> None:
     assert lock_base(Source(path=str(root)), previous=None).files == records(PIPELINE)
 
 
+# ---------------------------------------------------------------- PEFT folders
+
+
+PEFT: dict[str, bytes] = {
+    "style/adapter_config.json": text({"peft_type": "LORA", "r": 4, "lora_alpha": 8}),
+    "style/adapter_model.safetensors": weights(7),
+}
+PEFT_STRAYS = {"style/README.md": b"# style", "style/optimizer.pt": b"pickle", "other.safetensors": weights(8)}
+
+
+@pytest.mark.parametrize("folder", ["style", "."])
+@pytest.mark.parametrize("local", [True, False], ids=["local", "hub"])
+def test_a_peft_folder_is_its_weights_and_its_configuration(
+    hub: LoopbackHub, tmp_path: Path, local: bool, folder: str
+) -> None:
+    files = {(name if folder == "style" else name.removeprefix("style/")): data for name, data in PEFT.items()}
+    everything = {**files, **PEFT_STRAYS}
+    if local:
+        source = Source(path=str(write(tmp_path / "loras", everything)))
+    else:
+        hub.push(LORA, everything)
+        source = Source(LORA)
+    pinned = lock_lora(source, folder, previous=None)
+    assert pinned.files == records(files)
+    assert pinned.lora_name == folder
+    assert (locate(pinned) / pinned.lora_name / "adapter_config.json").read_bytes() == everything[min(files)]
+    assert not [call for call in hub.calls("/resolve/") if "other" in call.line or "optimizer" in call.line]
+    asked = len(hub.log)
+    assert lock_lora(source, folder, previous=pinned) == pinned
+    assert len(hub.log) == asked
+
+
+def test_a_flipped_byte_in_the_configuration_of_a_peft_folder_is_refused(hub: LoopbackHub) -> None:
+    hub.push(LORA, PEFT)
+    hub.faults.append(Fault(r"GET .*/resolve/.*/adapter_config\.json", times=-1, flip_at=3))
+    message = refusal(lambda: lock_lora(Source(LORA), "style", previous=None))
+    assert f"style/adapter_config.json of {LORA}@" in message
+    assert "git blob" in message
+
+
+def test_a_peft_folder_and_a_file_of_a_repository_share_its_commit(hub: LoopbackHub) -> None:
+    commit = hub.push(LORA, {**PEFT, **PEFT_STRAYS})
+    before = lock_lora(Source(LORA), "other.safetensors", previous=None)
+    hub.push(LORA, {"style/adapter_config.json": b"{}"})
+    after = lock_lora(Source(LORA), "style", previous=before)
+    assert (after.revision, after.files) == (commit.oid, records(PEFT))
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"style/adapter_model.safetensors": b"w"}, "there is no style/adapter_config.json; name the .safetensors"),
+        ({"style/adapter_config.json": b"{}"}, "there is no style/adapter_model.safetensors"),
+        ({"style/adapter_config.json": b"{}", "style/adapter_model.bin": b"p"}, "a pickle (style/adapter_model.bin)"),
+    ],
+)
+def test_a_folder_that_is_not_peft_s_is_refused(tmp_path: Path, files: dict[str, bytes], said: str) -> None:
+    source = Source(path=str(write(tmp_path / "loras", files)))
+    message = refusal(lambda: lock_lora(source, "style", previous=None), BadLora)
+    assert "'style' of" in message
+    assert said in message
+
+
 # ---------------------------------------------------------------- the lock stays
 
 
@@ -292,20 +355,23 @@ def test_a_missing_or_cut_file_is_not_located(hub: LoopbackHub) -> None:
 
 def test_a_lock_of_elsewhere_is_not_located(hub: LoopbackHub, tmp_path: Path) -> None:
     there = Lock(BASE, None, "main", "c" * 40, records(PIPELINE))
-    assert f"{BASE}@{'c' * 40} is not whole on this machine" in refusal(lambda: locate(there))
+    message = refusal(lambda: locate(there))
+    assert "model_index.json, scheduler/scheduler_config.json, tokenizer/chat_template.jinja and 8 more of" in message
+    assert f"{BASE}@{'c' * 40} are not on this machine" in message
     local = Lock(None, str(tmp_path / "gone"), None, None, records(PIPELINE))
-    assert "is not on this machine" in refusal(lambda: locate(local))
+    assert f"{tmp_path / 'gone'} are not on this machine" in refusal(lambda: locate(local))
 
 
 # ---------------------------------------------------------------- what is refused
 
 
-def test_a_lora_that_is_no_safetensors_file_is_refused_before_anything_is_asked(hub: LoopbackHub) -> None:
+def test_a_lora_that_is_no_safetensors_file_is_refused_before_anything_is_fetched(hub: LoopbackHub) -> None:
     hub.push(LORA, {"lora.bin": b"pickle", "lora.ckpt": b"pickle", "lora.txt": b"text"})
     for name in ("lora.bin", "lora.ckpt"):
         assert "a pickle" in refusal(lambda name=name: lock_lora(Source(LORA), name, previous=None), BadLora)  # type: ignore[misc]
-    assert "not safetensors" in refusal(lambda: lock_lora(Source(LORA), "lora.txt", previous=None), BadLora)
     assert not hub.log
+    assert "not safetensors" in refusal(lambda: lock_lora(Source(LORA), "lora.txt", previous=None), BadLora)
+    assert not hub.calls("/resolve/")
 
 
 @pytest.mark.parametrize("name", ["../lora.safetensors", "/etc/lora.safetensors", "a/../../lora.safetensors"])
@@ -457,4 +523,7 @@ def test_an_ill_formed_repository_name_is_refused(hub: LoopbackHub) -> None:
 def test_what_is_fetched_is_said_in_plain_lines(hub: LoopbackHub, capfd: pytest.CaptureFixture[str]) -> None:
     commit = hub.push(LORA, {LORA_FILE: weights(7)})
     lock_lora(Source(LORA), LORA_FILE, previous=None)
-    assert capfd.readouterr().err == f"download: 1 files, 0.000 GB from {LORA}@{commit.oid}\n"
+    said = capfd.readouterr().err
+    assert said.startswith(f"download: 1 files, 328B from {LORA_FILE} of {LORA}@{commit.oid}: 328B to fetch, ")
+    assert said.endswith("GB free\n")
+    assert len(said.splitlines()) == 1

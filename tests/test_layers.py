@@ -43,13 +43,19 @@ PURE |= {
     "regression.report",
 }
 TOP = {"cli", "__main__"}
+# Within `lora_fuse.hub`, from the bottom up: none imports what comes after it.
+HUB = ["client", "failures", "leftovers", "room", "child", "process", "transfer", "repository", "locks"]
 
 OWNERS = {
     "diffusers": {"lora_fuse/regression/render.py", "lora_fuse/regression/placement.py"},
     "accelerate": {"lora_fuse/regression/placement.py"},
     "transformers": {"lora_fuse/regression/render.py"},
     "peft": {"lora_fuse/regression/render.py"},
-    "huggingface_hub": {"lora_fuse/hub.py", "lora_fuse/publishing.py", "lora_fuse/card.py"},
+    "huggingface_hub": {
+        *(f"lora_fuse/hub/{name}.py" for name in ("client", "failures", "child", "repository")),
+        "lora_fuse/publishing.py",
+        "lora_fuse/card.py",
+    },
     "cyclonedx": {"lora_fuse/bom.py"},
     "model_signing": {"lora_fuse/signing.py"},
     "safetensors": {"lora_fuse/expected.py"},
@@ -96,6 +102,13 @@ def test_the_library_imports_downwards_only(path: Path) -> None:
         if name.startswith("lora_fuse.") and target in siblings:
             assert level(target) <= level(dotted(path)), f"{dotted(path)} imports {name}"
             assert not target.startswith("regression.") or within("regression", path), f"{dotted(path)} imports {name}"
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_the_hub_s_modules_import_one_way(name: str) -> None:
+    assert {path.stem for path in modules("lora_fuse/hub")} == set(HUB)
+    later = {f"lora_fuse.hub.{other}" for other in HUB[HUB.index(name) :]} | {"lora_fuse.hub"}
+    assert not imported(ROOT / f"lora_fuse/hub/{name}.py") & (later | {"lora_fuse.hub.child"})
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from lora_fuse.checkpoint import open_checkpoint
 from lora_fuse.errors import BadCheckpoint, BadSource
 from lora_fuse.export import diffusers_files
-from lora_fuse.manifest import check_files, read_manifest, write_manifest
+from lora_fuse.hub import lock_lora
+from lora_fuse.lora import LoraInput
+from lora_fuse.manifest import build_manifest, check_files, read_manifest, write_manifest
+from lora_fuse.plan import make_plan
 from lora_fuse.provenance import this_tool
 from lora_fuse.records import FileRecord, Lock, Manifest, MergedFile, MergedLora, Source, Tool, from_json, to_json
 from tests import tiny
@@ -52,6 +57,25 @@ def test_a_file_too_many_too_few_or_of_another_size_is_found(tmp_path: Path) -> 
     (tmp_path / "b.json").write_text("{}")
     problems = check_files(MANIFEST, tmp_path)
     assert [problem.split()[0] for problem in problems] == ["t/w.safetensors", "b.json", "a.json"]
+
+
+def test_a_peft_folder_is_known_by_its_weights_and_by_what_scales_them(tmp_path: Path) -> None:
+    base = open_checkpoint(tiny.write_component(tmp_path / "base", tiny.weights()))
+    tensors = tiny.lora_tensors("peft", alpha=None)
+    tiny.write_lora(tmp_path / "loras/style/adapter_model.safetensors", tensors)
+    provenances, sums = set(), set()
+    for alpha in (4, 8):
+        config = tmp_path / "loras/style/adapter_config.json"
+        config.write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": alpha}))
+        lock = lock_lora(Source(path=str(tmp_path / "loras")), "style", previous=None)
+        plan = make_plan(base, [LoraInput("style", tmp_path / "loras" / lock.lora_name, 1.0)])
+        (lora,) = build_manifest(plan, {}, loras={"style": lock}).loras
+        assert (lora.filename, lora.path) == ("style", str(tmp_path / "loras"))
+        assert lora.sha256 == lock.files["style/adapter_model.safetensors"].sha256
+        assert lora.config_sha256 == lock.files["style/adapter_config.json"].sha256
+        provenances.add(plan.provenance)
+        sums.add(lora.sha256)
+    assert (len(provenances), len(sums)) == (2, 1)
 
 
 def test_the_tool_knows_its_checkout() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import socket
 import threading
 import time
@@ -56,15 +57,21 @@ class LoopbackHub:
         """A new repository."""
         return self.registry.create(repo_id, private=private, gated=gated)
 
-    def push(self, repo_id: str, files: Mapping[str, bytes | None], *, revision: str = "main") -> Commit:
-        """Commit files by path (None deletes one) to a repository, which is created if need be."""
+    def push(
+        self, repo_id: str, files: Mapping[str, bytes | None], *, revision: str = "main", xet: bool = False
+    ) -> Commit:
+        """Commit files by path (None deletes one) to a repository, which is created if need be; large ones in Xet."""
         repo = self.registry.repos.get(repo_id) or self.create(repo_id)
-        changes = {path: None if content is None else self._entry(path, content) for path, content in files.items()}
+        changes = {
+            path: None if content is None else self._entry(path, content, xet=xet) for path, content in files.items()
+        }
         return repo.commit(changes, revision=revision, title="push")
 
-    def _entry(self, path: str, content: bytes) -> Entry:
+    def _entry(self, path: str, content: bytes, *, xet: bool = False) -> Entry:
         if not path.endswith(LFS_SUFFIXES):
             return Entry.regular(content)
+        if xet:
+            return Entry.lfs(hashlib.sha256(content).hexdigest(), len(content), self.xet.add(content))
         return Entry.lfs(self.lfs.add(content), len(content), None)
 
     def tamper(self, path: str, content: bytes) -> None:

@@ -1,0 +1,35 @@
+"""Bases and LoRAs pinned: a Hub repository at a commit, or a local folder, with every file's sha256.
+
+The Hub client trusts its cache and the wire, so a lock is only ever made from bytes that were read back,
+hashed here and compared with what the Hub says of them.
+
+Imports run one way: `locks` → `repository` → `transfer` → (`process`, `room`, `leftovers`) → `failures` → `client`.
+`child` is what runs in the process in which the client itself transfers files; nothing imports it.
+
+Invariants: no pickle is ever fetched; a lock that exists keeps its commit, however far its branch moves, unless it
+is told to move; what is locked and whole on this machine needs no network; the token comes from `HF_TOKEN` and nowhere
+else; nothing waits for ever.
+"""
+
+from lora_fuse.hub.client import bars_on_a_terminal, cache_dir, client, endpoint, is_offline, token
+from lora_fuse.hub.failures import client_errors
+from lora_fuse.hub.locks import changes, locate, lock_base, lock_lora, verify_files
+from lora_fuse.hub.repository import remote_files
+from lora_fuse.hub.transfer import Transfer
+
+__all__ = [
+    "Transfer",
+    "bars_on_a_terminal",
+    "cache_dir",
+    "changes",
+    "client",
+    "client_errors",
+    "endpoint",
+    "is_offline",
+    "locate",
+    "lock_base",
+    "lock_lora",
+    "remote_files",
+    "token",
+    "verify_files",
+]

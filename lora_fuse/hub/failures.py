@@ -1,0 +1,113 @@
+"""What the Hub client raises, told to a person: what, why, and the way out, in one line."""
+
+from __future__ import annotations
+
+import errno
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from lora_fuse.errors import BadSource, NoSpace, Refused
+from lora_fuse.hub.client import cache_dir, endpoint, token
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+READ, WRITE = "repo.content.read", "repo.write"  # scopes of fine-grained tokens, by the Hub's names
+IN_TROUBLE = frozenset({408, 429, 500, 502, 503, 504})  # the same request may work in a moment
+
+
+@contextmanager
+def client_errors(what: str, repo_id: str, refusal: type[Refused]) -> Iterator[None]:
+    """Turn whatever the Hub client raises into one `refusal`, which names `what` and the way out.
+
+    Raises:
+        NoSpace: the disk of the cache is full.
+        Refused: anything else, as the class `refusal`.
+    """
+    from httpx2 import HTTPError  # the client's HTTP library, whose errors it lets through
+
+    try:
+        yield
+    # Xet raises plain RuntimeError, an ill-formed name ValueError; the rest is HTTPError or OSError.
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        if is_full_disk(error):
+            raise NoSpace(f"{what}: {full_disk()}") from error
+        scope = READ if issubclass(refusal, BadSource) else WRITE
+        raise refusal(f"{what}: {explain(error, repo_id, scope)}") from error
+
+
+def full_disk() -> str:
+    """What is said when the disk filled up on the way."""
+    return f"the disk of {cache_dir()} is full; make room, or set HF_HUB_CACHE to a larger disk, and run again"
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an error of the client, or of Xet, which only has words for it, means a full disk."""
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether the same request may work in a moment: the Hub is in trouble, or the connection broke."""
+    from httpx2 import TransportError
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.HfHubHTTPError):
+        return error.response.status_code in IN_TROUBLE
+    return isinstance(error, TransportError) and not isinstance(error, errors.OfflineModeIsEnabled)
+
+
+def cause(error: BaseException) -> BaseException:
+    """The reason for an error: "not in the cache either" and its like hide it."""
+    from huggingface_hub import errors
+
+    hiding = (errors.LocalEntryNotFoundError, errors.DryRunError, ValueError)
+    while isinstance(error, hiding) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def explain(error: BaseException, repo_id: str, scope: str = READ) -> str:
+    """The reason for an error and the way out.
+
+    Args:
+        error: what the client raised.
+        repo_id: the repository that it was about.
+        scope: what a token needs for it.
+    """
+    from huggingface_hub import errors
+
+    error, page = cause(error), f"{endpoint()}/{repo_id}"
+    give = f"give HF_TOKEN the scope {scope} for it" if token() else "set HF_TOKEN"
+    gated = (
+        f"give HF_TOKEN the right to read gated repositories, at {endpoint()}/settings/tokens"
+        if token()
+        else "set HF_TOKEN"
+    )
+    reasons: tuple[tuple[type[Exception], str], ...] = (
+        (errors.HFValidationError, f"{repo_id!r} is no repository id; write owner/name"),
+        (errors.GatedRepoError, f"the repository is gated; ask for access at {page}, then {gated}"),
+        (errors.DisabledRepoError, f"the repository is disabled; see {page}"),
+        (errors.RepositoryNotFoundError, f"no such repository, or a private one; check the name, or {give}"),
+        (errors.RevisionNotFoundError, f"no such revision; see {page}/tree/main for what there is"),
+        (errors.EntryNotFoundError, f"no such file at this revision; see {page}/tree/main"),
+        (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set, and this is not on the machine; unset it once"),
+    )
+    for kind, reason in reasons:
+        if isinstance(error, kind):
+            return reason
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, errors.HfHubHTTPError):
+        return _status(error, first, scope)
+    without = ", if need be with HF_HUB_DISABLE_XET=1" if isinstance(error, RuntimeError) else ""  # Xet's own class
+    return f"{type(error).__name__}: {first}; check the connection and run again{without}"
+
+
+def _status(error: Exception, first: str, scope: str) -> str:
+    status: int = error.response.status_code  # type: ignore[attr-defined]
+    message = getattr(error, "server_message", None) or first
+    known = {
+        401: "renew HF_TOKEN" if token() else "set HF_TOKEN",
+        403: f"give HF_TOKEN the right to do this (scope {scope}), at {endpoint()}/settings/tokens",
+        412: "somebody else was faster, run again",
+    }
+    return f"{endpoint()} answered {status} ({message}); {known.get(status, 'try again later')}"

@@ -1,0 +1,197 @@
+"""Locks made, kept, moved and located. What is in one was read back from this machine and hashed."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from lora_fuse.allowlist import is_pickle
+from lora_fuse.errors import BadLora, BadSource
+from lora_fuse.hub.client import is_offline, snapshot_folder
+from lora_fuse.hub.repository import open_repository
+from lora_fuse.hub.transfer import Transfer
+from lora_fuse.records import FileRecord, Lock, Source
+from lora_fuse.sources import Basket, Promise, Shelf, examine, hashing, open_folder, take_lora, take_pipeline
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+REMEDY = "run the download stage: dvc repro -f download"
+NAMED = 3  # missing files that a message names
+
+
+def lock_base(
+    source: Source,
+    *,
+    previous: Lock | None,
+    offline: bool = False,
+    update: bool = False,
+    transfer: Transfer | None = None,
+) -> Lock:
+    """Pin a diffusers pipeline, and have its files on this machine.
+
+    Taken are `model_index.json` and, of the component folders that it names, the text files and the
+    safetensors weights: the shards that an index names, or the one file. Variants (fp16, …) stay behind.
+
+    Args:
+        source: where it is.
+        previous: the lock of the last run; the same repository and revision keep its commit.
+        offline: use no network, as with `HF_HUB_OFFLINE`: a repository must be locked and here already.
+        update: take the commit that the revision means now, whatever is locked.
+        transfer: how to fetch.
+
+    Raises:
+        BadSource: the source cannot be had, is no such pipeline, has weights only as pickles, or sends other
+            bytes than its Hub promises, twice.
+        NoSpace: the disk has no room for it.
+    """
+    return _lock(source, _Pin(previous, offline, update), transfer or Transfer(), take_pipeline)
+
+
+def lock_lora(
+    source: Source,
+    filename: str,
+    *,
+    previous: Lock | None,
+    offline: bool = False,
+    update: bool = False,
+    transfer: Transfer | None = None,
+) -> Lock:
+    """Pin one LoRA, and have it on this machine: a file, or a PEFT folder's weights and configuration.
+
+    Args:
+        source: the repository or folder that holds it.
+        filename: its POSIX path in there: a `.safetensors` file, or a folder with `adapter_config.json` (``.`` is
+            the source itself).
+        previous: the lock of the last run, as for `lock_base`.
+        offline: use no network, as for `lock_base`.
+        update: take what the revision means now, as for `lock_base`.
+        transfer: how to fetch.
+
+    Raises:
+        BadLora: it is neither.
+        BadSource: as in `lock_base`.
+        NoSpace: as in `lock_base`.
+    """
+    path = PurePosixPath(filename)
+    if path.is_absolute() or ".." in path.parts:
+        raise BadSource(f"{filename!r} leads out of {source.label}; name a file below it")
+    if is_pickle(filename):
+        raise BadLora(
+            f"{filename!r} of {source.label} is a pickle, which can run code when it is loaded; "
+            "name a .safetensors file, or convert it"
+        )
+    name = path.as_posix()
+    if previous is not None and previous.lora_name != name:
+        previous = replace(previous, files={})  # another file of the same repository: its commit stays
+    return _lock(source, _Pin(previous, offline, update), transfer or Transfer(), lambda b: take_lora(b, name))
+
+
+def locate(lock: Lock) -> Path:
+    """The folder on this machine that holds the files of a lock; uses no network and hashes nothing.
+
+    Raises:
+        BadSource: a file is missing or has another size.
+    """
+    root = Path(str(lock.path)) if lock.repo_id is None else snapshot_folder(lock.repo_id, str(lock.revision))
+    missing = [name for name in sorted(lock.files) if not (root / name).is_file()]
+    if missing:
+        more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
+        raise BadSource(
+            f"{', '.join(missing[:NAMED])}{more} of {lock.label} "
+            f"{'is' if len(missing) == 1 else 'are'} not on this machine; {REMEDY}"
+        )
+    for name, record in sorted(lock.files.items()):
+        size = (root / name).stat().st_size
+        if size != record.size:
+            raise BadSource(f"{name} of {lock.label} has {size} bytes, its lock says {record.size}; {REMEDY}")
+    return root
+
+
+def verify_files(root: Path, files: Mapping[str, FileRecord]) -> None:
+    """Hash every file again.
+
+    Raises:
+        BadSource: a file cannot be read, or has another size or sha256 than its record.
+    """
+    with hashing(sum(record.size for record in files.values())) as advance:
+        for name, record in sorted(files.items()):
+            found = examine(root / name, Promise(record.size, record.sha256), advance)
+            if isinstance(found, str):
+                raise BadSource(f"{name} in {root} is not what was locked: {found}; {REMEDY}")
+
+
+def changes(before: Lock, after: Lock) -> list[str]:
+    """What an update changed, as sentences; the first says what happened to the commit."""
+    asked = f"{after.repo_id} {after.requested or 'main'}"
+    if before.revision == after.revision:
+        return [f"{asked}: still {after.revision}"]
+    old, new = before.files, after.files
+    kinds = {
+        "added": sorted(new.keys() - old.keys()),
+        "removed": sorted(old.keys() - new.keys()),
+        "changed": sorted(name for name in new.keys() & old.keys() if new[name] != old[name]),
+    }
+    counts = ", ".join(f"{len(names)} {kind}" for kind, names in kinds.items())
+    said = [f"{asked}: {before.revision} -> {after.revision}: {counts}"]
+    return said + [f"  {kind} {name}" for kind, names in kinds.items() for name in names]
+
+
+class _Pin:
+    """What was locked, and whether that may or must change."""
+
+    def __init__(self, previous: Lock | None, offline: bool, update: bool) -> None:
+        self.previous, self.offline, self.update = previous, offline or is_offline(), update
+
+    def of(self, source: Source) -> Lock | None:
+        """The lock, if it is of the same source and revision."""
+        kept, asked = self.previous, (source.repo_id, source.path, source.revision)
+        return kept if kept and asked == (kept.repo_id, kept.path, kept.requested) else None
+
+
+def _lock(source: Source, pin: _Pin, how: Transfer, take: Callable[[Basket], None]) -> Lock:
+    kept = pin.of(source)
+    opening: AbstractContextManager[Shelf]
+    if source.repo_id is None:
+        opening = nullcontext(open_folder(Path(str(source.path))))
+    elif kept and kept.files and not pin.update and _is_whole(kept, complain=pin.offline):
+        return kept
+    elif pin.offline and pin.update:
+        raise BadSource(f"an update asks the Hub what {source.label} has now; unset HF_HUB_OFFLINE for it")
+    elif pin.offline:
+        raise BadSource(
+            f"{source.label} is not locked yet, which needs the network; run once without offline, HF_HUB_OFFLINE unset"
+        )
+    else:
+        pinned = kept.revision if kept and not pin.update else source.revision
+        opening = open_repository(source.repo_id, pinned, how)
+    with opening as shelf:
+        basket = Basket(shelf)
+        take(basket)
+    records = dict(sorted(basket.records.items()))
+    if kept and kept.repo_id and kept.revision == basket.shelf.commit:
+        _refuse_other_bytes(records, kept)
+    shelf = basket.shelf
+    return Lock(source.repo_id, source.path, source.revision, shelf.commit, records, shelf.license)
+
+
+def _is_whole(lock: Lock, *, complain: bool) -> bool:
+    try:
+        verify_files(locate(lock), lock.files)
+    except BadSource:
+        if complain:
+            raise
+        return False
+    return True
+
+
+def _refuse_other_bytes(records: Mapping[str, FileRecord], kept: Lock) -> None:
+    for name in sorted(records.keys() & kept.files.keys()):
+        got, locked = records[name].sha256, kept.files[name].sha256
+        if got != locked:
+            raise BadSource(
+                f"{name} of {kept.label}: the Hub sends sha256 {got}, the lock says {locked}; "
+                "the files of a commit never change, so find out why before you delete the lock"
+            )
