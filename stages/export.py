@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from lora_fuse.checkpoint import PROVENANCE, open_checkpoint
 from lora_fuse.exporting import export, export_size
 from lora_fuse.families import COMPONENT
@@ -21,7 +23,10 @@ def export_formats(params: Params) -> int:
     stated = [shard.header.metadata[PROVENANCE] for shard in checkpoint.shards if PROVENANCE in shard.header.metadata]
     metadata = {PROVENANCE: stated[0] if stated else "", f"{PROVENANCE}.manifest_sha256": manifest_sha256}
     formats = params.export.formats
-    with byte_progress("export", export_size(checkpoint, formats, metadata)) as progress:
+    shown = (
+        byte_progress("export", export_size(checkpoint, formats, metadata)) if formats else nullcontext(lambda _: None)
+    )
+    with shown as progress:
         files = export(checkpoint, EXPORTED, formats, name=params.name, metadata=metadata, progress=progress)
     replace_text(EXPORTS, to_json(Exports(SCHEMA, manifest_sha256, files)))
     for name, record in files.items():
