@@ -38,7 +38,12 @@ OWNERS = {
     "diffusers": {"lora_fuse/regression/render.py"},
     "transformers": {"lora_fuse/regression/render.py"},
     "peft": {"lora_fuse/regression/render.py"},
-    "huggingface_hub": {"lora_fuse/hub.py", "lora_fuse/publishing.py"},
+    "huggingface_hub": {
+        "lora_fuse/hub.py",
+        "lora_fuse/publishing/sender.py",
+        "lora_fuse/publishing/waiting.py",
+        "lora_fuse/publishing/remote.py",
+    },
     "safetensors": {"lora_fuse/expected.py"},
     "numba": {"lora_fuse/compiled.py"},
     "hydra": {"stages/config.py"},
