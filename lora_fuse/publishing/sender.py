@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lora_fuse import hub
-from lora_fuse.errors import PublishRefused
+from lora_fuse.errors import Refused
 from lora_fuse.publishing.waiting import call, pause_after, redacted
 
 BEAT = 0.5  # seconds
@@ -64,7 +64,7 @@ def _send(job: dict[str, Any]) -> dict[str, Any]:
                     parent_commit=job["parent"],
                 ),
             )
-    except PublishRefused as error:
+    except Refused as error:
         over_xet = not isinstance(error.__cause__, _http_errors())
         return {"error": str(error), "pause": pause_after(error.__cause__, 1.0), "over_xet": over_xet}
     return {"pull": made.pr_num}

@@ -85,17 +85,23 @@ def wait(seconds: float, reason: str) -> None:
 
 
 def pause_after(error: BaseException | None, delay: float) -> float | None:
-    """Seconds after which the same may be asked again: `delay`, or what the Hub says; None if it would not help."""
+    """Seconds after which the same may be asked again: `delay`, or what the Hub says; None if it would not help.
+
+    Storage is asked five times by the client itself, for half a minute; only the API's own calls are repeated here.
+    """
     from httpx2 import TimeoutException, TransportError
     from huggingface_hub.errors import HfHubHTTPError
 
+    api = f"{hub.endpoint()}/api/"
     if isinstance(error, HfHubHTTPError):
-        if error.response.status_code not in AGAIN:
+        if not str(error.response.request.url).startswith(api) or error.response.status_code not in AGAIN:
             return None
         asked = error.response.headers.get("retry-after", "")
         pause = float(asked) if asked.isdigit() else delay
         return pause if pause <= LONGEST else None
-    return delay if isinstance(error, TransportError) and not isinstance(error, TimeoutException) else None
+    if isinstance(error, TransportError) and not isinstance(error, TimeoutException):
+        return delay if str(error.request.url).startswith(api) else None
+    return None
 
 
 def redacted(text: str) -> str:
