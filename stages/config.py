@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -63,9 +64,18 @@ def load(overrides: Sequence[str] = ()) -> Params:
     return parse_params(tree, str(PARAMS))
 
 
-def run_stage(stage: Callable[[Params], int]) -> None:
-    """Run a stage as a program: its parameters by the rule above, its errors as one line, its result as exit code."""
-    sys.exit(guarded(lambda: stage(load(sys.argv[1:]))))
+Stage = Callable[[Params], int]
+
+
+def run_stage(stage: Stage, *, flags: Mapping[str, Stage] = MappingProxyType({})) -> None:
+    """Run a stage as a program: its parameters by the rule above, its errors as one line, its result as exit code.
+
+    Args:
+        stage: what is run.
+        flags: what is run in its place where an argument is one of these; the rule is for the other arguments.
+    """
+    chosen = next((flags[argument] for argument in sys.argv[1:] if argument in flags), stage)
+    sys.exit(guarded(lambda: chosen(load([argument for argument in sys.argv[1:] if argument not in flags]))))
 
 
 def main(arguments: Sequence[str]) -> int:

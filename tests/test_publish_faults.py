@@ -189,7 +189,7 @@ def killed_when(place: Place, hub: LoopbackHub, pattern: str, done: int, *argume
     wait_until(is_time)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=20)  # a helper that lives on holds the pipes
     assert process.returncode == -signal.SIGKILL
     wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children), 5.0)
 
