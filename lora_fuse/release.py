@@ -19,15 +19,13 @@ from typing import Any
 
 from lora_fuse.errors import PublishRefused
 from lora_fuse.files import hash_file, replace_bytes
+from lora_fuse.publishing.local import Addition
 from lora_fuse.records import FileRecord, Manifest, MergedFile, to_json
 from lora_fuse.signing import SIGNATURE, Signer, keep_or_sign
 
-CARD = "README.md"
 LIST = "lora_fuse.json"
 PROVENANCE = "provenance.json"
 BOM = "bom.cdx.json"
-
-Addition = tuple[Path, FileRecord]  # a file to publish beside the manifest's: where it lies, and what it is
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,7 +74,7 @@ def workplace(out: Path, key: str) -> Iterator[Workplace]:
     Raises:
         Busy: another process holds it.
     """
-    with _exclusive(out):
+    with exclusive(out):
         mine = Workplace(out.parent / f".{out.name}.partial-{key[:16]}")
         _recover(out)
         for other in out.parent.glob(f".{out.name}.partial-*"):
@@ -90,7 +90,12 @@ def workplace(out: Path, key: str) -> Iterator[Workplace]:
 
 
 @contextmanager
-def _exclusive(out: Path) -> Iterator[None]:
+def exclusive(out: Path) -> Iterator[None]:
+    """Hold `out` alone; only processes that ask here are kept out, and a killed one keeps out nobody.
+
+    Raises:
+        Busy: another process holds it.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     with (out.parent / f".{out.name}.lock").open("w") as lock:
         try:

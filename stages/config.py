@@ -68,10 +68,11 @@ def run_stage(stage: Callable[..., int], *flags: str) -> None:
 
     Args:
         stage: gets the parameters, and by keyword whether each flag is given.
-        flags: names of arguments (``update`` for ``--update``) that are no overrides and do not count for the rule.
+        flags: names of arguments (``dry-run`` for ``--dry-run``, keyword `dry_run`) that are no overrides and do not
+            count for the rule.
     """
-    given = {flag: f"--{flag}" in sys.argv[1:] for flag in flags}
-    overrides = [argument for argument in sys.argv[1:] if argument.removeprefix("--") not in given]
+    given = {flag.replace("-", "_"): f"--{flag}" in sys.argv[1:] for flag in flags}
+    overrides = [argument for argument in sys.argv[1:] if argument.removeprefix("--") not in flags]
     sys.exit(guarded(lambda: stage(load(overrides), **given)))
 
 

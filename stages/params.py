@@ -6,6 +6,7 @@ An unknown, missing or ill-typed key is an error that names the key; no default 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +23,7 @@ from lora_fuse.signing import Signer
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
 CaseName = Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")]  # part of file names and of flat metric keys
+Tag = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Device = Literal["auto", "cpu", "cuda"]
 Placement = Literal["cuda", "model_offload", "group_offload", "balanced", "cpu"]
 DType = Literal["float32", "bfloat16", "float16"]
@@ -246,6 +248,13 @@ class PublishParams(Section):
     private: bool
     license: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.+-]*$")] | None
     signing: SigningParams
+    tag: Tag | None
+
+    @model_validator(mode="after")
+    def _tag_names_nothing_else(self) -> PublishParams:
+        if self.tag == "main" or re.fullmatch(r"[0-9a-f]{7,40}", self.tag or ""):
+            raise ValueError(f"the tag {self.tag} would be taken for a branch or a commit; take another name, v1")
+        return self
 
 
 class Params(Section):

@@ -11,10 +11,11 @@ from lora_fuse.errors import PublishRefused
 from lora_fuse.exporting import words
 from lora_fuse.licences import Settled
 from lora_fuse.provenance import this_repository
+from lora_fuse.publishing.local import CARD
 from lora_fuse.records import Exports, FileRecord, Manifest, from_json
 from lora_fuse.regression import shown
 from lora_fuse.regression.goldens import Candidates
-from lora_fuse.release import BOM, CARD, PROVENANCE, Contents, public_parameters
+from lora_fuse.release import BOM, PROVENANCE, Contents, public_parameters
 from lora_fuse.statement import provenance_json
 from stages import artifacts as at
 from stages.params import Params

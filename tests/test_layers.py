@@ -53,7 +53,7 @@ OWNERS = {
     "peft": {"lora_fuse/regression/render.py"},
     "huggingface_hub": {
         *(f"lora_fuse/hub/{name}.py" for name in ("client", "failures", "child", "repository")),
-        "lora_fuse/publishing.py",
+        *(f"lora_fuse/publishing/{name}.py" for name in ("sender", "waiting", "remote")),
         "lora_fuse/card.py",
     },
     "cyclonedx": {"lora_fuse/bom.py"},

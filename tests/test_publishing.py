@@ -66,16 +66,18 @@ def uploads(hub: LoopbackHub) -> int:
 # ---------------------------------------------------------------- what is sent
 
 
-def test_exactly_the_manifests_files_and_the_card_are_published_in_one_commit(hub: LoopbackHub, merged: Path) -> None:
-    (merged / ".env").write_text("SECRET=1")
-    (merged / "transformer/optimizer.pt").write_bytes(b"pickle")
+def test_exactly_the_manifests_files_and_the_card_are_published_in_one_pull_request(
+    hub: LoopbackHub, merged: Path
+) -> None:
     receipt = push(merged)
     head = hub.registry.repos[REPO].head
     assert head.tree.keys() == FILES.keys() | {"README.md", ".gitattributes"}
     assert {name: hub.read(REPO, name) for name in FILES} == FILES
     assert hub.read(REPO, "README.md").decode() == CARD
-    assert (receipt.status, receipt.commit, head.title) == ("published", head.oid, "merged")
-    assert len(hub.registry.repos[REPO].commits) == 2
+    (pull,) = hub.registry.repos[REPO].pulls.values()
+    assert pull.title == f"merged, manifest {receipt.manifest_sha256}"
+    assert (receipt.status, receipt.commit, receipt.pull_request) == ("published", head.oid, pull.number)
+    assert (pull.status, head.title, head.parent) == ("merged", f"{pull.title} (#1)", pull.base)
 
 
 def test_the_receipt_tells_every_file_and_stands_for_the_manifest(hub: LoopbackHub, merged: Path) -> None:
@@ -189,7 +191,7 @@ def test_a_link_that_leaves_the_folder_is_refused_though_its_bytes_are_right(
 ) -> None:
     outside = (merged / WEIGHTS).rename(tmp_path / "outside")
     (merged / WEIGHTS).symlink_to(outside)
-    assert f"{WEIGHTS} leads out of" in refusal(lambda: push(merged))
+    assert f"{WEIGHTS} in {merged} is a symlink to {outside}" in refusal(lambda: push(merged))
     assert not hub.log
 
 
@@ -268,7 +270,9 @@ def test_success_is_not_claimed_of_other_bytes_than_were_sent(
 ) -> None:
     hub.tamper(name, bytes(len(FILES[name])))
     message = refusal(lambda: push(merged))
-    assert f"{REPO}@{hub.registry.repos[REPO].head.oid}: {name}" in message
+    repo = hub.registry.repos[REPO]
+    assert f"{REPO}@{repo.at('refs/pr/1').oid}: {name}" in message
+    assert (repo.pulls[1].status, set(repo.head.tree)) == ("open", {".gitattributes"})
     assert said in message
 
 
@@ -293,9 +297,11 @@ def test_somebody_elses_commit_in_between_is_not_overwritten(hub: LoopbackHub, m
     other.start()
     message = refusal(lambda: push(merged, card=CARD + "more\n"))
     other.join()
-    assert "README.md differs" in message
+    assert "somebody changed README.md on main meanwhile" in message
     assert "publish again" in message
     assert hub.read(REPO, "README.md") == b"theirs"
+    assert push(merged, card=CARD + "more\n").pull_request == 3
+    assert hub.registry.repos[REPO].pulls[2].status == "closed"
 
 
 def test_a_refused_commit_says_that_somebody_was_faster(hub: LoopbackHub, merged: Path) -> None:

@@ -26,6 +26,7 @@ class Fault:
         status: answer this status, with `headers` and `body`, instead of doing the work …
         after: … or after doing it: the answer is lost. Without `status` the connection breaks instead.
         drop_after: break the connection after so many bytes of the body.
+        drop_request_after: break the connection after so many bytes of the request's body.
         truncate_to: send so many bytes of the body, and declare no more: short but well formed.
         flip_at: invert the byte at this offset of the body.
         delay: seconds to wait first.
@@ -40,6 +41,7 @@ class Fault:
     body: bytes = b""
     after: bool = False
     drop_after: int | None = None
+    drop_request_after: int | None = None
     truncate_to: int | None = None
     flip_at: int | None = None
     delay: float = 0.0
@@ -71,6 +73,7 @@ class Call:
     authorized: bool
     status: int | None = None
     sent: int = 0
+    received: int = 0
     struck: bool = False
 
 
@@ -91,8 +94,9 @@ class FaultyWire:
         self._log.append(call)
         fault = next((rule for rule in self._faults if rule.strikes(line)), None)
         call.struck = fault is not None
+        receiver = _Receiver(receive, call, fault)
         try:
-            await self._serve({**scope, "path": path}, receive, _Sender(send, call, fault), fault)
+            await self._serve({**scope, "path": path}, receiver, _Sender(send, call, fault), fault)
         except ConnectionAbortedError:
             transport = getattr(getattr(send, "__self__", None), "transport", None)  # of uvicorn's request cycle
             if transport is not None:
@@ -115,6 +119,21 @@ class FaultyWire:
 
 async def _nowhere(message: Message) -> None:
     """Send nothing."""
+
+
+class _Receiver:
+    """Receives a request, counts its bytes and breaks off where the fault says."""
+
+    def __init__(self, receive: Receive, call: Call, fault: Fault | None) -> None:
+        self._receive, self._call = receive, call
+        self._limit = fault.drop_request_after if fault else None
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        self._call.received += len(message.get("body", b""))
+        if self._limit is not None and self._call.received > self._limit:
+            raise ConnectionAbortedError
+        return message
 
 
 class _Sender:

@@ -85,14 +85,28 @@ class Commit:
 
 @dataclass(slots=True)
 class PullRequest:
-    """A pull request: its branch has its own head until it is merged."""
+    """A pull request: its branch starts at `base` and has its own head until it is merged."""
 
     number: int
     title: str
     author: str
+    base: str
     head: str
     status: str = "open"
+    merge_commit: str | None = None
+    events: list[dict[str, Any]] = field(default_factory=list)
     created: str = field(default_factory=now)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can still be changed and merged."""
+        return self.status in ("open", "draft")
+
+
+def changed(before: Mapping[str, Entry], after: Mapping[str, Entry]) -> dict[str, Entry | None]:
+    """What differs between two trees, by path; None where a file is gone."""
+    paths = sorted(before.keys() | after.keys())
+    return {path: after.get(path) for path in paths if before.get(path) != after.get(path)}
 
 
 @dataclass(slots=True)
@@ -148,15 +162,35 @@ class Repo:
             self.branches[revision] = commit.oid
         return commit
 
-    def open_pull(self, title: str, author: str) -> PullRequest:
-        """Open a pull request against `main`."""
-        pull = PullRequest(len(self.pulls) + 1, title, author, self.head.oid)
+    def open_pull(self, title: str, author: str, start: str | None = None) -> PullRequest:
+        """Open a pull request against `main`, from its head or from an older commit of it."""
+        base = start or self.head.oid
+        pull = PullRequest(len(self.pulls) + 1, title, author, base, base)
         self.pulls[pull.number] = pull
         return pull
 
-    def merge(self, pull: PullRequest) -> None:
-        """Move `main` to the head of a pull request."""
-        self.branches["main"], pull.status = pull.head, "merged"
+    def changes(self, pull: PullRequest) -> dict[str, Entry | None]:
+        """What a pull request changes since its base, by path."""
+        return changed(self.commits[pull.base].tree, self.commits[pull.head].tree)
+
+    def conflicts(self, pull: PullRequest) -> list[str]:
+        """The paths that both a pull request and `main` have changed since its base, to different content."""
+        ours, theirs = self.changes(pull), changed(self.commits[pull.base].tree, self.head.tree)
+        return [path for path in ours if path in theirs and ours[path] != theirs[path]] if pull.is_open else []
+
+    def merge(self, pull: PullRequest) -> Commit:
+        """Squash a pull request onto `main`: one commit, titled `TITLE (#NUMBER)`.
+
+        Raises:
+            HubError: it is not open, or `main` has changed the same files since.
+        """
+        if not pull.is_open:
+            raise HubError(409, message=f"This pull request is {pull.status}")
+        if conflicts := self.conflicts(pull):
+            raise HubError(409, message=f"This pull request has conflicts: {', '.join(conflicts)}")
+        made = self.commit(self.changes(pull), title=f"{pull.title} (#{pull.number})")
+        pull.status, pull.merge_commit = "merged", made.oid
+        return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +210,7 @@ class Registry:
             "hf_write": User("alice", "write"),
             "hf_read": User("bob", "read"),
             "hf_expired": User("alice", "expired"),
+            "hf_other": User("carol", "write"),
         }
 
     def create(self, repo_id: str, *, private: bool = False, gated: bool = False) -> Repo:
@@ -201,8 +236,12 @@ class Registry:
             raise HubError(401, message=f'User Access Token "{user.name}-token" is expired')
         return user
 
-    def open(self, repo_id: str, user: User | None, *, write: bool = False, content: bool = False) -> Repo:
+    def open(
+        self, repo_id: str, user: User | None, *, write: bool = False, propose: bool = False, content: bool = False
+    ) -> Repo:
         """A repository, if the user may see it, change it (`write`) or read its files (`content`).
+
+        To `propose` a change in a pull request takes a token that may write, to any repository that it can see.
 
         Raises:
             HubError: there is none, or the user may not; the two look the same for a private one.
@@ -212,6 +251,8 @@ class Registry:
         if repo is None or (repo.private and not owner):
             raise HubError(404 if user else 401, "RepoNotFound", "Repository not found")
         if write and not (owner and user is not None and user.role == "write"):
+            raise HubError(403 if user else 401, message="Forbidden: you must use a write token to upload.")
+        if propose and (user is None or user.role != "write"):
             raise HubError(403 if user else 401, message="Forbidden: you must use a write token to upload.")
         if content and repo.gated and not owner:
             raise HubError(403 if user else 401, "GatedRepo", f"Access to model {repo_id} is restricted.")

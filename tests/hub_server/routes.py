@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from tests.hub_server.lfs import LfsStore, ranged
-from tests.hub_server.model import Commit, Entry, HubError, PullRequest, Registry, Repo, User
+from tests.hub_server.model import PULL_REQUEST, Commit, Entry, HubError, PullRequest, Registry, Repo, User, now
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 LFS_SUFFIXES = (".bin", ".ckpt", ".gz", ".jpg", ".model", ".png", ".pt", ".safetensors", ".zip")
 LFS_SIZE = 10 << 20  # bytes; a larger file of any kind goes to LFS
+PAGE = 50  # pull requests that are listed at once
 MODEL = "/api/models/{owner}/{name}"
 
 
@@ -72,7 +73,10 @@ class HubApi:
             Route(MODEL + "/settings", self.settings, methods=["PUT"]),
             Route(MODEL + "/xet-{scope}-token/{revision}", self.xet_token),
             Route(MODEL + "/discussions", self.open_discussion, methods=["POST"]),
+            Route(MODEL + "/discussions", self.discussions),
             Route(MODEL + "/discussions/{number:int}", self.discussion),
+            Route(MODEL + "/discussions/{number:int}/comment", self.comment, methods=["POST"]),
+            Route(MODEL + "/discussions/{number:int}/status", self.set_status, methods=["POST"]),
             Route(MODEL + "/discussions/{number:int}/merge", self.merge, methods=["POST"]),
         ]
 
@@ -87,8 +91,18 @@ class HubApi:
             raise HubError(401, message="Invalid username or password.")
         return user
 
-    def _repo(self, request: Request, *, write: bool = False, content: bool = False) -> Repo:
-        return self.registry.open(repo_id(request), self._user(request), write=write, content=content)
+    def _repo(self, request: Request, *, write: bool = False, propose: bool = False, content: bool = False) -> Repo:
+        user = self._user(request)
+        return self.registry.open(repo_id(request), user, write=write, propose=propose, content=content)
+
+    def _repo_to_change(self, request: Request, target: str) -> Repo:
+        """A branch takes the right to write, a new pull request or one of one's own only that to propose."""
+        repo, user = self._repo(request, propose=True), self._user(request)
+        match = PULL_REQUEST.fullmatch(target)
+        pull = repo.pulls.get(int(match[1])) if match else None
+        if "create_pr" in request.query_params or (pull and user and pull.author == user.name):
+            return repo
+        return self._repo(request, write=True)
 
     # ------------------------------------------------------------ accounts and repositories
 
@@ -219,7 +233,7 @@ class HubApi:
 
     async def preupload(self, request: Request) -> Response:
         """Say of each file whether it goes to LFS, and what is there now."""
-        repo = self._repo(request, write="create_pr" not in request.query_params)
+        repo = self._repo_to_change(request, revision(request))
         commit, body = repo.at(revision(request)), await request.json()
         files = []
         for file in body["files"]:
@@ -233,8 +247,9 @@ class HubApi:
 
     async def lfs_batch(self, request: Request) -> Response:
         """Where to upload objects."""
-        self._repo(request, write=True)
-        answer = self.lfs.batch(await request.json(), self.base_url, self._holds)
+        body = await request.json()
+        self._repo_to_change(request, body["ref"]["name"]) if "ref" in body else self._repo(request, propose=True)
+        answer = self.lfs.batch(body, self.base_url, self._holds)
         return JSONResponse(answer, media_type="application/vnd.git-lfs+json")
 
     def _holds(self, sha256: str) -> bool:
@@ -243,19 +258,25 @@ class HubApi:
     async def commit(self, request: Request) -> Response:
         """Make a commit on a branch, or on a new pull request (`create_pr`)."""
         as_pull = "create_pr" in request.query_params
-        repo, target = self._repo(request, write=not as_pull), revision(request)
+        target = revision(request)
+        repo = self._repo_to_change(request, target)
         head, *lines = [json.loads(line) for line in (await request.body()).splitlines() if line.strip()]
         title, parent = head["value"]["summary"], head["value"].get("parentCommit")
         base = repo.at(target)
+        if match := PULL_REQUEST.fullmatch(target):
+            _refuse_closed(repo.pulls[int(match[1])])
+        if as_pull and target not in repo.branches:
+            raise HubError(404, "RevisionNotFound", f"Invalid rev id: {target}")
         if parent and not as_pull and not base.oid.startswith(parent):
             raise HubError(412, message="The branch was updated since you opened this page. Please refresh.")
         changes: dict[str, Entry | None] = {}
         for line in lines:
             changes |= self._change(line["key"], line["value"], base)
         changes |= {path: entry for path, entry in self.tampered.items() if path in changes}
+        changes |= attributes(changes, base)
         answer: dict[str, Any] = {"success": True, "hookOutput": ""}
         if as_pull:
-            pull = repo.open_pull(title, self._someone(request).name)
+            pull = repo.open_pull(title, self._someone(request).name, repo.at(parent).oid if parent else None)
             target = f"refs/pr/{pull.number}"
             answer["pullRequestUrl"] = f"{self.base_url}/{repo.id}/discussions/{pull.number}"
         made = repo.commit(changes, revision=target, title=title, message=head["value"].get("description", ""))
@@ -289,6 +310,8 @@ class HubApi:
     async def tag(self, request: Request) -> Response:
         """Tag a revision."""
         repo, body = self._repo(request, write=True), await request.json()
+        if re.search(r"[\s~^:?*\[\\]", body["tag"]):
+            raise HubError(400, message=f"Invalid tag name: {body['tag']}")
         if body["tag"] in repo.tags:
             raise HubError(409, message=f"Tag reference exists already: {body['tag']}")
         repo.tags[body["tag"]] = repo.at(revision(request)).oid
@@ -298,20 +321,57 @@ class HubApi:
 
     async def open_discussion(self, request: Request) -> Response:
         """Open an empty pull request."""
-        repo, body = self._repo(request), await request.json()
+        repo, body = self._repo(request, propose=True), await request.json()
         pull = repo.open_pull(body["title"], self._someone(request).name)
         pull.status = "draft"
         url = f"{self.base_url}/{repo.id}/discussions/{pull.number}"
         return JSONResponse({"num": pull.number, "url": url, "pullRequest": True})
 
+    async def discussions(self, request: Request) -> Response:
+        """The pull requests, newest first, page by page; `closed` are merged ones too."""
+        repo, query = self._repo(request), request.query_params
+        states = {"open": ("open", "draft"), "closed": ("closed", "merged")}.get(query.get("status", "all"))
+        found = [
+            about_pull(repo, pull)
+            for pull in reversed(repo.pulls.values())
+            if (states is None or pull.status in states) and query.get("author", pull.author) == pull.author
+        ]
+        start = int(query.get("p", 0)) * PAGE
+        return JSONResponse({"discussions": found[start : start + PAGE], "count": len(found), "start": start})
+
     async def discussion(self, request: Request) -> Response:
-        """The state of a pull request."""
+        """The state of a pull request, with what was said and which files `main` has changed too."""
         repo = self._repo(request)
         pull = self._pull(repo, request)
-        about = {"num": pull.number, "title": pull.title, "status": pull.status, "createdAt": pull.created}
-        where = {"repo": {"name": repo.id, "type": "model"}, "changes": {"base": "refs/heads/main"}}
-        rest = {"author": {"name": pull.author}, "isPullRequest": True, "events": [], "diff": ""}
-        return JSONResponse({**about, **where, **rest, "filesWithConflicts": []})
+        changes = {"base": "refs/heads/main", **({"mergeCommitId": pull.merge_commit} if pull.merge_commit else {})}
+        details = {"changes": changes, "events": pull.events, "diff": "", "filesWithConflicts": repo.conflicts(pull)}
+        return JSONResponse({**about_pull(repo, pull), **details})
+
+    async def comment(self, request: Request) -> Response:
+        """Say something about a pull request."""
+        pull = self._pull(self._repo(request, propose=True), request)
+        return JSONResponse(
+            {"newMessage": self._event(request, pull, "comment", said((await request.json())["comment"]))}
+        )
+
+    async def set_status(self, request: Request) -> Response:
+        """Close a pull request, or open it again, with a comment."""
+        repo, body = self._repo(request, propose=True), await request.json()
+        pull = self._pull(repo, request)
+        if self._someone(request).name not in (pull.author, repo.id.split("/", maxsplit=1)[0]):
+            raise HubError(403, message="Forbidden: you may not change this pull request")
+        if pull.status == "merged":
+            raise HubError(409, message="This pull request is merged")
+        pull.status = body["status"]
+        if body.get("comment"):
+            self._event(request, pull, "comment", said(body["comment"]))
+        return JSONResponse({"newStatus": self._event(request, pull, "status-change", {"status": pull.status})})
+
+    def _event(self, request: Request, pull: PullRequest, kind: str, data: dict[str, Any]) -> dict[str, Any]:
+        about = {"id": f"{pull.number}-{len(pull.events)}", "type": kind, "createdAt": now()}
+        event = {**about, "author": {"name": self._someone(request).name}, "data": data}
+        pull.events.append(event)
+        return event
 
     async def merge(self, request: Request) -> Response:
         """Merge a pull request into `main`."""
@@ -331,7 +391,10 @@ class HubApi:
     async def xet_token(self, request: Request) -> Response:
         """A token for the Xet storage."""
         reading = request.path_params["scope"] == "read"
-        self._repo(request, write=not reading and "create_pr" not in request.query_params, content=reading)
+        if reading:
+            self._repo(request, content=True)
+        else:
+            self._repo_to_change(request, revision(request))
         if self.xet is None:
             raise HubError(404, message="this Hub has no Xet storage")
         return self.xet.grant(request.path_params["scope"])
@@ -364,6 +427,32 @@ def repo_id(request: Request) -> str:
 def revision(request: Request) -> str:
     """The revision that a path names."""
     return unquote(request.path_params.get("revision", "main"))
+
+
+def attributes(changes: dict[str, Entry | None], base: Commit) -> dict[str, Entry | None]:
+    """Large files whose names do not say so are noted in `.gitattributes`, by the Hub itself."""
+    held = base.tree.get(".gitattributes", Entry.regular(b"")).content
+    large = [path for path, entry in changes.items() if entry and entry.sha256 and not path.endswith(".safetensors")]
+    lines = [f"{path} filter=lfs diff=lfs merge=lfs -text\n".encode() for path in sorted(large)]
+    new = b"".join(line for line in lines if line not in held)
+    return {".gitattributes": Entry.regular(held + new)} if new else {}
+
+
+def about_pull(repo: Repo, pull: PullRequest) -> dict[str, Any]:
+    """A pull request in a listing."""
+    about = {"num": pull.number, "title": pull.title, "status": pull.status, "createdAt": pull.created}
+    where = {"repo": {"name": repo.id, "type": "model"}, "isPullRequest": True}
+    return {**about, **where, "author": {"name": pull.author}}
+
+
+def said(text: str) -> dict[str, Any]:
+    """The data of a comment."""
+    return {"edited": False, "hidden": False, "latest": {"raw": text, "html": text, "updatedAt": now()}}
+
+
+def _refuse_closed(pull: PullRequest) -> None:
+    if not pull.is_open:
+        raise HubError(403, message=f"Forbidden: pull request {pull.number} is {pull.status}")
 
 
 def ref(name: str, full: str, oid: str) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import socket
 import threading
 import time
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 class LoopbackHub:
     """A Hub on a free port of 127.0.0.1.
 
-    Tokens: `hf_write` is alice's and may write to `alice/…`; `hf_read` is bob's; `hf_expired` is refused.
+    Tokens: `hf_write` is alice's and may write to `alice/…`; `hf_other` is carol's and may write to `carol/…`;
+    `hf_read` is bob's; `hf_expired` is refused.
 
     Args:
         root: a folder for what is uploaded.
@@ -88,6 +90,10 @@ class LoopbackHub:
     def calls(self, text: str) -> list[Call]:
         """The logged requests whose line contains `text`."""
         return [call for call in self.log if text in call.line]
+
+    def uploaded(self) -> int:
+        """Bytes of large files that were sent here so far, with Xet or without."""
+        return sum(call.received for call in self.log if re.match(r"PUT /_lfs/|POST /cas/[^/]*/xorbs/", call.line))
 
     @contextmanager
     def run(self) -> Iterator[LoopbackHub]:
