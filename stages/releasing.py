@@ -9,15 +9,17 @@ from lora_fuse.bom import ModelFacts, bom_json
 from lora_fuse.card import ShownExport, Usage, model_card
 from lora_fuse.errors import PublishRefused
 from lora_fuse.exporting import words
-from lora_fuse.licences import Settled
+from lora_fuse.licences import Settled, settle
+from lora_fuse.manifest import read_manifest
 from lora_fuse.provenance import this_repository
-from lora_fuse.publishing.local import CARD
+from lora_fuse.publishing.local import CARD, Addition
 from lora_fuse.records import Exports, FileRecord, Manifest, from_json
 from lora_fuse.regression import shown
 from lora_fuse.regression.goldens import Candidates
-from lora_fuse.release import BOM, PROVENANCE, Contents, public_parameters
+from lora_fuse.release import BOM, PROVENANCE, Contents, public_parameters, write_release
 from lora_fuse.statement import provenance_json
 from stages import artifacts as at
+from stages.gate import decide
 from stages.params import Params
 from stages.planning import cases_of
 
@@ -56,3 +58,24 @@ def _exports(params: Params, manifest_sha256: str) -> dict[str, FileRecord]:
     if found.manifest_sha256 != manifest_sha256:
         raise PublishRefused(f"{at.EXPORTS} is of another merge; export this one: dvc repro export")
     return found.files
+
+
+def checked_release(params: Params) -> tuple[Manifest, str, dict[str, Addition]]:
+    """The manifest, the card and what else is published, if `verify` and `gate` passed for these very bytes.
+
+    Raises:
+        PublishRefused: they did not, or the licence is not settled and the repository would be public.
+    """
+    manifest, manifest_sha256 = read_manifest(at.MANIFEST)
+    verify, metrics = at.read_object(at.VERIFY, "verify"), at.read_object(at.METRICS, "regress")
+    code, sentence = decide(verify, metrics)
+    if code:
+        raise PublishRefused(f"the gate is not passed: {sentence}")
+    if verify["manifest_sha256"] != manifest_sha256:
+        raise PublishRefused(f"{at.VERIFY} is about other bytes than {at.MANIFEST}; check these first: dvc repro")
+    licence = settle(manifest, params.publish.license)
+    if licence.problem and not params.publish.private:
+        raise PublishRefused(licence.problem)
+    contents = contents_of(params, manifest, manifest_sha256, metrics, licence)
+    beside = write_release(at.RELEASE, at.MERGED, manifest, contents, params.publish.signing.signer)
+    return manifest, beside.pop(CARD)[0].read_text(encoding="utf-8"), beside

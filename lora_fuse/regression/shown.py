@@ -9,10 +9,11 @@ from typing import Any
 from lora_fuse.bom import Measured
 from lora_fuse.card import Evidence, ShownCase
 from lora_fuse.errors import PublishRefused
-from lora_fuse.publishing.local import Addition, addition
+from lora_fuse.publishing.local import Addition
 from lora_fuse.regression.goldens import Candidates
 from lora_fuse.regression.render import Case
 from lora_fuse.regression.report import MEANINGS
+from lora_fuse.release import addition
 
 PLOT = "images/blocks.png"
 FIGURES = ("golden.psnr_db", "unfused.psnr_db", "over_floor")
