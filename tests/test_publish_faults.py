@@ -6,6 +6,7 @@ it, and the next run finishes and sends only what is missing.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -25,7 +26,9 @@ import yaml
 
 from lora_fuse.publishing import Receipt
 from lora_fuse.records import Manifest, MergedFile, MergedLora, Tool, from_json, to_json
+from stages.params import parse_params
 from tests.hub_server import Fault, LoopbackHub, Repo
+from tests.released import leave_regression
 
 ROOT = Path(__file__).resolve().parents[1]
 REPO = "alice/merged"
@@ -73,13 +76,16 @@ class Place:
         (self.root / "artifacts/merged.manifest.json").write_text(text)
         same = {"passed": True, "manifest_sha256": hashlib.sha256(text.encode()).hexdigest()}
         (self.root / "artifacts/verify.json").write_text(json.dumps({**same, "problem_count": 0}))
-        (self.root / "artifacts/regression").mkdir(exist_ok=True)
-        (self.root / "artifacts/regression/metrics.json").write_text(json.dumps({**same, "verdict": "exact"}))
+        if not (self.root / "pocket").exists():
+            (self.root / "pocket").symlink_to(ROOT / "pocket")  # its pictures are the cases' inputs
+        with contextlib.chdir(self.root):
+            leave_regression(parse_params(yaml.safe_load((ROOT / "params.yaml").read_text()), "params.yaml"))
 
     def configure(self, **publish: object) -> None:
         """Write params.yaml with these settings of `publish`."""
         params = yaml.safe_load((ROOT / "params.yaml").read_text())
-        params["publish"] = {"enabled": True, "repo_id": REPO, "private": True, "tag": None, **publish}
+        unsigned = {"license": "apache-2.0", "signing": {"key": None, "keyless": False}}
+        params["publish"] = {"enabled": True, "repo_id": REPO, "private": True, "tag": None, **unsigned, **publish}
         (self.root / "params.yaml").write_text(yaml.safe_dump(params))
 
     def start(self, *arguments: str, **env: str) -> subprocess.Popen[str]:
@@ -155,7 +161,8 @@ def is_untouched(hub: LoopbackHub) -> bool:
 def check_published(place: Place, hub: LoopbackHub) -> None:
     """Everything is on main and nothing else, and the receipt says so."""
     manifest, receipt, head = place.manifest, place.receipt, repo(hub).head
-    assert head.tree.keys() == {*manifest.files, "README.md", ".gitattributes"}
+    assert head.tree.keys() == {*receipt.files, ".gitattributes"}
+    assert {*manifest.files, "README.md", "lora_fuse.json"} < receipt.files.keys()
     for name, file in manifest.files.items():
         assert hashlib.sha256(hub.read(REPO, name)).hexdigest() == file.sha256
         assert receipt.files[name].sha256 == file.sha256
