@@ -28,7 +28,7 @@ class ClientProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            env={**os.environ, "PYTHONPATH": path, **without},
+            env={"HF_HUB_DISABLE_TELEMETRY": "1", **os.environ, "PYTHONPATH": path, **without},
             text=True,
             start_new_session=True,  # Ctrl-C is for the parent, which ends it
         )
