@@ -36,7 +36,7 @@ test: $(READY)
 	ruff check .
 	mypy
 	python -m stages.config --check
-	pytest -n 3 --dist loadfile
+	pytest -n 2 --dist loadfile
 
 controls: $(READY)
 	@OMP_WAIT_POLICY=passive python -m pocket.controls # waiting threads sleep: the cores may have other work

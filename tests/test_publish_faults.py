@@ -208,7 +208,7 @@ def killed_when(place: Place, hub: LoopbackHub, pattern: str, done: int, *argume
     wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children), 5.0)
 
 
-def wait_until(true: Callable[[], object], seconds: float = 30.0) -> None:
+def wait_until(true: Callable[[], object], seconds: float = BOUND) -> None:
     until = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < until
