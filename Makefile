@@ -39,7 +39,7 @@ test: $(READY)
 	pytest -n 2 --dist loadfile
 
 controls: $(READY)
-	@OMP_WAIT_POLICY=passive python -m pocket.controls # waiting threads sleep: the cores may have other work
+	@python -m pocket.controls
 
 format: $(READY)
 	ruff format .

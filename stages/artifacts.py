@@ -54,23 +54,23 @@ def read_locks() -> tuple[Lock, dict[str, Lock]]:
 
 def read_object(path: Path, stage: str) -> dict[str, Any]:
     """A stage's flat JSON result."""
-    try:
-        content = json.loads(read_text(path, stage))
-    except ValueError as error:
-        raise BadSource(f"{path} is not JSON ({error}); run its stage again: dvc repro -f {stage}") from error
-    if not isinstance(content, dict):
-        raise BadSource(f"{path} holds a {type(content).__name__}, not a mapping; run again: dvc repro -f {stage}")
+    content: dict[str, Any] = _read_json(path, stage, dict, "mapping")
     return content
 
 
 def read_rows(path: Path, stage: str) -> list[dict[str, Any]]:
     """A stage's JSON list of rows."""
+    content: list[dict[str, Any]] = _read_json(path, stage, list, "list")
+    return content
+
+
+def _read_json(path: Path, stage: str, kind: type, called: str) -> Any:
     try:
         content = json.loads(read_text(path, stage))
     except ValueError as error:
         raise BadSource(f"{path} is not JSON ({error}); run its stage again: dvc repro -f {stage}") from error
-    if not isinstance(content, list):
-        raise BadSource(f"{path} holds a {type(content).__name__}, not a list; run again: dvc repro -f {stage}")
+    if not isinstance(content, kind):
+        raise BadSource(f"{path} holds a {type(content).__name__}, not a {called}; run again: dvc repro -f {stage}")
     return content
 
 

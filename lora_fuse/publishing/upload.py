@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_fuse.errors import PublishRefused
+from lora_fuse.hub.client import is_without_xet
 from lora_fuse.publishing.waiting import silence
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def send(shipment: Shipment, *, xet: bool) -> int | None:
     Raises:
         Unsent: it did not work, or nobody knows whether it did: read the repository.
     """
-    xet = xet and os.environ.get(WITHOUT_XET, "").upper() not in {"1", "ON", "YES", "TRUE"}
+    xet = xet and not is_without_xet()
     outcome = _outcome(shipment, {} if xet else {WITHOUT_XET: "1"})
     if "error" in outcome:
         raise Unsent(outcome["error"], pause=outcome["pause"], over_xet=xet and outcome["over_xet"])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from lora_fuse import hub
 from lora_fuse.errors import BadConfig, PublishRefused
+from lora_fuse.hub.failures import IN_TROUBLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +24,6 @@ LONGEST = (
     300.0  # seconds that a Hub may make us wait: the window of its rate limits (huggingface.co/docs/hub/rate-limits)
 )
 SILENCE = LONGEST + 60.0  # seconds without a byte, after which a transfer is given up
-AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 Answer = TypeVar("Answer")
 
 
@@ -94,7 +94,7 @@ def pause_after(error: BaseException | None, delay: float) -> float | None:
 
     api = f"{hub.endpoint()}/api/"
     if isinstance(error, HfHubHTTPError):
-        if not str(error.response.request.url).startswith(api) or error.response.status_code not in AGAIN:
+        if not str(error.response.request.url).startswith(api) or error.response.status_code not in IN_TROUBLE:
             return None
         asked = error.response.headers.get("retry-after", "")
         pause = float(asked) if asked.isdigit() else delay

@@ -16,7 +16,7 @@ from pathlib import Path
 from lora_fuse.errors import OutOfMemory
 from lora_fuse.plan import Plan
 from lora_fuse.regression.floor import jitter
-from lora_fuse.regression.metrics import to_levels
+from lora_fuse.regression.metrics import to_levels, to_png
 from lora_fuse.regression.placement import advice, place
 from lora_fuse.regression.render import (
     Case,
@@ -123,6 +123,8 @@ def render_references(
     """
     import torch
 
+    from lora_fuse.on_torch import TORCH_DTYPES
+
     base = plan.checkpoint.root
     pipe = load_pipeline(base, setup.pipeline, dtype=setup.dtype, shared=shared)
     alone: Sequence[Rendered | None] = [None] * len(cases)
@@ -136,7 +138,7 @@ def render_references(
     by = _attach_by_itself(pipe, plan)
     unfused = render_all(pipe, cases, setup.sampling, setup.placement)
     stored = {target.tensor.dtype for target in plan.targets.values()}
-    dtypes = [getattr(torch, setup.dtype), *(getattr(torch, _TORCH_NAMES[dtype]) for dtype in stored)]
+    dtypes = [getattr(torch, setup.dtype), *(TORCH_DTYPES[dtype] for dtype in stored)]
     jitter(pipe.transformer, plan.targets, dtypes)
     floor = render_all(pipe, cases, setup.sampling, setup.placement)
     _drop_transformer(pipe)
@@ -153,9 +155,6 @@ def _attach_by_itself(pipe: Pipeline, plan: Plan) -> str:
     by = attach(pipe, plan)
     pipe.register_modules(**placed)
     return by
-
-
-_TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
 def render_all(pipe: Pipeline, cases: Iterable[Case], sampling: Sampling, placement: str) -> list[Rendered]:
@@ -228,4 +227,4 @@ def save_pictures(judged: Sequence[JudgedPair], folder: Path) -> None:
         sides = {"merged": case.pair.merged, "unfused": case.pair.unfused, "baseline": case.pair.baseline}
         for side, rendered in sides.items():
             if rendered is not None:
-                rendered.image.save(folder / f"{case.name}.{side}.png")
+                (folder / f"{case.name}.{side}.png").write_bytes(to_png(to_levels(rendered.image)))

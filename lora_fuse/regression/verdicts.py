@@ -249,7 +249,7 @@ def examine(
         unfused_limits=rules.unfused.over(None if of_floor is None else of_floor.values, rules.over_floor),
         golden_limits=rules.golden.over(None if golden is None else golden.floor, rules.over_floor),
     )
-    facts = {"merged": merged.facts, "unfused": unfused.facts}
+    facts = {"merged": result.facts, "unfused": unfused.facts}
     faults = [*_faults(facts), *_wrong_sizes(facts, subject.size)]
     if faults:
         return _decided(result, Verdict.INVALID, faults)
