@@ -18,27 +18,27 @@ from lora_fuse.provenance import this_person
 from lora_fuse.records import from_json
 from lora_fuse.regression.approval import check_repeatable, check_weights, read_pictures
 from lora_fuse.regression.goldens import Approval, Candidates, Goldens
-from stages.artifacts import CANDIDATES, GOLDEN, IMAGES, VERIFY, read_object, read_text
+from stages.artifacts import GOLDEN, HERE, Artifacts, read_object, read_text
 from stages.config import load
 
 
-def approve(reason: str, only: list[str], add: bool) -> int:
+def approve(reason: str, only: list[str], add: bool, at: Artifacts = HERE) -> int:
     """Copy the candidates to `artifacts/golden/RECIPE/KEY/`, each with its record, and who approved it and why."""
-    found = from_json(Candidates, read_text(CANDIDATES, "regress"), str(CANDIDATES))
+    found = from_json(Candidates, read_text(at.candidates, "regress"), str(at.candidates))
     if not set(only) <= set(found.cases) or not reason.strip():
         raise BadConfig(
             f"a --reason and known cases are needed: got {reason!r} and {only}, of {', '.join(found.cases)}"
         )
     chosen = {name: found.cases[name] for name in only or found.cases}
     provenance = next(iter(chosen.values())).provenance
-    check_weights(found.manifest_sha256, chosen, read_object(VERIFY, "verify"), VERIFY)
+    check_weights(found.manifest_sha256, chosen, read_object(at.verify, "verify"), at.verify)
     check_repeatable(provenance, Path.cwd())
     if load() != load([f"recipe={provenance.recipe}"]):
         raise CheckFailed(
             f"params.yaml is not what recipe {provenance.recipe} composes to: make a recipe of these overrides, commit "
             "it and run it; nothing was approved"
         )
-    pictures, goldens = read_pictures(IMAGES, chosen), Goldens(GOLDEN / provenance.recipe)
+    pictures, goldens = read_pictures(at.images, chosen), Goldens(GOLDEN / provenance.recipe)
     approval = Approval(this_person(Path.cwd()), datetime.now(UTC).isoformat(timespec="seconds"), reason.strip(), ())
     for name, candidate in chosen.items():
         print(f"approved: {goldens.approve(pictures[name], candidate, approval, beside=add)}")

@@ -1,9 +1,10 @@
-"""Where stages leave their results, and how they read each other's; the same paths as in dvc.yaml."""
+"""Where stages leave their results, and how they read each other's; in `artifacts/` the paths are dvc.yaml's."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,103 @@ from lora_fuse.records import BaseLock, Lock, LoraLock, from_json
 from stages.params import Params
 
 ROOT = Path("artifacts")
-BASE_LOCK = ROOT / "base.lock.json"
-LORA_LOCK = ROOT / "lora.lock.json"
-MERGED = ROOT / "merged"
-MANIFEST = ROOT / "merged.manifest.json"
-VERIFY = ROOT / "verify.json"
-REGRESSION = ROOT / "regression"
-IMAGES = REGRESSION / "images"
-CANDIDATES = REGRESSION / "candidates.json"
-METRICS = REGRESSION / "metrics.json"
-CASES = REGRESSION / "cases.json"
-BLOCKS = REGRESSION / "blocks.json"
-REPORT = REGRESSION / "report.html"
-GOLDEN = ROOT / "golden"
-EXPORTED = ROOT / "export"
-EXPORTS = ROOT / "export.json"
-RELEASE = ROOT / "release"
-RECEIPT = ROOT / "publish.json"
+GOLDEN = ROOT / "golden"  # approved pictures, by recipe: every build of a recipe is compared with the same
+
+
+@dataclass(frozen=True, slots=True)
+class Artifacts:
+    """The results of one build, all below `root`."""
+
+    root: Path = ROOT
+
+    @property
+    def base_lock(self) -> Path:
+        """The base's commit and files."""
+        return self.root / "base.lock.json"
+
+    @property
+    def lora_lock(self) -> Path:
+        """The LoRAs' commits and files."""
+        return self.root / "lora.lock.json"
+
+    @property
+    def merged(self) -> Path:
+        """The merged repository."""
+        return self.root / "merged"
+
+    @property
+    def manifest(self) -> Path:
+        """Its files and what it was made of."""
+        return self.root / "merged.manifest.json"
+
+    @property
+    def verify(self) -> Path:
+        """What the second derivation found."""
+        return self.root / "verify.json"
+
+    @property
+    def regression(self) -> Path:
+        """The folder of all that `regress` writes."""
+        return self.root / "regression"
+
+    @property
+    def images(self) -> Path:
+        """The run's pictures."""
+        return self.regression / "images"
+
+    @property
+    def candidates(self) -> Path:
+        """The records of the pictures, for an approval."""
+        return self.regression / "candidates.json"
+
+    @property
+    def metrics(self) -> Path:
+        """Flat numbers and verdicts."""
+        return self.regression / "metrics.json"
+
+    @property
+    def cases(self) -> Path:
+        """The same, a row for each case."""
+        return self.regression / "cases.json"
+
+    @property
+    def blocks(self) -> Path:
+        """How much the LoRAs change each block."""
+        return self.regression / "blocks.json"
+
+    @property
+    def report(self) -> Path:
+        """The page to look at."""
+        return self.regression / "report.html"
+
+    @property
+    def exported(self) -> Path:
+        """The folder of the other formats."""
+        return self.root / "export"
+
+    @property
+    def exports(self) -> Path:
+        """What is in it."""
+        return self.root / "export.json"
+
+    @property
+    def release(self) -> Path:
+        """The files that are published beside the checkpoint."""
+        return self.root / "release"
+
+    @property
+    def receipt(self) -> Path:
+        """What was published, and where."""
+        return self.root / "publish.json"
+
+    def read_locks(self) -> tuple[Lock, dict[str, Lock]]:
+        """What the download stage pinned: the base, and the LoRAs by name."""
+        base = from_json(BaseLock, read_text(self.base_lock, "download"), str(self.base_lock))
+        loras = from_json(LoraLock, read_text(self.lora_lock, "download"), str(self.lora_lock))
+        return base.base, loras.loras
+
+
+HERE = Artifacts()
 
 
 def read_text(path: Path, stage: str) -> str:
@@ -43,13 +124,6 @@ def read_text(path: Path, stage: str) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise BadSource(f"{path} is not there; run the stage that makes it: dvc repro {stage}") from error
-
-
-def read_locks() -> tuple[Lock, dict[str, Lock]]:
-    """What the download stage pinned: the base, and the LoRAs by name."""
-    base = from_json(BaseLock, read_text(BASE_LOCK, "download"), str(BASE_LOCK))
-    loras = from_json(LoraLock, read_text(LORA_LOCK, "download"), str(LORA_LOCK))
-    return base.base, loras.loras
 
 
 def read_object(path: Path, stage: str) -> dict[str, Any]:

@@ -17,6 +17,8 @@ import yaml
 from lora_fuse.cli import guarded
 from lora_fuse.errors import BadConfig, CheckFailed
 from lora_fuse.files import replace_text
+from stages.artifacts import HERE
+from stages.console import Console
 from stages.params import Params, parse_params
 
 PARAMS = Path("params.yaml")
@@ -67,13 +69,16 @@ def run_stage(stage: Callable[..., int], *flags: str) -> None:
     """Run a stage as a program: its parameters by the rule above, its errors as one line, its result as exit code.
 
     Args:
-        stage: gets the parameters, and by keyword whether each flag is given.
+        stage: gets the parameters, where its results go, how it says things, and by keyword whether a flag is given.
         flags: names of arguments (``dry-run`` for ``--dry-run``, keyword `dry_run`) that are no overrides and do not
-            count for the rule.
+            count for the rule; every stage also knows ``--quiet`` and ``--json``.
     """
-    given = {flag.replace("-", "_"): f"--{flag}" in sys.argv[1:] for flag in flags}
-    overrides = [argument for argument in sys.argv[1:] if argument.removeprefix("--") not in flags]
-    sys.exit(guarded(lambda: stage(load(overrides), **given)))
+    known = ("quiet", "json", *flags)
+    given = {flag: f"--{flag}" in sys.argv[1:] for flag in known}
+    overrides = [argument for argument in sys.argv[1:] if argument.removeprefix("--") not in known]
+    console = Console(given["quiet"], given["json"])
+    chosen = {flag.replace("-", "_"): given[flag] for flag in flags}
+    sys.exit(guarded(lambda: stage(load(overrides), HERE, console, **chosen)))
 
 
 def main(arguments: Sequence[str]) -> int:

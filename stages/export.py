@@ -11,15 +11,16 @@ from lora_fuse.files import replace_text
 from lora_fuse.manifest import read_manifest
 from lora_fuse.progress import byte_progress, human_bytes
 from lora_fuse.records import SCHEMA, Exports, to_json
-from stages.artifacts import EXPORTED, EXPORTS, MANIFEST, MERGED
+from stages.artifacts import HERE, Artifacts
 from stages.config import run_stage
+from stages.console import PLAIN, Console
 from stages.params import Params
 
 
-def export_formats(params: Params) -> int:
+def export_formats(params: Params, at: Artifacts = HERE, console: Console = PLAIN) -> int:
     """Write `export/` and `export.json`."""
-    manifest, manifest_sha256 = read_manifest(MANIFEST)
-    checkpoint = open_checkpoint(MERGED, COMPONENT, manifest.files)
+    manifest, manifest_sha256 = read_manifest(at.manifest)
+    checkpoint = open_checkpoint(at.merged, COMPONENT, manifest.files)
     stated = [shard.header.metadata[PROVENANCE] for shard in checkpoint.shards if PROVENANCE in shard.header.metadata]
     metadata = {PROVENANCE: stated[0] if stated else "", f"{PROVENANCE}.manifest_sha256": manifest_sha256}
     formats = params.export.formats
@@ -27,12 +28,11 @@ def export_formats(params: Params) -> int:
         byte_progress("export", export_size(checkpoint, formats, metadata)) if formats else nullcontext(lambda _: None)
     )
     with shown as progress:
-        files = export(checkpoint, EXPORTED, formats, name=params.name, metadata=metadata, progress=progress)
-    replace_text(EXPORTS, to_json(Exports(SCHEMA, manifest_sha256, files)))
-    for name, record in files.items():
-        print(f"export: {name}, {human_bytes(record.size)}, sha256 {record.sha256}")
-    if not files:
-        print("export: export.formats is empty, nothing to do")
+        files = export(checkpoint, at.exported, formats, name=params.name, metadata=metadata, progress=progress)
+    replace_text(at.exports, to_json(Exports(SCHEMA, manifest_sha256, files)))
+    lines = [f"{name}, {human_bytes(record.size)}, sha256 {record.sha256}" for name, record in files.items()]
+    listed = {name: record.sha256 for name, record in files.items()}
+    console.done("export", *(lines or ["export.formats is empty, nothing to do"]), facts={"files": listed})
     return 0
 
 

@@ -14,33 +14,35 @@ from lora_fuse.regression.goldens import Goldens
 from lora_fuse.regression.pairs import check_cases, judge_pairs, render_pairs, save_pictures
 from lora_fuse.regression.report import report_html
 from lora_fuse.regression.review import block_changes, case_rows, review, run_metrics
-from stages import artifacts as at
+from stages.artifacts import GOLDEN, HERE, Artifacts, read_object
 from stages.config import run_stage
+from stages.console import PLAIN, Console
 from stages.params import Params
 from stages.planning import cases_of, plan_of, rules_of, setup_of
 
 
-def regress(params: Params) -> int:
+def regress(params: Params, at: Artifacts = HERE, console: Console = PLAIN) -> int:
     """Write the pictures, the candidates, `metrics.json` and `report.html`; the gate decides on them."""
     settings, (base, loras) = params.regress, at.read_locks()
-    manifest, manifest_sha256 = read_manifest(at.MANIFEST)
-    verify = at.read_object(at.VERIFY, "verify")
+    manifest, manifest_sha256 = read_manifest(at.manifest)
+    verify = read_object(at.verify, "verify")
     make_deterministic(settings.threads, on_gpu=settings.placement != "cpu")
     here, cases, setup = environment(settings.placement, settings.dtype), cases_of(params), setup_of(params)
     rules = rules_of(params)
     check_cases(cases, setup)
-    approved = Goldens(at.GOLDEN / params.name).for_run(here.key, [case.name for case in cases])
-    pairs = render_pairs(at.MERGED, plan_of(base, loras, params), cases, setup)
+    approved = Goldens(GOLDEN / params.name).for_run(here.key, [case.name for case in cases])
+    pairs = render_pairs(at.merged, plan_of(base, loras, params), cases, setup)
     judged = judge_pairs(pairs, {name: [one.golden for one in found] for name, found in approved.items()}, rules)
     found = candidates(judged, manifest, manifest_sha256, setup, here)
-    save_pictures(judged, at.IMAGES)
-    replace_text(at.CANDIDATES, to_json(found))
+    save_pictures(judged, at.images)
+    replace_text(at.candidates, to_json(found))
     metrics = run_metrics(judged, found, params.fuse.scale)
     blocks = [asdict(block) for block in block_changes(verify["changes"])]
-    for path, content in ((at.METRICS, metrics), (at.CASES, case_rows(metrics)), (at.BLOCKS, blocks)):
+    for path, content in ((at.metrics, metrics), (at.cases, case_rows(metrics)), (at.blocks, blocks)):
         replace_text(path, json.dumps(content, indent=2) + "\n")
-    replace_text(at.REPORT, report_html(review(manifest, verify, judged, found, approved, rules, setup)))
-    print(f"regress: {metrics['verdict']} on {here.key}, see {at.REPORT}")
+    replace_text(at.report, report_html(review(manifest, verify, judged, found, approved, rules, setup)))
+    facts = {"verdict": metrics["verdict"], "environment": str(here.key), "report": str(at.report)}
+    console.done("regress", f"{metrics['verdict']} on {here.key}, see {at.report}", facts=facts)
     return 0
 
 

@@ -18,7 +18,7 @@ from lora_fuse.regression import shown
 from lora_fuse.regression.goldens import Candidates
 from lora_fuse.release import BOM, PROVENANCE, Contents, public_parameters, write_release
 from lora_fuse.statement import provenance_json
-from stages import artifacts as at
+from stages.artifacts import Artifacts, read_object, read_rows, read_text
 from stages.gate import decide
 from stages.params import Params
 from stages.planning import cases_of
@@ -27,18 +27,18 @@ SECTIONS = {"name", "base", "loras", "fuse", "scheduler", "sampling", "export"} 
 
 
 def contents_of(
-    params: Params, manifest: Manifest, manifest_sha256: str, metrics: dict[str, Any], licence: Settled
+    params: Params, at: Artifacts, manifest: Manifest, manifest_sha256: str, metrics: dict[str, Any], licence: Settled
 ) -> Contents:
     """Everything that is published beside the merged checkpoint, the card among it.
 
     Raises:
         PublishRefused: pictures or exports are those of another merge.
     """
-    cases, exports = cases_of(params), _exports(params, manifest_sha256)
+    cases, exports = cases_of(params), _exports(params, at, manifest_sha256)
     usage = Usage(params.base.pipeline, **params.sampling.usage, condition_area=params.base.condition_area)
-    found = from_json(Candidates, at.read_text(at.CANDIDATES, "regress"), str(at.CANDIDATES))
-    pictures = shown.pictures(cases, found, manifest_sha256, at.IMAGES)
-    blocks = [(row["block"], row["relative_norm"]) for row in at.read_rows(at.BLOCKS, "regress")]
+    found = from_json(Candidates, read_text(at.candidates, "regress"), str(at.candidates))
+    pictures = shown.pictures(cases, found, manifest_sha256, at.images)
+    blocks = [(row["block"], row["relative_norm"]) for row in read_rows(at.blocks, "regress")]
     evidence = shown.evidence(metrics, cases, shown.PLOT if blocks else None)
     repo_id, listed = params.publish.repo_id, [ShownExport(name, words(name), r.sha256) for name, r in exports.items()]
     card = model_card(manifest, usage=usage, evidence=evidence, licence=licence, repo_id=repo_id, exports=listed)
@@ -48,34 +48,34 @@ def contents_of(
     bom = bom_json(manifest, manifest_sha256, exports, model)
     texts = {CARD: card.encode(), PROVENANCE: statement.encode(), BOM: bom.encode()}
     texts |= {shown.PLOT: block_plot(blocks)} if blocks else {}
-    return Contents(texts, pictures | {name: (at.EXPORTED / name, record) for name, record in exports.items()})
+    return Contents(texts, pictures | {name: (at.exported / name, record) for name, record in exports.items()})
 
 
-def _exports(params: Params, manifest_sha256: str) -> dict[str, FileRecord]:
+def _exports(params: Params, at: Artifacts, manifest_sha256: str) -> dict[str, FileRecord]:
     if not params.export.formats:
         return {}
-    found = from_json(Exports, at.read_text(at.EXPORTS, "export"), str(at.EXPORTS))
+    found = from_json(Exports, read_text(at.exports, "export"), str(at.exports))
     if found.manifest_sha256 != manifest_sha256:
-        raise PublishRefused(f"{at.EXPORTS} is of another merge; export this one: dvc repro export")
+        raise PublishRefused(f"{at.exports} is of another merge; export this one: dvc repro export")
     return found.files
 
 
-def checked_release(params: Params) -> tuple[Manifest, str, dict[str, Addition]]:
+def checked_release(params: Params, at: Artifacts) -> tuple[Manifest, str, dict[str, Addition]]:
     """The manifest, the card and what else is published, if `verify` and `gate` passed for these very bytes.
 
     Raises:
         PublishRefused: they did not, or the licence is not settled and the repository would be public.
     """
-    manifest, manifest_sha256 = read_manifest(at.MANIFEST)
-    verify, metrics = at.read_object(at.VERIFY, "verify"), at.read_object(at.METRICS, "regress")
-    code, sentence = decide(verify, metrics)
+    manifest, manifest_sha256 = read_manifest(at.manifest)
+    verify, metrics = read_object(at.verify, "verify"), read_object(at.metrics, "regress")
+    code, sentence = decide(verify, metrics, at)
     if code:
         raise PublishRefused(f"the gate is not passed: {sentence}")
     if verify["manifest_sha256"] != manifest_sha256:
-        raise PublishRefused(f"{at.VERIFY} is about other bytes than {at.MANIFEST}; check these first: dvc repro")
+        raise PublishRefused(f"{at.verify} is about other bytes than {at.manifest}; check these first: dvc repro")
     licence = settle(manifest, params.publish.license)
     if licence.problem and not params.publish.private:
         raise PublishRefused(licence.problem)
-    contents = contents_of(params, manifest, manifest_sha256, metrics, licence)
-    beside = write_release(at.RELEASE, at.MERGED, manifest, contents, params.publish.signing.signer)
+    contents = contents_of(params, at, manifest, manifest_sha256, metrics, licence)
+    beside = write_release(at.release, at.merged, manifest, contents, params.publish.signing.signer)
     return manifest, beside.pop(CARD)[0].read_text(encoding="utf-8"), beside

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from lora_fuse.regression.report import summary_text
-from stages.artifacts import METRICS, REPORT, read_object
+from stages.artifacts import HERE, Artifacts, read_object
 from stages.config import run_stage
+from stages.console import PLAIN, Console
 from stages.params import Params
 
 
-def summary(_: Params) -> int:
+def summary(_: Params, at: Artifacts = HERE, console: Console = PLAIN) -> int:
     """Print the table of `metrics.json`."""
-    print(summary_text(read_object(METRICS, "regress"), str(REPORT)))
+    metrics = read_object(at.metrics, "regress")
+    if console.as_json:
+        console.done("summary", facts=metrics)
+    else:
+        print(summary_text(metrics, str(at.report)))
     return 0
 
 

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 
 from lora_fuse import hub
 from lora_fuse.families import COMPONENT
 from lora_fuse.files import replace_text
 from lora_fuse.manifest import check_files, read_manifest
 from lora_fuse.verification import Expectation, verify_merge
-from stages.artifacts import MANIFEST, MERGED, VERIFY, lora_inputs, read_locks
+from stages.artifacts import HERE, Artifacts, lora_inputs
 from stages.config import run_stage
+from stages.console import PLAIN, Console
 from stages.params import Params
 
 
-def verify(params: Params) -> int:
+def verify(params: Params, at: Artifacts = HERE, console: Console = PLAIN) -> int:
     """Write `verify.json`."""
-    base, loras = read_locks()
-    manifest, manifest_sha256 = read_manifest(MANIFEST)
+    base, loras = at.read_locks()
+    manifest, manifest_sha256 = read_manifest(at.manifest)
     found = verify_merge(
-        MERGED,
+        at.merged,
         hub.locate(base),
         lora_inputs(loras, params),
         component=COMPONENT,
@@ -29,16 +29,19 @@ def verify(params: Params) -> int:
         expected=Expectation(params.base.pipeline, params.scheduler_config),
         selection=params.fuse.selection,
     )
-    for problem in check_files(manifest, MERGED):
+    for problem in check_files(manifest, at.merged):
         found.problem(problem)
     if found.targets != manifest.targets:
         found.problem(f"the manifest says {manifest.targets} targets, the LoRA files have {found.targets}")
     content = {"passed": found.passed, "manifest_sha256": manifest_sha256, **dataclasses.asdict(found)}
-    replace_text(VERIFY, json.dumps(content, indent=2) + "\n")
+    replace_text(at.verify, json.dumps(content, indent=2) + "\n")
     for problem in found.problems:
-        print(f"verify: {problem}", file=sys.stderr)
+        console.wrong("verify", problem)
     outcome = "passed" if found.passed else f"FAILED, {found.problem_count} problems"
-    print(f"verify: {outcome}: {found.targets} targets, {found.rows_checked} of {found.rows_total} rows re-derived")
+    rows = f"{found.rows_checked} of {found.rows_total} rows re-derived"
+    counts = {name: getattr(found, name) for name in ("targets", "rows_checked", "rows_total", "problem_count")}
+    line = f"{outcome}: {found.targets} targets, {rows}"
+    console.done("verify", line, facts={"passed": found.passed, **counts})
     return 0
 
 

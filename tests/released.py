@@ -17,7 +17,7 @@ from lora_fuse.regression.environment import environment
 from lora_fuse.regression.goldens import Candidate, Candidates, CaseRecord, Provenance
 from lora_fuse.regression.metrics import METRICS, to_levels, to_png
 from lora_fuse.regression.render import Case
-from stages import artifacts as at
+from stages.artifacts import HERE as at  # noqa: N811
 from stages.config import compose
 from stages.download import download
 from stages.fuse import fuse
@@ -63,14 +63,14 @@ class Project:
 
 def leave_regression(params: Params) -> None:
     """The files of `stages.regress` with drawn pictures."""
-    _, manifest_sha256 = read_manifest(at.MANIFEST)
-    shutil.rmtree(at.REGRESSION, ignore_errors=True)
-    at.IMAGES.mkdir(parents=True)
+    _, manifest_sha256 = read_manifest(at.manifest)
+    shutil.rmtree(at.regression, ignore_errors=True)
+    at.images.mkdir(parents=True)
     metrics: dict[str, object] = {"passed": True, "verdict": "exact", "environment": "cpu-test"}
     found = {}
     for number, case in enumerate(cases_of(params)):
         picture = to_png(to_levels(Image.new("RGB", (48, 32), (40 * number, 90, 200))))
-        (at.IMAGES / f"{case.name}.merged.png").write_bytes(picture)
+        (at.images / f"{case.name}.merged.png").write_bytes(picture)
         found[case.name] = candidate(case, picture, params, manifest_sha256)
         metrics |= {f"{case.name}.verdict": "exact", f"{case.name}.over_floor": 0.75}
         for pair in ("golden", "unfused"):
@@ -78,9 +78,9 @@ def leave_regression(params: Params) -> None:
             metrics |= {f"{case.name}.{pair}.identical": pair == "golden"}
         metrics |= {f"{case.name}.unfused.psnr_db": 66.5}
     metrics |= {"manifest_sha256": manifest_sha256, "recipe": params.name}
-    replace_text(at.METRICS, json.dumps(metrics))
-    replace_text(at.CANDIDATES, to_json(Candidates(1, manifest_sha256, found)))
-    replace_text(at.BLOCKS, json.dumps([{"block": "0", "relative_norm": 0.25}, {"block": "1", "relative_norm": 0.1}]))
+    replace_text(at.metrics, json.dumps(metrics))
+    replace_text(at.candidates, to_json(Candidates(1, manifest_sha256, found)))
+    replace_text(at.blocks, json.dumps([{"block": "0", "relative_norm": 0.25}, {"block": "1", "relative_norm": 0.1}]))
 
 
 def candidate(case: Case, picture: bytes, params: Params, manifest_sha256: str) -> Candidate:

@@ -35,7 +35,7 @@ from lora_fuse.records import License, Source
 from lora_fuse.release import BOM, LIST, PROVENANCE
 from lora_fuse.signing import SIGNATURE, Signer, keep_or_sign, sign
 from lora_fuse.statement import provenance_json, purl
-from stages import artifacts as at
+from stages.artifacts import HERE as at  # noqa: N811
 from stages.export import export_formats
 from stages.publish import publish
 from tests import tiny
@@ -423,7 +423,7 @@ def test_everything_is_published_once_and_again_is_nothing_new(build: Build, hub
     params = project.params(f"publish.signing.key={key}", "export.formats=[single_file]")
     export_formats(params)
     publish(params)
-    manifest, _ = read_manifest(at.MANIFEST)
+    manifest, _ = read_manifest(at.manifest)
     beside = {"README.md", LIST, SIGNATURE, PROVENANCE, BOM, "images/blocks.png", "diffusion_models/pocket.safetensors"}
     beside |= {f"images/{case}{kind}.png" for case in ("rabbit", "photo") for kind in ("", ".input")}
     head = hub.registry.repos[REPO].head
@@ -448,14 +448,14 @@ def test_no_path_of_this_machine_is_published(
 
 def test_pictures_that_were_changed_or_are_of_another_merge_are_refused(build: Build, hub: LoopbackHub) -> None:
     project = build()
-    picture = at.IMAGES / "rabbit.merged.png"
+    picture = at.images / "rabbit.merged.png"
     content = picture.read_bytes()
     Image.new("RGB", (48, 32)).save(picture)
     with pytest.raises(PublishRefused, match=r"rabbit\.merged\.png is not the picture that was judged"):
         publish(project.params())
     picture.write_bytes(content)
-    text = at.CANDIDATES.read_text()
-    at.CANDIDATES.write_text(text.replace(json.loads(text)["manifest_sha256"], "5" * 64))
+    text = at.candidates.read_text()
+    at.candidates.write_text(text.replace(json.loads(text)["manifest_sha256"], "5" * 64))
     with pytest.raises(PublishRefused, match="of another merge"):
         publish(project.params())
     assert REPO not in hub.registry.repos
@@ -465,12 +465,12 @@ def test_exports_of_another_merge_or_that_were_changed_are_refused(build: Build,
     project = build()
     params = project.params("export.formats=[single_file]")
     export_formats(params)
-    exported = at.EXPORTED / "diffusion_models/pocket.safetensors"
+    exported = at.exported / "diffusion_models/pocket.safetensors"
     flip(exported)
     with pytest.raises(PublishRefused, match=r"pocket\.safetensors is not what the manifest says"):
         publish(params)
-    text = at.EXPORTS.read_text()
-    at.EXPORTS.write_text(text.replace(json.loads(text)["manifest_sha256"], "5" * 64))
+    text = at.exports.read_text()
+    at.exports.write_text(text.replace(json.loads(text)["manifest_sha256"], "5" * 64))
     with pytest.raises(PublishRefused, match="export this one"):
         publish(params)
     assert REPO not in hub.registry.repos
@@ -540,7 +540,7 @@ def test_the_statement_is_in_toto_s_and_names_every_file_and_source(build: Build
     Statement.copy_from_pb(message).validate()
     assert message.predicate_type == "https://slsa.dev/provenance/v1"
     found = json_format.ParseDict(json.loads(text)["predicate"], provenance_pb2.Provenance())
-    manifest, _ = read_manifest(at.MANIFEST)
+    manifest, _ = read_manifest(at.manifest)
     assert {one.name: one.digest["sha256"] for one in message.subject} == {
         name: file.sha256 for name, file in manifest.files.items()
     }
@@ -565,7 +565,7 @@ def test_statement_and_bill_of_materials_are_the_same_each_time(build: Build, hu
     names = (PROVENANCE, BOM, LIST, "README.md", "images/blocks.png")
     publish(project.params())
     first = [hub.read(REPO, name) for name in names]
-    shutil.rmtree(at.RELEASE)
+    shutil.rmtree(at.release)
     hub.registry.repos.clear()
     publish(project.params())
     assert [hub.read(REPO, name) for name in names] == first
@@ -581,7 +581,7 @@ def test_the_bill_of_materials_is_valid_and_has_base_and_lora_as_ancestors(
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
     content = json.loads(text)
     model = content["metadata"]["component"]
-    manifest, manifest_sha256 = read_manifest(at.MANIFEST)
+    manifest, manifest_sha256 = read_manifest(at.manifest)
     assert model["type"] == "machine-learning-model"
     assert model["version"] == manifest_sha256[:12]
     assert {one["name"]: one["hashes"][0]["content"] for one in model["components"]} == {
@@ -610,7 +610,7 @@ def test_a_broken_bill_of_materials_would_be_seen(build: Build, hub: LoopbackHub
 
 def test_local_sources_are_dependencies_without_an_address(build: Build) -> None:
     build()
-    manifest, _ = read_manifest(at.MANIFEST)
+    manifest, _ = read_manifest(at.manifest)
     assert manifest.base is not None
     local = replace(
         manifest,
