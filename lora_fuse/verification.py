@@ -110,7 +110,7 @@ def verify_merge(
     """
     found = Verification()
     with ExitStack() as stack:
-        base_files, merged_files = _weight_files(base, component), _weight_files(merged, component)
+        base_files, merged_files = weight_files(base, component), weight_files(merged, component)
         if [file.name for file in base_files] != [file.name for file in merged_files] and base.is_dir():
             found.problem(f"shards differ: base {_names(base_files)}, merged {_names(merged_files)}")
         ours, theirs = Weights(merged_files, stack), Weights(base_files, stack)
@@ -124,7 +124,12 @@ def verify_merge(
     return found
 
 
-def _weight_files(root: Path, component: str) -> list[Path]:
+def weight_files(root: Path, component: str) -> list[Path]:
+    """The safetensors files of a file, a component folder or a pipeline's component.
+
+    Raises:
+        BadCheckpoint: there are none.
+    """
     if root.is_file():
         return [root]
     folder = root / component if (root / "model_index.json").is_file() else root
@@ -161,7 +166,7 @@ def _check_target(
         return
     found.rows_total += total
     tally = _Tally()
-    for block in _row_blocks(name, total, rows):
+    for block in row_blocks(name, total, rows):
         before = base.rows(name, block).reshape(len(block), -1)
         added = np.zeros(before.shape)
         for delta in deltas:
@@ -208,7 +213,7 @@ class _Tally:
         return Change(norm, self.same / max(self.seen, 1))
 
 
-def _row_blocks(name: str, total: int, rows: int | None) -> Iterator[npt.NDArray[np.int64]]:
+def row_blocks(name: str, total: int, rows: int | None) -> Iterator[npt.NDArray[np.int64]]:
     """Row numbers to look at: all of them in blocks, or the first, the last and some drawn by the tensor's name."""
     if rows is None or rows >= total:
         yield from np.array_split(np.arange(total), math.ceil(total / 256))

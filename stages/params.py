@@ -213,6 +213,20 @@ class RegressParams(Section):
     golden: LimitParams
 
 
+class ValidationParams(Section):
+    """What a new version of a LoRA is held to, see `lora_fuse.validation.judgement.Bounds`.
+
+    `teacher`: for a LoRA that saves steps, also render the base alone at its own steps.
+    """
+
+    teacher: bool
+    alignment: Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
+    strength: Annotated[float, Field(gt=1, allow_inf_nan=False)]
+    gain_kept: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    noise: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    comb_db: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 class ExportParams(Section):
     """Which other formats the merged checkpoint is written in, by the names of `lora_fuse.exporting.FORMATS`."""
 
@@ -269,6 +283,7 @@ class Params(Section):
     sampling: RecipeSamplingParams
     verify: VerifyParams
     regress: RegressParams
+    validation: ValidationParams
     export: ExportParams
     publish: PublishParams
 

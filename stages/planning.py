@@ -13,8 +13,11 @@ from lora_fuse.records import Lock
 from lora_fuse.regression.pairs import Setup
 from lora_fuse.regression.render import Case, Sampling
 from lora_fuse.regression.verdicts import Limits, Rules
+from lora_fuse.validation.judgement import Bounds
 from stages.artifacts import lora_inputs
 from stages.params import Params
+
+OVER_FLOOR = 2.0  # where a recipe leaves it open: a right merge comes to at most 1.7 (docs/regression.md)
 
 
 def plan_of(base: Lock, loras: Mapping[str, Lock], params: Params) -> Plan:
@@ -33,9 +36,20 @@ def rules_of(params: Params) -> Rules:
 def setup_of(params: Params) -> Setup:
     """How both sides are rendered."""
     area, regress = params.base.condition_area, params.regress
-    baseline = Sampling(**params.base.sampling.usage, condition_area=area) if regress.baseline else None
+    baseline = baseline_of(params) if regress.baseline else None
     sampling = Sampling(**params.sampling.usage, condition_area=area)
     return Setup(params.base.pipeline, sampling, params.scheduler_config, regress.placement, regress.dtype, baseline)
+
+
+def baseline_of(params: Params) -> Sampling:
+    """How the base alone is run."""
+    return Sampling(**params.base.sampling.usage, condition_area=params.base.condition_area)
+
+
+def bounds_of(params: Params) -> Bounds:
+    """What a new version of a LoRA is held to."""
+    held, over_floor = params.validation, params.regress.over_floor or OVER_FLOOR
+    return Bounds(held.alignment, held.strength, held.gain_kept, held.noise, held.comb_db, over_floor)
 
 
 def cases_of(params: Params) -> list[Case]:

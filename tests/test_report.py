@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lora_fuse.pages import SLIDER, Image
 from lora_fuse.records import Lock, Manifest, Tool
 from lora_fuse.regression.cost import Cost
 from lora_fuse.regression.goldens import Approved, Candidate, Candidates, GoldenRecord
@@ -23,12 +24,10 @@ from lora_fuse.regression.pairs import JudgedPair, Pair, Setup
 from lora_fuse.regression.render import Case, Rendered, Sampling
 from lora_fuse.regression.report import (
     MEANINGS,
-    SCRIPT,
     Baseline,
     BlockChange,
     BuiltFrom,
     CaseReport,
-    Image,
     LoraRow,
     Report,
     WeightsCheck,
@@ -178,7 +177,7 @@ def scripts(page: str) -> list[str]:
 
 def test_the_script_is_there_once_and_is_the_one_that_the_policy_allows() -> None:
     page = report_html(page_of(EXACT, REGRESSION))
-    assert scripts(page) == [SCRIPT]
+    assert scripts(page) == [SLIDER]
     digest = base64.b64encode(hashlib.sha256(scripts(page)[0].encode()).digest()).decode()
     (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="(.*?)">', page)
     rules = dict(rule.split(" ", 1) for rule in html.unescape(policy).split("; "))
@@ -202,7 +201,7 @@ def test_what_others_wrote_is_text_and_never_markup() -> None:
     page = report_html(hostile())
     tags = Tags(page)
     assert [tag for tag, _ in tags.found].count("script") == 1
-    assert scripts(page) == [SCRIPT]
+    assert scripts(page) == [SLIDER]
     assert tags.text.count("<script>alert(1)</script>") >= 15
 
 

@@ -144,6 +144,23 @@ class Goldens:
             if case is None or name.partition(".")[0] == case:
                 yield _checked(folder / f"{name}.png", folder / f"{name}.json")
 
+    def refuse_other_base(self, base: str) -> None:
+        """Refuse goldens that were approved for another base than this recipe has, whatever machine they are of.
+
+        Args:
+            base: the recipe's repository or folder, without its commit: a base may get a new version.
+
+        Raises:
+            BadGolden: there is one.
+        """
+        for path in sorted(self._folder.glob("*/*.json")):
+            then = _read_record(path).provenance.base.partition("@")[0]
+            if then != base:
+                raise BadGolden(
+                    f"the golden {path.with_suffix('.png')} was approved for the base {then}, and the recipe's is "
+                    f"{base}; give the recipe a name of its own, or remove {self._folder}"
+                )
+
     def for_run(self, key: Key, cases: Iterable[str]) -> dict[str, list[Approved]]:
         """The pictures to compare a run with, by case: those of its key, or where a case has none, of the nearest.
 

@@ -100,7 +100,7 @@ def render_pairs(merged: Path, plan: Plan, cases: Sequence[Case], setup: Setup) 
     pipe = load_pipeline(merged, setup.pipeline, dtype=setup.dtype)
     ours = render_all(pipe, cases, setup.sampling, setup.placement)
     shared = shared_components(pipe)
-    _drop_transformer(pipe)
+    drop_transformer(pipe)
     theirs = render_references(plan, cases, setup, shared)
     sides = zip(cases, ours, theirs.unfused, theirs.floor, theirs.baseline, strict=True)
     return [Pair(case, one, other, floor, theirs.unfused_by, alone) for case, one, other, floor, alone in sides]
@@ -131,21 +131,21 @@ def render_references(
     if setup.baseline is not None:  # as its authors run it: no LoRA, its own scheduler, steps and CFG
         alone = render_all(pipe, cases, setup.baseline, setup.placement)
         shared = shared_components(pipe)
-        _drop_transformer(pipe)
+        drop_transformer(pipe)
         pipe = load_pipeline(base, setup.pipeline, dtype=setup.dtype, shared=shared)
     if setup.scheduler:
         pipe.register_modules(scheduler=make_scheduler(setup.scheduler))
-    by = _attach_by_itself(pipe, plan)
+    by = attach_beside(pipe, plan)
     unfused = render_all(pipe, cases, setup.sampling, setup.placement)
     stored = {target.tensor.dtype for target in plan.targets.values()}
     dtypes = [getattr(torch, setup.dtype), *(TORCH_DTYPES[dtype] for dtype in stored)]
     jitter(pipe.transformer, plan.targets, dtypes)
     floor = render_all(pipe, cases, setup.sampling, setup.placement)
-    _drop_transformer(pipe)
+    drop_transformer(pipe)
     return References(unfused, floor, alone, by)
 
 
-def _attach_by_itself(pipe: Pipeline, plan: Plan) -> str:
+def attach_beside(pipe: Pipeline, plan: Plan) -> str:
     """Attach the LoRAs while the parts that are placed already are out of sight.
 
     diffusers takes what accelerate has spread over GPUs for offloaded, and would then offload the transformer too.
@@ -171,7 +171,7 @@ def render_all(pipe: Pipeline, cases: Iterable[Case], sampling: Sampling, placem
         raise OutOfMemory(f"{error}, {advice(placement)}") from error
 
 
-def _drop_transformer(pipe: Pipeline) -> None:
+def drop_transformer(pipe: Pipeline) -> None:
     """Give the memory back before the other transformer is loaded."""
     import torch
 

@@ -7,15 +7,13 @@ verdicts and sentences come from `verdicts`, and this module only shows them.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import jinja2
+from lora_fuse.pages import Image, render_page
 
+if TYPE_CHECKING:
     from lora_fuse.regression.metrics import Metric
     from lora_fuse.regression.verdicts import CaseResult, Comparison, Limits, Rules, Verdict
 
@@ -28,15 +26,6 @@ MEANINGS: Mapping[str, str] = {
     "regression": "there is a picture outside its limits",
     "invalid": "there is a broken picture: not finite, flat or of the wrong size",
 }
-
-SCRIPT = """
-for (const slider of document.querySelectorAll(".slider")) {
-  const range = slider.querySelector("input");
-  range.hidden = false;
-  range.addEventListener("input", () => slider.style.setProperty("--at", range.value + "%"));
-}
-"""
-SCRIPT_HASH = "sha256-" + base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +69,6 @@ class WeightsCheck:
     rows_total: int
     problems: tuple[str, ...]
     blocks: tuple[BlockChange, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Image:
-    """An encoded picture as the page shows it; `kind` is its MIME type."""
-
-    data: bytes
-    kind: str = "image/png"
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,16 +140,15 @@ def report_html(report: Report) -> str:
     cases = sorted(report.cases, key=lambda case: -case.result.verdict.severity)  # stable: else in the given order
     shown = [(case, _metric_rows(case.result, report.rules)) for case in cases]
     passed = sum(case.result.verdict.passed for case in cases)
-    template = _environment().get_template("report.html.j2")
-    return template.render(
+    return render_page(
+        "lora_fuse.regression",
+        "report.html.j2",
         report=report,
         cases=shown,
         passed=passed,
         gates=_gates(report),
         changed=_changed(report.cases),
         meanings=MEANINGS,
-        script=SCRIPT,
-        script_hash=SCRIPT_HASH,
     )
 
 
@@ -278,10 +258,6 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     return lines
 
 
-def _data_uri(picture: Image) -> str:
-    return f"data:{picture.kind};base64," + base64.b64encode(picture.data).decode("ascii")
-
-
 @dataclass(frozen=True, slots=True)
 class _Cell:
     """A measured value as text, its limit as text (empty without one), and whether it holds."""
@@ -331,17 +307,3 @@ def _cell(name: str, metric: Metric, comparison: Comparison | None, limits: Limi
         return _Cell(metric.text(value))
     sign = "≥" if metric.higher_is_nearer else "≤"
     return _Cell(metric.text(value), f"{sign} {metric.bound_text(bound)}", metric.holds(value, bound))
-
-
-def _environment() -> jinja2.Environment:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("lora_fuse.regression"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"data_uri": _data_uri}
-    return environment

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
 
+from lora_fuse.blocks import block_of, in_order
 from lora_fuse.families import manifest_warnings
+from lora_fuse.pages import Image as Encoded
 from lora_fuse.records import Manifest, MergedLora
 from lora_fuse.regression.goldens import Approved, Candidate, Candidates, Provenance, differences
 from lora_fuse.regression.metrics import HEAT_TOP, Levels, heat_map, to_levels, to_png
@@ -26,7 +27,6 @@ from lora_fuse.regression.report import (
     case_names,
     next_step,
 )
-from lora_fuse.regression.report import Image as Encoded
 from lora_fuse.regression.verdicts import Rules, Scalar, flat_metrics, worst
 
 LARGE = 512  # pixels of a side, from which on the page has WebP at this quality; the files beside it are lossless
@@ -120,17 +120,12 @@ def _weights(verify: Mapping[str, Any]) -> WeightsCheck:
 
 
 def block_changes(changes: Mapping[str, Mapping[str, float]]) -> tuple[BlockChange, ...]:
-    """The largest relative norm by block; ``transformer_blocks.7.attn.to_q.weight`` is of block ``7``.
-
-    What is in no numbered block is under its own first name. In the order of the model.
-    """
+    """The largest relative norm by block, see `lora_fuse.blocks`, in the order of the model."""
     largest: dict[str, float] = {}
     for name, change in changes.items():
-        numbered = re.match(r"^\w+\.(\d+)\.", name)
-        block = numbered[1] if numbered else name.partition(".")[0]
+        block = block_of(name)
         largest[block] = max(largest.get(block, 0.0), change["relative_norm"])
-    ordered = sorted(largest.items(), key=lambda item: (0, int(item[0]), "") if item[0].isdigit() else (1, 0, item[0]))
-    return tuple(BlockChange(name, norm) for name, norm in ordered)
+    return tuple(BlockChange(block, largest[block]) for block in in_order(largest))
 
 
 def _environment(provenance: Provenance) -> dict[str, str]:
@@ -152,12 +147,12 @@ def _case(
     record = next((one.record for one in approved if one.golden is golden), None)
     return CaseReport(
         result=case.result,
-        inputs=tuple(_encoded(to_levels(open_picture(path, case.pair.case))) for path in case.pair.case.images),
-        merged=_encoded(merged),
-        unfused=_encoded(unfused),
-        golden=None if golden is None else _encoded(golden.levels),
+        inputs=tuple(encoded(to_levels(open_picture(path, case.pair.case))) for path in case.pair.case.images),
+        merged=encoded(merged),
+        unfused=encoded(unfused),
+        golden=None if golden is None else encoded(golden.levels),
         heat={
-            name: _encoded(heat_map(merged, other))
+            name: encoded(heat_map(merged, other))
             for name, other in others.items()
             if other is not None and other.shape == merged.shape
         },
@@ -182,10 +177,10 @@ def _baseline(case: JudgedPair, sampling: Sampling | None) -> Baseline | None:
     if alone is None or sampling is None:
         return None
     times = (alone.cost.seconds, case.pair.merged.cost.seconds)
-    return Baseline(_encoded(to_levels(alone.image)), sampling.steps, sampling.true_cfg_scale, *times)
+    return Baseline(encoded(to_levels(alone.image)), sampling.steps, sampling.true_cfg_scale, *times)
 
 
-def _encoded(picture: Levels) -> Encoded:
+def encoded(picture: Levels) -> Encoded:
     """A PNG, or for a large picture WebP, which looks the same and is a tenth of the size."""
     if max(picture.shape[:2]) <= LARGE:
         return Encoded(to_png(picture))

@@ -1,0 +1,48 @@
+"""``python -m stages.validate [LORA] [--recipe NAME] [--scale S]``: is a new version of a LoRA a good one?
+
+Builds the recipe with it beside the current build, renders both, and says: the same (exit 0), changed as expected and
+needs a reviewer (4), or broken, and by what (1). Without LORA it judges what the recipe names by what was approved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from lora_fuse.cli import guarded
+from lora_fuse.regression.environment import environment, make_deterministic
+from lora_fuse.workplace import exclusive
+from stages.config import load
+from stages.console import Console
+from stages.validating import VALIDATION, Request, Trial
+
+
+def validate(request: Request, console: Console) -> int:
+    """Write `validation.md`, `.html`, `.json` and `junit.xml`."""
+    with exclusive(VALIDATION):
+        params = load(request.overrides)
+        trial = Trial.of(request, params)
+        trial.check()
+        console.will("validate", trial.intent)
+        settings = params.regress
+        make_deterministic(settings.threads, on_gpu=settings.placement != "cpu")
+        validation = trial.judge(environment(settings.placement, settings.dtype), console)
+        lines, facts = trial.write(validation)
+        console.done("validate", *lines, facts=facts)
+        return validation.exit_code
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m stages.validate", description="Judge a new version of a LoRA.")
+    parser.add_argument("lora", nargs="?", metavar="LORA", help="owner/name[@revision]:file, or a file or PEFT folder")
+    parser.add_argument("--recipe", help="that it is for (default: that of params.yaml)")
+    parser.add_argument("--scale", type=float, help="to fuse it at (default: the recipe's)")
+    parser.add_argument("--name", help="of the recipe's LoRA that it takes the place of, if there are several")
+    parser.add_argument("--keep", action="store_true", help="keep the merged checkpoint; it is removed otherwise")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an override, as of any stage")
+    parser.add_argument("--quiet", action="store_true", help="say only what is wrong")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    given = parser.parse_args()
+    overrides = [*([f"recipe={given.recipe}"] if given.recipe else []), *given.set]
+    wanted = Request(given.lora, given.name, given.scale, given.keep, tuple(overrides))
+    sys.exit(guarded(lambda: validate(wanted, Console(given.quiet, given.json))))
