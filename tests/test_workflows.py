@@ -76,7 +76,7 @@ BROKEN = {
     "vendor.github-workflows": [
         (WORKFLOWS[0], "timeout-minutes:", "timeout-minute:"),
         (WORKFLOWS[-1], "cancel-in-progress:", "cancel:"),
-        (WORKFLOWS[-1], "type: string", "type: text"),
+        (WORKFLOWS[0], "runs-on:", "run-on:"),
     ],
     "custom.github-workflows-require-timeout": [(WORKFLOWS[1], "    timeout-minutes: 480\n", "")],
     "vendor.github-actions": [(ACTIONS[0], "using: composite", "with: composite")],
