@@ -9,11 +9,13 @@ export DVC_NO_ANALYTICS := 1
 # Threads that wait sleep: on a busy machine they would take the cores from those that work.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help setup repro test controls check format clean
+.PHONY: help setup repro check test validate controls format clean
 
 help:
 	@echo "make repro     build the default recipe: download, fuse, verify, regress, gate"
-	@echo "make test      ruff, types, configuration, tests"
+	@echo "make check     ruff, types, configuration"
+	@echo "make test      the same, and the tests"
+	@echo "make validate  is a LoRA as good as the current one? LORA=owner/name[@revision]:file RECIPE=name SCALE=1.0"
 	@echo "make controls  does the gate catch wrong merges and let harmless changes through? one minute"
 	@echo "make setup     only make .venv"
 	@echo "make format    let ruff format and fix"
@@ -31,12 +33,18 @@ $(READY): pyproject.toml constraints.txt
 repro: $(READY)
 	@dvc repro --quiet; status=$$?; python -m stages.summary; exit $$status
 
-test: $(READY)
+check: $(READY)
 	ruff format --check .
 	ruff check .
 	mypy
 	python -m stages.config --check
+
+test: check
 	pytest -n 2 --dist loadfile
+
+# LORA=owner/name[@revision]:file RECIPE=name SCALE=1.0, each may be left out. Make exits with 2 whatever the code is; it prints that.
+validate: $(READY)
+	@python -m stages.validate $${LORA:+"$$LORA"} $${RECIPE:+--recipe "$$RECIPE"} $${SCALE:+--scale "$$SCALE"}
 
 controls: $(READY)
 	@python -m pocket.controls
