@@ -11,6 +11,7 @@ import sys
 
 from lora_fuse.cli import guarded
 from lora_fuse.regression.environment import environment, make_deterministic
+from lora_fuse.validation.report import Validation
 from lora_fuse.workplace import exclusive
 from stages.config import load
 from stages.console import Console
@@ -18,7 +19,12 @@ from stages.validating import VALIDATION, Request, Trial
 
 
 def validate(request: Request, console: Console) -> int:
-    """Write `validation.md`, `.html`, `.json` and `junit.xml`."""
+    """Write `validation.md`, `.html`, `.json` and `junit.xml`; the exit code is the answer."""
+    return judged(request, console).exit_code
+
+
+def judged(request: Request, console: Console) -> Validation:
+    """The same; all that was found."""
     with exclusive(VALIDATION):
         params = load(request.overrides)
         trial = Trial.of(request, params)
@@ -29,7 +35,7 @@ def validate(request: Request, console: Console) -> int:
         validation = trial.judge(environment(settings.placement, settings.dtype), console)
         lines, facts = trial.write(validation)
         console.done("validate", *lines, facts=facts)
-        return validation.exit_code
+        return validation
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from lora_fuse.files import replace_text
 from lora_fuse.regression.metrics import METRICS
 from pocket.controls.control import GATES, GOLDEN, UNFUSED, WEIGHTS, Outcome
 
-BEGIN, END = "<!-- controls -->", "<!-- /controls -->"
 FIGURES = ((UNFUSED, "psnr_db"), (GOLDEN, "psnr_db"), (GOLDEN, "flip_worst"), (GOLDEN, "comb_db"))
 HEAD = ("", *GATES, "pictures", "PSNR unfused", "over floor", "PSNR golden", "worst FLIP", "comb", "what is done")
 NOTE = (
@@ -81,8 +80,14 @@ def summary(outcomes: Sequence[Outcome]) -> str:
 
 
 def write_markdown(path: Path, outcomes: Sequence[Outcome]) -> None:
-    """Put the tables between the markers of a document; a document that is not there yet has only them."""
-    text = path.read_text(encoding="utf-8") if path.exists() else f"{BEGIN}\n{END}\n"
+    """Put the tables between the markers of a document."""
     tables = [markdown(some, title) for title, some in split(outcomes)]
     inside = "\n\n".join([NOTE, *tables, f"{summary(outcomes)}."])
-    replace_text(path, re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{inside}\n{END}", text, flags=re.DOTALL))
+    between_markers(path, "controls", inside)
+
+
+def between_markers(path: Path, name: str, inside: str) -> None:
+    """Put a text between a document's markers; a document that is not there yet has only them."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    text = path.read_text(encoding="utf-8") if path.exists() else f"{begin}\n{end}\n"
+    replace_text(path, re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{inside}\n{end}", text, flags=re.DOTALL))
