@@ -12,10 +12,10 @@ import sys
 from lora_fuse.cli import guarded
 from lora_fuse.regression.environment import environment, make_deterministic
 from lora_fuse.validation.report import Validation
-from lora_fuse.workplace import exclusive
+from lora_fuse.workplace import exclusive, remove
 from stages.config import load
 from stages.console import Console
-from stages.validating import VALIDATION, Request, Trial
+from stages.validating import BUILD, VALIDATION, Request, Trial
 
 
 def validate(request: Request, console: Console) -> int:
@@ -32,7 +32,11 @@ def judged(request: Request, console: Console) -> Validation:
         console.will("validate", trial.intent)
         settings = params.regress
         make_deterministic(settings.threads, on_gpu=settings.placement != "cpu")
-        validation = trial.judge(environment(settings.placement, settings.dtype), console)
+        try:
+            validation = trial.judge(environment(settings.placement, settings.dtype), console)
+        finally:
+            if not request.keep:
+                remove(BUILD.root)
         lines, facts = trial.write(validation)
         console.done("validate", *lines, facts=facts)
         return validation

@@ -146,8 +146,6 @@ class Trial:
         asked = new.scales[name] / current.scales[name] if current and current.scales.get(name) else 1.0
         evidence = [one.evidence for one in measured]
         judgement = judge(evidence, files, warnings, bounds_of(self.params), asked)
-        if not self.request.keep:
-            remove(BUILD.root)
         return replace(said(judgement), files=files, cases=tuple(measured))
 
     def _current(self, goldens: Mapping[str, list[Approved]]) -> Version | None:
