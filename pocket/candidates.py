@@ -137,11 +137,11 @@ def write(folder: Path, names: Iterable[str] = FIRST) -> dict[str, Path]:
 HEAD = ("candidate", "what it is", "verdict", "file", "cosine", "alignment", "strength", "gain", "noise", "comb")
 
 
-def judge(folder: Path) -> tuple[list[tuple[str, ...]], int]:
+def judge(folder: Path, recipe: str) -> tuple[list[tuple[str, ...]], int]:
     """Validate every candidate; the rows of the table, and how many were judged rightly."""
     rows, right = [], 0
     for name, path in write(folder, CANDIDATES).items():
-        validation = judged(Request(str(path), None, None, False, ("recipe=pocket",)), Console(quiet=True))
+        validation = judged(Request(str(path), None, None, False, (f"recipe={recipe}",)), Console(quiet=True))
         as_it_should_be = validation.verdict == CANDIDATES[name].right
         right += as_it_should_be
         rows.append(_row(name, validation, "" if as_it_should_be else ": WRONG"))
@@ -179,12 +179,13 @@ def main() -> int:
     parser.add_argument(
         "--markdown", type=Path, metavar="FILE", help="with --judge, put the table between FILE's markers"
     )
+    parser.add_argument("--recipe", default="pocket", help="with --judge; pocket_cuda renders on a GPU in bfloat16")
     given = parser.parse_args()
     if not given.judge:
         for path in write(given.folder).values():
             print(path)
         return 0
-    rows, right = judge(given.folder)
+    rows, right = judge(given.folder, given.recipe)
     if given.markdown:
         lines = [f"| {' | '.join(cells)} |" for cells in (HEAD, tuple("---" for _ in HEAD), *rows)]
         between_markers(
