@@ -22,6 +22,12 @@ def hash_file(path: Path) -> FileRecord:
     return FileRecord(path.stat().st_size, digest)
 
 
+def total_size(place: Path) -> int:
+    """Bytes of a file, or of all the files in a folder."""
+    files = place.rglob("*") if place.is_dir() else [place]
+    return sum(path.stat().st_size for path in files if path.is_file())
+
+
 def replace_text(path: Path, text: str) -> None:
     """Give `path` a new content: a reader, or a kill at any moment, finds the old text or the new one."""
     replace_bytes(path, text.encode())

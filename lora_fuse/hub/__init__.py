@@ -13,7 +13,7 @@ else; nothing waits for ever.
 
 from lora_fuse.hub.client import bars_on_a_terminal, cache_dir, client, endpoint, is_offline, token
 from lora_fuse.hub.failures import client_errors
-from lora_fuse.hub.locks import changes, locate, lock_base, lock_lora, verify_files
+from lora_fuse.hub.locks import changes, checked, locate, lock_base, lock_lora, verify_files, will_lock
 from lora_fuse.hub.repository import remote_files
 from lora_fuse.hub.transfer import Transfer
 
@@ -22,6 +22,7 @@ __all__ = [
     "bars_on_a_terminal",
     "cache_dir",
     "changes",
+    "checked",
     "client",
     "client_errors",
     "endpoint",
@@ -32,4 +33,5 @@ __all__ = [
     "remote_files",
     "token",
     "verify_files",
+    "will_lock",
 ]
