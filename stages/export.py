@@ -29,6 +29,8 @@ def export_formats(params: Params, at: Artifacts = HERE, console: Console = PLAI
     with byte_progress("export", size, at_least=1) as progress:
         files = export(checkpoint, at.exported, formats, name=params.name, metadata=metadata, progress=progress)
     replace_text(at.exports, to_json(Exports(SCHEMA, manifest_sha256, files)))
+    sums = [f"{record.sha256}  {name}\n" for name, record in files.items()]
+    replace_text(at.exported / "SHA256SUMS", "".join(sums))  # for sha256sum -c; and DVC warns of an empty folder
     lines = [f"{name}, {human_bytes(record.size)}, sha256 {record.sha256}" for name, record in files.items()]
     lines += [f"{human_rate(size, clock.seconds)} written"] if files else []
     listed = {name: record.sha256 for name, record in files.items()}

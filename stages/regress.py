@@ -37,7 +37,7 @@ def regress(params: Params, at: Artifacts = HERE, console: Console = PLAIN) -> i
     check_cases(cases, setup)
     approved = Goldens(GOLDEN / params.name).for_run(here.key, [case.name for case in cases])
     task, clock = Task(f"regress {params.name} {here.key}", len(cases), setup.sides), Clock()
-    console.will("regress", f"{task}, on {here.key}")
+    console.will("regress", f"{task}, on {here.key}{task.guess}")
     with watching(task) as watch:
         pairs = render_pairs(at.merged, plan_of(base, loras, params), cases, setup, watch)
     judged = judge_pairs(pairs, {name: [one.golden for one in found] for name, found in approved.items()}, rules)

@@ -50,8 +50,12 @@ class Task:
         return self.cases * sum(map(passes, self.sides))
 
     def __str__(self) -> str:
-        soon = guess(self.name, self.work, in_bytes=False)
-        return f"{self.pictures} pictures, {len(self.sides)} of each of {self.cases} cases{soon}"
+        return f"{self.pictures} pictures, {len(self.sides)} of each of {self.cases} cases"
+
+    @property
+    def guess(self) -> str:
+        """How long it will take, as the end of a sentence."""
+        return guess(self.name, self.work, in_bytes=False)
 
     def took(self, seconds: float) -> str:
         """What it came to."""
