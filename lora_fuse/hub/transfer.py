@@ -85,6 +85,9 @@ class Transfers:
             while True:
                 try:
                     return self._try(order, progress)
+                except KeyboardInterrupt:
+                    remove_leftovers(order.repo_id, time.time())
+                    raise
                 except _Failed as failed:
                     remove_leftovers(order.repo_id, time.time())
                     tries.append(failed)

@@ -157,7 +157,7 @@ def render_references(
     stored = {target.tensor.dtype for target in plan.targets.values()}
     dtypes = [getattr(torch, setup.dtype), *(TORCH_DTYPES[dtype] for dtype in stored)]
     jitter(pipe.transformer, plan.targets, dtypes)
-    floor = render_all(pipe, cases, setup.sampling, setup.placement, side="noise floor", watch=watch)
+    floor = render_all(pipe, cases, setup.sampling, setup.placement, side="floor", watch=watch)
     _drop_transformer(pipe)
     return References(unfused, floor, alone, by)
 

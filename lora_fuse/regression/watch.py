@@ -91,7 +91,7 @@ class Watch:
         Yields:
             The function to call at the end of every step.
         """
-        of = f" of {self.task.pictures}" if self.task else ""
+        of = f"/{self.task.pictures}" if self.task else ""
         label = f"picture {self._made + 1}{of}, {case} {side}"
         self._picture, step = Clock(), 0
         self.say(label, self._done)
@@ -99,7 +99,7 @@ class Watch:
         def after_step() -> None:
             nonlocal step
             step += 1
-            pace = f"step {step} of {sampling.steps}, {self._picture.seconds / step:.2f} s/step"
+            pace = f"step {step}/{sampling.steps}, {self._picture.seconds / step:.2f} s/step"
             self.say(f"{label}, {pace}{self._left()}", self._done + step * _per_step(sampling))
 
         yield after_step
@@ -124,11 +124,11 @@ def watching(task: Task) -> Iterator[Watch]:
     if is_silent():
         yield Watch(task)
     elif sys.stderr.isatty():
-        with bar("regress", task.work, bar_format="{desc} {bar:10} {percentage:.0f} %") as shown:
+        with bar("regress", task.work, bar_format="regress {percentage:.0f}%: {desc}") as shown:
 
             def update(sentence: str, done: int) -> None:
                 shown.update(done - shown.n)
-                shown.set_description_str(f"regress: {sentence}")
+                shown.set_description_str(sentence)
 
             yield Watch(task, update)
     else:
