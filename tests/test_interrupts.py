@@ -23,13 +23,18 @@ from tests.test_download_faults import (  # noqa: F401 - `composed` is a fixture
     fetched,
     leftovers,
     processes,
-    project,
     until,
 )
 from tests.test_faults import hashes, left, run, start, write_base, write_lora
 from tests.test_pipeline import Workspace, ran
 
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+@pytest.fixture
+def project(hub: LoopbackHub, tmp_path: Path) -> Project:
+    (tmp_path / "project").mkdir()
+    return Project(tmp_path / "project")
 
 
 @pytest.fixture
@@ -66,7 +71,7 @@ def test_a_fuse_that_is_interrupted_keeps_finished_shards_and_goes_on(place: Pat
 def test_a_download_that_is_interrupted_leaves_nothing_half(
     hub: LoopbackHub,
     project: Project,
-    number: signal.Signals,  # noqa: F811
+    number: signal.Signals,
 ) -> None:
     hub.push(LORA, {FILE: BIG})
     hub.faults.append(Fault(CONTENT, bytes_per_s=100_000))
