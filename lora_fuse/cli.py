@@ -6,12 +6,14 @@ Exit 0: done and right. 1: a check failed. 2: refused, with one ``error:`` line 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +32,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand and give its exit code."""
     options = _parser().parse_args(arguments)
     kept = "shards that are finished are kept beside OUT, which is as it was; the same command goes on with them"
-    return guarded(lambda: int(options.run(options)), *([kept] if options.run is _fuse else []))
+    return guarded(lambda: _run(options), *([kept] if options.run is _fuse else []))
+
+
+def _run(options: argparse.Namespace) -> int:
+    from lora_fuse.progress import silence
+
+    with ExitStack() as stack:
+        if getattr(options, "quiet", False):
+            stack.enter_context(silence())
+            stack.enter_context(redirect_stdout(io.StringIO()))
+        return int(options.run(options))
 
 
 def guarded(work: Callable[[], int], kept: str = "earlier results are as they were; run it again") -> int:
@@ -85,6 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--identity", metavar="WHO", help="the repository has to be signed, keyless, by this identity")
     verify.add_argument("--issuer", metavar="URL", help="the OpenID issuer that vouches for --identity")
     verify.set_defaults(run=_verify)
+    for command in (fuse, verify):
+        command.add_argument("--quiet", action="store_true", help="say only what is wrong")
     for command in (plan, fuse, verify):
         needed = command is not verify
         command.add_argument(
