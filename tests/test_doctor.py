@@ -290,7 +290,7 @@ def test_a_placement_that_does_not_fit_names_the_one_that_does(
 ) -> None:
     found = memory.gpu(placement, PARTS, gpus, "bfloat16")
     assert found.status is (Status.FAIL if better else Status.OK)
-    assert found.remedy == (f"set regress.placement={better}" if better else "")
+    assert found.remedy.partition(",")[0] == (f"set regress.placement={better}" if better else "")
 
 
 def test_memory_is_compared_with_all_weights() -> None:

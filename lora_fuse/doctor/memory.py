@@ -65,7 +65,7 @@ def gpu(placement: str, parts: Mapping[str, int], gpus: Sequence[int], dtype: st
     if placement == "cpu":
         there = f"{len(gpus)} here, not used" if gpus else "none here"
         return ok("GPU", f"{there}: regress.placement is cpu")
-    free = " + ".join(map(human_bytes, gpus)) or "no GPU"
+    free = " + ".join(map(human_bytes, gpus))
     if not parts and gpus:
         return warn("GPU", f"{free} free", "", "what is needed is not known, as the base's size is unknown")
     total, (name, largest) = sum(parts.values()), max(parts.items(), key=lambda part: part[1], default=("", 0))
@@ -76,7 +76,10 @@ def gpu(placement: str, parts: Mapping[str, int], gpus: Sequence[int], dtype: st
     if fits(placement, parts, gpus):
         return ok("GPU", f"{free} free", f"{needed} and room for the pictures with regress.placement {placement}")
     best = next(one for one in BETTER if fits(one, parts, gpus) and (one != "balanced" or len(gpus) > 1))
-    return fail("GPU", f"{free} free", f"{needed} with regress.placement {placement}", f"set regress.placement={best}")
+    needed, remedy = f"{needed} with regress.placement {placement}", f"set regress.placement={best}"
+    if not gpus:
+        return fail("GPU", "torch finds none", needed, f"{remedy}, or install a CUDA build of torch and a driver")
+    return fail("GPU", f"{free} free", needed, remedy)
 
 
 def ram(parts: Mapping[str, int], total: int, available: int, dtype: str) -> Finding:
