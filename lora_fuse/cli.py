@@ -233,7 +233,7 @@ def _write(options: argparse.Namespace, plan: Plan, generated: dict[str, bytes])
     write_manifest(manifest_path(options.out), build_manifest(plan, files))
     total = human_bytes(sum(file.size for file in files.values()))
     written = human_rate(size, clock.seconds)
-    print(f"merged: {options.out}, {total} in {len(files)} files, of which {written} were written")
+    print(f"merged: {options.out}, {total} in {len(files)} files; written: {written}")
     for name, file in files.items():
         if file.origin == "fused":
             print(f"  {file.sha256}  {name}")

@@ -247,7 +247,7 @@ def test_a_fuse_on_a_terminal_shows_a_bar_that_goes_and_then_what_came_of_it(pla
     said = on_a_terminal(*FUSE, cwd=place)
     assert re.search(r"\rfuse \(cpu\): +\d+%\|", said)
     assert "\rmerged: out" in said.replace("\r\n", "\n")  # written where the bar was
-    assert re.search(r"merged: out, .* in 4 files, of which .* in .* s \(.*/s\) were written", said)
+    assert re.search(r"merged: out, .* in 4 files; written: .* in .* s \(.*/s\)", said)
     assert all(len(line) <= 80 for line in re.split(r"[\r\n]+", said) if line.startswith("fuse (cpu)"))
 
 
