@@ -9,10 +9,11 @@ export DVC_NO_ANALYTICS := 1
 # Threads that wait sleep: on a busy machine they would take the cores from those that work.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help setup repro check test validate controls format clean
+.PHONY: help setup doctor repro check test validate controls format clean
 
 help:
 	@echo "make repro     build the default recipe: download, fuse, verify, regress, gate"
+	@echo "make doctor    does the default recipe fit this machine? fetches nothing"
 	@echo "make check     ruff, types, configuration"
 	@echo "make test      the same, and the tests"
 	@echo "make validate  is a LoRA as good as the current one? LORA=owner/name[@revision]:file RECIPE=name SCALE=1.0"
@@ -29,6 +30,9 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
+
+doctor: $(READY)
+	@python -m stages.doctor
 
 repro: $(READY)
 	@dvc repro --quiet; status=$$?; python -m stages.summary; exit $$status

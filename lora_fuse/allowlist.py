@@ -86,6 +86,11 @@ def indexed_weights(index: str, content: object, names: Iterable[str], label: st
     return shards
 
 
+def plain_weights(component: str, names: Iterable[str]) -> list[str]:
+    """The safetensors files of a component that are no variants; whether its index names them is not asked."""
+    return [name for name in folder_files(component, names) if _PLAIN_WEIGHTS.fullmatch(PurePosixPath(name).name)]
+
+
 def single_weights(component: str, names: Iterable[str], label: str) -> list[str]:
     """The weights of a component without an index: one safetensors file; none for a tokenizer or scheduler.
 
@@ -93,7 +98,7 @@ def single_weights(component: str, names: Iterable[str], label: str) -> list[str
         BadSource: it has several, or only pickles or variants.
     """
     here = folder_files(component, names)
-    plain = [name for name in here if _PLAIN_WEIGHTS.fullmatch(PurePosixPath(name).name)]
+    plain = plain_weights(component, names)
     if len(plain) > 1:
         raise BadSource(
             f"{component}/ of {label} has {len(plain)} safetensors files and no index ({plain[0]}, …); "

@@ -6,16 +6,20 @@ Exit 0: done and right. 1: a check failed. 2: refused, with one ``error:`` line 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_fuse.colour import painted
 from lora_fuse.errors import BadConfig, LoraFuseError
+from lora_fuse.interrupts import exit_code, stoppable
 
 if TYPE_CHECKING:
     from lora_fuse.lora import LoraInput, Update
@@ -27,23 +31,40 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand and give its exit code."""
     options = _parser().parse_args(arguments)
-    return guarded(lambda: int(options.run(options)))
+    kept = "shards that are finished are kept beside OUT, which is as it was; the same command goes on with them"
+    return guarded(lambda: _run(options), *([kept] if options.run is _fuse else []))
 
 
-def guarded(work: Callable[[], int]) -> int:
-    """Run `work`; an error raised on purpose becomes one line on stderr and its exit code."""
+def _run(options: argparse.Namespace) -> int:
+    from lora_fuse.progress import silence
+
+    with ExitStack() as stack:
+        if getattr(options, "quiet", False):
+            stack.enter_context(silence())
+            stack.enter_context(redirect_stdout(io.StringIO()))
+        return int(options.run(options))
+
+
+def guarded(work: Callable[[], int], kept: str = "earlier results are as they were; run it again") -> int:
+    """Run `work`; an error raised on purpose becomes one line on stderr and its exit code.
+
+    Args:
+        work: gives its exit code.
+        kept: what is said after Ctrl-C or SIGTERM: what is left, and how to go on.
+    """
     try:
-        code = work()
-        sys.stdout.flush()
+        with stoppable():
+            code = work()
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader has had enough, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except LoraFuseError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(painted(f"error: {error}", sys.stderr), file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("error: interrupted; earlier results are as they were", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        print(painted(f"error: interrupted; {kept}", sys.stderr), file=sys.stderr)
+        return exit_code(interrupt)
     return code
 
 
@@ -76,6 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--identity", metavar="WHO", help="the repository has to be signed, keyless, by this identity")
     verify.add_argument("--issuer", metavar="URL", help="the OpenID issuer that vouches for --identity")
     verify.set_defaults(run=_verify)
+    for command in (fuse, verify):
+        command.add_argument("--quiet", action="store_true", help="say only what is wrong")
     for command in (plan, fuse, verify):
         needed = command is not verify
         command.add_argument(
@@ -192,11 +215,12 @@ def _fuse(options: argparse.Namespace) -> int:
 def _write(options: argparse.Namespace, plan: Plan, generated: dict[str, bytes]) -> int:
     from lora_fuse.devices import fuse_device
     from lora_fuse.manifest import build_manifest, manifest_path, write_manifest
-    from lora_fuse.merge import bytes_to_write, write_merged
-    from lora_fuse.progress import byte_progress, human_bytes
+    from lora_fuse.merge import bytes_to_copy, bytes_to_write, write_merged
+    from lora_fuse.progress import Clock, byte_progress, human_bytes, human_rate
 
-    device = fuse_device(options.device, plan.plain)
-    with byte_progress(f"fuse ({device})", bytes_to_write(plan)) as progress:
+    device, clock = fuse_device(options.device, plan.plain), Clock()
+    size = bytes_to_write(plan) + bytes_to_copy(plan, options.out, options.untouched)
+    with byte_progress(f"fuse ({device})", size) as progress:
         files = write_merged(
             plan,
             options.out,
@@ -207,7 +231,9 @@ def _write(options: argparse.Namespace, plan: Plan, generated: dict[str, bytes])
             untouched=options.untouched,
         )
     write_manifest(manifest_path(options.out), build_manifest(plan, files))
-    print(f"merged: {options.out}, {human_bytes(sum(file.size for file in files.values()))} in {len(files)} files")
+    total = human_bytes(sum(file.size for file in files.values()))
+    written = human_rate(size, clock.seconds)
+    print(f"merged: {options.out}, {total} in {len(files)} files; written: {written}")
     for name, file in files.items():
         if file.origin == "fused":
             print(f"  {file.sha256}  {name}")
@@ -254,17 +280,21 @@ def _verify_download(folder: Path, trusted: Trusted | None) -> tuple[bool, froze
 
 
 def _verify_merge(options: argparse.Namespace, beside: frozenset[str]) -> int:
+    from lora_fuse.files import total_size
+    from lora_fuse.progress import FEW, byte_progress
     from lora_fuse.verification import Expectation, verify_merge
 
-    found = verify_merge(
-        options.merged,
-        options.base,
-        _inputs(options),
-        component=options.component,
-        rows=None if options.rows == "all" else int(options.rows),
-        expected=Expectation(scheduler=_scheduler(options), beside=beside),
-        selection=_selection(options),
-    )
+    with byte_progress("verify", total_size(options.merged), at_least=FEW) as progress:
+        found = verify_merge(
+            options.merged,
+            options.base,
+            _inputs(options),
+            component=options.component,
+            rows=None if options.rows == "all" else int(options.rows),
+            expected=Expectation(scheduler=_scheduler(options), beside=beside),
+            selection=_selection(options),
+            progress=progress,
+        )
     print(
         f"verify: {found.targets} targets ({found.modules} modules), {found.rows_checked} of {found.rows_total} rows, "
         f"{found.tensors_untouched} tensors and {found.files_untouched} files identical to the base"

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
 
+from lora_fuse.header import DTYPE_BYTES
 from lora_fuse.lora import LoraInput
 from lora_fuse.selection import Selection
 
@@ -52,6 +53,11 @@ class Weights:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
         return tuple(self._handles[name].get_slice(name).get_shape())
+
+    def nbytes(self, name: str) -> int:
+        """Size of a tensor's data in bytes."""
+        part = self._handles[name].get_slice(name)
+        return math.prod(map(int, part.get_shape())) * DTYPE_BYTES.get(part.get_dtype(), 1)
 
     def same(self, other: Weights, name: str) -> bool:
         """Whether a tensor has the dtype, the shape and the bytes that it has there; read in blocks."""

@@ -22,6 +22,12 @@ def hash_file(path: Path) -> FileRecord:
     return FileRecord(path.stat().st_size, digest)
 
 
+def total_size(place: Path) -> int:
+    """Bytes of a file, or of all the files in a folder."""
+    files = place.rglob("*") if place.is_dir() else [place]
+    return sum(path.stat().st_size for path in files if path.is_file())
+
+
 def replace_text(path: Path, text: str) -> None:
     """Give `path` a new content: a reader, or a kill at any moment, finds the old text or the new one."""
     replace_bytes(path, text.encode())
@@ -55,6 +61,28 @@ def take_over(source: Path, target: Path, how: Untouched) -> None:
         else:
             return
     shutil.copyfile(source, target)
+
+
+def link_between(source: Path, target: Path) -> Untouched:
+    """How files in one folder can be taken over into another, tried with a file of a block that goes again.
+
+    Raises:
+        OSError: one of the folders cannot be written.
+    """
+    old, new = source / f".probe-{os.getpid()}", target / f".probe-{os.getpid()}.new"
+    try:
+        old.write_bytes(bytes(4096))
+        if _reflink(old, new):
+            return "reflink"
+        try:
+            os.link(old, new)
+        except OSError:
+            new.touch()
+            return "copy"
+        return "hardlink"
+    finally:
+        for path in (old, new):
+            path.unlink(missing_ok=True)
 
 
 def _reflink(source: Path, target: Path) -> bool:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -63,7 +63,8 @@ def write_merged(
         with workplace(out, _key(plan, shards)) as place:
             way = Way(device, direct=too_large_to_cache(bytes_to_write(plan)))
             files = _fuse_shards(plan, place, way, shards, progress)
-            files |= _place_others(plan, place, generated, known, untouched)
+            copied = _copied(plan, out, untouched)
+            files |= _place_others(plan, place, generated, known, untouched, lambda name: progress(copied.get(name, 0)))
             for path, before in loras.items():
                 if _identity(path) != before:
                     raise BadLora(f"{path} changed while it was read; run again when nothing writes to it")
@@ -90,6 +91,24 @@ def _identity(path: Path) -> _Identity:
 def bytes_to_write(plan: Plan) -> int:
     """Bytes that go through the engine: the fused shards, whole."""
     return sum(_fused_size(shard, plan.provenance) for shard in plan.fused_shards)
+
+
+def bytes_to_copy(plan: Plan, out: Path, untouched: Untouched) -> int:
+    """Bytes of files that do not change and cannot be shared with the base: they are on another disk, or not to be."""
+    return sum(_copied(plan, out, untouched).values())
+
+
+def _copied(plan: Plan, out: Path, untouched: Untouched) -> dict[str, int]:
+    device = _nearest(out).stat().st_dev
+    fused = {shard.relative for shard in plan.fused_shards}
+    others = [*(shard.relative for shard in plan.checkpoint.shards), *plan.checkpoint.others]
+    stats = {name: _stat(plan.checkpoint.locate(name)) for name in others if name not in fused}
+    return {name: info.st_size for name, info in stats.items() if untouched == "copy" or info.st_dev != device}
+
+
+def _nearest(out: Path) -> Path:
+    """The folder that `out` is, or the nearest one above that is there."""
+    return next(parent for parent in [out, *out.absolute().parents] if parent.is_dir())
 
 
 def _fused_size(shard: Shard, provenance: str) -> int:
@@ -137,8 +156,9 @@ def _place_others(
     generated: Mapping[str, bytes],
     known: Mapping[str, FileRecord],
     untouched: Untouched,
+    placed: Callable[[str], None],
 ) -> dict[str, MergedFile]:
-    """What is the base's as it is, and what is generated."""
+    """What is the base's as it is, and what is generated; `placed` is told each of the base's files."""
     files = {}
     fused = {shard.relative for shard in plan.fused_shards}
     same = [shard.relative for shard in plan.checkpoint.shards if shard.relative not in fused]
@@ -147,6 +167,7 @@ def _place_others(
             record = known.get(name) or hash_file(plan.checkpoint.locate(name))
             _take_over(plan.checkpoint.locate(name), place.place(name), untouched)
             files[name] = MergedFile(record.size, record.sha256, "base")
+            placed(name)
     for name, content in generated.items():
         place.place(name).write_bytes(content)
         files[name] = MergedFile(len(content), hashlib.sha256(content).hexdigest(), "generated")
@@ -173,14 +194,7 @@ def _check_places(checkpoint: Checkpoint, out: Path) -> None:
 
 
 def _check_space(plan: Plan, out: Path, untouched: Untouched) -> None:
-    there = next(parent for parent in [out, *out.absolute().parents] if parent.is_dir())
-    device = there.stat().st_dev
-    need = bytes_to_write(plan)
-    fused = {shard.relative for shard in plan.fused_shards}
-    for name in [*(shard.relative for shard in plan.checkpoint.shards), *plan.checkpoint.others]:
-        info = _stat(plan.checkpoint.locate(name))
-        if name not in fused and (untouched == "copy" or info.st_dev != device):
-            need += info.st_size
+    there, need = _nearest(out), bytes_to_write(plan) + bytes_to_copy(plan, out, untouched)
     free = shutil.disk_usage(there).free
     if free < need + SPARE:
         raise NoSpace(

@@ -103,6 +103,11 @@ class Lock:
         return f"{self.repo_id}@{self.revision}" if self.repo_id else str(self.path)
 
     @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files.values())
+
+    @property
     def lora_name(self) -> str:
         """Of a LoRA's lock, the POSIX path that is the LoRA: its file, or its folder if that is PEFT's."""
         first = next(iter(self.files), "")

@@ -25,14 +25,13 @@ from lora_fuse.allowlist import (
 )
 from lora_fuse.errors import BadSource
 from lora_fuse.license_files import read_license
-from lora_fuse.progress import byte_progress
+from lora_fuse.progress import FEW, byte_progress
 from lora_fuse.records import FileRecord, License
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
 BLOCK = 1 << 20  # bytes read at once
-SILENT = 1 << 26  # hashing fewer bytes than this takes a blink and shows no progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,8 +211,5 @@ def examine(path: Path, promise: Promise, advance: Callable[[int], None]) -> Fil
 @contextmanager
 def hashing(total: int) -> Iterator[Callable[[int], None]]:
     """Progress of hashing `total` bytes; yields the function to call with the bytes just hashed."""
-    if total < SILENT:
-        yield lambda _: None
-        return
-    with byte_progress("hash", total) as advance:
+    with byte_progress("hash", total, at_least=FEW) as advance:
         yield advance

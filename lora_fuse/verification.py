@@ -11,7 +11,7 @@ import filecmp
 import json
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -84,7 +84,7 @@ class Expectation:
     beside: frozenset[str] = frozenset()
 
 
-def verify_merge(
+def verify_merge(  # noqa: PLR0913 - by keyword, each is a choice of its own
     merged: Path,
     base: Path,
     loras: Sequence[LoraInput],
@@ -93,6 +93,7 @@ def verify_merge(
     rows: int | None,
     expected: Expectation,
     selection: Selection | None = None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Verification:
     """Compare a merged checkpoint with what the base and the LoRAs should have given.
 
@@ -104,6 +105,7 @@ def verify_merge(
         rows: rows of each target to re-derive; None for all of them.
         expected: what the generated files should say.
         selection: which modules were fused; None for all.
+        progress: is told of how many more bytes of the merged files were dealt with, of their headers not.
 
     Raises:
         BadCheckpoint: one side has nothing to compare.
@@ -118,9 +120,9 @@ def verify_merge(
         found.modules, found.targets = expected_sum.modules, len(expected_sum.deltas)
         for problem in expected_sum.problems:
             found.problem(problem)
-        _check_tensors(ours, theirs, expected_sum.deltas, rows, found)
+        _check_tensors(ours, theirs, expected_sum.deltas, rows, found, progress)
     if base.is_dir():
-        _check_files(merged, base, {*base_files, *merged_files}, expected, found)
+        _check_files(merged, base, {*base_files, *merged_files}, expected, found, progress)
     return found
 
 
@@ -144,7 +146,12 @@ def _names(files: Sequence[Path]) -> str:
 
 
 def _check_tensors(
-    merged: Weights, base: Weights, deltas: Mapping[str, list[Delta]], rows: int | None, found: Verification
+    merged: Weights,
+    base: Weights,
+    deltas: Mapping[str, list[Delta]],
+    rows: int | None,
+    found: Verification,
+    progress: Callable[[int], None],
 ) -> None:
     for name in sorted(base.names() ^ merged.names()):
         found.problem(f"{name} is only in the {'base' if name in base.names() else 'merged'} checkpoint")
@@ -155,6 +162,7 @@ def _check_tensors(
             found.tensors_untouched += 1
             if not merged.same(base, name):
                 found.problem(f"{name} is no target of any LoRA and differs from the base")
+        progress(merged.nbytes(name))
 
 
 def _check_target(
@@ -232,7 +240,14 @@ def is_nearest(values: Array, exact: npt.NDArray[np.float64]) -> npt.NDArray[np.
     return np.asarray((off <= (up - wide) / 2 * SLACK) & (-off <= (wide - down) / 2 * SLACK))
 
 
-def _check_files(merged: Path, base: Path, weights: set[Path], expected: Expectation, found: Verification) -> None:
+def _check_files(
+    merged: Path,
+    base: Path,
+    weights: set[Path],
+    expected: Expectation,
+    found: Verification,
+    progress: Callable[[int], None],
+) -> None:
     generated = set()
     if expected.scheduler:
         generated.add(merged / "scheduler" / "scheduler_config.json")
@@ -250,6 +265,7 @@ def _check_files(merged: Path, base: Path, weights: set[Path], expected: Expecta
             found.problem(f"{path.relative_to(merged)} is not in the base and no recipe asks for it")
         elif not twin.samefile(path) and not filecmp.cmp(twin, path, shallow=False):
             found.problem(f"{path.relative_to(merged)} differs from the base's")
+        progress(path.stat().st_size)
 
 
 def _check_json(path: Path, wanted: Mapping[str, object], found: Verification) -> None:

@@ -1,1 +1,17 @@
 """The steps of the pipeline: one thin module per stage, each reads parameters, calls the library, writes artifacts."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+
+def _last_resort(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Ctrl-C while a stage is being imported, or again while it ends: a line, as `lora_fuse.cli.guarded` has it."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("error: interrupted; whole results stay, `dvc repro` goes on", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _last_resort

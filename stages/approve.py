@@ -1,8 +1,7 @@
 """``python -m stages.approve --reason "…" [--case NAME …] [--add]``: make this run's pictures goldens.
 
 Nothing else ever writes a golden. Refused when the weights are wrong, when merged and unfused disagree (a golden of a
-broken merge would hide it), or when no commit says how the pictures were made. The run itself does not pass by it: its
-verdict stays, and the next run is compared with the new goldens.
+broken merge would hide it), or when no commit says how the pictures were made. The run itself keeps its verdict.
 """
 
 from __future__ import annotations
@@ -20,9 +19,10 @@ from lora_fuse.regression.approval import check_repeatable, check_weights, read_
 from lora_fuse.regression.goldens import Approval, Candidates, Goldens
 from stages.artifacts import GOLDEN, HERE, Artifacts, read_object, read_text
 from stages.config import load
+from stages.console import PLAIN, Console
 
 
-def approve(reason: str, only: list[str], add: bool, at: Artifacts = HERE) -> int:
+def approve(reason: str, only: list[str], add: bool, at: Artifacts = HERE, console: Console = PLAIN) -> int:
     """Copy the candidates to `artifacts/golden/RECIPE/KEY/`, each with its record, and who approved it and why."""
     found = from_json(Candidates, read_text(at.candidates, "regress"), str(at.candidates))
     if not set(only) <= set(found.cases) or not reason.strip():
@@ -40,8 +40,12 @@ def approve(reason: str, only: list[str], add: bool, at: Artifacts = HERE) -> in
         )
     pictures, goldens = read_pictures(at.images, chosen), Goldens(GOLDEN / provenance.recipe)
     approval = Approval(this_person(Path.cwd()), datetime.now(UTC).isoformat(timespec="seconds"), reason.strip(), ())
-    for name, candidate in chosen.items():
-        print(f"approved: {goldens.approve(pictures[name], candidate, approval, beside=add)}")
+    written: list[str] = []
+    try:
+        for name, candidate in chosen.items():
+            written.append(str(goldens.approve(pictures[name], candidate, approval, beside=add)))
+    finally:  # if one is refused, those before it are approved
+        console.done("approved", *written, facts={"goldens": written})
     return 0
 
 
@@ -50,5 +54,7 @@ if __name__ == "__main__":
     parser.add_argument("--reason", required=True, help="why these pictures are right; kept beside them")
     parser.add_argument("--case", action="append", default=[], help="only this case; may be given again")
     parser.add_argument("--add", action="store_true", help="keep the goldens that the case has, and allow this one too")
+    parser.add_argument("--quiet", action="store_true", help="say only what is wrong")
+    parser.add_argument("--json", action="store_true", help="say it as one JSON object")
     given = parser.parse_args()
-    sys.exit(guarded(lambda: approve(given.reason, given.case, given.add)))
+    sys.exit(guarded(lambda: approve(given.reason, given.case, given.add, console=Console(given.quiet, given.json))))

@@ -110,6 +110,14 @@ class Artifacts:
         loras = from_json(LoraLock, read_text(self.lora_lock, "download"), str(self.lora_lock))
         return base.base, loras.loras
 
+    def previous_locks(self) -> tuple[Lock | None, dict[str, Lock]]:
+        """The pins of the last run, if there was one: a branch that moved since does not move a build."""
+        base, lora = self.base_lock, self.lora_lock
+        return (
+            from_json(BaseLock, base.read_text(encoding="utf-8"), str(base)).base if base.exists() else None,
+            from_json(LoraLock, lora.read_text(encoding="utf-8"), str(lora)).loras if lora.exists() else {},
+        )
+
 
 HERE = Artifacts()
 

@@ -9,20 +9,24 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lora_fuse.cli import guarded
-from lora_fuse.errors import BadConfig, CheckFailed
+from lora_fuse.errors import BadConfig, CheckFailed, LoraFuseError
 from lora_fuse.files import replace_text
+from lora_fuse.interrupts import exit_code
+from lora_fuse.progress import silence
 from stages.artifacts import HERE
 from stages.console import Console
 from stages.params import Params, parse_params
 
 PARAMS = Path("params.yaml")
 CONF = Path("conf")
+KEPT = "earlier results are as they were; `dvc repro` goes on with this stage"
 
 
 def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -65,20 +69,34 @@ def load(overrides: Sequence[str] = ()) -> Params:
     return parse_params(tree, str(PARAMS))
 
 
-def run_stage(stage: Callable[..., int], *flags: str) -> None:
+def run_stage(stage: Callable[..., int], *flags: str, kept: str = KEPT) -> None:
     """Run a stage as a program: its parameters by the rule above, its errors as one line, its result as exit code.
 
     Args:
         stage: gets the parameters, where its results go, how it says things, and by keyword whether a flag is given.
         flags: names of arguments (``dry-run`` for ``--dry-run``, keyword `dry_run`) that are no overrides and do not
             count for the rule; every stage also knows ``--quiet`` and ``--json``.
+        kept: what an interrupted run leaves, and how to go on.
     """
     known = ("quiet", "json", *flags)
     given = {flag: f"--{flag}" in sys.argv[1:] for flag in known}
     overrides = [argument for argument in sys.argv[1:] if argument.removeprefix("--") not in known]
     console = Console(given["quiet"], given["json"])
     chosen = {flag.replace("-", "_"): given[flag] for flag in flags}
-    sys.exit(guarded(lambda: stage(load(overrides), HERE, console, **chosen)))
+    name = Path(sys.argv[0]).stem
+
+    def work() -> int:
+        try:
+            with silence() if console.quiet else nullcontext():
+                return stage(load(overrides), HERE, console, **chosen)
+        except LoraFuseError as error:
+            console.failed(name, error.exit_code, str(error))
+            raise
+        except KeyboardInterrupt as interrupt:
+            console.failed(name, exit_code(interrupt), f"interrupted; {kept}")
+            raise
+
+    sys.exit(guarded(work, kept))
 
 
 def main(arguments: Sequence[str]) -> int:

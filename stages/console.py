@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from lora_fuse.colour import painted
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,24 +30,32 @@ class Console:
 
     def warn(self, sentence: str) -> None:
         """Say what may be a mistake."""
-        print(f"warning: {sentence}", file=sys.stderr, flush=True)
+        print(painted(f"warning: {sentence}", sys.stderr), file=sys.stderr, flush=True)
 
     def wrong(self, stage: str, sentence: str) -> None:
         """Say what a check found."""
-        print(f"{stage}: {sentence}", file=sys.stderr, flush=True)
+        print(f"{stage}: {painted(sentence, sys.stderr)}", file=sys.stderr, flush=True)
 
-    def done(self, stage: str, *lines: str, facts: Mapping[str, object]) -> None:
+    def done(self, stage: str, *lines: str, facts: Mapping[str, object], then: str | None = None) -> None:
         """Say what was done.
 
         Args:
             stage: its name.
             lines: for a person.
             facts: for a program, JSON values by name.
+            then: the command that comes next; not said where DVC runs the stage, as it goes on by itself.
         """
         if self.as_json:
             print(json.dumps({"stage": stage, **facts}), flush=True)
         elif not self.quiet:
-            print(*(f"{stage}: {line}" for line in lines), sep="\n", flush=True)
+            ending = [f"next: {then}"] if then and "DVC_STAGE" not in os.environ else []
+            said = [f"{stage}: {painted(line, sys.stdout)}\n" for line in [*lines, *ending]]
+            print("".join(said), end="", flush=True)
+
+    def failed(self, stage: str, code: int, sentence: str) -> None:
+        """Say to a program that the stage was refused; a person is told by `lora_fuse.cli.guarded`."""
+        if self.as_json:
+            print(json.dumps({"stage": stage, "code": code, "error": sentence}), flush=True)
 
 
 PLAIN = Console()

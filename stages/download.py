@@ -7,17 +7,21 @@ from __future__ import annotations
 
 from lora_fuse import hub
 from lora_fuse.files import replace_text
-from lora_fuse.progress import human_bytes
-from lora_fuse.records import SCHEMA, BaseLock, Lock, LoraLock, from_json, to_json
+from lora_fuse.progress import Clock, human_rate
+from lora_fuse.records import SCHEMA, BaseLock, Lock, LoraLock, to_json
 from stages.artifacts import HERE, Artifacts
 from stages.config import run_stage
 from stages.console import PLAIN, Console
 from stages.params import Params
 
+KEPT = "whole files stay in the Hub client's cache, the locks are as they were; `dvc repro` goes on with the rest"
+
 
 def download(params: Params, at: Artifacts = HERE, console: Console = PLAIN, *, update: bool = False) -> int:
     """Write `base.lock.json` and `lora.lock.json`."""
-    base_before, loras_before = _previous(at)
+    (base_before, loras_before), clock = at.previous_locks(), Clock()
+    sources = [params.base.source, *(lora.source for _, lora in sorted(params.loras.items()))]
+    console.will("download", hub.will_lock(sources, [*([base_before] if base_before else []), *loras_before.values()]))
     transfer = params.download.transfer
     loras = {  # first, as they are small: what is wrong with them is found before the base is fetched
         name: hub.lock_lora(
@@ -28,13 +32,12 @@ def download(params: Params, at: Artifacts = HERE, console: Console = PLAIN, *, 
     base = hub.lock_base(params.base.source, previous=base_before, update=update, transfer=transfer)
     replace_text(at.base_lock, to_json(BaseLock(SCHEMA, base)))
     replace_text(at.lora_lock, to_json(LoraLock(SCHEMA, loras)))
-    sizes = {lock.label: sum(file.size for file in lock.files.values()) for lock in (base, *loras.values())}
-    lines = [
-        f"{lock.label}: {len(lock.files)} files, {human_bytes(sizes[lock.label])}, every sha256 checked"
-        for lock in (base, *loras.values())
-    ]
+    locks = [base, *loras.values()]
     moved = _moved([(base_before, base), *((loras_before.get(name), lora) for name, lora in loras.items())])
-    console.done("download", *lines, facts={"bytes": sizes, "moved": moved})
+    facts = {"bytes": {lock.label: lock.size for lock in locks}, "moved": moved, "seconds": clock.seconds}
+    rate = human_rate(sum(lock.size for lock in locks), clock.seconds)
+    lines = hub.checked([base]), hub.checked(locks[1:]), rate
+    console.done("download", *lines, facts=facts, then="dvc repro fuse")
     if update and moved and not console.as_json:
         console.done("update", *moved, facts={})
     return 0
@@ -48,12 +51,5 @@ def _moved(pairs: list[tuple[Lock | None, Lock]]) -> list[str]:
     return lines
 
 
-def _previous(at: Artifacts) -> tuple[Lock | None, dict[str, Lock]]:
-    """The pins of the last run: a branch that moved since does not move a build."""
-    base = from_json(BaseLock, at.base_lock.read_text(), str(at.base_lock)).base if at.base_lock.exists() else None
-    loras = from_json(LoraLock, at.lora_lock.read_text(), str(at.lora_lock)).loras if at.lora_lock.exists() else {}
-    return base, loras
-
-
 if __name__ == "__main__":
-    run_stage(download, "update")
+    run_stage(download, "update", kept=KEPT)

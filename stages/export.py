@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 from lora_fuse.checkpoint import PROVENANCE, open_checkpoint
 from lora_fuse.exporting import export, export_size
 from lora_fuse.families import COMPONENT
 from lora_fuse.files import replace_text
 from lora_fuse.manifest import read_manifest
-from lora_fuse.progress import byte_progress, human_bytes
+from lora_fuse.progress import Clock, byte_progress, guess, human_bytes, human_rate
 from lora_fuse.records import SCHEMA, Exports, to_json
 from stages.artifacts import HERE, Artifacts
 from stages.config import run_stage
@@ -23,16 +21,21 @@ def export_formats(params: Params, at: Artifacts = HERE, console: Console = PLAI
     checkpoint = open_checkpoint(at.merged, COMPONENT, manifest.files)
     stated = [shard.header.metadata[PROVENANCE] for shard in checkpoint.shards if PROVENANCE in shard.header.metadata]
     metadata = {PROVENANCE: stated[0] if stated else "", f"{PROVENANCE}.manifest_sha256": manifest_sha256}
-    formats = params.export.formats
-    shown = (
-        byte_progress("export", export_size(checkpoint, formats, metadata)) if formats else nullcontext(lambda _: None)
-    )
-    with shown as progress:
+    formats, clock = params.export.formats, Clock()
+    size = export_size(checkpoint, formats, metadata)
+    if formats:
+        what = f"{', '.join(formats)}: {human_bytes(size)} to write to {at.exported}"
+        console.will("export", f"{what}{guess('export', size)}")
+    with byte_progress("export", size, at_least=1) as progress:
         files = export(checkpoint, at.exported, formats, name=params.name, metadata=metadata, progress=progress)
     replace_text(at.exports, to_json(Exports(SCHEMA, manifest_sha256, files)))
+    sums = [f"{record.sha256}  {name}\n" for name, record in files.items()]
+    replace_text(at.exported / "SHA256SUMS", "".join(sums))  # for sha256sum -c; and DVC warns of an empty folder
     lines = [f"{name}, {human_bytes(record.size)}, sha256 {record.sha256}" for name, record in files.items()]
+    lines += [f"{human_rate(size, clock.seconds)} written"] if files else []
     listed = {name: record.sha256 for name, record in files.items()}
-    console.done("export", *(lines or ["export.formats is empty, nothing to do"]), facts={"files": listed})
+    facts = {"files": listed, "seconds": clock.seconds}
+    console.done("export", *(lines or ["export.formats is empty, nothing to do"]), facts=facts, then="dvc repro gate")
     return 0
 
 

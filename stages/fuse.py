@@ -6,25 +6,31 @@ from lora_fuse.devices import fuse_device
 from lora_fuse.export import diffusers_files
 from lora_fuse.families import pair_warnings
 from lora_fuse.manifest import build_manifest, write_manifest
-from lora_fuse.progress import byte_progress
+from lora_fuse.progress import Clock, byte_progress, guess, human_bytes, human_rate
 from stages.artifacts import HERE, Artifacts
 from stages.config import run_stage
 from stages.console import PLAIN, Console
 from stages.params import Params
 from stages.planning import plan_of
 
+KEPT = "shards that are finished are kept, artifacts/merged is as it was; `dvc repro` goes on with the next shard"
+
 
 def fuse(params: Params, at: Artifacts = HERE, console: Console = PLAIN) -> int:
     """Write `merged/` and `merged.manifest.json`."""
-    from lora_fuse.merge import bytes_to_write, write_merged
+    from lora_fuse.merge import bytes_to_copy, bytes_to_write, write_merged
 
     base, loras = at.read_locks()
     for warning in pair_warnings(base.repo_id, [(lora.repo_id, lora.lora_name) for lora in loras.values()]):
         console.warn(warning)
-    plan = plan_of(base, loras, params)
+    plan, untouched = plan_of(base, loras, params), params.fuse.untouched
     generated = diffusers_files(plan.checkpoint.root, pipeline=params.base.pipeline, scheduler=params.scheduler_config)
-    device = fuse_device(params.fuse.device, plan.plain)
-    with byte_progress(f"fuse ({device})", bytes_to_write(plan)) as progress:
+    device, tensors = fuse_device(params.fuse.device, plan.plain), len(plan.checkpoint.tensors())
+    work, size = f"fuse ({device})", bytes_to_write(plan) + bytes_to_copy(plan, at.merged, untouched)
+    shards = f"{len(plan.fused_shards)} of {len(plan.checkpoint.shards)} weight files"
+    console.will("fuse", f"{shards}, {human_bytes(size)} to write to {at.merged} on {device}{guess(work, size)}")
+    clock = Clock()
+    with byte_progress(work, size) as progress:
         files = write_merged(
             plan,
             at.merged,
@@ -32,15 +38,16 @@ def fuse(params: Params, at: Artifacts = HERE, console: Console = PLAIN) -> int:
             generated=generated,
             known=base.files,
             progress=progress,
-            untouched=params.fuse.untouched,
+            untouched=untouched,
         )
     manifest = build_manifest(plan, files, recipe=params.name, scale=params.fuse.scale, base=base, loras=loras)
     write_manifest(at.manifest, manifest)
-    counts = {"targets": len(plan.targets), "tensors": len(plan.checkpoint.tensors()), "files": len(files)}
-    line = f"{len(plan.targets)} of {counts['tensors']} tensors changed, {len(files)} files in {at.merged}"
-    console.done("fuse", line, facts=counts)
+    line = f"{len(plan.targets)} of {tensors} tensors changed, {len(files)} files in {at.merged}"
+    counts = {"targets": len(plan.targets), "tensors": tensors, "files": len(files), "bytes_written": size}
+    facts = {**counts, "seconds": clock.seconds}
+    console.done("fuse", line, f"{human_rate(size, clock.seconds)} written", facts=facts, then="dvc repro verify")
     return 0
 
 
 if __name__ == "__main__":
-    run_stage(fuse)
+    run_stage(fuse, kept=KEPT)

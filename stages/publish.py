@@ -11,6 +11,7 @@ from functools import partial
 from lora_fuse import publishing
 from lora_fuse.errors import PublishRefused
 from lora_fuse.manifest import read_manifest
+from lora_fuse.progress import Clock, human_bytes, human_seconds
 from lora_fuse.workplace import exclusive
 from stages.artifacts import HERE, Artifacts
 from stages.config import run_stage
@@ -18,14 +19,20 @@ from stages.console import PLAIN, Console
 from stages.params import Params
 from stages.releasing import checked_release
 
+KEPT = "what was sent stays in its pull request; publish again, it goes on with the rest"
+
 
 def publish(params: Params, at: Artifacts = HERE, console: Console = PLAIN, *, dry_run: bool = False) -> int:
     """Write `publish.json`, the receipt; with `publish.enabled: false` it says that nothing was sent."""
-    wanted = params.publish
+    wanted, clock = params.publish, Clock()
     with exclusive(at.receipt):
         if dry_run:
             manifest, card, beside = checked_release(params, at)
-            print(publishing.preview(at.merged, manifest, card, beside, repo_id=wanted.repo_id, tag=wanted.tag))
+            text = publishing.preview(at.merged, manifest, card, beside, repo_id=wanted.repo_id, tag=wanted.tag)
+            if console.as_json:
+                console.done("publish", facts={"dry_run": text})
+            else:
+                print(text)
             return 0
         if not wanted.enabled:
             receipt = publishing.skipped("publish.enabled is false", read_manifest(at.manifest)[1])
@@ -34,12 +41,16 @@ def publish(params: Params, at: Artifacts = HERE, console: Console = PLAIN, *, d
         else:
             manifest, card, beside = checked_release(params, at)
             title = f"{manifest.recipe}, scale {manifest.scale:g}, by lora-fuse {manifest.tool.version}"
+            size = sum(file.size for file in manifest.files.values())
+            console.will("publish", f"{len(manifest.files)} files, {human_bytes(size)}, to {wanted.repo_id}")
             to = partial(publishing.publish, repo_id=wanted.repo_id, private=wanted.private, tag=wanted.tag)
             receipt = to(at.merged, manifest, card, beside, message=title)
         receipt.write(at.receipt)
-    console.done("publish", str(receipt), facts=asdict(receipt))
+    took = f"{len(receipt.files)} files in {human_seconds(clock.seconds)}, see {receipt.url}"
+    lines = [str(receipt), took] if receipt.files else [str(receipt)]
+    console.done("publish", *lines, facts=asdict(receipt) | {"seconds": clock.seconds})
     return 0
 
 
 if __name__ == "__main__":
-    run_stage(publish, "dry-run")
+    run_stage(publish, "dry-run", kept=KEPT)

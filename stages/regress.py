@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 from lora_fuse.files import replace_text
 from lora_fuse.manifest import read_manifest
+from lora_fuse.progress import Clock
 from lora_fuse.records import to_json
 from lora_fuse.regression.candidates import candidates
 from lora_fuse.regression.environment import environment, make_deterministic
@@ -14,11 +15,15 @@ from lora_fuse.regression.goldens import Goldens
 from lora_fuse.regression.pairs import check_cases, judge_pairs, render_pairs, save_pictures
 from lora_fuse.regression.report import report_html
 from lora_fuse.regression.review import block_changes, case_rows, review, run_metrics
+from lora_fuse.regression.watch import Task, watching
 from stages.artifacts import GOLDEN, HERE, Artifacts, read_object
 from stages.config import run_stage
 from stages.console import PLAIN, Console
 from stages.params import Params
 from stages.planning import cases_of, plan_of, rules_of, setup_of
+
+GATE = "dvc repro gate"
+KEPT = "the last pictures are as they were, none of this run's is kept; `dvc repro` goes on with them from the first"
 
 
 def regress(params: Params, at: Artifacts = HERE, console: Console = PLAIN) -> int:
@@ -33,7 +38,10 @@ def regress(params: Params, at: Artifacts = HERE, console: Console = PLAIN) -> i
     goldens = Goldens(GOLDEN / params.name)
     goldens.refuse_other_base(str(params.base.repo_id or params.base.path))
     approved = goldens.for_run(here.key, [case.name for case in cases])
-    pairs = render_pairs(at.merged, plan_of(base, loras, params), cases, setup)
+    task, clock = Task(f"regress {params.name} {here.key}", len(cases), setup.sides), Clock()
+    console.will("regress", f"{task}, on {here.key}{task.guess}")
+    with watching(task) as watch:
+        pairs = render_pairs(at.merged, plan_of(base, loras, params), cases, setup, watch)
     judged = judge_pairs(pairs, {name: [one.golden for one in found] for name, found in approved.items()}, rules)
     found = candidates(judged, manifest, manifest_sha256, setup, here)
     save_pictures(judged, at.images)
@@ -44,9 +52,10 @@ def regress(params: Params, at: Artifacts = HERE, console: Console = PLAIN) -> i
         replace_text(path, json.dumps(content, indent=2) + "\n")
     replace_text(at.report, report_html(review(manifest, verify, judged, found, approved, rules, setup)))
     facts = {"verdict": metrics["verdict"], "environment": str(here.key), "report": str(at.report)}
-    console.done("regress", f"{metrics['verdict']} on {here.key}, see {at.report}", facts=facts)
+    line = f"{metrics['verdict']} on {here.key}, see {at.report}"
+    console.done("regress", line, task.took(clock.seconds), facts=facts | {"seconds": clock.seconds}, then=GATE)
     return 0
 
 
 if __name__ == "__main__":
-    run_stage(regress)
+    run_stage(regress, kept=KEPT)

@@ -9,6 +9,7 @@ from lora_fuse import hub
 from lora_fuse.families import COMPONENT
 from lora_fuse.files import replace_text
 from lora_fuse.manifest import check_files, read_manifest
+from lora_fuse.progress import FEW, Clock, byte_progress, guess, human_rate
 from lora_fuse.verification import Expectation, verify_merge
 from stages.artifacts import HERE, Artifacts, lora_inputs
 from stages.config import run_stage
@@ -20,15 +21,22 @@ def verify(params: Params, at: Artifacts = HERE, console: Console = PLAIN) -> in
     """Write `verify.json`."""
     base, loras = at.read_locks()
     manifest, manifest_sha256 = read_manifest(at.manifest)
-    found = verify_merge(
-        at.merged,
-        hub.locate(base),
-        lora_inputs(loras, params),
-        component=COMPONENT,
-        rows=None if params.verify.rows == "all" else params.verify.rows,
-        expected=Expectation(params.base.pipeline, params.scheduler_config),
-        selection=params.fuse.selection,
+    size, clock = sum(file.size for file in manifest.files.values()), Clock()
+    rows = "all rows" if params.verify.rows == "all" else f"{params.verify.rows} rows"
+    console.will(
+        "verify", f"derives {rows} of {manifest.targets} targets again, compares the rest{guess('verify', size)}"
     )
+    with byte_progress("verify", size, at_least=FEW) as progress:
+        found = verify_merge(
+            at.merged,
+            hub.locate(base),
+            lora_inputs(loras, params),
+            component=COMPONENT,
+            rows=None if params.verify.rows == "all" else params.verify.rows,
+            expected=Expectation(params.base.pipeline, params.scheduler_config),
+            selection=params.fuse.selection,
+            progress=progress,
+        )
     for problem in check_files(manifest, at.merged):
         found.problem(problem)
     if found.targets != manifest.targets:
@@ -38,10 +46,11 @@ def verify(params: Params, at: Artifacts = HERE, console: Console = PLAIN) -> in
     for problem in found.problems:
         console.wrong("verify", problem)
     outcome = "passed" if found.passed else f"FAILED, {found.problem_count} problems"
-    rows = f"{found.rows_checked} of {found.rows_total} rows re-derived"
+    line = f"{outcome}: {found.targets} targets, {found.rows_checked} of {found.rows_total} rows re-derived"
+    same = f"{found.tensors_untouched} tensors and {found.files_untouched} files compared with the base"
     counts = {name: getattr(found, name) for name in ("targets", "rows_checked", "rows_total", "problem_count")}
-    line = f"{outcome}: {found.targets} targets, {rows}"
-    console.done("verify", line, facts={"passed": found.passed, **counts})
+    facts = {"passed": found.passed, **counts, "seconds": clock.seconds}
+    console.done("verify", line, f"{same}: {human_rate(size, clock.seconds)}", facts=facts, then="dvc repro regress")
     return 0
 
 

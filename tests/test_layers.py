@@ -44,7 +44,7 @@ PURE |= {
     "regression.report",
     "validation.effect",
 }
-TOP = {"cli", "__main__"}
+TOP = {"cli", "__main__", "doctor.pictures", "doctor.examination"}
 # Within `lora_fuse.hub`, from the bottom up: none imports what comes after it.
 HUB = ["client", "failures", "leftovers", "room", "child", "process", "transfer", "repository", "locks"]
 

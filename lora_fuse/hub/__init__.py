@@ -11,10 +11,10 @@ is told to move; what is locked and whole on this machine needs no network; the 
 else; nothing waits for ever.
 """
 
-from lora_fuse.hub.client import bars_on_a_terminal, cache_dir, client, endpoint, is_offline, token
+from lora_fuse.hub.client import bars_on_a_terminal, cache_dir, client, endpoint, is_offline, snapshot_folder, token
 from lora_fuse.hub.failures import client_errors
-from lora_fuse.hub.locks import changes, locate, lock_base, lock_lora, verify_files
-from lora_fuse.hub.repository import remote_files
+from lora_fuse.hub.locks import changes, checked, locate, lock_base, lock_lora, verify_files, will_lock
+from lora_fuse.hub.repository import listing, remote_files
 from lora_fuse.hub.transfer import Transfer
 
 __all__ = [
@@ -22,14 +22,18 @@ __all__ = [
     "bars_on_a_terminal",
     "cache_dir",
     "changes",
+    "checked",
     "client",
     "client_errors",
     "endpoint",
     "is_offline",
+    "listing",
     "locate",
     "lock_base",
     "lock_lora",
     "remote_files",
+    "snapshot_folder",
     "token",
     "verify_files",
+    "will_lock",
 ]

@@ -12,11 +12,12 @@ from lora_fuse.errors import BadLora, BadSource
 from lora_fuse.hub.client import is_offline, snapshot_folder
 from lora_fuse.hub.repository import open_repository
 from lora_fuse.hub.transfer import Transfer
+from lora_fuse.progress import guess, human_bytes
 from lora_fuse.records import FileRecord, Lock, Source
 from lora_fuse.sources import Basket, Promise, Shelf, examine, hashing, open_folder, take_lora, take_pipeline
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 REMEDY = "run the download stage: dvc repro -f download"
 NAMED = 3  # missing files that a message names
@@ -121,6 +122,23 @@ def verify_files(root: Path, files: Mapping[str, FileRecord]) -> None:
             found = examine(root / name, Promise(record.size, record.sha256), advance)
             if isinstance(found, str):
                 raise BadSource(f"{name} in {root} is not what was locked: {found}; {REMEDY}")
+
+
+def will_lock(sources: Sequence[Source], previous: Sequence[Lock]) -> str:
+    """What making the locks will do, as a sentence."""
+    same = {(lock.repo_id, lock.path): lock for lock in previous}
+    held = [lock for source in sources if (lock := same.get((source.repo_id, source.path))) is not None]
+    size = sum(lock.size for lock in held)
+    known = f", {human_bytes(size)} locked before" if held else ""
+    names = ", ".join(dict.fromkeys(source.label for source in sources))
+    return f"{names}{known}: what is not here is fetched, and all of it hashed{guess('hash', size)}"
+
+
+def checked(locks: Sequence[Lock]) -> str:
+    """What is in locks that were just made, as a sentence."""
+    names = ", ".join(dict.fromkeys(lock.label for lock in locks))
+    files, size = sum(len(lock.files) for lock in locks), sum(lock.size for lock in locks)
+    return f"{names}: {files} files, {human_bytes(size)}, every sha256 checked"
 
 
 def changes(before: Lock, after: Lock) -> list[str]:

@@ -70,6 +70,18 @@ def open_repository(repo_id: str, revision: str | None, how: Transfer) -> Iterat
         yield Repository(repo_id, info.sha, remote_files(info), transfers, license_of(card, "hub"))
 
 
+def listing(repo_id: str, revision: str | None, timeout: float) -> tuple[str, dict[str, Promise]]:
+    """The commit that a revision means now, and what is in it; asked once, nothing is fetched.
+
+    Raises:
+        BadSource: see `open_repository`.
+    """
+    label = f"{repo_id}@{revision or 'main'}"
+    with client_errors(label, repo_id, BadSource):
+        info = client().model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout)
+    return info.sha or "", remote_files(info)
+
+
 def _info(repo_id: str, revision: str | None, timeout: float) -> ModelInfo:
     """The client asks for this only once, and without a time limit of its own."""
     from httpx2 import HTTPError

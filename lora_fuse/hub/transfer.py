@@ -20,7 +20,7 @@ from lora_fuse.hub.failures import full_disk
 from lora_fuse.hub.leftovers import remove_leftovers
 from lora_fuse.hub.process import ClientProcess
 from lora_fuse.hub.room import Planned, TransferPlan
-from lora_fuse.progress import byte_progress, human_bytes
+from lora_fuse.progress import FEW, byte_progress, guess, human_bytes, tell
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 PAUSES = (1.0, 2.0)  # seconds before the second and third try of a Hub in trouble
 START = 60.0  # seconds that the child may take to begin, if `stall_s` is less
 OTHERS = 10  # times `stall_s`: how long another process may hold a file without a visible byte
-QUIET = 1 << 26  # fetching fewer bytes than this shows no progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +79,15 @@ class Transfers:
         """
         freed = remove_leftovers(order.repo_id, time.time())
         if freed:
-            _say(f"{human_bytes(freed)} of killed transfers of {order.repo_id} removed")
+            tell(f"download: {human_bytes(freed)} of killed transfers of {order.repo_id} removed")
         tries: list[_Failed] = []
         with _Progress() as progress:
             while True:
                 try:
                     return self._try(order, progress)
+                except KeyboardInterrupt:
+                    remove_leftovers(order.repo_id, time.time())
+                    raise
                 except _Failed as failed:
                     remove_leftovers(order.repo_id, time.time())
                     tries.append(failed)
@@ -141,9 +143,8 @@ class _Progress(ExitStack):
         if self._total is None:
             self._total = plan.to_fetch
             if not silent:
-                _say(str(plan))
-            if plan.to_fetch >= QUIET:
-                self._advance = self.enter_context(byte_progress("download", plan.to_fetch))
+                tell(f"download: {plan}{guess('download', plan.to_fetch)}")
+            self._advance = self.enter_context(byte_progress("download", plan.to_fetch, at_least=FEW))
         self._done = self._total - plan.to_fetch
 
     def add(self, count: int) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from lora_fuse import hub
 from lora_fuse.errors import PublishRefused
-from lora_fuse.progress import human_bytes
+from lora_fuse.progress import human_bytes, tell
 from lora_fuse.publishing.local import Parcel, parcel
 from lora_fuse.publishing.receipt import Receipt
 from lora_fuse.publishing.remote import Remote, Repository
@@ -202,7 +202,7 @@ class Staging:
         files = "file" if len(names) == 1 else "files"
         where = f"pull request {number}" if number else "a new pull request"
         what = f"publish: {len(names)} {files}, {human_bytes(total)} to {where} of {self.repository.repo_id}"
-        print(what, file=sys.stderr, flush=True)
+        tell(what)
         return Shipment(
             self.repository.repo_id,
             f"refs/pr/{number}" if number else None,

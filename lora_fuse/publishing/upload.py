@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from lora_fuse.errors import PublishRefused
 from lora_fuse.hub.client import is_without_xet
+from lora_fuse.progress import is_silent
 from lora_fuse.publishing.waiting import silence
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-WITHOUT_XET = "HF_HUB_DISABLE_XET"
+WITHOUT_XET, WITHOUT_BARS = "HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_PROGRESS_BARS"
 
 
 class Unsent(PublishRefused):
@@ -51,7 +52,8 @@ def send(shipment: Shipment, *, xet: bool) -> int | None:
         Unsent: it did not work, or nobody knows whether it did: read the repository.
     """
     xet = xet and not is_without_xet()
-    outcome = _outcome(shipment, {} if xet else {WITHOUT_XET: "1"})
+    changed = ({} if xet else {WITHOUT_XET: "1"}) | ({WITHOUT_BARS: "1"} if is_silent() else {})
+    outcome = _outcome(shipment, changed)
     if "error" in outcome:
         raise Unsent(outcome["error"], pause=outcome["pause"], over_xet=xet and outcome["over_xet"])
     return outcome["pull"]  # type: ignore[no-any-return]

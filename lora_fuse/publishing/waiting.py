@@ -39,12 +39,12 @@ def silence() -> float:
     return float(given)
 
 
-def bound_requests() -> None:
-    """From now on every request of this process's Hub client ends, at the latest when `silence` is over."""
+def bound_requests(longest: float = 120.0) -> None:
+    """From now on every request of this process's Hub client ends: after `longest` seconds, or `silence`."""
     from httpx2 import Client, Timeout
     from huggingface_hub import get_session, set_client_factory
 
-    hooks, timeout = get_session().event_hooks, Timeout(min(silence(), 120.0))
+    hooks, timeout = get_session().event_hooks, Timeout(min(silence(), longest))
     set_client_factory(lambda: Client(event_hooks=hooks, follow_redirects=True, timeout=timeout))
 
 

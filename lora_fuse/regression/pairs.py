@@ -32,6 +32,7 @@ from lora_fuse.regression.render import (
 )
 from lora_fuse.regression.unfused import attach
 from lora_fuse.regression.verdicts import CaseResult, Golden, Picture, Rules, Subject, examine
+from lora_fuse.regression.watch import Watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,11 @@ class Setup:
     placement: str
     dtype: str
     baseline: Sampling | None = None
+
+    @property
+    def sides(self) -> tuple[Sampling, ...]:
+        """How each side is sampled: merged, unfused, the noise floor, and the base alone if it is asked for."""
+        return (*[self.sampling] * 3, *([self.baseline] if self.baseline else []))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +93,9 @@ def check_cases(cases: Iterable[Case], setup: Setup) -> None:
             open_picture(path, case)
 
 
-def render_pairs(merged: Path, plan: Plan, cases: Sequence[Case], setup: Setup) -> list[Pair]:
+def render_pairs(
+    merged: Path, plan: Plan, cases: Sequence[Case], setup: Setup, watch: Watch | None = None
+) -> list[Pair]:
     """Render every case from both sides.
 
     The merged side is loaded as a user would load it, with the scheduler that lies in the repository; the unfused side
@@ -97,17 +105,23 @@ def render_pairs(merged: Path, plan: Plan, cases: Sequence[Case], setup: Setup) 
         RenderFailed: a side cannot be loaded or run.
         OutOfMemory: the GPU's memory is short; the message names the placement to try.
     """
+    watch = watch or Watch()
+    watch.loads("merged")
     pipe = load_pipeline(merged, setup.pipeline, dtype=setup.dtype)
-    ours = render_all(pipe, cases, setup.sampling, setup.placement)
+    ours = render_all(pipe, cases, setup.sampling, setup.placement, side="merged", watch=watch)
     shared = shared_components(pipe)
     drop_transformer(pipe)
-    theirs = render_references(plan, cases, setup, shared)
+    theirs = render_references(plan, cases, setup, shared, watch)
     sides = zip(cases, ours, theirs.unfused, theirs.floor, theirs.baseline, strict=True)
     return [Pair(case, one, other, floor, theirs.unfused_by, alone) for case, one, other, floor, alone in sides]
 
 
 def render_references(
-    plan: Plan, cases: Sequence[Case], setup: Setup, shared: Mapping[str, object] | None = None
+    plan: Plan,
+    cases: Sequence[Case],
+    setup: Setup,
+    shared: Mapping[str, object] | None = None,
+    watch: Watch | None = None,
 ) -> References:
     """Render every case from the base alone if asked, with the LoRAs beside it, and with its weights moved.
 
@@ -116,6 +130,7 @@ def render_references(
         cases: see `render_pairs`.
         setup: see `render_pairs`.
         shared: parts of the merged pipeline.
+        watch: is told of what is rendered.
 
     Raises:
         RenderFailed: see `render_pairs`.
@@ -126,21 +141,23 @@ def render_references(
     from lora_fuse.on_torch import TORCH_DTYPES
 
     base = plan.checkpoint.root
+    watch = watch or Watch()
+    watch.loads("the base")
     pipe = load_pipeline(base, setup.pipeline, dtype=setup.dtype, shared=shared)
     alone: Sequence[Rendered | None] = [None] * len(cases)
     if setup.baseline is not None:  # as its authors run it: no LoRA, its own scheduler, steps and CFG
-        alone = render_all(pipe, cases, setup.baseline, setup.placement)
+        alone = render_all(pipe, cases, setup.baseline, setup.placement, side="base alone", watch=watch)
         shared = shared_components(pipe)
         drop_transformer(pipe)
         pipe = load_pipeline(base, setup.pipeline, dtype=setup.dtype, shared=shared)
     if setup.scheduler:
         pipe.register_modules(scheduler=make_scheduler(setup.scheduler))
     by = attach_beside(pipe, plan)
-    unfused = render_all(pipe, cases, setup.sampling, setup.placement)
+    unfused = render_all(pipe, cases, setup.sampling, setup.placement, side="unfused", watch=watch)
     stored = {target.tensor.dtype for target in plan.targets.values()}
     dtypes = [getattr(torch, setup.dtype), *(TORCH_DTYPES[dtype] for dtype in stored)]
     jitter(pipe.transformer, plan.targets, dtypes)
-    floor = render_all(pipe, cases, setup.sampling, setup.placement)
+    floor = render_all(pipe, cases, setup.sampling, setup.placement, side="floor", watch=watch)
     drop_transformer(pipe)
     return References(unfused, floor, alone, by)
 
@@ -157,8 +174,24 @@ def attach_beside(pipe: Pipeline, plan: Plan) -> str:
     return by
 
 
-def render_all(pipe: Pipeline, cases: Iterable[Case], sampling: Sampling, placement: str) -> list[Rendered]:
+def render_all(
+    pipe: Pipeline,
+    cases: Iterable[Case],
+    sampling: Sampling,
+    placement: str,
+    *,
+    side: str = "",
+    watch: Watch | None = None,
+) -> list[Rendered]:
     """Place a pipeline and render every case with it.
+
+    Args:
+        pipe: loaded on the CPU.
+        cases: what to make.
+        sampling: how to make it.
+        placement: see `lora_fuse.regression.placement`.
+        side: what `watch` is told that this is.
+        watch: is told of what is rendered.
 
     Raises:
         RenderFailed: it cannot be run.
@@ -166,9 +199,14 @@ def render_all(pipe: Pipeline, cases: Iterable[Case], sampling: Sampling, placem
     """
     place(pipe, placement)
     try:
-        return [render(pipe, case, sampling) for case in cases]
+        return [_render_watched(pipe, case, sampling, side, watch or Watch()) for case in cases]
     except OutOfMemory as error:
         raise OutOfMemory(f"{error}, {advice(placement)}") from error
+
+
+def _render_watched(pipe: Pipeline, case: Case, sampling: Sampling, side: str, watch: Watch) -> Rendered:
+    with watch.picture(side, case.name, sampling) as on_step:
+        return render(pipe, case, sampling, on_step)
 
 
 def drop_transformer(pipe: Pipeline) -> None:

@@ -239,8 +239,14 @@ def _load_lora(pipe: Pipeline, lora: LoraSpec, adapter: str) -> None:
         raise RenderFailed(f"diffusers cannot load LoRA {lora.name} ({lora.path}): {_one_line(error)}") from error
 
 
-def render(pipe: Pipeline, case: Case, sampling: Sampling) -> Rendered:
+def render(pipe: Pipeline, case: Case, sampling: Sampling, on_step: Callable[[], None] = lambda: None) -> Rendered:
     """Make one picture, the noise drawn on the CPU so that every device starts from the same.
+
+    Args:
+        pipe: loaded and placed.
+        case: what to make.
+        sampling: how to make it.
+        on_step: is called at the end of every denoising step.
 
     Raises:
         RenderFailed: an input picture cannot be read, or their number does not suit the pipeline.
@@ -253,6 +259,7 @@ def render(pipe: Pipeline, case: Case, sampling: Sampling) -> Rendered:
 
     def after_step(_: Pipeline, step: int, __: object, tensors: dict[str, Any]) -> dict[str, Any]:
         meter.step()
+        on_step()
         if step == sampling.steps - 1:
             final.append(tensors["latents"].detach().float().cpu().numpy())
         return {}
