@@ -19,12 +19,13 @@ from lora_fuse.records import SCHEMA, BaseLock, Lock, LoraLock, to_json
 from lora_fuse.regression.goldens import Approved, Goldens
 from lora_fuse.regression.metrics import to_png
 from lora_fuse.regression.pairs import check_cases
+from lora_fuse.regression.watch import watching
 from lora_fuse.validation.files import FileFacts, compare_files, facts_of
 from lora_fuse.validation.judgement import Cause, Judgement, Outcome, judge, refused
 from lora_fuse.validation.junit import junit_xml
 from lora_fuse.validation.report import Validation, strip, summary, validation_html, validation_md
 from lora_fuse.validation.report import facts as validation_facts
-from lora_fuse.validation.sides import measure, render_sides
+from lora_fuse.validation.sides import Versions, measure, render_sides, task_of
 from lora_fuse.workplace import remove
 from stages.artifacts import GOLDEN, ROOT, Artifacts, read_object
 from stages.console import Console
@@ -128,14 +129,17 @@ class Trial:
         checkpoint = plan.checkpoint
         others = Version({key: lock for key, lock in new.locks.items() if key != self.name and self.name}, new.scales)
         selection = self.candidate.fuse.selection
-        sides = render_sides(
-            BUILD.merged,
+        versions = Versions(
             plan,
             make_plan(checkpoint, others.inputs, selection) if others.locks else None,
             None if current is None else make_plan(checkpoint, current.inputs, selection),
-            cases_of(self.params),
-            replace(setup_of(self.params), baseline=baseline_of(self.params) if self.teacher else None),
         )
+        cases = cases_of(self.params)
+        setup = replace(setup_of(self.params), baseline=baseline_of(self.params) if self.teacher else None)
+        task = task_of(f"validate {self.params.name} {here.key}", len(cases), setup, current=current is not None)
+        console.will("validate", f"{task}, on {here.key}{task.guess}")
+        with watching(task) as watch:
+            sides = render_sides(BUILD.merged, versions, cases, setup, watch)
         measured = measure(
             sides, {key: [one.golden for one in found] for key, found in goldens.items()}, rules_of(self.params)
         )
@@ -170,7 +174,7 @@ class Trial:
         found = read_object(BUILD.verify, "verify")
         if not found["passed"]:
             raise CheckFailed(f"the merged weights are wrong: {found['problems'][0]}; see {BUILD.verify}")
-        console.will("validate", f"fused and verified: {found['targets']} weights; rendering")
+        console.will("validate", f"fused and verified: {found['targets']} weights")
         return plan
 
     def _validation(

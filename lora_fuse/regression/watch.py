@@ -40,6 +40,11 @@ class Task:
     sides: tuple[Sampling, ...]
 
     @property
+    def stage(self) -> str:
+        """Who renders: the first word of the name."""
+        return self.name.partition(" ")[0]
+
+    @property
     def pictures(self) -> int:
         """How many there will be."""
         return self.cases * len(self.sides)
@@ -124,7 +129,7 @@ def watching(task: Task) -> Iterator[Watch]:
     if is_silent():
         yield Watch(task)
     elif sys.stderr.isatty():
-        with bar("regress", task.work, bar_format="regress {percentage:.0f}%: {desc}") as shown:
+        with bar(task.stage, task.work, bar_format=f"{task.stage} {{percentage:.0f}}%: {{desc}}") as shown:
 
             def update(sentence: str, done: int) -> None:
                 shown.update(done - shown.n)
@@ -132,17 +137,17 @@ def watching(task: Task) -> Iterator[Watch]:
 
             yield Watch(task, update)
     else:
-        yield Watch(task, _now_and_then())
+        yield Watch(task, _now_and_then(task.stage))
     remember(task.name, task.work, clock.seconds)
 
 
-def _now_and_then() -> Callable[[str, int], None]:
+def _now_and_then(stage: str) -> Callable[[str, int], None]:
     shown = time.monotonic()
 
     def say(sentence: str, _: int) -> None:
         nonlocal shown
         if time.monotonic() - shown >= EVERY:
             shown = time.monotonic()
-            tell(f"regress: {sentence}")
+            tell(f"{stage}: {sentence}")
 
     return say

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from lora_fuse.plan import Plan
@@ -24,6 +25,7 @@ from lora_fuse.regression.pairs import (
 )
 from lora_fuse.regression.render import Case, Rendered, load_pipeline, make_scheduler, shared_components
 from lora_fuse.regression.verdicts import FLOAT32_NOISE, CaseResult, Golden, Rules
+from lora_fuse.regression.watch import Task, Watch
 from lora_fuse.validation.effect import effect, gain, noise_sigma
 from lora_fuse.validation.judgement import CaseEvidence
 
@@ -47,31 +49,50 @@ class Sides:
         return self.pair.case.name
 
 
+@dataclass(frozen=True, slots=True)
+class Versions:
+    """What is fused: the new version; the recipe's other LoRAs alone; the current one. None where there is none."""
+
+    new: Plan
+    others: Plan | None
+    current: Plan | None
+
+
+def task_of(name: str, cases: int, setup: Setup, *, current: bool) -> Task:
+    """How much there is to render."""
+    more = (setup.sampling, setup.sampling) if current else (setup.sampling,)
+    return Task(name, cases, (*setup.sides, *more))
+
+
 def render_sides(
-    merged: Path, plan: Plan, plain: Plan | None, current: Plan | None, cases: Sequence[Case], setup: Setup
+    merged: Path,
+    versions: Versions,
+    cases: Sequence[Case],
+    setup: Setup,
+    watch: Watch,
 ) -> list[Sides]:
     """Render every case from every side.
 
     Args:
         merged: the new version's merged repository.
-        plan: the new version's fuse.
-        plain: the fuse of the recipe's other LoRAs; None if it has none.
-        current: the fuse with the current version; None if there is none.
+        versions: what is fused.
         cases: what to render.
         setup: how; its `baseline` says how the teacher is run, None leaves it out.
+        watch: is told of what is rendered.
 
     Raises:
         RenderFailed: a side cannot be loaded or run.
         OutOfMemory: the GPU's memory is short; the message names the placement to try.
     """
+    watch.loads("merged")
     pipe = load_pipeline(merged, setup.pipeline, dtype=setup.dtype)
-    ours = render_all(pipe, cases, setup.sampling, setup.placement)
+    ours = render_all(pipe, cases, setup.sampling, setup.placement, side="merged", watch=watch)
     shared = shared_components(pipe)
     drop_transformer(pipe)
-    references = render_references(plan, cases, setup, shared)
-    base = plan.checkpoint.root
-    without = _render_beside(base, plain, cases, setup, shared)
-    before = [None] * len(cases) if current is None else _render_beside(base, current, cases, setup, shared)
+    references = render_references(versions.new, cases, setup, shared, watch)
+    beside = partial(_render_beside, versions.new.checkpoint.root, cases, setup, shared, watch)
+    without = beside(versions.others, "without")
+    before = [None] * len(cases) if versions.current is None else beside(versions.current, "current")
     pairs = _pairs(cases, ours, references)
     return [Sides(*side) for side in zip(pairs, without, before, strict=True)]
 
@@ -82,15 +103,22 @@ def _pairs(cases: Sequence[Case], merged: Sequence[Rendered], others: References
 
 
 def _render_beside(
-    base: Path, plan: Plan | None, cases: Sequence[Case], setup: Setup, shared: Mapping[str, object]
+    base: Path,
+    cases: Sequence[Case],
+    setup: Setup,
+    shared: Mapping[str, object],
+    watch: Watch,
+    plan: Plan | None,
+    side: str,
 ) -> list[Rendered]:
     """The base with the recipe's scheduler, and LoRAs beside it if there are any."""
+    watch.loads(side)
     pipe = load_pipeline(base, setup.pipeline, dtype=setup.dtype, shared=shared)
     if setup.scheduler:
         pipe.register_modules(scheduler=make_scheduler(setup.scheduler))
     if plan is not None:
         attach_beside(pipe, plan)
-    pictures = render_all(pipe, cases, setup.sampling, setup.placement)
+    pictures = render_all(pipe, cases, setup.sampling, setup.placement, side=side, watch=watch)
     drop_transformer(pipe)
     return pictures
 
