@@ -10,11 +10,12 @@ from lora_fuse.checkpoint import open_checkpoint
 from lora_fuse.families import COMPONENT
 from lora_fuse.plan import Plan, make_plan
 from lora_fuse.records import Lock
+from lora_fuse.regression.goldens import Goldens
 from lora_fuse.regression.pairs import Setup
 from lora_fuse.regression.render import Case, Sampling
 from lora_fuse.regression.verdicts import Limits, Rules
 from lora_fuse.validation.judgement import Bounds
-from stages.artifacts import lora_inputs
+from stages.artifacts import GOLDEN, lora_inputs
 from stages.params import Params
 
 OVER_FLOOR = 2.0  # where a recipe leaves it open: a right merge comes to at most 1.7 (docs/regression.md)
@@ -39,6 +40,17 @@ def setup_of(params: Params) -> Setup:
     baseline = baseline_of(params) if regress.baseline else None
     sampling = Sampling(**params.sampling.usage, condition_area=area)
     return Setup(params.base.pipeline, sampling, params.scheduler_config, regress.placement, regress.dtype, baseline)
+
+
+def goldens_of(params: Params) -> Goldens:
+    """The recipe's approved pictures.
+
+    Raises:
+        BadGolden: they were approved for another base.
+    """
+    goldens = Goldens(GOLDEN / params.name)
+    goldens.refuse_other_base(str(params.base.repo_id or params.base.path))
+    return goldens
 
 
 def baseline_of(params: Params) -> Sampling:

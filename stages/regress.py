@@ -11,16 +11,15 @@ from lora_fuse.progress import Clock
 from lora_fuse.records import to_json
 from lora_fuse.regression.candidates import candidates
 from lora_fuse.regression.environment import environment, make_deterministic
-from lora_fuse.regression.goldens import Goldens
 from lora_fuse.regression.pairs import check_cases, judge_pairs, render_pairs, save_pictures
 from lora_fuse.regression.report import report_html
 from lora_fuse.regression.review import block_changes, case_rows, review, run_metrics
 from lora_fuse.regression.watch import Task, watching
-from stages.artifacts import GOLDEN, HERE, Artifacts, read_object
+from stages.artifacts import HERE, Artifacts, read_object
 from stages.config import run_stage
 from stages.console import PLAIN, Console
 from stages.params import Params
-from stages.planning import cases_of, plan_of, rules_of, setup_of
+from stages.planning import cases_of, goldens_of, plan_of, rules_of, setup_of
 
 GATE = "dvc repro gate"
 KEPT = "the last pictures are as they were, none of this run's is kept; `dvc repro` goes on with them from the first"
@@ -35,9 +34,7 @@ def regress(params: Params, at: Artifacts = HERE, console: Console = PLAIN) -> i
     here, cases, setup = environment(settings.placement, settings.dtype), cases_of(params), setup_of(params)
     rules = rules_of(params)
     check_cases(cases, setup)
-    goldens = Goldens(GOLDEN / params.name)
-    goldens.refuse_other_base(str(params.base.repo_id or params.base.path))
-    approved = goldens.for_run(here.key, [case.name for case in cases])
+    approved = goldens_of(params).for_run(here.key, [case.name for case in cases])
     task, clock = Task(f"regress {params.name} {here.key}", len(cases), setup.sides), Clock()
     console.will("regress", f"{task}, on {here.key}{task.guess}")
     with watching(task) as watch:

@@ -16,7 +16,7 @@ from lora_fuse.files import replace_bytes, replace_text
 from lora_fuse.lora_file import open_lora
 from lora_fuse.plan import Plan, make_plan
 from lora_fuse.records import SCHEMA, BaseLock, Lock, LoraLock, to_json
-from lora_fuse.regression.goldens import Approved, Goldens
+from lora_fuse.regression.goldens import Approved
 from lora_fuse.regression.metrics import to_png
 from lora_fuse.regression.pairs import check_cases
 from lora_fuse.regression.watch import watching
@@ -27,11 +27,11 @@ from lora_fuse.validation.report import Validation, strip, summary, validation_h
 from lora_fuse.validation.report import facts as validation_facts
 from lora_fuse.validation.sides import Versions, measure, render_sides, task_of
 from lora_fuse.workplace import remove
-from stages.artifacts import GOLDEN, ROOT, Artifacts, read_object
+from stages.artifacts import ROOT, Artifacts, read_object
 from stages.console import Console
 from stages.fuse import fuse
 from stages.params import Params
-from stages.planning import baseline_of, bounds_of, cases_of, plan_of, rules_of, setup_of
+from stages.planning import baseline_of, bounds_of, cases_of, goldens_of, plan_of, rules_of, setup_of
 from stages.verify import verify
 from stages.versions import Version, approved_version, candidate, lock_base, lock_loras, replaced
 
@@ -106,8 +106,7 @@ class Trial:
     def check(self) -> None:
         """Refuse what cannot end well, and remove the pages of the last validation, which are not this one's."""
         check_cases(cases_of(self.params), setup_of(self.params))
-        base = self.params.base
-        Goldens(GOLDEN / self.params.name).refuse_other_base(str(base.repo_id or base.path))
+        goldens_of(self.params)
         for name in PAGES:
             (VALIDATION / name).unlink(missing_ok=True)
         remove(VALIDATION / THUMBNAILS)
@@ -115,7 +114,7 @@ class Trial:
     def judge(self, here: Environment, console: Console) -> Validation:
         """Fetch, fuse, verify, render and decide."""
         base = lock_base(self.params)
-        goldens = Goldens(GOLDEN / self.params.name).for_run(here.key, list(self.params.regress.cases))
+        goldens = goldens_of(self.params).for_run(here.key, list(self.params.regress.cases))
         new = lock_loras(self.candidate, fresh=self.name if self.request.lora else None)
         current = self._current(goldens)
         name = self.name or next(iter(sorted(new.locks)))
