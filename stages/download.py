@@ -1,6 +1,7 @@
 """Stage `download`: pin base and LoRAs, fetch them, check every sha256; later stages need no network.
 
 What is locked stays locked. ``--update`` moves the locks to what branches and tags mean now, and says what changes.
+Variants of one base share its lock: ``--base-only`` and ``--loras-only`` make one half, so that a base is read once.
 """
 
 from __future__ import annotations
@@ -15,37 +16,41 @@ from stages.console import PLAIN, Console
 from stages.params import Params
 
 
-def download(params: Params, at: Artifacts = HERE, console: Console = PLAIN, *, update: bool = False) -> int:
-    """Write `base.lock.json` and `lora.lock.json`."""
+def download(
+    params: Params,
+    at: Artifacts = HERE,
+    console: Console = PLAIN,
+    *,
+    update: bool = False,
+    base_only: bool = False,
+    loras_only: bool = False,
+) -> int:
+    """Write `base.lock.json` and `lora.lock.json`, or one of them."""
     base_before, loras_before = _previous(at)
     transfer = params.download.transfer
     loras = {  # first, as they are small: what is wrong with them is found before the base is fetched
         name: hub.lock_lora(
             lora.source, lora.filename, previous=loras_before.get(name), update=update, transfer=transfer
         )
-        for name, lora in sorted(params.loras.items())
+        for name, lora in sorted(params.loras.items() if not base_only else ())
     }
-    base = hub.lock_base(params.base.source, previous=base_before, update=update, transfer=transfer)
-    replace_text(at.base_lock, to_json(BaseLock(SCHEMA, base)))
-    replace_text(at.lora_lock, to_json(LoraLock(SCHEMA, loras)))
-    sizes = {lock.label: sum(file.size for file in lock.files.values()) for lock in (base, *loras.values())}
+    pairs = [(loras_before.get(name), lora) for name, lora in loras.items()]
+    if not loras_only:
+        base = hub.lock_base(params.base.source, previous=base_before, update=update, transfer=transfer)
+        pairs.insert(0, (base_before, base))
+        replace_text(at.base_lock, to_json(BaseLock(SCHEMA, base)))
+    if not base_only:
+        replace_text(at.lora_lock, to_json(LoraLock(SCHEMA, loras)))
+    sizes = {lock.label: sum(file.size for file in lock.files.values()) for _, lock in pairs}
     lines = [
         f"{lock.label}: {len(lock.files)} files, {human_bytes(sizes[lock.label])}, every sha256 checked"
-        for lock in (base, *loras.values())
+        for _, lock in pairs
     ]
-    moved = _moved([(base_before, base), *((loras_before.get(name), lora) for name, lora in loras.items())])
+    moved = hub.moved(pairs)
     console.done("download", *lines, facts={"bytes": sizes, "moved": moved})
     if update and moved and not console.as_json:
         console.done("update", *moved, facts={})
     return 0
-
-
-def _moved(pairs: list[tuple[Lock | None, Lock]]) -> list[str]:
-    lines: list[str] = []
-    for before, after in pairs:
-        same = before and after.repo_id and (before.repo_id, before.requested) == (after.repo_id, after.requested)
-        lines += hub.changes(before, after) if before and same else []
-    return lines
 
 
 def _previous(at: Artifacts) -> tuple[Lock | None, dict[str, Lock]]:
@@ -56,4 +61,4 @@ def _previous(at: Artifacts) -> tuple[Lock | None, dict[str, Lock]]:
 
 
 if __name__ == "__main__":
-    run_stage(download, "update")
+    run_stage(download, "update", "base-only", "loras-only")
