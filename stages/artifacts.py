@@ -37,16 +37,19 @@ class Artifacts:
         root: a folder.
         variant: whose results they are; None for the main build.
         shared_base: the base's lock, where variants of the same base share it.
+        published: whether the variant goes to a Hub, and so has a stage in publish/dvc.yaml.
     """
 
     root: Path = ROOT
     variant: str | None = None
     shared_base: Path | None = None
+    published: bool = False
 
     @classmethod
     def of_variant(cls, name: str, params: Params) -> Artifacts:
         """The results of a variant."""
-        return cls(ROOT / "variants" / name, name, ROOT / "bases" / f"{params.base.key}.lock.json")
+        shared_base = ROOT / "bases" / f"{params.base.key}.lock.json"
+        return cls(ROOT / "variants" / name, name, shared_base, params.publish.enabled)
 
     def worded(self, text: str) -> str:
         """A message as this build has to say it: every command in it is the one for this build."""
@@ -56,7 +59,7 @@ class Artifacts:
 
     def _repro(self, found: re.Match[str]) -> str:
         if found["publish"]:
-            return f"dvc repro publish/dvc.yaml:variant@{self.variant}"
+            return f"dvc repro publish/dvc.yaml:variant@{self.variant}" if self.published else "python -m stages.catalog"
         targets = [f"variants/dvc.yaml:{stage}@{self.variant}" for stage in found["stages"].split() or ["gate"]]
         return " ".join([f"dvc repro{found['force'] or ''}", *targets])
 
