@@ -59,7 +59,9 @@ class Artifacts:
 
     def _repro(self, found: re.Match[str]) -> str:
         if found["publish"]:
-            return f"dvc repro publish/dvc.yaml:variant@{self.variant}" if self.published else "python -m stages.catalog"
+            return (
+                f"dvc repro publish/dvc.yaml:variant@{self.variant}" if self.published else "python -m stages.catalog"
+            )
         targets = [f"variants/dvc.yaml:{stage}@{self.variant}" for stage in found["stages"].split() or ["gate"]]
         return " ".join([f"dvc repro{found['force'] or ''}", *targets])
 
@@ -97,6 +99,11 @@ class Artifacts:
     def verify(self) -> Path:
         """What the second derivation found."""
         return self.root / "verify.json"
+
+    @property
+    def goldens(self) -> Path:
+        """Of a variant, which goldens it has."""
+        return self.root / "goldens.json"
 
     @property
     def regression(self) -> Path:

@@ -111,8 +111,7 @@ def main(arguments: Sequence[str]) -> int:
     variants = compile_entries()
     wanted = {PARAMS: tree, COMPILED: variants}
     texts = {
-        path: yaml.safe_dump(content, sort_keys=True, allow_unicode=True, width=110)
-        for path, content in wanted.items()
+        path: yaml.safe_dump(content, sort_keys=True, allow_unicode=True, width=110) for path, content in wanted.items()
     }
     if "--check" in arguments:
         for path, text in texts.items():

@@ -18,7 +18,7 @@ from pydantic import Field, field_validator
 
 from lora_fuse.errors import BadConfig
 from stages.compose import CONF, compose, one_line, recipes
-from stages.params import Finite, Params, PublishParams, Section, Tag, Text, parse_params, parse_section
+from stages.params import Finite, Params, Section, Tag, Text, parse_params, parse_section
 
 ENTRIES = CONF / "variants.yaml"
 COMPILED = Path("variants/params.yaml")
@@ -40,7 +40,7 @@ class Variant(Section):
 
     recipe: Text
     scale: Finite | None = None
-    overrides: list[Text] = []
+    overrides: list[Text] = Field(default_factory=list)
     repo_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")] | None = None
     tag: Tag | None = None
     private: bool | None = None
@@ -57,7 +57,7 @@ class Variant(Section):
 
     def arguments(self, name: str) -> list[str]:
         """The entry as Hydra overrides."""
-        own = {"fuse.scale": self.scale, "publish.private": self.private}
+        own: dict[str, object] = {"fuse.scale": self.scale, "publish.private": self.private}
         own |= {"publish.repo_id": self.repo_id, "publish.tag": self.tag, "publish.enabled": self.repo_id is not None}
         said = [f"{key}={_hydra(value)}" for key, value in own.items() if value is not None]
         return [f"recipe={self.recipe}", f"name='{name}'", *self.overrides, *said]
@@ -110,8 +110,8 @@ def read_entries() -> dict[str, Variant]:
     for name, entry in tree.items():
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise BadConfig(
-                f"{ENTRIES}: {name!r} cannot name a folder and a DVC stage; take up to 64 of a-z, 0-9, _ and -, a letter "
-                "first"
+                f"{ENTRIES}: {name!r} cannot name a folder and a DVC stage; "
+                "take up to 64 of a-z, 0-9, _ and -, a letter first"
             )
         entries[name] = parse_section(Variant, entry, f"{ENTRIES}: {name}", KEYS)
         refuse_unknown("recipe", entries[name].recipe, recipes(), f"{ENTRIES}: {name}")
@@ -123,7 +123,8 @@ def compile_entries() -> dict[str, Any]:
     """All entries composed and checked: the content of `variants/params.yaml`, see `Compiled`.
 
     Raises:
-        BadConfig: see `read_entries`, `compose` and `parse_params`; or an entry has a recipe's name and is another model.
+        BadConfig: see `read_entries`, `compose` and `parse_params`; or an entry has a recipe's name and is another
+            model.
     """
     entries = read_entries()
     trees = {name: compose(entry.arguments(name)) for name, entry in entries.items()}

@@ -42,7 +42,7 @@ PURE |= {
     "regression.verdicts",
     "regression.report",
 }
-TOP = {"cli", "__main__"}
+TOP = {"cli", "__main__", "catalog.gather", "catalog.page"}
 # Within `lora_fuse.hub`, from the bottom up: none imports what comes after it.
 HUB = ["client", "failures", "leftovers", "room", "child", "process", "transfer", "repository", "locks"]
 
