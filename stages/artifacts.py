@@ -166,6 +166,14 @@ class Artifacts:
         loras = from_json(LoraLock, read_text(self.lora_lock, "download"), str(self.lora_lock))
         return base.base, loras.loras
 
+    def earlier_locks(self) -> tuple[Lock | None, dict[str, Lock]]:
+        """The pins of the last run, as far as there are any: a branch that moved since does not move a build."""
+        base, loras = self.base_lock, self.lora_lock
+        return (
+            from_json(BaseLock, base.read_text(encoding="utf-8"), str(base)).base if base.exists() else None,
+            from_json(LoraLock, loras.read_text(encoding="utf-8"), str(loras)).loras if loras.exists() else {},
+        )
+
 
 HERE = Artifacts()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from lora_fuse import hub
 from lora_fuse.files import replace_text
 from lora_fuse.progress import human_bytes
-from lora_fuse.records import SCHEMA, BaseLock, Lock, LoraLock, from_json, to_json
+from lora_fuse.records import SCHEMA, BaseLock, LoraLock, to_json
 from stages.artifacts import HERE, Artifacts
 from stages.config import run_stage
 from stages.console import PLAIN, Console
@@ -26,7 +26,7 @@ def download(
     loras_only: bool = False,
 ) -> int:
     """Write `base.lock.json` and `lora.lock.json`, or one of them."""
-    base_before, loras_before = _previous(at)
+    base_before, loras_before = at.earlier_locks()
     transfer = params.download.transfer
     loras = {  # first, as they are small: what is wrong with them is found before the base is fetched
         name: hub.lock_lora(
@@ -51,13 +51,6 @@ def download(
     if update and moved and not console.as_json:
         console.done("update", *moved, facts={})
     return 0
-
-
-def _previous(at: Artifacts) -> tuple[Lock | None, dict[str, Lock]]:
-    """The pins of the last run: a branch that moved since does not move a build."""
-    base = from_json(BaseLock, at.base_lock.read_text(), str(at.base_lock)).base if at.base_lock.exists() else None
-    loras = from_json(LoraLock, at.lora_lock.read_text(), str(at.lora_lock)).loras if at.lora_lock.exists() else {}
-    return base, loras
 
 
 if __name__ == "__main__":
