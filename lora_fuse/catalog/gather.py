@@ -214,6 +214,8 @@ def _publication(wanted: Wanted, at: Places, manifest_sha256: str | None) -> Pub
         return None
     pairs = [("repository", receipt.repo_id, wanted.repo_id), ("tag", receipt.tag, wanted.tag)]
     notes = [f"the {what} asked for now is {now}, it was {then}" for what, then, now in pairs if now != then]
+    if wanted.repo_id is None:
+        notes = ["it is not to be published any more; what is there stays"]
     if receipt.manifest_sha256 != manifest_sha256:
         notes.insert(0, "what was published is not what is built now")
     return Publication(str(receipt.repo_id), str(receipt.commit), receipt.tag, receipt.url, tuple(notes))
