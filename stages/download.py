@@ -1,7 +1,7 @@
 """Stage `download`: pin base and LoRAs, fetch them, check every sha256; later stages need no network.
 
 What is locked stays locked. ``--update`` moves the locks to what branches and tags mean now, and says what changes.
-Variants of one base share its lock: ``--base-only`` and ``--loras-only`` make one half, so that a base is read once.
+Variants of one base share its lock: `stages.base` makes it, and ``--loras-only`` the rest, so that a base is read once.
 """
 
 from __future__ import annotations
@@ -54,4 +54,4 @@ def download(
 
 
 if __name__ == "__main__":
-    run_stage(download, "update", "base-only", "loras-only")
+    run_stage(download, "update", "loras-only")
