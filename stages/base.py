@@ -1,4 +1,4 @@
-"""``python -m stages.base KEY``: pin, fetch and check a base once for all variants of it; KEY is variants/params.yaml's.
+"""``python -m stages.base KEY``: pin, fetch and check a base once for all variants of it, by its key among `bases`.
 
 The key stands for repository and revision, or the folder, so the stage is the same one whichever variants there are.
 """
