@@ -59,4 +59,5 @@ format: $(READY)
 	ruff check --fix .
 
 clean:
-	rm -rf artifacts/merged artifacts/regression artifacts/export artifacts/release artifacts/*.json artifacts/.merged.*
+	rm -rf artifacts/merged artifacts/regression artifacts/export artifacts/release artifacts/*.json artifacts/.merged.* \
+		artifacts/bases artifacts/variants artifacts/catalog

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from lora_fuse.records import Tool
 
-# What a build or an approval itself writes; that does not make the checkout a modified one. params.yaml is compiled
-# from conf/, and what it says is in the records.
-BUILD_PRODUCTS = (":!dvc.lock", ":!publish/dvc.lock", ":!params.yaml", ":!artifacts/golden")
+# What a build or an approval itself writes; that does not make the checkout a modified one. params.yaml and
+# variants/params.yaml are compiled from conf/, and what they say is in the records.
+LOCKS = (":!dvc.lock", ":!publish/dvc.lock", ":!variants/dvc.lock")
+BUILD_PRODUCTS = (*LOCKS, ":!params.yaml", ":!variants/params.yaml", ":!artifacts/golden")
 
 
 def this_tool() -> Tool:

@@ -1,4 +1,4 @@
-"""``python -m stages.approve --reason "…" [--case NAME …] [--add]``: make this run's pictures goldens.
+"""``python -m stages.approve --reason "…" [--case NAME …] [--add] [--variant NAME]``: make a run's pictures goldens.
 
 Nothing else ever writes a golden. Refused when the weights are wrong, when merged and unfused disagree (a golden of a
 broken merge would hide it), or when no commit says how the pictures were made. The run itself keeps its verdict.
@@ -12,14 +12,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lora_fuse.cli import guarded
-from lora_fuse.errors import BadConfig, CheckFailed
+from lora_fuse.errors import BadConfig
 from lora_fuse.provenance import this_person
 from lora_fuse.records import from_json
 from lora_fuse.regression.approval import check_repeatable, check_weights, read_pictures
 from lora_fuse.regression.goldens import Approval, Candidates, Goldens
 from stages.artifacts import GOLDEN, HERE, Artifacts, read_object, read_text
-from stages.config import load
-from stages.console import PLAIN, Console
+from stages.config import check_declared, load
+from stages.console import PLAIN, Console, add_arguments
 
 
 def approve(reason: str, only: list[str], add: bool, at: Artifacts = HERE, console: Console = PLAIN) -> int:
@@ -33,11 +33,7 @@ def approve(reason: str, only: list[str], add: bool, at: Artifacts = HERE, conso
     provenance = next(iter(chosen.values())).provenance
     check_weights(found.manifest_sha256, chosen, read_object(at.verify, "verify"), at.verify)
     check_repeatable(provenance, Path.cwd())
-    if load() != load([f"recipe={provenance.recipe}"]):
-        raise CheckFailed(
-            f"params.yaml is not what recipe {provenance.recipe} composes to: make a recipe of these overrides, commit "
-            "it and run it; nothing was approved"
-        )
+    check_declared(provenance.recipe, at.variant)
     pictures, goldens = read_pictures(at.images, chosen), Goldens(GOLDEN / provenance.recipe)
     approval = Approval(this_person(Path.cwd()), datetime.now(UTC).isoformat(timespec="seconds"), reason.strip(), ())
     written: list[str] = []
@@ -49,12 +45,19 @@ def approve(reason: str, only: list[str], add: bool, at: Artifacts = HERE, conso
     return 0
 
 
+def approve_of(given: argparse.Namespace, console: Console) -> int:
+    """`approve` of the main build, or of a variant."""
+    at = HERE if given.variant is None else Artifacts.of_variant(given.variant, load(variant=given.variant))
+    with at.own_commands():
+        return approve(given.reason, given.case, given.add, at, console)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m stages.approve", description="Approve this run's pictures.")
     parser.add_argument("--reason", required=True, help="why these pictures are right; kept beside them")
     parser.add_argument("--case", action="append", default=[], help="only this case; may be given again")
     parser.add_argument("--add", action="store_true", help="keep the goldens that the case has, and allow this one too")
-    parser.add_argument("--quiet", action="store_true", help="say only what is wrong")
-    parser.add_argument("--json", action="store_true", help="say it as one JSON object")
+    parser.add_argument("--variant", help="a variant's pictures, instead of the main build's")
+    add_arguments(parser)
     given = parser.parse_args()
-    sys.exit(guarded(lambda: approve(given.reason, given.case, given.add, console=Console(given.quiet, given.json))))
+    sys.exit(guarded(lambda: approve_of(given, Console(given.quiet, given.json))))

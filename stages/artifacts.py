@@ -1,15 +1,21 @@
-"""Where stages leave their results, and how they read each other's; in `artifacts/` the paths are dvc.yaml's."""
+"""Where stages leave their results, and how they read each other's; in `artifacts/` the paths are dvc.yaml's.
+
+Of a variant they are those of variants/dvc.yaml. Messages name the commands of the main build, wherever they are
+written; `Artifacts.worded` makes them the build's own.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_fuse import hub
-from lora_fuse.errors import BadSource
+from lora_fuse.errors import BadSource, LoraFuseError
 from lora_fuse.lora import LoraInput
 from lora_fuse.records import BaseLock, Lock, LoraLock, from_json
 from stages.params import Params
@@ -18,16 +24,61 @@ ROOT = Path("artifacts")
 GOLDEN = ROOT / "golden"  # approved pictures, by recipe: every build of a recipe is compared with the same
 
 
+STAGES = "download|fuse|verify|regress|export|gate"
+REPRO = re.compile(rf"dvc repro(?P<force> -f)?(?P<stages>(?: (?:{STAGES})\b)*)(?P<publish> publish/dvc\.yaml)?")
+STAGE = re.compile(r"python -m stages\.(?!config\b|catalog\b)(\w+)(?: recipe=\S+)?")
+
+
 @dataclass(frozen=True, slots=True)
 class Artifacts:
-    """The results of one build, all below `root`."""
+    """The results of one build, all below `root`.
+
+    Attributes:
+        root: a folder.
+        variant: whose results they are; None for the main build.
+        shared_base: the base's lock, where variants of the same base share it.
+        published: whether the variant goes to a Hub, and so has a stage in publish/dvc.yaml.
+    """
 
     root: Path = ROOT
+    variant: str | None = None
+    shared_base: Path | None = None
+    published: bool = False
+
+    @classmethod
+    def of_variant(cls, name: str, params: Params) -> Artifacts:
+        """The results of a variant."""
+        shared_base = ROOT / "bases" / f"{params.base.key}.lock.json"
+        return cls(ROOT / "variants" / name, name, shared_base, params.publish.enabled)
+
+    def worded(self, text: str) -> str:
+        """A message as this build has to say it: every command in it is the one for this build."""
+        if self.variant is None:
+            return text
+        return STAGE.sub(rf"python -m stages.\1 --variant {self.variant}", REPRO.sub(self._repro, text))
+
+    def _repro(self, found: re.Match[str]) -> str:
+        if found["publish"]:
+            return (
+                f"dvc repro publish/dvc.yaml:variant@{self.variant}" if self.published else "python -m stages.catalog"
+            )
+        targets = [f"variants/dvc.yaml:{stage}@{self.variant}" for stage in found["stages"].split() or ["gate"]]
+        return " ".join([f"dvc repro{found['force'] or ''}", *targets])
+
+    @contextmanager
+    def own_commands(self) -> Iterator[None]:
+        """What is refused or fails in here names the commands for this build."""
+        try:
+            yield
+        except LoraFuseError as error:
+            if self.variant is None:
+                raise
+            raise type(error)(self.worded(str(error))) from error
 
     @property
     def base_lock(self) -> Path:
         """The base's commit and files."""
-        return self.root / "base.lock.json"
+        return self.shared_base or self.root / "base.lock.json"
 
     @property
     def lora_lock(self) -> Path:
@@ -48,6 +99,11 @@ class Artifacts:
     def verify(self) -> Path:
         """What the second derivation found."""
         return self.root / "verify.json"
+
+    @property
+    def goldens(self) -> Path:
+        """Of a variant, which goldens it has."""
+        return self.root / "goldens.json"
 
     @property
     def regression(self) -> Path:
@@ -110,12 +166,12 @@ class Artifacts:
         loras = from_json(LoraLock, read_text(self.lora_lock, "download"), str(self.lora_lock))
         return base.base, loras.loras
 
-    def previous_locks(self) -> tuple[Lock | None, dict[str, Lock]]:
-        """The pins of the last run, if there was one: a branch that moved since does not move a build."""
-        base, lora = self.base_lock, self.lora_lock
+    def earlier_locks(self) -> tuple[Lock | None, dict[str, Lock]]:
+        """The pins of the last run, as far as there are any: a branch that moved since does not move a build."""
+        base, loras = self.base_lock, self.lora_lock
         return (
             from_json(BaseLock, base.read_text(encoding="utf-8"), str(base)).base if base.exists() else None,
-            from_json(LoraLock, lora.read_text(encoding="utf-8"), str(lora)).loras if lora.exists() else {},
+            from_json(LoraLock, loras.read_text(encoding="utf-8"), str(loras)).loras if loras.exists() else {},
         )
 
 

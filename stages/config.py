@@ -1,7 +1,8 @@
 """Where parameters come from: no arguments, `params.yaml`; arguments, composed from `conf/` with them.
 
-``python -m stages.config [overrides]`` writes params.yaml; ``--check`` compares it with what `conf/` gives. DVC never
-composes by itself in ``dvc repro``, so params.yaml is committed and this check keeps it true.
+``python -m stages.config [overrides]`` writes params.yaml, and variants/params.yaml of conf/variants.yaml; ``--check``
+compares both with what `conf/` gives. DVC never composes by itself in ``dvc repro``, so they are committed and this
+check keeps them true. ``--variant NAME`` is the same rule for a variant: its parameters, or those with the arguments.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -20,44 +20,26 @@ from lora_fuse.errors import BadConfig, CheckFailed, LoraFuseError
 from lora_fuse.files import replace_text
 from lora_fuse.interrupts import exit_code
 from lora_fuse.progress import silence
-from stages.artifacts import HERE
+from stages.artifacts import HERE, Artifacts
+from stages.compose import compose, one_line
 from stages.console import Console
 from stages.params import Params, parse_params
+from stages.variants import COMPILED, compile_entries, compose_variant, load_variant
+
+__all__ = ["check_declared", "compose", "load", "main", "run_stage"]
 
 PARAMS = Path("params.yaml")
-CONF = Path("conf")
 KEPT = "earlier results are as they were; `dvc repro` goes on with this stage"
 
 
-def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Compose `conf/` with Hydra overrides (``recipe=…``, ``fuse.scale=0.8``) into a plain tree.
+def load(overrides: Sequence[str] = (), variant: str | None = None) -> Params:
+    """The parameters of a stage: from params.yaml, or composed if there are overrides; or those of a variant.
 
     Raises:
-        BadConfig: a recipe, group or key is unknown, or a value is missing.
+        BadConfig: see `compose`, `parse_params` and `load_variant`.
     """
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        with initialize_config_dir(str(CONF.absolute()), version_base=None):
-            composed = hydra_compose("config", overrides=list(overrides))
-        tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise BadConfig(f"conf/ with {' '.join(overrides) or 'no overrides'}: {_one_line(error)}") from error
-    if not isinstance(tree, dict):
-        raise BadConfig(f"conf/config.yaml is a {type(tree).__name__}, not a mapping")
-    return {str(key): value for key, value in tree.items()}
-
-
-def load(overrides: Sequence[str] = ()) -> Params:
-    """The parameters of a stage: from params.yaml, or composed if there are overrides.
-
-    Raises:
-        BadConfig: see `compose` and `parse_params`.
-    """
+    if variant is not None:
+        return load_variant(variant, overrides)
     if overrides:
         return parse_params(compose(overrides), " ".join(overrides))
     try:
@@ -65,8 +47,26 @@ def load(overrides: Sequence[str] = ()) -> Params:
     except FileNotFoundError as error:
         raise BadConfig(f"{PARAMS} is not in {Path.cwd()}; run stages from the project's folder") from error
     except yaml.YAMLError as error:
-        raise BadConfig(f"{PARAMS} is not YAML ({_one_line(error)}); write it anew: python -m stages.config") from error
+        raise BadConfig(f"{PARAMS} is not YAML ({one_line(error)}); write it anew: python -m stages.config") from error
     return parse_params(tree, str(PARAMS))
+
+
+def check_declared(recipe: str, variant: str | None = None) -> None:
+    """Refuse to approve under compiled parameters that are not what `conf/` says of a recipe, or of a variant.
+
+    Raises:
+        CheckFailed: they are not.
+    """
+    if variant is None and load() != load([f"recipe={recipe}"]):
+        raise CheckFailed(
+            f"params.yaml is not what recipe {recipe} composes to: make a recipe of these overrides, commit "
+            "it and run it; nothing was approved"
+        )
+    if variant is not None and (recipe != variant or load_variant(variant) != compose_variant(variant)):
+        raise CheckFailed(
+            f"{COMPILED} is not what variant {variant} composes to, or its pictures are of {recipe}: run python -m "
+            "stages.config, commit, run dvc repro; nothing was approved"
+        )
 
 
 def run_stage(stage: Callable[..., int], *flags: str, kept: str = KEPT) -> None:
@@ -75,20 +75,23 @@ def run_stage(stage: Callable[..., int], *flags: str, kept: str = KEPT) -> None:
     Args:
         stage: gets the parameters, where its results go, how it says things, and by keyword whether a flag is given.
         flags: names of arguments (``dry-run`` for ``--dry-run``, keyword `dry_run`) that are no overrides and do not
-            count for the rule; every stage also knows ``--quiet`` and ``--json``.
+            count for the rule; every stage also knows ``--quiet``, ``--json`` and ``--variant NAME``.
         kept: what an interrupted run leaves, and how to go on.
     """
     known = ("quiet", "json", *flags)
     given = {flag: f"--{flag}" in sys.argv[1:] for flag in known}
-    overrides = [argument for argument in sys.argv[1:] if argument.removeprefix("--") not in known]
+    rest = [argument for argument in sys.argv[1:] if argument.removeprefix("--") not in known]
     console = Console(given["quiet"], given["json"])
     chosen = {flag.replace("-", "_"): given[flag] for flag in flags}
     name = Path(sys.argv[0]).stem
 
     def work() -> int:
         try:
-            with silence() if console.quiet else nullcontext():
-                return stage(load(overrides), HERE, console, **chosen)
+            variant, overrides = _variant(rest)
+            params = load(overrides, variant)
+            at = HERE if variant is None else Artifacts.of_variant(variant, params)
+            with silence() if console.quiet else nullcontext(), at.own_commands():
+                return stage(params, at, console, **chosen)
         except LoraFuseError as error:
             console.failed(name, error.exit_code, str(error))
             raise
@@ -99,31 +102,49 @@ def run_stage(stage: Callable[..., int], *flags: str, kept: str = KEPT) -> None:
     sys.exit(guarded(work, kept))
 
 
+def _variant(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The variant that the arguments name, if any, and the overrides among them."""
+    rest, variant = list(arguments), None
+    for at, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == "--variant":
+            value = value if equals else "".join(arguments[at + 1 : at + 2])
+            if variant is not None or not value:
+                raise BadConfig("--variant takes one name: python -m stages.fuse --variant NAME")
+            variant = value
+            del rest[at : at + (1 if equals else 2)]
+    return variant, rest
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Write params.yaml, or compare it (``--check``)."""
+    """Write params.yaml and variants/params.yaml, or compare them (``--check``)."""
     overrides = [argument for argument in arguments if argument != "--check"]
     tree = compose(overrides)
     parse_params(tree, " ".join(overrides) or "conf/")
-    wanted = yaml.safe_dump(tree, sort_keys=True, allow_unicode=True, width=110)
+    variants = compile_entries()
+    wanted = {PARAMS: tree, COMPILED: variants}
+    texts = {
+        path: yaml.safe_dump(content, sort_keys=True, allow_unicode=True, width=110) for path, content in wanted.items()
+    }
     if "--check" in arguments:
-        return _check(wanted)
-    replace_text(PARAMS, wanted)
+        for path, text in texts.items():
+            _check(path, text)
+        return 0
+    for path, text in texts.items():
+        replace_text(path, text)
     print(f"{PARAMS} written: recipe {tree['name']}")
+    print(f"{COMPILED} written: {', '.join(variants['variants']) or 'no variants'}")
     return 0
 
 
-def _check(wanted: str) -> int:
-    held = PARAMS.read_text(encoding="utf-8") if PARAMS.exists() else ""
+def _check(path: Path, wanted: str) -> None:
+    held = path.read_text(encoding="utf-8") if path.exists() else ""
     if yaml.safe_load(held) == yaml.safe_load(wanted):
-        print(f"{PARAMS} is what conf/ composes to")
-        return 0
-    diff = difflib.unified_diff(held.splitlines(), wanted.splitlines(), str(PARAMS), "conf/", lineterm="", n=0)
+        print(f"{path} is what conf/ composes to")
+        return
+    diff = difflib.unified_diff(held.splitlines(), wanted.splitlines(), str(path), "conf/", lineterm="", n=0)
     print("\n".join(diff))
-    raise CheckFailed(f"{PARAMS} is not what conf/ composes to; write it anew: python -m stages.config")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).partition(" Config search path")[0]
+    raise CheckFailed(f"{path} is not what conf/ composes to; write it anew: python -m stages.config")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -59,3 +60,9 @@ class Console:
 
 
 PLAIN = Console()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Let a command that has its own arguments know ``--quiet`` and ``--json`` as well."""
+    parser.add_argument("--quiet", action="store_true", help="say only what is wrong")
+    parser.add_argument("--json", action="store_true", help="say it as one JSON object")

@@ -40,7 +40,7 @@ def recipe_of(params: Params, at: Artifacts) -> Recipe:
         params.name,
         params.base.source,
         loras,
-        at.previous_locks(),
+        at.earlier_locks(),
         fuse.scale,
         cases=tuple(regress.cases),
         placement=regress.placement,

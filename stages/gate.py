@@ -19,6 +19,11 @@ EXIT_CODES = {"exact": 0, "drift": 0, "review": 4, "no-golden": 3, "regression":
 
 def decide(verify: dict[str, Any], metrics: dict[str, Any], at: Artifacts = HERE) -> tuple[int, str]:
     """The exit code and a sentence that says why, and the one command that comes next."""
+    code, sentence = _decide(verify, metrics, at)
+    return code, at.worded(sentence)
+
+
+def _decide(verify: dict[str, Any], metrics: dict[str, Any], at: Artifacts) -> tuple[int, str]:
     if not verify["passed"]:
         wrong = f"{verify['problem_count']} problems, see {at.verify}"
         return 1, f"the merged weights are wrong ({wrong}); next: dvc repro -f fuse"

@@ -6,10 +6,12 @@ An unknown, missing or ill-typed key is an error that names the key; no default 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
@@ -54,6 +56,14 @@ class SourceParams(Section):
     def source(self) -> Source:
         """The same as the library knows it."""
         return Source(self.repo_id, self.path, self.revision)
+
+    @property
+    def key(self) -> str:
+        """A name for it that is one part of a path: what a person would know it by, and of what all of it hashes to."""
+        asked = [self.repo_id or self.path, self.revision]
+        digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        readable = re.sub(r"[^A-Za-z0-9]+", "-", "-".join(filter(None, asked))).strip("-")
+        return f"{readable[:60]}-{digest[:8]}"
 
 
 class SamplingParams(Section):
@@ -300,6 +310,9 @@ class Params(Section):
         return self
 
 
+SectionT = TypeVar("SectionT", bound=Section)
+
+
 def parse_params(values: Mapping[str, Any], where: str) -> Params:
     """Check a tree of parameters.
 
@@ -310,15 +323,18 @@ def parse_params(values: Mapping[str, Any], where: str) -> Params:
     Raises:
         BadConfig: a key is unknown, missing or ill-typed; the message names it.
     """
+    return parse_section(Params, values, where, "see conf/ for the keys")
+
+
+def parse_section(kind: type[SectionT], values: object, where: str, remedy: str) -> SectionT:
+    """`parse_params` of any section; `remedy` ends the message."""
     try:
-        return Params.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "the top"
         more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise BadConfig(
-            f"{where}: {key}: {first['msg']}, got {_short(first['input'])}{more}; see conf/ for the keys"
-        ) from error
+        raise BadConfig(f"{where}: {key}: {first['msg']}, got {_short(first['input'])}{more}; {remedy}") from error
 
 
 def _short(value: object) -> str:

@@ -35,7 +35,8 @@ def publish(params: Params, at: Artifacts = HERE, console: Console = PLAIN, *, d
                 print(text)
             return 0
         if not wanted.enabled:
-            receipt = publishing.skipped("publish.enabled is false", read_manifest(at.manifest)[1])
+            reason = "publish.enabled is false" if at.variant is None else "conf/variants.yaml gives it no repo_id"
+            receipt = publishing.skipped(reason, read_manifest(at.manifest)[1])
         elif wanted.repo_id is None:
             raise PublishRefused("publish.enabled is true and publish.repo_id is null; name the repository: owner/name")
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from lora_fuse.files import replace_text
 from lora_fuse.manifest import read_manifest
@@ -47,7 +47,8 @@ def regress(params: Params, at: Artifacts = HERE, console: Console = PLAIN) -> i
     blocks = [asdict(block) for block in block_changes(verify["changes"])]
     for path, content in ((at.metrics, metrics), (at.cases, case_rows(metrics)), (at.blocks, blocks)):
         replace_text(path, json.dumps(content, indent=2) + "\n")
-    replace_text(at.report, report_html(review(manifest, verify, judged, found, approved, rules, setup)))
+    report = review(manifest, verify, judged, found, approved, rules, setup)
+    replace_text(at.report, report_html(replace(report, next_step=at.worded(report.next_step))))
     facts = {"verdict": metrics["verdict"], "environment": str(here.key), "report": str(at.report)}
     line = f"{metrics['verdict']} on {here.key}, see {at.report}"
     console.done("regress", line, task.took(clock.seconds), facts=facts | {"seconds": clock.seconds}, then=GATE)

@@ -15,7 +15,7 @@ def summary(_: Params, at: Artifacts = HERE, console: Console = PLAIN) -> int:
     if console.as_json:
         console.done("summary", facts=metrics)
     else:
-        print(summary_text(metrics, str(at.report)))
+        print(at.worded(summary_text(metrics, str(at.report))))
     return 0
 
 

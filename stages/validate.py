@@ -14,7 +14,7 @@ from lora_fuse.regression.environment import environment, make_deterministic
 from lora_fuse.validation.report import Validation
 from lora_fuse.workplace import exclusive, remove
 from stages.config import load
-from stages.console import Console
+from stages.console import Console, add_arguments
 from stages.validating import BUILD, VALIDATION, Request, Trial
 
 
@@ -50,8 +50,7 @@ if __name__ == "__main__":
     parser.add_argument("--name", help="of the recipe's LoRA that it takes the place of, if there are several")
     parser.add_argument("--keep", action="store_true", help="keep the merged checkpoint; it is removed otherwise")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an override, as of any stage")
-    parser.add_argument("--quiet", action="store_true", help="say only what is wrong")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    add_arguments(parser)
     given = parser.parse_args()
     overrides = [*([f"recipe={given.recipe}"] if given.recipe else []), *given.set]
     wanted = Request(given.lora, given.name, given.scale, given.keep, tuple(overrides))

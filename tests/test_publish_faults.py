@@ -432,6 +432,21 @@ def test_what_is_tagged_stays_published_when_main_moves_on(place: Place, hub: Lo
     assert place.receipt == before
 
 
+def test_two_variants_of_one_repository_are_each_had_by_their_tag(place: Place, hub: LoopbackHub) -> None:
+    place.configure(tag="soft")
+    assert place.run().code == 0
+    soft = place.receipt
+    place.fill(seed=1)
+    place.configure(tag="strong")
+    assert place.run().code == 0
+    assert repo(hub).tags == {"soft": soft.commit, "strong": repo(hub).head.oid}
+    place.fill()
+    place.configure(tag="soft")
+    sent, commits = hub.uploaded(), dict(repo(hub).commits)
+    assert place.run().code == 0
+    assert (place.receipt, hub.uploaded(), repo(hub).commits) == (soft, sent, commits)
+
+
 # ---------------------------------------------------------------- kill -9
 
 

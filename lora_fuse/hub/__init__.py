@@ -13,7 +13,7 @@ else; nothing waits for ever.
 
 from lora_fuse.hub.client import bars_on_a_terminal, cache_dir, client, endpoint, is_offline, snapshot_folder, token
 from lora_fuse.hub.failures import client_errors
-from lora_fuse.hub.locks import changes, checked, locate, lock_base, lock_lora, verify_files, will_lock
+from lora_fuse.hub.locks import changes, checked, locate, lock_base, lock_lora, moved, verify_files, will_lock
 from lora_fuse.hub.repository import listing, remote_files
 from lora_fuse.hub.transfer import Transfer
 
@@ -31,6 +31,7 @@ __all__ = [
     "locate",
     "lock_base",
     "lock_lora",
+    "moved",
     "remote_files",
     "snapshot_folder",
     "token",

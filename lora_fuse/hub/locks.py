@@ -17,7 +17,7 @@ from lora_fuse.records import FileRecord, Lock, Source
 from lora_fuse.sources import Basket, Promise, Shelf, examine, hashing, open_folder, take_lora, take_pipeline
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 REMEDY = "run the download stage: dvc repro -f download"
 NAMED = 3  # missing files that a message names
@@ -155,6 +155,15 @@ def changes(before: Lock, after: Lock) -> list[str]:
     counts = ", ".join(f"{len(names)} {kind}" for kind, names in kinds.items())
     said = [f"{asked}: {before.revision} -> {after.revision}: {counts}"]
     return said + [f"  {kind} {name}" for kind, names in kinds.items() for name in names]
+
+
+def moved(pairs: Iterable[tuple[Lock | None, Lock]]) -> list[str]:
+    """`changes` of all that were locked before at the same revision of the same repository."""
+    lines: list[str] = []
+    for before, after in pairs:
+        if before and after.repo_id and (before.repo_id, before.requested) == (after.repo_id, after.requested):
+            lines += changes(before, after)
+    return lines
 
 
 class _Pin:

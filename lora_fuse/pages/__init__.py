@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 SLIDER = """
@@ -28,12 +29,15 @@ class Image:
     kind: str = "image/png"
 
 
-def render_page(package: str, template: str, **values: object) -> str:
+def render_page(
+    package: str, template: str, *, filters: Mapping[str, Callable[..., object]] | None = None, **values: object
+) -> str:
     """Fill a package's template, which may include `style.css` and use `slider` and `slider_hash`.
 
     Args:
         package: that has the folder `templates`.
         template: its name in there; of pages in HTML what is filled in is escaped.
+        filters: the template's own.
         values: what is filled in; one that is missing is an error.
     """
     import jinja2
@@ -46,7 +50,7 @@ def render_page(package: str, template: str, **values: object) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"data_uri": _data_uri}
+    environment.filters |= {"data_uri": _data_uri, **(filters or {})}
     return environment.get_template(template).render(slider=SLIDER, slider_hash=SLIDER_HASH, **values)
 
 

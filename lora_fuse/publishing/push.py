@@ -68,12 +68,13 @@ def publish(  # noqa: PLR0913 - each is a choice of its own, by keyword
         main = repository.open(private=private)
         repository.refuse_foreign_weights(main, ours)
         held = repository.tagged(tag) if tag else None
-        if ours.differences(main.files):
+        before = repository.read(held) if held and held != main.commit else None
+        if before and not ours.differences(before.files):
+            main = before  # published and tagged already; main has moved on since, as where variants share it
+        elif ours.differences(main.files):
             repository.refuse_other_tag(tag or "", held, None)
             staging = Staging(repository, ours, main, manifest_sha256, message)
             main = staging.merge(staging.fill(), private=private)
-        elif held and not ours.differences((before := repository.read(held)).files):
-            main = before  # published and tagged already; main has moved on without touching these files
         if tag:
             repository.tag(tag, main.commit)
         merged_pulls = [pull.num for pull in repository.pulls(manifest_sha256) if pull.status == "merged"]

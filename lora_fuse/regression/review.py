@@ -84,7 +84,7 @@ def review(
     return Report(
         recipe=first.recipe,
         verdict=worst(case.result.verdict for case in judged),
-        next_step=next_step(run_metrics(judged, found, manifest.scale)),
+        next_step=next_step(run_metrics(judged, found, manifest.scale)) if verify["passed"] else "dvc repro -f fuse",
         built_from=_built_from(manifest, setup, first.sigmas),
         weights=_weights(verify),
         environment={**_environment(first), "LoRA unfused by": judged[0].pair.unfused_by},

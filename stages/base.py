@@ -1,0 +1,34 @@
+"""``python -m stages.base KEY``: pin, fetch and check a base once for all variants of it, by its key among `bases`.
+
+The key stands for repository and revision, or the folder, so the stage is the same one whichever variants there are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from lora_fuse.cli import guarded
+from stages.artifacts import Artifacts
+from stages.console import Console, add_arguments
+from stages.download import download
+from stages.variants import COMPILED, read_compiled, refuse_unknown
+
+
+def base(key: str, console: Console) -> int:
+    """Write the base's lock."""
+    compiled = read_compiled()
+    refuse_unknown("base", key, compiled.bases, COMPILED)
+    name = compiled.bases[key]
+    params = compiled.params(name)
+    at = Artifacts.of_variant(name, params)
+    with at.own_commands():
+        return download(params, at, console, base_only=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m stages.base", description="Lock a base of variants.")
+    parser.add_argument("key", metavar="KEY", help="one of bases in variants/params.yaml")
+    add_arguments(parser)
+    given = parser.parse_args()
+    sys.exit(guarded(lambda: base(given.key, Console(given.quiet, given.json))))
