@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import yaml
 from lora_fuse.cli import guarded
 from lora_fuse.errors import BadConfig, CheckFailed
 from lora_fuse.files import replace_text
-from stages.artifacts import HERE
+from stages.artifacts import HERE, Artifacts
 from stages.console import Console
 from stages.params import Params, parse_params
 
@@ -65,20 +66,68 @@ def load(overrides: Sequence[str] = ()) -> Params:
     return parse_params(tree, str(PARAMS))
 
 
-def run_stage(stage: Callable[..., int], *flags: str) -> None:
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One point of a sweep: the overrides that are its own (``fuse.scale=0.8``), and all of its parameters."""
+
+    overrides: tuple[str, ...]
+    params: Params
+
+
+def expand(arguments: Sequence[str]) -> list[Variant]:
+    """Every point of a sweep in Hydra's grammar (``fuse.scale=0.6,0.8 lora=v1,v2``), in Hydra's order, all checked.
+
+    Raises:
+        BadConfig: nothing is swept, a sweep is not of single values, or a point does not compose; nothing was built.
+    """
+    swept = _split(arguments)
+    given = " ".join(arguments) or "no arguments"
+    if swept is None:
+        raise BadConfig(f"{given}: nothing to sweep; give a key several values: fuse.scale=0.6,0.8,1.0,1.2")
+    if not swept[1]:
+        raise BadConfig(f"{given}: a sweep of no points, as a range or choice in it is empty; give it values")
+    fixed, points = swept
+    return [Variant(point, load([*fixed, *point])) for point in points]
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, ...]]] | None:
+    """The overrides of all points, and those of each; None if nothing is swept."""
+    from hydra import initialize_config_dir
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        with initialize_config_dir(str(CONF.absolute()), version_base=None):
+            parser = OverridesParser.create(GlobalHydra.instance().config_loader())  # glob(*) reads the groups
+            parsed = list(zip(arguments, parser.parse_overrides(list(arguments)), strict=True))
+            swept = [override for _, override in parsed if override.is_sweep_override()]
+            (points,) = BasicSweeper.split_arguments(swept, max_batch_size=None)
+    except HydraException as error:
+        raise BadConfig(f"{' '.join(arguments)}: {_one_line(error)}; list the values: fuse.scale=0.6,0.8") from error
+    fixed = [argument for argument, override in parsed if not override.is_sweep_override()]
+    return (fixed, [tuple(point) for point in points]) if swept else None
+
+
+def run_stage(
+    stage: Callable[..., int], *flags: str, read: Callable[[Sequence[str]], object] = load, at: Artifacts = HERE
+) -> None:
     """Run a stage as a program: its parameters by the rule above, its errors as one line, its result as exit code.
 
     Args:
         stage: gets the parameters, where its results go, how it says things, and by keyword whether a flag is given.
         flags: names of arguments (``dry-run`` for ``--dry-run``, keyword `dry_run`) that are no overrides and do not
             count for the rule; every stage also knows ``--quiet`` and ``--json``.
+        read: makes the parameters from the overrides.
+        at: where its results go.
     """
     known = ("quiet", "json", *flags)
     given = {flag: f"--{flag}" in sys.argv[1:] for flag in known}
     overrides = [argument for argument in sys.argv[1:] if argument.removeprefix("--") not in known]
     console = Console(given["quiet"], given["json"])
     chosen = {flag.replace("-", "_"): given[flag] for flag in flags}
-    sys.exit(guarded(lambda: stage(load(overrides), HERE, console, **chosen)))
+    sys.exit(guarded(lambda: stage(read(overrides), at, console, **chosen)))
 
 
 def main(arguments: Sequence[str]) -> int:
