@@ -74,7 +74,15 @@ class Variant:
     params: Params
 
 
-def expand(arguments: Sequence[str]) -> list[Variant]:
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """A sweep as it was asked for, and its points; two of them may be the same."""
+
+    arguments: tuple[str, ...]
+    variants: tuple[Variant, ...]
+
+
+def expand(arguments: Sequence[str]) -> Swept:
     """Every point of a sweep in Hydra's grammar (``fuse.scale=0.6,0.8 lora=v1,v2``), in Hydra's order, all checked.
 
     Raises:
@@ -87,7 +95,7 @@ def expand(arguments: Sequence[str]) -> list[Variant]:
     if not swept[1]:
         raise BadConfig(f"{given}: a sweep of no points, as a range or choice in it is empty; give it values")
     fixed, points = swept
-    return [Variant(point, load([*fixed, *point])) for point in points]
+    return Swept(tuple(arguments), tuple(Variant(point, load([*fixed, *point])) for point in points))
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, ...]]] | None:

@@ -33,9 +33,14 @@ def rules_of(params: Params) -> Rules:
 def setup_of(params: Params) -> Setup:
     """How both sides are rendered."""
     area, regress = params.base.condition_area, params.regress
-    baseline = Sampling(**params.base.sampling.usage, condition_area=area) if regress.baseline else None
+    baseline = baseline_of(params) if regress.baseline else None
     sampling = Sampling(**params.sampling.usage, condition_area=area)
     return Setup(params.base.pipeline, sampling, params.scheduler_config, regress.placement, regress.dtype, baseline)
+
+
+def baseline_of(params: Params) -> Sampling:
+    """How the base is run by itself."""
+    return Sampling(**params.base.sampling.usage, condition_area=params.base.condition_area)
 
 
 def cases_of(params: Params) -> list[Case]:

@@ -41,10 +41,11 @@ PURE |= {
     "regression.metrics",
     "regression.verdicts",
     "regression.report",
+    *(f"sweeping.{name}" for name in ("curves", "measures", "numbers", "recommendation", "sheet")),
 }
 TOP = {"cli", "__main__"}
 # Within `lora_fuse.hub`, from the bottom up: none imports what comes after it.
-HUB = ["client", "failures", "leftovers", "room", "child", "process", "transfer", "repository", "locks"]
+HUB = ["client", "failures", "leftovers", "room", "child", "process", "transfer", "repository", "locks", "sizes"]
 
 OWNERS = {
     "diffusers": {"lora_fuse/regression/render.py", "lora_fuse/regression/placement.py"},
@@ -123,7 +124,7 @@ def test_each_heavy_library_has_one_importer(path: Path) -> None:
 
 @pytest.mark.parametrize("path", modules("stages"), ids=lambda path: path.name)
 def test_a_stage_is_thin(path: Path) -> None:
-    if path.stem not in {"params", "config", "artifacts", "releasing"}:  # what stages share
+    if path.stem not in {"params", "config", "artifacts", "releasing", "points"}:  # what stages share
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 60
 
 

@@ -87,20 +87,23 @@ def check_cases(cases: Iterable[Case], setup: Setup) -> None:
             open_picture(path, case)
 
 
-def render_pairs(merged: Path, plan: Plan, cases: Sequence[Case], setup: Setup) -> list[Pair]:
+def render_pairs(
+    merged: Path, plan: Plan, cases: Sequence[Case], setup: Setup, shared: Mapping[str, object] | None = None
+) -> list[Pair]:
     """Render every case from both sides.
 
     The merged side is loaded as a user would load it, with the scheduler that lies in the repository; the unfused side
-    is the plan's base with the recipe's scheduler, so a wrong scheduler in the repository shows.
+    is the plan's base with the recipe's scheduler, so a wrong scheduler in the repository shows. `shared` are parts of
+    the base's pipeline that are loaded already, see `shared_components`.
 
     Raises:
         RenderFailed: a side cannot be loaded or run.
         OutOfMemory: the GPU's memory is short; the message names the placement to try.
     """
-    pipe = load_pipeline(merged, setup.pipeline, dtype=setup.dtype)
+    pipe = load_pipeline(merged, setup.pipeline, dtype=setup.dtype, shared=shared)
     ours = render_all(pipe, cases, setup.sampling, setup.placement)
     shared = shared_components(pipe)
-    _drop_transformer(pipe)
+    drop_transformer(pipe)
     theirs = render_references(plan, cases, setup, shared)
     sides = zip(cases, ours, theirs.unfused, theirs.floor, theirs.baseline, strict=True)
     return [Pair(case, one, other, floor, theirs.unfused_by, alone) for case, one, other, floor, alone in sides]
@@ -131,7 +134,7 @@ def render_references(
     if setup.baseline is not None:  # as its authors run it: no LoRA, its own scheduler, steps and CFG
         alone = render_all(pipe, cases, setup.baseline, setup.placement)
         shared = shared_components(pipe)
-        _drop_transformer(pipe)
+        drop_transformer(pipe)
         pipe = load_pipeline(base, setup.pipeline, dtype=setup.dtype, shared=shared)
     if setup.scheduler:
         pipe.register_modules(scheduler=make_scheduler(setup.scheduler))
@@ -141,7 +144,7 @@ def render_references(
     dtypes = [getattr(torch, setup.dtype), *(TORCH_DTYPES[dtype] for dtype in stored)]
     jitter(pipe.transformer, plan.targets, dtypes)
     floor = render_all(pipe, cases, setup.sampling, setup.placement)
-    _drop_transformer(pipe)
+    drop_transformer(pipe)
     return References(unfused, floor, alone, by)
 
 
@@ -171,7 +174,7 @@ def render_all(pipe: Pipeline, cases: Iterable[Case], sampling: Sampling, placem
         raise OutOfMemory(f"{error}, {advice(placement)}") from error
 
 
-def _drop_transformer(pipe: Pipeline) -> None:
+def drop_transformer(pipe: Pipeline) -> None:
     """Give the memory back before the other transformer is loaded."""
     import torch
 

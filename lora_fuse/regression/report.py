@@ -278,7 +278,8 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     return lines
 
 
-def _data_uri(picture: Image) -> str:
+def data_uri(picture: Image) -> str:
+    """A picture in an address, for a page that holds everything."""
     return f"data:{picture.kind};base64," + base64.b64encode(picture.data).decode("ascii")
 
 
@@ -343,5 +344,5 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"data_uri": _data_uri}
+    environment.filters |= {"data_uri": data_uri}
     return environment

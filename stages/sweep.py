@@ -1,0 +1,63 @@
+"""``python -m stages.sweep fuse.scale=0.6,0.8,1.0 lora=v1,v2 [--keep]``: build every point, look at it, throw it away.
+
+Exit 0: every point was built. 1: a point was refused, or is not base + LoRA; the others are there all the same.
+"""
+
+from __future__ import annotations
+
+import shlex
+from contextlib import suppress
+
+from lora_fuse.errors import Busy
+from lora_fuse.progress import human_bytes
+from lora_fuse.sweeping.contact import write_sheet
+from lora_fuse.sweeping.running import run
+from stages.artifacts import ROOT, Artifacts
+from stages.config import Swept, expand, run_stage
+from stages.console import PLAIN, Console
+from stages.points import Builder, plan_sweep, sheet_of, wrong_points
+
+SWEEP = Artifacts(ROOT / "sweep")
+
+
+def sweep(swept: Swept, at: Artifacts = SWEEP, console: Console = PLAIN, *, keep: bool = False) -> int:
+    """Write `points/KEY/` for each point, then `sweep.html`, `sweep.json` and `sweep.md`."""
+    command = shlex.join(["python", "-m", "stages.sweep", *swept.arguments, *(["--keep"] if keep else [])])
+    plan = plan_sweep(swept.variants, at.root, keep=keep)
+    count, missing = len(plan.points), len(plan.missing)
+    same = f" ({plan.same} more are the same again)" if plan.same else ""
+    room = f"{human_bytes(plan.merged)} of disk for {'each' if keep else 'one at a time'}"
+    console.will("sweep", f"{count} points{same}, {count - missing} done already, {missing} to build; {room}")
+    builder, by_point = Builder(at.root, keep), {planned.point: planned for planned in plan.points}
+    number = {point: at for at, point in enumerate(by_point, 1)}
+    try:
+        standing = run(
+            list(by_point),
+            lambda point: builder.build(by_point[point]),
+            inputs={point: planned.inputs for point, planned in by_point.items()},
+            keep=keep,
+            tell=lambda point, said: console.will("sweep", f"{number[point]} of {count}: {point.label}: {said}"),
+        )
+    except KeyboardInterrupt:
+        done = sum(point.is_done(keep=keep) for point in by_point)
+        console.wrong("sweep", f"{done} of {count} points are done and stay; go on with the rest: {command}")
+        raise
+    if standing.busy:
+        line = f"{len(standing.busy)} of {count} points are being built by another run, which will write the sheet"
+        console.done("sweep", line, facts={"points": count, "busy": [point.label for point in standing.busy]})
+        return 0
+    sheet, page = sheet_of(plan, standing.refused, builder, command), at.root / "sweep.html"
+    with suppress(Busy):  # the other process that has ended just now writes the same
+        write_sheet(sheet, at.root)
+    wrong, best = wrong_points(sheet), sheet.recommendation
+    for label, sentence in wrong.items():
+        console.wrong("sweep", f"{label}: {sentence}")
+    lines = [f"{count} points, {missing} built now, {len(standing.refused)} refused"]
+    lines += [f"recommended: {best.label or 'none'}. {best.reason}", f"sheet: {page}"]
+    facts = {"points": count, "built": missing, "wrong": wrong, "recommended": best.label, "scale": best.scale}
+    console.done("sweep", *lines, facts={**facts, "reason": best.reason, "sheet": str(page)})
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    run_stage(sweep, "keep", read=expand, at=SWEEP)
