@@ -18,11 +18,12 @@ from lora_fuse.regression.candidates import candidates
 from lora_fuse.regression.environment import check_gpu, environment, make_deterministic
 from lora_fuse.regression.goldens import Goldens
 from lora_fuse.regression.pairs import check_cases, judge_pairs, picture_of, save_pictures
+from lora_fuse.regression.render import Case
 from lora_fuse.regression.review import run_metrics
 from lora_fuse.regression.verdicts import Picture
 from lora_fuse.sweeping.baseline import baseline
 from lora_fuse.sweeping.contact import Entry, Headings, make_sheet
-from lora_fuse.sweeping.numbers import against_baseline, failed
+from lora_fuse.sweeping.numbers import against_baseline, describe, failed
 from lora_fuse.sweeping.pins import Pins, check_room
 from lora_fuse.sweeping.points import IMAGES, METRICS, Point, clear_leftovers, key_of, waiting
 from lora_fuse.sweeping.rendering import Renderer
@@ -63,8 +64,8 @@ class Planned:
 class Plan:
     """The points of a sweep, each once, and what they take.
 
-    `missing` are still to be built; `fetched` is what came, or was to come, from a Hub, `merged` the size of the largest
-    merged checkpoint, in bytes; `same` is how many points are another one again.
+    `missing` are still to be built; `fetched` is what there was to fetch, `merged` the size of the largest merged
+    checkpoint, in bytes; `same` is how many points are another one again.
     """
 
     points: tuple[Planned, ...]
@@ -245,12 +246,14 @@ class Builder:
             metrics |= against_baseline(pair.case.name, picture_of(pair.merged), alone[pair.case.name])
         save_pictures(judged, planned.point.folder / IMAGES)
         replace_text(planned.point.folder / METRICS, json.dumps(metrics, indent=2) + "\n")
-        return str(metrics["verdict"])
+        return describe(metrics)
 
 
 def sheet_of(plan: Plan, refused: Mapping[Point, str], builder: Builder, command: str) -> Sheet:
     """The sheet of a sweep whose points are all done or refused."""
-    entries, cases, alone = [], {}, {}
+    entries: list[Entry] = []
+    cases: dict[str, Case] = {}
+    alone: dict[str, Picture] = {}
     done = [planned for planned in plan.points if planned.point not in refused]
     for planned in plan.points:
         params, point = planned.variant.params, planned.point

@@ -3,7 +3,8 @@
 The Hub client trusts its cache and the wire, so a lock is only ever made from bytes that were read back,
 hashed here and compared with what the Hub says of them.
 
-Imports run one way: `sizes` → `locks` → `repository` → `transfer` → (`process`, `room`, `leftovers`) → `failures` → `client`.
+Imports run one way: `sizes` → `locks` → `repository` → `transfer` → (`process`, `room`, `leftovers`) → `failures` →
+`client`.
 `child` is what runs in the process in which the client itself transfers files; nothing imports it.
 
 Invariants: no pickle is ever fetched; a lock that exists keeps its commit, however far its branch moves, unless it

@@ -14,9 +14,9 @@ from lora_fuse.regression.metrics import Levels, to_levels, to_png
 from lora_fuse.regression.render import Case, open_picture
 from lora_fuse.regression.report import Image as Encoded
 from lora_fuse.regression.verdicts import Picture
-from lora_fuse.sweeping.numbers import broken, curves, distances, mean_of, worse_than_base
+from lora_fuse.sweeping.numbers import broken, by_case, curves, distances, mean_of, worse_than_base
 from lora_fuse.sweeping.points import IMAGES, MERGED, Point
-from lora_fuse.sweeping.recommendation import Recommendation, Tried, largest_undamaged, nearest_to_teacher
+from lora_fuse.sweeping.recommendation import NEAREST_BY, Recommendation, Tried, largest_undamaged, nearest_to_teacher
 from lora_fuse.sweeping.sheet import Column, Row, Sheet, sheet_html, sheet_json, sheet_markdown
 from lora_fuse.workplace import exclusive
 
@@ -110,6 +110,7 @@ def _recommended(entries: Sequence[Entry], columns: Sequence[Column], *, distill
             column.series,
             column.scale,
             distances(column.metrics),
+            by_case(column.metrics, f"baseline.{NEAREST_BY}"),
             mean_of(column.metrics, "floor.latents_l2") or 0.0,
             column.damage,
         )

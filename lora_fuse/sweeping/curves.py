@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 WIDTH, HEIGHT = 320, 190  # of the drawing, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 26  # margins
+INSET = 10  # between the axis and the first mark
 LABELS = 8  # below the axis, at most
 
 
@@ -65,7 +66,7 @@ def curve(
 
     def at_x(scale: float) -> float:
         share = (scale - scales[0]) / (scales[-1] - scales[0]) if len(scales) > 1 else 0.5
-        return round(LEFT + share * (WIDTH - LEFT - RIGHT), 2)
+        return round(LEFT + INSET + share * (WIDTH - LEFT - INSET - RIGHT), 2)
 
     def at_y(value: float) -> float:
         return round(TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM), 2)
@@ -78,7 +79,7 @@ def curve(
         nearer,
         lines,
         tuple((at_x(scale), f"{scale:g}") for scale in scales[::every]),
-        tuple((at_y(value), f"{value:.3g}") for value in ticks),
+        tuple((at_y(value), f"{value:.{3 if abs(value) >= 0.01 else 1}g}") for value in ticks),
         at_x(chosen) if chosen in scales and chosen is not None else None,
     )
 

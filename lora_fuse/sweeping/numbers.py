@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, geometric_mean
 from typing import Any
 
 from lora_fuse.regression.metrics import METRICS, is_flat
 from lora_fuse.regression.report import case_names
 from lora_fuse.regression.verdicts import Comparison, Picture, Scalar, compare
 from lora_fuse.sweeping.measures import MEASURES, measure
+from lora_fuse.sweeping.recommendation import NEAREST_BY, SECOND_BY
 
-# How much more than the base's own picture, and by how much more in itself, is damage: words, factor, and what is added.
+# What is damage, by the base's own picture: words, how many times its value, and how much above that.
 DAMAGE = {
     "clipped": ("clipped values", 1.5, 0.02),
     "noise": ("noise", 1.5, 0.5),
     "comb": ("comb of a grid", 1.0, 3.0),
 }
 
+RATIOS = {"latents_l2", "flip", "flip_worst", "mean_abs"}  # distances of which twice as much is twice as far
+DECIDING = (NEAREST_BY, SECOND_BY)
+SMALLEST = 1e-9  # stands for a distance of 0, of which there is no logarithm
 OWN = {
     "clipped": "clipped values, share",
     "noise": "noise, levels",
@@ -68,9 +72,23 @@ def _value(compared: Comparison | None, name: str) -> float | None:
 
 
 def mean_of(metrics: Mapping[str, Any], key: str) -> float | None:
-    """The mean over the cases of ``{case}.{key}``; None if a case has no such number."""
-    values = [metrics.get(f"{case}.{key}") for case in case_names(metrics)]
-    return fmean(values) if values and all(isinstance(value, int | float) for value in values) else None
+    """The mean over the cases of ``{case}.{key}``; None if a case has no such number.
+
+    Of distances it is the geometric one, as the mean of dB is by itself: a case that is far off at any scale, because
+    the model cannot do it, does not outvote those that the scale decides.
+    """
+    found = by_case(metrics, key)
+    if not found or len(found) < len(case_names(metrics)):
+        return None
+    if key.rpartition(".")[2] in RATIOS:
+        return geometric_mean([max(value, SMALLEST) for value in found.values()])
+    return fmean(found.values())
+
+
+def by_case(metrics: Mapping[str, Any], key: str) -> dict[str, float]:
+    """``{case}.{key}`` of every case that has such a number."""
+    values = {case: metrics.get(f"{case}.{key}") for case in case_names(metrics)}
+    return {case: float(value) for case, value in values.items() if isinstance(value, int | float)}
 
 
 def distances(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -87,6 +105,16 @@ def broken(metrics: Mapping[str, Any]) -> tuple[str, ...]:
     found = [] if metrics["weights_passed"] else ["The merged weights are wrong."]
     cases = case_names(metrics)
     return (*found, *(f"{case}: {metrics[f'{case}.reasons']}" for case in cases if not metrics[f"{case}.agrees"]))
+
+
+def describe(metrics: Mapping[str, Any]) -> str:
+    """A point in a few words, for a terminal."""
+    distance = mean_of(metrics, f"baseline.{NEAREST_BY}")
+    words = [] if distance is None else [f"latents {distance:.3g} from the base alone"]
+    words.append(
+        "merged is NOT base + LoRA" if failed(metrics) else "; ".join(broken(metrics)) or "merged is base + LoRA"
+    )
+    return ", ".join(words)
 
 
 def failed(metrics: Mapping[str, Any]) -> bool:
@@ -112,7 +140,8 @@ def worse_than_base(metrics: Mapping[str, Any]) -> tuple[str, ...]:
 
 def curves(points: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
     """A number for each point, the mean over the cases, by the key that it has after the case's name."""
-    keys = [f"baseline.{name}" for name in METRICS] + [f"damage.{name}" for name in MEASURES]
+    ranked = sorted(METRICS, key=lambda name: name not in DECIDING)  # what decides comes first
+    keys = [f"baseline.{name}" for name in ranked] + [f"damage.{name}" for name in MEASURES]
     keys += ["over_floor", "golden.psnr_db"]
     found = {key: [mean_of(point, key) for point in points] for key in keys}
     return {key: values for key, values in found.items() if any(value is not None for value in values)}

@@ -91,9 +91,9 @@ def check_room(to_fetch: int, to_write: int, folder: Path) -> None:
         free = free_bytes(place)
         if need > free:
             raise NoSpace(
-                f"the sweep needs {human_bytes(need)} ({need} bytes) on the disk of {place}: {human_bytes(to_fetch)} to "
-                f"fetch and {human_bytes(to_write)} of merged checkpoints; {human_bytes(free)} ({free} bytes) are free; "
-                "make room, or sweep without --keep"
+                f"the sweep needs {human_bytes(need)} ({need} bytes) on the disk of {place}, which has "
+                f"{human_bytes(free)} ({free} bytes) free: {human_bytes(to_fetch)} to fetch and "
+                f"{human_bytes(to_write)} of merged checkpoints; make room, or sweep without --keep"
             )
 
 

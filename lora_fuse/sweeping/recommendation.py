@@ -8,11 +8,13 @@ does no damage, which is a bound and not an opinion.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 NEAREST_BY, SECOND_BY = "latents_l2", "flip"
 TITLES = {"latents_l2": "latents, relative L2", "flip": "FLIP"}
+NAMED = 4  # cases, beyond which they are counted
 FLAT = 0.05  # of the best distance: differences below it are not worth a choice
 
 
@@ -25,6 +27,7 @@ class Tried:
         series: what it has besides its scale, ``lora=v2``; empty if nothing.
         scale: `fuse.scale`.
         distances: to the base's own pictures, by metric, the mean over the cases; what was not measured is left out.
+        cases: the distance by `NEAREST_BY` of each case.
         floor: what rounding the weights alone moves the latents by, relative L2, the mean over the cases.
         damage: what is wrong with its pictures or weights, as sentences.
     """
@@ -33,6 +36,7 @@ class Tried:
     series: str
     scale: float
     distances: Mapping[str, float] = field(default_factory=dict)
+    cases: Mapping[str, float] = field(default_factory=dict)
     floor: float = 0.0
     damage: tuple[str, ...] = ()
 
@@ -78,10 +82,9 @@ def nearest_to_teacher(tried: Sequence[Tried], *, steps: int, teacher_steps: int
         return _none(tried, "could be compared with the base's own pictures" if sound else "has sound pictures")
     first, *others = sorted(usable, key=lambda one: (one.distances[NEAREST_BY], abs(one.scale - 1.0)))
     best, title = first.distances[NEAREST_BY], TITLES[NEAREST_BY]
-    reasons = [
-        f"Its {steps}-step pictures are nearest to those of the base alone in {teacher_steps} steps, which the LoRA was "
-        f"distilled to give: {title} {best:.3g}, the mean over the cases."
-    ]
+    teacher = f"those of the base alone in {teacher_steps} steps, which the LoRA is there to give"
+    mean = f"{title} {best:.3g}, the geometric mean over the cases"
+    reasons = [f"Its {steps}-step pictures are nearest to {teacher}: {mean}."]
     runner_up = others[0] if others else None
     if runner_up is not None:
         second, near = runner_up.distances[NEAREST_BY], max(first.floor, FLAT * best)
@@ -90,7 +93,7 @@ def nearest_to_teacher(tried: Sequence[Tried], *, steps: int, teacher_steps: int
             reasons.append(f"The curve is flat: all are within {near:.2g} of it, so the scale hardly matters here.")
         elif second - best <= near:
             reasons.append(f"The two are within {near:.2g} of each other: either will do.")
-    reasons += _by_another_metric(first, usable)
+    reasons += [*_by_case(first, usable), *_by_another_metric(first, usable)]
     reasons += _at_the_edge(first, [one for one in tried if one.series == first.series])
     if loras > 1:
         reasons.append(f"{loras} LoRAs are fused and the base knows the look of none but the distilled one: look too.")
@@ -109,10 +112,11 @@ def largest_undamaged(tried: Sequence[Tried], *, steps: int) -> Recommendation:
     if not sound:
         return _none(tried, "has sound pictures")
     best = max(sound, key=lambda one: one.scale)
+    without = f"The LoRA runs in {steps} steps as the base does, so there is no teacher to be near to"
+    sound_is = "finite, not flat, no grid, and not clipped or noisy beyond what the base alone is"
     reasons = [
-        f"The LoRA runs in {steps} steps as the base does, so the base is no teacher to be near to, and no number says "
-        "how much of a style is right. This is the largest scale without damage: finite, not flat, no grid, and no more "
-        "clipped or noisy than without the LoRA."
+        f"{without}, and no number says how much of a style is right.",
+        f"This is the largest scale without damage: {sound_is}.",
     ]
     beyond = [one for one in tried if one.damage and one.scale > best.scale and one.series == best.series]
     if beyond:
@@ -129,6 +133,25 @@ def _none(tried: Sequence[Tried], what: str) -> Recommendation:
         return Recommendation(None, None, ("No point was built.",))
     first = next((f" {one.label}: {one.damage[0]}" for one in tried if one.damage), "")
     return Recommendation(None, None, (f"None of {len(tried)} points {what}.{first}",))
+
+
+def _by_case(first: Tried, usable: Sequence[Tried]) -> list[str]:
+    """Whether the cases agree; of many, how many do."""
+    cases = [case for case in first.cases if all(case in one.cases for one in usable)]
+    best = {case: min(usable, key=lambda one: one.cases[case]).label for case in cases}
+    labels = [label for label, _ in Counter(best.values()).most_common()]
+    if len(labels) < 2:
+        return []
+    named = {label: [case for case in cases if best[case] == label] for label in labels}
+    if len(cases) <= NAMED:
+        return [
+            f"The cases differ: nearest {', '.join(f'at {at} is {_listed(which)}' for at, which in named.items())}."
+        ]
+    return [f"The cases differ: nearest {', '.join(f'at {at} are {len(which)}' for at, which in named.items())}."]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(names)
 
 
 def _by_another_metric(first: Tried, usable: Sequence[Tried]) -> list[str]:

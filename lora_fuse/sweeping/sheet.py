@@ -107,7 +107,7 @@ def drawings(sheet: Sheet) -> list[Curve]:
 
 def sheet_json(sheet: Sheet) -> str:
     """The numbers: every point with its key, scale and means, and the recommendation."""
-    means = {column.key: {} for column in sheet.built}
+    means: dict[str, dict[str, float | None]] = {column.key: {} for column in sheet.built}
     for key, values in sheet.curves.items():
         for column, value in zip(sheet.built, values, strict=True):
             means[column.key][key] = value
@@ -136,7 +136,7 @@ def sheet_markdown(sheet: Sheet) -> str:
     shown = [
         key for key in ("baseline.latents_l2", "baseline.flip", "baseline.psnr_db", "over_floor") if key in sheet.curves
     ]
-    heads = ["point", "verdict", *map(title_of, shown)]
+    heads = ["point", "to the golden", *map(title_of, shown)]
     lines = [f"## Sweep of {sheet.recipe}", "", *sheet.recommendation.reasons, ""]
     lines[2:2] = [f"**Recommended: {sheet.recommendation.label or 'none'}.**"]
     lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
