@@ -13,6 +13,7 @@ from lora_fuse import hub
 from lora_fuse.errors import LoraFuseError, Refused
 from lora_fuse.files import hash_file, replace_text
 from lora_fuse.manifest import read_manifest
+from lora_fuse.progress import human_bytes
 from lora_fuse.records import SCHEMA, BaseLock, Lock, LoraLock, to_json
 from lora_fuse.regression.candidates import candidates
 from lora_fuse.regression.environment import check_gpu, environment, make_deterministic
@@ -64,15 +65,25 @@ class Planned:
 class Plan:
     """The points of a sweep, each once, and what they take.
 
-    `missing` are still to be built; `fetched` is what there was to fetch, `merged` the size of the largest merged
-    checkpoint, in bytes; `same` is how many points are another one again.
+    `missing` are still to be built; `merged` is the size of the largest merged checkpoint in bytes, and all of them stay
+    with `keep`; `same` is how many points are another one again.
     """
 
     points: tuple[Planned, ...]
     missing: tuple[Planned, ...]
-    fetched: int
     merged: int
     same: int
+    keep: bool
+
+    def __str__(self) -> str:
+        count, missing = len(self.points), len(self.missing)
+        same = f" ({self.same} more are the same again)" if self.same else ""
+        room = f"; {human_bytes(self.merged)} of disk for {'each' if self.keep else 'one at a time'}" if missing else ""
+        return f"{count} points{same}, {count - missing} done already, {missing} to build{room}"
+
+    def number(self, point: Point) -> str:
+        """Which point that is, ``2 of 5``."""
+        return f"{[one.point for one in self.points].index(point) + 1} of {len(self.points)}"
 
 
 def plan_sweep(variants: Sequence[Variant], folder: Path, *, keep: bool) -> Plan:
@@ -96,7 +107,7 @@ def plan_sweep(variants: Sequence[Variant], folder: Path, *, keep: bool) -> Plan
     missing = tuple(planned for planned in once if not planned.point.is_done(keep=keep))
     check_room(0, merged * (len(missing) if keep else min(1, len(missing))), folder)
     clear_leftovers(folder / "points", [planned.point for planned in missing])
-    return Plan(once, missing, fetched, merged, len(every) - len(once))
+    return Plan(once, missing, merged, len(every) - len(once), keep)
 
 
 def _known_locks() -> list[Lock]:

@@ -9,7 +9,6 @@ import shlex
 from contextlib import suppress
 
 from lora_fuse.errors import Busy
-from lora_fuse.progress import human_bytes
 from lora_fuse.sweeping.contact import write_sheet
 from lora_fuse.sweeping.running import run
 from stages.artifacts import ROOT, Artifacts
@@ -24,27 +23,24 @@ def sweep(swept: Swept, at: Artifacts = SWEEP, console: Console = PLAIN, *, keep
     """Write `points/KEY/` for each point, then `sweep.html`, `sweep.json` and `sweep.md`."""
     command = shlex.join(["python", "-m", "stages.sweep", *swept.arguments, *(["--keep"] if keep else [])])
     plan = plan_sweep(swept.variants, at.root, keep=keep)
-    count, missing = len(plan.points), len(plan.missing)
-    same = f" ({plan.same} more are the same again)" if plan.same else ""
-    room = f"{human_bytes(plan.merged)} of disk for {'each' if keep else 'one at a time'}"
-    console.will("sweep", f"{count} points{same}, {count - missing} done already, {missing} to build; {room}")
-    builder, by_point = Builder(at.root, keep), {planned.point: planned for planned in plan.points}
-    number = {point: at for at, point in enumerate(by_point, 1)}
+    console.will("sweep", str(plan))
+    builder, planned, count = Builder(at.root, keep), {one.point: one for one in plan.points}, len(plan.points)
     try:
         standing = run(
-            list(by_point),
-            lambda point: builder.build(by_point[point]),
-            inputs={point: planned.inputs for point, planned in by_point.items()},
+            list(planned),
+            lambda point: builder.build(planned[point]),
+            inputs={point: one.inputs for point, one in planned.items()},
             keep=keep,
-            tell=lambda point, said: console.will("sweep", f"{number[point]} of {count}: {point.label}: {said}"),
+            tell=lambda point, said: console.will("sweep", f"{plan.number(point)}, {point.label}: {said}"),
         )
     except KeyboardInterrupt:
-        done = sum(point.is_done(keep=keep) for point in by_point)
+        done = sum(point.is_done(keep=keep) for point in planned)
         console.wrong("sweep", f"{done} of {count} points are done and stay; go on with the rest: {command}")
         raise
-    if standing.busy:
-        line = f"{len(standing.busy)} of {count} points are being built by another run, which will write the sheet"
-        console.done("sweep", line, facts={"points": count, "busy": [point.label for point in standing.busy]})
+    facts: dict[str, object] = {"points": count, "built": len(standing.built)}
+    if busy := [point.label for point in standing.busy]:
+        line = f"{len(busy)} of {count} points are being built by another run, which will write the sheet"
+        console.done("sweep", line, facts=facts | {"busy": busy})
         return 0
     sheet, page = sheet_of(plan, standing.refused, builder, command), at.root / "sweep.html"
     with suppress(Busy):  # the other process that has ended just now writes the same
@@ -52,10 +48,9 @@ def sweep(swept: Swept, at: Artifacts = SWEEP, console: Console = PLAIN, *, keep
     wrong, best = wrong_points(sheet), sheet.recommendation
     for label, sentence in wrong.items():
         console.wrong("sweep", f"{label}: {sentence}")
-    lines = [f"{count} points, {missing} built now, {len(standing.refused)} refused"]
-    lines += [f"recommended: {best.label or 'none'}. {best.reason}", f"sheet: {page}"]
-    facts = {"points": count, "built": missing, "wrong": wrong, "recommended": best.label, "scale": best.scale}
-    console.done("sweep", *lines, facts={**facts, "reason": best.reason, "sheet": str(page)})
+    facts |= {"wrong": wrong, "recommended": best.label, "scale": best.scale, "reason": best.reason, "sheet": str(page)}
+    first = f"{count} points, {len(standing.built)} built now, {len(standing.refused)} refused"
+    console.done("sweep", first, f"recommended {best.label or 'none'}: {best.reason}", f"see {page}", facts=facts)
     return 1 if wrong else 0
 
 

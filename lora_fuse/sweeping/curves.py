@@ -8,7 +8,7 @@ from dataclasses import dataclass
 WIDTH, HEIGHT = 320, 190  # of the drawing, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 26  # margins
 INSET = 10  # between the axis and the first mark
-LABELS = 8  # below the axis, at most
+APART = 26  # between two labels of an axis, at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +72,24 @@ def curve(
         return round(TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM), 2)
 
     lines = tuple(_line(name, sorted(points), at_x, at_y) for name, points in series.items())
-    every = -(-len(scales) // LABELS)
     ticks = (min(values), max(values)) if min(values) < max(values) else (min(values),)
     return Curve(
         title,
         nearer,
         lines,
-        tuple((at_x(scale), f"{scale:g}") for scale in scales[::every]),
+        _apart([(at_x(scale), f"{scale:g}") for scale in scales]),
         tuple((at_y(value), f"{value:.{3 if abs(value) >= 0.01 else 1}g}") for value in ticks),
         at_x(chosen) if chosen in scales and chosen is not None else None,
     )
+
+
+def _apart(labels: Sequence[tuple[float, str]]) -> tuple[tuple[float, str], ...]:
+    """Those that do not stand on each other: the last, and from the first on whatever has room before it."""
+    kept = [labels[0]]
+    for label in labels[1:-1]:
+        if label[0] - kept[-1][0] >= APART and labels[-1][0] - label[0] >= APART:
+            kept.append(label)
+    return (*kept, *(labels[1:] and [labels[-1]]))
 
 
 def _line(

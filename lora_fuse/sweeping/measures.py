@@ -1,4 +1,4 @@
-"""What shows on a picture by itself that a LoRA was too strong: clipped values, noise, a grid. Pure: arrays in.
+"""What shows on a picture by itself that a LoRA was too strong: clipped, noisy, a grid, washed out. Pure: arrays in.
 
 A picture is compared with the base's own of the same case, so what its subject brings along does not count.
 """
@@ -38,8 +38,14 @@ def own_comb_db(picture: Levels) -> float:
     return comb_db(picture, np.full_like(picture, int(picture.mean())))
 
 
+def detail_levels(picture: Levels) -> float:
+    """The mean difference between neighbours along both axes, in levels of 255: what is washed out has little."""
+    values = picture.astype(np.float64).mean(axis=-1)
+    return float(np.abs(np.diff(values, axis=0)).mean() + np.abs(np.diff(values, axis=1)).mean())
+
+
 MEASURES: Mapping[str, Callable[[Levels], float]] = MappingProxyType(
-    {"clipped": clipped_share, "noise": noise_levels, "comb": own_comb_db}
+    {"clipped": clipped_share, "noise": noise_levels, "comb": own_comb_db, "detail": detail_levels}
 )
 
 

@@ -113,7 +113,7 @@ def largest_undamaged(tried: Sequence[Tried], *, steps: int) -> Recommendation:
         return _none(tried, "has sound pictures")
     best = max(sound, key=lambda one: one.scale)
     without = f"The LoRA runs in {steps} steps as the base does, so there is no teacher to be near to"
-    sound_is = "finite, not flat, no grid, and not clipped or noisy beyond what the base alone is"
+    sound_is = "finite, not flat, no grid, not washed out, and no more clipped or noisy than the base alone"
     reasons = [
         f"{without}, and no number says how much of a style is right.",
         f"This is the largest scale without damage: {sound_is}.",

@@ -16,9 +16,12 @@ from lora_fuse.workplace import exclusive
 
 @dataclass(slots=True)
 class Standing:
-    """How a sweep stands: its points by what became of them; `refused` has the sentence of each."""
+    """How a sweep stands: its points by what became of them; `built` are those that this process made.
 
-    done: list[Point] = field(default_factory=list)
+    `refused` has the sentence of each.
+    """
+
+    built: list[Point] = field(default_factory=list)
     refused: dict[Point, str] = field(default_factory=dict)
     busy: list[Point] = field(default_factory=list)
 
@@ -54,12 +57,12 @@ def run(
                         said = _build_one(point, build, inputs[point], keep=keep)
                         if said.refused:
                             standing.refused[point] = said.sentence
+                        elif not said.elsewhere:
+                            standing.built.append(point)
                         tell(point, str(said))
             except Busy:
                 busy.append(point)
                 continue
-            if point not in standing.refused:
-                standing.done.append(point)
         if len(busy) == len(pending):
             break
         pending = busy
@@ -71,6 +74,7 @@ def run(
 class _Said:
     sentence: str
     refused: bool = False
+    elsewhere: bool = False
 
     def __str__(self) -> str:
         return f"refused: {self.sentence}" if self.refused else self.sentence
@@ -78,7 +82,7 @@ class _Said:
 
 def _build_one(point: Point, build: Callable[[Point], str], inputs: Mapping[str, object], *, keep: bool) -> _Said:
     if point.is_done(keep=keep):
-        return _Said("built by another process")
+        return _Said("built by another process", elsewhere=True)
     try:
         said = build(point)
     except (NoSpace, NoDevice, Busy):
