@@ -12,9 +12,10 @@ from lora_fuse.errors import Busy
 from lora_fuse.sweeping.contact import write_sheet
 from lora_fuse.sweeping.running import run
 from stages.artifacts import ROOT, Artifacts
+from stages.building import Builder, sheet_of, wrong_points
 from stages.config import Swept, expand, run_stage
 from stages.console import PLAIN, Console
-from stages.points import Builder, plan_sweep, sheet_of, wrong_points
+from stages.points import plan_sweep
 
 SWEEP = Artifacts(ROOT / "sweep")
 

@@ -124,7 +124,7 @@ def test_each_heavy_library_has_one_importer(path: Path) -> None:
 
 @pytest.mark.parametrize("path", modules("stages"), ids=lambda path: path.name)
 def test_a_stage_is_thin(path: Path) -> None:
-    if path.stem not in {"params", "config", "artifacts", "releasing", "points"}:  # what stages share
+    if path.stem not in {"params", "config", "artifacts", "releasing", "points", "building"}:  # what stages share
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 60
 
 
