@@ -13,7 +13,7 @@ from lora_fuse.hub.locks import locate
 from lora_fuse.hub.repository import open_repository
 from lora_fuse.hub.transfer import Transfer
 from lora_fuse.records import Lock, Source
-from lora_fuse.sources import open_folder
+from lora_fuse.sources import Promise, open_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def lora_sizes(source: Source, filename: str, previous: Lock | None, transfer: T
     """What `lock_lora` will take.
 
     Raises:
-        BadSource: there is no such repository, revision, folder or file.
+        BadSource: there is no such repository, revision or folder.
         BadLora: it is no LoRA.
     """
     known = previous if previous is not None and previous.lora_name == PurePosixPath(filename).as_posix() else None
@@ -67,19 +67,20 @@ def _sizes(
 ) -> Sizes:
     if source.repo_id is None:
         shelf = open_folder(Path(str(source.path)))
-        return Sizes({name: _size(shelf.files[name].size) for name in choose(shelf.files, shelf.label)})
+        return Sizes(_chosen(shelf.files, choose(shelf.files, shelf.label)))
     if previous is not None and _is_here(previous):
         return Sizes({name: record.size for name, record in previous.files.items()})
     if is_offline():  # what is not here cannot be had: locking it says so
         return Sizes({})
     with open_repository(source.repo_id, previous.revision if previous else source.revision, transfer) as repository:
         files, cache = repository.files, snapshot_folder(source.repo_id, repository.commit)
-        sizes = {name: _size(files[name].size) for name in choose(files, repository.label) if name in files}
+        sizes = _chosen(files, choose(files, repository.label))
     return Sizes(sizes, sum(size for name, size in sizes.items() if not (cache / name).is_file()))
 
 
-def _size(size: int | None) -> int:
-    return size or 0
+def _chosen(files: Mapping[str, Promise], names: Iterable[str]) -> dict[str, int]:
+    """Bytes of those that are there; that one is not is said when it is to be locked."""
+    return {name: files[name].size or 0 for name in names if name in files}
 
 
 def _is_here(lock: Lock) -> bool:
