@@ -17,11 +17,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from lora_fuse.hub import cache_dir
 from lora_fuse.regression.metrics import METRICS
 from lora_fuse.sweeping import pins
 from stages.artifacts import Artifacts
 from stages.config import expand
 from stages.sweep import sweep
+from tests.hub_server import LoopbackHub
+from tests.test_hub import PIPELINE
 from tests.test_pipeline import METRICS as RUN_METRICS
 from tests.test_pipeline import Workspace
 
@@ -242,6 +245,22 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     with pytest.raises(NoSpace, match="1000 bytes"):
         sweep(expand(["fuse.scale=0.8,1.0"]), Artifacts(tmp_path / "sweep"))
     assert not list(tmp_path.glob("sweep/points/*"))
+
+
+def test_a_disk_without_room_for_base_and_point_is_refused_before_anything_is_fetched(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_fuse.errors import NoSpace
+
+    monkeypatch.chdir(ROOT)
+    hub.push("bob/base", PIPELINE)
+    total = sum(map(len, PIPELINE.values()))
+    transformer = sum(len(data) for name, data in PIPELINE.items() if name.startswith("transformer/"))
+    monkeypatch.setattr(pins, "free_bytes", lambda _: total + transformer - 1)
+    swept = expand(["fuse.scale=0.8,1.0", "base.repo_id=bob/base", "base.path=null", "base.revision=main"])
+    with pytest.raises(NoSpace, match=rf"{total + transformer} bytes.*{total + transformer - 1} bytes"):
+        sweep(swept, Artifacts(tmp_path / "sweep"))
+    assert not list(cache_dir().glob("models--*/blobs/*"))
 
 
 def test_a_queue_of_dvc_gives_a_table_with_the_same_names(tmp_path: Path) -> None:
