@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -111,16 +112,15 @@ def _need(variants: Sequence[Variant], pins: Pins) -> tuple[int, int]:
     """
     sizes: dict[object, hub.Sizes] = {}
     largest = 0
-    for variant in variants:
-        params = variant.params
-        base = sizes.setdefault(params.base.source, pins.sizes(params.base.source))
-        copied = params.fuse.untouched == "copy"
-        largest = max(largest, base.total if copied else base.below("transformer"))
+    for params in (variant.params for variant in variants):
+        if params.base.source not in sizes:
+            sizes[params.base.source] = pins.sizes(params.base.source)
+        base = sizes[params.base.source]
+        largest = max(largest, base.total if params.fuse.untouched == "copy" else base.below("transformer"))
         for lora in params.loras.values():
-            try:
-                sizes.setdefault((lora.source, lora.filename), pins.sizes(lora.source, lora.filename))
-            except Refused:  # this point's own matter, said when it is pinned
-                continue
+            if (lora.source, lora.filename) not in sizes:
+                with suppress(Refused):  # this point's own matter, said when it is pinned
+                    sizes[lora.source, lora.filename] = pins.sizes(lora.source, lora.filename)
     return sum(one.to_fetch for one in sizes.values()), largest
 
 

@@ -41,7 +41,7 @@ def run(
         build: makes all but the record and says what it came to; what it refuses is recorded, and the others go on.
         inputs: what the key of each is of.
         keep: leave the merged checkpoints.
-        tell: is told what became of each.
+        tell: is told what became of each, in a few words.
 
     Raises:
         NoSpace: there is no room for any other point either.
@@ -77,7 +77,7 @@ class _Said:
     elsewhere: bool = False
 
     def __str__(self) -> str:
-        return f"refused: {self.sentence}" if self.refused else self.sentence
+        return "refused" if self.refused else self.sentence
 
 
 def _build_one(point: Point, build: Callable[[Point], str], inputs: Mapping[str, object], *, keep: bool) -> _Said:
