@@ -360,6 +360,7 @@ def test_the_sheet_escapes_what_it_shows_and_asks_nobody_for_anything() -> None:
     assert "<script" not in page
     assert "<b>noise</b>" not in page
     assert "http" not in page.replace("http-equiv", "")
+    assert ">scale=1<br>" in page
     assert page.count("<svg") == len(curves([metrics]))
     content = json.loads(sheet_json(sheet))
     assert [one["refused"] for one in content["points"]] == [None, None, "no | <i>room</i>"]

@@ -47,7 +47,7 @@ def title_of(key: str) -> str:
     if name in METRICS:
         metric = METRICS[name]
         unit = f", {metric.unit.strip()}" if metric.unit else ""
-        return f"{metric.title}{unit}, to the {'base alone' if side == 'baseline' else 'golden'}"
+        return f"{metric.title}{unit}, to the {'base alone' if side == 'baseline' else 'golden (a gap: identical)'}"
     return OWN[name]
 
 

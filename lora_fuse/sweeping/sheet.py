@@ -6,6 +6,7 @@ The page holds its pictures and curves and asks the network for nothing, as the 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -84,7 +85,7 @@ def sheet_html(sheet: Sheet) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"data_uri": data_uri}
+    environment.filters |= {"data_uri": data_uri, "short": _short}
     template = environment.get_template("sweep.html.j2")
     return template.render(sheet=sheet, curves=drawings(sheet), text=_text)
 
@@ -153,6 +154,11 @@ def sheet_markdown(sheet: Sheet) -> str:
         f"Means over {len(sheet.rows)} cases; {sheet.run}; the base alone: {sheet.alone}; {sheet.environment}.",
     ]
     return "\n".join([*lines, "", f"`{sheet.command}`", ""])
+
+
+def _short(label: str) -> str:
+    """A label without the folders of its keys, for a narrow column: ``scale=0.8 filename=v2.safetensors``."""
+    return re.sub(r"(?<!\S)\+*[\w.]*\.(?=\w+=)", "", label)
 
 
 def _text(value: float | None) -> str:
