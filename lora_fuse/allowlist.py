@@ -28,6 +28,11 @@ def is_pickle(path: str) -> bool:
     return PurePosixPath(path).suffix.lower() in PICKLE_SUFFIXES
 
 
+def is_plain_weights(filename: str) -> bool:
+    """Whether it is a safetensors file, and not a variant's."""
+    return _PLAIN_WEIGHTS.fullmatch(filename) is not None
+
+
 def components(model_index: object, label: str) -> list[str]:
     """The component folders that a `model_index.json` names: its `[library, class]` pairs that are not null.
 

@@ -11,7 +11,6 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from lora_fuse.cli import guarded
 from lora_fuse.errors import BadConfig
 from lora_fuse.provenance import this_person
 from lora_fuse.records import from_json
@@ -19,7 +18,7 @@ from lora_fuse.regression.approval import check_repeatable, check_weights, read_
 from lora_fuse.regression.goldens import Approval, Candidates, Goldens
 from stages.artifacts import GOLDEN, HERE, Artifacts, read_object, read_text
 from stages.config import check_declared, load
-from stages.console import PLAIN, Console, add_arguments
+from stages.console import PLAIN, Console, parse, run
 
 
 def approve(reason: str, only: list[str], add: bool, at: Artifacts = HERE, console: Console = PLAIN) -> int:
@@ -38,8 +37,7 @@ def approve(reason: str, only: list[str], add: bool, at: Artifacts = HERE, conso
     approval = Approval(this_person(Path.cwd()), datetime.now(UTC).isoformat(timespec="seconds"), reason.strip(), ())
     written: list[str] = []
     try:
-        for name, candidate in chosen.items():
-            written.append(str(goldens.approve(pictures[name], candidate, approval, beside=add)))
+        written.extend(str(goldens.approve(pictures[name], one, approval, beside=add)) for name, one in chosen.items())
     finally:  # if one is refused, those before it are approved
         console.done("approved", *written, facts={"goldens": written})
     return 0
@@ -53,11 +51,10 @@ def approve_of(given: argparse.Namespace, console: Console) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m stages.approve", description="Approve this run's pictures.")
+    parser = argparse.ArgumentParser(prog="python -m stages.approve")
     parser.add_argument("--reason", required=True, help="why these pictures are right; kept beside them")
     parser.add_argument("--case", action="append", default=[], help="only this case; may be given again")
     parser.add_argument("--add", action="store_true", help="keep the goldens that the case has, and allow this one too")
     parser.add_argument("--variant", help="a variant's pictures, instead of the main build's")
-    add_arguments(parser)
-    given = parser.parse_args()
-    sys.exit(guarded(lambda: approve_of(given, Console(given.quiet, given.json))))
+    given, said = parse(parser)
+    sys.exit(run("approve", said, lambda: approve_of(given, said)))

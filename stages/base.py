@@ -8,9 +8,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from lora_fuse.cli import guarded
 from stages.artifacts import Artifacts
-from stages.console import Console, add_arguments
+from stages.console import Console, parse, run
 from stages.download import download
 from stages.variants import COMPILED, read_compiled, refuse_unknown
 
@@ -29,6 +28,5 @@ def base(key: str, console: Console) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m stages.base", description="Lock a base of variants.")
     parser.add_argument("key", metavar="KEY", help="one of bases in variants/params.yaml")
-    add_arguments(parser)
-    given = parser.parse_args()
-    sys.exit(guarded(lambda: base(given.key, Console(given.quiet, given.json))))
+    given, console = parse(parser)
+    sys.exit(run("base", console, lambda: base(given.key, console)))

@@ -34,6 +34,30 @@ def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
     return {str(key): value for key, value in tree.items()}
 
 
+def split_sweep(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, ...]]] | None:
+    """Overrides in Hydra's sweep grammar: those of all points, and those of each; None if nothing is swept.
+
+    Raises:
+        BadConfig: Hydra cannot read them, or a sweep is of no single values.
+    """
+    from hydra import initialize_config_dir
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        with initialize_config_dir(str(CONF.absolute()), version_base=None):
+            parser = OverridesParser.create(GlobalHydra.instance().config_loader())  # glob(*) reads the groups
+            parsed = list(zip(arguments, parser.parse_overrides(list(arguments)), strict=True))
+            swept = [override for _, override in parsed if override.is_sweep_override()]
+            (points,) = BasicSweeper.split_arguments(swept, max_batch_size=None)
+    except HydraException as error:
+        raise BadConfig(f"{' '.join(arguments)}: {one_line(error)}; list the values: fuse.scale=0.6,0.8") from error
+    fixed = [argument for argument, override in parsed if not override.is_sweep_override()]
+    return (fixed, [tuple(point) for point in points]) if swept else None
+
+
 def recipes() -> list[str]:
     """The names of all recipes."""
     return sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))

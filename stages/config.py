@@ -10,26 +10,22 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import yaml
 
 from lora_fuse.cli import guarded
-from lora_fuse.errors import BadConfig, CheckFailed, LoraFuseError
+from lora_fuse.errors import BadConfig, CheckFailed
 from lora_fuse.files import replace_text
-from lora_fuse.interrupts import exit_code
-from lora_fuse.progress import silence
 from stages.artifacts import HERE, Artifacts
 from stages.compose import compose, one_line
-from stages.console import Console
+from stages.console import KEPT, Console, run
 from stages.params import Params, parse_params
 from stages.variants import COMPILED, compile_entries, compose_variant, load_variant
 
 __all__ = ["check_declared", "compose", "load", "main", "run_stage"]
 
 PARAMS = Path("params.yaml")
-KEPT = "earlier results are as they were; `dvc repro` goes on with this stage"
 
 
 def load(overrides: Sequence[str] = (), variant: str | None = None) -> Params:
@@ -69,7 +65,13 @@ def check_declared(recipe: str, variant: str | None = None) -> None:
         )
 
 
-def run_stage(stage: Callable[..., int], *flags: str, kept: str = KEPT) -> None:
+def run_stage(
+    stage: Callable[..., int],
+    *flags: str,
+    kept: str = KEPT,
+    read: Callable[[Sequence[str]], object] | None = None,
+    at: Artifacts = HERE,
+) -> None:
     """Run a stage as a program: its parameters by the rule above, its errors as one line, its result as exit code.
 
     Args:
@@ -77,6 +79,8 @@ def run_stage(stage: Callable[..., int], *flags: str, kept: str = KEPT) -> None:
         flags: names of arguments (``dry-run`` for ``--dry-run``, keyword `dry_run`) that are no overrides and do not
             count for the rule; every stage also knows ``--quiet``, ``--json`` and ``--variant NAME``.
         kept: what an interrupted run leaves, and how to go on.
+        read: makes something else than parameters from the overrides; there is no ``--variant`` then.
+        at: where its results go.
     """
     known = ("quiet", "json", *flags)
     given = {flag: f"--{flag}" in sys.argv[1:] for flag in known}
@@ -86,20 +90,13 @@ def run_stage(stage: Callable[..., int], *flags: str, kept: str = KEPT) -> None:
     name = Path(sys.argv[0]).stem
 
     def work() -> int:
-        try:
-            variant, overrides = _variant(rest)
-            params = load(overrides, variant)
-            at = HERE if variant is None else Artifacts.of_variant(variant, params)
-            with silence() if console.quiet else nullcontext(), at.own_commands():
-                return stage(params, at, console, **chosen)
-        except LoraFuseError as error:
-            console.failed(name, error.exit_code, str(error))
-            raise
-        except KeyboardInterrupt as interrupt:
-            console.failed(name, exit_code(interrupt), f"interrupted; {kept}")
-            raise
+        variant, overrides = _variant(rest) if read is None else (None, rest)
+        params = load(overrides, variant) if read is None else read(overrides)
+        where = at if variant is None else Artifacts.of_variant(variant, load(variant=variant))
+        with where.own_commands():
+            return stage(params, where, console, **chosen)
 
-    sys.exit(guarded(work, kept))
+    sys.exit(run(name, console, work, kept))
 
 
 def _variant(arguments: Sequence[str]) -> tuple[str | None, list[str]]:

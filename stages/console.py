@@ -6,10 +6,17 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
+from lora_fuse.cli import guarded
 from lora_fuse.colour import painted
+from lora_fuse.errors import LoraFuseError
+from lora_fuse.interrupts import exit_code
+from lora_fuse.progress import silence
+
+KEPT = "earlier results are as they were; `dvc repro` goes on with this stage"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +69,36 @@ class Console:
 PLAIN = Console()
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Let a command that has its own arguments know ``--quiet`` and ``--json`` as well."""
+def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Console]:
+    """The arguments of a command that has its own, and ``--quiet`` and ``--json`` as every stage has them."""
     parser.add_argument("--quiet", action="store_true", help="say only what is wrong")
     parser.add_argument("--json", action="store_true", help="say it as one JSON object")
+    given = parser.parse_args()
+    return given, Console(given.quiet, given.json)
+
+
+def run(name: str, console: Console, work: Callable[[], int], kept: str = KEPT) -> int:
+    """Do a stage's work; what was refused or interrupted is said in one way.
+
+    Args:
+        name: the stage's.
+        console: what it says things by.
+        work: gives the exit code.
+        kept: what an interrupted run leaves, and how to go on.
+
+    Returns:
+        The exit code.
+    """
+
+    def told() -> int:
+        try:
+            with silence() if console.quiet else nullcontext():
+                return work()
+        except LoraFuseError as error:
+            console.failed(name, error.exit_code, str(error))
+            raise
+        except KeyboardInterrupt as interrupt:
+            console.failed(name, exit_code(interrupt), f"interrupted; {kept}")
+            raise
+
+    return guarded(told, kept)

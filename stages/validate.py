@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from lora_fuse.cli import guarded
 from lora_fuse.regression.environment import environment, make_deterministic
 from lora_fuse.validation.report import Validation
 from lora_fuse.workplace import exclusive, remove
 from stages.config import load
-from stages.console import Console, add_arguments
+from stages.console import Console, parse, run
 from stages.validating import BUILD, VALIDATION, Request, Trial
+
+KEPT = "the current build is as it was; the same command starts anew"
 
 
 def validate(request: Request, console: Console) -> int:
@@ -50,8 +51,7 @@ if __name__ == "__main__":
     parser.add_argument("--name", help="of the recipe's LoRA that it takes the place of, if there are several")
     parser.add_argument("--keep", action="store_true", help="keep the merged checkpoint; it is removed otherwise")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an override, as of any stage")
-    add_arguments(parser)
-    given = parser.parse_args()
+    given, said = parse(parser)
     overrides = [*([f"recipe={given.recipe}"] if given.recipe else []), *given.set]
     wanted = Request(given.lora, given.name, given.scale, given.keep, tuple(overrides))
-    sys.exit(guarded(lambda: validate(wanted, Console(given.quiet, given.json))))
+    sys.exit(run("validate", said, lambda: validate(wanted, said), KEPT))

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import save
 
 from lora_fuse.errors import BadLora, BadSource, Refused
-from lora_fuse.hub import locate, lock_base, lock_lora, verify_files
+from lora_fuse.hub import Sizes, Transfer, base_sizes, cache_dir, locate, lock_base, lock_lora, lora_sizes, verify_files
 from lora_fuse.records import FileRecord, Lock, Source, from_json, to_json
 from tests.hub_server import Fault, LoopbackHub
 
@@ -101,6 +101,23 @@ def refusal(work: Callable[[], object], kind: type[Refused] = BadSource) -> str:
 
 
 # ---------------------------------------------------------------- what is pinned and taken
+
+
+def test_what_a_lock_will_fetch_is_known_before_any_of_it_is(hub: LoopbackHub) -> None:
+    hub.push(BASE, {**PIPELINE, **STRAYS})
+    hub.push(LORA, {LORA_FILE: weights(7), "README.md": b"# lora"})
+    base, lora, how = Source(BASE, revision="main"), Source(LORA, revision="main"), Transfer()
+    sizes = base_sizes(base, None, how)
+    assert sizes.files.keys() == PIPELINE.keys() | {"safety_checker/model.safetensors"}  # at most
+    assert sizes.to_fetch == sizes.total > sum(map(len, PIPELINE.values()))
+    assert sizes.below("transformer") == sum(
+        len(PIPELINE[name]) for name in PIPELINE if name.startswith("transformer/")
+    )
+    assert lora_sizes(lora, LORA_FILE, None, how) == Sizes({LORA_FILE: len(weights(7))}, len(weights(7)))
+    assert lora_sizes(lora, "no.safetensors", None, how) == Sizes({})
+    assert not list(cache_dir().glob("models--*/snapshots"))
+    pinned = lock()
+    assert base_sizes(base, pinned, how) == Sizes({name: len(data) for name, data in sorted(PIPELINE.items())})
 
 
 def test_a_branch_is_pinned_to_its_commit_and_only_the_pipelines_files_are_taken(hub: LoopbackHub) -> None:

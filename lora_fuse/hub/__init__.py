@@ -3,7 +3,8 @@
 The Hub client trusts its cache and the wire, so a lock is only ever made from bytes that were read back,
 hashed here and compared with what the Hub says of them.
 
-Imports run one way: `locks` → `repository` → `transfer` → (`process`, `room`, `leftovers`) → `failures` → `client`.
+Imports run one way: `sizes` → `locks` → `repository` → `transfer` → (`process`, `room`, `leftovers`) → `failures` →
+`client`.
 `child` is what runs in the process in which the client itself transfers files; nothing imports it.
 
 Invariants: no pickle is ever fetched; a lock that exists keeps its commit, however far its branch moves, unless it
@@ -15,11 +16,14 @@ from lora_fuse.hub.client import bars_on_a_terminal, cache_dir, client, endpoint
 from lora_fuse.hub.failures import client_errors
 from lora_fuse.hub.locks import changes, checked, locate, lock_base, lock_lora, moved, verify_files, will_lock
 from lora_fuse.hub.repository import listing, remote_files
+from lora_fuse.hub.sizes import Sizes, base_sizes, lora_sizes
 from lora_fuse.hub.transfer import Transfer
 
 __all__ = [
+    "Sizes",
     "Transfer",
     "bars_on_a_terminal",
+    "base_sizes",
     "cache_dir",
     "changes",
     "checked",
@@ -31,6 +35,7 @@ __all__ = [
     "locate",
     "lock_base",
     "lock_lora",
+    "lora_sizes",
     "moved",
     "remote_files",
     "snapshot_folder",

@@ -94,12 +94,18 @@ def check_cases(cases: Iterable[Case], setup: Setup) -> None:
 
 
 def render_pairs(
-    merged: Path, plan: Plan, cases: Sequence[Case], setup: Setup, watch: Watch | None = None
+    merged: Path,
+    plan: Plan,
+    cases: Sequence[Case],
+    setup: Setup,
+    watch: Watch | None = None,
+    shared: Mapping[str, object] | None = None,
 ) -> list[Pair]:
     """Render every case from both sides.
 
     The merged side is loaded as a user would load it, with the scheduler that lies in the repository; the unfused side
-    is the plan's base with the recipe's scheduler, so a wrong scheduler in the repository shows.
+    is the plan's base with the recipe's scheduler, so a wrong scheduler in the repository shows. `shared` are parts of
+    the base's pipeline that are loaded already, see `shared_components`.
 
     Raises:
         RenderFailed: a side cannot be loaded or run.
@@ -107,7 +113,7 @@ def render_pairs(
     """
     watch = watch or Watch()
     watch.loads("merged")
-    pipe = load_pipeline(merged, setup.pipeline, dtype=setup.dtype)
+    pipe = load_pipeline(merged, setup.pipeline, dtype=setup.dtype, shared=shared)
     ours = render_all(pipe, cases, setup.sampling, setup.placement, side="merged", watch=watch)
     shared = shared_components(pipe)
     drop_transformer(pipe)

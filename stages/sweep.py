@@ -1,0 +1,60 @@
+"""``python -m stages.sweep fuse.scale=0.6,0.8,1.0 lora=v1,v2 [--keep]``: build every point, look at it, throw it away.
+
+Exit 0: every point was built. 1: a point was refused, or is not base + LoRA; the others are there all the same.
+"""
+
+from __future__ import annotations
+
+import shlex
+from contextlib import suppress
+
+from lora_fuse.errors import Busy
+from lora_fuse.sweeping.contact import write_sheet
+from lora_fuse.sweeping.running import run
+from stages.artifacts import ROOT, Artifacts
+from stages.building import Builder, sheet_of, wrong_points
+from stages.config import run_stage
+from stages.console import PLAIN, Console
+from stages.points import plan_sweep
+from stages.swept import Swept, expand
+
+SWEEP = Artifacts(ROOT / "sweep")
+
+
+def sweep(swept: Swept, at: Artifacts = SWEEP, console: Console = PLAIN, *, keep: bool = False) -> int:
+    """Write `points/KEY/` for each point, then `sweep.html`, `sweep.json` and `sweep.md`."""
+    command = shlex.join(["python", "-m", "stages.sweep", *swept.arguments, *(["--keep"] if keep else [])])
+    plan = plan_sweep(swept.points, at.root, keep=keep)
+    console.will("sweep", str(plan))
+    builder, planned, count = Builder(at.root, keep), {one.point: one for one in plan.points}, len(plan.points)
+    try:
+        standing = run(
+            list(planned),
+            lambda point: builder.build(planned[point]),
+            inputs={point: one.inputs for point, one in planned.items()},
+            keep=keep,
+            tell=lambda point, said: console.will("sweep", f"{plan.number(point)}, {point.label}: {said}"),
+        )
+    except KeyboardInterrupt:
+        done = sum(point.is_done(keep=keep) for point in planned)
+        console.wrong("sweep", f"{done} of {count} points are done and stay; go on with the rest: {command}")
+        raise
+    facts: dict[str, object] = {"points": count, "built": len(standing.built)}
+    if busy := [point.label for point in standing.busy]:
+        line = f"{len(busy)} of {count} points are being built by another run, which will write the sheet"
+        console.done("sweep", line, facts=facts | {"busy": busy})
+        return 0
+    sheet, page = sheet_of(plan, standing.refused, builder, command), at.root / "sweep.html"
+    with suppress(Busy):  # the other process that has ended just now writes the same
+        write_sheet(sheet, at.root)
+    wrong, best = wrong_points(sheet), sheet.recommendation
+    for label, sentence in wrong.items():
+        console.wrong("sweep", f"{label}: {sentence}")
+    facts |= {"wrong": wrong, "recommended": best.label, "scale": best.scale, "reason": best.reason, "sheet": str(page)}
+    first = f"{count} points, {len(standing.built)} built now, {len(standing.refused)} refused"
+    console.done("sweep", first, f"recommended {best.label or 'none'}: {best.reason}", f"see {page}", facts=facts)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    run_stage(sweep, "keep", read=expand, at=SWEEP)
