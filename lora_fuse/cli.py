@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_fuse.errors import BadConfig, LoraFuseError
+from lora_fuse.launched import is_first_to_fail
 
 if TYPE_CHECKING:
     from lora_fuse.lora import LoraInput, Update
@@ -31,7 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def guarded(work: Callable[[], int]) -> int:
-    """Run `work`; an error raised on purpose becomes one line on stderr and its exit code."""
+    """Run `work`; an error raised on purpose becomes one line on stderr and its exit code.
+
+    Of the processes of a launch, only the first that fails says so.
+    """
     try:
         code = work()
         sys.stdout.flush()
@@ -39,11 +43,15 @@ def guarded(work: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except LoraFuseError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return _failed(str(error), error.exit_code)
     except KeyboardInterrupt:
-        print("error: interrupted; earlier results are as they were", file=sys.stderr)
-        return 130
+        return _failed("interrupted; earlier results are as they were", 130)
+    return code
+
+
+def _failed(why: str, code: int) -> int:
+    if is_first_to_fail():
+        print(f"error: {why}", file=sys.stderr, flush=True)
     return code
 
 

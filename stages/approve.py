@@ -18,6 +18,7 @@ from lora_fuse.provenance import this_person
 from lora_fuse.records import from_json
 from lora_fuse.regression.approval import check_repeatable, check_weights, read_pictures
 from lora_fuse.regression.goldens import Approval, Candidates, Goldens
+from lora_fuse.workplace import holding
 from stages.artifacts import GOLDEN, HERE, Artifacts, read_object, read_text
 from stages.config import load
 
@@ -51,4 +52,9 @@ if __name__ == "__main__":
     parser.add_argument("--case", action="append", default=[], help="only this case; may be given again")
     parser.add_argument("--add", action="store_true", help="keep the goldens that the case has, and allow this one too")
     given = parser.parse_args()
-    sys.exit(guarded(lambda: approve(given.reason, given.case, given.add)))
+
+    def run() -> int:
+        with holding(HERE.root):
+            return approve(given.reason, given.case, given.add)
+
+    sys.exit(guarded(run))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import yaml
 from lora_fuse.cli import guarded
 from lora_fuse.errors import BadConfig, CheckFailed
 from lora_fuse.files import replace_text
+from lora_fuse.launched import this_process
+from lora_fuse.workplace import holding
 from stages.artifacts import HERE
 from stages.console import Console
 from stages.params import Params, parse_params
@@ -65,20 +68,30 @@ def load(overrides: Sequence[str] = ()) -> Params:
     return parse_params(tree, str(PARAMS))
 
 
-def run_stage(stage: Callable[..., int], *flags: str) -> None:
+def run_stage(stage: Callable[..., int], *flags: str, spread: bool = False, writes: bool = True) -> None:
     """Run a stage as a program: its parameters by the rule above, its errors as one line, its result as exit code.
 
     Args:
         stage: gets the parameters, where its results go, how it says things, and by keyword whether a flag is given.
         flags: names of arguments (``dry-run`` for ``--dry-run``, keyword `dry_run`) that are no overrides and do not
             count for the rule; every stage also knows ``--quiet`` and ``--json``.
+        spread: whether a launcher may start it as several processes; the first of them writes.
+        writes: whether it holds the build's folder, so that no other does anything to it meanwhile.
     """
     known = ("quiet", "json", *flags)
     given = {flag: f"--{flag}" in sys.argv[1:] for flag in known}
     overrides = [argument for argument in sys.argv[1:] if argument.removeprefix("--") not in known]
-    console = Console(given["quiet"], given["json"])
+    here = this_process()
+    console = Console(given["quiet"] or not here.is_first, given["json"])
     chosen = {flag.replace("-", "_"): given[flag] for flag in flags}
-    sys.exit(guarded(lambda: stage(load(overrides), HERE, console, **chosen)))
+
+    def run() -> int:
+        if not (spread or here.is_alone):
+            raise BadConfig(f"{stage.__name__} runs as one process, and a launcher started {here.count}")
+        with holding(HERE.root) if writes and here.is_first else nullcontext():
+            return stage(load(overrides), HERE, console, **chosen)
+
+    sys.exit(guarded(run))
 
 
 def main(arguments: Sequence[str]) -> int:

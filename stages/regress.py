@@ -1,4 +1,7 @@
-"""Stage `regress`: render merged and unfused, compare with each other and with the goldens, write the report."""
+"""Stage `regress`: render merged and unfused, compare with each other and with the goldens, write the report.
+
+`accelerate launch --num_processes N -m stages.regress` spreads the cases over N processes.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from lora_fuse.regression.goldens import Goldens
 from lora_fuse.regression.pairs import check_cases, judge_pairs, render_pairs, save_pictures
 from lora_fuse.regression.report import report_html
 from lora_fuse.regression.review import block_changes, case_rows, review, run_metrics
+from lora_fuse.regression.spread import Team
 from stages.artifacts import GOLDEN, HERE, Artifacts, read_object
 from stages.config import run_stage
 from stages.console import PLAIN, Console
@@ -26,12 +30,16 @@ def regress(params: Params, at: Artifacts = HERE, console: Console = PLAIN) -> i
     settings, (base, loras) = params.regress, at.read_locks()
     manifest, manifest_sha256 = read_manifest(at.manifest)
     verify = read_object(at.verify, "verify")
+    team = Team(settings.placement, settings.threads)
     make_deterministic(settings.threads, on_gpu=settings.placement != "cpu")
     here, cases, setup = environment(settings.placement, settings.dtype), cases_of(params), setup_of(params)
     rules = rules_of(params)
     check_cases(cases, setup)
     approved = Goldens(GOLDEN / params.name).for_run(here.key, [case.name for case in cases])
-    pairs = render_pairs(at.merged, plan_of(base, loras, params), cases, setup)
+    plan = plan_of(base, loras, params)
+    pairs = team.render(cases, str(here.key), lambda mine: render_pairs(at.merged, plan, mine, setup))
+    if pairs is None:  # another process judges and writes
+        return 0
     judged = judge_pairs(pairs, {name: [one.golden for one in found] for name, found in approved.items()}, rules)
     found = candidates(judged, manifest, manifest_sha256, setup, here)
     save_pictures(judged, at.images)
@@ -47,4 +55,4 @@ def regress(params: Params, at: Artifacts = HERE, console: Console = PLAIN) -> i
 
 
 if __name__ == "__main__":
-    run_stage(regress)
+    run_stage(regress, spread=True)

@@ -14,7 +14,7 @@ from tests import tiny
 ROOT = Path(__file__).resolve().parents[1]
 
 # Lower may not import higher; a module not named here belongs to the middle.
-BOTTOM = {"errors", "records"}
+BOTTOM = {"errors", "records", "launched"}
 PURE = {
     "allowlist",
     "header",
@@ -48,7 +48,7 @@ HUB = ["client", "failures", "leftovers", "room", "child", "process", "transfer"
 
 OWNERS = {
     "diffusers": {"lora_fuse/regression/render.py", "lora_fuse/regression/placement.py"},
-    "accelerate": {"lora_fuse/regression/placement.py"},
+    "accelerate": {"lora_fuse/regression/placement.py", "lora_fuse/regression/spread.py"},
     "transformers": {"lora_fuse/regression/render.py"},
     "peft": {"lora_fuse/regression/render.py"},
     "huggingface_hub": {
