@@ -52,9 +52,4 @@ if __name__ == "__main__":
     parser.add_argument("--case", action="append", default=[], help="only this case; may be given again")
     parser.add_argument("--add", action="store_true", help="keep the goldens that the case has, and allow this one too")
     given = parser.parse_args()
-
-    def run() -> int:
-        with holding(HERE.root):
-            return approve(given.reason, given.case, given.add)
-
-    sys.exit(guarded(run))
+    sys.exit(guarded(holding(HERE.root)(lambda: approve(given.reason, given.case, given.add))))

@@ -35,6 +35,11 @@ class Artifacts:
         return self.root / "lora.lock.json"
 
     @property
+    def sources(self) -> Path:
+        """What was fetched to this machine; unlike the locks, it does not travel."""
+        return self.root / "sources.json"
+
+    @property
     def merged(self) -> Path:
         """The merged repository."""
         return self.root / "merged"

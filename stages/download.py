@@ -16,7 +16,7 @@ from stages.params import Params
 
 
 def download(params: Params, at: Artifacts = HERE, console: Console = PLAIN, *, update: bool = False) -> int:
-    """Write `base.lock.json` and `lora.lock.json`."""
+    """Write `base.lock.json` and `lora.lock.json`, and `sources.json` to say that what they name is here."""
     base_before, loras_before = _previous(at)
     transfer = params.download.transfer
     loras = {  # first, as they are small: what is wrong with them is found before the base is fetched
@@ -29,6 +29,7 @@ def download(params: Params, at: Artifacts = HERE, console: Console = PLAIN, *, 
     replace_text(at.base_lock, to_json(BaseLock(SCHEMA, base)))
     replace_text(at.lora_lock, to_json(LoraLock(SCHEMA, loras)))
     sizes = {lock.label: sum(file.size for file in lock.files.values()) for lock in (base, *loras.values())}
+    replace_text(at.sources, to_json(sizes))
     lines = [
         f"{lock.label}: {len(lock.files)} files, {human_bytes(sizes[lock.label])}, every sha256 checked"
         for lock in (base, *loras.values())

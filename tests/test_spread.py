@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -63,49 +66,62 @@ def test_more_processes_than_cases_make_the_same_pictures_and_metrics_as_one(bui
 
 def children(parent: int) -> dict[int, int]:
     """The processes of a launch by their number on this machine."""
-    found = {}
+    found: dict[int, int] = {}
     for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
-        variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
-        local = [value for name, _, value in (one.partition("=") for one in variables) if name == "LOCAL_RANK"]
-        if local:
-            found[int(local[0])] = int(pid)
+        with suppress(OSError):  # it has ended meanwhile, as the launcher's own questions to the system do
+            variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
+            local = [one.removeprefix("LOCAL_RANK=") for one in variables if one.startswith("LOCAL_RANK=")]
+            found |= {int(number): int(pid) for number in local}
     return found
 
 
-def is_rendering(pid: int) -> bool:
-    """Its thread for the launcher's signal is there, and so are weights and pictures."""
-    lines = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line)
-    return bool(int(lines["SigBlk"], 16) & 1 << signal.SIGTERM - 1) and int(lines["VmRSS"].split()[0]) > 600_000
+def status(pid: int, field: str) -> str:
+    found = re.search(rf"^{field}:\s+(\S+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return found[1] if found else "0"
 
 
-@pytest.mark.parametrize("lost", [1, 0])
-def test_a_lost_process_is_one_error_and_leaves_the_last_results(built: Workspace, lost: int) -> None:
-    before = results(built)
-    slow = ["sampling.steps=300", "sampling.sigmas=null"]
+def listens(pid: int) -> bool:
+    """A thread of its waits for the launcher's signal."""
+    return bool(int(status(pid, "SigBlk"), 16) & 1 << signal.SIGTERM - 1)
+
+
+def is_loaded(pid: int) -> bool:
+    """Its weights are in memory, so it is making pictures."""
+    return int(status(pid, "VmRSS")) > 600_000
+
+
+def kill(workspace: Workspace, lost: int, *program: str, ready: Callable[[int], bool]) -> str:
+    """Launch two processes, kill one of them when both are ready; what all of them said."""
     process = subprocess.Popen(
-        launch(2, "-m", "stages.regress", *slow),
-        cwd=built.root,
-        env=built.env,
+        launch(2, *program),
+        cwd=workspace.root,
+        env={**workspace.env, "PYTHONPATH": str(workspace.root)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     end = time.monotonic() + 120
-    while lost not in (found := children(process.pid)) or not all(map(is_rendering, found.values())):
+    while lost not in (found := children(process.pid)) or not all(map(ready, found.values())):
         assert process.poll() is None
         assert time.monotonic() < end
         time.sleep(0.05)
     os.kill(found[lost], signal.SIGKILL)
     output, _ = process.communicate(timeout=120)
-    said = errors(output)
     assert process.returncode != 0
-    assert len(said) == 1, output
-    assert "another process of this run ended" in said[0]
-    assert "nothing was written" in said[0]
+    return output
+
+
+def test_a_lost_process_is_one_error_and_leaves_the_last_results(built: Workspace) -> None:
+    before = results(built)
+    slow = ["sampling.steps=300", "sampling.sigmas=null"]
+    output = kill(built, 1, "-m", "stages.regress", *slow, ready=lambda pid: listens(pid) and is_loaded(pid))
+    assert len(errors(output)) == 1, output
+    assert "another process of this run ended" in output
+    assert "nothing was written" in output
     assert results(built) == before
 
 
-REFUSING = """
+SHARED = """
 import sys, time
 from lora_fuse.cli import guarded
 from lora_fuse.errors import OutOfMemory
@@ -114,19 +130,30 @@ from lora_fuse.regression.spread import Team
 team = Team("cpu", 2)
 
 def render(cases):
-    if cases == ["b"]:
-        raise OutOfMemory("case b does not fit")
+    if cases == sys.argv[1:]:
+        raise OutOfMemory(f"case {cases[0]} does not fit")
     time.sleep(300)
 
 sys.exit(guarded(lambda: team.render(["a", "b"], "a key", render) is None))
 """
 
 
-def test_what_one_process_refuses_is_said_once_and_ends_the_others(built: Workspace) -> None:
-    script = built.root / "refusing.py"
-    script.write_text(REFUSING)
-    done = built.run(*launch(2, str(script)), code=1, env={"PYTHONPATH": str(built.root)})
-    script.unlink()
+@pytest.fixture(scope="module")
+def script(built: Workspace) -> str:
+    """Refuses the case that is its argument, and renders all others for ever."""
+    path = built.root / "shared.py"
+    path.write_text(SHARED)
+    return path.name
+
+
+def test_the_first_process_lost_is_an_error_of_the_others(built: Workspace, script: str) -> None:
+    output = kill(built, 0, script, ready=listens)
+    assert len(errors(output)) == 1, output
+    assert "another process of this run ended" in output
+
+
+def test_what_one_process_refuses_is_said_once_and_ends_the_others(built: Workspace, script: str) -> None:
+    done = built.run(*launch(2, script, "b"), code=1, env={"PYTHONPATH": str(built.root)})
     assert errors(done.stdout + done.stderr) == ["error: case b does not fit"]
     assert done.stderr.count("Traceback") == 1  # the launcher's own
 
@@ -175,7 +202,7 @@ def test_every_process_has_a_gpu_of_its_own(
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    with pytest.raises(NoDevice, match="'0,1', and process 2 .* as many processes as there are GPUs"):
+    with pytest.raises(NoDevice, match=r"'0,1', and process 2 .* as many processes as there are GPUs"):
         spread.take_gpu(2)
     with pytest.raises(NoDevice, match="2 processes had the same GPU, here GPU-a"):
         spread.check_devices([("k", "here GPU-a"), ("k", "here GPU-a")])
