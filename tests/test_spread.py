@@ -17,6 +17,7 @@ import pytest
 from lora_fuse.errors import BadConfig, NoDevice
 from lora_fuse.launched import Process, is_first_to_fail, this_process
 from lora_fuse.regression import spread
+from lora_fuse.workplace import holding
 from tests.test_pipeline import METRICS, Workspace
 
 PLAIN = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -226,3 +227,13 @@ def test_a_stage_that_is_one_process_says_so(built: Workspace) -> None:
     env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
     done = built.run(sys.executable, "-m", "stages.fuse", env=env, code=2)
     assert done.stderr.strip() == "error: fuse runs as one process, and a launcher started 2"
+
+
+@pytest.mark.parametrize("stage", ["download", "fuse", "verify", "regress", "export", "gate", "publish", "approve"])
+def test_no_stage_does_anything_to_a_build_that_another_is_at(built: Workspace, stage: str) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (built.root / "artifacts").rglob("*.json")}
+    reason = ["--reason", "it is purple"] if stage == "approve" else []
+    with holding(built.root / "artifacts"):
+        said = built.stage(stage, *reason, code=2)
+    assert said.strip() == "error: another run is writing artifacts; wait for it to end"
+    assert {path: path.stat().st_mtime_ns for path in (built.root / "artifacts").rglob("*.json")} == before

@@ -296,7 +296,7 @@ def _checked(picture: Path, record: Path) -> tuple[Path, GoldenRecord]:
 
 def _restoring(path: Path) -> str:
     """The command that brings back what was approved: from git, or from DVC where a folder above is kept there."""
-    kept = [above.with_name(f"{above.name}.dvc") for above in (path, *path.parents)]
+    kept = [Path(f"{above}.dvc") for above in (path, *path.parents)]
     return next((f"dvc checkout --force {one}" for one in kept if one.exists()), f"git checkout {path}")
 
 
