@@ -32,7 +32,8 @@ from lora_fuse.regression.pairs import render_pairs
 from tests.test_cuda_regression import CASES, SETUP, plan
 
 cases = [replace(CASES[0], name=f"seed{seed}", seed=seed) for seed in range(3)]
-pairs = team.render(cases, str(environment("cuda", "bfloat16").key), lambda mine: render_pairs(merged, plan(), mine, SETUP))
+key = str(environment("cuda", "bfloat16").key)
+pairs = team.render(cases, key, lambda mine: render_pairs(merged, plan(), mine, SETUP))
 (out / f"process{team.here.rank}.txt").write_text(str(torch.cuda.get_device_properties(0).uuid))
 for pair in pairs or ():
     for side in ("merged", "unfused", "floor"):
