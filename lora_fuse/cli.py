@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from lora_fuse.colour import painted
 from lora_fuse.errors import BadConfig, LoraFuseError
 from lora_fuse.interrupts import exit_code, stoppable
+from lora_fuse.launched import is_first_to_fail
 
 if TYPE_CHECKING:
     from lora_fuse.lora import LoraInput, Update
@@ -48,6 +49,8 @@ def _run(options: argparse.Namespace) -> int:
 def guarded(work: Callable[[], int], kept: str = "earlier results are as they were; run it again") -> int:
     """Run `work`; an error raised on purpose becomes one line on stderr and its exit code.
 
+    Of the processes of a launch, only the first that fails says so.
+
     Args:
         work: gives its exit code.
         kept: what is said after Ctrl-C or SIGTERM: what is left, and how to go on.
@@ -60,11 +63,15 @@ def guarded(work: Callable[[], int], kept: str = "earlier results are as they we
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except LoraFuseError as error:
-        print(painted(f"error: {error}", sys.stderr), file=sys.stderr)
-        return error.exit_code
+        return _failed(str(error), error.exit_code)
     except KeyboardInterrupt as interrupt:
-        print(painted(f"error: interrupted; {kept}", sys.stderr), file=sys.stderr)
-        return exit_code(interrupt)
+        return _failed(f"interrupted; {kept}", exit_code(interrupt))
+    return code
+
+
+def _failed(why: str, code: int) -> int:
+    if is_first_to_fail():
+        print(painted(f"error: {why}", sys.stderr), file=sys.stderr, flush=True)
     return code
 
 

@@ -66,6 +66,10 @@ class Busy(Refused):
     """Another run is writing the same result."""
 
 
+class ProcessLost(Refused):
+    """Another process of the same run has ended."""
+
+
 class BadSource(Refused):
     """A repository, revision or file cannot be had, or its content is not what was promised."""
 

@@ -96,12 +96,29 @@ def exclusive(out: Path) -> Iterator[None]:
     Raises:
         Busy: another process holds it.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with (out.parent / f".{out.name}.lock").open("w") as lock:
+    with _locked(out.parent / f".{out.name}.lock", out):
+        yield
+
+
+@contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Hold a folder of several results alone, as `exclusive` does with one.
+
+    Raises:
+        Busy: another process holds it.
+    """
+    with _locked(folder / ".lock", folder):
+        yield
+
+
+@contextmanager
+def _locked(path: Path, held: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise Busy(f"another run is writing {out}; wait for it to end") from error
+            raise Busy(f"another run is writing {held}; wait for it to end") from error
         yield
 
 

@@ -16,18 +16,18 @@ from lora_fuse.provenance import this_person
 from lora_fuse.records import from_json
 from lora_fuse.regression.approval import check_repeatable, check_weights, read_pictures
 from lora_fuse.regression.goldens import Approval, Candidates, Goldens
+from lora_fuse.workplace import holding
 from stages.artifacts import GOLDEN, HERE, Artifacts, read_object, read_text
 from stages.config import check_declared, load
 from stages.console import PLAIN, Console, parse, run
 
 
 def approve(reason: str, only: list[str], add: bool, at: Artifacts = HERE, console: Console = PLAIN) -> int:
-    """Copy the candidates to `artifacts/golden/RECIPE/KEY/`, each with its record, and who approved it and why."""
+    """Copy the candidates to `artifacts/golden/RECIPE/KEY/`, each with its record: who approved it and why."""
     found = from_json(Candidates, read_text(at.candidates, "regress"), str(at.candidates))
     if not set(only) <= set(found.cases) or not reason.strip():
-        raise BadConfig(
-            f"a --reason and known cases are needed: got {reason!r} and {only}, of {', '.join(found.cases)}"
-        )
+        known = ", ".join(found.cases)
+        raise BadConfig(f"a --reason and known cases are needed: got {reason!r} and {only}, of {known}")
     chosen = {name: found.cases[name] for name in only or found.cases}
     provenance = next(iter(chosen.values())).provenance
     check_weights(found.manifest_sha256, chosen, read_object(at.verify, "verify"), at.verify)
@@ -46,7 +46,7 @@ def approve(reason: str, only: list[str], add: bool, at: Artifacts = HERE, conso
 def approve_of(given: argparse.Namespace, console: Console) -> int:
     """`approve` of the main build, or of a variant."""
     at = HERE if given.variant is None else Artifacts.of_variant(given.variant, load(variant=given.variant))
-    with at.own_commands():
+    with at.own_commands(), holding(at.root):
         return approve(given.reason, given.case, given.add, at, console)
 
 

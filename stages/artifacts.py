@@ -81,9 +81,19 @@ class Artifacts:
         return self.shared_base or self.root / "base.lock.json"
 
     @property
+    def base_sources(self) -> Path:
+        """Of a base that variants share, that it was fetched to this machine, see `sources`."""
+        return self.base_lock.with_name(self.base_lock.name.replace(".lock.", ".sources."))
+
+    @property
     def lora_lock(self) -> Path:
         """The LoRAs' commits and files."""
         return self.root / "lora.lock.json"
+
+    @property
+    def sources(self) -> Path:
+        """What was fetched to this machine; unlike the locks, it does not travel."""
+        return self.root / "sources.json"
 
     @property
     def merged(self) -> Path:

@@ -9,13 +9,10 @@ from pathlib import Path
 
 from lora_fuse import hub
 from lora_fuse.files import replace_text
-from lora_fuse.manifest import read_manifest
 from lora_fuse.records import SCHEMA, BaseLock, LoraLock, to_json
-from lora_fuse.regression.candidates import candidates
 from lora_fuse.regression.environment import environment, make_deterministic
-from lora_fuse.regression.pairs import judge_pairs, picture_of, save_pictures
+from lora_fuse.regression.pairs import picture_of, save_pictures
 from lora_fuse.regression.render import Case
-from lora_fuse.regression.review import run_metrics
 from lora_fuse.regression.verdicts import Picture
 from lora_fuse.sweeping.baseline import baseline
 from lora_fuse.sweeping.contact import Entry, Headings, make_sheet
@@ -27,8 +24,9 @@ from lora_fuse.workplace import remove
 from stages.artifacts import Artifacts
 from stages.console import Console
 from stages.fuse import fuse
+from stages.judging import judge
 from stages.params import SamplingParams
-from stages.planning import baseline_of, cases_of, goldens_of, plan_of, rules_of, setup_of
+from stages.planning import baseline_of, cases_of, goldens_of, plan_of, setup_of
 from stages.points import Plan, Planned
 from stages.verify import verify
 
@@ -85,15 +83,12 @@ class Builder:
         here = environment(setup.placement, setup.dtype)
         approved = goldens_of(params).for_run(here.key, [case.name for case in cases])
         pairs = self._renderer.pairs(at.merged, plan, cases, setup)
-        judged = judge_pairs(
-            pairs, {name: [one.golden for one in found] for name, found in approved.items()}, rules_of(params)
-        )
-        found = candidates(judged, *read_manifest(at.manifest), setup, here)
-        metrics = run_metrics(judged, found, params.fuse.scale)
+        judged = judge(params, at, setup, here, pairs, approved)
+        metrics = judged.metrics
         metrics["weights_passed"] = json.loads(at.verify.read_text(encoding="utf-8"))["passed"]
         for pair in pairs:
             metrics |= against_baseline(pair.case.name, picture_of(pair.merged), alone[pair.case.name])
-        save_pictures(judged, planned.point.folder / IMAGES)
+        save_pictures(judged.cases, planned.point.folder / IMAGES)
         replace_text(planned.point.folder / METRICS, json.dumps(metrics, indent=2) + "\n")
         return describe(metrics)
 

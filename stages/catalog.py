@@ -54,4 +54,4 @@ def wanted(params: Params, build: Build, at: Artifacts) -> Wanted:
 
 
 if __name__ == "__main__":
-    run_stage(catalog)
+    run_stage(catalog, writes=False)

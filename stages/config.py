@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import yaml
@@ -17,6 +18,8 @@ import yaml
 from lora_fuse.cli import guarded
 from lora_fuse.errors import BadConfig, CheckFailed
 from lora_fuse.files import replace_text
+from lora_fuse.launched import this_process
+from lora_fuse.workplace import holding
 from stages.artifacts import HERE, Artifacts
 from stages.compose import compose, one_line
 from stages.console import KEPT, Console, run
@@ -71,6 +74,8 @@ def run_stage(
     kept: str = KEPT,
     read: Callable[[Sequence[str]], object] | None = None,
     at: Artifacts = HERE,
+    spread: bool = False,
+    writes: bool = True,
 ) -> None:
     """Run a stage as a program: its parameters by the rule above, its errors as one line, its result as exit code.
 
@@ -81,19 +86,25 @@ def run_stage(
         kept: what an interrupted run leaves, and how to go on.
         read: makes something else than parameters from the overrides; there is no ``--variant`` then.
         at: where its results go.
+        spread: whether a launcher may start it as several processes; the first of them writes.
+        writes: whether it holds the build's folder, so that no other does anything to it meanwhile.
     """
     known = ("quiet", "json", *flags)
     given = {flag: f"--{flag}" in sys.argv[1:] for flag in known}
     rest = [argument for argument in sys.argv[1:] if argument.removeprefix("--") not in known]
-    console = Console(given["quiet"], given["json"])
+    here = this_process()
+    console = Console(given["quiet"] or not here.is_first, given["json"] and here.is_first)
     chosen = {flag.replace("-", "_"): given[flag] for flag in flags}
     name = Path(sys.argv[0]).stem
 
     def work() -> int:
+        if not (spread or here.is_alone):
+            raise BadConfig(f"{name} runs as one process, and a launcher started {here.count}")
         variant, overrides = _variant(rest) if read is None else (None, rest)
         params = load(overrides, variant) if read is None else read(overrides)
         where = at if variant is None else Artifacts.of_variant(variant, load(variant=variant))
-        with where.own_commands():
+        holds = holding(where.root) if writes and here.is_first else nullcontext()
+        with where.own_commands(), holds:
             return stage(params, where, console, **chosen)
 
     sys.exit(run(name, console, work, kept))

@@ -57,4 +57,4 @@ def recipe_of(params: Params, at: Artifacts) -> Recipe:
 
 
 if __name__ == "__main__":
-    run_stage(doctor)
+    run_stage(doctor, writes=False)

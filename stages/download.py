@@ -27,7 +27,7 @@ def download(
     base_only: bool = False,
     loras_only: bool = False,
 ) -> int:
-    """Write `base.lock.json` and `lora.lock.json`, or one of them."""
+    """Write `base.lock.json` and `lora.lock.json`, or one of them, and that what they name is here."""
     (base_before, loras_before), clock = at.earlier_locks(), Clock()
     sources = [] if loras_only else [params.base.source]
     sources += [] if base_only else [lora.source for _, lora in sorted(params.loras.items())]
@@ -46,11 +46,11 @@ def download(
         replace_text(at.base_lock, to_json(BaseLock(SCHEMA, base)))
     if not base_only:
         replace_text(at.lora_lock, to_json(LoraLock(SCHEMA, loras)))
-    locks, moved = [lock for _, lock in pairs], hub.moved(pairs)
-    facts = {"bytes": {lock.label: lock.size for lock in locks}, "moved": moved, "seconds": clock.seconds}
-    lines = [*(hub.checked([lock]) for lock in locks[:1]), *([hub.checked(locks[1:])] if locks[1:] else [])]
-    rate = human_rate(sum(lock.size for lock in locks), clock.seconds)
-    console.done("download", *lines, rate, facts=facts, then="dvc repro fuse")
+    locks, moved, sizes = [lock for _, lock in pairs], hub.moved(pairs), {lock.label: lock.size for _, lock in pairs}
+    replace_text(at.base_sources if base_only else at.sources, to_json(sizes))
+    facts = {"bytes": sizes, "moved": moved, "seconds": clock.seconds}
+    lines = [hub.checked(some) for some in (locks[:1], locks[1:]) if some]
+    console.done("download", *lines, human_rate(sum(sizes.values()), clock.seconds), facts=facts, then="dvc repro fuse")
     if update and moved and not console.as_json:
         console.done("update", *moved, facts={})
     return 0

@@ -12,7 +12,6 @@ from lora_fuse import publishing
 from lora_fuse.errors import PublishRefused
 from lora_fuse.manifest import read_manifest
 from lora_fuse.progress import Clock, human_bytes, human_seconds
-from lora_fuse.workplace import exclusive
 from stages.artifacts import HERE, Artifacts
 from stages.config import run_stage
 from stages.console import PLAIN, Console
@@ -25,28 +24,27 @@ KEPT = "what was sent stays in its pull request; publish again, it goes on with 
 def publish(params: Params, at: Artifacts = HERE, console: Console = PLAIN, *, dry_run: bool = False) -> int:
     """Write `publish.json`, the receipt; with `publish.enabled: false` it says that nothing was sent."""
     wanted, clock = params.publish, Clock()
-    with exclusive(at.receipt):
-        if dry_run:
-            manifest, card, beside = checked_release(params, at)
-            text = publishing.preview(at.merged, manifest, card, beside, repo_id=wanted.repo_id, tag=wanted.tag)
-            if console.as_json:
-                console.done("publish", facts={"dry_run": text})
-            else:
-                print(text)
-            return 0
-        if not wanted.enabled:
-            reason = "publish.enabled is false" if at.variant is None else "conf/variants.yaml gives it no repo_id"
-            receipt = publishing.skipped(reason, read_manifest(at.manifest)[1])
-        elif wanted.repo_id is None:
-            raise PublishRefused("publish.enabled is true and publish.repo_id is null; name the repository: owner/name")
+    if dry_run:
+        manifest, card, beside = checked_release(params, at)
+        text = publishing.preview(at.merged, manifest, card, beside, repo_id=wanted.repo_id, tag=wanted.tag)
+        if console.as_json:
+            console.done("publish", facts={"dry_run": text})
         else:
-            manifest, card, beside = checked_release(params, at)
-            title = f"{manifest.recipe}, scale {manifest.scale:g}, by lora-fuse {manifest.tool.version}"
-            size = sum(file.size for file in manifest.files.values())
-            console.will("publish", f"{len(manifest.files)} files, {human_bytes(size)}, to {wanted.repo_id}")
-            to = partial(publishing.publish, repo_id=wanted.repo_id, private=wanted.private, tag=wanted.tag)
-            receipt = to(at.merged, manifest, card, beside, message=title)
-        receipt.write(at.receipt)
+            print(text)
+        return 0
+    if not wanted.enabled:
+        reason = "publish.enabled is false" if at.variant is None else "conf/variants.yaml gives it no repo_id"
+        receipt = publishing.skipped(reason, read_manifest(at.manifest)[1])
+    elif wanted.repo_id is None:
+        raise PublishRefused("publish.enabled is true and publish.repo_id is null; name the repository: owner/name")
+    else:
+        manifest, card, beside = checked_release(params, at)
+        title = f"{manifest.recipe}, scale {manifest.scale:g}, by lora-fuse {manifest.tool.version}"
+        size = sum(file.size for file in manifest.files.values())
+        console.will("publish", f"{len(manifest.files)} files, {human_bytes(size)}, to {wanted.repo_id}")
+        to = partial(publishing.publish, repo_id=wanted.repo_id, private=wanted.private, tag=wanted.tag)
+        receipt = to(at.merged, manifest, card, beside, message=title)
+    receipt.write(at.receipt)
     took = f"{len(receipt.files)} files in {human_seconds(clock.seconds)}, see {receipt.url}"
     lines = [str(receipt), took] if receipt.files else [str(receipt)]
     console.done("publish", *lines, facts=asdict(receipt) | {"seconds": clock.seconds})

@@ -20,4 +20,4 @@ def summary(_: Params, at: Artifacts = HERE, console: Console = PLAIN) -> int:
 
 
 if __name__ == "__main__":
-    run_stage(summary)
+    run_stage(summary, writes=False)

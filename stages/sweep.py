@@ -57,4 +57,4 @@ def sweep(swept: Swept, at: Artifacts = SWEEP, console: Console = PLAIN, *, keep
 
 
 if __name__ == "__main__":
-    run_stage(sweep, "keep", read=expand, at=SWEEP)
+    run_stage(sweep, "keep", read=expand, at=SWEEP, writes=False)  # several processes may share one

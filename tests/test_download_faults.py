@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -369,11 +370,17 @@ def test_two_downloads_at_once_fetch_everything_once(
     hub.faults.append(Fault(CONTENT, times=-1, bytes_per_s=1_000_000))
     for one in (project, other):
         one.set(repo_id=BASE, revision="main")
-    running = [one.start() for one in (project, other)]
+    running = [project.start()]
+    until(lambda: fetched(hub))
+    orphan = Path(os.environ["HF_HOME"], f"hub/models--bob--lora/blobs/{'0' * 64}.01234567.incomplete")
+    until(orphan.parent.is_dir)
+    orphan.write_bytes(b"of a killed run")  # the second run cleans up while the first one's transfer is under way
+    running.append(other.start())
     for process in running:
         err = process.communicate(timeout=LIMIT)[1]
         assert process.returncode == 0, err
     assert project.locks() == other.locks()
+    assert project.lock()["files"][FILE]["sha256"] == hashlib.sha256(BIG).hexdigest()
     assert len(fetched(hub)) == 4
     assert not leftovers()
 

@@ -14,7 +14,7 @@ from tests import tiny
 ROOT = Path(__file__).resolve().parents[1]
 
 # Lower may not import higher; a module not named here belongs to the middle.
-BOTTOM = {"errors", "records"}
+BOTTOM = {"errors", "records", "launched"}
 PURE = {
     "allowlist",
     "header",
@@ -47,14 +47,26 @@ PURE |= {
 }
 TOP = {"cli", "__main__", "catalog.gather", "catalog.page", "doctor.pictures", "doctor.examination"}
 # What stages share; every other module of theirs is a stage.
-SHARED = {"artifacts", "building", "compose", "config", "console", "params", "planning", "points", "releasing", "swept"}
+SHARED = {
+    "artifacts",
+    "building",
+    "compose",
+    "config",
+    "console",
+    "judging",
+    "params",
+    "planning",
+    "points",
+    "releasing",
+    "swept",
+}
 SHARED |= {"validating", "variants", "versions"}
 # Within `lora_fuse.hub`, from the bottom up: none imports what comes after it.
 HUB = ["client", "failures", "leftovers", "room", "child", "process", "transfer", "repository", "locks", "sizes"]
 
 OWNERS = {
     "diffusers": {"lora_fuse/regression/render.py", "lora_fuse/regression/placement.py"},
-    "accelerate": {"lora_fuse/regression/placement.py"},
+    "accelerate": {"lora_fuse/regression/placement.py", "lora_fuse/regression/spread.py"},
     "transformers": {"lora_fuse/regression/render.py"},
     "peft": {"lora_fuse/regression/render.py"},
     "huggingface_hub": {

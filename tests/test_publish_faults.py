@@ -497,7 +497,7 @@ def test_a_second_run_of_the_same_folder_says_so(place: Place, hub: LoopbackHub)
     hub.faults.append(Fault(COMMIT, delay=4.0))
     first = place.start()
     wait_until(lambda: hub.calls("/commit/"))
-    assert "another run is writing artifacts/publish.json" in place.run().refusal
+    assert "another run is writing artifacts;" in place.run().refusal
     assert finish(first).code == 0
     check_published(place, hub)
 

@@ -130,9 +130,12 @@ def check_gpu(placement: str) -> None:
 
     if not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        among = f" among CUDA_VISIBLE_DEVICES={visible}" if visible is not None else ""
         raise NoDevice(
-            f"regress.placement {placement} needs a GPU and torch {torch.__version__} ({built}) finds none: set "
-            "regress.placement to cpu, or install a CUDA build of torch beside a working driver"
+            f"regress.placement {placement} needs a GPU and torch {torch.__version__} ({built}) finds none{among}: set "
+            "regress.placement to cpu, install a CUDA build of torch beside a working driver, or start no more "
+            "processes than there are GPUs"
         )
 
 

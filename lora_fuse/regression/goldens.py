@@ -289,7 +289,7 @@ def _read_record(path: Path) -> GoldenRecord:
         return from_json(GoldenRecord, path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError, BadSource) as error:
         what = str(error).removesuffix("; run its stage again")
-        raise BadGolden(f"the record {path} cannot be read ({what}); restore it: git checkout {path.parent}") from error
+        raise BadGolden(f"the record {path} cannot be read ({what}); restore it: {_restoring(path.parent)}") from error
 
 
 def _checked(picture: Path, record: Path) -> tuple[Path, GoldenRecord]:
@@ -299,11 +299,11 @@ def _checked(picture: Path, record: Path) -> tuple[Path, GoldenRecord]:
     try:
         held = hashlib.sha256(picture.read_bytes()).hexdigest()
     except OSError as error:
-        raise BadGolden(f"the golden {picture} cannot be read ({error}); restore it: git checkout {picture}") from error
+        raise BadGolden(f"the golden {picture} cannot be read ({error}); restore it: {_restoring(picture)}") from error
     if held != found.sha256:
         raise BadGolden(
             f"the golden {picture} has sha256 {held}, and {found.sha256} was approved; "
-            f"restore it: git checkout {picture}"
+            f"restore it: {_restoring(picture)}"
         )
     key, case = str(found.provenance.environment.key), found.provenance.case.name
     if (picture.parent.name, picture.stem.partition(".")[0]) != (key, case):
@@ -311,9 +311,15 @@ def _checked(picture: Path, record: Path) -> tuple[Path, GoldenRecord]:
     return picture, found
 
 
+def _restoring(path: Path) -> str:
+    """The command that brings back what was approved: from git, or from DVC where a folder above is kept there."""
+    kept = [Path(f"{above}.dvc") for above in (path, *path.parents)]
+    return next((f"dvc checkout --force {one}" for one in kept if one.exists()), f"git checkout {path}")
+
+
 def _levels(path: Path) -> Levels:
     try:
         with Image.open(path) as image:
             return to_levels(image)
     except OSError as error:
-        raise BadGolden(f"the golden {path} is no picture ({error}); restore it: git checkout {path}") from error
+        raise BadGolden(f"the golden {path} is no picture ({error}); restore it: {_restoring(path)}") from error

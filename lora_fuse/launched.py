@@ -1,0 +1,90 @@
+"""Which one this process is of those that a launcher (`accelerate launch`, torchrun) started together.
+
+Read from the environment that every process of a launch has; nothing is imported for it, and without a launcher a
+process is the only one.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+STOPPED = 128 + signal.SIGTERM
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One of `count`: `rank` of all, `local` of those on this machine, both from 0."""
+
+    rank: int = 0
+    count: int = 1
+    local: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it judges, writes and speaks for all."""
+        return self.rank == 0
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no other."""
+        return self.count == 1
+
+
+def this_process() -> Process:
+    """Which one this is. Clusters set ``WORLD_SIZE`` for their own ends; only a launcher sets ``LOCAL_RANK`` too."""
+    given = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    return Process(*map(int, given)) if all(one.isdecimal() for one in given) else Process()
+
+
+def is_first_to_fail() -> bool:
+    """Whether no other process of this machine and launch has asked before: one error of a run is enough.
+
+    The launcher names each process a file for its error, all below one folder of the launch; there the first one
+    leaves a mark. Without it, the first process of the machine speaks.
+    """
+    here = this_process()
+    if here.is_alone:
+        return True
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not error_file:
+        return here.local == 0
+    try:
+        (Path(error_file).parents[1] / "lora-fuse.failed").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return here.local == 0
+    return True
+
+
+class Companions:
+    """Ends this process with one error line when the launcher ends it, which it does when another one has ended.
+
+    Signals wait for Python's main thread, and that may wait for the lost process itself; so a thread takes this one.
+    """
+
+    def __init__(self) -> None:
+        self._done = False
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # threads that are made from now on have it too
+        threading.Thread(target=self._wait, daemon=True).start()
+
+    def part(self) -> None:
+        """The others are not needed any more: from now on end as any process does, without a word."""
+        self._done = True
+
+    def _wait(self) -> None:
+        signal.sigwait({signal.SIGTERM})
+        if not self._done and is_first_to_fail():
+            print(f"error: {LOST}", file=sys.stderr, flush=True)
+        os._exit(STOPPED if self._done else 2)
+
+
+LOST = (
+    "another process of this run ended, or its launcher was told to; nothing was written, earlier results are as they "
+    "were: run again"
+)
