@@ -54,7 +54,8 @@ def test_process_i_has_gpu_i_and_the_pictures_are_those_of_one_process(tmp_path:
         outs[name] = tmp_path / name
         outs[name].mkdir()
         command = [*program, str(script), str(merged), str(outs[name])]
-        subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=True)
     uuids = [str(torch.cuda.get_device_properties(gpu).uuid) for gpu in range(2)]
     assert files(outs["two"], "txt") == {f"process{i}.txt": uuid.encode() for i, uuid in enumerate(uuids)}
     assert len(files(outs["one"], "png")) == 9
