@@ -15,12 +15,17 @@ LOCKS = (":!dvc.lock", ":!publish/dvc.lock", ":!variants/dvc.lock")
 BUILD_PRODUCTS = (*LOCKS, ":!params.yaml", ":!variants/params.yaml", ":!artifacts/golden")
 
 
+def this_version() -> str:
+    """The package's version; "unknown" where it runs from its folder and is not installed."""
+    try:
+        return version("lora-fuse")
+    except PackageNotFoundError:
+        return "unknown"
+
+
 def this_tool() -> Tool:
     """Version, git commit and whether tracked files were modified; no commit outside a git checkout."""
-    try:
-        number = version("lora-fuse")
-    except PackageNotFoundError:
-        number = "unknown"
+    number = this_version()
     root = Path(__file__).resolve().parents[1]
     commit = _git(root, "rev-parse", "HEAD")
     if commit is None or not (root / "pyproject.toml").is_file():

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from lora_fuse import hub
 from lora_fuse.errors import LoraFuseError, Refused
 from lora_fuse.files import hash_file
 from lora_fuse.progress import human_bytes
+from lora_fuse.provenance import this_version
 from lora_fuse.records import Lock
 from lora_fuse.regression.environment import check_gpu, environment, make_deterministic
 from lora_fuse.regression.goldens import Goldens
@@ -150,7 +150,7 @@ def _inputs_alone(params: Params, base: Lock) -> dict[str, Any]:
         for name, case in regress.cases.items()
     }
     return {
-        "engine": [ENGINE, version("lora-fuse")],
+        "engine": [ENGINE, this_version()],
         "base": _locked(base),
         "pipeline": params.base.pipeline,
         "condition_area": params.base.condition_area,
