@@ -14,7 +14,7 @@ from pathlib import Path
 from lora_fuse.errors import BadConfig
 from lora_fuse.provenance import this_person
 from lora_fuse.records import from_json
-from lora_fuse.regression.approval import check_repeatable, check_weights, read_pictures
+from lora_fuse.regression.approval import check_asked, check_repeatable, check_weights, read_pictures
 from lora_fuse.regression.goldens import Approval, Candidates, Goldens
 from lora_fuse.workplace import holding
 from stages.artifacts import GOLDEN, HERE, Artifacts, read_object, read_text
@@ -32,7 +32,7 @@ def approve(reason: str, only: list[str], add: bool, at: Artifacts = HERE, conso
     provenance = next(iter(chosen.values())).provenance
     check_weights(found.manifest_sha256, chosen, read_object(at.verify, "verify"), at.verify)
     check_repeatable(provenance, Path.cwd())
-    check_declared(provenance.recipe, at.variant)
+    check_asked(chosen, *check_declared(provenance.recipe, at.variant).asked)
     pictures, goldens = read_pictures(at.images, chosen), Goldens(GOLDEN / provenance.recipe)
     approval = Approval(this_person(Path.cwd()), datetime.now(UTC).isoformat(timespec="seconds"), reason.strip(), ())
     written: list[str] = []

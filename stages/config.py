@@ -50,22 +50,24 @@ def load(overrides: Sequence[str] = (), variant: str | None = None) -> Params:
     return parse_params(tree, str(PARAMS))
 
 
-def check_declared(recipe: str, variant: str | None = None) -> None:
-    """Refuse to approve under compiled parameters that are not what `conf/` says of a recipe, or of a variant.
+def check_declared(recipe: str, variant: str | None = None) -> Params:
+    """The compiled parameters, to approve under, if they are what `conf/` says of a recipe, or of a variant.
 
     Raises:
         CheckFailed: they are not.
     """
-    if variant is None and load() != load([f"recipe={recipe}"]):
+    params = load(variant=variant)
+    if variant is None and params != load([f"recipe={recipe}"]):
         raise CheckFailed(
             f"params.yaml is not what recipe {recipe} composes to: make a recipe of these overrides, commit "
             "it and run it; nothing was approved"
         )
-    if variant is not None and (recipe != variant or load_variant(variant) != compose_variant(variant)):
+    if variant is not None and (recipe != variant or params != compose_variant(variant)):
         raise CheckFailed(
             f"{COMPILED} is not what variant {variant} composes to, or its pictures are of {recipe}: run python -m "
             "stages.config, commit, run dvc repro; nothing was approved"
         )
+    return params
 
 
 def run_stage(

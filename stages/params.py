@@ -298,6 +298,11 @@ class Params(Section):
     publish: PublishParams
 
     @property
+    def asked(self) -> tuple[dict[str, float], int]:
+        """The scale of every LoRA and the steps: what pictures have to be made with to be approved."""
+        return {name: self.fuse.scale_of(name) for name in self.loras}, self.sampling.steps
+
+    @property
     def scheduler_config(self) -> dict[str, object]:
         """The scheduler's settings by diffusers' names; empty to keep the base's own."""
         return {} if self.scheduler is None else self.scheduler.model_dump()

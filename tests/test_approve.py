@@ -17,7 +17,7 @@ import pytest
 
 from lora_fuse.records import Tool, from_json, to_json
 from lora_fuse.regression.goldens import Candidate, Candidates, GoldenRecord, Goldens
-from tests.approved import KEY, PROVENANCE, candidate, picture, png
+from tests.approved import KEY, LORA, PROVENANCE, candidate, picture, png
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = ("a", "b")
@@ -215,6 +215,21 @@ def test_a_run_of_overrides_is_refused(run: Run) -> None:
     assert run.goldens() == []
     assert run.stage("config").returncode == 0
     assert run.approve().returncode == 0
+
+
+def test_pictures_of_a_run_with_other_values_are_refused(run: Run) -> None:
+    """params.yaml is the recipe's, and a stage was run by hand with an override."""
+    made = from_json(Candidates, run.candidates.read_text(), "").cases["b"].provenance
+    for change, said in (
+        ({"steps": 8}, "scale 1 in 8 steps"),
+        ({"loras": (replace(LORA, scale=0.5),)}, "scale 0.5 in"),
+    ):
+        run.change(provenance=replace(made, **change))
+        refused = run.approve()
+        assert (refused.returncode, len(refused.stderr.splitlines())) == (1, 1)
+        assert said in refused.stderr
+        assert "and the recipe says lightning at scale 1 in 4 steps: run dvc repro" in refused.stderr
+        assert run.goldens() == []
 
 
 def test_a_side_that_disagrees_does_not_stand_in_the_way_of_another_case(run: Run) -> None:

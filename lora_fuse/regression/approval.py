@@ -32,6 +32,32 @@ def check_weights(
             raise CheckFailed(f"{name}: {' '.join(candidate.reasons)} Mend the merge first; nothing was approved")
 
 
+def check_asked(chosen: Mapping[str, Candidate], scales: Mapping[str, float], steps: int) -> None:
+    """Refuse pictures of a run that was given other values by hand.
+
+    Args:
+        chosen: what is to be approved, by case.
+        scales: that the recipe applies, by LoRA.
+        steps: of denoising in the recipe.
+
+    Raises:
+        CheckFailed: they are of other LoRAs, scales or steps.
+    """
+    for name, candidate in chosen.items():
+        made = candidate.provenance
+        used = {lora.name: lora.scale for lora in made.loras}
+        if used != dict(scales) or made.steps != steps:
+            raise CheckFailed(
+                f"{name} was made with {_settings(used, made.steps)}, and the recipe says {_settings(scales, steps)}: "
+                "run dvc repro; nothing was approved"
+            )
+
+
+def _settings(scales: Mapping[str, float], steps: int) -> str:
+    loras = ", ".join(f"{name} at scale {scale:g}" for name, scale in sorted(scales.items()))
+    return f"{loras or 'no LoRA'} in {steps} steps"
+
+
 def check_repeatable(provenance: Provenance, root: Path) -> None:
     """Refuse pictures that no commit would give again.
 
