@@ -24,7 +24,7 @@ ROOT = Path("artifacts")
 GOLDEN = ROOT / "golden"  # approved pictures, by recipe: every build of a recipe is compared with the same
 
 
-STAGES = "download|fuse|verify|regress|export|gate"
+STAGES = "download|fuse|verify|goldens|regress|export|gate"
 REPRO = re.compile(rf"dvc repro(?P<force> -f)?(?P<stages>(?: (?:{STAGES})\b)*)(?P<publish> publish/dvc\.yaml)?")
 STAGE = re.compile(r"python -m stages\.(?!config\b|catalog\b)(\w+)(?: recipe=\S+)?")
 
@@ -112,7 +112,7 @@ class Artifacts:
 
     @property
     def goldens(self) -> Path:
-        """Of a variant, which goldens it has."""
+        """Which goldens its recipe has."""
         return self.root / "goldens.json"
 
     @property

@@ -81,7 +81,7 @@ class Builder:
         make_deterministic(params.regress.threads, on_gpu=params.regress.placement != "cpu")
         cases, setup = cases_of(params), replace(setup_of(params), baseline=None)
         here = environment(setup.placement, setup.dtype)
-        approved = goldens_of(params).for_run(here.key, [case.name for case in cases])
+        approved = goldens_of(params, planned.base).for_run(here.key, [case.name for case in cases])
         pairs = self._renderer.pairs(at.merged, plan, cases, setup)
         judged = judge(params, at, setup, here, pairs, approved)
         metrics = judged.metrics

@@ -1,4 +1,4 @@
-"""Stage `goldens`: list a variant's goldens, so that an approval for another one renders nothing of this one again."""
+"""Stage `goldens`: list a recipe's goldens, so that an approval for another one renders nothing of this one again."""
 
 from __future__ import annotations
 

@@ -42,14 +42,14 @@ def setup_of(params: Params) -> Setup:
     return Setup(params.base.pipeline, sampling, params.scheduler_config, regress.placement, regress.dtype, baseline)
 
 
-def goldens_of(params: Params) -> Goldens:
-    """The recipe's approved pictures.
+def goldens_of(params: Params, base: Lock) -> Goldens:
+    """The recipe's approved pictures, for the base that is pinned.
 
     Raises:
         BadGolden: they were approved for another base.
     """
     goldens = Goldens(GOLDEN / params.name)
-    goldens.refuse_other_base(str(params.base.repo_id or params.base.path))
+    goldens.refuse_other_base(str(base.repo_id or base.path), base.files)
     return goldens
 
 

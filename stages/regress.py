@@ -31,7 +31,7 @@ def regress(params: Params, at: Artifacts = HERE, console: Console = PLAIN) -> i
     make_deterministic(settings.threads, on_gpu=settings.placement != "cpu")
     here, cases, setup = environment(settings.placement, settings.dtype), cases_of(params), setup_of(params)
     check_cases(cases, setup)
-    approved = goldens_of(params).for_run(here.key, [case.name for case in cases])
+    approved = goldens_of(params, base).for_run(here.key, [case.name for case in cases])
     task, clock = Task(f"regress {params.name} {here.key}", team.share(len(cases)), setup.sides), Clock()
     console.will("regress", f"{task}{team}, on {here.key}{task.guess}")
     plan = plan_of(base, loras, params)

@@ -106,7 +106,6 @@ class Trial:
     def check(self) -> None:
         """Refuse what cannot end well, and remove the pages of the last validation, which are not this one's."""
         check_cases(cases_of(self.params), setup_of(self.params))
-        goldens_of(self.params)
         for name in PAGES:
             (VALIDATION / name).unlink(missing_ok=True)
         remove(VALIDATION / THUMBNAILS)
@@ -114,7 +113,7 @@ class Trial:
     def judge(self, here: Environment, console: Console) -> Validation:
         """Fetch, fuse, verify, render and decide."""
         base = lock_base(self.params)
-        goldens = goldens_of(self.params).for_run(here.key, list(self.params.regress.cases))
+        goldens = goldens_of(self.params, base).for_run(here.key, list(self.params.regress.cases))
         new = lock_loras(self.candidate, fresh=self.name if self.request.lora else None)
         current = self._current(goldens)
         name = self.name or next(iter(sorted(new.locks)))

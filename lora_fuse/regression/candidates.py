@@ -10,9 +10,9 @@ from typing import Any
 
 from lora_fuse.files import hash_file
 from lora_fuse.provenance import this_tool
-from lora_fuse.records import Manifest, to_json
+from lora_fuse.records import Manifest
 from lora_fuse.regression.environment import Environment
-from lora_fuse.regression.goldens import SCHEMA, Candidate, Candidates, CaseRecord, Provenance
+from lora_fuse.regression.goldens import SCHEMA, Candidate, Candidates, CaseRecord, Provenance, digest
 from lora_fuse.regression.metrics import to_levels, to_png
 from lora_fuse.regression.pairs import JudgedPair, Setup
 from lora_fuse.regression.render import Case
@@ -50,7 +50,7 @@ def _provenance(
     return Provenance(
         recipe=manifest.recipe or "merge",
         base=base.label if base else "unknown",
-        base_sha256=hashlib.sha256(to_json(base.files if base else {}).encode()).hexdigest(),
+        base_sha256=digest(base.files if base else {}),
         loras=manifest.loras,
         manifest_sha256=manifest_sha256,
         pipeline=setup.pipeline,

@@ -8,7 +8,7 @@ refused: nothing is a golden that nobody approved.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from PIL import Image
 
 from lora_fuse.errors import BadGolden, BadSource
 from lora_fuse.files import replace_bytes, replace_text
-from lora_fuse.records import MergedLora, Tool, from_json, to_json
+from lora_fuse.records import FileRecord, MergedLora, Tool, from_json, to_json
 from lora_fuse.regression.environment import Environment, Key
 from lora_fuse.regression.metrics import Levels, to_levels
 from lora_fuse.regression.verdicts import Golden
@@ -144,18 +144,20 @@ class Goldens:
             if case is None or name.partition(".")[0] == case:
                 yield _checked(folder / f"{name}.png", folder / f"{name}.json")
 
-    def refuse_other_base(self, base: str) -> None:
+    def refuse_other_base(self, base: str, files: Mapping[str, FileRecord]) -> None:
         """Refuse goldens that were approved for another base than this recipe has, whatever machine they are of.
 
         Args:
             base: the recipe's repository or folder, without its commit: a base may get a new version.
+            files: the base's; the same files somewhere else are the same base.
 
         Raises:
             BadGolden: there is one.
         """
         for path in sorted(self._folder.glob("*/*.json")):
-            then = _read_record(path).provenance.base.partition("@")[0]
-            if then != base:
+            made = _read_record(path).provenance
+            then = made.base.partition("@")[0]
+            if then != base and made.base_sha256 != digest(files):
                 raise BadGolden(
                     f"the golden {path.with_suffix('.png')} was approved for the base {then}, and the recipe's is "
                     f"{base}; give the recipe a name of its own, or remove {self._folder}"
@@ -226,6 +228,11 @@ class Goldens:
                 path.unlink()
                 path.with_suffix(".json").unlink()
         return folder / f"{name}.png"
+
+
+def digest(files: Mapping[str, FileRecord]) -> str:
+    """The sha256 of a list of files, their sizes and sha256."""
+    return hashlib.sha256(to_json(dict(files)).encode()).hexdigest()
 
 
 def check_picture(picture: bytes, candidate: Candidate) -> None:
