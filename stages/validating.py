@@ -206,9 +206,15 @@ class Trial:
         lock = new.locks[name]
         place = f"repo_id: {lock.repo_id}, revision: {lock.revision}" if lock.repo_id else f"path: {lock.path}"
         return (
-            f"look at the page; if it is good, put {place}, filename: {lock.lora_name} into the recipe's loras.{name}, "
+            f"look at the page; if it is good, put {place}, filename: {lock.lora_name} into the recipe's loras.{name}"
+            f"{self._scale}, "
             'then: python -m stages.config; dvc repro; python -m stages.approve --reason "…"'
         )
+
+    @property
+    def _scale(self) -> str:
+        """The scale that goes into the recipe as well, as a part of a sentence."""
+        return "" if self.request.scale is None else f" and fuse.scale: {self.request.scale:g}"
 
     def write(self, validation: Validation) -> tuple[list[str], dict[str, Any]]:
         """Write the pages; what the terminal says at the end."""
