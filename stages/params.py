@@ -224,7 +224,7 @@ class RegressParams(Section):
 
 
 class ValidationParams(Section):
-    """What a new version of a LoRA is held to, see `lora_fuse.validation.judgement.Bounds`.
+    """What a new version of a LoRA is held to, see `lora_fuse.validation.evidence.Bounds`.
 
     `teacher`: for a LoRA that saves steps, also render the base alone at its own steps.
     """

@@ -14,7 +14,7 @@ from lora_fuse.regression.goldens import Goldens
 from lora_fuse.regression.pairs import Setup
 from lora_fuse.regression.render import Case, Sampling
 from lora_fuse.regression.verdicts import Limits, Rules
-from lora_fuse.validation.judgement import Bounds
+from lora_fuse.validation.evidence import Bounds
 from stages.artifacts import GOLDEN, lora_inputs
 from stages.params import Params
 

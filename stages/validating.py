@@ -20,8 +20,9 @@ from lora_fuse.regression.goldens import Approved
 from lora_fuse.regression.metrics import to_png
 from lora_fuse.regression.pairs import check_cases
 from lora_fuse.regression.watch import watching
+from lora_fuse.validation.evidence import Cause, Judgement, Outcome
 from lora_fuse.validation.files import FileFacts, compare_files, facts_of
-from lora_fuse.validation.judgement import Cause, Judgement, Outcome, judge, refused
+from lora_fuse.validation.judgement import judge, refused
 from lora_fuse.validation.junit import junit_xml
 from lora_fuse.validation.report import Validation, strip, summary, validation_html, validation_md
 from lora_fuse.validation.report import facts as validation_facts

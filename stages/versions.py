@@ -11,7 +11,7 @@ from typing import Any
 from lora_fuse import hub
 from lora_fuse.errors import BadConfig, BadSource
 from lora_fuse.lora import LoraInput
-from lora_fuse.records import BaseLock, Lock, LoraLock, Source, from_json
+from lora_fuse.records import Lock, Source
 from lora_fuse.regression.goldens import Approved
 from stages.artifacts import HERE
 from stages.params import Params, parse_params
@@ -97,15 +97,12 @@ class Version:
 
 def lock_base(params: Params) -> Lock:
     """The recipe's base, at the commit of the current build where that has one."""
-    path = HERE.base_lock
-    before = from_json(BaseLock, path.read_text(encoding="utf-8"), str(path)).base if path.exists() else None
-    return hub.lock_base(params.base.source, previous=before, transfer=params.download.transfer)
+    return hub.lock_base(params.base.source, previous=HERE.earlier_locks()[0], transfer=params.download.transfer)
 
 
 def lock_loras(params: Params, fresh: str | None = None) -> Version:
     """The recipe's LoRAs, each at the commit of the current build, but for the one that is `fresh`."""
-    path = HERE.lora_lock
-    before = from_json(LoraLock, path.read_text(encoding="utf-8"), str(path)).loras if path.exists() else {}
+    _, before = HERE.earlier_locks()
     locks = {
         name: hub.lock_lora(
             lora.source,

@@ -22,8 +22,9 @@ from lora_fuse.hub import lock_base
 from lora_fuse.records import Source
 from lora_fuse.regression.goldens import Goldens
 from lora_fuse.validation.effect import Effect, clipped, effect, gain, noise_sigma
+from lora_fuse.validation.evidence import Bounds, CaseEvidence, Cause, Judgement, Outcome
 from lora_fuse.validation.files import FileComparison, compare_files
-from lora_fuse.validation.judgement import Bounds, CaseEvidence, Cause, Judgement, Outcome, judge
+from lora_fuse.validation.judgement import judge
 from pocket.candidates import for_another_base, write
 from pocket.controls.pictures import grid
 from stages.console import Console

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_fuse.validation.judgement import Outcome
+from lora_fuse.validation.evidence import Outcome
 from lora_fuse.validation.report import Validation
 
 

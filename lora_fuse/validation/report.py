@@ -15,8 +15,8 @@ from lora_fuse.regression.metrics import METRICS, Levels, heat_map, to_levels
 from lora_fuse.regression.render import open_picture
 from lora_fuse.regression.review import encoded
 from lora_fuse.regression.verdicts import Comparison, Picture, compare
+from lora_fuse.validation.evidence import Judgement, Outcome
 from lora_fuse.validation.files import FileComparison, FileFacts
-from lora_fuse.validation.judgement import Judgement, Outcome
 from lora_fuse.validation.sides import Measured
 
 THUMBNAIL = 256  # pixels of the longer side

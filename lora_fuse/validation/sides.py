@@ -27,7 +27,7 @@ from lora_fuse.regression.render import Case, Rendered, load_pipeline, make_sche
 from lora_fuse.regression.verdicts import FLOAT32_NOISE, CaseResult, Golden, Rules
 from lora_fuse.regression.watch import Task, Watch
 from lora_fuse.validation.effect import effect, gain, noise_sigma
-from lora_fuse.validation.judgement import CaseEvidence
+from lora_fuse.validation.evidence import CaseEvidence
 
 
 @dataclass(frozen=True, slots=True)
