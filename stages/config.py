@@ -11,6 +11,7 @@ import difflib
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -107,7 +108,7 @@ def run_stage(
         where = at if variant is None else Artifacts.of_variant(variant, load(variant=variant))
         holds = holding(where.root) if writes and here.is_first else nullcontext()
         with where.own_commands(), holds:
-            return stage(params, where, console, **chosen)
+            return stage(params, where, replace(console, variant=variant), **chosen)
 
     sys.exit(run(name, console, work, kept))
 

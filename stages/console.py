@@ -26,15 +26,24 @@ class Console:
     Attributes:
         quiet: says nothing but warnings and what is wrong.
         as_json: the result is one JSON object instead of lines.
+        variant: whose stages speak, which are called ``gate@VARIANT``, as DVC calls them; None for the main build.
     """
 
     quiet: bool = False
     as_json: bool = False
+    variant: str | None = None
+
+    def _name(self, stage: str) -> str:
+        return stage if self.variant is None else f"{stage}@{self.variant}"
+
+    @property
+    def _whose(self) -> dict[str, str]:
+        return {} if self.variant is None else {"variant": self.variant}
 
     def will(self, stage: str, sentence: str) -> None:
         """Say what is about to be done."""
         if not self.quiet:
-            print(f"{stage}: {sentence}", file=sys.stderr, flush=True)
+            print(f"{self._name(stage)}: {sentence}", file=sys.stderr, flush=True)
 
     def warn(self, sentence: str) -> None:
         """Say what may be a mistake."""
@@ -42,7 +51,7 @@ class Console:
 
     def wrong(self, stage: str, sentence: str) -> None:
         """Say what a check found."""
-        print(f"{stage}: {painted(sentence, sys.stderr)}", file=sys.stderr, flush=True)
+        print(f"{self._name(stage)}: {painted(sentence, sys.stderr)}", file=sys.stderr, flush=True)
 
     def done(self, stage: str, *lines: str, facts: Mapping[str, object], then: str | None = None) -> None:
         """Say what was done.
@@ -54,16 +63,16 @@ class Console:
             then: the command that comes next; not said where DVC runs the stage, as it goes on by itself.
         """
         if self.as_json:
-            print(json.dumps({"stage": stage, **facts}), flush=True)
+            print(json.dumps({"stage": stage, **self._whose, **facts}), flush=True)
         elif not self.quiet:
             ending = [f"next: {then}"] if then and "DVC_STAGE" not in os.environ else []
-            said = [f"{stage}: {painted(line, sys.stdout)}\n" for line in [*lines, *ending]]
+            said = [f"{self._name(stage)}: {painted(line, sys.stdout)}\n" for line in [*lines, *ending]]
             print("".join(said), end="", flush=True)
 
     def failed(self, stage: str, code: int, sentence: str) -> None:
         """Say to a program that the stage was refused; a person is told by `lora_fuse.cli.guarded`."""
         if self.as_json:
-            print(json.dumps({"stage": stage, "code": code, "error": sentence}), flush=True)
+            print(json.dumps({"stage": stage, **self._whose, "code": code, "error": sentence}), flush=True)
 
 
 PLAIN = Console()

@@ -10,6 +10,7 @@ import argparse
 import sys
 
 from lora_fuse.regression.environment import environment, make_deterministic
+from lora_fuse.validation.evidence import Outcome
 from lora_fuse.validation.report import Validation
 from lora_fuse.workplace import exclusive, remove
 from stages.config import load
@@ -39,6 +40,8 @@ def judged(request: Request, console: Console) -> Validation:
             if not request.keep:
                 remove(BUILD.root)
         lines, facts = trial.write(validation)
+        if validation.judgement.outcome is Outcome.BROKEN:
+            console.wrong("validate", lines.pop(0))
         console.done("validate", *lines, facts=facts)
         return validation
 

@@ -121,7 +121,7 @@ def test_a_stage_of_a_variant_takes_its_parameters_and_names_its_commands(checko
     passed = checkout.stage("gate", "--variant", "pocket_soft")
     assert passed.endswith("next: python -m stages.catalog\n")
     assert checkout.stage("publish", "--variant", "pocket_soft") == (
-        "publish: skipped, conf/variants.yaml gives it no repo_id\n"
+        "publish@pocket_soft: skipped, conf/variants.yaml gives it no repo_id\n"
     )
     assert load(["fuse.device=cpu"], "pocket_soft").fuse.scale == 0.8
     assert load(["fuse.scale=0.5"], "pocket_soft").fuse.scale == 0.5

@@ -45,8 +45,8 @@ def acts(cases: Sequence[CaseEvidence], bounds: Bounds) -> Finding:
     """An effect at all."""
     times = max(in_floors(case.moved, case.floor) for case in cases)
     sentence = (
-        "The LoRA has no effect: without it the pictures are the same, at most "
-        f"{times:.2g} times the noise floor apart. Are its factors zero, or the scale?"
+        "The LoRA has no effect: without it the pictures are the same"
+        f"{f', at most {times:.2g} times the noise floor apart' if times else ''}. Are its factors zero, or the scale?"
     )
     return Finding(
         "Does it do anything?",
