@@ -32,6 +32,7 @@ from stages.params import parse_params
 from stages.validate import validate
 from stages.validating import Request
 from stages.versions import candidate, parse_lora
+from tests.hub_server import LoopbackHub
 
 ROOT = Path(__file__).resolve().parents[1]
 GOOD = "pocket/lora/pocket-lightning-4steps-v1.safetensors"
@@ -99,6 +100,19 @@ def test_a_good_version_changed_and_needs_a_reviewer(project: Path) -> None:
     assert 'failures="0"' in junit
     assert (project / "artifacts/merged/model_index.json").read_text() == "the current build"
     assert not (project / "artifacts/validation/build").exists()
+
+
+def test_a_version_of_a_hub_is_fetched_and_its_commit_is_what_goes_into_the_recipe(
+    project: Path, hub: LoopbackHub
+) -> None:
+    first = hub.push("bob/lora", {"v2/lora.safetensors": (ROOT / CURRENT).read_bytes()})
+    commit = hub.push("bob/lora", {"v2/lora.safetensors": (ROOT / GOOD).read_bytes()}).oid
+    assert run(f"bob/lora@{first.oid}:v2/lora.safetensors") == 0  # the old one is the current file
+    assert run("bob/lora:v2/lora.safetensors") == 4  # main is the new one
+    wanted = f"repo_id: bob/lora, revision: {commit}, filename: v2/lora.safetensors into the recipe's loras.lightning"
+    assert wanted in str(said(project)["next"])
+    with pytest.raises(BadSource, match=r"gone\.safetensors"):
+        run("bob/lora:gone.safetensors")
 
 
 @pytest.mark.parametrize(
