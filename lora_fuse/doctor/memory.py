@@ -73,6 +73,7 @@ def gpu(placement: str, parts: Mapping[str, int], gpus: Sequence[int], dtype: st
         "model_offload": f"{human_bytes(largest)} ({name}, the largest part, in {dtype})",
         "group_offload": "a GPU, for a layer at a time",
     }.get(placement, f"{human_bytes(total)} (all parts in {dtype})")
+    needed = needed if parts else "a GPU, of a size that is not known yet,"
     if fits(placement, parts, gpus):
         return ok("GPU", f"{free} free", f"{needed} and room for the pictures with regress.placement {placement}")
     best = next(one for one in BETTER if fits(one, parts, gpus) and (one != "balanced" or len(gpus) > 1))
