@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_fuse import hub
 from lora_fuse.errors import BadLora, CheckFailed, ShapeMismatch, UnmatchedTargets
-from lora_fuse.families import COMPONENT, pair_warnings
+from lora_fuse.families import COMPONENT
 from lora_fuse.files import replace_bytes, replace_text
 from lora_fuse.lora_file import open_lora
 from lora_fuse.plan import Plan, make_plan
@@ -34,7 +34,7 @@ from stages.fuse import fuse
 from stages.params import Params
 from stages.planning import baseline_of, bounds_of, cases_of, goldens_of, plan_of, rules_of, setup_of
 from stages.verify import verify
-from stages.versions import Version, approved_version, candidate, lock_base, lock_loras, replaced
+from stages.versions import Version, approved_version, candidate, lock_base, lock_loras, misfits, replaced
 
 if TYPE_CHECKING:
     from lora_fuse.regression.environment import Environment
@@ -145,7 +145,7 @@ class Trial:
         files = None
         if current is not None and name in current.locks and self.name is not None:
             files = compare_files(current.path(name), new.path(name), hub.locate(base), COMPONENT)
-        warnings = pair_warnings(base.repo_id, [(new.locks[name].repo_id, new.locks[name].lora_name)])
+        warnings = misfits(base, new, current, name)
         asked = new.scales[name] / current.scales[name] if current and current.scales.get(name) else 1.0
         evidence = [one.evidence for one in measured]
         judgement = judge(evidence, files, warnings, bounds_of(self.params), asked)

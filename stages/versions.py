@@ -10,6 +10,7 @@ from typing import Any
 
 from lora_fuse import hub
 from lora_fuse.errors import BadConfig, BadSource
+from lora_fuse.families import pair_warnings
 from lora_fuse.lora import LoraInput
 from lora_fuse.records import Lock, Source
 from lora_fuse.regression.goldens import Approved
@@ -93,6 +94,19 @@ class Version:
         """What a person would call it."""
         lock = self.locks[name]
         return f"{lock.label}{':' if lock.repo_id else '/'}{lock.lora_name}"
+
+
+def misfits(base: Lock, new: Version, current: Version | None, name: str) -> list[str]:
+    """What is known against the pair of base and new LoRA; nothing where it is known against the current pair as well.
+
+    A recipe may pair them on purpose, and its next version is no worse for it.
+    """
+
+    def against(lock: Lock | None) -> list[str]:
+        return [] if lock is None else pair_warnings(base.repo_id, [(lock.repo_id, lock.lora_name)])
+
+    before = None if current is None else current.locks.get(name)
+    return [] if against(before) else against(new.locks[name])
 
 
 def lock_base(params: Params) -> Lock:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_fuse.errors import BadConfig, BadGolden, BadSource
 from lora_fuse.hub import lock_base
-from lora_fuse.records import Source
+from lora_fuse.records import FileRecord, Lock, Source
 from lora_fuse.regression.goldens import Goldens
 from lora_fuse.validation.effect import Effect, clipped, effect, gain, noise_sigma
 from lora_fuse.validation.evidence import Bounds, CaseEvidence, Cause, Judgement, Outcome
@@ -31,7 +31,7 @@ from stages.console import Console
 from stages.params import parse_params
 from stages.validate import validate
 from stages.validating import Request
-from stages.versions import candidate, parse_lora
+from stages.versions import Version, candidate, misfits, parse_lora
 from tests.hub_server import LoopbackHub
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -279,6 +279,20 @@ def test_the_same_differences_at_another_size_are_a_wrong_scale_unless_it_was_as
 def test_a_known_wrong_pair_is_a_wrong_base() -> None:
     found = judge([CASE], FILES, ["x was made for y"], BOUNDS)
     assert (found.cause, found.reason) == (Cause.BASE, "x was made for y")
+
+
+def test_a_pair_that_the_recipe_makes_on_purpose_is_not_held_against_its_next_version() -> None:
+    def lock(repo_id: str, file: str = "model_index.json") -> Lock:
+        return Lock(repo_id, None, "main", "c" * 40, {file: FileRecord(1, "d" * 64)})
+
+    lightning = "lightx2v/Qwen-Image-Lightning"
+    edit, of_2509 = "Qwen-Image-Edit-Lightning-4steps-V1.0.safetensors", "Qwen-Image-Edit-2509/a-V1.0.safetensors"
+    base = lock("Qwen/Qwen-Image-Edit")
+    right, wrong = (Version({"l": lock(lightning, file)}, {"l": 1.0}) for file in (edit, of_2509))
+    assert "made for Qwen/Qwen-Image-Edit-2509" in misfits(base, wrong, right, "l")[0]
+    assert misfits(base, wrong, None, "l")
+    assert misfits(base, right, wrong, "l") == []
+    assert misfits(base, wrong, wrong, "l") == []
 
 
 def test_a_case_in_which_the_current_version_does_not_save_steps_asks_for_nothing() -> None:
