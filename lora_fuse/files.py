@@ -22,6 +22,11 @@ def hash_file(path: Path) -> FileRecord:
     return FileRecord(path.stat().st_size, digest)
 
 
+def nearest_folder(path: Path) -> Path:
+    """The folder that `path` is, or the nearest one above that is there."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+
+
 def total_size(place: Path) -> int:
     """Bytes of a file, or of all the files in a folder."""
     files = place.rglob("*") if place.is_dir() else [place]

@@ -16,7 +16,7 @@ from lora_fuse.checkpoint import PROVENANCE, Checkpoint, Kind, Shard
 from lora_fuse.direct import too_large_to_cache
 from lora_fuse.engine import Progress, Stopped, Way, fuse_shard
 from lora_fuse.errors import BadCheckpoint, BadLora, NoSpace, Refused
-from lora_fuse.files import Untouched, hash_file, take_over
+from lora_fuse.files import Untouched, hash_file, nearest_folder, take_over
 from lora_fuse.plan import Plan
 from lora_fuse.records import FileRecord, MergedFile
 from lora_fuse.workplace import Workplace, swap, workplace
@@ -99,16 +99,11 @@ def bytes_to_copy(plan: Plan, out: Path, untouched: Untouched) -> int:
 
 
 def _copied(plan: Plan, out: Path, untouched: Untouched) -> dict[str, int]:
-    device = _nearest(out).stat().st_dev
+    device = nearest_folder(out).stat().st_dev
     fused = {shard.relative for shard in plan.fused_shards}
     others = [*(shard.relative for shard in plan.checkpoint.shards), *plan.checkpoint.others]
     stats = {name: _stat(plan.checkpoint.locate(name)) for name in others if name not in fused}
     return {name: info.st_size for name, info in stats.items() if untouched == "copy" or info.st_dev != device}
-
-
-def _nearest(out: Path) -> Path:
-    """The folder that `out` is, or the nearest one above that is there."""
-    return next(parent for parent in [out, *out.absolute().parents] if parent.is_dir())
 
 
 def _fused_size(shard: Shard, provenance: str) -> int:
@@ -194,7 +189,7 @@ def _check_places(checkpoint: Checkpoint, out: Path) -> None:
 
 
 def _check_space(plan: Plan, out: Path, untouched: Untouched) -> None:
-    there, need = _nearest(out), bytes_to_write(plan) + bytes_to_copy(plan, out, untouched)
+    there, need = nearest_folder(out), bytes_to_write(plan) + bytes_to_copy(plan, out, untouched)
     free = shutil.disk_usage(there).free
     if free < need + SPARE:
         raise NoSpace(

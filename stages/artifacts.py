@@ -16,8 +16,9 @@ from typing import Any
 
 from lora_fuse import hub
 from lora_fuse.errors import BadSource, LoraFuseError
+from lora_fuse.files import replace_text
 from lora_fuse.lora import LoraInput
-from lora_fuse.records import BaseLock, Lock, LoraLock, from_json
+from lora_fuse.records import SCHEMA, BaseLock, Lock, LoraLock, from_json, to_json
 from stages.params import Params
 
 ROOT = Path("artifacts")
@@ -175,6 +176,11 @@ class Artifacts:
         base = from_json(BaseLock, read_text(self.base_lock, "download"), str(self.base_lock))
         loras = from_json(LoraLock, read_text(self.lora_lock, "download"), str(self.lora_lock))
         return base.base, loras.loras
+
+    def write_locks(self, base: Lock, loras: Mapping[str, Lock]) -> None:
+        """Pin what was locked elsewhere, for a build that downloads nothing itself."""
+        replace_text(self.base_lock, to_json(BaseLock(SCHEMA, base)))
+        replace_text(self.lora_lock, to_json(LoraLock(SCHEMA, dict(loras))))
 
     def earlier_locks(self) -> tuple[Lock | None, dict[str, Lock]]:
         """The pins of the last run, as far as there are any: a branch that moved since does not move a build."""

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from lora_fuse import hub
 from lora_fuse.files import replace_text
-from lora_fuse.records import SCHEMA, BaseLock, LoraLock, to_json
 from lora_fuse.regression.environment import environment, make_deterministic
 from lora_fuse.regression.pairs import picture_of, save_pictures
 from lora_fuse.regression.render import Case
@@ -22,15 +21,11 @@ from lora_fuse.sweeping.rendering import Renderer
 from lora_fuse.sweeping.sheet import Sheet
 from lora_fuse.workplace import remove
 from stages.artifacts import Artifacts
-from stages.console import Console
-from stages.fuse import fuse
 from stages.judging import judge
+from stages.merging import merge
 from stages.params import SamplingParams
 from stages.planning import baseline_of, cases_of, goldens_of, plan_of, setup_of
 from stages.points import Plan, Planned
-from stages.verify import verify
-
-QUIET = Console(quiet=True)
 
 
 @dataclass(slots=True)
@@ -74,10 +69,7 @@ class Builder:
     def _build(self, planned: Planned, at: Artifacts) -> str:
         params = planned.asked.params
         plan, alone = plan_of(planned.base, planned.loras, params), self.alone(planned)
-        replace_text(at.base_lock, to_json(BaseLock(SCHEMA, planned.base)))
-        replace_text(at.lora_lock, to_json(LoraLock(SCHEMA, dict(planned.loras))))
-        fuse(params, at, QUIET)
-        verify(params, at, QUIET)
+        merge(params, at, planned.base, planned.loras)
         make_deterministic(params.regress.threads, on_gpu=params.regress.placement != "cpu")
         cases, setup = cases_of(params), replace(setup_of(params), baseline=None)
         here = environment(setup.placement, setup.dtype)

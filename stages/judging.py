@@ -12,7 +12,7 @@ from lora_fuse.manifest import read_manifest
 from lora_fuse.records import Manifest, to_json
 from lora_fuse.regression.candidates import candidates
 from lora_fuse.regression.environment import Environment
-from lora_fuse.regression.goldens import Approved, Candidates
+from lora_fuse.regression.goldens import Approved, Candidates, pictures_of
 from lora_fuse.regression.pairs import JudgedPair, Pair, Setup, judge_pairs, save_pictures
 from lora_fuse.regression.report import report_html
 from lora_fuse.regression.review import block_changes, case_rows, review, run_metrics
@@ -51,8 +51,7 @@ def judge(
         pairs: what was rendered.
         approved: the goldens by case.
     """
-    goldens = {name: [one.golden for one in found] for name, found in approved.items()}
-    cases = judge_pairs(pairs, goldens, rules_of(params))
+    cases = judge_pairs(pairs, pictures_of(approved), rules_of(params))
     manifest, manifest_sha256 = read_manifest(at.manifest)
     found = candidates(cases, manifest, manifest_sha256, setup, here)
     return Judged(manifest, cases, found, run_metrics(cases, found, params.fuse.scale), approved)

@@ -11,11 +11,12 @@ from typing import Any
 
 from lora_fuse import hub
 from lora_fuse.errors import LoraFuseError, Refused
+from lora_fuse.families import COMPONENT
 from lora_fuse.files import hash_file
 from lora_fuse.progress import human_bytes
 from lora_fuse.provenance import this_version
 from lora_fuse.records import Lock
-from lora_fuse.regression.environment import check_gpu, environment, make_deterministic
+from lora_fuse.regression.environment import Environment, check_gpu, environment, make_deterministic
 from lora_fuse.regression.goldens import Goldens
 from lora_fuse.regression.pairs import check_cases
 from lora_fuse.sweeping.pins import Pins, check_room
@@ -116,7 +117,7 @@ def _need(swept: Sequence[SweptParams], pins: Pins) -> tuple[int, int]:
         if params.base.source not in sizes:
             sizes[params.base.source] = pins.sizes(params.base.source)
         base = sizes[params.base.source]
-        largest = max(largest, base.total if params.fuse.untouched == "copy" else base.below("transformer"))
+        largest = max(largest, base.total if params.fuse.untouched == "copy" else base.below(COMPONENT))
         for lora in params.loras.values():
             if (lora.source, lora.filename) not in sizes:
                 with suppress(Refused):  # this point's own matter, said when it is pinned
@@ -133,8 +134,9 @@ def _pin(asked: SweptParams, pins: Pins, folder: Path) -> Planned:
     except Refused as error:
         problem = error
     make_deterministic(params.regress.threads, on_gpu=params.regress.placement != "cpu")
-    alone = _inputs_alone(params, base)
-    inputs = alone | _inputs_merged(params, loras)
+    here = environment(params.regress.placement, params.regress.dtype)
+    alone = _inputs_alone(params, base, here)
+    inputs = alone | _inputs_merged(params, loras, here)
     if problem is not None:
         inputs["loras"] = {name: lora.model_dump() for name, lora in params.loras.items()}
     key = key_of(inputs)
@@ -142,7 +144,7 @@ def _pin(asked: SweptParams, pins: Pins, folder: Path) -> Planned:
     return Planned(asked, point, base, loras, inputs, alone, problem)
 
 
-def _inputs_alone(params: Params, base: Lock) -> dict[str, Any]:
+def _inputs_alone(params: Params, base: Lock, here: Environment) -> dict[str, Any]:
     """What the base's own pictures depend on."""
     regress = params.regress
     cases = {
@@ -156,14 +158,13 @@ def _inputs_alone(params: Params, base: Lock) -> dict[str, Any]:
         "condition_area": params.base.condition_area,
         "base_sampling": params.base.sampling.model_dump(),
         "cases": cases,
-        "environment": json.loads(json.dumps(asdict(environment(regress.placement, regress.dtype)))),
+        "environment": json.loads(json.dumps(asdict(here))),
     }
 
 
-def _inputs_merged(params: Params, loras: Mapping[str, Lock]) -> dict[str, Any]:
+def _inputs_merged(params: Params, loras: Mapping[str, Lock], here: Environment) -> dict[str, Any]:
     """What a point's pictures, and the verdicts on them, depend on besides."""
     regress = params.regress
-    here = environment(regress.placement, regress.dtype)
     approved = Goldens(GOLDEN / params.name).for_run(here.key, list(regress.cases))
     return {
         "recipe": params.name,

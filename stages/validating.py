@@ -15,8 +15,8 @@ from lora_fuse.families import COMPONENT
 from lora_fuse.files import replace_bytes, replace_text
 from lora_fuse.lora_file import open_lora
 from lora_fuse.plan import Plan, make_plan
-from lora_fuse.records import SCHEMA, BaseLock, Lock, LoraLock, to_json
-from lora_fuse.regression.goldens import Approved
+from lora_fuse.records import Lock
+from lora_fuse.regression.goldens import Approved, pictures_of
 from lora_fuse.regression.metrics import to_png
 from lora_fuse.regression.pairs import check_cases
 from lora_fuse.regression.watch import watching
@@ -30,10 +30,9 @@ from lora_fuse.validation.sides import Versions, measure, render_sides, task_of
 from lora_fuse.workplace import remove
 from stages.artifacts import ROOT, Artifacts, read_object
 from stages.console import Console
-from stages.fuse import fuse
+from stages.merging import merge
 from stages.params import Params
 from stages.planning import baseline_of, bounds_of, cases_of, goldens_of, plan_of, rules_of, setup_of
-from stages.verify import verify
 from stages.versions import Version, approved_version, candidate, lock_base, lock_loras, misfits, replaced
 
 if TYPE_CHECKING:
@@ -139,9 +138,7 @@ class Trial:
         console.will("validate", f"{task}, on {here.key}{task.guess}")
         with watching(task) as watch:
             sides = render_sides(BUILD.merged, versions, cases, setup, watch)
-        measured = measure(
-            sides, {key: [one.golden for one in found] for key, found in goldens.items()}, rules_of(self.params)
-        )
+        measured = measure(sides, pictures_of(goldens), rules_of(self.params))
         files = None
         if current is not None and name in current.locks and self.name is not None:
             files = compare_files(current.path(name), new.path(name), hub.locate(base), COMPONENT)
@@ -164,12 +161,8 @@ class Trial:
             BadLora: the file cannot be used, or does not fit.
             CheckFailed: the merge is wrong, which is a fault of the tool or the machine.
         """
-        replace_text(BUILD.base_lock, to_json(BaseLock(SCHEMA, base)))
-        replace_text(BUILD.lora_lock, to_json(LoraLock(SCHEMA, dict(new.locks))))
         plan = plan_of(base, new.locks, self.candidate)
-        quiet = Console(quiet=True)
-        fuse(self.candidate, BUILD, quiet)
-        verify(self.candidate, BUILD, quiet)
+        merge(self.candidate, BUILD, base, new.locks)
         found = read_object(BUILD.verify, "verify")
         if not found["passed"]:
             raise CheckFailed(f"the merged weights are wrong: {found['problems'][0]}; see {BUILD.verify}")

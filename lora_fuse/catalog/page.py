@@ -5,7 +5,6 @@ The page is one file that asks the network for nothing and runs no script; it ha
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_fuse.catalog.records import Entry
-from lora_fuse.pages import render_page
+from lora_fuse.pages import Image, data_uri, render_page
 from lora_fuse.progress import human_bytes
 
 SCHEMA = 1
@@ -123,7 +122,7 @@ def _code(text: str) -> str:
 
 
 def _webp(data: bytes) -> str:
-    return "data:image/webp;base64," + base64.b64encode(data).decode("ascii")
+    return data_uri(Image(data, "image/webp"))
 
 
 def _web(url: str | None) -> bool:

@@ -7,13 +7,8 @@ import os
 from pathlib import Path
 
 from lora_fuse.doctor.finding import Finding, fail, ok, warn
-from lora_fuse.files import Untouched
+from lora_fuse.files import Untouched, nearest_folder
 from lora_fuse.progress import human_bytes
-
-
-def nearest(path: Path) -> Path:
-    """The folder that `path` is, or the nearest one above that is there."""
-    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
 
 
 def room(name: str, where: Path, free: int, need: int, parts: str) -> Finding:
@@ -57,7 +52,7 @@ def rebuild(name: str, where: Path, free: int, need: int, held: int, *, same: bo
 
 def writable(name: str, folder: Path) -> Finding:
     """Whether files can be made in a folder, or in the nearest one above that is there; tried with one."""
-    there = nearest(folder)
+    there = nearest_folder(folder)
     probe = there / f".probe-{os.getpid()}"
     try:
         probe.touch()
@@ -71,7 +66,7 @@ def writable(name: str, folder: Path) -> Finding:
 
 def locks(folder: Path) -> Finding:
     """Whether flock(2) keeps a second run out; some network filesystems let everybody in."""
-    probe = nearest(folder) / f".probe-{os.getpid()}.lock"
+    probe = nearest_folder(folder) / f".probe-{os.getpid()}.lock"
     try:
         with probe.open("w") as one, probe.open("w") as other:
             fcntl.flock(one, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -105,6 +100,6 @@ def filesystem(path: Path) -> str:
     """Type of the filesystem of a path: ``ext4``."""
     import psutil
 
-    there = nearest(path).resolve()
+    there = nearest_folder(path).resolve()
     mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
     return next((mounts[folder] for folder in (there, *there.parents) if folder in mounts), "unknown")

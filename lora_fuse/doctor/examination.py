@@ -14,7 +14,7 @@ from lora_fuse.doctor.finding import Finding, fail, ok, warn
 from lora_fuse.doctor.stock import Stock, base_stock, lora_stock
 from lora_fuse.errors import BadSource, NoDevice, Refused
 from lora_fuse.families import COMPONENT
-from lora_fuse.files import Untouched, link_between
+from lora_fuse.files import Untouched, link_between, nearest_folder
 from lora_fuse.hub.room import free_bytes
 from lora_fuse.manifest import read_manifest
 from lora_fuse.merge import SPARE
@@ -121,15 +121,15 @@ def _places(recipe: Recipe, stocks: Mapping[str, Stock]) -> Iterator[Finding]:
     yield from findings
     yield disk.locks(out)
     base = stocks.get("base")
-    source = disk.nearest(cache if recipe.base.repo_id else Path(str(recipe.base.path)))
+    source = nearest_folder(cache if recipe.base.repo_id else Path(str(recipe.base.path)))
     try:
-        link = "copy" if recipe.untouched == "copy" else link_between(source, disk.nearest(out))
+        link = "copy" if recipe.untouched == "copy" else link_between(source, nearest_folder(out))
     except OSError:
         link = "copy"
     fused, rest = _parts(base)
     yield disk.sharing(link, rest, " and ".join(dict.fromkeys(map(disk.filesystem, (source, out)))))
     fetch = sum(stock.to_fetch for stock in stocks.values())
-    together = uses_cache and disk.nearest(cache).stat().st_dev == disk.nearest(out).stat().st_dev
+    together = uses_cache and nearest_folder(cache).stat().st_dev == nearest_folder(out).stat().st_dev
     if base is None:
         yield warn("disk", "what is needed is not known, as the base's size is unknown")
         return

@@ -50,9 +50,10 @@ def render_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"data_uri": _data_uri, **(filters or {})}
+    environment.filters |= {"data_uri": data_uri, **(filters or {})}
     return environment.get_template(template).render(slider=SLIDER, slider_hash=SLIDER_HASH, **values)
 
 
-def _data_uri(picture: Image) -> str:
+def data_uri(picture: Image) -> str:
+    """A picture as an address, for a page that holds it."""
     return f"data:{picture.kind};base64," + base64.b64encode(picture.data).decode("ascii")

@@ -230,6 +230,11 @@ class Goldens:
         return folder / f"{name}.png"
 
 
+def pictures_of(approved: Mapping[str, Iterable[Approved]]) -> dict[str, list[Golden]]:
+    """The goldens by case, without their records."""
+    return {case: [one.golden for one in found] for case, found in approved.items()}
+
+
 def digest(files: Mapping[str, FileRecord]) -> str:
     """The sha256 of a list of files, their sizes and sha256."""
     return hashlib.sha256(to_json(dict(files)).encode()).hexdigest()

@@ -118,8 +118,14 @@ def render_pairs(
     shared = shared_components(pipe)
     drop_transformer(pipe)
     theirs = render_references(plan, cases, setup, shared, watch)
-    sides = zip(cases, ours, theirs.unfused, theirs.floor, theirs.baseline, strict=True)
-    return [Pair(case, one, other, floor, theirs.unfused_by, alone) for case, one, other, floor, alone in sides]
+    return pair_up(cases, ours, theirs)
+
+
+def pair_up(cases: Sequence[Case], merged: Sequence[Rendered], references: References) -> list[Pair]:
+    """Each case's merged picture and what it is compared with; all in the order of the cases."""
+    sides = zip(cases, merged, references.unfused, references.floor, references.baseline, strict=True)
+    by = references.unfused_by
+    return [Pair(case, one, unfused, floor, by, alone) for case, one, unfused, floor, alone in sides]
 
 
 def render_references(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_fuse import hub
 from lora_fuse.errors import NoSpace
-from lora_fuse.files import replace_text
+from lora_fuse.files import nearest_folder, replace_text
 from lora_fuse.hub.client import cache_dir
 from lora_fuse.hub.room import free_bytes
 from lora_fuse.progress import human_bytes
@@ -85,7 +85,7 @@ def check_room(to_fetch: int, to_write: int, folder: Path) -> None:
         NoSpace: a disk has less; the message names both numbers.
     """
     needs = {cache_dir(): to_fetch, folder: to_write}
-    if _device(cache_dir()) == _device(folder):
+    if len({nearest_folder(place).stat().st_dev for place in needs}) == 1:
         needs = {folder: to_fetch + to_write}
     for place, need in needs.items():
         free = free_bytes(place)
@@ -95,7 +95,3 @@ def check_room(to_fetch: int, to_write: int, folder: Path) -> None:
                 f"{human_bytes(free)} ({free} bytes) free: {human_bytes(to_fetch)} to fetch and "
                 f"{human_bytes(to_write)} of merged checkpoints; make room, or sweep without --keep"
             )
-
-
-def _device(path: Path) -> int:
-    return next(there.stat().st_dev for there in (path.absolute(), *path.absolute().parents) if there.exists())

@@ -15,11 +15,11 @@ from lora_fuse.plan import Plan
 from lora_fuse.regression.metrics import comb_db, latents_l2, to_levels
 from lora_fuse.regression.pairs import (
     Pair,
-    References,
     Setup,
     attach_beside,
     drop_transformer,
     judge_pairs,
+    pair_up,
     render_all,
     render_references,
 )
@@ -93,13 +93,8 @@ def render_sides(
     beside = partial(_render_beside, versions.new.checkpoint.root, cases, setup, shared, watch)
     without = beside(versions.others, "without")
     before = [None] * len(cases) if versions.current is None else beside(versions.current, "current")
-    pairs = _pairs(cases, ours, references)
+    pairs = pair_up(cases, ours, references)
     return [Sides(*side) for side in zip(pairs, without, before, strict=True)]
-
-
-def _pairs(cases: Sequence[Case], merged: Sequence[Rendered], others: References) -> list[Pair]:
-    sides = zip(cases, merged, others.unfused, others.floor, others.baseline, strict=True)
-    return [Pair(case, one, unfused, floor, others.unfused_by, alone) for case, one, unfused, floor, alone in sides]
 
 
 def _render_beside(

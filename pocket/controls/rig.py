@@ -18,7 +18,7 @@ from lora_fuse.merge import write_merged
 from lora_fuse.plan import Plan, make_plan
 from lora_fuse.regression.environment import make_deterministic
 from lora_fuse.regression.metrics import to_levels
-from lora_fuse.regression.pairs import Pair, judge_pairs, picture_of, render_all, render_references
+from lora_fuse.regression.pairs import judge_pairs, pair_up, picture_of, render_all, render_references
 from lora_fuse.regression.render import Case, Pipeline, Rendered, Sampling, load_pipeline, shared_components
 from lora_fuse.regression.verdicts import CaseResult, Golden, Rules, beyond, compare
 from lora_fuse.selection import Selection
@@ -111,8 +111,7 @@ class Rig:
             built = control.build(self, Path(folder))
             problems = self._verify(built.folder) if built.same_files else self._differences(built.folder)
         beside = built.references or self.unfused
-        sides = zip(self.cases, built.pictures, beside.unfused, beside.floor, strict=True)
-        pairs = [Pair(case, merged, unfused, floor, beside.unfused_by) for case, merged, unfused, floor in sides]
+        pairs = pair_up(self.cases, built.pictures, beside)
         results = [judged.result for judged in judge_pairs(pairs, self.goldens, self.rules)]
         apart = [sentence for result in results for sentence in self._beyond_golden(result)]
         return Outcome(control, built.same_files, problems, results, apart, self.setup.dtype == "float32")
