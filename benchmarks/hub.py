@@ -26,7 +26,10 @@ REPO = "bob/base"
 SHARD = 1 << 29  # bytes
 
 ALONE = f"from huggingface_hub import snapshot_download; snapshot_download({REPO!r})"
-LOCKED = f"from lora_fuse import hub, records; hub.lock_base(records.Source({REPO!r}), previous=None)"
+LOCKED = (
+    "from lora_fuse import hub; from lora_fuse.recipe.records import Source;"
+    f"hub.lock_base(Source({REPO!r}), previous=None)"
+)
 
 
 def fill(hub: LoopbackHub, size: int) -> None:

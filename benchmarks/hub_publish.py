@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_fuse.progress import human_bytes
-from lora_fuse.publishing import publish
-from lora_fuse.records import Manifest, MergedFile, MergedLora, Tool
+from lora_fuse.hub import publish
+from lora_fuse.machine.progress import human_bytes
+from lora_fuse.recipe.records import Manifest, MergedFile, MergedLora, Tool
 from tests.hub_server import LoopbackHub
 
 SHARDS = 4

@@ -17,16 +17,16 @@ from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_fuse.colour import painted
 from lora_fuse.errors import BadConfig, LoraFuseError
-from lora_fuse.interrupts import exit_code, stoppable
-from lora_fuse.launched import is_first_to_fail
+from lora_fuse.machine.console import painted
+from lora_fuse.machine.interrupts import exit_code, stoppable
+from lora_fuse.machine.launch import is_first_to_fail
 
 if TYPE_CHECKING:
-    from lora_fuse.lora import LoraInput, Update
-    from lora_fuse.plan import Plan
-    from lora_fuse.selection import Selection
-    from lora_fuse.signing import Trusted
+    from lora_fuse.fusion.plan import Plan
+    from lora_fuse.lora.inputs import Selection
+    from lora_fuse.lora.updates import LoraInput, Update
+    from lora_fuse.release.signing import Trusted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from lora_fuse.progress import silence
+    from lora_fuse.machine.progress import silence
 
     with ExitStack() as stack:
         if getattr(options, "quiet", False):
@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _inputs(options: argparse.Namespace) -> list[LoraInput]:
-    from lora_fuse.lora import LoraInput
+    from lora_fuse.lora.updates import LoraInput
 
     scales = options.scale or [1.0] * len(options.lora)
     if len(scales) != len(options.lora):
@@ -131,16 +131,16 @@ def _inputs(options: argparse.Namespace) -> list[LoraInput]:
 
 
 def _make_plan(options: argparse.Namespace) -> Plan:
-    from lora_fuse.checkpoint import open_checkpoint
-    from lora_fuse.families import cached_at
-    from lora_fuse.plan import make_plan
+    from lora_fuse.checkpoint.shards import open_checkpoint
+    from lora_fuse.fusion.plan import make_plan
+    from lora_fuse.models.families import cached_at
 
     checkpoint = open_checkpoint(options.base, options.component, label=cached_at(options.base.absolute()))
     return make_plan(checkpoint, _inputs(options), _selection(options))
 
 
 def _selection(options: argparse.Namespace) -> Selection:
-    from lora_fuse.selection import Selection
+    from lora_fuse.lora.inputs import Selection
 
     scales = {}
     for text in options.module_scale:
@@ -163,7 +163,7 @@ def _scheduler(options: argparse.Namespace) -> dict[str, object]:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from lora_fuse.lora_file import open_lora
+    from lora_fuse.lora.lora_file import open_lora
 
     lora = open_lora(options.lora)
     print(f"{lora.path}: {len(lora.header.tensors)} keys, {len(lora.updates)} modules, sha256 {lora.sha256}")
@@ -189,8 +189,8 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _print_plan(plan: Plan) -> None:
-    from lora_fuse.families import cached_from, pair_warnings
-    from lora_fuse.progress import human_bytes
+    from lora_fuse.machine.progress import human_bytes
+    from lora_fuse.models.families import cached_from, pair_warnings
 
     base, _ = cached_from(plan.checkpoint.root.absolute())
     for warning in pair_warnings(base, [cached_from(given.path.absolute()) for given in plan.inputs]):
@@ -208,8 +208,8 @@ def _print_plan(plan: Plan) -> None:
 
 
 def _fuse(options: argparse.Namespace) -> int:
-    from lora_fuse.checkpoint import Kind
-    from lora_fuse.export import diffusers_files
+    from lora_fuse.checkpoint.diffusers_layout import diffusers_files
+    from lora_fuse.checkpoint.shards import Kind
 
     plan, scheduler = _make_plan(options), _scheduler(options)
     if scheduler and plan.checkpoint.kind is not Kind.PIPELINE:
@@ -220,10 +220,10 @@ def _fuse(options: argparse.Namespace) -> int:
 
 
 def _write(options: argparse.Namespace, plan: Plan, generated: dict[str, bytes]) -> int:
-    from lora_fuse.devices import fuse_device
-    from lora_fuse.manifest import build_manifest, manifest_path, write_manifest
-    from lora_fuse.merge import bytes_to_copy, bytes_to_write, write_merged
-    from lora_fuse.progress import Clock, byte_progress, human_bytes, human_rate
+    from lora_fuse.fusion.device import fuse_device
+    from lora_fuse.fusion.manifest import build_manifest, manifest_path, write_manifest
+    from lora_fuse.fusion.merge import bytes_to_copy, bytes_to_write, write_merged
+    from lora_fuse.machine.progress import Clock, byte_progress, human_bytes, human_rate
 
     device, clock = fuse_device(options.device, plan.plain), Clock()
     size = bytes_to_write(plan) + bytes_to_copy(plan, options.out, options.untouched)
@@ -248,7 +248,7 @@ def _write(options: argparse.Namespace, plan: Plan, generated: dict[str, bytes])
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from lora_fuse.published import is_published
+    from lora_fuse.release.download_check import is_published
 
     if options.rows != "all" and not (options.rows.isdigit() and int(options.rows) > 0):
         raise BadConfig(f"--rows is {options.rows!r}; give a number of rows, or all")
@@ -264,7 +264,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _trusted(options: argparse.Namespace) -> Trusted | None:
-    from lora_fuse.signing import Trusted
+    from lora_fuse.release.signing import Trusted
 
     if (options.identity is None) != (options.issuer is None) or (options.identity and options.public_key):
         raise BadConfig("who has to have signed: give --public-key alone, or --identity and --issuer")
@@ -274,7 +274,7 @@ def _trusted(options: argparse.Namespace) -> Trusted | None:
 
 
 def _verify_download(folder: Path, trusted: Trusted | None) -> tuple[bool, frozenset[str]]:
-    from lora_fuse.published import check_published
+    from lora_fuse.release.download_check import check_published
 
     found = check_published(folder, trusted)
     print(f"verify: {found.files} files of {folder} compared with its list, signature {found.signature}")
@@ -287,9 +287,9 @@ def _verify_download(folder: Path, trusted: Trusted | None) -> tuple[bool, froze
 
 
 def _verify_merge(options: argparse.Namespace, beside: frozenset[str]) -> int:
-    from lora_fuse.files import total_size
-    from lora_fuse.progress import FEW, byte_progress
-    from lora_fuse.verification import Expectation, verify_merge
+    from lora_fuse.machine.files import total_size
+    from lora_fuse.machine.progress import FEW, byte_progress
+    from lora_fuse.verification.rederivation import Expectation, verify_merge
 
     with byte_progress("verify", total_size(options.merged), at_least=FEW) as progress:
         found = verify_merge(

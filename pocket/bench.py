@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from lora_fuse.checkpoint import open_checkpoint
-from lora_fuse.lora import LoraInput
-from lora_fuse.merge import write_merged
-from lora_fuse.plan import make_plan
-from lora_fuse.regression.metrics import psnr_db, to_levels
-from lora_fuse.regression.render import LoraSpec, condition_area, load_loras, load_pipeline, shared_components
+from lora_fuse.checkpoint.shards import open_checkpoint
+from lora_fuse.fusion.merge import write_merged
+from lora_fuse.fusion.plan import make_plan
+from lora_fuse.lora.updates import LoraInput
+from lora_fuse.pictures.metrics import psnr_db, to_levels
+from lora_fuse.pictures.render import LoraSpec, condition_area, load_loras, load_pipeline, shared_components
 from pocket.model import LIGHTNING_SCHEDULER, LORA_TARGETS, SCHEDULER, SIDE
 from pocket.tasks import Task
 

@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 
 from lora_fuse.cli import guarded
-from lora_fuse.validation.report import Validation
+from lora_fuse.studies.validation.report import Validation
+from lora_fuse.studies.validation.trial import Request
 from pocket.controls.files import Tensors, copy_of, without_alpha
 from pocket.controls.table import between_markers
 from stages.config import load
-from stages.console import Console
+from stages.run import Console
 from stages.validate import judged
-from stages.validating import Request
 
 LORA = Path("pocket/lora/pocket-lightning-4steps-v2.safetensors")
 FOLDER = Path("build/candidates")

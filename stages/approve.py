@@ -12,14 +12,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lora_fuse.errors import BadConfig
-from lora_fuse.provenance import this_person
-from lora_fuse.records import from_json
+from lora_fuse.machine.staging import holding
+from lora_fuse.recipe.checkout import this_person
+from lora_fuse.recipe.paths import GOLDEN, HERE, Artifacts, read_object, read_text
+from lora_fuse.recipe.records import from_json
 from lora_fuse.regression.approval import check_asked, check_repeatable, check_weights, read_pictures
 from lora_fuse.regression.goldens import Approval, Candidates, Goldens
-from lora_fuse.workplace import holding
-from stages.artifacts import GOLDEN, HERE, Artifacts, read_object, read_text
 from stages.config import check_declared, load
-from stages.console import PLAIN, Console, parse, run
+from stages.run import PLAIN, Console, parse, run
 
 
 def approve(reason: str, only: list[str], add: bool, at: Artifacts = HERE, console: Console = PLAIN) -> int:

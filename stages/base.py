@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from stages.artifacts import Artifacts
-from stages.console import Console, parse, run
+from lora_fuse.recipe.paths import Artifacts
+from stages.config.variants import COMPILED, read_compiled, refuse_unknown
 from stages.download import download
-from stages.variants import COMPILED, read_compiled, refuse_unknown
+from stages.run import Console, parse, run
 
 
 def base(key: str, console: Console) -> int:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from lora_fuse.catalog import Places, Wanted, WantedLora, catalog_html, catalog_json, catalog_markdown, gather
-from lora_fuse.files import replace_text
-from lora_fuse.records import Selected
-from stages.artifacts import ROOT, Artifacts
-from stages.config import run_stage
-from stages.console import PLAIN, Console
-from stages.params import Params
-from stages.variants import Build, read_compiled
+from lora_fuse.machine.files import replace_text
+from lora_fuse.recipe.paths import ROOT, Artifacts
+from lora_fuse.recipe.recipe import Params
+from lora_fuse.recipe.records import Selected
+from lora_fuse.studies.catalog import Places, Wanted, WantedLora, catalog_html, catalog_json, catalog_markdown, gather
+from stages.config.variants import Build, read_compiled
+from stages.run import PLAIN, Console, run_stage
 
 CATALOG = ROOT / "catalog"
 

@@ -7,13 +7,12 @@ Variants of one base share its lock: `stages.base` makes it, and ``--loras-only`
 from __future__ import annotations
 
 from lora_fuse import hub
-from lora_fuse.files import replace_text
-from lora_fuse.progress import Clock, human_rate
-from lora_fuse.records import SCHEMA, BaseLock, LoraLock, to_json
-from stages.artifacts import HERE, Artifacts
-from stages.config import run_stage
-from stages.console import PLAIN, Console
-from stages.params import Params
+from lora_fuse.machine.files import replace_text
+from lora_fuse.machine.progress import Clock, human_rate
+from lora_fuse.recipe.paths import HERE, Artifacts
+from lora_fuse.recipe.recipe import Params
+from lora_fuse.recipe.records import SCHEMA, BaseLock, LoraLock, to_json
+from stages.run import PLAIN, Console, run_stage
 
 KEPT = "whole files stay in the Hub client's cache, the locks are as they were; `dvc repro` goes on with the rest"
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from lora_fuse.devices import fuse_device
-from lora_fuse.export import diffusers_files
-from lora_fuse.families import pair_warnings
-from lora_fuse.manifest import build_manifest, write_manifest
-from lora_fuse.progress import Clock, byte_progress, guess, human_bytes, human_rate
-from stages.artifacts import HERE, Artifacts
-from stages.config import run_stage
-from stages.console import PLAIN, Console
-from stages.params import Params
+from lora_fuse.checkpoint.diffusers_layout import diffusers_files
+from lora_fuse.fusion.device import fuse_device
+from lora_fuse.fusion.manifest import build_manifest, write_manifest
+from lora_fuse.machine.progress import Clock, byte_progress, guess, human_bytes, human_rate
+from lora_fuse.models.families import pair_warnings
+from lora_fuse.recipe.paths import HERE, Artifacts
+from lora_fuse.recipe.recipe import Params
 from stages.planning import plan_of
+from stages.run import PLAIN, Console, run_stage
 
 KEPT = "shards that are finished are kept, artifacts/merged is as it was; `dvc repro` goes on with the next shard"
 
 
 def fuse(params: Params, at: Artifacts = HERE, console: Console = PLAIN) -> int:
     """Write `merged/` and `merged.manifest.json`."""
-    from lora_fuse.merge import bytes_to_copy, bytes_to_write, write_merged
+    from lora_fuse.fusion.merge import bytes_to_copy, bytes_to_write, write_merged
 
     base, loras = at.read_locks()
     for warning in pair_warnings(base.repo_id, [(lora.repo_id, lora.lora_name) for lora in loras.values()]):

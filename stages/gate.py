@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from lora_fuse.recipe.paths import HERE, Artifacts, read_object
+from lora_fuse.recipe.recipe import Params
 from lora_fuse.regression.report import MEANINGS, next_step
-from stages.artifacts import HERE, Artifacts, read_object
-from stages.config import run_stage
-from stages.console import PLAIN, Console
-from stages.params import Params
+from stages.run import PLAIN, Console, run_stage
 
 EXIT_CODES = {"exact": 0, "drift": 0, "review": 4, "no-golden": 3, "regression": 1, "invalid": 1}
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 
-from lora_fuse.files import hash_file, replace_text
-from stages.artifacts import GOLDEN, HERE, Artifacts
-from stages.config import run_stage
-from stages.console import PLAIN, Console
-from stages.params import Params
+from lora_fuse.machine.files import hash_file, replace_text
+from lora_fuse.recipe.paths import GOLDEN, HERE, Artifacts
+from lora_fuse.recipe.recipe import Params
+from stages.run import PLAIN, Console, run_stage
 
 
 def goldens(params: Params, at: Artifacts = HERE, console: Console = PLAIN) -> int:

@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lora_fuse import hub
-from lora_fuse.checkpoint import open_checkpoint
-from lora_fuse.families import COMPONENT
-from lora_fuse.plan import Plan, make_plan
-from lora_fuse.records import Lock
+from lora_fuse.checkpoint.shards import open_checkpoint
+from lora_fuse.fusion.plan import Plan, make_plan
+from lora_fuse.models.families import COMPONENT
+from lora_fuse.pictures.pairs import Setup
+from lora_fuse.pictures.render import Case, Sampling
+from lora_fuse.recipe.paths import GOLDEN, lora_inputs
+from lora_fuse.recipe.recipe import Params
+from lora_fuse.recipe.records import Lock
 from lora_fuse.regression.goldens import Goldens
-from lora_fuse.regression.pairs import Setup
-from lora_fuse.regression.render import Case, Sampling
 from lora_fuse.regression.verdicts import Limits, Rules
-from lora_fuse.validation.evidence import Bounds
-from stages.artifacts import GOLDEN, lora_inputs
-from stages.params import Params
+from lora_fuse.studies.validation.evidence import Bounds
 
 OVER_FLOOR = 2.0  # where a recipe leaves it open: a right merge comes to at most 1.7 (docs/regression.md)
 

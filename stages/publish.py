@@ -8,15 +8,14 @@ from __future__ import annotations
 from dataclasses import asdict
 from functools import partial
 
-from lora_fuse import publishing
+from lora_fuse import hub
 from lora_fuse.errors import PublishRefused
-from lora_fuse.manifest import read_manifest
-from lora_fuse.progress import Clock, human_bytes, human_seconds
-from stages.artifacts import HERE, Artifacts
-from stages.config import run_stage
-from stages.console import PLAIN, Console
-from stages.params import Params
-from stages.releasing import checked_release
+from lora_fuse.fusion.manifest import read_manifest
+from lora_fuse.machine.progress import Clock, human_bytes, human_seconds
+from lora_fuse.recipe.paths import HERE, Artifacts
+from lora_fuse.recipe.recipe import Params
+from lora_fuse.release.assembly import checked_release
+from stages.run import PLAIN, Console, run_stage
 
 KEPT = "what was sent stays in its pull request; publish again, it goes on with the rest"
 
@@ -26,7 +25,7 @@ def publish(params: Params, at: Artifacts = HERE, console: Console = PLAIN, *, d
     wanted, clock = params.publish, Clock()
     if dry_run:
         manifest, card, beside = checked_release(params, at)
-        text = publishing.preview(at.merged, manifest, card, beside, repo_id=wanted.repo_id, tag=wanted.tag)
+        text = hub.preview(at.merged, manifest, card, beside, repo_id=wanted.repo_id, tag=wanted.tag)
         if console.as_json:
             console.done("publish", facts={"dry_run": text})
         else:
@@ -34,7 +33,7 @@ def publish(params: Params, at: Artifacts = HERE, console: Console = PLAIN, *, d
         return 0
     if not wanted.enabled:
         reason = "publish.enabled is false" if at.variant is None else "conf/variants.yaml gives it no repo_id"
-        receipt = publishing.skipped(reason, read_manifest(at.manifest)[1])
+        receipt = hub.skipped(reason, read_manifest(at.manifest)[1])
     elif wanted.repo_id is None:
         raise PublishRefused("publish.enabled is true and publish.repo_id is null; name the repository: owner/name")
     else:
@@ -42,7 +41,7 @@ def publish(params: Params, at: Artifacts = HERE, console: Console = PLAIN, *, d
         title = f"{manifest.recipe}, scale {manifest.scale:g}, by lora-fuse {manifest.tool.version}"
         size = sum(file.size for file in manifest.files.values())
         console.will("publish", f"{len(manifest.files)} files, {human_bytes(size)}, to {wanted.repo_id}")
-        to = partial(publishing.publish, repo_id=wanted.repo_id, private=wanted.private, tag=wanted.tag)
+        to = partial(hub.publish, repo_id=wanted.repo_id, private=wanted.private, tag=wanted.tag)
         receipt = to(at.merged, manifest, card, beside, message=title)
     receipt.write(at.receipt)
     took = f"{len(receipt.files)} files in {human_seconds(clock.seconds)}, see {receipt.url}"

@@ -5,18 +5,17 @@
 
 from __future__ import annotations
 
-from lora_fuse.manifest import read_manifest
-from lora_fuse.progress import Clock
-from lora_fuse.regression.environment import environment, make_deterministic
-from lora_fuse.regression.pairs import check_cases, render_pairs
-from lora_fuse.regression.spread import Team
-from lora_fuse.regression.watch import Task, watching
-from stages.artifacts import HERE, Artifacts, read_object
-from stages.config import run_stage
-from stages.console import PLAIN, Console
-from stages.judging import judge, write_regression
-from stages.params import Params
+from lora_fuse.fusion.manifest import read_manifest
+from lora_fuse.machine.progress import Clock
+from lora_fuse.pictures.distributed import Team
+from lora_fuse.pictures.environment import environment, make_deterministic
+from lora_fuse.pictures.pairs import check_cases, render_pairs
+from lora_fuse.pictures.render_progress import Task, watching
+from lora_fuse.recipe.paths import HERE, Artifacts, read_object
+from lora_fuse.recipe.recipe import Params
+from lora_fuse.regression.run import judge, write_regression
 from stages.planning import cases_of, goldens_of, plan_of, setup_of
+from stages.run import PLAIN, Console, run_stage
 
 GATE = "dvc repro gate"
 KEPT = "the last pictures are as they were, none of this run's is kept; `dvc repro` goes on with them from the first"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from lora_fuse.recipe.paths import HERE, Artifacts, read_object
+from lora_fuse.recipe.recipe import Params
 from lora_fuse.regression.report import summary_text
-from stages.artifacts import HERE, Artifacts, read_object
-from stages.config import run_stage
-from stages.console import PLAIN, Console
-from stages.params import Params
+from stages.run import PLAIN, Console, run_stage
 
 
 def summary(_: Params, at: Artifacts = HERE, console: Console = PLAIN) -> int:

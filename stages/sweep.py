@@ -9,14 +9,13 @@ import shlex
 from contextlib import suppress
 
 from lora_fuse.errors import Busy
-from lora_fuse.sweeping.contact import write_sheet
-from lora_fuse.sweeping.running import run
-from stages.artifacts import ROOT, Artifacts
-from stages.building import Builder, sheet_of, wrong_points
-from stages.config import run_stage
-from stages.console import PLAIN, Console
-from stages.points import plan_sweep
-from stages.swept import Swept, expand
+from lora_fuse.recipe.paths import ROOT, Artifacts
+from lora_fuse.studies.sweep.building import Builder, sheet_of, wrong_points
+from lora_fuse.studies.sweep.contact import write_sheet
+from lora_fuse.studies.sweep.planning import plan_sweep
+from lora_fuse.studies.sweep.running import run
+from stages.config.sweeps import Swept, expand
+from stages.run import PLAIN, Console, run_stage
 
 SWEEP = Artifacts(ROOT / "sweep")
 

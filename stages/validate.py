@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from lora_fuse.regression.environment import environment, make_deterministic
-from lora_fuse.validation.evidence import Outcome
-from lora_fuse.validation.report import Validation
-from lora_fuse.workplace import exclusive, remove
+from lora_fuse.machine.staging import exclusive, remove
+from lora_fuse.pictures.environment import environment, make_deterministic
+from lora_fuse.studies.validation.evidence import Outcome
+from lora_fuse.studies.validation.report import Validation
+from lora_fuse.studies.validation.trial import BUILD, VALIDATION, Request, Trial
 from stages.config import load
-from stages.console import Console, parse, run
-from stages.validating import BUILD, VALIDATION, Request, Trial
+from stages.run import Console, parse, run
 
 KEPT = "the current build is as it was; the same command starts anew"
 

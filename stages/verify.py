@@ -6,15 +6,14 @@ import dataclasses
 import json
 
 from lora_fuse import hub
-from lora_fuse.families import COMPONENT
-from lora_fuse.files import replace_text
-from lora_fuse.manifest import check_files, read_manifest
-from lora_fuse.progress import FEW, Clock, byte_progress, guess, human_rate
-from lora_fuse.verification import Expectation, verify_merge
-from stages.artifacts import HERE, Artifacts, lora_inputs
-from stages.config import run_stage
-from stages.console import PLAIN, Console
-from stages.params import Params
+from lora_fuse.fusion.manifest import check_files, read_manifest
+from lora_fuse.machine.files import replace_text
+from lora_fuse.machine.progress import FEW, Clock, byte_progress, guess, human_rate
+from lora_fuse.models.families import COMPONENT
+from lora_fuse.recipe.paths import HERE, Artifacts, lora_inputs
+from lora_fuse.recipe.recipe import Params
+from lora_fuse.verification.rederivation import Expectation, verify_merge
+from stages.run import PLAIN, Console, run_stage
 
 
 def verify(params: Params, at: Artifacts = HERE, console: Console = PLAIN) -> int:

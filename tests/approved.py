@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from lora_fuse.records import MergedLora, Tool
-from lora_fuse.regression.environment import FLAGS, Environment, Key
+from lora_fuse.pictures.environment import FLAGS, Environment, Key
+from lora_fuse.pictures.metrics import Levels, to_png
+from lora_fuse.recipe.records import MergedLora, Tool
 from lora_fuse.regression.goldens import Approval, Candidate, CaseRecord, Provenance
-from lora_fuse.regression.metrics import Levels, to_png
 
 KEY = Key("cpu", "x86_64-avx2", 2, "float32", "2.13", "0.42")
 LORA = MergedLora("lightning", 1.0, "a" * 64, "l.safetensors", "owner/lora", None, "b" * 40)

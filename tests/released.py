@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lora_fuse.files import replace_text
-from lora_fuse.manifest import read_manifest
-from lora_fuse.records import to_json
-from lora_fuse.regression.environment import environment
+from lora_fuse.fusion.manifest import read_manifest
+from lora_fuse.machine.files import replace_text
+from lora_fuse.pictures.environment import environment
+from lora_fuse.pictures.metrics import METRICS, to_levels, to_png
+from lora_fuse.pictures.render import Case
+from lora_fuse.recipe.paths import HERE as at  # noqa: N811
+from lora_fuse.recipe.recipe import Params, parse_params
+from lora_fuse.recipe.records import to_json
 from lora_fuse.regression.goldens import Candidate, Candidates, CaseRecord, Provenance
-from lora_fuse.regression.metrics import METRICS, to_levels, to_png
-from lora_fuse.regression.render import Case
-from stages.artifacts import HERE as at  # noqa: N811
 from stages.config import compose
 from stages.download import download
 from stages.fuse import fuse
-from stages.params import Params, parse_params
 from stages.planning import cases_of
 from stages.verify import verify
 
@@ -87,7 +87,7 @@ def candidate(case: Case, picture: bytes, params: Params, manifest_sha256: str) 
     """The record of a picture."""
     import hashlib
 
-    from lora_fuse.provenance import this_tool
+    from lora_fuse.recipe.checkout import this_tool
 
     provenance = Provenance(
         recipe=params.name,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_fuse.records import Manifest, from_json
+from lora_fuse.recipe.records import Manifest, from_json
 from tests import tiny
 
 

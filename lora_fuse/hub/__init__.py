@@ -13,13 +13,19 @@ else; nothing waits for ever.
 """
 
 from lora_fuse.hub.client import bars_on_a_terminal, cache_dir, client, endpoint, is_offline, snapshot_folder, token
-from lora_fuse.hub.failures import client_errors
+from lora_fuse.hub.error_texts import client_errors
 from lora_fuse.hub.locks import changes, checked, locate, lock_base, lock_lora, moved, verify_files, will_lock
+from lora_fuse.hub.payload import CARD
+from lora_fuse.hub.preview import preview
+from lora_fuse.hub.publisher import publish
+from lora_fuse.hub.receipt import Receipt, skipped
 from lora_fuse.hub.repository import listing, remote_files
 from lora_fuse.hub.sizes import Sizes, base_sizes, lora_sizes
 from lora_fuse.hub.transfer import Transfer
 
 __all__ = [
+    "CARD",
+    "Receipt",
     "Sizes",
     "Transfer",
     "bars_on_a_terminal",
@@ -37,7 +43,10 @@ __all__ = [
     "lock_lora",
     "lora_sizes",
     "moved",
+    "preview",
+    "publish",
     "remote_files",
+    "skipped",
     "snapshot_folder",
     "token",
     "verify_files",

@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from lora_fuse.allowlist import is_pickle
+from lora_fuse.checkpoint.repository_files import is_pickle
 from lora_fuse.errors import BadLora, BadSource
 from lora_fuse.hub.client import is_offline, snapshot_folder
 from lora_fuse.hub.repository import open_repository
+from lora_fuse.hub.sources import Basket, Promise, Shelf, examine, hashing, open_folder, take_lora, take_pipeline
 from lora_fuse.hub.transfer import Transfer
-from lora_fuse.progress import guess, human_bytes
-from lora_fuse.records import FileRecord, Lock, Source
-from lora_fuse.sources import Basket, Promise, Shelf, examine, hashing, open_folder, take_lora, take_pipeline
+from lora_fuse.machine.progress import guess, human_bytes
+from lora_fuse.recipe.records import FileRecord, Lock, Source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

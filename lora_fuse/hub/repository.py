@@ -1,4 +1,4 @@
-"""A Hub repository at a commit: what is in it, as a shelf that files are taken from (`lora_fuse.sources`)."""
+"""A Hub repository at a commit: what is in it, as a shelf that files are taken from (`lora_fuse.hub.sources`)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from lora_fuse.errors import BadSource
 from lora_fuse.hub.client import client, endpoint, snapshot_folder
-from lora_fuse.hub.failures import client_errors, is_passing
+from lora_fuse.hub.error_texts import client_errors, is_passing
+from lora_fuse.hub.sources import Promise
 from lora_fuse.hub.transfer import Order, Transfer, Transfers
-from lora_fuse.licences import license_of
-from lora_fuse.records import License
-from lora_fuse.sources import Promise
+from lora_fuse.recipe.records import License
+from lora_fuse.release.licences import license_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

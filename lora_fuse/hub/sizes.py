@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from lora_fuse.allowlist import MODEL_INDEX, TEXT_SUFFIXES, is_plain_weights, lora_files
+from lora_fuse.checkpoint.repository_files import MODEL_INDEX, TEXT_SUFFIXES, is_plain_weights, lora_files
 from lora_fuse.errors import BadSource
 from lora_fuse.hub.client import is_offline, snapshot_folder
 from lora_fuse.hub.locks import locate
 from lora_fuse.hub.repository import open_repository
+from lora_fuse.hub.sources import Promise, open_folder
 from lora_fuse.hub.transfer import Transfer
-from lora_fuse.records import Lock, Source
-from lora_fuse.sources import Promise, open_folder
+from lora_fuse.recipe.records import Lock, Source
 
 
 @dataclass(frozen=True, slots=True)

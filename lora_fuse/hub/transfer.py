@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from lora_fuse.errors import BadSource, NoSpace
 from lora_fuse.hub.client import cache_dir, is_without_xet, repository_folder
-from lora_fuse.hub.failures import full_disk
+from lora_fuse.hub.error_texts import full_disk
 from lora_fuse.hub.leftovers import remove_leftovers
-from lora_fuse.hub.process import ClientProcess
-from lora_fuse.hub.room import Planned, TransferPlan
-from lora_fuse.progress import FEW, byte_progress, guess, human_bytes, tell
+from lora_fuse.hub.worker_process import ClientProcess
+from lora_fuse.machine.progress import FEW, byte_progress, guess, human_bytes, tell
+from lora_fuse.machine.space import Planned, TransferPlan
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_fuse.errors import BadGolden, CheckFailed
-from lora_fuse.provenance import modified_files
+from lora_fuse.recipe.checkout import modified_files
 from lora_fuse.regression.goldens import Candidate, Provenance, check_picture
 
 

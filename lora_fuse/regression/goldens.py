@@ -15,10 +15,10 @@ from pathlib import Path
 from PIL import Image
 
 from lora_fuse.errors import BadGolden, BadSource
-from lora_fuse.files import replace_bytes, replace_text
-from lora_fuse.records import FileRecord, MergedLora, Tool, from_json, to_json
-from lora_fuse.regression.environment import Environment, Key
-from lora_fuse.regression.metrics import Levels, to_levels
+from lora_fuse.machine.files import replace_bytes, replace_text
+from lora_fuse.pictures.environment import Environment, Key
+from lora_fuse.pictures.metrics import Levels, to_levels
+from lora_fuse.recipe.records import FileRecord, MergedLora, Tool, from_json, to_json
 from lora_fuse.regression.verdicts import Golden
 
 SCHEMA = 1

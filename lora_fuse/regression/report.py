@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lora_fuse.pages import Image, render_page
+from lora_fuse.pictures.pages import Image, render_page
 
 if TYPE_CHECKING:
-    from lora_fuse.regression.metrics import Metric
+    from lora_fuse.pictures.metrics import Metric
     from lora_fuse.regression.verdicts import CaseResult, Comparison, Limits, Rules, Verdict
 
 # What a verdict means to somebody who never read the documentation.
@@ -278,7 +278,7 @@ class _Row:
 
 
 def _metric_rows(result: CaseResult, rules: Rules) -> list[_Row]:
-    from lora_fuse.regression.metrics import METRICS
+    from lora_fuse.pictures.metrics import METRICS
     from lora_fuse.regression.verdicts import Limits
 
     rows = [

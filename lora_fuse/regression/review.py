@@ -8,14 +8,14 @@ from typing import Any
 
 from PIL import Image
 
-from lora_fuse.blocks import block_of, in_order
-from lora_fuse.families import manifest_warnings
-from lora_fuse.pages import Image as Encoded
-from lora_fuse.records import Manifest, MergedLora
+from lora_fuse.checkpoint.blocks import block_of, in_order
+from lora_fuse.models.families import manifest_warnings
+from lora_fuse.pictures.metrics import HEAT_TOP, Levels, heat_map, to_levels, to_png
+from lora_fuse.pictures.pages import Image as Encoded
+from lora_fuse.pictures.pairs import JudgedPair, Setup
+from lora_fuse.pictures.render import Sampling, open_picture
+from lora_fuse.recipe.records import Manifest, MergedLora
 from lora_fuse.regression.goldens import Approved, Candidate, Candidates, Provenance, differences
-from lora_fuse.regression.metrics import HEAT_TOP, Levels, heat_map, to_levels, to_png
-from lora_fuse.regression.pairs import JudgedPair, Setup
-from lora_fuse.regression.render import Sampling, open_picture
 from lora_fuse.regression.report import (
     Baseline,
     BlockChange,
@@ -120,7 +120,7 @@ def _weights(verify: Mapping[str, Any]) -> WeightsCheck:
 
 
 def block_changes(changes: Mapping[str, Mapping[str, float]]) -> tuple[BlockChange, ...]:
-    """The largest relative norm by block, see `lora_fuse.blocks`, in the order of the model."""
+    """The largest relative norm by block, see `lora_fuse.checkpoint.blocks`, in the order of the model."""
     largest: dict[str, float] = {}
     for name, change in changes.items():
         block = block_of(name)

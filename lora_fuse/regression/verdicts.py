@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TypeAlias
 
-from lora_fuse.regression.metrics import METRICS, Latents, Levels, is_flat
+from lora_fuse.pictures.metrics import METRICS, Latents, Levels, is_flat
 
 Size: TypeAlias = tuple[int, int]  # width, height in pixels
 Values: TypeAlias = Mapping[str, float]  # by metric, as `metrics.METRICS` names them

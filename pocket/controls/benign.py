@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lora_fuse.regression.metrics import Levels
-from lora_fuse.regression.pairs import render_references
-from lora_fuse.regression.render import load_pipeline
+from lora_fuse.pictures.metrics import Levels
+from lora_fuse.pictures.pairs import render_references
+from lora_fuse.pictures.render import load_pipeline
 from pocket.controls import files, pictures
 from pocket.controls.control import Built, Control
 from pocket.controls.rig import Rig

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_fuse.regression.pairs import References
-from lora_fuse.regression.render import Rendered
+from lora_fuse.pictures.pairs import References
+from lora_fuse.pictures.render import Rendered
 from lora_fuse.regression.verdicts import CaseResult, Verdict, worst
 
 if TYPE_CHECKING:

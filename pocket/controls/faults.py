@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from lora_fuse.checkpoint import PROVENANCE
-from lora_fuse.regression.metrics import Levels
+from lora_fuse.checkpoint.shards import PROVENANCE
+from lora_fuse.lora.inputs import Selection
+from lora_fuse.pictures.metrics import Levels
 from lora_fuse.regression.verdicts import Verdict
-from lora_fuse.selection import Selection
 from pocket.bench import STYLE
 from pocket.controls import pictures
 from pocket.controls.control import GATES, GOLDEN, UNFUSED, WEIGHTS, Built, Control

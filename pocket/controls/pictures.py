@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from lora_fuse.regression.metrics import Levels, to_levels
-from lora_fuse.regression.render import Rendered
+from lora_fuse.pictures.metrics import Levels, to_levels
+from lora_fuse.pictures.render import Rendered
 
 PATCH = (32, 48)  # rows, columns
 NOISE_SHARE = 0.03  # of the values, each one level up or down: between the unfused and the merged picture it is 0.015

@@ -10,22 +10,22 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from lora_fuse.checkpoint import open_checkpoint
-from lora_fuse.export import diffusers_files
-from lora_fuse.families import COMPONENT
-from lora_fuse.lora import LoraInput
-from lora_fuse.merge import write_merged
-from lora_fuse.plan import Plan, make_plan
-from lora_fuse.regression.environment import make_deterministic
-from lora_fuse.regression.metrics import to_levels
-from lora_fuse.regression.pairs import judge_pairs, pair_up, picture_of, render_all, render_references
-from lora_fuse.regression.render import Case, Pipeline, Rendered, Sampling, load_pipeline, shared_components
+from lora_fuse.checkpoint.diffusers_layout import diffusers_files
+from lora_fuse.checkpoint.shards import open_checkpoint
+from lora_fuse.fusion.merge import write_merged
+from lora_fuse.fusion.plan import Plan, make_plan
+from lora_fuse.lora.inputs import Selection
+from lora_fuse.lora.updates import LoraInput
+from lora_fuse.models.families import COMPONENT
+from lora_fuse.pictures.environment import make_deterministic
+from lora_fuse.pictures.metrics import to_levels
+from lora_fuse.pictures.pairs import judge_pairs, pair_up, picture_of, render_all, render_references
+from lora_fuse.pictures.render import Case, Pipeline, Rendered, Sampling, load_pipeline, shared_components
+from lora_fuse.recipe.recipe import Params
 from lora_fuse.regression.verdicts import CaseResult, Golden, Rules, beyond, compare
-from lora_fuse.selection import Selection
-from lora_fuse.verification import Expectation, verify_merge
+from lora_fuse.verification.rederivation import Expectation, verify_merge
 from pocket.controls.control import Built, Control, Outcome
 from stages.config import load
-from stages.params import Params
 from stages.planning import cases_of, rules_of, setup_of
 
 RECIPE = "pocket"

@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lora_fuse.files import replace_text
-from lora_fuse.regression.metrics import METRICS
+from lora_fuse.machine.files import replace_text
+from lora_fuse.pictures.metrics import METRICS
 from pocket.controls.control import GATES, GOLDEN, UNFUSED, WEIGHTS, Outcome
 
 FIGURES = ((UNFUSED, "psnr_db"), (GOLDEN, "psnr_db"), (GOLDEN, "flip_worst"), (GOLDEN, "comb_db"))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_fuse.regression.render import allow_missing_torchvision, quiet_libraries
+from lora_fuse.pictures.render import allow_missing_torchvision, quiet_libraries
 from pocket import model
 from pocket.train.runtime import DEVICE
 

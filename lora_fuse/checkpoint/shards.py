@@ -1,0 +1,170 @@
+"""A base on disk: which files it has, which of them are the shards of the component to fuse.
+
+A base is a diffusers pipeline folder, one component folder (`config.json` and safetensors) or one safetensors file.
+Only headers are read here, so opening a 57 GB base takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lora_fuse.checkpoint.header import PREFIX, Header, TensorInfo, header_length, parse_header
+from lora_fuse.checkpoint.repository_files import TEXT_SUFFIXES
+from lora_fuse.errors import BadCheckpoint
+
+INDEX_SUFFIX = ".safetensors.index.json"
+PROVENANCE = "lora_fuse"  # the metadata entry of a fused shard: what was fused, as JSON
+
+# What a merged repository takes over from a base: weights as safetensors and the text that loads them. A pickle, a
+# README (the merged repository has a card of its own) or a stray file is left behind.
+KEPT_SUFFIXES = TEXT_SUFFIXES | {".safetensors"}
+
+
+class Kind(StrEnum):
+    """What a base is."""
+
+    PIPELINE = "pipeline"
+    COMPONENT = "component"
+    FILE = "file"
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One safetensors file of the component: `relative` is its POSIX path below the base."""
+
+    path: Path
+    relative: str
+    header: Header
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A base: its shards, and every other file that belongs to it (POSIX paths below `root`)."""
+
+    root: Path
+    kind: Kind
+    shards: tuple[Shard, ...]
+    others: tuple[str, ...]
+    config: Mapping[str, Any] = field(default_factory=dict)  # the component's config.json, if it has one
+    label: str | None = None  # ``repo@commit``, where it is known
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor of the component by name."""
+        return {name: tensor for shard in self.shards for name, tensor in shard.header.tensors.items()}
+
+    def locate(self, relative: str) -> Path:
+        """The file on disk behind a POSIX path of this base."""
+        return self.root if self.kind is Kind.FILE else self.root / relative
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a safetensors file.
+
+    Raises:
+        BadCheckpoint: the file is missing, cannot be read, or is not a whole safetensors file.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(PREFIX)
+            raw = prefix + file.read(header_length(prefix, size, str(path)))
+    except FileNotFoundError as error:
+        raise BadCheckpoint(f"no such file: {path}") from error
+    except OSError as error:
+        raise BadCheckpoint(f"cannot read {path}: {error.strerror}") from error
+    return parse_header(raw, size, str(path))
+
+
+def open_checkpoint(
+    root: Path, component: str = "transformer", files: Iterable[str] | None = None, label: str | None = None
+) -> Checkpoint:
+    """Open a base from its headers.
+
+    Args:
+        root: a pipeline folder, a component folder or a safetensors file.
+        component: the pipeline's component to fuse; not used for the other two kinds.
+        files: the POSIX paths that belong to the base (a lock's); without it, everything of a known kind below `root`.
+        label: ``repo@commit`` of the base, where it is known; the headers of fused shards will say it.
+
+    Raises:
+        BadCheckpoint: there is nothing there, or its index and shards contradict each other.
+    """
+    if root.is_file():
+        return Checkpoint(root, Kind.FILE, (Shard(root, root.name, read_header(root)),), (), label=label)
+    if (root / "model_index.json").is_file():
+        kind, prefix = Kind.PIPELINE, f"{component}/"
+    elif (root / "config.json").is_file():
+        kind, prefix = Kind.COMPONENT, ""
+    else:
+        raise BadCheckpoint(
+            f"{root} is no base: expected a folder with model_index.json (a pipeline) or config.json (a component), "
+            "or one .safetensors file"
+        )
+    names = sorted(files) if files is not None else _kept_files(root)
+    shards = _component_shards(root, prefix, names)
+    taken = {shard.relative for shard in shards}
+    others = tuple(name for name in names if name not in taken)
+    return Checkpoint(root, kind, shards, others, _read_config(root / f"{prefix}config.json"), label)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise BadCheckpoint(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise BadCheckpoint(f"{path} holds a {type(config).__name__}, not a mapping; fetch the base again")
+    return config
+
+
+def _kept_files(root: Path) -> list[str]:
+    names = [path.relative_to(root) for path in root.rglob("*") if path.is_file() and path.suffix in KEPT_SUFFIXES]
+    return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
+
+
+def _component_shards(root: Path, prefix: str, names: list[str]) -> tuple[Shard, ...]:
+    here = [name for name in names if name.startswith(prefix) and "/" not in name.removeprefix(prefix)]
+    indexes = [name for name in here if name.endswith(INDEX_SUFFIX)]
+    weights = [name for name in here if name.endswith(".safetensors")]
+    if len(indexes) == 1:
+        return _indexed_shards(root, indexes[0])
+    if not indexes and len(weights) == 1:
+        return (Shard(root / weights[0], weights[0], read_header(root / weights[0])),)
+    raise BadCheckpoint(
+        f"{root / prefix} has {len(indexes)} index files and {len(weights)} safetensors files; "
+        "expected one index with its shards, or one safetensors file"
+    )
+
+
+def _indexed_shards(root: Path, index: str) -> tuple[Shard, ...]:
+    try:
+        weight_map: dict[str, str] = json.loads((root / index).read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadCheckpoint(f"{root / index} is no shard index: it has no weight_map ({error})") from error
+    folder = PurePosixPath(index).parent
+    shards = []
+    for filename in sorted(set(weight_map.values())):
+        if PurePosixPath(filename).name != filename:
+            raise BadCheckpoint(f"{root / index} names {filename!r}: a shard lies beside its index, not elsewhere")
+        relative = (folder / filename).as_posix()
+        shards.append(Shard(root / relative, relative, read_header(root / relative)))
+    _check_index(weight_map, shards, root / index)
+    return tuple(shards)
+
+
+def _check_index(weight_map: dict[str, str], shards: list[Shard], index: Path) -> None:
+    held = {(name, shard.path.name) for shard in shards for name in shard.header.tensors}
+    listed = set(weight_map.items())
+    for name, filename in sorted(listed - held):
+        raise BadCheckpoint(
+            f"{index} puts {name!r} in {filename}, and that shard does not have it; fetch the base again"
+        )
+    for name, filename in sorted(held - listed):
+        raise BadCheckpoint(f"{filename} holds {name!r}, and {index} has no entry for it there; fetch the base again")

@@ -1,9 +1,0 @@
-"""Whether a recipe fits a machine, asked before anything is fetched or written; each check is a `Finding`.
-
-Checks are functions of what was read, so that they can be given any reading; `examination` reads, and asks them all.
-"""
-
-from lora_fuse.doctor.examination import Recipe, examine
-from lora_fuse.doctor.finding import Finding, Status, table, verdict
-
-__all__ = ["Finding", "Recipe", "Status", "examine", "table", "verdict"]

@@ -1,0 +1,1 @@
+"""A merged checkpoint in other formats."""

@@ -1,0 +1,117 @@
+"""A merged checkpoint in other formats. One row of `FORMATS` is one format: where its file goes, and what writes it.
+
+Invariant: a file is there whole or not at all, and its bytes depend on nothing but the merged checkpoint.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_fuse.checkpoint.shards import Checkpoint
+from lora_fuse.errors import BadConfig, NoSpace
+from lora_fuse.exports.single_file import single_file_size, write_single_file
+from lora_fuse.recipe.records import FileRecord
+
+Progress = Callable[[int], None]
+SPARE = 1 << 20  # bytes that are left free
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One format.
+
+    `place` is the path of its file in the repository, with the model's name for ``{}``; `size` tells its bytes before
+    it is written; `write` writes it and tells how many more bytes are done.
+    """
+
+    words: str
+    place: str
+    size: Callable[[Checkpoint, Mapping[str, str]], int]
+    write: Callable[[Checkpoint, Path, Mapping[str, str], Progress], FileRecord]
+
+
+FORMATS: Mapping[str, Format] = {
+    "single_file": Format(
+        "the transformer in one file, with ComfyUI's keys",
+        "diffusion_models/{}.safetensors",  # the folder of ComfyUI that it goes into
+        single_file_size,
+        write_single_file,
+    ),
+}
+
+
+def export_size(checkpoint: Checkpoint, formats: Iterable[str], metadata: Mapping[str, str]) -> int:
+    """Bytes that an export writes.
+
+    Raises:
+        BadConfig: a format is unknown.
+        BadCheckpoint: a format does not know such a model.
+    """
+    return sum(_format(name).size(checkpoint, metadata) for name in formats)
+
+
+def export(
+    checkpoint: Checkpoint,
+    out: Path,
+    formats: Iterable[str],
+    *,
+    name: str,
+    metadata: Mapping[str, str],
+    progress: Progress,
+) -> dict[str, FileRecord]:
+    """Write a merged checkpoint in other formats; what was in `out` is replaced.
+
+    Args:
+        checkpoint: the merged one.
+        out: a folder of exports and nothing else.
+        formats: names of `FORMATS`.
+        name: of the model, part of file names.
+        metadata: what the files say of themselves.
+        progress: is told how many more bytes are done.
+
+    Returns:
+        Every file by its POSIX path below `out`.
+
+    Raises:
+        BadConfig: a format is unknown; nothing was written.
+        BadCheckpoint: a format does not know such a model; nothing was written.
+        NoSpace: the disk has less room than the files need; nothing was written.
+    """
+    chosen = {_format(one).place.format(name): _format(one) for one in formats}
+    need = export_size(checkpoint, formats, metadata)
+    out.mkdir(parents=True, exist_ok=True)
+    if need and (free := shutil.disk_usage(out).free) < need + SPARE:
+        raise NoSpace(
+            f"{out} has {free / 1e9:.2f} GB free and the exports need {need / 1e9:.2f} GB; "
+            "make room, or take a format out of export.formats"
+        )
+    records = {}
+    for place, one in sorted(chosen.items()):
+        target = out / place
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.partial")
+        try:
+            records[place] = one.write(checkpoint, partial, metadata, progress)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+    for path in [path for path in out.rglob("*") if path.is_file()]:
+        if path.relative_to(out).as_posix() not in records:
+            path.unlink()  # of an earlier run
+    return records
+
+
+def _format(name: str) -> Format:
+    if name not in FORMATS:
+        raise BadConfig(f"export.formats names {name!r}; known are {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def words(place: str) -> str:
+    """A few words on the format of a file, by its path."""
+    return next(
+        one.words for one in FORMATS.values() if Path(one.place).parent.as_posix() == Path(place).parent.as_posix()
+    )

@@ -1,0 +1,120 @@
+"""Plain LoRAs into 16-bit weights on a CPU: float32 where that decides the rounding, float64 where not, else integers.
+
+The bytes are those of `fusion`, which sums every difference for every dtype and device: the exact sum, rounded once.
+A CPU multiplies in float32 at twice the speed, and what follows is one pass here, where torch would take many.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from fractions import Fraction
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from lora_fuse.fusion.cpu_kernel import ADD, UNIT, Factors, largest
+from lora_fuse.lora.deltas import Difference, LowRank, NotFinite
+from lora_fuse.lora.exact import BFLOAT16, FLOAT16, Binary, nearest
+
+KINDS: dict[str, tuple[Binary, npt.DTypeLike]] = {
+    "BF16": (BFLOAT16, ml_dtypes.bfloat16),
+    "F16": (FLOAT16, np.float16),
+}
+BLOCK = 1 << 19  # values of a product at a time: 2 MB
+LARGE = 2.0**60  # the product of two numbers below it is far from float32's largest
+SPARE = 4.0  # how far below the format's largest number a sum must be sure to stay
+
+_memory = threading.local()
+
+
+class TooLarge(Exception):
+    """A sum may be too large for the format, or nearly so; nothing was changed."""
+
+
+class Stacked:
+    """``sum_i factor_i * a_i @ b_i``, their factors side by side: one product, whose rank is the sum of theirs.
+
+    The error of its float32 value: Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.1, with
+    the inequality of Cauchy and Schwarz; factors rounded to float32 count as two roundings more.
+    """
+
+    def __init__(self, parts: Sequence[LowRank], dtype: str) -> None:
+        """Stack the parts that `stackable` allows, for weights of a dtype of `KINDS`."""
+        self._parts, (self._kind, self._dtype) = tuple(parts), KINDS[dtype]
+        self._size = sum(one.size for one in parts)
+        self._roundings = 2 + sum(one.roundings + 1 for one in parts)
+        a = np.concatenate([one.factor * one.matrix.a for one in parts], axis=1)
+        b = np.concatenate([one.matrix.b for one in parts if one.matrix.b is not None], axis=0)
+        rank, largest_factor = len(b), max(np.abs(a).max(initial=0), np.abs(b).max(initial=0))
+        self._product = a.astype(np.float32), b.astype(np.float32)
+        self._factors = Factors(
+            a=a,
+            b=np.ascontiguousarray(b.T),
+            row_error=(np.sqrt((a * a).sum(axis=1)) * (1.01 * UNIT * (rank + 4))).astype(np.float32),
+            column_length=np.sqrt((b * b).sum(axis=0)).astype(np.float32),
+            lost=np.float32(2.0**-126 * (2 * rank + 2) * (1 + 2 * largest_factor)),
+            error=np.float64(0),
+        )
+
+    def add(self, weights: npt.NDArray[np.uint16], first: int) -> None:
+        """Add to some rows of the weight, in place.
+
+        Args:
+            weights: (n, columns), as bits; overwritten.
+            first: the number of the first row.
+
+        Raises:
+            NotFinite: a weight is NaN or infinite.
+            TooLarge: see there.
+        """
+        top = self._as_float(largest(weights))
+        if not np.isfinite(top):
+            raise NotFinite("the base holds NaN or infinity")
+        reach = top + self._size
+        if reach >= self._kind.largest / SPARE:
+            raise TooLarge
+        factors = self._factors._replace(error=np.float64(2.0**-52 * self._roundings * reach))
+        rows = max(1, BLOCK // weights.shape[1])
+        for row in range(0, len(weights), rows):
+            self._add(weights[row : row + rows], first + row, factors)
+
+    def _add(self, weights: npt.NDArray[np.uint16], first: int, factors: Factors) -> None:
+        a, b = self._product
+        product, left = _scratch(weights.shape)
+        np.matmul(a[first : first + len(weights)], b, out=product)
+        count = ADD[self._kind](weights, product, first, factors, left)
+        if count < 0:
+            raise RuntimeError("this machine's float32 products are coarser than IEEE 754 allows; please report it")
+        for number in left[:count].tolist():
+            row, column = divmod(number, weights.shape[1])
+            weight = Fraction(self._as_float(weights[row, column]))
+            exact = sum((one.exact(first + row, column) for one in self._parts), weight)
+            weights[row, column] = self._as_bits(nearest(exact, self._kind))
+
+    def _as_float(self, bits: int | np.uint16) -> float:
+        return float(np.array(bits, dtype=np.uint16).view(self._dtype))
+
+    def _as_bits(self, value: float) -> int:
+        return int(np.array(value, dtype=self._dtype).view(np.uint16))
+
+
+def _scratch(shape: tuple[int, ...]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Memory of this thread's own, for a product and for the numbers of its values: fresh pages would cost time."""
+    size = math.prod(shape)
+    if not hasattr(_memory, "product") or len(_memory.product) < size:
+        _memory.product, _memory.left = np.empty(size, np.float32), np.empty(size, np.int64)
+    return _memory.product[:size].reshape(shape), _memory.left[:size]
+
+
+def stackable(differences: Sequence[Difference], dtype: str) -> list[LowRank] | None:
+    """The same differences, where each is a product whose sum `Stacked` can take, for weights of a dtype."""
+    fit = [one for one in differences if isinstance(one, LowRank) and _is_small_product(one)]
+    return fit if dtype in KINDS and len(fit) == len(differences) else None
+
+
+def _is_small_product(one: LowRank) -> bool:
+    a, b = one.matrix.a, one.matrix.b
+    return b is not None and max(abs(one.factor), 1) * np.abs(a).max(initial=0) < LARGE > np.abs(b).max(initial=0)

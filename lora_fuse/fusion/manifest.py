@@ -1,0 +1,96 @@
+"""The manifest: what a merged checkpoint was made of and every byte that it consists of."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from lora_fuse.errors import BadSource
+from lora_fuse.fusion.plan import Plan
+from lora_fuse.machine.files import replace_text
+from lora_fuse.recipe.checkout import this_tool
+from lora_fuse.recipe.records import SCHEMA, Lock, Manifest, MergedFile, MergedLora, Selected, from_json, to_json
+
+
+def manifest_path(merged: Path) -> Path:
+    """Where the manifest of `merged` lies: beside it, so that `merged` holds only what is published."""
+    return merged.with_name(f"{merged.name}.manifest.json")
+
+
+def build_manifest(
+    plan: Plan,
+    files: dict[str, MergedFile],
+    *,
+    recipe: str | None = None,
+    scale: float | None = None,
+    base: Lock | None = None,
+    loras: Mapping[str, Lock] | None = None,
+) -> Manifest:
+    """The manifest of a merge that was just written.
+
+    Args:
+        plan: what was fused.
+        files: what `write_merged` returned.
+        recipe: name of the recipe; None on the command line.
+        scale: the recipe's own scale; without a recipe it is that of the first LoRA.
+        base: the base's lock, if it was downloaded by one.
+        loras: the LoRAs' locks by name.
+    """
+    merged = []
+    for given, lora in zip(plan.inputs, plan.loras, strict=True):
+        lock = (loras or {}).get(given.name)
+        one = MergedLora(given.name, given.scale, lora.sha256, config_sha256=lora.config_sha256)
+        if lock:
+            one = replace(one, filename=lock.lora_name, repo_id=lock.repo_id, path=lock.path)
+            one = replace(one, revision=lock.revision, license=lock.license)
+        merged.append(one)
+    return Manifest(
+        schema=SCHEMA,
+        recipe=recipe,
+        base=base,
+        loras=tuple(merged),
+        scale=plan.inputs[0].scale if scale is None else scale,
+        selection=None if plan.selection.everything else Selected(**asdict(plan.selection)),
+        targets=len(plan.targets),
+        files=files,
+        tool=this_tool(),
+    )
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write the manifest, whole or not at all."""
+    replace_text(path, to_json(manifest))
+
+
+def read_manifest(path: Path) -> tuple[Manifest, str]:
+    """A manifest and the sha256 of its text, which stands for these very bytes in later checks.
+
+    Raises:
+        BadSource: there is none, or it is not a manifest.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise BadSource(f"{path} is not there; run the fuse stage: dvc repro fuse") from error
+    return from_json(Manifest, text, str(path)), hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_files(manifest: Manifest, merged: Path) -> list[str]:
+    """Compare the files on disk with the manifest by name and size; one sentence for each difference.
+
+    Content is not hashed here: the engine hashed it while it was written, and publishing hashes what it sends.
+    """
+    held = {path.relative_to(merged).as_posix(): path for path in merged.rglob("*") if not path.is_dir()}
+    problems = [
+        f"{name} is in the manifest and not in {merged}" for name in sorted(manifest.files.keys() - held.keys())
+    ]
+    problems += [
+        f"{name} is in {merged} and not in the manifest" for name in sorted(held.keys() - manifest.files.keys())
+    ]
+    for name in sorted(held.keys() & manifest.files.keys()):
+        size, wanted = held[name].stat().st_size, manifest.files[name].size
+        if size != wanted:
+            problems.append(f"{name} has {size} bytes, the manifest says {wanted}")
+    return problems

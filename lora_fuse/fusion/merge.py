@@ -1,0 +1,205 @@
+"""A merged checkpoint, whole or not at all: everything is written beside `out` and then takes its place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+
+from threadpoolctl import threadpool_limits
+
+from lora_fuse.checkpoint.shards import PROVENANCE, Checkpoint, Kind, Shard
+from lora_fuse.errors import BadCheckpoint, BadLora, NoSpace, Refused
+from lora_fuse.fusion.plan import Plan
+from lora_fuse.fusion.stream import Progress, Stopped, Way, fuse_shard
+from lora_fuse.machine.direct_io import too_large_to_cache
+from lora_fuse.machine.files import Untouched, hash_file, nearest_folder, take_over
+from lora_fuse.machine.staging import Workplace, swap, workplace
+from lora_fuse.recipe.records import FileRecord, MergedFile
+
+ENGINE = 1  # to be raised when the same inputs give other bytes
+_Identity = tuple[int, int, int]  # of a file: size, time of change, inode
+SPARE = 64 << 20  # bytes to leave free: directories, the manifest, other programs
+
+
+def write_merged(
+    plan: Plan,
+    out: Path,
+    *,
+    device: str,
+    generated: Mapping[str, bytes],
+    known: Mapping[str, FileRecord],
+    progress: Progress,
+    untouched: Untouched = "auto",
+) -> dict[str, MergedFile]:
+    """Write the merged checkpoint of the same kind as the base to `out`, replacing what was there.
+
+    Args:
+        plan: what to fuse.
+        out: the folder or file to make.
+        device: ``cpu`` or ``cuda``; the bytes do not depend on it.
+        generated: files of a pipeline whose content is given here instead of the base's, by POSIX path.
+        known: the base's files whose sha256 is known already (a lock's), so that they are not hashed again.
+        progress: is told how many more bytes are done, from any thread.
+        untouched: how weights that do not change are taken over.
+
+    Returns:
+        Every file of the result by POSIX path.
+
+    Raises:
+        NoSpace: the disk has less room than the result needs; nothing was written.
+        Busy: another process is writing the same result.
+        Refused: the base or a LoRA turned out to be broken; `out` is as it was.
+    """
+    _check_places(plan.checkpoint, out)
+    _check_space(plan, out, untouched)
+    try:
+        shards = {shard.relative: _identity(shard.path) for shard in plan.fused_shards}
+        loras = {lora.path: _identity(lora.path) for lora in plan.loras}
+        with workplace(out, _key(plan, shards)) as place:
+            way = Way(device, direct=too_large_to_cache(bytes_to_write(plan)))
+            files = _fuse_shards(plan, place, way, shards, progress)
+            copied = _copied(plan, out, untouched)
+            files |= _place_others(plan, place, generated, known, untouched, lambda name: progress(copied.get(name, 0)))
+            for path, before in loras.items():
+                if _identity(path) != before:
+                    raise BadLora(f"{path} changed while it was read; run again when nothing writes to it")
+            new = place.files
+            if plan.checkpoint.kind is Kind.FILE:
+                ((name, record),) = files.items()
+                new, files = new / name, {out.name: record}
+            swap(new, out)
+    except OSError as error:
+        raise Refused(f"cannot write {out}: {error.strerror} ({error.filename or out}); it is as it was") from error
+    return {name: files[name] for name in sorted(files)}
+
+
+def _key(plan: Plan, shards: Mapping[str, _Identity]) -> str:
+    """A hash of all that the bytes of fused shards depend on; a base shard is known by what `stat` says of it."""
+    return hashlib.sha256(json.dumps([ENGINE, plan.provenance, shards]).encode()).hexdigest()
+
+
+def _identity(path: Path) -> _Identity:
+    info = _stat(path)
+    return info.st_size, info.st_mtime_ns, info.st_ino
+
+
+def bytes_to_write(plan: Plan) -> int:
+    """Bytes that go through the engine: the fused shards, whole."""
+    return sum(_fused_size(shard, plan.provenance) for shard in plan.fused_shards)
+
+
+def bytes_to_copy(plan: Plan, out: Path, untouched: Untouched) -> int:
+    """Bytes of files that do not change and cannot be shared with the base: they are on another disk, or not to be."""
+    return sum(_copied(plan, out, untouched).values())
+
+
+def _copied(plan: Plan, out: Path, untouched: Untouched) -> dict[str, int]:
+    device = nearest_folder(out).stat().st_dev
+    fused = {shard.relative for shard in plan.fused_shards}
+    others = [*(shard.relative for shard in plan.checkpoint.shards), *plan.checkpoint.others]
+    stats = {name: _stat(plan.checkpoint.locate(name)) for name in others if name not in fused}
+    return {name: info.st_size for name, info in stats.items() if untouched == "copy" or info.st_dev != device}
+
+
+def _fused_size(shard: Shard, provenance: str) -> int:
+    header = shard.header
+    return _stat(shard.path).st_size - len(header.raw) + len(header.with_metadata(PROVENANCE, provenance))
+
+
+def _fuse_shards(
+    plan: Plan, place: Workplace, way: Way, shards: Mapping[str, _Identity], progress: Progress
+) -> dict[str, MergedFile]:
+    """The shards that change, several at a time; those that a killed run has finished are not made again."""
+    done = place.keep_finished([shard.relative for shard in plan.fused_shards])
+
+    def fuse(shard: Shard) -> FileRecord:
+        if shard.relative in done:
+            progress(done[shard.relative].size)
+            return done[shard.relative]
+        record = fuse_shard(shard, plan.targets, place.place(shard.relative), way, plan.provenance, progress)
+        if _identity(shard.path) != shards[shard.relative]:
+            raise BadCheckpoint(f"{shard.path} changed while it was read; run again when nothing writes to it")
+        place.finish(shard.relative, record)
+        return record
+
+    # BLAS has one thread: its own would spin against those that take pieces.
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(way.shards, "shard") as pool:
+        running = [pool.submit(fuse, shard) for shard in plan.fused_shards]
+        try:
+            wait(running, return_when=FIRST_EXCEPTION)
+        finally:  # after a failure or Ctrl-C; otherwise nothing runs any more
+            way.stop.set()
+            cancelled = [one for one in running if one.cancel()]
+        failed = [error for one in running if one not in cancelled and (error := one.exception()) is not None]
+        for error in sorted(failed, key=lambda error: isinstance(error, Stopped)):
+            raise error
+        records = [one.result() for one in running]
+    return {
+        shard.relative: MergedFile(record.size, record.sha256, "fused")
+        for shard, record in zip(plan.fused_shards, records, strict=True)
+    }
+
+
+def _place_others(
+    plan: Plan,
+    place: Workplace,
+    generated: Mapping[str, bytes],
+    known: Mapping[str, FileRecord],
+    untouched: Untouched,
+    placed: Callable[[str], None],
+) -> dict[str, MergedFile]:
+    """What is the base's as it is, and what is generated; `placed` is told each of the base's files."""
+    files = {}
+    fused = {shard.relative for shard in plan.fused_shards}
+    same = [shard.relative for shard in plan.checkpoint.shards if shard.relative not in fused]
+    for name in [*same, *plan.checkpoint.others]:
+        if name not in generated:
+            record = known.get(name) or hash_file(plan.checkpoint.locate(name))
+            _take_over(plan.checkpoint.locate(name), place.place(name), untouched)
+            files[name] = MergedFile(record.size, record.sha256, "base")
+            placed(name)
+    for name, content in generated.items():
+        place.place(name).write_bytes(content)
+        files[name] = MergedFile(len(content), hashlib.sha256(content).hexdigest(), "generated")
+    return files
+
+
+def _take_over(source: Path, target: Path, how: Untouched) -> None:
+    """Share weights with the base, copy text: weights are large and only ever replaced, text is edited in place."""
+    is_weight = ".safetensors" in (source.suffix, source.resolve().suffix)
+    take_over(source.resolve(), target, how if is_weight else "copy")
+
+
+def _check_places(checkpoint: Checkpoint, out: Path) -> None:
+    base, place = checkpoint.root.resolve(), out.resolve()
+    if place == base or base in place.parents or place in base.parents:
+        raise Refused(f"OUT {out} and BASE {checkpoint.root} overlap; write the merged checkpoint somewhere else")
+    if (
+        out.is_dir()
+        and any(out.iterdir())
+        and not (out / "model_index.json").exists()
+        and not (out / "config.json").exists()
+    ):
+        raise Refused(f"OUT {out} is a folder with other things in it; it would be replaced, name another place")
+
+
+def _check_space(plan: Plan, out: Path, untouched: Untouched) -> None:
+    there, need = nearest_folder(out), bytes_to_write(plan) + bytes_to_copy(plan, out, untouched)
+    free = shutil.disk_usage(there).free
+    if free < need + SPARE:
+        raise NoSpace(
+            f"{there} has {free / 1e9:.2f} GB free and the merged checkpoint needs {(need + SPARE) / 1e9:.2f} GB; "
+            "make room or write OUT on another disk"
+        )
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise BadCheckpoint(f"{path} is not there any more ({error.strerror}); fetch it again") from error

@@ -1,0 +1,149 @@
+"""What a fuse would do, worked out from headers alone: every target, every shape, every refusal. Writes nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+from lora_fuse.checkpoint.header import TensorInfo
+from lora_fuse.checkpoint.shards import PROVENANCE, Checkpoint, Shard
+from lora_fuse.errors import BadCheckpoint, BadScale
+from lora_fuse.lora.inputs import Selection
+from lora_fuse.lora.key_formats import Algorithm
+from lora_fuse.lora.lora_file import LoraFile, open_lora
+from lora_fuse.lora.matcher import match_targets
+from lora_fuse.lora.updates import LoraInput, Update
+
+ROUNDABLE = ("BF16", "F16", "F32", "F64")
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One LoRA's part in one parameter, at the scale that the user gives."""
+
+    lora: LoraFile
+    update: Update
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A weight that changes, and all that is added to it."""
+
+    tensor: TensorInfo
+    shard: Shard
+    terms: tuple[Term, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A checked fuse: nothing in it can be refused any more but for the disk and the data itself.
+
+    `loras` are the opened files, in the order of `inputs`; `skipped` the parameters that the selection leaves out.
+    """
+
+    checkpoint: Checkpoint
+    inputs: tuple[LoraInput, ...]
+    loras: tuple[LoraFile, ...]
+    targets: dict[str, Target]
+    selection: Selection = field(default_factory=Selection)
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def fused_shards(self) -> tuple[Shard, ...]:
+        """The shards that hold at least one target, in the base's order."""
+        changed = {target.shard.relative for target in self.targets.values()}
+        return tuple(shard for shard in self.checkpoint.shards if shard.relative in changed)
+
+    @property
+    def plain(self) -> bool:
+        """Whether only plain LoRAs are added, and only to weights of 16 bits: what is quickest."""
+        return all(
+            target.tensor.dtype in ("BF16", "F16")
+            and all(term.update.algorithm == str(Algorithm.LORA) for term in target.terms)
+            for target in self.targets.values()
+        )
+
+    @property
+    def provenance(self) -> str:
+        """What a fused shard's header says about its making, as JSON: the same wherever and whenever it is made."""
+        loras = [
+            {"sha256": lora.sha256, "scale": given.scale, **_config(lora)}
+            for given, lora in sorted(zip(self.inputs, self.loras, strict=True), key=_order)
+        ]
+        selected = {} if self.selection.everything else asdict(self.selection)
+        return json.dumps({"base": self.checkpoint.label, "loras": loras, **selected}, sort_keys=True)
+
+    @property
+    def modules(self) -> int:
+        """Modules in the LoRA files, summed over files: what has to be fused."""
+        return sum(len(lora.updates) for lora in self.loras)
+
+
+def make_plan(checkpoint: Checkpoint, inputs: Sequence[LoraInput], selection: Selection | None = None) -> Plan:
+    """Match every LoRA against the base.
+
+    LoRAs are summed in the order of their sha256, so the order on a command line cannot show in the result.
+
+    Raises:
+        BadScale: a scale is not finite.
+        BadLora: a file cannot be used (see `open_lora` and `match_targets` for the kinds).
+        BadCheckpoint: a target has a dtype that cannot be rounded to.
+        BadConfig: a pattern of the selection matches no target, or it leaves none.
+    """
+    chosen = selection or Selection()
+    _refuse_unfit(checkpoint)
+    for given in inputs:
+        if not math.isfinite(given.scale):
+            raise BadScale(f"the scale of {given.name} is {given.scale}, not a finite number; 1.0 is the usual one")
+    loras = tuple(open_lora(given.path) for given in inputs)
+    weights = checkpoint.tensors()
+    terms: dict[str, list[Term]] = {}
+    for given, lora in sorted(zip(inputs, loras, strict=True), key=_order):
+        for name, update in match_targets(lora.updates, weights, str(lora.path)).items():
+            terms.setdefault(name, []).append(Term(lora, update, given.scale * (chosen.share(name) or 0.0)))
+    chosen.check(terms)
+    skipped = tuple(sorted(name for name in terms if chosen.share(name) is None))
+    kept = {name: found for name, found in terms.items() if name not in skipped}
+    return Plan(checkpoint, tuple(inputs), loras, _targets(checkpoint, kept), chosen, skipped)
+
+
+def _refuse_unfit(checkpoint: Checkpoint) -> None:
+    """A base whose weights are not the plain ones that a LoRA was trained for."""
+    for shard in checkpoint.shards:
+        if PROVENANCE in shard.header.metadata:
+            raise BadCheckpoint(
+                f"{shard.path} is merged already ({shard.header.metadata[PROVENANCE]}); fuse into the original base, "
+                "all LoRAs in one run"
+            )
+    if checkpoint.config.get("quantization_config"):
+        raise BadCheckpoint(
+            f"{checkpoint.root} is quantised ({checkpoint.config['quantization_config']}); "
+            "fuse into the unquantised base and quantise the result"
+        )
+
+
+def _order(pair: tuple[LoraInput, LoraFile]) -> tuple[str, str, float]:
+    return pair[1].sha256, pair[1].config_sha256 or "", pair[0].scale
+
+
+def _config(lora: LoraFile) -> dict[str, str]:
+    """What else the bytes depend on: the configuration of a PEFT folder."""
+    return {} if lora.config_sha256 is None else {"config_sha256": lora.config_sha256}
+
+
+def _targets(checkpoint: Checkpoint, terms: dict[str, list[Term]]) -> dict[str, Target]:
+    targets = {}
+    for shard in checkpoint.shards:
+        for name, tensor in shard.header.tensors.items():
+            if name not in terms:
+                continue
+            if tensor.dtype not in ROUNDABLE:
+                raise BadCheckpoint(
+                    f"{shard.path}: the target {name!r} is {tensor.dtype}, which cannot be rounded to; "
+                    f"use a base in {', '.join(ROUNDABLE)}"
+                )
+            targets[name] = Target(tensor, shard, tuple(terms[name]))
+    return targets

@@ -1,0 +1,148 @@
+"""Carries out a `Plan` on one shard: read, add, hash and write, piece by piece, in buffers that are used again.
+
+A fused shard has the base shard's tensors at the same offsets, so only the bytes of targets differ, and its header says
+what was fused. One thread reads ahead, others hash and write behind, and the arithmetic between them is spread over
+threads that take whole pieces: a library's own threads, which meet after every operation, would spin against the others
+for the same cores. Memory does not grow with the model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import cycle
+from pathlib import Path
+from threading import Event
+
+from lora_fuse.checkpoint.shards import PROVENANCE, Shard
+from lora_fuse.errors import BadCheckpoint
+from lora_fuse.fusion.adder import Sum, read_sum
+from lora_fuse.fusion.pieces import BUFFER, pieces
+from lora_fuse.fusion.plan import Target
+from lora_fuse.lora.deltas import NotFinite
+from lora_fuse.machine.direct_io import block_memory
+from lora_fuse.machine.hashing_writer import HashedFile
+from lora_fuse.machine.reading import open_shard, read_exactly
+from lora_fuse.recipe.records import FileRecord
+
+WORKERS = 4  # at most, of a shard: a single thread hashes it, and more are not needed to keep that one busy
+SHARDS = 3  # at a time, at most: each has buffers of its own, some 200 MB
+
+Progress = Callable[[int], None]  # is told how many more bytes are done, from any thread
+
+
+@dataclass(slots=True)
+class Slot:
+    """A buffer, and what has to end before it is filled again."""
+
+    memory: memoryview = field(default_factory=lambda: block_memory(BUFFER))
+    busy: Future[None] | None = None
+
+
+class Stopped(Exception):
+    """Another shard failed, or the user has had enough."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How to fuse: on ``cpu`` or ``cuda``, and whether to write past the cache. The bytes do not depend on it."""
+
+    device: str
+    direct: bool
+    stop: Event = field(default_factory=Event)
+
+    @property
+    def shards(self) -> int:
+        """How many at a time."""
+        return max(1, min(_cores() // WORKERS, SHARDS))
+
+    @property
+    def workers(self) -> int:
+        """Threads that add to one shard."""
+        return min(_cores(), WORKERS)
+
+
+def _cores() -> int:
+    return os.cpu_count() or 1
+
+
+def fuse_shard(
+    shard: Shard, targets: dict[str, Target], to: Path, way: Way, provenance: str, progress: Progress
+) -> FileRecord:
+    """Write the merged shard to `to`, hashing on the way; `provenance` goes into its header.
+
+    Raises:
+        BadCheckpoint: the base shard cannot be read, ended early (it changed since its header was read), or holds NaN
+            or infinity where something is added; or a sum is too large for its dtype.
+        Stopped: `way.stop` was set.
+    """
+    slots = [Slot() for _ in range(2 * way.workers + 2)]
+    sums = _Sums(way.device)
+    with (
+        open_shard(shard.path) as source,
+        HashedFile(to, progress, way.direct) as output,
+        _pinned(way.device, slots),
+        _threads(way.workers) as (reader, workers, packer),
+    ):
+        output.append(shard.header.with_metadata(PROVENANCE, provenance))
+        at = len(shard.header.raw)
+        for piece, slot in zip(pieces(shard, targets), cycle(slots), strict=False):
+            if way.stop.is_set():
+                raise Stopped
+            if slot.busy is not None:
+                slot.busy.result()
+            data = reader.submit(read_exactly, source, slot.memory, at, piece.nbytes)
+            if piece.target is not None:
+                data = workers.submit(_add, piece.target, sums.of(piece.target), piece.first_row, data)
+            slot.busy = packer.submit(lambda ready: output.append(ready.result()), data)
+            at += piece.nbytes
+        for slot in slots:
+            if slot.busy is not None:
+                slot.busy.result()
+        return output.finish()
+
+
+class _Sums:
+    """What is added to the target at hand; the pieces of one target come one after another."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._found: tuple[Target, Sum] | None = None
+
+    def of(self, target: Target) -> Sum:
+        if self._found is None or self._found[0] is not target:
+            self._found = target, read_sum(target, self._device)
+        return self._found[1]
+
+
+def _add(target: Target, added: Sum, first: int, read: Future[memoryview]) -> memoryview:
+    data = read.result()
+    try:
+        added.add(data, first)
+    except NotFinite as error:
+        raise BadCheckpoint(f"{target.shard.path}: {target.tensor.name!r}: {error}; nothing was written") from error
+    return data
+
+
+@contextmanager
+def _threads(workers: int) -> Iterator[tuple[ThreadPoolExecutor, ThreadPoolExecutor, ThreadPoolExecutor]]:
+    """A reader, workers and a packer. Pending work is dropped."""
+    with ExitStack() as stack:
+        pools = [ThreadPoolExecutor(count, name) for count, name in ((1, "read"), (workers, "add"), (1, "pack"))]
+        for pool in pools:
+            stack.callback(pool.shutdown, cancel_futures=True)
+        yield pools[0], pools[1], pools[2]
+
+
+@contextmanager
+def _pinned(device: str, slots: list[Slot]) -> Iterator[None]:
+    if device == "cpu":
+        yield
+        return
+    from lora_fuse.fusion.torch_adder import pinned
+
+    with pinned([slot.memory for slot in slots]):
+        yield

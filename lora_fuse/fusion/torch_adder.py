@@ -1,0 +1,63 @@
+"""Any difference added to weights of any dtype by torch, on the CPU or on a GPU."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from lora_fuse.fusion.torch_sums import fuse_rows
+from lora_fuse.lora.deltas import Decomposed, Difference
+
+TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+
+_of_thread = threading.local()
+
+
+class TorchSum:
+    """The differences of one weight."""
+
+    def __init__(self, differences: Sequence[Difference], dtype: str, columns: int, device: str) -> None:
+        """Differences of a weight of a safetensors dtype; a square root is taken on the CPU, the same everywhere."""
+        self._differences, self._dtype, self._columns = differences, TORCH_DTYPES[dtype], columns
+        rooted = any(isinstance(one, Decomposed) for one in differences)
+        self._device = torch.device("cpu" if rooted else device)
+
+    def add(self, data: memoryview, first: int) -> None:
+        """Overwrite the weight's rows in `data`, from number `first` on, with the merged ones.
+
+        Raises:
+            NotFinite: the base holds NaN or infinity there, or a sum is too large for its dtype.
+        """
+        torch.set_num_threads(1)  # of this thread: its threads would spin against those of the other pieces
+        rows = as_rows(data, self._dtype, self._columns)
+        if self._device.type == "cpu":
+            fuse_rows(rows, self._differences, first)
+            return
+        if not hasattr(_of_thread, "stream"):  # one piece is carried over while another is summed
+            _of_thread.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(_of_thread.stream):
+            moved = rows.to(self._device, non_blocking=True)
+            fuse_rows(moved, self._differences, first)
+            rows.copy_(moved, non_blocking=True)
+            _of_thread.stream.synchronize()
+
+
+def as_rows(data: memoryview, dtype: torch.dtype, columns: int) -> torch.Tensor:
+    """Bytes as a matrix, without a copy."""
+    return torch.frombuffer(data, dtype=dtype).view(-1, columns)
+
+
+@contextmanager
+def pinned(memories: Sequence[memoryview]) -> Iterator[None]:
+    """Within it, a GPU reads and writes these itself, where it is one that can."""
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    held = [torch.frombuffer(memory, dtype=torch.uint8) for memory in memories]
+    done = [one for one in held if not int(runtime.cudaHostRegister(one.data_ptr(), one.numel(), 0))]
+    try:
+        yield
+    finally:
+        for one in done:
+            runtime.cudaHostUnregister(one.data_ptr())

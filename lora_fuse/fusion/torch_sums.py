@@ -1,0 +1,101 @@
+"""The arithmetic of a fuse: ``W' = round(W + sum_i D_i)``, the exact sum, rounded once. Pure.
+
+The float64 sum has an error, which depends on thread count, library and device. It is bounded here for any order of
+summation (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.1), and where the bound leaves a
+doubt about the rounding, the sum is taken again in fractions. So the bytes are those of the exact sum everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+import torch
+
+from lora_fuse.fusion.scratch import scratch
+from lora_fuse.fusion.torch_rounding import BINARIES, round_most, settle
+from lora_fuse.lora.deltas import Difference, NotFinite
+from lora_fuse.lora.exact import nearest
+
+BLOCK = (512, 1024)  # rows and columns that are summed at a time on a CPU: 4 MB in float64
+
+
+def fuse_rows(rows: torch.Tensor, differences: Sequence[Difference], first: int = 0) -> None:
+    """Add differences to some rows of a weight, in place.
+
+    The result is exact but for a difference that has a root in it (DoRA), whose float64 sum is rounded, and for float64
+    weights, which get the float64 sum.
+
+    Args:
+        rows: (n, columns), the weight's rows in its own dtype; overwritten.
+        differences: of the whole weight.
+        first: the number of the first row.
+
+    Raises:
+        NotFinite: a weight is NaN or infinite, or a sum is too large for the dtype.
+    """
+    low, high = torch.aminmax(rows)
+    reach = max(-float(low), float(high))
+    if not math.isfinite(reach):
+        raise NotFinite("the base holds NaN or infinity")
+    reach += sum(one.size for one in differences)
+    operations = 2 + sum(one.roundings + 1 for one in differences)
+    error = 2.0**-52 * operations * reach if math.isfinite(reach) else 0.0
+    doubts = [
+        _fuse_block(block, differences, row, column, first, error)
+        for row, column, block in _blocks(rows, whole_rows=not math.isfinite(reach))
+    ]
+    _settle(rows, _Doubts(*(torch.cat(parts) for parts in zip(*doubts, strict=True))), differences, first, error)
+    if not reach < torch.finfo(rows.dtype).max and not bool(torch.isfinite(rows).all()):
+        raise NotFinite(f"a sum is too large for {rows.dtype}")
+
+
+def _blocks(rows: torch.Tensor, whole_rows: bool) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Parts of `rows` by their first row and column: on the CPU so small that what is made of one stays in a cache."""
+    if rows.device.type != "cpu":
+        yield 0, 0, rows
+        return
+    width = rows.shape[1] if whole_rows else BLOCK[1]
+    height = max(1, BLOCK[0] * BLOCK[1] // width)
+    for row in range(0, rows.shape[0], height):
+        for column in range(0, rows.shape[1], width):
+            yield row, column, rows[row : row + height, column : column + width]
+
+
+class _Doubts(NamedTuple):
+    """Elements that are to be rounded again: where they are in the rows, their weight and their float64 sum."""
+
+    row: torch.Tensor
+    column: torch.Tensor
+    weight: torch.Tensor
+    total: torch.Tensor
+
+
+def _fuse_block(
+    block: torch.Tensor, differences: Sequence[Difference], row: int, column: int, first: int, error: float
+) -> _Doubts:
+    total = scratch("total", block.shape, torch.float64, block.device).copy_(block)
+    weight = total.clone() if error == 0 else total
+    for one in differences:
+        one.add_to(total, weight, first + row, column)
+    if block.dtype == torch.float64:
+        near, doubtful = total, torch.empty(0, dtype=torch.int64, device=block.device)
+    else:
+        near, doubtful = round_most(total, error, block.dtype)
+    i, j = doubtful // block.shape[1], doubtful % block.shape[1]
+    doubts = _Doubts(row + i, column + j, block[i, j], total[i, j])
+    block.copy_(near)
+    return doubts
+
+
+def _settle(rows: torch.Tensor, doubts: _Doubts, differences: Sequence[Difference], first: int, error: float) -> None:
+    if not len(doubts.row):
+        return
+    merged, undecided = settle(doubts.total, error, rows.dtype)
+    for number in undecided.tolist():
+        row, column, weight = (int(doubts.row[number]), int(doubts.column[number]), float(doubts.weight[number]))
+        parts = (one.exact(first + row, column) for one in differences)
+        merged[number] = nearest(sum(parts, Fraction(weight)), BINARIES[rows.dtype])
+    rows[doubts.row, doubts.column] = merged

@@ -1,0 +1,134 @@
+"""What may be sent: the manifest's files, found as it says, and the card. Anything else in the folder is refused."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from lora_fuse.checkpoint.repository_files import is_pickle
+from lora_fuse.errors import PublishRefused
+from lora_fuse.hub.sources import Promise, examine, hashing
+from lora_fuse.recipe.records import FileRecord
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from lora_fuse.recipe.records import Manifest
+
+CARD = "README.md"
+Addition = tuple[Path, FileRecord]  # a file beside the manifest's: where it lies, and what it has to be
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """What is published, by POSIX path: where each file lies, and its size and sha256."""
+
+    paths: Mapping[str, Path]
+    files: Mapping[str, FileRecord]
+
+    def differences(self, there: Mapping[str, Promise]) -> dict[str, str]:
+        """What is not there as it is here, with a few words on how it differs."""
+        found = {name: self._difference(name, there.get(name)) for name in self.files}
+        return {name: words for name, words in found.items() if words}
+
+    def _difference(self, name: str, there: Promise | None) -> str | None:
+        record = self.files[name]
+        if there is None:
+            return "is not there"
+        if there.sha256:
+            same = (there.size, there.sha256) == (record.size, record.sha256)
+            return None if same else f"has sha256 {there.sha256} there, {record.sha256} here"
+        found = examine(self.paths[name], there, lambda _: None)  # git knows it by another hash
+        return f"differs: {found} there" if isinstance(found, str) else None
+
+    def strangers(self, there: Mapping[str, Promise]) -> dict[str, Promise]:
+        """The files there that are not ours."""
+        return {name: promise for name, promise in there.items() if name not in self.files}
+
+
+@contextmanager
+def parcel(
+    merged: Path, manifest: Manifest, card: str, beside: Mapping[str, Addition] | None = None
+) -> Iterator[Parcel]:
+    """Check and hash what is to be sent; it can be sent until the block ends.
+
+    Args:
+        merged: the folder that holds the manifest's files, and nothing else.
+        manifest: what is sent.
+        card: README.md.
+        beside: files beside these, by POSIX path: where each lies, and what it has to be.
+
+    Raises:
+        PublishRefused: the folder holds something that the manifest does not name, or a link; a file is a pickle,
+            is missing, or is not what the manifest says.
+    """
+    with TemporaryDirectory() as folder:
+        refuse_unnamed(merged, manifest)
+        paths = _named(merged, manifest)
+        paths[CARD] = Path(folder, CARD)
+        paths[CARD].write_text(card, encoding="utf-8")
+        expected = {name: FileRecord(file.size, file.sha256) for name, file in manifest.files.items()}
+        for name, (path, record) in (beside or {}).items():
+            _refuse_pickle(name)
+            if name in paths:
+                raise PublishRefused(f"{name} is both in the manifest and beside it; fuse again")
+            paths[name], expected[name] = path, record
+        yield Parcel(paths, _hashed(paths, expected))
+
+
+def refuse_unnamed(merged: Path, manifest: Manifest) -> None:
+    """Refuse a folder that holds more than the manifest names, or anything that is not a plain file.
+
+    Raises:
+        PublishRefused: see above; the message names the first of them.
+    """
+    for path in sorted(merged.rglob("*")):
+        name = path.relative_to(merged).as_posix()
+        if path.is_symlink():
+            raise PublishRefused(
+                f"{name} in {merged} is a symlink to {path.readlink()}; only plain files are published, fuse again"
+            )
+        if path.is_dir():
+            continue
+        if name not in manifest.files:
+            raise PublishRefused(
+                f"{name} is in {merged} and not in the manifest; take it away, or fuse again (nothing was sent)"
+            )
+        if not path.is_file():
+            raise PublishRefused(f"{name} in {merged} is no plain file; fuse again")
+
+
+def _named(merged: Path, manifest: Manifest) -> dict[str, Path]:
+    """The manifest's files by their POSIX path; only what lies in `merged` itself is sent."""
+    root, paths = merged.resolve(), {}
+    for name in sorted(manifest.files):
+        path = merged / name
+        pure = PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(root):
+            raise PublishRefused(f"{name} leads out of {merged}; only files in there are published, fuse again")
+        _refuse_pickle(name)
+        if name == CARD:
+            raise PublishRefused(f"the manifest names {CARD}, which is where the card goes; fuse again")
+        paths[name] = path
+    return paths
+
+
+def _refuse_pickle(name: str) -> None:
+    if is_pickle(name):
+        raise PublishRefused(f"{name} is a pickle, which runs code when it is loaded; it is not published")
+
+
+def _hashed(paths: Mapping[str, Path], expected: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
+    """Hash every file, and compare with what it has to be where that is known."""
+    records = {}
+    with hashing(sum(file.size for file in expected.values())) as advance:
+        for name, path in sorted(paths.items()):
+            promise = Promise(expected[name].size, expected[name].sha256) if name in expected else Promise()
+            found = examine(path, promise, advance)
+            if isinstance(found, str):
+                raise PublishRefused(f"{path} is not what the manifest says: {found}; fuse and check again")
+            records[name] = found
+    return records

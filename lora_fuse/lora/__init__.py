@@ -1,0 +1,1 @@
+"""A LoRA file: its keys, its factors, and the deltas that they make."""

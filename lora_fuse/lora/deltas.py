@@ -1,0 +1,261 @@
+"""The arithmetic of an update: factors in, rows of the difference out, in float64; and any one value exactly. Pure.
+
+torch is imported where it computes: plain LoRAs in 16 bits do without (see `lowrank`), and its import takes seconds.
+
+`difference` builds what an algorithm of `key_formats` means. A row of the weight is an output feature; the other
+dimensions of a convolution are flattened behind it. Each formula is multiplied by the file's own factor and the scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from lora_fuse.lora.exact import inner_product
+from lora_fuse.lora.key_formats import Algorithm
+
+if TYPE_CHECKING:
+    import torch
+
+Array = npt.NDArray[np.float64]
+Tensors = Mapping[str, Array]
+
+
+class NotFinite(ValueError):
+    """A weight holds NaN or infinity, or would after the sum."""
+
+
+class Difference(Protocol):
+    """What is added to a weight.
+
+    `size` bounds the sum of the absolute values that any element is a sum of, `roundings` the roundings that a float64
+    evaluation makes on the way; together they bound its error. `size` is infinite where the formula has a root in it.
+    """
+
+    size: float
+    roundings: int
+
+    def add_to(self, total: torch.Tensor, weight: torch.Tensor, row: int, column: int) -> None:
+        """Add to `total`, (n, m) float64, the part that begins at a row and a column; `weight` is the base's part."""
+
+    def exact(self, row: int, column: int) -> Fraction:
+        """One value without any rounding; not where `size` is infinite."""
+
+
+@dataclass(slots=True)
+class Matrix:
+    """A matrix, or the product of two: ``a`` (rows, rank) times ``b`` (rank, columns), or ``a`` alone."""
+
+    a: Array
+    b: Array | None = None
+    size: float = field(init=False)
+    roundings: int = field(init=False)
+    _held: dict[torch.device, tuple[torch.Tensor, ...]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.b is None:
+            self.size, self.roundings = float(np.abs(self.a).max(initial=0)), 0
+            return
+        rows, columns = (np.sqrt((m * m).sum(axis)).max(initial=0) for m, axis in ((self.a, 1), (self.b, 0)))
+        self.size, self.roundings = float(rows * columns), len(self.b) + 1  # Cauchy and Schwarz
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.a.shape[0], (self.a if self.b is None else self.b).shape[1]
+
+    def part(self, like: torch.Tensor, row: int, column: int) -> torch.Tensor:
+        """The part that begins at a row and a column and is as large as `like`, float64."""
+        a, *b = self._on(like.device)
+        rows, columns = slice(row, row + like.shape[0]), slice(column, column + like.shape[1])
+        return a[rows] @ b[0][:, columns] if b else a[rows, columns]
+
+    def values(self) -> Array:
+        """All of it; for small ones. Summed in one order, so that the bits do not depend on threads."""
+        return self.a if self.b is None else np.einsum("ik,kj->ij", self.a, self.b)
+
+    def exact(self, row: int, column: int) -> Fraction:
+        """One value without rounding."""
+        if self.b is None:
+            return Fraction(float(self.a[row, column]))
+        return inner_product(self.a[row], self.b[:, column])
+
+    def add_to(self, total: torch.Tensor, row: int, column: int, factor: float) -> None:
+        """Add ``factor * part`` to `total`."""
+        a, *b = self._on(total.device)
+        rows, columns = slice(row, row + total.shape[0]), slice(column, column + total.shape[1])
+        if b:
+            total.addmm_(a[rows], b[0][:, columns], alpha=factor)
+        else:
+            total.add_(a[rows, columns], alpha=factor)
+
+    def _on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        import torch
+
+        if device not in self._held:
+            parts = (self.a,) if self.b is None else (self.a, self.b)
+            self._held[device] = tuple(torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in parts)
+        return self._held[device]
+
+
+class LowRank:
+    """``factor * matrix``: LoRA (Hu et al. 2021, arXiv:2106.09685, section 4.1), or a whole difference."""
+
+    def __init__(self, matrix: Matrix, factor: float) -> None:
+        self.matrix, self.factor = matrix, factor
+        self.size, self.roundings = abs(factor) * matrix.size, matrix.roundings + 2
+
+    def add_to(self, total: torch.Tensor, weight: torch.Tensor, row: int, column: int) -> None:
+        """See `Difference`."""
+        del weight
+        self.matrix.add_to(total, row, column, self.factor)
+
+    def exact(self, row: int, column: int) -> Fraction:
+        """See `Difference`."""
+        return Fraction(self.factor) * self.matrix.exact(row, column)
+
+
+class Hadamard:
+    """``factor * left * right``, element by element: LoHa (Hyeon-Woo et al. 2021, arXiv:2108.06098, section 2.2)."""
+
+    def __init__(self, left: Matrix, right: Matrix, factor: float) -> None:
+        self.left, self.right, self.factor = left, right, factor
+        self.size = abs(factor) * left.size * right.size
+        self.roundings = left.roundings + right.roundings + 3
+
+    def add_to(self, total: torch.Tensor, weight: torch.Tensor, row: int, column: int) -> None:
+        """See `Difference`."""
+        del weight
+        total.addcmul_(*(side.part(total, row, column) for side in (self.left, self.right)), value=self.factor)
+
+    def exact(self, row: int, column: int) -> Fraction:
+        """See `Difference`."""
+        return Fraction(self.factor) * self.left.exact(row, column) * self.right.exact(row, column)
+
+
+class Kronecker:
+    """``factor * left (x) right``: LoKr (Yeh et al. 2023, arXiv:2309.14859, section 3.2)."""
+
+    def __init__(self, left: Matrix, right: Matrix, factor: float) -> None:
+        self.left, self.right, self.factor = left, right, factor
+        self.size = abs(factor) * left.size * right.size
+        self.roundings = left.roundings + right.roundings + 3
+        self._values = [np.ascontiguousarray(side.values()) for side in (left, right)]
+
+    def add_to(self, total: torch.Tensor, weight: torch.Tensor, row: int, column: int) -> None:
+        """See `Difference`."""
+        import torch
+
+        del weight
+        left, right = (torch.from_numpy(values).to(total.device) for values in self._values)
+        rows = torch.arange(row, row + total.shape[0], device=total.device).unsqueeze(1)
+        columns = torch.arange(column, column + total.shape[1], device=total.device)
+        height, width = right.shape
+        parts = left[rows // height, columns // width], right[rows % height, columns % width]
+        total.addcmul_(*parts, value=self.factor)
+
+    def exact(self, row: int, column: int) -> Fraction:
+        """See `Difference`."""
+        rows, columns = self.right.shape
+        left = self.left.exact(row // rows, column // columns)
+        return Fraction(self.factor) * left * self.right.exact(row % rows, column % columns)
+
+
+class Decomposed:
+    """DoRA: each row, or column, of base + difference is given a length of its own.
+
+    Source: Liu et al. 2024, arXiv:2402.09353, section 4.1. As PEFT writes it (`lora_magnitude_vector`), the scale is
+    inside: ``m * (W + s D) / |W + s D|``, peft/tuners/lora/dora.py. As LyCORIS writes it (`dora_scale`), it is outside:
+    ``W + s * (m * (W + D) / |W + D| - W)``, lycoris/functional/general.py and ComfyUI's weight_decompose.
+    """
+
+    def __init__(self, inner: Difference, magnitude: Array, scale: float, by_column: bool) -> None:
+        self.inner, self.scale, self.by_column = inner, scale, by_column
+        self.magnitude = np.ascontiguousarray(magnitude.reshape(-1))
+        self.size, self.roundings = math.inf, 0
+        self.lengths: torch.Tensor | None = None  # of columns: `measure` fills it
+
+    def measure(self, weight: torch.Tensor, first: int) -> None:
+        """Take in some rows of the base, in order: the lengths of columns are known when all have been seen."""
+        squares = self._moved(weight, first, 0).square().sum(0)
+        self.lengths = squares if self.lengths is None else self.lengths + squares
+
+    def add_to(self, total: torch.Tensor, weight: torch.Tensor, row: int, column: int) -> None:
+        """See `Difference`; for whole rows only, and by column, `measure` comes first."""
+        import torch
+
+        moved, magnitude = self._moved(weight, row, column), torch.from_numpy(self.magnitude)
+        if self.by_column:
+            if self.lengths is None:
+                raise RuntimeError("measure() comes first")
+            repeat = weight.shape[1] // len(magnitude)
+            lengths = self.lengths.view(-1, repeat).sum(1).sqrt()
+            moved *= (magnitude / lengths).repeat_interleave(repeat)
+        else:
+            lengths = moved.square().sum(1).sqrt()
+            moved *= (magnitude[row : row + len(total)] / lengths).unsqueeze(1)
+        total.add_(moved.sub_(weight), alpha=self.scale)
+
+    def exact(self, row: int, column: int) -> Fraction:
+        """There is a root in it."""
+        raise NotImplementedError
+
+    def _moved(self, weight: torch.Tensor, row: int, column: int) -> torch.Tensor:
+        moved = weight.clone()
+        self.inner.add_to(moved, weight, row, column)
+        return moved
+
+
+def difference(algorithm: Algorithm, tensors: Tensors, factor: float, scale: float) -> Difference:
+    """What an update adds.
+
+    Args:
+        algorithm: how.
+        tensors: float64, by role.
+        factor: the file's own, made of alpha and rank.
+        scale: the user's.
+    """
+    if "magnitude" in tensors:
+        return Decomposed(_plain(algorithm, tensors, factor * scale), tensors["magnitude"], 1.0, by_column=False)
+    if "dora_scale" in tensors:
+        by_column = tensors["dora_scale"].shape[0] == 1 and tensors["dora_scale"].size > 1
+        return Decomposed(_plain(algorithm, tensors, factor), tensors["dora_scale"], scale, by_column)
+    return _plain(algorithm, tensors, factor * scale)
+
+
+def _plain(algorithm: Algorithm, tensors: Tensors, factor: float) -> Difference:
+    match algorithm:
+        case Algorithm.LORA if "up bias" in tensors:
+            return LowRank(Matrix(tensors["up bias"].reshape(-1, 1)), factor)
+        case Algorithm.LORA:
+            up, down = _flat(tensors["up"]), tensors["down"]
+            if "mid" in tensors:  # Tucker: the kernel between the two, lycoris/modules/locon.py
+                down = np.einsum("ijkl,jr->irkl", tensors["mid"], _flat(down))
+            return LowRank(Matrix(up, _flat(down)), factor)
+        case Algorithm.LOHA:
+            return Hadamard(_side(tensors, 1), _side(tensors, 2), factor)
+        case Algorithm.LOKR:
+            return Kronecker(_side(tensors, 1), _side(tensors, 2), factor)
+        case Algorithm.FULL:
+            return LowRank(Matrix(_flat(tensors["diff"])), factor)
+
+
+def _side(tensors: Tensors, n: int) -> Matrix:
+    """One of the two matrices of LoHa or LoKr; with a Tucker core ``t[i, j] * a[i] * b[j]`` (lycoris, tucker)."""
+    if f"w{n}" in tensors:
+        return Matrix(_flat(tensors[f"w{n}"]))
+    a, b = tensors[f"w{n}_a"], tensors[f"w{n}_b"]
+    if f"t{n}" in tensors:
+        a, b = a.T, np.einsum("ijkl,jr->irkl", tensors[f"t{n}"], b)
+    return Matrix(np.ascontiguousarray(a), _flat(b))
+
+
+def _flat(values: Array) -> Array:
+    """A matrix: what comes behind the first dimension in one."""
+    return values.reshape(len(values), -1)

@@ -1,0 +1,129 @@
+"""How trainers name the parts of an update. Pure: a key in, module and role out.
+
+One row of `FORMATS` is one way to write an update; one row of `PREFIXES` is what a trainer puts before module names.
+Nothing else in the library knows a key.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Algorithm(StrEnum):
+    """How the difference of a weight is computed from the tensors of a file; see `lora_fuse.lora.deltas`."""
+
+    LORA = "LoRA"
+    LOHA = "LoHa"
+    LOKR = "LoKr"
+    FULL = "full difference"
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """What follows a module's name and a dot, as a regular expression, by the role of the tensor."""
+
+    name: str
+    algorithm: Algorithm
+    endings: Mapping[str, str]
+
+
+FORMATS = (
+    Format(
+        "lora_down/lora_up",  # kohya-ss/sd-scripts, lightx2v, LyCORIS (lora_mid: its Tucker convolutions)
+        Algorithm.LORA,
+        {"down": r"lora_down\.weight", "up": r"lora_up\.weight", "mid": r"lora_mid\.weight"},
+    ),
+    Format(
+        "lora_A/lora_B",  # huggingface/peft and diffusers; `lora_B.bias` is PEFT's lora_bias
+        Algorithm.LORA,
+        {"down": r"lora_A\.weight", "up": r"lora_B\.weight", "up bias": r"lora_B\.bias"},
+    ),
+    Format(
+        "lora_A/lora_B of a named adapter",  # a PEFT model's own state dict, DiffSynth-Studio
+        Algorithm.LORA,
+        {"down": r"lora_A\.[^.]+\.weight", "up": r"lora_B\.[^.]+\.weight", "up bias": r"lora_B\.[^.]+\.bias"},
+    ),
+    Format("lora_A/lora_B without .weight", Algorithm.LORA, {"down": r"lora_A", "up": r"lora_B"}),
+    Format("lora.down/lora.up", Algorithm.LORA, {"down": r"lora\.down\.weight", "up": r"lora\.up\.weight"}),
+    Format(
+        "lora_linear_layer",  # diffusers before it used PEFT
+        Algorithm.LORA,
+        {"down": r"lora_linear_layer\.down\.weight", "up": r"lora_linear_layer\.up\.weight"},
+    ),
+    Format(
+        "LoHa",  # LyCORIS, modules/loha.py
+        Algorithm.LOHA,
+        {name: f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    ),
+    Format(
+        "LoKr",  # LyCORIS, modules/lokr.py
+        Algorithm.LOKR,
+        {name: f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    ),
+    Format("diff", Algorithm.FULL, {"diff": r"diff", "diff bias": r"diff_b"}),  # LyCORIS, modules/full.py; ComfyUI
+)
+
+# What goes with an update of any format.
+SHARED = {
+    "alpha": r"alpha",
+    "dora_scale": r"dora_scale",  # DoRA as LyCORIS and kohya write it
+    "magnitude": r"lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?",  # DoRA as PEFT writes it
+}
+
+# Before dotted names. The empty one comes first: a name that the base has as it stands means that.
+PREFIXES = (
+    "",
+    "transformer.",  # diffusers
+    "diffusion_model.",  # ComfyUI, ai-toolkit
+    "model.diffusion_model.",
+    "base_model.model.",  # PEFT
+    "base_model.model.transformer.",
+)
+# Before names whose dots have become underscores.
+FLAT_PREFIXES = (
+    "lora_unet_",  # kohya, musubi-tuner
+    "lora_transformer_",  # OneTrainer
+    "lycoris_",  # LyCORIS
+)
+# Before the names of what is not the transformer: said by name, for a file may hold both.
+OTHER_COMPONENTS = {
+    "lora_te": "text encoder",
+    "lora_text_encoder": "text encoder",
+    "text_encoder": "text encoder",
+    "conditioner.": "text encoder",
+    "text_model.": "text encoder",
+    "vae.": "VAE",
+    "lora_vae": "VAE",
+}
+
+_ROLES = tuple(
+    (re.compile(rf"(?P<module>.+?)\.{ending}"), format_, role)
+    for format_ in FORMATS
+    for role, ending in format_.endings.items()
+) + tuple((re.compile(rf"(?P<module>.+?)\.{ending}"), None, role) for role, ending in SHARED.items())
+
+
+def read_key(key: str) -> tuple[str, Format | None, str] | None:
+    """Module, format (None for what goes with any) and role of a key; None if it is of no known format."""
+    for pattern, format_, role in _ROLES:
+        if match := pattern.fullmatch(key):
+            return match["module"], format_, role
+    return None
+
+
+def other_component(key: str) -> str | None:
+    """The component, other than the transformer, that a key is for, as far as its beginning tells."""
+    return next((name for start, name in OTHER_COMPONENTS.items() if key.startswith(start)), None)
+
+
+def spellings(module: str) -> list[str]:
+    """The names that a module of a file may have in the base, without its prefix; dotted ones."""
+    return [module.removeprefix(prefix) for prefix in PREFIXES if module.startswith(prefix)]
+
+
+def flat_spellings(module: str) -> list[str]:
+    """The same for a name whose dots are underscores."""
+    return [module.removeprefix(prefix) for prefix in FLAT_PREFIXES if module.startswith(prefix)]

@@ -1,0 +1,92 @@
+"""Which parameter of the base an update means, by the base's own names. Pure: no table of models."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+from lora_fuse.checkpoint.header import TensorInfo
+from lora_fuse.errors import BadLora, ShapeMismatch, UnmatchedTargets
+from lora_fuse.lora.key_formats import flat_spellings, spellings
+from lora_fuse.lora.updates import SHOWN, Update
+
+
+def match_targets(updates: Iterable[Update], weights: Mapping[str, TensorInfo], where: str) -> dict[str, Update]:
+    """Find the parameter that each update changes.
+
+    Args:
+        updates: of one file.
+        weights: the base's tensors by name.
+        where: what to call the file in an error.
+
+    Returns:
+        The updates by the name of the base tensor that they change.
+
+    Raises:
+        UnmatchedTargets: a module is not in the base.
+        ShapeMismatch: an update does not fit its parameter.
+        BadLora: two updates mean the same parameter, or a name could mean two modules of the base.
+    """
+    flat = _flattened(weights)
+    found: dict[str, Update] = {}
+    missing: list[str] = []
+    for update in updates:
+        name = _parameter(update, weights, flat, where)
+        if name is None:
+            missing.append(f"{update.module}.{update.part}")
+            continue
+        if name in found:
+            raise BadLora(f"{where}: {found[name].module!r} and {update.module!r} both mean the base's {name!r}")
+        _check_fit(update, weights[name], where)
+        found[name] = update
+    if missing:
+        raise UnmatchedTargets(_missing_message(missing, len(found), weights, where))
+    return found
+
+
+def _flattened(weights: Mapping[str, TensorInfo]) -> dict[str, list[str]]:
+    """The base's modules by their names with underscores for dots."""
+    flat: dict[str, list[str]] = defaultdict(list)
+    for module in {name.rpartition(".")[0] for name in weights}:
+        flat[module.replace(".", "_")].append(module)
+    return flat
+
+
+def _parameter(
+    update: Update, weights: Mapping[str, TensorInfo], flat: Mapping[str, list[str]], where: str
+) -> str | None:
+    dotted = (f"{module}.{update.part}" for module in spellings(update.module))
+    if (name := next((name for name in dotted if name in weights), None)) is not None:
+        return name
+    for spelling in flat_spellings(update.module):
+        modules = sorted(flat.get(spelling, []))
+        if len(modules) > 1:
+            raise BadLora(
+                f"{where}: {update.module!r} could mean {' or '.join(map(repr, modules))} of the base; "
+                "export the LoRA with dotted names"
+            )
+        if modules and f"{modules[0]}.{update.part}" in weights:
+            return f"{modules[0]}.{update.part}"
+    return None
+
+
+def _check_fit(update: Update, weight: TensorInfo, where: str) -> None:
+    rows, columns = weight.shape[0] if weight.shape else 1, math.prod(weight.shape[1:])
+    if (rows, columns) != update.shape:
+        raise ShapeMismatch(
+            f"{where}: {update.module!r} gives a {'x'.join(map(str, update.shape))} update, and the base's "
+            f"{weight.name!r} is {'x'.join(map(str, weight.shape))}; this LoRA was made for another base"
+        )
+
+
+def _missing_message(missing: list[str], matched: int, weights: Mapping[str, TensorInfo], where: str) -> str:
+    shown = []
+    for name in sorted(missing)[:SHOWN]:
+        near = difflib.get_close_matches(name, weights, n=1, cutoff=0.0)
+        shown.append(f"{name!r} (nearest in the base: {near[0] if near else 'none'!r})")
+    return (
+        f"{where}: {len(missing)} of {len(missing) + matched} modules are not in the base, first {', '.join(shown)}; "
+        "use the LoRA made for this base, or the other base"
+    )

@@ -1,0 +1,270 @@
+"""What a LoRA file means: which keys make an update of which module. Pure: names, shapes and scalars in, updates out.
+
+Every key is consumed, or the file is refused. `key_formats` knows the names, `deltas` the arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from lora_fuse.checkpoint.header import TensorInfo
+from lora_fuse.errors import BadLora, ShapeMismatch
+from lora_fuse.lora.adapter_config import AdapterConfig
+from lora_fuse.lora.key_formats import FORMATS, Algorithm, Format, other_component, read_key
+
+SHOWN = 3  # offenders that an error names
+Roles = dict[str, TensorInfo]
+
+
+@dataclass(frozen=True, slots=True)
+class LoraInput:
+    """A LoRA to fuse and the scale to fuse it at; `name` is what the recipe calls it."""
+
+    name: str
+    path: Path
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What a file adds to one parameter of one module, as the file names it.
+
+    `keys` are the tensors' names by role (see `key_formats`), `shape` the rows and columns of the difference as
+    a matrix. The product of the tensors is multiplied by `factor`, which is made of `alpha` and `rank`; both are None
+    where the algorithm has none.
+    """
+
+    module: str
+    part: Literal["weight", "bias"]
+    format: Format
+    keys: Mapping[str, str]
+    shape: tuple[int, int]
+    rank: int | None = None
+    alpha: float | None = None
+    factor: float = 1.0
+
+    @property
+    def algorithm(self) -> str:
+        """What the difference is, in words."""
+        dora = "dora_scale" in self.keys or "magnitude" in self.keys
+        return f"{self.format.algorithm} with DoRA" if dora else str(self.format.algorithm)
+
+
+@dataclass(slots=True)
+class _Module:
+    """The keys of one module: by format and role, and those that go with any format."""
+
+    rows: dict[str, Roles] = field(default_factory=lambda: defaultdict(dict))
+    shared: Roles = field(default_factory=dict)
+
+
+def parse_lora(
+    tensors: Mapping[str, TensorInfo], alphas: Mapping[str, float], config: AdapterConfig, where: str
+) -> tuple[Update, ...]:
+    """Group a file's keys into updates, every key exactly once.
+
+    Args:
+        tensors: the file's header.
+        alphas: the values of its `.alpha` keys. They win over the configuration's and are not multiplied with it.
+        config: the scaling that a PEFT configuration gives to modules without an alpha of their own.
+        where: what to call the file in an error.
+
+    Raises:
+        BadLora: the file is empty, or a key is of no known format, for another component, twice there or alone.
+        ShapeMismatch: tensors of one module do not fit each other, or not the configuration.
+    """
+    if not tensors:
+        raise BadLora(f"{where} is empty: it has no tensors")
+    updates: list[Update] = []
+    lone: list[str] = []
+    for name, module in _modules(tensors, where).items():
+        reader = _Reader(name, module, alphas, config, where)
+        updates += reader.updates()
+        lone += reader.left()
+    if lone:
+        raise BadLora(
+            f"{where}: {len(lone)} of {len(tensors)} keys have no partner ({_first(lone)}); "
+            "the file is incomplete, fetch or export it again"
+        )
+    return tuple(sorted(updates, key=lambda update: (update.module, update.part)))
+
+
+def _modules(tensors: Mapping[str, TensorInfo], where: str) -> dict[str, _Module]:
+    found: dict[str, _Module] = defaultdict(_Module)
+    unknown: list[str] = []
+    for key, tensor in tensors.items():
+        read = read_key(key)
+        if read is None:
+            unknown.append(key)
+            continue
+        name, format_, role = read
+        roles = found[name].shared if format_ is None else found[name].rows[format_.name]
+        if role in roles:
+            raise BadLora(f"{where}: {roles[role].name!r} and {key!r} mean the same; a file may hold one adapter only")
+        roles[role] = tensor
+    others = {key: component for key in tensors if (component := other_component(key))}
+    if others:
+        raise BadLora(
+            f"{where}: {len(others)} of {len(tensors)} keys are for the {', the '.join(sorted(set(others.values())))} "
+            f"({_first(list(others))}), which is not fused here; split the file and leave them out on purpose"
+        )
+    if unknown:
+        raise BadLora(
+            f"{where}: {len(unknown)} of {len(tensors)} keys belong to no known format ({_first(unknown)}); "
+            f"known are {', '.join(row.name for row in FORMATS)}"
+        )
+    return found
+
+
+def _first(keys: Sequence[str]) -> str:
+    return "first " + ", ".join(repr(key) for key in sorted(keys)[:SHOWN])
+
+
+class _Reader:
+    """Takes a module's keys, role by role, until none is left."""
+
+    def __init__(
+        self, name: str, module: _Module, alphas: Mapping[str, float], config: AdapterConfig, where: str
+    ) -> None:
+        self.name, self.module, self.alphas, self.config, self.where = name, module, alphas, config, where
+
+    def updates(self) -> Iterator[Update]:
+        """The updates of the module: of its weight, of its bias, or of both."""
+        for row in FORMATS:
+            roles = self.module.rows.get(row.name, {})
+            match row.algorithm:
+                case Algorithm.LORA if {"down", "up"} <= roles.keys():
+                    yield from self._lora(row, roles)
+                case Algorithm.LOHA if {"w1_a", "w1_b", "w2_a", "w2_b"} <= roles.keys():
+                    yield self._loha(row, roles)
+                case Algorithm.LOKR if _has_both_sides(roles):
+                    yield self._lokr(row, roles)
+                case Algorithm.FULL:
+                    yield from self._full(row, roles)
+
+    def left(self) -> list[str]:
+        """The keys that no update took."""
+        rows = [*self.module.rows.values(), self.module.shared]
+        return [tensor.name for roles in rows for tensor in roles.values()]
+
+    def _lora(self, row: Format, roles: Roles) -> Iterator[Update]:
+        taken = _take(roles, "down", "up", "mid")
+        down, up, mid = taken["down"], taken["up"], taken.get("mid")
+        rank = down.shape[0] if down.shape else 0
+        fits = len(down.shape) >= 2 and up.shape[1:] == (rank, *[1] * (len(up.shape) - 2)) and rank
+        kernel: tuple[int, ...] = ()
+        if mid is not None:
+            kernel = mid.shape[2:]
+            fits = fits and mid.shape[:2] == (rank, rank) and set(down.shape[2:]) <= {1}
+        if not fits:
+            raise self._mismatch(taken, "[out, rank] times [rank, in]")
+        shape = (up.shape[0], math.prod(down.shape[1:]) * math.prod(kernel))
+        bias = roles.pop("up bias", None)
+        update = self._scaled(row, taken, shape, rank)
+        yield update
+        if bias is not None:
+            if bias.shape != (shape[0],):
+                raise self._mismatch({"bias": bias, "up": up}, "a bias of [out]")
+            keys = {"up bias": bias.name}
+            yield Update(self.name, "bias", row, keys, (shape[0], 1), rank, update.alpha, update.factor)
+
+    def _loha(self, row: Format, roles: Roles) -> Update:
+        taken = _take(roles, "w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")
+        if ("t1" in taken) != ("t2" in taken):
+            raise self._mismatch(taken, "hada_t1 and hada_t2 together")
+        shapes = [self._product(taken, f"w{n}_a", f"w{n}_b", f"t{n}") for n in (1, 2)]
+        if shapes[0][0] != shapes[1][0]:
+            raise self._mismatch(taken, "two products of one shape")
+        return self._scaled(row, taken, *shapes[0])
+
+    def _lokr(self, row: Format, roles: Roles) -> Update:
+        taken = _take(roles, "w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
+        sides, ranks = [], set()
+        for n in (1, 2):
+            if f"w{n}" in taken:
+                whole = taken[f"w{n}"].shape
+                if len(whole) < 2 or f"w{n}_a" in taken or f"w{n}_b" in taken:
+                    raise self._mismatch(taken, f"lokr_w{n} as one matrix, or as two factors")
+                sides.append((whole[0], math.prod(whole[1:])))
+            else:
+                side, rank = self._product(taken, f"w{n}_a", f"w{n}_b", f"t{n}")
+                sides.append(side)
+                ranks.add(rank)
+        if len(ranks) > 1:
+            raise self._mismatch(taken, "factors of one rank")
+        shape = (sides[0][0] * sides[1][0], sides[0][1] * sides[1][1])
+        return self._scaled(row, taken, shape, ranks.pop() if ranks else None)
+
+    def _product(self, taken: Roles, a: str, b: str, core: str) -> tuple[tuple[int, int], int]:
+        """Shape and rank of ``a @ b``; with a Tucker core of ``core[i, j] * a[i] * b[j]``."""
+        left, right, middle = taken[a].shape, taken[b].shape, taken[core].shape if core in taken else None
+        if len(left) != 2 or len(right) < 2:
+            raise self._mismatch(taken, "matrices")
+        if middle is None:
+            if left[1] != right[0] or not right[0]:
+                raise self._mismatch(taken, "[out, rank] times [rank, in]")
+            return (left[0], math.prod(right[1:])), right[0]
+        if len(right) != 2 or middle[:2] != (left[0], right[0]) or not right[0]:
+            raise self._mismatch(taken, "a core of [rank, rank, height, width]")
+        return (left[1], right[1] * math.prod(middle[2:])), right[0]
+
+    def _full(self, row: Format, roles: Roles) -> Iterator[Update]:
+        for role, part in (("diff", "weight"), ("diff bias", "bias")):
+            tensor = roles.pop(role, None)
+            if tensor is None:
+                continue
+            if not tensor.shape:
+                raise self._mismatch({role: tensor}, "a tensor of the parameter's shape")
+            shape = (tensor.shape[0], math.prod(tensor.shape[1:]))
+            keys = {"diff": tensor.name}
+            if part == "weight":
+                keys |= self._take_magnitude(shape)
+            yield Update(self.name, "weight" if part == "weight" else "bias", row, keys, shape)
+
+    def _scaled(self, row: Format, taken: Roles, shape: tuple[int, int], rank: int | None) -> Update:
+        keys = {role: tensor.name for role, tensor in taken.items()} | self._take_magnitude(shape)
+        own = self.module.shared.pop("alpha", None)
+        if rank is None:  # LoKr of two whole matrices: LyCORIS and its readers do not apply an alpha there
+            return Update(self.name, "weight", row, keys, shape)
+        told = self.config.rank_of(self.name)
+        if told is not None and told != rank:
+            raise ShapeMismatch(
+                f"{self.where}: the factors of {self.name!r} have rank {rank}, and {self.config.where} says {told}; "
+                "the configuration belongs to another file"
+            )
+        alpha = self.config.alpha_of(self.name, rank) if own is None else self.alphas[own.name]
+        if not math.isfinite(alpha):
+            raise BadLora(
+                f"{self.where}: the alpha of {self.name!r} is {alpha}, not a finite number; the file is broken"
+            )
+        return Update(self.name, "weight", row, keys, shape, rank, alpha, self.config.factor(alpha, rank))
+
+    def _take_magnitude(self, shape: tuple[int, int]) -> dict[str, str]:
+        taken = _take(self.module.shared, "dora_scale", "magnitude")
+        if len(taken) > 1:
+            raise BadLora(
+                f"{self.where}: {self.name!r} has both dora_scale and lora_magnitude_vector; which one counts?"
+            )
+        for role, tensor in taken.items():
+            by_row = math.prod(tensor.shape) == shape[0]
+            by_column = role == "dora_scale" and tensor.shape[:1] == (1,) and shape[1] % math.prod(tensor.shape) == 0
+            if not by_row and not by_column:
+                raise self._mismatch(taken, f"one magnitude for each of {shape[0]} rows or {shape[1]} columns")
+        return {role: tensor.name for role, tensor in taken.items()}
+
+    def _mismatch(self, taken: Roles, expected: str) -> ShapeMismatch:
+        shapes = ", ".join(f"{role} {list(tensor.shape)}" for role, tensor in taken.items())
+        return ShapeMismatch(f"{self.where}: the tensors of {self.name!r} do not fit: {shapes}; expected {expected}")
+
+
+def _take(roles: Roles, *names: str) -> Roles:
+    return {name: roles.pop(name) for name in names if name in roles}
+
+
+def _has_both_sides(roles: Roles) -> bool:
+    return all(f"w{n}" in roles or {f"w{n}_a", f"w{n}_b"} <= roles.keys() for n in (1, 2))

@@ -1,0 +1,100 @@
+"""Whole files: hashed as they are, replaced whole or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Literal
+
+from lora_fuse.recipe.records import FileRecord
+
+Untouched = Literal["auto", "reflink", "hardlink", "copy"]
+FICLONE = 0x40049409  # linux/fs.h
+
+
+def hash_file(path: Path) -> FileRecord:
+    """Size in bytes and sha256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileRecord(path.stat().st_size, digest)
+
+
+def nearest_folder(path: Path) -> Path:
+    """The folder that `path` is, or the nearest one above that is there."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+
+
+def total_size(place: Path) -> int:
+    """Bytes of a file, or of all the files in a folder."""
+    files = place.rglob("*") if place.is_dir() else [place]
+    return sum(path.stat().st_size for path in files if path.is_file())
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Give `path` a new content: a reader, or a kill at any moment, finds the old text or the new one."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """`replace_text`, of bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def take_over(source: Path, target: Path, how: Untouched) -> None:
+    """Make `target`, which is not there yet, a file with the content of `source`.
+
+    Args:
+        source: a file, not a link to one.
+        target: the new file.
+        how: ``reflink`` shares blocks until one side is written (btrfs, XFS and others), ``hardlink`` is the same file
+            under two names, ``copy`` shares nothing; ``auto`` is the first of them that the filesystem can do. What it
+            cannot do becomes a copy.
+    """
+    if how in ("auto", "reflink") and _reflink(source, target):
+        return
+    if how in ("auto", "hardlink"):
+        try:
+            os.link(source, target)
+        except OSError:  # another filesystem, or one without links
+            pass
+        else:
+            return
+    shutil.copyfile(source, target)
+
+
+def link_between(source: Path, target: Path) -> Untouched:
+    """How files in one folder can be taken over into another, tried with a file of a block that goes again.
+
+    Raises:
+        OSError: one of the folders cannot be written.
+    """
+    old, new = source / f".probe-{os.getpid()}", target / f".probe-{os.getpid()}.new"
+    try:
+        old.write_bytes(bytes(4096))
+        if _reflink(old, new):
+            return "reflink"
+        try:
+            os.link(old, new)
+        except OSError:
+            new.touch()
+            return "copy"
+        return "hardlink"
+    finally:
+        for path in (old, new):
+            path.unlink(missing_ok=True)
+
+
+def _reflink(source: Path, target: Path) -> bool:
+    try:
+        with source.open("rb") as old, target.open("wb") as new:
+            fcntl.ioctl(new, FICLONE, old.fileno())
+    except OSError:
+        target.unlink(missing_ok=True)
+        return False
+    return True

@@ -1,0 +1,139 @@
+"""Progress of long work on stderr: a bar with bytes per second on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from tqdm import tqdm
+
+from lora_fuse.machine.rates import rate, remember
+
+EVERY = 10.0  # seconds between plain lines
+FEW = 1 << 26  # bytes that take a blink: their rate is that of the start
+
+_silent: ContextVar[bool] = ContextVar("silent", default=False)
+
+
+def human_bytes(count: float) -> str:
+    """A number of bytes as people read it, in powers of 1000: ``57.0GB``."""
+    return str(tqdm.format_sizeof(count, "B", 1000))
+
+
+def human_seconds(seconds: float) -> str:
+    """A duration as people say it: ``0.4 s``, ``45 s``, ``3 min``, ``1 h 20 min``."""
+    if seconds < 99.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def human_rate(count: float, seconds: float) -> str:
+    """Bytes and how fast they went: ``8.9GB in 45 s (198MB/s)``."""
+    return f"{human_bytes(count)} in {human_seconds(seconds)} ({human_bytes(count / max(seconds, 1e-3))}/s)"
+
+
+def guess(work: str, count: float, *, in_bytes: bool = True) -> str:
+    """How long so much will take, as the end of a sentence; empty if nothing like it was measured here yet."""
+    per_second = rate(work)
+    if per_second is None or count / per_second < 1:
+        return ""
+    speed = f" at {human_bytes(per_second)}/s" if in_bytes else ""
+    return f"; about {human_seconds(count / per_second)}{speed}, as the last time"
+
+
+class Clock:
+    """Runs from its making on."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since it was made."""
+        return time.monotonic() - self._start
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Within it, nothing is shown and nothing told; warnings and errors are no progress."""
+    token = _silent.set(True)
+    try:
+        yield
+    finally:
+        _silent.reset(token)
+
+
+def is_silent() -> bool:
+    """Whether this is within `silence`."""
+    return _silent.get()
+
+
+def tell(line: str) -> None:
+    """Say a line on stderr that is good to know and nothing more."""
+    if not is_silent():
+        print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def byte_progress(label: str, total: int, *, at_least: int = 0) -> Iterator[Callable[[int], None]]:
+    """Show progress towards `total` bytes, and remember for the next run how fast they went.
+
+    Args:
+        label: what is done; rates are remembered by it, see `lora_fuse.machine.rates`.
+        total: bytes.
+        at_least: fewer bytes than this are not shown.
+
+    Yields:
+        The function to call with the bytes just done, from any thread.
+    """
+    clock = Clock()
+    if is_silent() or total < at_least:
+        yield lambda _: None
+    elif sys.stderr.isatty():
+        with bar(label, total, unit="B", unit_scale=True) as shown:
+            lock = threading.Lock()
+
+            def add(count: int) -> None:
+                with lock:
+                    shown.update(count)
+
+            yield add
+    else:
+        yield _Lines(label, total).add
+    if total >= FEW:
+        remember(label, total, clock.seconds)
+
+
+def bar(label: str, total: float, **how: object) -> tqdm[None]:
+    """A bar on stderr as wide as the terminal, which goes when it is done: a summary follows."""
+    return tqdm(total=total, desc=label, file=sys.stderr, dynamic_ncols=True, leave=False, **how)  # type: ignore[call-overload, no-any-return]
+
+
+class _Lines:
+    def __init__(self, label: str, total: int) -> None:
+        self._label, self._total, self._done = label, total, 0
+        self._start = self._shown = time.monotonic()
+        self._lock = threading.Lock()
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self._done += count
+            now = time.monotonic()
+            if now - self._shown >= EVERY:
+                self._shown = now
+                self._print(now - self._start)
+
+    def _print(self, seconds: float) -> None:
+        rate = self._done / seconds
+        left = (
+            f", about {human_seconds((self._total - self._done) / rate)} left" if 0 < self._done < self._total else ""
+        )
+        tell(
+            f"{self._label}: {human_bytes(self._done)} of {human_bytes(self._total)}, {human_seconds(seconds)}, "
+            f"{human_bytes(rate)}/s{left}"
+        )

@@ -1,0 +1,162 @@
+"""Where a merge is prepared, and how it takes the place of the last one: whole, at once, whenever the process dies.
+
+Beside ``out`` lies a hidden folder, named after everything that its bytes depend on. A run that is killed leaves it,
+and the next one with the same inputs goes on with the files that are finished there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lora_fuse.errors import Busy
+from lora_fuse.machine.files import hash_file, replace_text
+from lora_fuse.recipe.records import FileRecord
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+@dataclass(frozen=True, slots=True)
+class Workplace:
+    """A folder with `files`, which will be the result, and a mark for each of them that is finished."""
+
+    folder: Path
+
+    @property
+    def files(self) -> Path:
+        """Below it, files lie as they will below ``out``."""
+        return self.folder / "files"
+
+    def place(self, name: str) -> Path:
+        """Where to write a file; its folder is there."""
+        path = self.files / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def finish(self, name: str, record: FileRecord) -> None:
+        """Mark a file as whole."""
+        replace_text(self._mark(name), json.dumps(asdict(record)))
+
+    def keep_finished(self, names: Iterable[str]) -> dict[str, FileRecord]:
+        """Those of the files that an earlier run finished and that still have their hash; all others are removed."""
+        kept = {name: record for name in names if (record := self._finished(name)) is not None}
+        for path in self.files.rglob("*"):
+            if not path.is_dir() and path.relative_to(self.files).as_posix() not in kept:
+                path.unlink()
+        return kept
+
+    def _finished(self, name: str) -> FileRecord | None:
+        try:
+            record = FileRecord(**json.loads(self._mark(name).read_text(encoding="utf-8")))
+            return record if hash_file(self.files / name) == record else None
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def _mark(self, name: str) -> Path:
+        return self.folder / "done" / f"{name}.json"
+
+
+@contextmanager
+def workplace(out: Path, key: str) -> Iterator[Workplace]:
+    """Hold `out` and prepare its next content; what an error leaves is removed, what a kill leaves is kept.
+
+    Args:
+        out: the folder or file to be made.
+        key: a hash of everything that the bytes depend on.
+
+    Raises:
+        Busy: another process holds it.
+    """
+    with exclusive(out):
+        mine = Workplace(out.parent / f".{out.name}.partial-{key[:16]}")
+        _recover(out)
+        for other in out.parent.glob(f".{out.name}.partial-*"):
+            if other != mine.folder:
+                remove(other)
+        try:
+            mine.files.mkdir(parents=True, exist_ok=True)
+            yield mine
+        except Exception:
+            remove(mine.folder)
+            raise
+        remove(mine.folder)
+
+
+@contextmanager
+def exclusive(out: Path) -> Iterator[None]:
+    """Hold `out` alone; only processes that ask here are kept out, and a killed one keeps out nobody.
+
+    Raises:
+        Busy: another process holds it.
+    """
+    with _locked(out.parent / f".{out.name}.lock", out):
+        yield
+
+
+@contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Hold a folder of several results alone, as `exclusive` does with one.
+
+    Raises:
+        Busy: another process holds it.
+    """
+    with _locked(folder / ".lock", folder):
+        yield
+
+
+@contextmanager
+def _locked(path: Path, held: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Busy(f"another run is writing {held}; wait for it to end") from error
+        yield
+
+
+def swap(new: Path, out: Path) -> None:
+    """Put `new` in the place of `out`; where the system can, they change names at once, and `new` is the old one."""
+    if not out.is_dir():
+        new.replace(out)
+    elif not _exchange(new, out):
+        out.rename(_previous(out))  # a folder cannot be renamed over another, so the old one steps aside first
+        new.rename(out)
+        remove(_previous(out))
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """renameat2(2) with RENAME_EXCHANGE: Linux, and not on every filesystem."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    return bool(renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0)
+
+
+def _previous(out: Path) -> Path:
+    return out.parent / f".{out.name}.previous"
+
+
+def _recover(out: Path) -> None:
+    """Finish or undo a swap in two steps that was killed between them."""
+    if _previous(out).exists():
+        if out.exists():
+            remove(_previous(out))
+        else:
+            _previous(out).rename(out)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""What is known of model families and of pairs of base and LoRA."""

@@ -1,0 +1,91 @@
+"""The model families that recipes name: one row each. What a shape cannot tell, a row here does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import pairwise
+from pathlib import PurePath
+
+from lora_fuse.recipe.records import Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A base on the Hub, the pipeline that runs it, and the LoRA files that were made for it.
+
+    `loras` are patterns of ``repo_id/filename``. A file that matches another family's pattern and not this one's is a
+    known wrong pair: it may merge (the shapes agree) and still give worse pictures.
+    """
+
+    base: str
+    pipeline: str
+    loras: tuple[str, ...]
+
+
+_LIGHTNING = "lightx2v/Qwen-Image-Lightning"
+
+FAMILIES = (
+    Family(
+        "Qwen/Qwen-Image",
+        "QwenImagePipeline",
+        (f"{_LIGHTNING}/Qwen-Image-Lightning-*", f"{_LIGHTNING}/Qwen-Image-fp8-*"),
+    ),
+    Family("Qwen/Qwen-Image-Edit", "QwenImageEditPipeline", (f"{_LIGHTNING}/Qwen-Image-Edit-Lightning-*",)),
+    Family("Qwen/Qwen-Image-Edit-2509", "QwenImageEditPlusPipeline", (f"{_LIGHTNING}/Qwen-Image-Edit-2509/*",)),
+    Family(
+        "Qwen/Qwen-Image-Edit-2511",
+        "QwenImageEditPlusPipeline",
+        ("lightx2v/Qwen-Image-Edit-2511-Lightning/*",),
+    ),
+    Family("Qwen/Qwen-Image-2512", "QwenImagePipeline", ("lightx2v/Qwen-Image-2512-Lightning/*",)),
+)
+
+COMPONENT = "transformer"  # what every family so far fuses into
+
+
+def pair_warnings(base: str | None, loras: Iterable[tuple[str | None, str | None]]) -> list[str]:
+    """A sentence for each LoRA that is known to be made for another base.
+
+    Args:
+        base: repository id of the base; None is a local folder, of which nothing is known.
+        loras: repository id and filename of each LoRA.
+    """
+    known = {family.base for family in FAMILIES}
+    warnings = []
+    for repo_id, filename in loras:
+        made_for = [family.base for family in FAMILIES if _matches(family, f"{repo_id}/{filename}")]
+        if made_for and base in known and base not in made_for:
+            warnings.append(
+                f"{filename} was made for {made_for[0]}, not for {base}: it merges, and pictures may be worse"
+            )
+    return warnings
+
+
+def manifest_warnings(manifest: Manifest) -> list[str]:
+    """The same for a merged checkpoint."""
+    base = manifest.base.repo_id if manifest.base else None
+    return pair_warnings(base, [(lora.repo_id, lora.filename) for lora in manifest.loras])
+
+
+def cached_from(path: PurePath) -> tuple[str | None, str | None]:
+    """Repository id and name of a file that lies in the Hub client's cache; None and its name elsewhere.
+
+    Layout (huggingface.co/docs/huggingface_hub/guides/manage-cache): ``models--OWNER--NAME/snapshots/COMMIT/...``.
+    """
+    for index, (part, below) in enumerate(pairwise(path.parts)):
+        if part.startswith("models--") and below == "snapshots":
+            return "/".join(part.split("--")[1:]), "/".join(path.parts[index + 3 :])
+    return None, path.name
+
+
+def cached_at(path: PurePath) -> str | None:
+    """``repo@commit`` of a folder or file in the Hub client's cache, see `cached_from`; None elsewhere."""
+    repo_id, _ = cached_from(path)
+    commit = next((part for above, part in pairwise(path.parts) if above == "snapshots"), None)
+    return f"{repo_id}@{commit}" if repo_id and commit else None
+
+
+def _matches(family: Family, name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in family.loras)

@@ -1,0 +1,1 @@
+"""Pictures rendered, placed on devices, measured and shown."""

@@ -1,0 +1,188 @@
+"""Where pictures are made, how that is made to give the same bits twice, and which goldens may be compared with it.
+
+torch is imported inside the functions: what it reads from the environment has to be set before.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from lora_fuse.errors import NoDevice
+
+# Read when CUDA starts, and when torch, MKL and oneDNN choose their kernels. Every x86 processor of the last ten years
+# has AVX2: pinned to it, and MKL to the code that all of them share, machines differ less; it costs no time here.
+_CUDA_PINS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+_X86_PINS = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+
+FLAGS = {
+    "generator": "cpu",
+    "deterministic_algorithms": "on",
+    "cudnn_benchmark": "off",
+    "tf32": "off",
+    "sdpa_backend": "memory-efficient on CUDA, flash on the CPU, else math",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What goldens are kept apart by: pictures of one key are compared, others can only be looked at.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        isa: CUDA compute capability ("sm90"); on the CPU architecture and instruction set ("x86_64-avx2").
+        threads: intra-op threads of torch on the CPU; 0 on CUDA, where they move nothing.
+        dtype: torch's name of the dtype that the weights were loaded in.
+        torch: major and minor version.
+        diffusers: major and minor version.
+    """
+
+    device: str
+    isa: str
+    threads: int
+    dtype: str
+    torch: str
+    diffusers: str
+
+    def __str__(self) -> str:
+        """As folders are called: ``cpu-x86_64-avx2-2threads-float32-torch2.13-diffusers0.42``."""
+        threads = f"-{self.threads}threads" if self.threads else ""
+        return f"{self.device}-{self.isa}{threads}-{self.dtype}-torch{self.torch}-diffusers{self.diffusers}"
+
+    def differences(self, other: Key) -> list[str]:
+        """What is not the same in `other`, as "torch 2.13, there 2.12"."""
+        return [
+            f"{name} {getattr(self, name)}, there {getattr(other, name)}"
+            for name in self.__dataclass_fields__
+            if getattr(self, name) != getattr(other, name)
+        ]
+
+    def nearest(self, others: Iterable[Key]) -> Key | None:
+        """The key that differs in the fewest parts, of the same device and dtype; another dtype is another picture."""
+        kin = [other for other in others if (other.device, other.dtype) == (self.device, self.dtype)]
+        return min(kin, key=lambda other: (len(self.differences(other)), str(other)), default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """Everything that the pixels of a picture depend on besides weights, case and sampling; no host name, no clock.
+
+    `device_name` is the GPU's product name, or the processor's architecture; `driver` is NVIDIA's, `cuda` what torch
+    was built for; both None on the CPU. Versions are whole, with their build ("2.13.0+cpu").
+    """
+
+    key: Key
+    device_name: str
+    driver: str | None
+    cuda: str | None
+    torch: str
+    diffusers: str
+    transformers: str
+    python: str
+    placement: str
+    flags: dict[str, str]
+
+
+def make_deterministic(threads: int | None = None, *, on_gpu: bool = False) -> None:
+    """The same seed gives the same picture twice; call it before torch has done any work in the process.
+
+    Kernels without a deterministic form raise instead of varying. TF32 and autotuning are off. One attention backend
+    is pinned: on a GPU the memory-efficient one, which every CUDA build has and which takes masks; on the CPU its own
+    flash attention, deterministic and several times faster than the one without. What the pinned one cannot do (the
+    text encoder's grouped queries on a GPU) falls to plain arithmetic.
+    Source: https://docs.pytorch.org/docs/stable/notes/randomness.html
+
+    Args:
+        threads: intra-op threads; None leaves torch's choice, the number of cores.
+        on_gpu: whether the pictures are made there.
+    """
+    pins = _CUDA_PINS | (_X86_PINS if platform.machine().lower() in {"x86_64", "amd64"} else {})
+    for name, value in pins.items():
+        os.environ.setdefault(name, value)
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.backends.cuda.enable_mem_efficient_sdp(on_gpu)
+    torch.backends.cuda.enable_flash_sdp(not on_gpu)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.enable_math_sdp(True)
+
+
+def check_gpu(placement: str) -> None:
+    """Refuse a placement that needs a GPU where there is none.
+
+    Raises:
+        NoDevice: torch finds no GPU.
+    """
+    if placement == "cpu":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        among = f" among CUDA_VISIBLE_DEVICES={visible}" if visible is not None else ""
+        raise NoDevice(
+            f"regress.placement {placement} needs a GPU and torch {torch.__version__} ({built}) finds none{among}: set "
+            "regress.placement to cpu, install a CUDA build of torch beside a working driver, or start no more "
+            "processes than there are GPUs"
+        )
+
+
+def environment(placement: str, dtype: str) -> Environment:
+    """Describe where pictures are made.
+
+    Args:
+        placement: one of `lora_fuse.pictures.placement.PLACEMENTS`.
+        dtype: of the weights in memory.
+
+    Raises:
+        NoDevice: see `check_gpu`.
+    """
+    check_gpu(placement)
+    import torch
+
+    device = "cpu" if placement == "cpu" else "cuda"
+    versions = {name: version(name) for name in ("diffusers", "transformers")}
+    torch_version = str(torch.__version__)
+    if device == "cuda":
+        isa = "sm{}{}".format(*torch.cuda.get_device_capability())
+        name, threads = torch.cuda.get_device_name(), 0
+    else:
+        name, threads = platform.machine(), torch.get_num_threads()
+        isa = f"{name}-{torch.backends.cpu.get_cpu_capability().lower()}"
+    key = Key(device, isa, threads, dtype, _minor(torch_version), _minor(versions["diffusers"]))
+    return Environment(
+        key=key,
+        device_name=name,
+        driver=_driver() if device == "cuda" else None,
+        cuda=torch.version.cuda if device == "cuda" else None,
+        torch=torch_version,
+        python="{}.{}".format(*sys.version_info[:2]),
+        placement=placement,
+        flags=FLAGS | {pin: os.environ[pin] for pin in sorted(_CUDA_PINS | _X86_PINS) if pin in os.environ},
+        **versions,
+    )
+
+
+def _driver() -> str | None:
+    """NVIDIA's driver, as its kernel module tells it."""
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text(encoding="ascii").split()
+    except OSError:
+        return None
+    return next((word for word in words if word[:1].isdigit() and "." in word), None)
+
+
+def _minor(number: str) -> str:
+    return ".".join(number.split(".")[:2])

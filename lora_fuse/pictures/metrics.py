@@ -1,0 +1,290 @@
+"""What can be measured on a picture, or between two: one function each, of arrays only.
+
+A picture is `Levels`: uint8, (height, width, 3), 0 to 255. A new regression metric is a function here, a row in
+`METRICS` and a key of `lora_fuse.recipe.recipe.LimitParams`, whose value `conf/` gives: null decides nothing.
+Every function of two pictures is symmetric but for `ssimulacra2`, and for identical ones gives the best value there is.
+The libraries that measure are imported where they are used: a report that is only read needs none of them.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+Levels: TypeAlias = npt.NDArray[np.uint8]  # (height, width, 3)
+Latents: TypeAlias = npt.NDArray[np.float32]  # of any shape
+
+PEAK = 255
+# A picture that failed as a whole (NaN painted black, an empty decode) has no contrast: 0 to 2 levels where the
+# dullest rendered pictures had more than 10.
+FLAT_STD = 3.0
+FLIP_BLOCK = 32  # pixels
+SHORTEST_PERIOD, LONGEST_PERIOD = 8, 64  # pixels, of a grid: a patch of the transformers is 16
+
+
+def is_finite(values: npt.NDArray[Any]) -> bool:
+    """Whether no number is NaN or infinite; for values before they become levels, which cannot be either."""
+    return bool(np.isfinite(values).all())
+
+
+def is_flat(picture: Levels) -> bool:
+    """Whether the picture is one colour: no channel has a standard deviation above `FLAT_STD` levels."""
+    return bool((picture.reshape(-1, picture.shape[-1]).std(axis=0, dtype=np.float64) <= FLAT_STD).all())
+
+
+def psnr_db(a: Levels, b: Levels) -> float:
+    """Peak signal-to-noise ratio in dB, higher is nearer, infinite when identical.
+
+    ``10 log10(255^2 / MSE)`` over all pixels and channels (Gonzalez and Woods, Digital Image Processing, 8.1).
+
+    Raises:
+        ValueError: the pictures differ in size.
+    """
+    mse = float(np.square(_difference(a, b)).mean(dtype=np.float64))
+    return math.inf if mse == 0 else 10 * math.log10(PEAK**2 / mse)
+
+
+def max_abs(a: Levels, b: Levels) -> int:
+    """The largest difference of any channel of any pixel, in levels of 255; lower is nearer.
+
+    Raises:
+        ValueError: the pictures differ in size.
+    """
+    return int(np.abs(_difference(a, b)).max())
+
+
+def mean_abs(a: Levels, b: Levels) -> float:
+    """The mean absolute difference over all pixels and channels, in levels of 255; lower is nearer.
+
+    Raises:
+        ValueError: the pictures differ in size.
+    """
+    return float(np.abs(_difference(a, b)).mean(dtype=np.float64))
+
+
+def changed_share(a: Levels, b: Levels) -> float:
+    """The share of pixels, 0 to 1, of which any channel differs; lower is nearer.
+
+    Raises:
+        ValueError: the pictures differ in size.
+    """
+    return float(_difference(a, b).any(axis=-1).mean(dtype=np.float64))
+
+
+def ssim(a: Levels, b: Levels) -> float:
+    """Structural similarity, 1 at best: the mean over windows of 7 pixels and over channels.
+
+    Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity", by scikit-image.
+
+    Raises:
+        ValueError: the pictures differ in size, or are smaller than a window.
+    """
+    from skimage.metrics import structural_similarity
+
+    _difference(a, b)
+    return float(structural_similarity(a, b, channel_axis=-1, data_range=PEAK))  # type: ignore[no-untyped-call]
+
+
+def ssimulacra2(a: Levels, b: Levels) -> float:
+    """SSIMULACRA 2 of `a` as a distortion of `b`: 100 at best, 90 if no eye sees it, 70 good, 50 fair, 30 poor.
+
+    Sneyers 2022, github.com/cloudinary/ssimulacra2.
+
+    Raises:
+        ValueError: the pictures differ in size.
+    """
+    from ssimulacra2 import compute_ssimulacra2
+
+    _difference(a, b)
+    return float(compute_ssimulacra2(io.BytesIO(to_png(b)), io.BytesIO(to_png(a))))
+
+
+def flip(a: Levels, b: Levels) -> float:
+    """The mean of FLIP's map of what an eye sees when the pictures alternate: 0 at best, 1 at worst.
+
+    Andersson et al. 2020, "FLIP: A Difference Evaluator for Alternating Images", at 67 pixels per degree.
+
+    Raises:
+        ValueError: the pictures differ in size.
+    """
+    return float(_flip_map(a, b).mean(dtype=np.float64))
+
+
+def flip_worst(a: Levels, b: Levels) -> float:
+    """The mean of FLIP's map in the worst of the blocks of 32 x 32 pixels: it sees the patch that a mean hides.
+
+    Raises:
+        ValueError: the pictures differ in size.
+    """
+    errors = _flip_map(a, b)
+    rows, columns = (range(0, max(1, n - FLIP_BLOCK + 1), FLIP_BLOCK // 2) for n in errors.shape)
+    return max(float(errors[i : i + FLIP_BLOCK, j : j + FLIP_BLOCK].mean()) for i in rows for j in columns)
+
+
+def comb_db(a: Levels, b: Levels) -> float:
+    """How far the difference's spectrum stands out at the harmonics of one period, in dB: a grid shows as a comb.
+
+    A faint grid, as a wrong 8-bit scale leaves it at every patch, is ordinary drift to every metric of pixels. For each
+    axis and each period of 8 to 64 pixels, the mean level (dB) of the harmonics over the median of their neighbours;
+    the largest of these, at least 0.
+
+    Raises:
+        ValueError: the pictures differ in size.
+    """
+    residual = _difference(a, b).mean(axis=-1)
+    return max(0.0, *(_comb_along(side) for side in (residual, residual.T)))
+
+
+def latents_l2(a: Latents, b: Latents) -> float:
+    """``|a - b| / |b|`` of final latents (Euclidean norms), `b` the reference: 0 at best, NaN if either has one.
+
+    The sharpest of all where both are of one run: nothing is rounded to levels, and the decoder does not blur it.
+
+    Raises:
+        ValueError: the latents differ in shape.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"latents of different shapes cannot be compared: {a.shape} and {b.shape}")
+    reference = np.linalg.norm(b.astype(np.float64))
+    difference = np.linalg.norm(a.astype(np.float64) - b)
+    return float(difference / reference) if difference else 0.0
+
+
+def _comb_along(residual: npt.NDArray[np.float64]) -> float:
+    """The gain of the best period along the second axis."""
+    length = residual.shape[1]
+    spectrum = np.fft.rfft((residual - residual.mean(axis=1, keepdims=True)) * np.hanning(length), axis=1)
+    power = np.square(np.abs(spectrum)).mean(axis=0)
+    if not power.any():
+        return 0.0
+    level = 10 * np.log10(power + 1e-9 * power.max())
+    gains = [0.0]
+    for period in range(SHORTEST_PERIOD, min(LONGEST_PERIOD, length // 8) + 1):
+        spacing = length / period
+        harmonics = np.rint(np.arange(1, period // 2 + 1) * spacing).astype(int)
+        reach = max(3, int(spacing / 2))
+        near = harmonics[:, None] + np.concatenate([np.arange(-reach, -1), np.arange(2, reach + 1)])
+        near = np.clip(near, 1, len(level) - 1)
+        gains.append(float((level[np.minimum(harmonics, len(level) - 1)] - np.median(level[near], axis=1)).mean()))
+    return max(gains)
+
+
+def _flip_map(a: Levels, b: Levels) -> npt.NDArray[np.float32]:
+    from flip_evaluator import evaluate
+
+    _difference(a, b)
+    found, _, _ = evaluate(*(side.astype(np.float32) / PEAK for side in (b, a)), "LDR", applyMagma=False)
+    errors: npt.NDArray[np.float32] = found[..., 0]
+    return errors
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A distance between two pictures, how a person calls it, its digits and unit, and which way is nearer.
+
+    `best` is its value for identical pictures; `of_latents` says that it measures their final latents instead.
+    """
+
+    measure: Callable[[Any, Any], float]
+    title: str
+    digits: str
+    unit: str = ""
+    best: float = 0.0
+    of_latents: bool = False
+
+    @property
+    def higher_is_nearer(self) -> bool:
+        """Whether a greater value means a smaller distance: so it is where the best value is not 0."""
+        return self.best > 0
+
+    def holds(self, value: float, bound: float) -> bool:
+        """Whether a value is within a bound; a NaN is within none."""
+        return value >= bound if self.higher_is_nearer else value <= bound
+
+    def loosened(self, bound: float, floor: float, times: float) -> float:
+        """A bound that is never tighter than `times` the distance that the noise floor has: of a PSNR, in amplitude."""
+        if math.isinf(self.best):
+            return min(bound, floor - 20 * math.log10(times))
+        if self.higher_is_nearer:
+            return min(bound, self.best - times * (self.best - floor))
+        return max(bound, times * floor)
+
+    def text(self, value: float) -> str:
+        """A value with its unit."""
+        return "identical" if math.isinf(value) else f"{value:{self.digits}}{self.unit}"
+
+    def bound_text(self, bound: float) -> str:
+        """A limit with its unit."""
+        return f"{bound:.4g}{self.unit}"
+
+
+METRICS: Mapping[str, Metric] = MappingProxyType(
+    {
+        "psnr_db": Metric(psnr_db, "PSNR", ".2f", " dB", best=math.inf),
+        "max_abs": Metric(max_abs, "largest difference", "g", " levels"),
+        "mean_abs": Metric(mean_abs, "mean difference", ".3g", " levels"),
+        "changed_share": Metric(changed_share, "share of changed pixels", ".3g"),
+        "ssim": Metric(ssim, "SSIM", ".4f", best=1.0),
+        "ssimulacra2": Metric(ssimulacra2, "SSIMULACRA 2", ".1f", best=100.0),
+        "flip": Metric(flip, "FLIP", ".4f"),
+        "flip_worst": Metric(flip_worst, "FLIP of the worst block", ".4f"),
+        "comb_db": Metric(comb_db, "comb of a grid", ".1f", " dB"),
+        "latents_l2": Metric(latents_l2, "latents, relative L2", ".2e", of_latents=True),
+    }
+)
+
+
+HEAT_TOP = 64  # levels, from which on a heat map is brightest
+_HEAT = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]], dtype=np.float64)
+
+
+def heat_map(a: Levels, b: Levels) -> Levels:
+    """Where two pictures differ, and how much: black is equal, then purple, red, orange and yellow for 64 levels.
+
+    The largest difference of any channel, on a logarithmic scale, so that one level is seen too. What a person looks
+    at, not what is judged. The colours are five of matplotlib's "inferno".
+
+    Raises:
+        ValueError: the pictures differ in size.
+    """
+    largest = np.abs(_difference(a, b)).max(axis=-1)
+    share = np.log2(1 + np.minimum(largest, HEAT_TOP)) / np.log2(1 + HEAT_TOP)
+    stops = np.linspace(0, 1, len(_HEAT))
+    colours = np.stack([np.interp(share, stops, channel) for channel in _HEAT.T], axis=-1)
+    heat: Levels = colours.round().astype(np.uint8)
+    return heat
+
+
+def to_levels(picture: Image.Image) -> Levels:
+    """A PIL picture as levels, (height, width, 3)."""
+    return np.asarray(picture.convert("RGB"), dtype=np.uint8)
+
+
+def to_png(picture: Levels) -> bytes:
+    """Levels as a PNG file; the same levels give the same bytes, and no metadata goes in."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _difference(a: Levels, b: Levels) -> npt.NDArray[np.int32]:
+    """``a - b`` in a type that holds it, and its square."""
+    for picture in (a, b):
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3 or not picture.size:
+            raise ValueError(
+                f"a picture is uint8 (height, width, 3): got {picture.dtype} {picture.shape}; convert it with to_levels"
+            )
+    if a.shape != b.shape:
+        raise ValueError(
+            f"pictures of different sizes cannot be compared: {a.shape[1]}x{a.shape[0]} and {b.shape[1]}x{b.shape[0]}; "
+            "render both at one size"
+        )
+    return a.astype(np.int32) - b.astype(np.int32)

@@ -1,0 +1,59 @@
+"""Pages that hold everything that they show: one look, pictures as data, and the dozen lines of script of the sliders.
+
+Such a page asks the network for nothing: it can be mailed, kept as a CI artifact and opened in ten years. jinja2 is
+imported where a page is made.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+SLIDER = """
+for (const slider of document.querySelectorAll(".slider")) {
+  const range = slider.querySelector("input");
+  range.hidden = false;
+  range.addEventListener("input", () => slider.style.setProperty("--at", range.value + "%"));
+}
+"""
+SLIDER_HASH = "sha256-" + base64.b64encode(hashlib.sha256(SLIDER.encode()).digest()).decode()
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An encoded picture as a page shows it; `kind` is its MIME type."""
+
+    data: bytes
+    kind: str = "image/png"
+
+
+def render_page(
+    package: str, template: str, *, filters: Mapping[str, Callable[..., object]] | None = None, **values: object
+) -> str:
+    """Fill a package's template, which may include `style.css` and use `slider` and `slider_hash`.
+
+    Args:
+        package: that has the folder `templates`.
+        template: its name in there; of pages in HTML what is filled in is escaped.
+        filters: the template's own.
+        values: what is filled in; one that is missing is an error.
+    """
+    import jinja2
+
+    loaders = [jinja2.PackageLoader(name) for name in (package, "lora_fuse.pictures")]
+    environment = jinja2.Environment(
+        loader=jinja2.ChoiceLoader(loaders),
+        autoescape=".html" in template,  # noqa: S701  (the other pages are Markdown)
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"data_uri": data_uri, **(filters or {})}
+    return environment.get_template(template).render(slider=SLIDER, slider_hash=SLIDER_HASH, **values)
+
+
+def data_uri(picture: Image) -> str:
+    """A picture as an address, for a page that holds it."""
+    return f"data:{picture.kind};base64," + base64.b64encode(picture.data).decode("ascii")

@@ -1,0 +1,280 @@
+"""Renders each case from the merged checkpoint and from the base with the LoRAs unfused, in one process.
+
+Then once more unfused with its weights moved by one rounding, which gives the noise floor; and, if asked, from the base
+alone at its own settings, to show what the LoRA saves. Merged and unfused transformer are never in memory together;
+text encoder, VAE, tokenizer and processor are loaded once.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_fuse.errors import OutOfMemory
+from lora_fuse.fusion.plan import Plan
+from lora_fuse.pictures.metrics import to_levels, to_png
+from lora_fuse.pictures.noise_floor import jitter
+from lora_fuse.pictures.placement import advice, place
+from lora_fuse.pictures.render import (
+    Case,
+    Pipeline,
+    Rendered,
+    Sampling,
+    check_pictures,
+    load_pipeline,
+    make_scheduler,
+    open_picture,
+    render,
+    shared_components,
+)
+from lora_fuse.pictures.render_progress import Watch
+from lora_fuse.pictures.unfused_lora import attach
+from lora_fuse.regression.verdicts import CaseResult, Golden, Picture, Rules, Subject, examine
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What the sides share: pipeline class, sampling, scheduler settings (empty: the folder's own), placement, dtype.
+
+    `baseline` is how the base alone is run; None leaves that side out.
+    """
+
+    pipeline: str
+    sampling: Sampling
+    scheduler: Mapping[str, object]
+    placement: str
+    dtype: str
+    baseline: Sampling | None = None
+
+    @property
+    def sides(self) -> tuple[Sampling, ...]:
+        """How each side is sampled: merged, unfused, the noise floor, and the base alone if it is asked for."""
+        return (*[self.sampling] * 3, *([self.baseline] if self.baseline else []))
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One case, rendered from the merged checkpoint and from base + LoRA, and what belongs to it.
+
+    `floor` is base + LoRA again with weights moved by one rounding; `unfused_by` says who put the LoRA beside the base,
+    see `lora_fuse.pictures.unfused_lora`; `baseline` is the base alone.
+    """
+
+    case: Case
+    merged: Rendered
+    unfused: Rendered
+    floor: Rendered
+    unfused_by: str
+    baseline: Rendered | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class References:
+    """What a merge is compared with, of the same run: a picture per case, and who attached the LoRA."""
+
+    unfused: list[Rendered]
+    floor: list[Rendered]
+    baseline: Sequence[Rendered | None]
+    unfused_by: str
+
+
+def check_cases(cases: Iterable[Case], setup: Setup) -> None:
+    """Open every input picture and count them: nothing is loaded or rendered for a run that cannot end well.
+
+    Raises:
+        RenderFailed: a picture is missing or none, or their number does not suit the pipeline.
+    """
+    for case in cases:
+        check_pictures(setup.pipeline, case)
+        for path in case.images:
+            open_picture(path, case)
+
+
+def render_pairs(
+    merged: Path,
+    plan: Plan,
+    cases: Sequence[Case],
+    setup: Setup,
+    watch: Watch | None = None,
+    shared: Mapping[str, object] | None = None,
+) -> list[Pair]:
+    """Render every case from both sides.
+
+    The merged side is loaded as a user would load it, with the scheduler that lies in the repository; the unfused side
+    is the plan's base with the recipe's scheduler, so a wrong scheduler in the repository shows. `shared` are parts of
+    the base's pipeline that are loaded already, see `shared_components`.
+
+    Raises:
+        RenderFailed: a side cannot be loaded or run.
+        OutOfMemory: the GPU's memory is short; the message names the placement to try.
+    """
+    watch = watch or Watch()
+    watch.loads("merged")
+    pipe = load_pipeline(merged, setup.pipeline, dtype=setup.dtype, shared=shared)
+    ours = render_all(pipe, cases, setup.sampling, setup.placement, side="merged", watch=watch)
+    shared = shared_components(pipe)
+    drop_transformer(pipe)
+    theirs = render_references(plan, cases, setup, shared, watch)
+    return pair_up(cases, ours, theirs)
+
+
+def pair_up(cases: Sequence[Case], merged: Sequence[Rendered], references: References) -> list[Pair]:
+    """Each case's merged picture and what it is compared with; all in the order of the cases."""
+    sides = zip(cases, merged, references.unfused, references.floor, references.baseline, strict=True)
+    by = references.unfused_by
+    return [Pair(case, one, unfused, floor, by, alone) for case, one, unfused, floor, alone in sides]
+
+
+def render_references(
+    plan: Plan,
+    cases: Sequence[Case],
+    setup: Setup,
+    shared: Mapping[str, object] | None = None,
+    watch: Watch | None = None,
+) -> References:
+    """Render every case from the base alone if asked, with the LoRAs beside it, and with its weights moved.
+
+    Args:
+        plan: what is fused, into which base.
+        cases: see `render_pairs`.
+        setup: see `render_pairs`.
+        shared: parts of the merged pipeline.
+        watch: is told of what is rendered.
+
+    Raises:
+        RenderFailed: see `render_pairs`.
+        OutOfMemory: see `render_pairs`.
+    """
+    import torch
+
+    from lora_fuse.fusion.torch_adder import TORCH_DTYPES
+
+    base = plan.checkpoint.root
+    watch = watch or Watch()
+    watch.loads("the base")
+    pipe = load_pipeline(base, setup.pipeline, dtype=setup.dtype, shared=shared)
+    alone: Sequence[Rendered | None] = [None] * len(cases)
+    if setup.baseline is not None:  # as its authors run it: no LoRA, its own scheduler, steps and CFG
+        alone = render_all(pipe, cases, setup.baseline, setup.placement, side="base alone", watch=watch)
+        shared = shared_components(pipe)
+        drop_transformer(pipe)
+        pipe = load_pipeline(base, setup.pipeline, dtype=setup.dtype, shared=shared)
+    if setup.scheduler:
+        pipe.register_modules(scheduler=make_scheduler(setup.scheduler))
+    by = attach_beside(pipe, plan)
+    unfused = render_all(pipe, cases, setup.sampling, setup.placement, side="unfused", watch=watch)
+    stored = {target.tensor.dtype for target in plan.targets.values()}
+    dtypes = [getattr(torch, setup.dtype), *(TORCH_DTYPES[dtype] for dtype in stored)]
+    jitter(pipe.transformer, plan.targets, dtypes)
+    floor = render_all(pipe, cases, setup.sampling, setup.placement, side="floor", watch=watch)
+    drop_transformer(pipe)
+    return References(unfused, floor, alone, by)
+
+
+def attach_beside(pipe: Pipeline, plan: Plan) -> str:
+    """Attach the LoRAs while the parts that are placed already are out of sight.
+
+    diffusers takes what accelerate has spread over GPUs for offloaded, and would then offload the transformer too.
+    """
+    placed = shared_components(pipe)
+    pipe.register_modules(**dict.fromkeys(placed))
+    by = attach(pipe, plan)
+    pipe.register_modules(**placed)
+    return by
+
+
+def render_all(
+    pipe: Pipeline,
+    cases: Iterable[Case],
+    sampling: Sampling,
+    placement: str,
+    *,
+    side: str = "",
+    watch: Watch | None = None,
+) -> list[Rendered]:
+    """Place a pipeline and render every case with it.
+
+    Args:
+        pipe: loaded on the CPU.
+        cases: what to make.
+        sampling: how to make it.
+        placement: see `lora_fuse.pictures.placement`.
+        side: what `watch` is told that this is.
+        watch: is told of what is rendered.
+
+    Raises:
+        RenderFailed: it cannot be run.
+        OutOfMemory: the GPU's memory is short; the message names the placement to try.
+    """
+    place(pipe, placement)
+    try:
+        return [_render_watched(pipe, case, sampling, side, watch or Watch()) for case in cases]
+    except OutOfMemory as error:
+        raise OutOfMemory(f"{error}, {advice(placement)}") from error
+
+
+def _render_watched(pipe: Pipeline, case: Case, sampling: Sampling, side: str, watch: Watch) -> Rendered:
+    with watch.picture(side, case.name, sampling) as on_step:
+        return render(pipe, case, sampling, on_step)
+
+
+def drop_transformer(pipe: Pipeline) -> None:
+    """Give the memory back before the other transformer is loaded."""
+    import torch
+
+    pipe.register_modules(transformer=None)
+    gc.collect()
+    torch.cuda.empty_cache()  # without a GPU it does nothing
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedPair:
+    """A pair and what it came to."""
+
+    pair: Pair
+    result: CaseResult
+
+    @property
+    def name(self) -> str:
+        """The case's name."""
+        return self.pair.case.name
+
+
+def judge_pairs(pairs: Sequence[Pair], goldens: Mapping[str, Sequence[Golden]], rules: Rules) -> list[JudgedPair]:
+    """Compare every pair with each other, with its noise floor and with the goldens of its case.
+
+    Args:
+        pairs: what was rendered.
+        goldens: approved pictures by case, see `lora_fuse.regression.goldens.Goldens`.
+        rules: what the cases are held to.
+    """
+    judged = []
+    for pair in pairs:
+        case = pair.case
+        size = (case.width, case.height) if case.width and case.height else None
+        merged, unfused, floor = map(picture_of, (pair.merged, pair.unfused, pair.floor))
+        subject = Subject(case.name, case.prompt, case.seed, size)
+        judged.append(JudgedPair(pair, examine(subject, merged, unfused, goldens.get(case.name, ()), rules, floor)))
+    return judged
+
+
+def picture_of(rendered: Rendered) -> Picture:
+    """What is judged of a rendered picture."""
+    return Picture(to_levels(rendered.image), rendered.nonfinite, rendered.latents, rendered.sigmas)
+
+
+def save_pictures(judged: Sequence[JudgedPair], folder: Path) -> None:
+    """Write ``CASE.merged.png``, ``CASE.unfused.png`` and so on, lossless; an approval copies the first.
+
+    What an earlier run left in `folder` goes, but only now that there is something to put in its place.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for case in judged:
+        sides = {"merged": case.pair.merged, "unfused": case.pair.unfused, "baseline": case.pair.baseline}
+        for side, rendered in sides.items():
+            if rendered is not None:
+                (folder / f"{case.name}.{side}.png").write_bytes(to_png(to_levels(rendered.image)))

@@ -1,0 +1,328 @@
+"""Pictures from a diffusers folder, with or without LoRAs: the only module that knows diffusers and transformers.
+
+Nothing is fetched, the libraries print nothing, and what they let pass with a warning (a LoRA of which no layer was
+loaded) is refused. They are imported inside the functions: three seconds that a no-op must not pay.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from lora_fuse.errors import OutOfMemory, RenderFailed
+from lora_fuse.pictures.cost import Cost, Meter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+Pipeline: TypeAlias = Any  # a diffusers.DiffusionPipeline; diffusers is not typed
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+# The pipelines that can be called, and how many input pictures each takes.
+PICTURES: Mapping[str, range] = {
+    "QwenImagePipeline": range(1),
+    "QwenImageEditPipeline": range(1, 2),
+    "QwenImageEditPlusPipeline": range(1, 4),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One picture to make; height and width in pixels, None for the pipeline's own choice."""
+
+    name: str
+    prompt: str
+    seed: int
+    images: tuple[Path, ...] = ()
+    height: int | None = None
+    width: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How it is made; `true_cfg_scale` 1.0 turns guidance, and with it the negative prompt, off.
+
+    `condition_area`: see the function of that name.
+    """
+
+    steps: int
+    true_cfg_scale: float
+    negative_prompt: str | None
+    condition_area: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSpec:
+    """A LoRA file for the transformer and the scale at which it acts."""
+
+    name: str
+    path: Path
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A picture and how it came about.
+
+    Attributes:
+        image: as a user would save it.
+        latents: the final ones, float32, in the pipeline's own packing.
+        sigmas: visited, as many as steps, then 0.
+        nonfinite: how many of the height x width x 3 values were NaN or infinite; they are painted 0.
+        cost: time and memory.
+    """
+
+    image: Image.Image
+    latents: npt.NDArray[np.float32]
+    sigmas: tuple[float, ...]
+    nonfinite: int
+    cost: Cost
+
+
+def quiet_libraries() -> None:
+    """Turn off the progress bars and the warnings of diffusers, transformers and the Hub client, process-wide."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # before diffusers: importing it makes transformers warn
+    import diffusers
+
+    diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
+
+
+def allow_missing_torchvision() -> None:
+    """Let `Qwen2VLProcessor` be loaded where torchvision is not installed; elsewhere do nothing.
+
+    transformers has no video processor without torchvision, and the processor insists on one although the edit
+    pipelines never pass it a video. CPU builds of torch come without torchvision, so its name is taken off the list
+    of the processor's parts.
+    """
+    from transformers import Qwen2VLProcessor
+    from transformers.utils import is_torchvision_available
+
+    if not is_torchvision_available():
+        Qwen2VLProcessor.get_attributes = classmethod(lambda _: ["image_processor", "tokenizer"])
+
+
+@contextmanager
+def condition_area(pixels: int | None) -> Iterator[None]:
+    """Within it, the edit pipelines scale input pictures to `pixels` in all, where they would to a megapixel or more.
+
+    They have no argument for it; every size that they choose comes from one function in the module of each. A model
+    that was trained on small pictures needs it. None changes nothing.
+    """
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+
+    modules = (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus) if pixels else ()
+    own = [module.calculate_dimensions for module in modules]
+
+    def limited(choose: Callable[[float, float], Any]) -> Callable[[float, float], Any]:
+        return lambda area, ratio: choose(min(area, pixels or area), ratio)
+
+    for module in modules:
+        module.calculate_dimensions = limited(module.calculate_dimensions)
+    try:
+        yield
+    finally:
+        for module, function in zip(modules, own, strict=True):
+            module.calculate_dimensions = function
+
+
+def load_pipeline(
+    folder: Path,
+    pipeline: str,
+    *,
+    dtype: str,
+    shared: Mapping[str, object] | None = None,
+) -> Pipeline:
+    """Load a diffusers folder on the CPU as the named pipeline class, whichever class its model_index.json names.
+
+    Args:
+        folder: a complete diffusers repository; nothing is looked up elsewhere.
+        pipeline: one of `PICTURES`.
+        dtype: one of `DTYPES`; weights stored in another are converted.
+        shared: parts of another pipeline, see `shared_components`; those that this one has no use for are left out.
+
+    Raises:
+        RenderFailed: the class or dtype is unknown, or the folder cannot be loaded as it.
+    """
+    check_pipeline(pipeline)
+    if dtype not in DTYPES:
+        raise RenderFailed(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+    if not (folder / "model_index.json").is_file():
+        raise RenderFailed(f"{folder} has no model_index.json: give the folder of a whole diffusers pipeline")
+    quiet_libraries()
+    allow_missing_torchvision()
+    import diffusers
+    import torch
+
+    kind = getattr(diffusers, pipeline)
+    parts = {name: part for name, part in (shared or {}).items() if name in inspect.signature(kind).parameters}
+    try:
+        pipe = kind.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True, **parts)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RenderFailed(f"{folder} cannot be loaded as {pipeline}: {_one_line(error)}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def check_pipeline(pipeline: str) -> None:
+    """Refuse a pipeline class that is not one of `PICTURES`.
+
+    Raises:
+        RenderFailed: it is not; the message has the nearest.
+    """
+    if pipeline not in PICTURES:
+        near = get_close_matches(pipeline, PICTURES, n=3, cutoff=0.0)
+        raise RenderFailed(f"unknown pipeline class {pipeline!r}: did you mean {' or '.join(near)}?")
+
+
+def make_scheduler(config: Mapping[str, object]) -> object:
+    """The scheduler of every model here, from its config."""
+    import diffusers
+
+    return diffusers.FlowMatchEulerDiscreteScheduler.from_config(dict(config))
+
+
+def shared_components(pipe: Pipeline) -> dict[str, object]:
+    """Everything that two pipelines for the same base can share: all but the transformer and the scheduler."""
+    own = ("transformer", "scheduler")
+    return {name: part for name, part in pipe.components.items() if name not in own and part is not None}
+
+
+def load_loras(pipe: Pipeline, loras: Sequence[LoraSpec], expected_modules: int) -> int:
+    """Attach LoRAs, unfused, and check that they arrived: diffusers may load no layer at all and only warn.
+
+    Args:
+        pipe: a loaded pipeline; its transformer is changed.
+        loras: act together, each at its scale.
+        expected_modules: modules that each LoRA targets, summed over the LoRAs.
+
+    Returns:
+        The number of modules that were given an adapter, so `expected_modules`.
+
+    Raises:
+        RenderFailed: diffusers cannot read a file, or attached another number of modules.
+    """
+    adapters = [f"lora_{number}" for number in range(len(loras))]  # torch forbids dots, which names may have
+    for lora, adapter in zip(loras, adapters, strict=True):
+        _load_lora(pipe, lora, adapter)
+    factors = [getattr(module, "lora_A", {}) for module in pipe.transformer.modules()]
+    attached = sum(adapter in factor for adapter in adapters for factor in factors)
+    if attached != expected_modules:
+        names = ", ".join(lora.name for lora in loras)
+        raise RenderFailed(
+            f"diffusers attached {attached} of {expected_modules} LoRA modules ({names}): pictures would show "
+            "another LoRA; convert the keys to the form transformer.X.lora_A.weight"
+        )
+    pipe.set_adapters(adapters, [lora.scale for lora in loras])
+    return attached
+
+
+def _load_lora(pipe: Pipeline, lora: LoraSpec, adapter: str) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second LoRA is what is meant
+            pipe.load_lora_weights(lora.path.parent, weight_name=lora.path.name, adapter_name=adapter)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise RenderFailed(f"diffusers cannot load LoRA {lora.name} ({lora.path}): {_one_line(error)}") from error
+
+
+def render(pipe: Pipeline, case: Case, sampling: Sampling, on_step: Callable[[], None] = lambda: None) -> Rendered:
+    """Make one picture, the noise drawn on the CPU so that every device starts from the same.
+
+    Args:
+        pipe: loaded and placed.
+        case: what to make.
+        sampling: how to make it.
+        on_step: is called at the end of every denoising step.
+
+    Raises:
+        RenderFailed: an input picture cannot be read, or their number does not suit the pipeline.
+        OutOfMemory: the GPU's memory is short.
+    """
+    import torch
+
+    arguments = _pictures(type(pipe).__name__, case) | _size(case)
+    meter, final = Meter(), []
+
+    def after_step(_: Pipeline, step: int, __: object, tensors: dict[str, Any]) -> dict[str, Any]:
+        meter.step()
+        on_step()
+        if step == sampling.steps - 1:
+            final.append(tensors["latents"].detach().float().cpu().numpy())
+        return {}
+
+    try:
+        with condition_area(sampling.condition_area):
+            output = pipe(
+                prompt=case.prompt,
+                negative_prompt=sampling.negative_prompt,
+                true_cfg_scale=sampling.true_cfg_scale,
+                num_inference_steps=sampling.steps,
+                generator=torch.Generator("cpu").manual_seed(case.seed),
+                output_type="np",  # "pil" would paint NaN as black and say nothing
+                callback_on_step_end=after_step,
+                **arguments,
+            )
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(f"case {case.name} does not fit the GPU's memory") from error
+    cost = meter.stop()
+    values = output.images[0]  # (height, width, 3) float32 in [0, 1]
+    finite = np.isfinite(values)
+    levels = (np.where(finite, values, 0.0) * 255).round().astype(np.uint8)
+    sigmas = tuple(pipe.scheduler.sigmas.tolist())
+    return Rendered(Image.fromarray(levels), final[0], sigmas, int((~finite).sum()), cost)
+
+
+def _pictures(pipeline: str, case: Case) -> dict[str, object]:
+    """The `image` argument: one picture as itself, several as a list, none not at all."""
+    check_pictures(pipeline, case)
+    pictures = [open_picture(path, case) for path in case.images]
+    return {"image": pictures[0] if len(pictures) == 1 else pictures} if pictures else {}
+
+
+def check_pictures(pipeline: str, case: Case) -> None:
+    """Whether a pipeline takes as many input pictures as a case has.
+
+    Raises:
+        RenderFailed: it does not, or the pipeline is unknown.
+    """
+    check_pipeline(pipeline)
+    allowed = PICTURES[pipeline]
+    if len(case.images) not in allowed:
+        wanted = str(allowed[0]) if len(allowed) == 1 else f"{allowed[0]} to {allowed[-1]}"
+        raise RenderFailed(f"case {case.name} has {len(case.images)} input pictures and {pipeline} takes {wanted}")
+
+
+def _size(case: Case) -> dict[str, object]:
+    sides = {"height": case.height, "width": case.width}
+    return {side: pixels for side, pixels in sides.items() if pixels is not None}
+
+
+def open_picture(path: Path, case: Case) -> Image.Image:
+    """An input picture, upright and RGB as `diffusers.utils.load_image` gives it.
+
+    Raises:
+        RenderFailed: it is missing or no picture.
+    """
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except OSError as error:
+        raise RenderFailed(f"case {case.name}: input picture {path} cannot be read: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,153 @@
+"""Shows which picture is being made, how fast, and how long the rest will take, guessed from those that are done."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lora_fuse.machine.progress import EVERY, Clock, bar, guess, human_seconds, is_silent, tell
+from lora_fuse.machine.rates import remember
+
+if TYPE_CHECKING:
+    from lora_fuse.pictures.render import Sampling
+
+
+def passes(sampling: Sampling) -> int:
+    """How often a picture calls the transformer, which is nearly all of its work: twice a step with guidance."""
+    return sampling.steps * _per_step(sampling)
+
+
+def _per_step(sampling: Sampling) -> int:
+    return 2 if sampling.true_cfg_scale > 1 and sampling.negative_prompt is not None else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is to be rendered: every case once for each side.
+
+    Attributes:
+        name: what a rate is remembered by, see `lora_fuse.machine.rates`.
+        cases: how many.
+        sides: how each side is sampled.
+    """
+
+    name: str
+    cases: int
+    sides: tuple[Sampling, ...]
+
+    @property
+    def stage(self) -> str:
+        """Who renders: the first word of the name."""
+        return self.name.partition(" ")[0]
+
+    @property
+    def pictures(self) -> int:
+        """How many there will be."""
+        return self.cases * len(self.sides)
+
+    @property
+    def work(self) -> int:
+        """Calls of the transformer for all of them."""
+        return self.cases * sum(map(passes, self.sides))
+
+    def __str__(self) -> str:
+        return f"{self.pictures} pictures, {len(self.sides)} of each of {self.cases} cases"
+
+    @property
+    def guess(self) -> str:
+        """How long it will take, as the end of a sentence."""
+        return guess(self.name, self.work, in_bytes=False)
+
+    def took(self, seconds: float) -> str:
+        """What it came to."""
+        return (
+            f"{self.pictures} pictures in {human_seconds(seconds)}, {seconds / self.pictures:.1f} s each with loading"
+        )
+
+
+@dataclass(slots=True)
+class Watch:
+    """Is told by those who render what they do, and says it.
+
+    Attributes:
+        task: what will be rendered, if that is known.
+        say: shows a sentence, and how much of the task's work is done.
+    """
+
+    task: Task | None = None
+    say: Callable[[str, int], None] = lambda _, __: None
+    _made: int = 0
+    _done: int = 0  # calls of the transformer, by whole pictures
+    _seconds: float = 0.0  # of those
+    _picture: Clock = field(default_factory=Clock)
+
+    def loads(self, side: str) -> None:
+        """A side is about to be loaded."""
+        self.say(f"loading {side}", self._done)
+
+    @contextmanager
+    def picture(self, side: str, case: str, sampling: Sampling) -> Iterator[Callable[[], None]]:
+        """Around the making of one picture.
+
+        Yields:
+            The function to call at the end of every step.
+        """
+        of = f"/{self.task.pictures}" if self.task else ""
+        label = f"picture {self._made + 1}{of}, {case} {side}"
+        self._picture, step = Clock(), 0
+        self.say(label, self._done)
+
+        def after_step() -> None:
+            nonlocal step
+            step += 1
+            pace = f"step {step}/{sampling.steps}, {self._picture.seconds / step:.2f} s/step"
+            self.say(f"{label}, {pace}{self._left()}", self._done + step * _per_step(sampling))
+
+        yield after_step
+        self._made += 1
+        self._done += passes(sampling)
+        self._seconds += self._picture.seconds
+        took, self._picture = human_seconds(self._picture.seconds), Clock()
+        self.say(f"{label}, {took}{self._left()}", self._done)
+
+    def _left(self) -> str:
+        """What is left, as the end of a sentence; before the first picture is done nothing is known."""
+        if not self._done or self.task is None or self._done >= self.task.work:
+            return ""
+        left = (self.task.work - self._done) * self._seconds / self._done - self._picture.seconds
+        return f", about {human_seconds(max(left, 0.0))} left"
+
+
+@contextmanager
+def watching(task: Task) -> Iterator[Watch]:
+    """A watch that shows on stderr what it is told: a bar on a terminal, a line now and then elsewhere."""
+    clock = Clock()
+    if is_silent():
+        yield Watch(task)
+    elif sys.stderr.isatty():
+        with bar(task.stage, task.work, bar_format=f"{task.stage} {{percentage:.0f}}%: {{desc}}") as shown:
+
+            def update(sentence: str, done: int) -> None:
+                shown.update(done - shown.n)
+                shown.set_description_str(sentence)
+
+            yield Watch(task, update)
+    else:
+        yield Watch(task, _now_and_then(task.stage))
+    remember(task.name, task.work, clock.seconds)
+
+
+def _now_and_then(stage: str) -> Callable[[str, int], None]:
+    shown = time.monotonic()
+
+    def say(sentence: str, _: int) -> None:
+        nonlocal shown
+        if time.monotonic() - shown >= EVERY:
+            shown = time.monotonic()
+            tell(f"{stage}: {sentence}")
+
+    return say

@@ -1,0 +1,102 @@
+"""LoRAs beside the base's weights instead of in them: the picture that a merged one is compared with.
+
+diffusers attaches a LoRA itself where it can read it: other code than ours, from the file on. What it cannot read, or
+has no notion of (modules left out, scales of their own), is attached here.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lora_fuse.errors import RenderFailed
+from lora_fuse.fusion.adder import read_differences
+from lora_fuse.fusion.plan import Plan, Target
+from lora_fuse.lora.deltas import Decomposed, Difference
+from lora_fuse.lora.key_formats import Algorithm
+from lora_fuse.pictures.render import LoraSpec, Pipeline, load_loras
+
+if TYPE_CHECKING:
+    import torch
+
+DIFFUSERS = "diffusers"
+
+
+def attach(pipe: Pipeline, plan: Plan) -> str:
+    """Let the LoRAs of a plan act in a pipeline of its base.
+
+    Returns:
+        Who attached them, for the report: `DIFFUSERS`, or why it was done here.
+    """
+    reason = _beyond_diffusers(plan)
+    if reason is None:
+        specs = [LoraSpec(lora.name, lora.path, lora.scale) for lora in plan.inputs]
+        try:
+            load_loras(pipe, specs, plan.modules)
+        except RenderFailed as error:
+            reason = str(error)
+            pipe.unload_lora_weights()
+        else:
+            return DIFFUSERS
+    attach_differences(pipe.transformer, plan.targets)
+    return f"lora-fuse, for {reason}"
+
+
+def _beyond_diffusers(plan: Plan) -> str | None:
+    if not plan.selection.everything:
+        return "the recipe leaves modules out or scales them"
+    algorithms = {update.algorithm for lora in plan.loras for update in lora.updates}
+    if others := algorithms - {str(Algorithm.LORA)}:
+        return f"diffusers does not read {', '.join(sorted(others))}"
+    return None
+
+
+def attach_differences(model: torch.nn.Module, targets: Mapping[str, Target]) -> None:
+    """Add to what a module gives what it would give with the difference in the place of its parameters.
+
+    Every module that has targets is linear in its parameters, so that is what the sum of both would give; the
+    difference has the precision of the pictures, and is not rounded to the base's.
+    """
+    modules: dict[str, dict[str, Target]] = defaultdict(dict)
+    for name, target in targets.items():
+        module, _, parameter = name.rpartition(".")
+        modules[module][parameter] = target
+    for name, found in modules.items():
+        model.get_submodule(name).register_forward_hook(_Beside(found), with_kwargs=True)
+
+
+class _Beside:
+    """A forward hook that adds the output of the same module with its differences as parameters."""
+
+    def __init__(self, targets: Mapping[str, Target]) -> None:
+        self._differences = {name: read_differences(target) for name, target in targets.items()}
+        self._inside = False
+
+    def __call__(self, module: torch.nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> torch.Tensor | None:
+        if self._inside:
+            return None
+        import torch
+
+        self._inside = True
+        try:
+            parameters = {
+                name: _as_parameter(parameter, self._differences.get(name, ()))
+                for name, parameter in module.named_parameters(recurse=False)
+            }
+            added: torch.Tensor = torch.func.functional_call(module, parameters, args, kwargs)
+        finally:
+            self._inside = False
+        return output + added
+
+
+def _as_parameter(parameter: torch.Tensor, differences: Sequence[Difference]) -> torch.Tensor:
+    import torch
+
+    on_cpu = any(isinstance(one, Decomposed) for one in differences)
+    weight = parameter.detach().to("cpu" if on_cpu else parameter.device, torch.float64)
+    weight = weight.reshape(len(weight), -1)
+    total = torch.zeros_like(weight)
+    for one in differences:
+        one.add_to(total, weight, 0, 0)
+    return total.view(parameter.shape).to(parameter)

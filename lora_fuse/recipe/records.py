@@ -1,0 +1,222 @@
+"""The JSON records that pass between stages: locks, the manifest. Data and text only; no file is opened here.
+
+Invariant: a record holds no absolute path, no host name and no clock time, so the same build gives the same text
+everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from lora_fuse.errors import BadSource
+
+SCHEMA = 1
+
+Origin = Literal["fused", "base", "generated"]
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """One file: its size in bytes and the sha256 of its content (lower-case hex)."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class MergedFile:
+    """One file of a merged checkpoint and where its bytes come from (`from` in JSON)."""
+
+    size: int
+    sha256: str
+    origin: Annotated[Origin, Field(alias="from")]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where files come from: a Hub repository at a revision, or a local folder relative to the project.
+
+    Raises:
+        BadSource: not exactly one of `repo_id` and `path` is set.
+    """
+
+    repo_id: str | None = None
+    path: str | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.repo_id is None) == (self.path is None):
+            raise BadSource(
+                "a source is either a Hub repository or a local path: "
+                f"got repo_id={self.repo_id!r} and path={self.path!r}; set exactly one of them"
+            )
+
+    @property
+    def label(self) -> str:
+        """What a person would call it: the repository id or the path."""
+        return self.repo_id or self.path or ""
+
+
+@dataclass(frozen=True, slots=True)
+class License:
+    """The licence of a source as it says itself, or as somebody states it.
+
+    `id` is the Hub's (huggingface.co/docs/hub/repositories-licenses), in lower case; ``other`` goes with `name` and
+    `link`. `origin` is where it was read.
+    """
+
+    id: str
+    name: str | None = None
+    link: str | None = None
+    origin: Literal["hub", "front matter", "licence file", "by hand"] = "hub"
+
+    @property
+    def label(self) -> str:
+        """What a person would call it."""
+        return f"{self.name or self.link or 'unnamed'} (other)" if self.id == "other" else self.id
+
+
+@dataclass(frozen=True, slots=True)
+class Lock:
+    """A source pinned: what was asked for, the commit it meant, and the sha256 of every file used.
+
+    `requested` is the branch, tag or commit that the recipe names, `revision` the 40-hex commit it stood for at
+    download. A local folder has neither: its file hashes are the pin. `files` is keyed by POSIX path. `license` is what
+    the source says of itself at that commit, None if it says nothing.
+    """
+
+    repo_id: str | None
+    path: str | None
+    requested: str | None
+    revision: str | None
+    files: dict[str, FileRecord]
+    license: License | None = None
+
+    @property
+    def label(self) -> str:
+        """What a person would call it: ``repo@commit`` or the path."""
+        return f"{self.repo_id}@{self.revision}" if self.repo_id else str(self.path)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files.values())
+
+    @property
+    def lora_name(self) -> str:
+        """Of a LoRA's lock, the POSIX path that is the LoRA: its file, or its folder if that is PEFT's."""
+        first = next(iter(self.files), "")
+        return first if len(self.files) < 2 else PurePosixPath(first).parent.as_posix()
+
+
+@dataclass(frozen=True, slots=True)
+class LoraLock:
+    """All the LoRAs of a recipe, pinned, keyed by their name in it.
+
+    Each lock holds one safetensors file; of a PEFT folder, also the `adapter_config.json` beside it.
+    """
+
+    schema: int
+    loras: dict[str, Lock]
+
+
+@dataclass(frozen=True, slots=True)
+class BaseLock:
+    """The base of a recipe, pinned."""
+
+    schema: int
+    base: Lock
+
+
+@dataclass(frozen=True, slots=True)
+class MergedLora:
+    """A LoRA as it went into a merge: `scale` is the product that was applied, `sha256` is of the whole file.
+
+    Of a PEFT folder, `filename` is the folder, `sha256` is of its weights and `config_sha256` of the
+    `adapter_config.json` that scales them; the two stand for what was added.
+    """
+
+    name: str
+    scale: float
+    sha256: str
+    filename: str | None = None
+    repo_id: str | None = None
+    path: str | None = None
+    revision: str | None = None
+    license: License | None = None
+    config_sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """The patterns by which modules were chosen and scaled, see `lora_fuse.lora.inputs`."""
+
+    only: tuple[str, ...]
+    skip: tuple[str, ...]
+    scales: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """What built it: package version, git commit of the checkout (if it is one) and whether that was modified."""
+
+    version: str
+    git: str | None = None
+    dirty: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Exports:
+    """What a merged checkpoint was exported to, by POSIX path, and the manifest that it was exported from."""
+
+    schema: int
+    manifest_sha256: str
+    files: dict[str, FileRecord]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything that a merged checkpoint is made of; `files` lists every file of it by POSIX path.
+
+    `selection` is None where every module of every LoRA was fused.
+    """
+
+    schema: int
+    recipe: str | None
+    base: Lock | None
+    loras: tuple[MergedLora, ...]
+    scale: float
+    targets: int
+    files: dict[str, MergedFile]
+    tool: Tool
+    selection: Selected | None = None
+
+
+def to_json(record: object) -> str:
+    """A record as indented JSON with a final newline."""
+    adapter = TypeAdapter(type(record))
+    return adapter.dump_json(record, indent=2, by_alias=True).decode() + "\n"
+
+
+def from_json(kind: type[Record], text: str, where: str) -> Record:
+    """Parse one record; a missing or ill-typed key is refused, an unknown one is ignored.
+
+    Args:
+        kind: the record class.
+        text: JSON.
+        where: what the text is, for the error message (a path).
+
+    Raises:
+        BadSource: the text is not such a record.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        at = ".".join(str(part) for part in first["loc"]) or "the top"
+        raise BadSource(f"{where} is not a {kind.__name__}: at {at}: {first['msg']}; run its stage again") from error

@@ -1,0 +1,51 @@
+"""The licence of a local folder: what the front matter of its README.md says, or what its licence file is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import yaml
+
+from lora_fuse.recipe.records import License
+from lora_fuse.release.licences import license_of
+
+NAMES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE", "LICENCE.md", "LICENCE.txt", "COPYING")
+READ = 1 << 16  # characters of a file that are looked at
+FRONT_MATTER = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---\s*(\n|\Z)", re.DOTALL)
+
+# The Hub's id of a text, by words that must all stand near its beginning in this order, the more special first.
+TEXTS = (
+    ("apache-2.0", r"Apache License\s+Version 2\.0, January 2004"),
+    ("mit", r"Permission is hereby granted, free of charge.*without restriction.*THE SOFTWARE IS PROVIDED"),
+    ("bsd-3-clause", r"Redistribution and use in source and binary forms.*Neither the name.*AS IS"),
+    ("bsd-2-clause", r"Redistribution and use in source and binary forms.*AS IS"),
+    ("cc0-1.0", r"CC0 1\.0 Universal"),
+)
+
+
+def read_license(folder: Path) -> License | None:
+    """The licence that a folder states; None if it states none.
+
+    A licence file that is none of the known texts is ``other``, by the file's name.
+    """
+    readme = FRONT_MATTER.match(_text(folder / "README.md"))
+    try:
+        card = yaml.safe_load(readme[1]) if readme else None
+    except yaml.YAMLError:
+        card = None
+    if isinstance(card, dict) and (stated := license_of(card, "front matter")):
+        return stated
+    for name in NAMES:
+        if text := _text(folder / name):
+            known = next((id_ for id_, words in TEXTS if re.search(words, text, re.DOTALL)), None)
+            return License(known, origin="licence file") if known else License("other", name, None, "licence file")
+    return None
+
+
+def _text(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return file.read(READ)
+    except OSError:  # not there, or not for us: it states nothing
+        return ""

@@ -1,0 +1,1 @@
+"""What is published beside a merged checkpoint: card, licences, provenance, bill of materials, signature."""

@@ -1,0 +1,81 @@
+"""What the stages left, as the card, the provenance and the bill of materials want it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_fuse.errors import PublishRefused
+from lora_fuse.exports.formats import words
+from lora_fuse.fusion.manifest import read_manifest
+from lora_fuse.hub.payload import CARD, Addition
+from lora_fuse.recipe.checkout import this_repository
+from lora_fuse.recipe.paths import Artifacts, read_object, read_rows, read_text
+from lora_fuse.recipe.recipe import Params
+from lora_fuse.recipe.records import Exports, FileRecord, Manifest, from_json
+from lora_fuse.regression.goldens import Candidates
+from lora_fuse.release import evidence as shown
+from lora_fuse.release.block_plot import block_plot
+from lora_fuse.release.bom import ModelFacts, bom_json
+from lora_fuse.release.card import ShownExport, Usage, model_card
+from lora_fuse.release.contents import BOM, PROVENANCE, Contents, public_parameters, write_release
+from lora_fuse.release.licences import Settled, settle
+from lora_fuse.release.slsa import provenance_json
+from stages.gate import decide
+from stages.planning import cases_of
+
+SECTIONS = {"name", "base", "loras", "fuse", "scheduler", "sampling", "export"}  # what the result depends on
+
+
+def contents_of(
+    params: Params, at: Artifacts, manifest: Manifest, manifest_sha256: str, metrics: dict[str, Any], licence: Settled
+) -> Contents:
+    """Everything that is published beside the merged checkpoint, the card among it.
+
+    Raises:
+        PublishRefused: pictures or exports are those of another merge.
+    """
+    cases, exports = cases_of(params), _exports(params, at, manifest_sha256)
+    usage = Usage(params.base.pipeline, **params.sampling.usage, condition_area=params.base.condition_area)
+    found = from_json(Candidates, read_text(at.candidates, "regress"), str(at.candidates))
+    pictures = shown.pictures(cases, found, manifest_sha256, at.images)
+    blocks = [(row["block"], row["relative_norm"]) for row in read_rows(at.blocks, "regress")]
+    evidence = shown.evidence(metrics, cases, shown.PLOT if blocks else None)
+    repo_id, listed = params.publish.repo_id, [ShownExport(name, words(name), r.sha256) for name, r in exports.items()]
+    card = model_card(manifest, usage=usage, evidence=evidence, licence=licence, repo_id=repo_id, exports=listed)
+    parameters = public_parameters(params.model_dump(include=SECTIONS))
+    statement = provenance_json(manifest, exports, parameters=parameters, repository=this_repository())
+    model = ModelFacts(repo_id or params.name, licence.license, usage, shown.measured(metrics, cases))
+    bom = bom_json(manifest, manifest_sha256, exports, model)
+    texts = {CARD: card.encode(), PROVENANCE: statement.encode(), BOM: bom.encode()}
+    texts |= {shown.PLOT: block_plot(blocks)} if blocks else {}
+    return Contents(texts, pictures | {name: (at.exported / name, record) for name, record in exports.items()})
+
+
+def _exports(params: Params, at: Artifacts, manifest_sha256: str) -> dict[str, FileRecord]:
+    if not params.export.formats:
+        return {}
+    found = from_json(Exports, read_text(at.exports, "export"), str(at.exports))
+    if found.manifest_sha256 != manifest_sha256:
+        raise PublishRefused(f"{at.exports} is of another merge; export this one: dvc repro export")
+    return found.files
+
+
+def checked_release(params: Params, at: Artifacts) -> tuple[Manifest, str, dict[str, Addition]]:
+    """The manifest, the card and what else is published, if `verify` and `gate` passed for these very bytes.
+
+    Raises:
+        PublishRefused: they did not, or the licence is not settled and the repository would be public.
+    """
+    manifest, manifest_sha256 = read_manifest(at.manifest)
+    verify, metrics = read_object(at.verify, "verify"), read_object(at.metrics, "regress")
+    code, sentence = decide(verify, metrics, at)
+    if code:
+        raise PublishRefused(f"the gate is not passed: {sentence}")
+    if verify["manifest_sha256"] != manifest_sha256:
+        raise PublishRefused(f"{at.verify} is about other bytes than {at.manifest}; check these first: dvc repro")
+    licence = settle(manifest, params.publish.license)
+    if licence.problem and not params.publish.private:
+        raise PublishRefused(licence.problem)
+    contents = contents_of(params, at, manifest, manifest_sha256, metrics, licence)
+    beside = write_release(at.release, at.merged, manifest, contents, params.publish.signing.signer)
+    return manifest, beside.pop(CARD)[0].read_text(encoding="utf-8"), beside

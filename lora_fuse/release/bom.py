@@ -1,0 +1,170 @@
+"""A merge as a CycloneDX 1.6 bill of materials: the model, what it was made of, its files.
+
+Format: cyclonedx.org/docs/1.6/json, a machine-learning BOM (cyclonedx.org/capabilities/mlbom). The library
+(cyclonedx-python-lib) writes and orders it; it has no class for a model card yet, so `modelCard` is put into its JSON,
+and a test holds the whole against the schema.
+
+Invariant: the same merge gives the same text. The serial number is made from the manifest's sha256,
+and there is no time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from uuid import NAMESPACE_URL, uuid5
+
+from lora_fuse.recipe.records import FileRecord, License, Lock, Manifest, MergedFile, MergedLora
+from lora_fuse.release.card import Usage
+from lora_fuse.release.slsa import purl
+
+if TYPE_CHECKING:
+    from cyclonedx.model.component import Component
+
+# The Hub's licence ids in SPDX's spelling, where they differ in more than the case.
+SPDX = {
+    "apache-2.0": "Apache-2.0",
+    "mit": "MIT",
+    "isc": "ISC",
+    "zlib": "Zlib",
+    "unlicense": "Unlicense",
+    "cc0-1.0": "CC0-1.0",
+    "bsd-2-clause": "BSD-2-Clause",
+    "bsd-3-clause": "BSD-3-Clause",
+    "bsd-3-clause-clear": "BSD-3-Clause-Clear",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A figure of the regression: what it is, of which case, its value."""
+
+    metric: str
+    case: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the model is called, the licence it is published under, how it is meant to be run, what was measured."""
+
+    name: str
+    licence: License
+    usage: Usage
+    measured: tuple[Measured, ...] = ()
+
+
+def bom_json(manifest: Manifest, manifest_sha256: str, exports: Mapping[str, FileRecord], facts: ModelFacts) -> str:
+    """The content of `bom.cdx.json`.
+
+    Args:
+        manifest: of the merge.
+        manifest_sha256: of the manifest's text; makes the serial number.
+        exports: the merge in other formats.
+        facts: what no manifest says.
+    """
+    from cyclonedx.model.bom import Bom
+    from cyclonedx.model.component import Component, ComponentType, Pedigree
+    from cyclonedx.output.json import JsonV1Dot6
+
+    files: Mapping[str, FileRecord | MergedFile] = {**manifest.files, **exports}
+    model = Component(
+        name=facts.name,
+        type=ComponentType.MACHINE_LEARNING_MODEL,
+        bom_ref="model",
+        version=manifest_sha256[:12],
+        licenses=_licences(facts.licence),
+        components=[_file(path, file.sha256, "model") for path, file in files.items()],
+        pedigree=Pedigree(
+            ancestors=[
+                *([_base(manifest.base)] if manifest.base else []),
+                *(_lora(number, lora) for number, lora in enumerate(manifest.loras, start=1)),
+            ],
+            notes=_notes(manifest),
+        ),
+    )
+    bom = Bom(serial_number=uuid5(NAMESPACE_URL, f"urn:lora-fuse:manifest:{manifest_sha256}"))
+    bom.metadata.component = model
+    content = json.loads(JsonV1Dot6(bom).output_as_string())
+    del content["metadata"]["timestamp"]
+    content["metadata"]["component"]["modelCard"] = _model_card(facts.usage, facts.measured)
+    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _file(path: str, sha256: str, owner: str) -> Component:
+    from cyclonedx.model import HashAlgorithm, HashType
+    from cyclonedx.model.component import Component, ComponentType
+
+    hashes = [HashType(alg=HashAlgorithm.SHA_256, content=sha256)]
+    return Component(name=path, type=ComponentType.FILE, bom_ref=f"{owner}/{path}", hashes=hashes)
+
+
+def _base(base: Lock) -> Component:
+    from cyclonedx.model.component import Component, ComponentType
+    from packageurl import PackageURL
+
+    return Component(
+        name=base.repo_id or "base",
+        type=ComponentType.MACHINE_LEARNING_MODEL,
+        bom_ref="base",
+        version=base.revision,
+        purl=PackageURL.from_string(purl(base.repo_id, base.revision)) if base.repo_id else None,
+        licenses=_licences(base.license),
+        components=[_file(path, file.sha256, "base") for path, file in base.files.items()],
+    )
+
+
+def _lora(number: int, lora: MergedLora) -> Component:
+    from cyclonedx.model import HashAlgorithm, HashType, Property
+    from cyclonedx.model.component import Component, ComponentType
+    from packageurl import PackageURL
+
+    file = lora.filename or f"{lora.name}.safetensors"
+    return Component(
+        name=f"{lora.repo_id}/{file}" if lora.repo_id else file,
+        type=ComponentType.MACHINE_LEARNING_MODEL,
+        bom_ref=f"lora-{number}",
+        version=lora.revision,
+        purl=PackageURL.from_string(purl(lora.repo_id, lora.revision, file)) if lora.repo_id else None,
+        licenses=_licences(lora.license),
+        hashes=[HashType(alg=HashAlgorithm.SHA_256, content=lora.sha256)],
+        properties=[Property(name="lora-fuse:scale", value=repr(lora.scale))],
+    )
+
+
+def _licences(stated: License | None) -> list[Any]:
+    from cyclonedx.model import XsUri
+    from cyclonedx.model.license import DisjunctiveLicense
+
+    if stated is None:
+        return []
+    url = XsUri(stated.link) if stated.link else None
+    known = SPDX.get(stated.id)
+    return [DisjunctiveLicense(id=known, url=url) if known else DisjunctiveLicense(name=stated.label, url=url)]
+
+
+def _notes(manifest: Manifest) -> str:
+    scales = ", ".join(f"{lora.name} at {lora.scale:g}" for lora in manifest.loras)
+    return f"The LoRAs ({scales}) are added to {manifest.targets} weights of the base, each sum rounded once."
+
+
+def _model_card(usage: Usage, measured: tuple[Measured, ...]) -> dict[str, Any]:
+    inputs = ["text", "image"] if usage.edits else ["text"]
+    settings = f"Run with exactly {usage.steps} steps at true_cfg_scale {usage.true_cfg_scale:g} and its own scheduler."
+    return {
+        "modelParameters": {
+            "task": usage.task,
+            "architectureFamily": "diffusion transformer",
+            "modelArchitecture": usage.pipeline,
+            "inputs": [{"format": name} for name in inputs],
+            "outputs": [{"format": "image"}],
+        },
+        "quantitativeAnalysis": {
+            "performanceMetrics": [
+                {"type": one.metric, "value": f"{one.value:g}", "slice": one.case} for one in measured
+            ],
+        },
+        "considerations": {"technicalLimitations": [settings]},
+    }

@@ -1,0 +1,125 @@
+"""What a published repository holds beside the merged checkpoint: card, pictures, provenance, a list, a signature.
+
+The list, `lora_fuse.json`, is the manifest with every other file of the repository in it, so that a download can be
+checked file by file; the signature, `model.sig`, is over all of them and the list. `download_check` checks both.
+
+Invariant: all of it is made from records and pictures that the pipeline left, without the network, and the same build
+gives the same bytes (an ECDSA signature is not, so the last one is kept while it is right).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from lora_fuse.errors import PublishRefused
+from lora_fuse.hub.payload import Addition
+from lora_fuse.machine.files import hash_file, replace_bytes
+from lora_fuse.recipe.records import FileRecord, Manifest, MergedFile, to_json
+from lora_fuse.release.signing import SIGNATURE, Signer, keep_or_sign
+
+LIST = "lora_fuse.json"
+PROVENANCE = "provenance.json"
+BOM = "bom.cdx.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What goes beside the merged checkpoint, by POSIX path: `texts` made now, `files` that lie somewhere already."""
+
+    texts: Mapping[str, bytes]
+    files: Mapping[str, Addition]
+
+
+def write_release(
+    folder: Path, merged: Path, manifest: Manifest, contents: Contents, signer: Signer | None
+) -> dict[str, Addition]:
+    """Write to `folder` what is made now, and list and sign everything.
+
+    Args:
+        folder: for texts, list and signature; what else is in it goes, but for the signature of the last time.
+        merged: the merged checkpoint.
+        manifest: its manifest.
+        contents: what goes beside it.
+        signer: None leaves it unsigned.
+
+    Returns:
+        Every file to publish beside the manifest's, by POSIX path, the card among them.
+
+    Raises:
+        PublishRefused: two files have the same path.
+        BadKey: the signer cannot sign.
+    """
+    before = _read(folder / SIGNATURE)
+    shutil.rmtree(folder, ignore_errors=True)
+    additions = dict(contents.files)
+    for name, content in contents.texts.items():
+        additions |= _written(folder, name, content)
+    _refuse_twins(manifest, additions)
+    additions |= _written(folder, LIST, to_json(listed(manifest, additions)).encode())
+    if signer is not None:
+        with TemporaryDirectory(dir=folder.parent, prefix=".release.") as staging:
+            root = Path(staging, "repository")
+            _link(root, {name: merged / name for name in manifest.files})
+            _link(root, {name: path for name, (path, _) in additions.items()})
+            additions |= _written(folder, SIGNATURE, keep_or_sign(root, signer, before))
+    return additions
+
+
+def listed(manifest: Manifest, additions: Mapping[str, Addition]) -> Manifest:
+    """The manifest as it is published: with every file of the repository, and no path of this machine."""
+    more = {name: MergedFile(record.size, record.sha256, "generated") for name, (_, record) in additions.items()}
+    base = manifest.base and replace(manifest.base, path=_last(manifest.base.path))
+    loras = tuple(replace(lora, path=_last(lora.path)) for lora in manifest.loras)
+    return replace(manifest, base=base, loras=loras, files=dict(sorted({**manifest.files, **more}.items())))
+
+
+def public_parameters(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's parameters without paths of this machine: of each `path`, only the last name is left."""
+    return {
+        key: public_parameters(value)
+        if isinstance(value, Mapping)
+        else _last(value)
+        if key == "path" and isinstance(value, str)
+        else value
+        for key, value in sections.items()
+    }
+
+
+def _last(path: str | None) -> str | None:
+    return None if path is None else PurePath(path).name
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+def _written(folder: Path, name: str, content: bytes) -> dict[str, Addition]:
+    replace_bytes(folder / name, content)
+    return {name: (folder / name, FileRecord(len(content), hashlib.sha256(content).hexdigest()))}
+
+
+def _refuse_twins(manifest: Manifest, additions: Mapping[str, Addition]) -> None:
+    for name in sorted(additions):
+        if name in manifest.files or name in (LIST, SIGNATURE):
+            raise PublishRefused(f"{name} is both in the merged checkpoint and made for the repository; fuse again")
+
+
+def _link(root: Path, files: Mapping[str, Path]) -> None:
+    """A folder of links: what is signed lies in several places."""
+    for name, path in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).symlink_to(path.resolve())
+
+
+def addition(path: Path) -> Addition:
+    """A file that lies somewhere already."""
+    return path, hash_file(path)

@@ -1,0 +1,113 @@
+"""A published repository checked after its download: every file against its list, the list against the signature.
+
+`lora_fuse.json` says what every byte should be, and `model.sig` who says so. Without a signature the list is only as
+good as where it came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from lora_fuse.errors import BadSource, CheckFailed, Refused
+from lora_fuse.hub.sources import Promise, examine, hashing
+from lora_fuse.recipe.records import FileRecord, Manifest, from_json
+from lora_fuse.release.contents import LIST
+from lora_fuse.release.signing import SIGNATURE, Trusted, check
+
+# What the Hub, git and the Hub's client put beside a repository's files.
+HOUSEKEEPING = (".cache", ".git", ".gitattributes", ".gitignore", ".huggingface")
+# What people may add to a repository: no library loads it.
+READ_BY_PEOPLE = frozenset({".md", ".png", ".jpg", ".jpeg", ".webp", ".gif", ".svg", ".pdf"})
+NOTICES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
+
+
+@dataclass(slots=True)
+class Published:
+    """What was found: `problems` empty means that it is what was published, as far as was looked.
+
+    `beside` are the paths that are not part of the merge.
+    """
+
+    files: int = 0
+    signature: Literal["right", "wrong", "missing", "not checked"] = "not checked"
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    beside: frozenset[str] = frozenset()
+
+
+def is_published(folder: Path) -> bool:
+    """Whether a folder has the list of a published repository."""
+    return (folder / LIST).is_file()
+
+
+def check_published(folder: Path, trusted: Trusted | None) -> Published:
+    """Check a downloaded repository.
+
+    Args:
+        folder: as it was downloaded; links, as in the Hub client's cache, are followed.
+        trusted: whose signature it has to have; None does not look at one.
+
+    Raises:
+        Refused: it has no list, or the public key cannot be used.
+    """
+    if not is_published(folder):
+        raise Refused(
+            f"{folder} has no {LIST}, which a published repository has; to check a merge, name its base and LoRAs: "
+            "verify MERGED BASE --lora F --scale S"
+        )
+    found = Published()
+    try:
+        manifest = from_json(Manifest, (folder / LIST).read_text(encoding="utf-8"), str(folder / LIST))
+    except (BadSource, UnicodeDecodeError) as error:
+        found.problems.append(f"{LIST} is no list of files: {str(error).partition(';')[0]}")
+        return found
+    found.files = len(manifest.files)
+    _check_listed(folder, manifest, found)
+    held = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    kept = {name for name in held if name.partition("/")[0] in HOUSEKEEPING}
+    extra = sorted(held - kept - {LIST, SIGNATURE} - manifest.files.keys())
+    harmless = [name for name in extra if _is_read_by_people(name)]
+    found.problems += [f"{name} is not in {LIST}, so nobody published it" for name in extra if name not in harmless]
+    found.notes += [f"{name} is not in {LIST}" for name in harmless]
+    made = [name for name, file in manifest.files.items() if file.origin == "generated"]
+    found.beside = frozenset([*made, *extra, *kept, LIST, SIGNATURE])
+    _check_signature(folder, trusted, extra, found)
+    return found
+
+
+def _check_listed(folder: Path, manifest: Manifest, found: Published) -> None:
+    with hashing(sum(file.size for file in manifest.files.values())) as advance:
+        for name, file in sorted(manifest.files.items()):
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts:
+                found.problems.append(f"{name} in {LIST} leads out of the folder")
+                continue
+            got = examine(folder / name, Promise(file.size, file.sha256), advance)
+            if not isinstance(got, FileRecord):
+                found.problems.append(f"{name}: {got}")
+
+
+def _check_signature(folder: Path, trusted: Trusted | None, extra: Iterable[str], found: Published) -> None:
+    there = (folder / SIGNATURE).is_file()
+    if trusted is None:
+        if there:
+            found.notes.append(f"{SIGNATURE} was not checked: give --public-key FILE, or --identity and --issuer")
+        return
+    if not there:
+        found.signature = "missing"
+        found.problems.append(f"{SIGNATURE} is not there, and a signature is asked for")
+        return
+    try:
+        check(folder, trusted, unsigned=extra)
+        found.signature = "right"
+    except CheckFailed as error:
+        found.signature = "wrong"
+        found.problems.append(str(error))
+
+
+def _is_read_by_people(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.suffix.lower() in READ_BY_PEOPLE or path.name.upper().startswith(NOTICES)

@@ -1,0 +1,1 @@
+"""Four tools above one regression: `validation`, `sweep`, `catalog`, `doctor`."""

@@ -1,0 +1,153 @@
+"""What the catalog knows of a variant: as it is wanted, where its results lie, and as it is found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from lora_fuse.recipe.records import Selected, Source
+
+State = Literal["built", "stale", "incomplete", "not built", "unreadable"]
+
+
+@dataclass(frozen=True, slots=True)
+class WantedLora:
+    """A LoRA as the configuration has it: where it is from, its file there, and the scale that is applied."""
+
+    source: Source
+    filename: str
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A variant as the configuration has it.
+
+    `selection` is None where every module is fused, `scheduler` empty where the base's own is kept; `cases` are the
+    prompts by case. `build` and `publish` are commands; without `publish` it is not to be published.
+    """
+
+    name: str
+    recipe: str
+    base: Source
+    pipeline: str
+    loras: Mapping[str, WantedLora]
+    selection: Selected | None
+    scheduler: Mapping[str, object]
+    cases: Mapping[str, str]
+    repo_id: str | None
+    tag: str | None
+    build: str
+    publish: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where the results of a variant's stages lie, if they are there."""
+
+    base_lock: Path
+    lora_lock: Path
+    merged: Path
+    manifest: Path
+    verify: Path
+    metrics: Path
+    images: Path
+    report: Path
+    receipt: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A part of the lineage; `commit` is None of a local folder, and of what is not built yet, where `asked` says what.
+
+    Attributes:
+        name: in the recipe; ``base``, or the LoRA's.
+        place: repository or folder.
+        asked: the branch, tag or commit in the configuration.
+        commit: that it was built from, 40 hex digits.
+        file: of a LoRA, its path there.
+        sha256: of a LoRA, its file's.
+        scale: of a LoRA, that it was added with.
+    """
+
+    name: str
+    place: str
+    asked: str | None = None
+    commit: str | None = None
+    file: str | None = None
+    sha256: str | None = None
+    scale: float | None = None
+
+    @property
+    def label(self) -> str:
+        """``place@commit``, or what was asked for."""
+        at = self.commit or self.asked
+        return f"{self.place}@{at}" if at else self.place
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Bytes of the merged repository.
+
+    `from_base` are of files that are the base's; `hard_linked` of those that are the very files of the base on this
+    disk, None if the base is not on this machine. A filesystem that shares blocks (reflinks) does not say so.
+    """
+
+    total: int
+    from_base: int
+    hard_linked: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A case's merged picture: its path, and a small WebP of it that is None if there is no picture."""
+
+    case: str
+    prompt: str
+    verdict: str | None
+    path: Path
+    thumbnail: bytes | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """What was published where; `notes` say how that differs from what is built or asked for now."""
+
+    repo_id: str
+    commit: str
+    tag: str | None
+    url: str | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A variant as it is found.
+
+    `notes` say what is missing or stale; `judged` is when the pictures were (UTC, ISO 8601); `command` comes next, if
+    anything does. `targets` are the weights that were changed, `weights` whether they were verified.
+    """
+
+    name: str
+    recipe: str
+    state: State
+    notes: tuple[str, ...]
+    command: str | None
+    pipeline: str
+    base: Step
+    loras: tuple[Step, ...]
+    repo_id: str | None
+    tag: str | None
+    weights: bool | None = None
+    targets: int | None = None
+    size: Size | None = None
+    verdict: str | None = None
+    passed: bool | None = None
+    environment: str | None = None
+    judged: str | None = None
+    report: Path | None = None
+    manifest_sha256: str | None = None
+    pictures: tuple[Picture, ...] = ()
+    publication: Publication | None = None

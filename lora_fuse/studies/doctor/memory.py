@@ -1,0 +1,131 @@
+"""Whether a pipeline's weights fit the memory of the machine and of its GPUs; pictures take some on top of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lora_fuse.checkpoint.header import DTYPE_BYTES
+from lora_fuse.checkpoint.shards import read_header
+from lora_fuse.machine.progress import human_bytes
+from lora_fuse.studies.doctor.finding import Finding, fail, ok, warn
+from lora_fuse.studies.doctor.stock import Stock
+
+SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a value, by torch's name
+FLOATS = frozenset(name for name in DTYPE_BYTES if "F" in name)
+BETTER = ("cuda", "balanced", "model_offload", "group_offload", "cpu")  # placements, the fastest first
+
+
+def weights(stock: Stock, dtype: str) -> tuple[dict[str, int], bool]:
+    """Bytes in memory of each component's weights, and whether that is exact.
+
+    Where the files are here their headers say so; before that they are taken to be stored in the dtype of the pictures.
+    """
+    exact = not any(name in stock.missing for names in stock.weights.values() for name in names)
+    if not exact:
+        return {part: sum(stock.sizes[name] for name in names) for part, names in stock.weights.items()}, False
+    return {
+        part: sum(_in_memory(stock.root / name, SIZES[dtype]) for name in names)
+        for part, names in stock.weights.items()
+    }, True
+
+
+def _in_memory(path: Path, size: int) -> int:
+    total = 0
+    for tensor in read_header(path).tensors.values():
+        stored = DTYPE_BYTES[tensor.dtype]
+        total += tensor.nbytes // stored * (size if tensor.dtype in FLOATS else stored)
+    return total
+
+
+def fits(placement: str, parts: Mapping[str, int], gpus: Sequence[int]) -> bool:
+    """Whether weights fit GPUs of so many free bytes."""
+    total, largest = sum(parts.values()), max(parts.values(), default=0)
+    match placement:
+        case "cuda":
+            return bool(gpus) and total <= gpus[0]
+        case "balanced":
+            return bool(gpus) and total <= sum(gpus)
+        case "model_offload":
+            return bool(gpus) and largest <= gpus[0]
+        case "group_offload":
+            return bool(gpus)
+    return True
+
+
+def gpu(placement: str, parts: Mapping[str, int], gpus: Sequence[int], dtype: str) -> Finding:
+    """Whether a placement fits the GPUs.
+
+    Args:
+        placement: `regress.placement`.
+        parts: bytes of weights by component.
+        gpus: free bytes of each.
+        dtype: of the weights.
+    """
+    if placement == "cpu":
+        there = f"{len(gpus)} here, not used" if gpus else "none here"
+        return ok("GPU", f"{there}: regress.placement is cpu")
+    free = " + ".join(map(human_bytes, gpus))
+    if not parts and gpus:
+        return warn("GPU", f"{free} free", "", "what is needed is not known, as the base's size is unknown")
+    total, (name, largest) = sum(parts.values()), max(parts.items(), key=lambda part: part[1], default=("", 0))
+    needed = {
+        "model_offload": f"{human_bytes(largest)} ({name}, the largest part, in {dtype})",
+        "group_offload": "a GPU, for a layer at a time",
+    }.get(placement, f"{human_bytes(total)} (all parts in {dtype})")
+    needed = needed if parts else "a GPU, of a size that is not known yet,"
+    if fits(placement, parts, gpus):
+        return ok("GPU", f"{free} free", f"{needed} and room for the pictures with regress.placement {placement}")
+    best = next(one for one in BETTER if fits(one, parts, gpus) and (one != "balanced" or len(gpus) > 1))
+    needed, remedy = f"{needed} with regress.placement {placement}", f"set regress.placement={best}"
+    if not gpus:
+        return fail("GPU", "torch finds none", needed, f"{remedy}, or install a CUDA build of torch and a driver")
+    return fail("GPU", f"{free} free", needed, remedy)
+
+
+def ram(parts: Mapping[str, int], total: int, available: int, dtype: str) -> Finding:
+    """Whether a pipeline can be loaded: every placement begins with it in the machine's memory.
+
+    Args:
+        parts: bytes of weights by component.
+        total: bytes of memory that processes here may have.
+        available: bytes of it that nobody uses.
+        dtype: of the weights.
+    """
+    need = sum(parts.values())
+    found, needed = (
+        f"{human_bytes(available)} of {human_bytes(total)} free",
+        f"{human_bytes(need)} (weights in {dtype})",
+    )
+    if need > total:
+        remedy = "use a larger machine; fuse and verify need no more than 1GB"
+        return fail("memory", found, needed, remedy)
+    if need > available:
+        return warn("memory", found, needed, "end other programs before regress")
+    return ok("memory", found, needed)
+
+
+def memory() -> tuple[int, int]:
+    """Bytes of memory that processes here may have in all, and that are free; a container has less than its host."""
+    import psutil
+
+    host = psutil.virtual_memory()
+    total, available = host.total, host.available
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            allowed, taken = int(Path(limit).read_text(encoding="ascii")), int(Path(used).read_text(encoding="ascii"))
+        except (OSError, ValueError):  # no such control group, or "max"
+            continue
+        total, available = min(total, allowed), min(available, max(allowed - taken, 0))
+    return total, available
+
+
+def gpu_memory() -> list[int]:
+    """Free bytes of every GPU that torch finds."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [torch.cuda.mem_get_info(number)[0] for number in range(count)]

@@ -1,0 +1,46 @@
+"""Whether there are approved pictures that this machine's can be compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_fuse.errors import BadGolden, NoDevice
+from lora_fuse.pictures.environment import Key, environment, make_deterministic
+from lora_fuse.regression.goldens import Goldens
+from lora_fuse.studies.doctor.finding import Finding, fail, ok, warn
+
+
+def goldens(folder: Path, cases: Sequence[str], key: Key) -> Finding:
+    """What the gate will find for pictures of a key.
+
+    Args:
+        folder: of the recipe's goldens.
+        cases: their names.
+        key: this machine's.
+    """
+    try:
+        found = Goldens(folder).for_run(key, cases)
+    except BadGolden as refusal:
+        return fail("goldens", str(refusal))
+    own = [case for case, goldens in found.items() if any(not one.golden.elsewhere for one in goldens)]
+    near = [case for case, goldens in found.items() if goldens and case not in own]
+    said = f"{len(own)} of {len(cases)} cases approved for {key}"
+    if len(own) == len(cases):
+        return ok("goldens", said)
+    remedy = 'look at the report, then python -m stages.approve --reason "…"'
+    code = "3 (no-golden)" if len(own) + len(near) < len(cases) else "4 (review)"
+    more = f", {len(near)} for a machine much like it" if near else ""
+    return warn("goldens", f"{said}{more}: gate will exit with {code}", "", remedy)
+
+
+def key_here(placement: str, dtype: str, threads: int | None) -> Key | None:
+    """This machine's key, as `regress` will have it; None if it has no GPU and the placement needs one.
+
+    Sets torch up as `regress` does: not for a process that goes on to other things.
+    """
+    make_deterministic(threads, on_gpu=placement != "cpu")
+    try:
+        return environment(placement, dtype).key
+    except NoDevice:
+        return None

@@ -1,0 +1,124 @@
+"""Builds the points of a sweep by the stages' own functions, and puts its sheet together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from lora_fuse import hub
+from lora_fuse.machine.files import replace_text
+from lora_fuse.machine.staging import remove
+from lora_fuse.pictures.environment import environment, make_deterministic
+from lora_fuse.pictures.pairs import picture_of, save_pictures
+from lora_fuse.pictures.render import Case
+from lora_fuse.recipe.paths import Artifacts
+from lora_fuse.recipe.recipe import SamplingParams
+from lora_fuse.regression.run import judge
+from lora_fuse.regression.verdicts import Picture
+from lora_fuse.studies.sweep.baseline import baseline
+from lora_fuse.studies.sweep.contact import Entry, Headings, make_sheet
+from lora_fuse.studies.sweep.numbers import against_baseline, describe, failed
+from lora_fuse.studies.sweep.planning import Plan, Planned
+from lora_fuse.studies.sweep.points import IMAGES, METRICS, Point, key_of
+from lora_fuse.studies.sweep.rendering import Renderer
+from lora_fuse.studies.sweep.sheet import Sheet
+from stages.merging import merge
+from stages.planning import baseline_of, cases_of, goldens_of, plan_of, setup_of
+
+
+@dataclass(slots=True)
+class Builder:
+    """Builds points below `folder` in this process; what they share is loaded, and the base rendered, once."""
+
+    folder: Path
+    keep: bool
+    _renderer: Renderer = field(default_factory=Renderer)
+    _alone: dict[str, Mapping[str, Picture]] = field(default_factory=dict)
+
+    def alone(self, planned: Planned) -> Mapping[str, Picture]:
+        """The pictures of the base alone, by case."""
+        params, key = planned.asked.params, key_of(planned.alone)
+        if key not in self._alone:
+            cases, base = cases_of(params), hub.locate(planned.base)
+            setup, sampling = setup_of(params), baseline_of(params)
+            make = lambda: self._renderer.alone(base, cases, setup, sampling)  # noqa: E731
+            self._alone[key] = baseline(self.folder / "baseline" / key[:16], cases, make)
+        return self._alone[key]
+
+    def build(self, planned: Planned) -> str:
+        """Fuse, verify, render and compare one point; returns what it came to, as a few words.
+
+        Raises:
+            Refused: it cannot be built.
+        """
+        if planned.problem is not None:
+            raise planned.problem
+        at = Artifacts(planned.point.folder)
+        remove(at.merged)
+        try:
+            said = self._build(planned, at)
+        except BaseException:
+            remove(at.merged)
+            raise
+        if not self.keep:
+            remove(at.merged)
+        return said
+
+    def _build(self, planned: Planned, at: Artifacts) -> str:
+        params = planned.asked.params
+        plan, alone = plan_of(planned.base, planned.loras, params), self.alone(planned)
+        merge(params, at, planned.base, planned.loras)
+        make_deterministic(params.regress.threads, on_gpu=params.regress.placement != "cpu")
+        cases, setup = cases_of(params), replace(setup_of(params), baseline=None)
+        here = environment(setup.placement, setup.dtype)
+        approved = goldens_of(params, planned.base).for_run(here.key, [case.name for case in cases])
+        pairs = self._renderer.pairs(at.merged, plan, cases, setup)
+        judged = judge(params, at, setup, here, pairs, approved)
+        metrics = judged.metrics
+        metrics["weights_passed"] = json.loads(at.verify.read_text(encoding="utf-8"))["passed"]
+        for pair in pairs:
+            metrics |= against_baseline(pair.case.name, picture_of(pair.merged), alone[pair.case.name])
+        save_pictures(judged.cases, planned.point.folder / IMAGES)
+        replace_text(planned.point.folder / METRICS, json.dumps(metrics, indent=2) + "\n")
+        return describe(metrics)
+
+
+def sheet_of(plan: Plan, refused: Mapping[Point, str], builder: Builder, command: str) -> Sheet:
+    """The sheet of a sweep whose points are all done or refused."""
+    entries: list[Entry] = []
+    cases: dict[str, Case] = {}
+    alone: dict[str, Picture] = {}
+    done = [planned for planned in plan.points if planned.point not in refused]
+    for planned in plan.points:
+        params, point = planned.asked.params, planned.point
+        steps = (params.sampling.steps, params.base.sampling.steps)
+        facts = (point, planned.series, params.fuse.scale, *steps, len(params.loras))
+        entries.append(Entry(*facts, refused=refused.get(point)))
+        cases |= {case.name: case for case in cases_of(params)}
+        alone |= builder.alone(planned) if planned in done else {}
+    every = [planned.asked.params for planned in plan.points]
+    headings = Headings(
+        recipe=_either(params.name for params in every),
+        command=command,
+        run=_either(_sampling(params.sampling) for params in every),
+        alone=_either(_sampling(params.base.sampling) for params in every),
+        environment=_either(planned.point.metrics()["environment"] for planned in done),
+    )
+    return make_sheet(entries, cases.values(), alone, headings)
+
+
+def wrong_points(sheet: Sheet) -> dict[str, str]:
+    """Those that were refused, or are not base + LoRA, by label, and why."""
+    found = {column.label: f"refused: {column.refused}" for column in sheet.columns if column.refused is not None}
+    wrong = [column for column in sheet.built if column.metrics is not None and failed(column.metrics)]
+    return found | {column.label: " ".join(column.damage) for column in wrong}
+
+
+def _sampling(sampling: SamplingParams) -> str:
+    return f"{sampling.steps} steps, CFG {sampling.true_cfg_scale:g}"
+
+
+def _either(values: Iterable[str]) -> str:
+    return " or ".join(dict.fromkeys(values))

@@ -1,0 +1,140 @@
+"""Puts the sheet of a sweep together from the folders of its points."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from lora_fuse.machine.files import replace_text
+from lora_fuse.machine.staging import exclusive
+from lora_fuse.pictures.metrics import Levels, to_levels, to_png
+from lora_fuse.pictures.pages import Image as Encoded
+from lora_fuse.pictures.render import Case, open_picture
+from lora_fuse.regression.verdicts import Picture
+from lora_fuse.studies.sweep.numbers import broken, by_case, curves, distances, mean_of, worse_than_base
+from lora_fuse.studies.sweep.points import IMAGES, MERGED, Point
+from lora_fuse.studies.sweep.recommendation import (
+    NEAREST_BY,
+    Recommendation,
+    Tried,
+    largest_undamaged,
+    nearest_to_teacher,
+)
+from lora_fuse.studies.sweep.sheet import Column, Row, Sheet, sheet_html, sheet_json, sheet_markdown
+
+LARGEST = 384  # pixels of a side on the page; the files beside it are whole
+QUALITY = 88
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A point of the sweep with what the sheet needs to know of it; `refused` is why it could not be built."""
+
+    point: Point
+    series: str
+    scale: float
+    steps: int
+    teacher_steps: int
+    loras: int
+    refused: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Headings:
+    """What the sheet says of the sweep as a whole, see `Sheet`."""
+
+    recipe: str
+    command: str
+    run: str
+    alone: str
+    environment: str
+
+
+def make_sheet(
+    entries: Sequence[Entry], cases: Iterable[Case], alone: Mapping[str, Picture], headings: Headings
+) -> Sheet:
+    """The sheet of points that are done or refused.
+
+    Args:
+        entries: in the order to show them.
+        cases: of any point.
+        alone: the base's own pictures, by case.
+        headings: of the sweep.
+    """
+    distilled = bool(entries) and all(entry.steps < entry.teacher_steps for entry in entries)
+    columns = [_column(entry, distilled=distilled) for entry in entries]
+    built = [column.metrics for column in columns if column.metrics is not None]
+    rows = [
+        Row(
+            case.name,
+            case.prompt,
+            tuple(_encoded(to_levels(open_picture(path, case))) for path in case.images),
+            _encoded(alone[case.name].levels) if case.name in alone else None,
+        )
+        for case in cases
+    ]
+    best = _recommended(entries, columns, distilled=distilled)
+    texts = (headings.recipe, headings.command, headings.run, headings.alone, headings.environment)
+    return Sheet(*texts, best, tuple(columns), tuple(rows), curves(built))
+
+
+def write_sheet(sheet: Sheet, folder: Path) -> None:
+    """Write `sweep.html`, `sweep.json` and `sweep.md`.
+
+    Raises:
+        Busy: another process is writing the same.
+    """
+    with exclusive(folder / "sweep.html"):
+        for name, text in (("html", sheet_html), ("json", sheet_json), ("md", sheet_markdown)):
+            replace_text(folder / f"sweep.{name}", text(sheet))
+
+
+def _column(entry: Entry, *, distilled: bool) -> Column:
+    point = entry.point
+    facts = (point.label, entry.series, entry.scale, point.key)
+    if entry.refused is not None:
+        return Column(*facts, refused=entry.refused)
+    metrics = point.metrics()
+    pictures = {}
+    for path in sorted((point.folder / IMAGES).glob("*.merged.png")):
+        with Image.open(path) as image:
+            pictures[path.name.removesuffix(".merged.png")] = _encoded(to_levels(image))
+    damage = broken(metrics) + (() if distilled else worse_than_base(metrics))
+    merged = point.folder / MERGED
+    kept = str(merged) if merged.is_dir() else None
+    return Column(*facts, metrics=metrics, damage=damage, pictures=pictures, merged=kept)
+
+
+def _recommended(entries: Sequence[Entry], columns: Sequence[Column], *, distilled: bool) -> Recommendation:
+    tried = [
+        Tried(
+            column.label,
+            column.series,
+            column.scale,
+            distances(column.metrics),
+            by_case(column.metrics, f"baseline.{NEAREST_BY}"),
+            mean_of(column.metrics, "floor.latents_l2") or 0.0,
+            column.damage,
+        )
+        for column in columns
+        if column.metrics is not None
+    ]
+    first = entries[0]
+    if not distilled:
+        return largest_undamaged(tried, steps=first.steps)
+    loras = max(entry.loras for entry in entries)
+    return nearest_to_teacher(tried, steps=first.steps, teacher_steps=first.teacher_steps, loras=loras)
+
+
+def _encoded(picture: Levels) -> Encoded:
+    """A PNG; of a large picture a smaller WebP, so that a sheet of many stays one that can be sent."""
+    if max(picture.shape[:2]) <= LARGEST:
+        return Encoded(to_png(picture))
+    small, buffer = Image.fromarray(picture), io.BytesIO()
+    small.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    small.save(buffer, format="WEBP", quality=QUALITY)
+    return Encoded(buffer.getvalue(), "image/webp")

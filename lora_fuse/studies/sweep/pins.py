@@ -1,0 +1,97 @@
+"""Bases and LoRAs of a sweep, pinned: each is fetched, hashed and checked once, however many points have it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_fuse import hub
+from lora_fuse.errors import NoSpace
+from lora_fuse.hub.client import cache_dir
+from lora_fuse.machine.files import nearest_folder, replace_text
+from lora_fuse.machine.progress import human_bytes
+from lora_fuse.machine.space import free_bytes
+from lora_fuse.recipe.records import SCHEMA, Lock, Source, from_json, to_json
+
+
+@dataclass(frozen=True, slots=True)
+class SweepLocks:
+    """Everything that a sweep pinned."""
+
+    schema: int
+    locks: list[Lock]
+
+
+class Pins:
+    """Locks as they are needed; a source that was pinned before keeps its commit."""
+
+    def __init__(self, path: Path, known: Iterable[Lock], transfer: hub.Transfer) -> None:
+        """`path` has the pins of earlier runs of this sweep; `known` are the build's."""
+        self._path, self._transfer = path, transfer
+        earlier = from_json(SweepLocks, path.read_text(), str(path)).locks if path.exists() else []
+        self._known = [*earlier, *known]
+        self._made: dict[tuple[Source, str | None], Lock] = {}
+
+    def sizes(self, source: Source, filename: str | None = None) -> hub.Sizes:
+        """What a base, or the LoRA `filename` of a source, will take; nothing of it is fetched."""
+        previous = self._previous(source, filename)
+        if filename is None:
+            return hub.base_sizes(source, previous, self._transfer)
+        return hub.lora_sizes(source, filename, previous, self._transfer)
+
+    def base(self, source: Source) -> Lock:
+        """Pin a base, see `lora_fuse.hub.lock_base`."""
+        if (source, None) not in self._made:
+            previous = self._previous(source, None)
+            self._made[source, None] = hub.lock_base(source, previous=previous, transfer=self._transfer)
+        return self._made[source, None]
+
+    def lora(self, source: Source, filename: str) -> Lock:
+        """Pin a LoRA, see `lora_fuse.hub.lock_lora`."""
+        if (source, filename) not in self._made:
+            previous = self._previous(source, filename)
+            made = hub.lock_lora(source, filename, previous=previous, transfer=self._transfer)
+            self._made[source, filename] = made
+        return self._made[source, filename]
+
+    def write(self) -> None:
+        """Keep the pins for the next run."""
+        kept = [lock for lock in self._known if all(_kind(lock) != _kind(made) for made in self._made.values())]
+        replace_text(self._path, to_json(SweepLocks(SCHEMA, [*kept, *self._made.values()])))
+
+    def _previous(self, source: Source, filename: str | None) -> Lock | None:
+        """The lock of the same source, best of the same file; of a base, one that is a pipeline."""
+        asked = (source.repo_id, source.path, source.revision)
+        same = [lock for lock in self._known if (lock.repo_id, lock.path, lock.requested) == asked]
+        if filename is None:
+            return next((lock for lock in same if "model_index.json" in lock.files), None)
+        return max(same, key=lambda lock: lock.lora_name == filename, default=None)
+
+
+def _kind(lock: Lock) -> tuple[str | None, str | None, str | None, str]:
+    return lock.repo_id, lock.path, lock.requested, lock.lora_name
+
+
+def check_room(to_fetch: int, to_write: int, folder: Path) -> None:
+    """Refuse a sweep that the disk has no room for: what is to be fetched, and a merged checkpoint beside it.
+
+    Args:
+        to_fetch: bytes that come into the Hub client's cache.
+        to_write: bytes of the merged checkpoints that are there at a time.
+        folder: where they are written.
+
+    Raises:
+        NoSpace: a disk has less; the message names both numbers.
+    """
+    needs = {cache_dir(): to_fetch, folder: to_write}
+    if len({nearest_folder(place).stat().st_dev for place in needs}) == 1:
+        needs = {folder: to_fetch + to_write}
+    for place, need in needs.items():
+        free = free_bytes(place)
+        if need > free:
+            raise NoSpace(
+                f"the sweep needs {human_bytes(need)} ({need} bytes) on the disk of {place}, which has "
+                f"{human_bytes(free)} ({free} bytes) free: {human_bytes(to_fetch)} to fetch and "
+                f"{human_bytes(to_write)} of merged checkpoints; make room, or sweep without --keep"
+            )

@@ -1,0 +1,133 @@
+"""What a sweep keeps of each point: a folder named after everything that its pictures depend on, and its record.
+
+A record is written last, so that it is there only if all else is; it is right if every file that it names still has its
+sha256. A point whose record is right is never built again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import sleep
+from typing import Any
+
+from lora_fuse.errors import BadSource, Busy
+from lora_fuse.machine.files import hash_file, replace_text
+from lora_fuse.machine.staging import exclusive, remove
+from lora_fuse.recipe.records import FileRecord, from_json, to_json
+
+SCHEMA = 1
+RECORD, METRICS, IMAGES, MERGED = "point.json", "metrics.json", "images", "merged"
+POLL = 0.2  # seconds between two tries to hold what another process holds
+
+
+def key_of(inputs: Mapping[str, Any]) -> str:
+    """The sha256 of JSON values, whatever their order."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class PointRecord:
+    """A point that was tried: what it was made of, and its files, or why it was refused.
+
+    `inputs` is what `key` is of; `kept` says that the merged checkpoint was to stay.
+    """
+
+    schema: int
+    key: str
+    inputs: dict[str, Any]
+    files: dict[str, FileRecord]
+    refused: str | None = None
+    kept: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One point: its label (its own overrides), and the folder of all that is kept of it."""
+
+    label: str
+    key: str
+    folder: Path
+
+    def record(self) -> PointRecord | None:
+        """Its record, None if there is none or if it is not of these inputs."""
+        found = read_record(self.folder)
+        return found if found is not None and (found.schema, found.key) == (SCHEMA, self.key) else None
+
+    def is_done(self, *, keep: bool = False) -> bool:
+        """Whether it was built, all that was kept of it is as it was, and with `keep` the merged checkpoint too."""
+        record = self.record()
+        if record is None or record.refused is not None or not record.files:
+            return False
+        if keep and not (record.kept and (self.folder / MERGED).is_dir()):
+            return False
+        return all(_is_same(self.folder / name, file) for name, file in record.files.items())
+
+    def metrics(self) -> dict[str, Any]:
+        """The content of its `metrics.json`; it is done."""
+        content: dict[str, Any] = json.loads((self.folder / METRICS).read_text(encoding="utf-8"))
+        return content
+
+    def finish(self, inputs: Mapping[str, Any], *, kept: bool) -> None:
+        """Write the record, as the last of all."""
+        names = [METRICS, *(f"{IMAGES}/{path.name}" for path in sorted((self.folder / IMAGES).glob("*.png")))]
+        files = {name: hash_file(self.folder / name) for name in names}
+        replace_text(self.folder / RECORD, to_json(PointRecord(SCHEMA, self.key, dict(inputs), files, kept=kept)))
+
+    def refuse(self, inputs: Mapping[str, Any], sentence: str) -> None:
+        """Record that it cannot be built, and why."""
+        replace_text(self.folder / RECORD, to_json(PointRecord(SCHEMA, self.key, dict(inputs), {}, sentence)))
+
+
+def read_record(folder: Path) -> PointRecord | None:
+    """The record of whatever point a folder is of; None if there is none, or it cannot be read."""
+    path = folder / RECORD
+    try:
+        return from_json(PointRecord, path.read_text(encoding="utf-8"), str(path))
+    except (OSError, BadSource):
+        return None
+
+
+def _is_same(path: Path, file: FileRecord) -> bool:
+    try:
+        return hash_file(path) == file
+    except OSError:
+        return False
+
+
+def clear_leftovers(points: Path, mine: Iterable[Point]) -> None:
+    """Remove merged checkpoints that a killed process left, but for what one of these points would go on with.
+
+    Args:
+        points: the folder of all points.
+        mine: the points of this sweep that are still to be built.
+    """
+    unfinished = {point.folder for point in mine}
+    for folder in sorted(points.glob("*")):
+        record = read_record(folder)
+        left = [folder / MERGED, *([] if folder in unfinished else folder.glob(f".{MERGED}.partial-*"))]
+        if (record is not None and record.kept) or not any(path.exists() for path in left):
+            continue
+        try:
+            with exclusive(folder):
+                for path in left:
+                    remove(path)
+        except Busy:  # it is being built
+            continue
+
+
+@contextmanager
+def waiting(path: Path) -> Iterator[None]:
+    """Hold `path` alone as soon as nobody else does; a killed process holds nothing."""
+    with ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(exclusive(path))
+                break
+            except Busy:
+                sleep(POLL)
+        yield

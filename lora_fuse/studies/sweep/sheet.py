@@ -1,0 +1,158 @@
+"""The results of a sweep: a page to look at, a table for a review, and JSON for programs. Pure: no file is opened.
+
+The page holds its pictures and curves and asks the network for nothing, as the report of a run does.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lora_fuse.pictures.pages import Image, render_page
+from lora_fuse.studies.sweep.curves import Curve, curve
+from lora_fuse.studies.sweep.recommendation import Recommendation
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A point as the sheet shows it: its numbers, or why it was refused.
+
+    `pictures` are the merged ones by case; `damage` is what is wrong with them; `merged` the folder of a checkpoint
+    that was kept.
+    """
+
+    label: str
+    series: str
+    scale: float
+    key: str
+    metrics: Mapping[str, Any] | None = None
+    refused: str | None = None
+    damage: tuple[str, ...] = ()
+    pictures: Mapping[str, Image] = field(default_factory=dict)
+    merged: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A case: what was asked for, its input pictures, and the base's own picture."""
+
+    case: str
+    prompt: str
+    inputs: tuple[Image, ...]
+    alone: Image | None
+
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """A finished sweep.
+
+    `command` starts it again; `alone` says how the base is run by itself, `run` how the points are; `curves` has a
+    value for each column that was built, by key, see `lora_fuse.studies.sweep.numbers.curves`.
+    """
+
+    recipe: str
+    command: str
+    run: str
+    alone: str
+    environment: str
+    recommendation: Recommendation
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    curves: Mapping[str, Sequence[float | None]]
+
+    @property
+    def built(self) -> list[Column]:
+        """The columns that have numbers, in the order of the curves."""
+        return [column for column in self.columns if column.metrics is not None]
+
+
+def sheet_html(sheet: Sheet) -> str:
+    """The page; its size is about 4/3 of its pictures'."""
+    return render_page(
+        "lora_fuse.studies.sweep",
+        "sweep.html.j2",
+        filters={"short": _short},
+        sheet=sheet,
+        curves=drawings(sheet),
+        text=_text,
+    )
+
+
+def drawings(sheet: Sheet) -> list[Curve]:
+    """A curve for each metric, if there is more than one scale."""
+    from lora_fuse.studies.sweep.numbers import NEARER, title_of
+
+    if len({column.scale for column in sheet.built}) < 2:
+        return []
+    found = []
+    for key, values in sheet.curves.items():
+        series: dict[str, list[tuple[float, float | None]]] = {}
+        for column, value in zip(sheet.built, values, strict=True):
+            series.setdefault(column.series, []).append((column.scale, value))
+        one = curve(title_of(key), series, nearer=NEARER.get(key, ""), chosen=sheet.recommendation.scale)
+        found += [one] if one is not None else []
+    return found
+
+
+def sheet_json(sheet: Sheet) -> str:
+    """The numbers: every point with its key, scale and means, and the recommendation."""
+    means: dict[str, dict[str, float | None]] = {column.key: {} for column in sheet.built}
+    for key, values in sheet.curves.items():
+        for column, value in zip(sheet.built, values, strict=True):
+            means[column.key][key] = value
+    points = [
+        {
+            "label": column.label,
+            "scale": column.scale,
+            "key": column.key,
+            "refused": column.refused,
+            "damage": list(column.damage),
+            "verdict": None if column.metrics is None else column.metrics["verdict"],
+            "mean": means.get(column.key, {}),
+            "merged": column.merged,
+        }
+        for column in sheet.columns
+    ]
+    content = {"schema": SCHEMA, "recipe": sheet.recipe, "command": sheet.command, "environment": sheet.environment}
+    content |= {"recommendation": {**asdict(sheet.recommendation), "reason": sheet.recommendation.reason}}
+    return json.dumps(content | {"points": points}, indent=2, ensure_ascii=False) + "\n"
+
+
+def sheet_markdown(sheet: Sheet) -> str:
+    """The numbers as a table, and the recommendation."""
+    from lora_fuse.studies.sweep.numbers import title_of
+
+    shown = [
+        key for key in ("baseline.latents_l2", "baseline.flip", "baseline.psnr_db", "over_floor") if key in sheet.curves
+    ]
+    heads = ["point", "to the golden", *map(title_of, shown)]
+    lines = [f"## Sweep of {sheet.recipe}", "", *sheet.recommendation.reasons, ""]
+    lines[2:2] = [f"**Recommended: {sheet.recommendation.label or 'none'}.**"]
+    lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    built = {column.key: at for at, column in enumerate(sheet.built)}
+    for column in sheet.columns:
+        name = f"**{column.label}**" if column.label == sheet.recommendation.label else column.label
+        if column.metrics is None:
+            lines.append(f"| {name} | refused: {(column.refused or '').replace('|', '/')} |" + " |" * len(shown))
+            continue
+        numbers = [_text(sheet.curves[key][built[column.key]]) for key in shown]
+        lines.append(f"| {name} | {column.metrics['verdict']} | " + " | ".join(numbers) + " |")
+    lines += [
+        "",
+        f"Means over {len(sheet.rows)} cases; {sheet.run}; the base alone: {sheet.alone}; {sheet.environment}.",
+    ]
+    return "\n".join([*lines, "", f"`{sheet.command}`", ""])
+
+
+def _short(label: str) -> str:
+    """A label without the folders of its keys, for a narrow column: ``scale=0.8 filename=v2.safetensors``."""
+    return re.sub(r"(?<!\S)\+*[\w.]*\.(?=\w+=)", "", label)
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

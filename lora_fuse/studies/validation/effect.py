@@ -1,0 +1,85 @@
+"""What a LoRA does to a picture, as numbers: of arrays only.
+
+Same seed and few steps: the latents of two runs lie in one space, and what a LoRA does to them is a vector there, the
+difference to the same run without it. Two versions of a LoRA that are meant for the same thing point the same way.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lora_fuse.pictures.metrics import PEAK, latents_l2
+
+if TYPE_CHECKING:
+    from lora_fuse.pictures.metrics import Latents, Levels
+
+# Second differences in both directions: what is smooth, and straight edges, cancel (Immerkaer 1996).
+_LAPLACIAN = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], dtype=np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """The new LoRA's effect beside the current one's.
+
+    Attributes:
+        alignment: cosine of the angle between the two, 1 for the same direction, 0 for unrelated ones.
+        strength: how much of the current one's effect the new one has, by projection: 1 for as much.
+    """
+
+    alignment: float
+    strength: float
+
+
+def effect(new: Latents, current: Latents, plain: Latents) -> Effect | None:
+    """Compare what two LoRAs do to the same run without either; None if the current one does nothing.
+
+    With ``n = new - plain`` and ``c = current - plain``: ``n.c / (|n| |c|)`` and ``n.c / |c|^2``.
+
+    Args:
+        new: final latents with the new LoRA.
+        current: with the current one.
+        plain: with neither.
+
+    Raises:
+        ValueError: they differ in shape.
+    """
+    if not new.shape == current.shape == plain.shape:
+        raise ValueError(f"latents of different shapes: {new.shape}, {current.shape} and {plain.shape}")
+    n, c = ((side.astype(np.float64) - plain).ravel() for side in (new, current))
+    size = float(np.linalg.norm(c))
+    if size == 0:
+        return None
+    product, own = float(n @ c), float(np.linalg.norm(n))
+    return Effect(product / (own * size) if own else 0.0, product / size**2)
+
+
+def gain(picture: Latents, plain: Latents, teacher: Latents) -> float:
+    """How much of the way from the base in few steps to the base in all of its steps is gone: 1 is there, 0 none.
+
+    ``1 - |picture - teacher| / |plain - teacher|``; below 0 the LoRA leads away. For LoRAs that save steps.
+
+    Raises:
+        ValueError: latents differ in shape.
+    """
+    way = latents_l2(plain, teacher)
+    return 1 - latents_l2(picture, teacher) / way if way else math.nan
+
+
+def noise_sigma(picture: Levels) -> float:
+    """Standard deviation of the noise in a picture, in levels of 255.
+
+    Immerkaer 1996, "Fast noise variance estimation": ``sqrt(pi / 2) / 6`` times the mean of ``|picture * L|``.
+    """
+    from scipy.ndimage import convolve
+
+    grey = picture.mean(axis=-1, dtype=np.float64)
+    return float(math.sqrt(math.pi / 2) / 6 * np.abs(convolve(grey, _LAPLACIAN))[1:-1, 1:-1].mean())
+
+
+def clipped(picture: Levels) -> float:
+    """The share of values, 0 to 1, that are black or full: what a LoRA that is too strong drives pictures to."""
+    return float(((picture == 0) | (picture == PEAK)).mean())

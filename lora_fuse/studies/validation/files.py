@@ -1,0 +1,177 @@
+"""Two versions of a LoRA, compared as files: what they hold, and how their differences lie to each other.
+
+The differences are taken row by row, for as many rows of each weight as a verification looks at, by the code that
+verifies a merge (`lora_fuse.verification.expectation`): every format and algorithm is compared in the same way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lora_fuse.checkpoint.blocks import block_of, in_order
+from lora_fuse.lora.inputs import Selection
+from lora_fuse.lora.lora_file import LoraFile
+from lora_fuse.lora.updates import LoraInput, Update
+from lora_fuse.verification.rederivation import row_blocks, weight_files
+
+if TYPE_CHECKING:
+    from lora_fuse.verification.expectation import Delta, Weights
+
+ROWS = 16  # of each weight
+
+
+@dataclass(frozen=True, slots=True)
+class FileFacts:
+    """What a file holds, in words: how many modules of which algorithm and key format, rank, alpha and dtype."""
+
+    label: str
+    sha256: str
+    modules: int
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockChange:
+    """One block of the model: how large the difference is to the weights, for both, and the cosine between the two."""
+
+    block: str
+    current: float
+    new: float
+    cosine: float | None
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Inner products over rows."""
+
+    base: float = 0.0
+    current: float = 0.0
+    new: float = 0.0
+    product: float = 0.0
+
+    def add(self, other: _Sums) -> None:
+        for name in ("base", "current", "new", "product"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    @property
+    def cosine(self) -> float | None:
+        size = math.sqrt(self.current * self.new)
+        return self.product / size if size else None
+
+
+@dataclass(frozen=True, slots=True)
+class FileComparison:
+    """How the new file lies to the current one, each at its own factor and scale 1.
+
+    Attributes:
+        both: weights that both change.
+        only_new: weights that only the new one changes.
+        only_current: weights that only the current one changes.
+        ratio: norm of the new differences over that of the current ones, where both have one; None if either is 0.
+        lowest: the smallest ratio of any weight.
+        highest: the largest.
+        cosine: of the angle between all the new and all the current differences; None if either is 0.
+        blocks: by block, in the model's order.
+    """
+
+    both: int
+    only_new: tuple[str, ...]
+    only_current: tuple[str, ...]
+    ratio: float | None
+    lowest: float
+    highest: float
+    cosine: float | None
+    blocks: tuple[BlockChange, ...] = field(default_factory=tuple)
+
+
+def facts_of(lora: LoraFile, label: str) -> FileFacts:
+    """A file in a few lines, the commonest first."""
+    counted = Counter(_words(update) for update in lora.updates)
+    dtypes = Counter(tensor.dtype for tensor in lora.header.tensors.values())
+    lines = [f"{count} x {words}" for words, count in counted.most_common()]
+    lines.append("stored as " + ", ".join(f"{dtype} ({count} tensors)" for dtype, count in sorted(dtypes.items())))
+    return FileFacts(label, lora.sha256, len(lora.updates), tuple(lines))
+
+
+def _words(update: Update) -> str:
+    if update.rank is None or update.alpha is None:
+        return f"{update.algorithm}, keys {update.format.name}"
+    told = f"{update.algorithm}, keys {update.format.name}, rank {update.rank}"
+    return f"{told}, alpha {update.alpha:g} (factor {update.factor:g})"
+
+
+def compare_files(current: Path, new: Path, base: Path, component: str, rows: int = ROWS) -> FileComparison:
+    """Compare the differences that two LoRAs make to a base.
+
+    Args:
+        current: the LoRA in use, a file or a PEFT folder.
+        new: the one to judge.
+        base: the pipeline folder, component folder or file that both are for.
+        component: the part of a pipeline that is fused.
+        rows: rows of each weight to look at.
+
+    Raises:
+        BadCheckpoint: the base has no weights.
+    """
+    from lora_fuse.verification.expectation import Weights, read_expected
+
+    with ExitStack() as stack:
+        weights = Weights(weight_files(base, component), stack)
+        before, after = (
+            read_expected([LoraInput("lora", path, 1.0)], weights, Selection()).deltas for path in (current, new)
+        )
+        names = sorted(before.keys() | after.keys())
+        sums = {name: _measure(name, weights, before.get(name, []), after.get(name, []), rows) for name in names}
+    both = sorted(before.keys() & after.keys())
+    total = _Sums()
+    for name in both:
+        total.add(sums[name])
+    ratios = [math.sqrt(sums[name].new / sums[name].current) for name in both if sums[name].current]
+    return FileComparison(
+        len(both),
+        tuple(sorted(after.keys() - before.keys())),
+        tuple(sorted(before.keys() - after.keys())),
+        math.sqrt(total.new / total.current) if total.current and total.new else None,
+        min(ratios, default=math.nan),
+        max(ratios, default=math.nan),
+        total.cosine,
+        _by_block(sums),
+    )
+
+
+def _measure(name: str, base: Weights, before: list[Delta], after: list[Delta], rows: int) -> _Sums:
+    sums = _Sums()
+    for block in row_blocks(name, base.shape(name)[0], rows):
+        weight = base.rows(name, block).reshape(len(block), -1).astype(np.float64)
+        whole = partial(base.tensor, name)
+        current, new = (sum((d.rows(block, whole) for d in side), np.zeros(weight.shape)) for side in (before, after))
+        sums.add(
+            _Sums(
+                *(float((a * b).sum()) for a, b in ((weight, weight), (current, current), (new, new), (current, new)))
+            )
+        )
+    return sums
+
+
+def _by_block(sums: Mapping[str, _Sums]) -> tuple[BlockChange, ...]:
+    blocks: dict[str, _Sums] = {}
+    for name, found in sums.items():
+        blocks.setdefault(block_of(name), _Sums()).add(found)
+    return tuple(
+        BlockChange(
+            block,
+            math.sqrt(blocks[block].current / blocks[block].base) if blocks[block].base else 0.0,
+            math.sqrt(blocks[block].new / blocks[block].base) if blocks[block].base else 0.0,
+            blocks[block].cosine,
+        )
+        for block in in_order(blocks)
+    )

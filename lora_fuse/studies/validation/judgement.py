@@ -1,0 +1,69 @@
+"""Changed as expected, or broken, and by what: from measured values only. Pure.
+
+A new LoRA should change pictures, so nothing here asks for the old ones. It asks what a broken one cannot give: a
+merge that does what the LoRA does; an effect at all, of the current one's kind and size; for a LoRA that saves steps,
+pictures as near to the base's own as before; no noise, no grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lora_fuse.studies.validation.evidence import Bounds, CaseEvidence, Cause, Finding, Judgement, Outcome
+from lora_fuse.studies.validation.questions import acts, clean, fits, in_floors, kept, sound, strong
+
+if TYPE_CHECKING:
+    from lora_fuse.studies.validation.files import FileComparison
+
+
+def refused(cause: Cause, sentence: str) -> Judgement:
+    """A file that cannot be fused at all."""
+    finding = Finding("Does the file fit the base?", "no", "", False, cause, sentence)
+    return Judgement(Outcome.BROKEN, cause, sentence, (finding,))
+
+
+def judge(
+    cases: Sequence[CaseEvidence],
+    files: FileComparison | None,
+    warnings: Sequence[str],
+    bounds: Bounds,
+    asked: float = 1.0,
+) -> Judgement:
+    """Decide on a new version.
+
+    Args:
+        cases: what was measured, at least one.
+        files: the two files; None without a current version.
+        warnings: what is known of the pair of base and LoRA, see `lora_fuse.models.families.pair_warnings`.
+        bounds: what it is held to.
+        asked: how many times the current scale was asked for.
+    """
+    findings = [
+        *sound(cases),
+        acts(cases, bounds),
+        *strong(cases, files, bounds, asked),
+        *fits(cases, warnings, bounds),
+        *clean(cases, bounds),
+        *kept(cases, bounds),
+    ]
+    broken = next((finding for finding in findings if not finding.holds), None)
+    if broken is not None:
+        return Judgement(Outcome.BROKEN, broken.cause, broken.sentence, tuple(findings))
+    times = max((in_floors(case.changed, case.floor) for case in cases), default=math.inf)
+    if times <= bounds.over_floor:
+        reason = f"The pictures are the current version's: within {times:.2g} times the noise floor of this run."
+        return Judgement(Outcome.SAME, None, reason, tuple(findings))
+    return Judgement(Outcome.CHANGED, None, _change(cases), tuple(findings))
+
+
+def _change(cases: Sequence[CaseEvidence]) -> str:
+    moved = [case for case in cases if case.changed is not None]
+    if not moved:
+        return "There is no current version to compare with, and nothing speaks against it: a person has to look."
+    most = max(moved, key=lambda case: case.changed or 0.0)
+    return (
+        f"The pictures changed (latents by up to {most.changed:.2g} in {most.name}, the noise floor is "
+        f"{most.floor:.2g}), and nothing speaks against them: a person has to look."
+    )

@@ -1,0 +1,147 @@
+"""Versions of a LoRA: the one judged, the one in use, the one that was approved; each pinned, with its scale."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_fuse import hub
+from lora_fuse.errors import BadConfig, BadSource
+from lora_fuse.lora.updates import LoraInput
+from lora_fuse.models.families import pair_warnings
+from lora_fuse.recipe.paths import HERE
+from lora_fuse.recipe.recipe import Params, parse_params
+from lora_fuse.recipe.records import Lock, Source
+from lora_fuse.regression.goldens import Approved
+
+REPOSITORY = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^:@]+))?:(?P<file>.+)")
+
+
+def parse_lora(text: str) -> dict[str, str | None]:
+    """A LoRA as it is given on a command line, in the keys of a recipe.
+
+    Args:
+        text: ``owner/name[@revision]:path/in/it.safetensors``, or the path of a file or of a PEFT folder.
+
+    Raises:
+        BadConfig: it is neither.
+    """
+    path = Path(text)
+    if path.is_file():
+        return {"repo_id": None, "path": path.parent.as_posix(), "revision": None, "filename": path.name}
+    if path.is_dir():
+        return {"repo_id": None, "path": path.as_posix(), "revision": None, "filename": "."}
+    found = REPOSITORY.fullmatch(text)
+    if found is None:
+        raise BadConfig(
+            f"the LoRA {text!r} is neither a file or folder here nor owner/name[@revision]:file; name one of them"
+        )
+    revision = found["revision"] or "main"
+    return {"repo_id": found["repo"], "path": None, "revision": revision, "filename": found["file"]}
+
+
+def replaced(params: Params, lora: str, name: str | None) -> str:
+    """The name of the recipe's LoRA that another takes the place of.
+
+    Raises:
+        BadConfig: there are several and none is named, or none has that name.
+    """
+    names = sorted(params.loras)
+    if name is None and len(names) == 1:
+        return names[0]
+    if name not in names:
+        raise BadConfig(
+            f"recipe {params.name} has the LoRAs {', '.join(names)}, and {'none is chosen' if name is None else name}; "
+            f"say which one {lora} takes the place of: --name {names[0]}"
+        )
+    return name
+
+
+def candidate(params: Params, lora: str | None, name: str | None, scale: float | None) -> Params:
+    """The recipe with the new LoRA in it.
+
+    Raises:
+        BadConfig: see `parse_lora` and `replaced`, or the scale is none.
+    """
+    tree: dict[str, Any] = params.model_dump()
+    if lora is not None:
+        tree["loras"][replaced(params, lora, name)] = parse_lora(lora)
+    if scale is not None:
+        tree["fuse"]["scale"] = scale
+    return parse_params(tree, "the candidate")
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """LoRAs as they are pinned, by their name in the recipe, and the scale of each."""
+
+    locks: Mapping[str, Lock]
+    scales: Mapping[str, float]
+
+    @property
+    def inputs(self) -> list[LoraInput]:
+        """As the library fuses them."""
+        return [LoraInput(name, self.path(name), self.scales[name]) for name in sorted(self.locks)]
+
+    def path(self, name: str) -> Path:
+        """Where one of them lies."""
+        return hub.locate(self.locks[name]) / self.locks[name].lora_name
+
+    def label(self, name: str) -> str:
+        """What a person would call it."""
+        lock = self.locks[name]
+        return f"{lock.label}{':' if lock.repo_id else '/'}{lock.lora_name}"
+
+
+def misfits(base: Lock, new: Version, current: Version | None, name: str) -> list[str]:
+    """What is known against the pair of base and new LoRA; nothing where it is known against the current pair as well.
+
+    A recipe may pair them on purpose, and its next version is no worse for it.
+    """
+
+    def against(lock: Lock | None) -> list[str]:
+        return [] if lock is None else pair_warnings(base.repo_id, [(lock.repo_id, lock.lora_name)])
+
+    before = None if current is None else current.locks.get(name)
+    return [] if against(before) else against(new.locks[name])
+
+
+def lock_base(params: Params) -> Lock:
+    """The recipe's base, at the commit of the current build where that has one."""
+    return hub.lock_base(params.base.source, previous=HERE.earlier_locks()[0], transfer=params.download.transfer)
+
+
+def lock_loras(params: Params, fresh: str | None = None) -> Version:
+    """The recipe's LoRAs, each at the commit of the current build, but for the one that is `fresh`."""
+    _, before = HERE.earlier_locks()
+    locks = {
+        name: hub.lock_lora(
+            lora.source,
+            lora.filename,
+            previous=None if name == fresh else before.get(name),
+            transfer=params.download.transfer,
+        )
+        for name, lora in sorted(params.loras.items())
+    }
+    return Version(locks, {name: params.fuse.scale_of(name) for name in locks})
+
+
+def approved_version(params: Params, approved: Mapping[str, list[Approved]]) -> Version | None:
+    """The LoRAs that the goldens were approved with; None if there are none, or a file is not what it was then."""
+    records = [one.record.provenance for found in approved.values() for one in found]
+    if not records:
+        return None
+    locks = {}
+    for lora in records[0].loras:
+        source = Source(lora.repo_id, lora.path, lora.revision)
+        try:
+            lock = hub.lock_lora(source, str(lora.filename), previous=None, transfer=params.download.transfer)
+        except BadSource:
+            return None
+        if lora.sha256 not in {record.sha256 for record in lock.files.values()}:
+            return None
+        locks[lora.name] = lock
+    return Version(locks, {lora.name: lora.scale for lora in records[0].loras})

@@ -1,0 +1,61 @@
+"""Where parameters come from: no arguments, `params.yaml`; arguments, composed from `conf/` with them.
+
+``python -m stages.config [overrides]`` writes params.yaml, and variants/params.yaml of conf/variants.yaml; ``--check``
+compares both with what `conf/` gives. DVC never composes by itself in ``dvc repro``, so they are committed and this
+check keeps them true. ``--variant NAME`` is the same rule for a variant: its parameters, or those with the arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from lora_fuse.errors import BadConfig, CheckFailed
+from lora_fuse.recipe.recipe import Params, parse_params
+from stages.config.composition import compose, one_line
+from stages.config.variants import COMPILED, compose_variant, load_variant
+
+__all__ = ["PARAMS", "check_declared", "compose", "load"]
+
+PARAMS = Path("params.yaml")
+
+
+def load(overrides: Sequence[str] = (), variant: str | None = None) -> Params:
+    """The parameters of a stage: from params.yaml, or composed if there are overrides; or those of a variant.
+
+    Raises:
+        BadConfig: see `compose`, `parse_params` and `load_variant`.
+    """
+    if variant is not None:
+        return load_variant(variant, overrides)
+    if overrides:
+        return parse_params(compose(overrides), " ".join(overrides))
+    try:
+        tree = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadConfig(f"{PARAMS} is not in {Path.cwd()}; run stages from the project's folder") from error
+    except yaml.YAMLError as error:
+        raise BadConfig(f"{PARAMS} is not YAML ({one_line(error)}); write it anew: python -m stages.config") from error
+    return parse_params(tree, str(PARAMS))
+
+
+def check_declared(recipe: str, variant: str | None = None) -> Params:
+    """The compiled parameters, to approve under, if they are what `conf/` says of a recipe, or of a variant.
+
+    Raises:
+        CheckFailed: they are not.
+    """
+    params = load(variant=variant)
+    if variant is None and params != load([f"recipe={recipe}"]):
+        raise CheckFailed(
+            f"params.yaml is not what recipe {recipe} composes to: make a recipe of these overrides, commit "
+            "it and run it; nothing was approved"
+        )
+    if variant is not None and (recipe != variant or params != compose_variant(variant)):
+        raise CheckFailed(
+            f"{COMPILED} is not what variant {variant} composes to, or its pictures are of {recipe}: run python -m "
+            "stages.config, commit, run dvc repro; nothing was approved"
+        )
+    return params

@@ -1,0 +1,56 @@
+"""``python -m stages.config [overrides]``: compile `conf/` to `params.yaml` and `variants/params.yaml`.
+
+``--check`` compares both with what `conf/` gives.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from lora_fuse.cli import guarded
+from lora_fuse.errors import CheckFailed
+from lora_fuse.machine.files import replace_text
+from lora_fuse.recipe.recipe import parse_params
+from stages.config import PARAMS
+from stages.config.composition import compose
+from stages.config.variants import COMPILED, compile_entries
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write params.yaml and variants/params.yaml, or compare them (``--check``)."""
+    overrides = [argument for argument in arguments if argument != "--check"]
+    tree = compose(overrides)
+    parse_params(tree, " ".join(overrides) or "conf/")
+    variants = compile_entries()
+    wanted = {PARAMS: tree, COMPILED: variants}
+    texts = {
+        path: yaml.safe_dump(content, sort_keys=True, allow_unicode=True, width=110) for path, content in wanted.items()
+    }
+    if "--check" in arguments:
+        for path, text in texts.items():
+            _check(path, text)
+        return 0
+    for path, text in texts.items():
+        replace_text(path, text)
+    print(f"{PARAMS} written: recipe {tree['name']}")
+    print(f"{COMPILED} written: {', '.join(variants['variants']) or 'no variants'}")
+    return 0
+
+
+def _check(path: Path, wanted: str) -> None:
+    held = path.read_text(encoding="utf-8") if path.exists() else ""
+    if yaml.safe_load(held) == yaml.safe_load(wanted):
+        print(f"{path} is what conf/ composes to")
+        return
+    diff = difflib.unified_diff(held.splitlines(), wanted.splitlines(), str(path), "conf/", lineterm="", n=0)
+    print("\n".join(diff))
+    raise CheckFailed(f"{path} is not what conf/ composes to; write it anew: python -m stages.config")
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(lambda: main(sys.argv[1:])))

@@ -1,0 +1,140 @@
+"""Laws of the quick way: the bytes of the slow one, whatever the numbers."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_fuse.fusion.cpu_adder import KINDS, Stacked, TooLarge, stackable
+from lora_fuse.fusion.torch_sums import fuse_rows
+from lora_fuse.lora.deltas import Hadamard, LowRank, Matrix, NotFinite
+from lora_fuse.lora.exact import inner_product, nearest
+
+TORCH = {"BF16": torch.bfloat16, "F16": torch.float16}
+NUMPY: dict[str, npt.DTypeLike] = {"BF16": ml_dtypes.bfloat16, "F16": np.float16}
+
+
+def product(seed: int, rows: int, columns: int, rank: int, size: float = 0.1, factor: float = 1.0) -> LowRank:
+    rng = np.random.default_rng(seed)
+    a, b = rng.standard_normal((rows, rank)) * size, rng.standard_normal((rank, columns)) * size
+    return LowRank(Matrix(a, b), factor)
+
+
+def quick(weights: npt.NDArray[np.generic], parts: list[LowRank], dtype: str, first: int = 0) -> npt.NDArray[np.uint16]:
+    bits = weights.view(np.uint16).copy()
+    Stacked(parts, dtype).add(bits, first)
+    return bits
+
+
+def slow(weights: npt.NDArray[np.generic], parts: list[LowRank], dtype: str, first: int = 0) -> npt.NDArray[np.uint16]:
+    rows = torch.from_numpy(weights.view(np.uint16).copy()).view(TORCH[dtype])
+    fuse_rows(rows, parts, first)
+    return rows.view(torch.uint16).numpy()
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("columns", [1, 7, 64, 131])
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0])
+def test_the_bytes_are_those_of_the_slow_way(dtype: str, columns: int, size: float) -> None:
+    """bfloat16 and float16, rows that do not fill a vector, differences far smaller and larger than the weights."""
+    rng = np.random.default_rng(columns)
+    weights = (rng.standard_normal((40, columns)) * 0.05).astype(NUMPY[dtype])
+    parts = [product(1, 60, columns, 8, size), product(2, 60, columns, 3, size, 0.37)]
+    merged = quick(weights, parts, dtype, first=20)
+    assert np.array_equal(merged, slow(weights, parts, dtype, first=20))
+    assert (merged != weights.view(np.uint16)).any() or size < 1e-5
+
+
+NUMBERS = st.integers(-8, 8).map(lambda n: n / 8)
+
+
+@given(st.data(), st.sampled_from(["BF16", "F16"]))
+@settings(max_examples=150, deadline=None)
+def test_every_value_is_the_exact_sum_rounded(data: st.DataObject, dtype: str) -> None:
+    """Small dyadic numbers at odd scales: sums at ties, near them by less than float64 sees, at zero and subnormal."""
+    rows, columns, rank = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 3)))
+
+    def matrix(n: int, m: int) -> npt.NDArray[np.float64]:
+        return np.array(data.draw(st.lists(NUMBERS, min_size=n * m, max_size=n * m))).reshape(n, m)
+
+    power = data.draw(st.sampled_from([1.0, 2.0**-14, 2.0**-22]))
+    weights = (matrix(rows, columns) * power).astype(NUMPY[dtype])
+    factors = data.draw(
+        st.lists(st.sampled_from([1.0, 0.1, 2.0**-8, 2.0**-24, 2.0**-53, 1e-20]), min_size=1, max_size=3)
+    )
+    parts = [LowRank(Matrix(matrix(rows, rank), matrix(rank, columns) * power), factor) for factor in factors]
+    merged = quick(weights, parts, dtype).view(NUMPY[dtype])
+    for i in range(rows):
+        for j in range(columns):
+            exact = sum((one.exact(i, j) for one in parts), Fraction(float(weights[i, j])))
+            assert float(merged[i, j]) == nearest(exact, KINDS[dtype][0]), exact
+
+
+def test_a_tie_that_float64_gets_wrong_is_settled_in_integers() -> None:
+    """1 + 2**-8 is a tie of bfloat16; 2**-60 is lost in a float64 sum, and decides."""
+    one = np.ones((1, 1))
+    parts = [LowRank(Matrix(one * 2.0**-8, one), 1.0), LowRank(Matrix(one * 2.0**-60, one), 1.0)]
+    weights = np.ones((1, 1), ml_dtypes.bfloat16)
+    assert float(quick(weights, parts, "BF16").view(ml_dtypes.bfloat16)[0, 0]) == 1 + 2.0**-7
+    assert float(quick(weights, parts[:1], "BF16").view(ml_dtypes.bfloat16)[0, 0]) == 1.0
+
+
+def test_float32_alone_would_be_wrong() -> None:
+    """The bad input that the bound exists for: believe float32 everywhere, and other bytes come out."""
+    rng = np.random.default_rng(0)
+    weights = (rng.standard_normal((256, 256)) * 0.05).astype(ml_dtypes.bfloat16)
+    parts = [product(1, 256, 256, 64)]
+    near = weights.astype(np.float32) + (parts[0].matrix.a.astype(np.float32) @ np.float32(parts[0].matrix.b))
+    believed = near.astype(ml_dtypes.bfloat16).view(np.uint16)
+    assert (believed != slow(weights, parts, "BF16")).any()
+    assert np.array_equal(quick(weights, parts, "BF16"), slow(weights, parts, "BF16"))
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+def test_what_is_not_finite_is_refused_and_what_may_be_too_large_is_handed_on(dtype: str) -> None:
+    weights = np.ones((2, 2), NUMPY[dtype])
+    for broken in (np.nan, np.inf, -np.inf):
+        weights[1, 1] = broken
+        with pytest.raises(NotFinite, match="the base holds NaN or infinity"):
+            quick(weights, [product(1, 2, 2, 1)], dtype)
+    weights[1, 1] = KINDS[dtype][0].largest / 3
+    before = weights.tobytes()
+    with pytest.raises(TooLarge):
+        Stacked([product(1, 2, 2, 1)], dtype).add(weights.view(np.uint16), 0)
+    assert weights.tobytes() == before
+
+
+def test_only_products_of_16_bit_weights_are_stacked() -> None:
+    plain, whole = product(1, 2, 2, 1), LowRank(Matrix(np.ones((2, 2))), 1.0)
+    huge = LowRank(Matrix(np.full((2, 1), 2.0**61), np.ones((1, 2))), 1.0)
+    assert stackable([plain, plain], "BF16") == [plain, plain]
+    assert stackable([plain], "F32") is None
+    for other in (whole, huge, Hadamard(plain.matrix, plain.matrix, 1.0)):
+        assert stackable([plain, other], "BF16") is None
+
+
+def test_a_product_that_is_coarser_than_float32_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a matrix unit that takes float32 for bfloat16."""
+    weights, part = np.full((64, 64), 0.1, ml_dtypes.bfloat16), product(1, 64, 64, 16)
+    matmul = np.matmul
+
+    def coarse(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32], out: npt.NDArray[np.float32]) -> None:
+        matmul(a.astype(ml_dtypes.bfloat16).astype(np.float32), b, out=out)
+
+    quick(weights, [part], "BF16")
+    monkeypatch.setattr(np, "matmul", coarse)
+    with pytest.raises(RuntimeError, match="coarser than IEEE 754"):
+        quick(weights, [part], "BF16")
+
+
+@given(st.lists(st.tuples(st.floats(-1e200, 1e200), st.floats(-1e100, 1e100)), max_size=8))
+def test_an_inner_product_is_exact(pairs: list[tuple[float, float]]) -> None:
+    x, y = (np.array([pair[side] for pair in pairs]) for side in (0, 1))
+    assert inner_product(x, y) == sum((Fraction(a) * Fraction(b) for a, b in pairs), Fraction(0))

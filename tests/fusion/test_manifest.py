@@ -1,0 +1,106 @@
+"""Laws of records and the manifest: what is written is read back, what is not a record is refused by key."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lora_fuse.checkpoint.diffusers_layout import diffusers_files
+from lora_fuse.checkpoint.shards import open_checkpoint
+from lora_fuse.errors import BadCheckpoint, BadSource
+from lora_fuse.fusion.manifest import build_manifest, check_files, read_manifest, write_manifest
+from lora_fuse.fusion.plan import make_plan
+from lora_fuse.hub import lock_lora
+from lora_fuse.lora.updates import LoraInput
+from lora_fuse.recipe.checkout import this_tool
+from lora_fuse.recipe.records import (
+    FileRecord,
+    Lock,
+    Manifest,
+    MergedFile,
+    MergedLora,
+    Source,
+    Tool,
+    from_json,
+    to_json,
+)
+from tests import tiny
+
+MANIFEST = Manifest(
+    schema=1,
+    recipe="pocket",
+    base=Lock(None, "pocket/model", None, None, {"a.json": FileRecord(2, "00")}),
+    loras=(MergedLora("l", 0.8, "11", "l.safetensors", "a/b", None, "c" * 40),),
+    scale=0.8,
+    targets=3,
+    files={"a.json": MergedFile(2, "00", "base"), "t/w.safetensors": MergedFile(4, "22", "fused")},
+    tool=Tool("0.1.0", "d" * 40, True),
+)
+
+
+def test_a_manifest_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    write_manifest(tmp_path / "m.json", MANIFEST)
+    assert read_manifest(tmp_path / "m.json")[0] == MANIFEST
+    assert '"from": "fused"' in (tmp_path / "m.json").read_text()
+
+
+def test_a_record_without_a_key_is_refused_by_name() -> None:
+    with pytest.raises(BadSource, match=r"m\.json is not a Manifest: at loras\.0\.sha256"):
+        from_json(Manifest, to_json(MANIFEST).replace('"sha256": "11"', '"sha": "11"'), "m.json")
+
+
+def test_a_missing_manifest_names_the_stage(tmp_path: Path) -> None:
+    with pytest.raises(BadSource, match="dvc repro fuse"):
+        read_manifest(tmp_path / "m.json")
+
+
+@pytest.mark.parametrize("places", [{}, {"repo_id": "a/b", "path": "p"}])
+def test_a_source_is_one_place(places: dict[str, str]) -> None:
+    with pytest.raises(BadSource, match="exactly one"):
+        Source(**places)
+
+
+def test_a_file_too_many_too_few_or_of_another_size_is_found(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{} ")
+    (tmp_path / "b.json").write_text("{}")
+    problems = check_files(MANIFEST, tmp_path)
+    assert [problem.split()[0] for problem in problems] == ["t/w.safetensors", "b.json", "a.json"]
+
+
+def test_a_peft_folder_is_known_by_its_weights_and_by_what_scales_them(tmp_path: Path) -> None:
+    base = open_checkpoint(tiny.write_component(tmp_path / "base", tiny.weights()))
+    tensors = tiny.lora_tensors("peft", alpha=None)
+    tiny.write_lora(tmp_path / "loras/style/adapter_model.safetensors", tensors)
+    provenances, sums = set(), set()
+    for alpha in (4, 8):
+        config = tmp_path / "loras/style/adapter_config.json"
+        config.write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": alpha}))
+        lock = lock_lora(Source(path=str(tmp_path / "loras")), "style", previous=None)
+        plan = make_plan(base, [LoraInput("style", tmp_path / "loras" / lock.lora_name, 1.0)])
+        (lora,) = build_manifest(plan, {}, loras={"style": lock}).loras
+        assert (lora.filename, lora.path) == ("style", str(tmp_path / "loras"))
+        assert lora.sha256 == lock.files["style/adapter_model.safetensors"].sha256
+        assert lora.config_sha256 == lock.files["style/adapter_config.json"].sha256
+        provenances.add(plan.provenance)
+        sums.add(lora.sha256)
+    assert (len(provenances), len(sums)) == (2, 1)
+
+
+def test_the_tool_knows_its_checkout() -> None:
+    tool = this_tool()
+    assert tool.git is None or len(tool.git) == 40
+
+
+def test_a_pipeline_that_the_base_has_already_changes_no_file(tmp_path: Path) -> None:
+    base = tiny.write_pipeline(tmp_path / "base", tiny.weights())
+    assert diffusers_files(base, pipeline="QwenImageEditPipeline", scheduler={}) == {}
+    assert diffusers_files(base, pipeline="QwenImageEditPlusPipeline", scheduler={}).keys() == {"model_index.json"}
+
+
+def test_a_base_with_a_broken_scheduler_file_is_refused(tmp_path: Path) -> None:
+    base = tiny.write_pipeline(tmp_path / "base", tiny.weights())
+    (base / "scheduler/scheduler_config.json").write_text("[]")
+    with pytest.raises(BadCheckpoint, match="scheduler_config"):
+        diffusers_files(base, pipeline=None, scheduler={"shift": 1.0})

@@ -1,0 +1,127 @@
+"""Laws of LoRA files: every key is consumed or the file is refused, and alpha is never lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lora_fuse.checkpoint.header import TensorInfo
+from lora_fuse.errors import BadLora, ShapeMismatch, UnmatchedTargets
+from lora_fuse.lora.lora_file import LoraFile, open_lora
+from lora_fuse.lora.matcher import match_targets
+from tests import tiny
+
+
+def base_names() -> dict[str, TensorInfo]:
+    return {name: TensorInfo(name, "BF16", tensor.shape, 0, 0) for name, tensor in tiny.weights().items()}
+
+
+def opened(tmp_path: Path, tensors: dict[str, tiny.Array], metadata: dict[str, str] | None = None) -> LoraFile:
+    return open_lora(tiny.write_lora(tmp_path / "lora.safetensors", tensors, metadata))
+
+
+@pytest.mark.parametrize("style", ["lightning", "diffusers", "peft"])
+def test_every_style_finds_the_same_targets(tmp_path: Path, style: str) -> None:
+    lora = opened(tmp_path, tiny.lora_tensors(style))
+    targets = match_targets(lora.updates, base_names(), "f")
+    assert len(targets) == tiny.BLOCKS * len(tiny.LINEARS)
+    assert {update.factor for update in targets.values()} == {0.5}
+
+
+def test_alpha_absent_means_alpha_is_rank(tmp_path: Path) -> None:
+    assert {update.alpha for update in opened(tmp_path, tiny.lora_tensors(alpha=None)).updates} == {4.0}
+
+
+def test_alpha_may_have_one_element_or_no_dimension(tmp_path: Path) -> None:
+    tensors = tiny.lora_tensors()
+    key = next(key for key in tensors if key.endswith(".alpha"))
+    tensors[key] = np.array([3.0], dtype=np.float16)
+    assert {update.alpha for update in opened(tmp_path, tensors).updates} == {2.0, 3.0}
+
+
+def test_alpha_outside_the_tensors_counts(tmp_path: Path) -> None:
+    tensors = tiny.lora_tensors("diffusers", alpha=None)
+    metadata = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 12, "transformer.r": 4})}
+    assert {update.alpha for update in opened(tmp_path, tensors, metadata).updates} == {12.0}
+
+
+def test_a_peft_folder_gives_its_alpha(tmp_path: Path) -> None:
+    tiny.write_lora(tmp_path / "adapter_model.safetensors", tiny.lora_tensors("peft", alpha=None))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 6}))
+    assert {update.alpha for update in open_lora(tmp_path).updates} == {6.0}
+
+
+@pytest.mark.parametrize("entry", [{"fan_in_fan_out": True}, {"use_qalora": True}, {"peft_type": "LOHA"}])
+def test_a_configuration_that_would_be_ignored_is_refused(tmp_path: Path, entry: dict[str, object]) -> None:
+    tiny.write_lora(tmp_path / "adapter_model.safetensors", tiny.lora_tensors("peft", alpha=None))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 6, **entry}))
+    with pytest.raises(BadLora, match=next(iter(entry))):
+        open_lora(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stray", "said"),
+    [
+        ("x.lora_sideways.weight", r"1 of 19 keys belong to no known format \(first 'x.lora_sideways.weight'\)"),
+        ("x.hada_w1_a", r"1 of 19 keys have no partner \(first 'x.hada_w1_a'\)"),
+        ("x.alpha", r"1 of 19 keys have no partner"),
+        ("lora_te_x.lora_down.weight", r"1 of 19 keys are for the text encoder"),
+    ],
+)
+def test_a_key_that_nothing_takes_is_refused(tmp_path: Path, stray: str, said: str) -> None:
+    with pytest.raises(BadLora, match=said):
+        opened(tmp_path, {**tiny.lora_tensors(), stray: np.ones((1,), np.float32)})
+
+
+def test_a_lone_factor_is_refused(tmp_path: Path) -> None:
+    tensors = tiny.lora_tensors()
+    del tensors["transformer_blocks.0.attn.to_q.lora_up.weight"]
+    with pytest.raises(BadLora, match=r"2 of 17 keys have no partner"):
+        opened(tmp_path, tensors)
+
+
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadLora, match="empty"):
+        opened(tmp_path, {})
+
+
+def test_a_pickle_is_refused_unopened(tmp_path: Path) -> None:
+    (tmp_path / "lora.pt").write_bytes(b"\x80\x04")
+    with pytest.raises(BadLora, match="pickle"):
+        open_lora(tmp_path / "lora.pt")
+
+
+def test_a_module_that_the_base_lacks_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
+    tensors = {key.replace("blocks.1.", "blocks.7."): tensor for key, tensor in tiny.lora_tensors().items()}
+    lora = opened(tmp_path, tensors)
+    with pytest.raises(
+        UnmatchedTargets,
+        match=r"3 of 6 modules .*'transformer_blocks\.7\..*nearest.*'transformer_blocks\.1\.",
+    ):
+        match_targets(lora.updates, base_names(), "f")
+
+
+def test_one_weight_named_twice_is_refused(tmp_path: Path) -> None:
+    both = {**tiny.lora_tensors(), **tiny.lora_tensors("diffusers")}
+    with pytest.raises(BadLora, match="both mean"):
+        match_targets(opened(tmp_path, both).updates, base_names(), "f")
+
+
+def test_factors_that_do_not_fit_are_refused_with_both_shapes(tmp_path: Path) -> None:
+    key = "transformer_blocks.0.attn.to_q"
+    tensors = {**tiny.lora_tensors(), f"{key}.lora_up.weight": np.ones((25, 4), np.float32)}
+    lora = opened(tmp_path, tensors)
+    with pytest.raises(ShapeMismatch, match=r"25x16 .* is 24x16"):
+        match_targets(lora.updates, base_names(), "f")
+    tensors[f"{key}.lora_up.weight"] = np.ones((24, 3), np.float32)
+    with pytest.raises(ShapeMismatch, match=r"do not fit: down \[4, 16\], up \[24, 3\]"):
+        opened(tmp_path, tensors)
+
+
+def test_an_alpha_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    tensors = tiny.lora_tensors(alpha=float("nan"))
+    with pytest.raises(BadLora, match=r"alpha .* nan"):
+        opened(tmp_path, tensors)

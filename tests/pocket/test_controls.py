@@ -1,0 +1,97 @@
+"""The gate's controls: what is wrong is caught with its verdict, what is harmless passes, and a hole is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lora_fuse.regression.verdicts import Limits, Rules, Verdict
+from pocket.controls.__main__ import CONTROLS, judge, main
+from pocket.controls.benign import BENIGN
+from pocket.controls.control import GOLDEN, UNFUSED, WEIGHTS, Built, Control, Outcome
+from pocket.controls.faults import FAULTS
+from pocket.controls.rig import Rig
+from pocket.controls.table import write_markdown
+
+ROOT = Path(__file__).resolve().parents[2]
+GATES_OF_PICTURES = {UNFUSED, GOLDEN}
+NOT_IN_THE_WEIGHTS = ("8 steps", "seed + 1", "patch", "grid of 16", "grid of 8", "NaN")
+LOOSE = Rules(Limits({"psnr_db": 0.0}), Limits({"psnr_db": 0.0}))
+IMPOSSIBLE = Rules(Limits({"psnr_db": 200.0}), Limits({"psnr_db": 200.0}))
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> Iterator[dict[str, Outcome]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        yield {outcome.control.name: outcome for outcome in judge(list(CONTROLS.values()))}
+
+
+@pytest.mark.parametrize("name", [fault.name for fault in FAULTS])
+def test_a_fault_is_caught_with_its_verdict(outcomes: dict[str, Outcome], name: str) -> None:
+    outcome = outcomes[name]
+    assert outcome.as_expected
+    assert outcome.verdict is (Verdict.INVALID if name == "NaN" else Verdict.REGRESSION)
+    assert set(outcome.seen_by) == GATES_OF_PICTURES | (set() if name in NOT_IN_THE_WEIGHTS else {WEIGHTS})
+
+
+@pytest.mark.parametrize("name", [change.name for change in BENIGN])
+def test_a_benign_change_passes_every_gate(outcomes: dict[str, Outcome], name: str) -> None:
+    outcome = outcomes[name]
+    assert outcome.as_expected
+    assert outcome.seen_by == ()
+    assert outcome.verdict in {Verdict.EXACT, Verdict.DRIFT}
+
+
+@pytest.mark.parametrize(
+    ("name", "metric"),
+    [("grid of 16", "Comb of a grid"), ("grid of 8", "Comb of a grid"), ("patch", "FLIP of the worst")],
+)
+def test_the_metric_that_is_made_for_a_damage_sees_it(outcomes: dict[str, Outcome], name: str, metric: str) -> None:
+    for result in outcomes[name].results:
+        for other in ("the unfused picture", "the golden"):
+            assert any(reason.startswith(f"{metric}") and other in reason for reason in result.reasons)
+
+
+def test_the_golden_sees_a_grid_by_its_comb_alone(outcomes: dict[str, Outcome]) -> None:
+    """Another limit would have to be as tight as drift is."""
+    assert all(reason.startswith("Comb") for reason in outcomes["grid of 16"].beyond_golden)
+
+
+@pytest.mark.parametrize(
+    ("name", "rules", "result"),
+    [("scale .5", LOOSE, "0 of 1 faults caught"), ("again", IMPOSSIBLE, "0 of 1 benign changes passed")],
+)
+def test_a_gate_that_does_not_hold_is_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, rules: Rules, result: str
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main([name], rules) == 1
+    printed = capsys.readouterr().out
+    assert f"{name}: WRONG" in printed
+    assert result in printed
+
+
+def test_tensors_in_other_shards_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(rig: Rig, folder: Path) -> Built:
+        return rig.built(rig.merge(folder / "merged", rig.plan(scale=0.5)), same_files=False)
+
+    monkeypatch.chdir(ROOT)
+    (outcome,) = judge([Control("wrong", "half", wrong)], LOOSE)
+    assert outcome.seen_by == (WEIGHTS,)
+    assert not outcome.as_expected
+
+
+def test_the_tables_go_between_the_markers_of_a_document(outcomes: dict[str, Outcome], tmp_path: Path) -> None:
+    document = tmp_path / "regression.md"
+    document.write_text("before\n<!-- controls -->\nearlier tables\n<!-- /controls -->\nafter\n")
+    for _ in range(2):
+        write_markdown(document, list(outcomes.values()))
+    text = document.read_text()
+    assert text.startswith("before\n<!-- controls -->\n`weights`")
+    assert text.endswith("\n<!-- /controls -->\nafter\n")
+    assert "earlier tables" not in text
+    assert text.count("| scale .9 |") == 1
+    assert f"{len(FAULTS)} of {len(FAULTS)} faults caught, {len(BENIGN)} of {len(BENIGN)} benign" in text

@@ -1,0 +1,141 @@
+"""The house's rules: rooms in one order, small faces, one owner for each heavy library, thin stages."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+LIBRARY = ROOT / "lora_fuse"
+
+# A room imports only from itself and from those before it.
+ROOMS = (
+    "machine",
+    "checkpoint",
+    "lora",
+    "models",
+    "recipe",
+    "fusion",
+    "verification",
+    "hub",
+    "pictures",
+    "regression",
+    "exports",
+    "release",
+    "studies",
+)
+DOORS = {"__init__", "__main__", "cli"}
+LARGEST_ROOM = 15  # modules
+NOT_YET = {  # moved, and still to be cut from what stands above it
+    *(f"machine/{name}.py" for name in ("files", "hashing_writer", "staging")),
+    *(f"recipe/{name}.py" for name in ("paths", "recipe", "stated_licence")),
+    *(f"studies/{name}.py" for name in ("sweep/building", "sweep/planning", "validation/trial")),
+    "hub",
+    "hub/repository.py",
+    "models/families.py",
+    "pictures/pairs.py",
+    "regression/run.py",
+    "release/assembly.py",
+    "release/card.py",
+}
+OWNERS = {
+    "accelerate": "pictures",
+    "cyclonedx": "release",
+    "diffusers": "pictures",
+    "huggingface_hub": "hub",
+    "hydra": "stages",
+    "model_signing": "release",
+    "numba": "fusion",
+    "omegaconf": "stages",
+    "peft": "pictures",
+    "safetensors": "verification",
+    "transformers": "pictures",
+}
+
+
+def modules(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*.py") if path.name != "__init__.py")
+
+
+def room_of(path: Path) -> str:
+    """The room that a file is in; a door of the library, and all of `stages`, may import from every room."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[1] if parts[0] == "lora_fuse" and len(parts) > 2 else parts[0]
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def rooms_imported(path: Path) -> set[str]:
+    parts = [name.split(".") for name in imported(path)]
+    return {part[1] for part in parts if part[0] == "lora_fuse" and len(part) > 1 and part[1] in ROOMS}
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", modules(LIBRARY), ids=name_of)
+def test_a_room_imports_from_itself_and_from_those_before_it(path: Path) -> None:
+    if path.relative_to(LIBRARY).as_posix() in NOT_YET:
+        pytest.xfail("not yet")
+    room = room_of(path)
+    if room in ROOMS:
+        later = set(ROOMS[ROOMS.index(room) + 1 :])
+        assert not rooms_imported(path) & later
+    assert not {name for name in imported(path) if name.split(".")[0] in ("stages", "pocket", "inputs")}
+
+
+def test_nothing_but_doors_errors_and_rooms_is_in_the_library() -> None:
+    assert {path.stem for path in LIBRARY.glob("*.py")} == DOORS | {"errors"}
+    assert {path.parent.name for path in LIBRARY.glob("*/__init__.py")} == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_is_small(room: str) -> None:
+    if room in NOT_YET:
+        pytest.xfail("not yet")
+    folders = [LIBRARY / room, *(path for path in (LIBRARY / room).iterdir() if (path / "__init__.py").exists())]
+    for folder in folders:
+        assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= LARGEST_ROOM
+
+
+@pytest.mark.parametrize("path", [*modules(LIBRARY), *modules(ROOT / "stages")], ids=name_of)
+def test_a_heavy_library_belongs_to_one_room(path: Path) -> None:
+    if name_of(path).removeprefix("lora_fuse/") in NOT_YET:
+        pytest.xfail("not yet")
+    for name in imported(path):
+        owner = OWNERS.get(name.split(".")[0])
+        assert owner in (None, room_of(path)), f"{name_of(path)} imports {name}"
+
+
+@pytest.mark.parametrize("module", ["lora_fuse.cli", "stages.config", "stages.gate", "stages.summary", "lora_fuse.hub"])
+def test_start_up_imports_nothing_heavy(module: str) -> None:
+    heavy = "{'torch', 'diffusers', 'transformers', 'huggingface_hub', 'hydra', 'omegaconf', 'numpy'}"
+    code = f"import sys, {module}; print(sorted({heavy} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_plain_fuse_on_a_cpu_does_without_torch(tmp_path: Path) -> None:
+    """Its import takes seconds."""
+    tiny.write_component(tmp_path / "base", tiny.weights())
+    tiny.write_lora(tmp_path / "l.safetensors", tiny.lora_tensors("diffusers"))
+    code = "import sys; from lora_fuse.cli import main; code = main(sys.argv[1:]); print(code, 'torch' in sys.modules)"
+    arguments = ["fuse", tmp_path / "base", tmp_path / "out", "--lora", tmp_path / "l.safetensors", "--scale", "1.0"]
+    command = [sys.executable, "-c", code, *map(str, arguments), "--device", "cpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 False"

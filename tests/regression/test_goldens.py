@@ -1,0 +1,269 @@
+"""Laws of the goldens: what was approved comes back exactly, and nothing else ever does."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lora_fuse.errors import BadGolden
+from lora_fuse.pictures.environment import Environment
+from lora_fuse.recipe.records import Tool, to_json
+from lora_fuse.regression.goldens import CaseRecord, Goldens, Provenance, differences
+from tests.approved import APPROVAL, ENVIRONMENT, KEY, LORA, PROVENANCE, candidate, picture, png
+
+NEAR = replace(KEY, torch="2.12")
+FAR = replace(KEY, torch="2.11", isa="x86_64-default", threads=8)
+
+
+def approve(goldens: Goldens, seed: int = 0, *, beside: bool = False, **about: Any) -> Path:
+    return goldens.approve(png(seed), candidate(png(seed), **about), APPROVAL, beside=beside)
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> tuple[Goldens, Path]:
+    """Goldens with one picture, and its path."""
+    goldens = Goldens(tmp_path / "pocket")
+    return goldens, approve(goldens)
+
+
+def test_what_was_approved_comes_back_exactly_with_its_record(held: tuple[Goldens, Path], tmp_path: Path) -> None:
+    goldens, path = held
+    assert path == tmp_path / "pocket" / str(KEY) / "rabbit.png"
+    (found,) = goldens.for_run(KEY, ["rabbit"])["rabbit"]
+    assert (found.golden.levels == picture()).all()
+    assert (found.golden.name, found.golden.elsewhere) == ("rabbit.png", None)
+    assert found.record.provenance == PROVENANCE
+    assert found.record.approval == APPROVAL
+    assert found.record.sha256 == candidate(png()).sha256
+    assert path.read_bytes() == png()
+
+
+def test_the_record_lies_beside_the_picture_and_has_everything(held: tuple[Goldens, Path]) -> None:
+    _, path = held
+    record = json.loads(path.with_suffix(".json").read_text())
+    assert record.keys() == {"schema", "sha256", "floor", "approval", "provenance"}
+    assert record["approval"].keys() == {"by", "at", "reason", "replaces"}
+    assert record["provenance"].keys() == {field.name for field in fields(Provenance)}
+    assert record["provenance"]["case"].keys() == {field.name for field in fields(CaseRecord)}
+    assert record["provenance"]["environment"].keys() == {field.name for field in fields(Environment)}
+
+
+def test_a_case_without_a_golden_has_none(held: tuple[Goldens, Path], tmp_path: Path) -> None:
+    goldens, _ = held
+    assert goldens.for_run(KEY, ["photo", "rab"]) == {"photo": [], "rab": []}
+    assert Goldens(tmp_path / "nowhere").for_run(KEY, ["rabbit"]) == {"rabbit": []}
+
+
+# What nobody approved
+
+
+def refusal(goldens: Goldens) -> str:
+    with pytest.raises(BadGolden) as caught:
+        goldens.for_run(KEY, ["rabbit"])
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    return message
+
+
+def test_a_picture_that_was_changed_is_refused_with_both_sha256(held: tuple[Goldens, Path]) -> None:
+    import hashlib
+
+    goldens, path = held
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    message = refusal(goldens)
+    assert hashlib.sha256(content).hexdigest() in message
+    assert hashlib.sha256(png()).hexdigest() in message
+
+
+def test_a_picture_without_its_record_is_refused(held: tuple[Goldens, Path]) -> None:
+    goldens, path = held
+    path.with_suffix(".json").unlink()
+    assert "rabbit.png has no record rabbit.json" in refusal(goldens)
+
+
+def test_a_record_without_its_picture_is_refused(held: tuple[Goldens, Path]) -> None:
+    goldens, path = held
+    path.unlink()
+    assert "rabbit.png cannot be read" in refusal(goldens)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b'{"schema": 1}', b"<<<<<<< HEAD\n"])
+def test_a_record_that_is_none_is_refused(held: tuple[Goldens, Path], content: bytes) -> None:
+    goldens, path = held
+    path.with_suffix(".json").write_bytes(content)
+    message = refusal(goldens)
+    assert "rabbit.json" in message
+    assert "git checkout" in message
+
+
+def test_a_golden_that_is_no_picture_is_refused(tmp_path: Path) -> None:
+    goldens, pointer = Goldens(tmp_path), b"version https://git-lfs.github.com/spec/v1\n"
+    goldens.approve(pointer, candidate(pointer), APPROVAL)
+    assert "is no picture" in refusal(goldens)
+
+
+@pytest.mark.parametrize("place", ["photo", "../{other}/rabbit"])
+def test_a_golden_in_another_place_is_not_one_of_there(held: tuple[Goldens, Path], place: str) -> None:
+    """A picture of another case or environment would pass as exact."""
+    goldens, path = held
+    for suffix in (".png", ".json"):
+        there = path.parent / f"{place.format(other=NEAR)}{suffix}"
+        there.parent.mkdir(exist_ok=True)
+        there.write_bytes(path.with_suffix(suffix).read_bytes())
+    with pytest.raises(BadGolden, match=f"was approved as {KEY}/rabbit"):
+        goldens.for_run(KEY if place == "photo" else NEAR, ["photo" if place == "photo" else "rabbit"])
+
+
+def test_another_case_s_broken_golden_is_not_looked_at(held: tuple[Goldens, Path]) -> None:
+    goldens, path = held
+    path.with_name("photo.png").write_bytes(b"")
+    assert len(goldens.for_run(KEY, ["rabbit"])["rabbit"]) == 1
+
+
+# Approving
+
+
+def test_another_approval_takes_the_place_of_the_first_and_says_so(held: tuple[Goldens, Path], tmp_path: Path) -> None:
+    goldens, path = held
+    assert approve(goldens, 1) == path
+    (found,) = goldens.for_run(KEY, ["rabbit"])["rabbit"]
+    assert (found.golden.levels == picture(1)).all()
+    assert found.record.approval == replace(APPROVAL, replaces=(candidate(png()).sha256,))
+    assert names(tmp_path) == [f"pocket/{KEY}/rabbit.json", f"pocket/{KEY}/rabbit.png"]
+
+
+def test_several_pictures_of_a_case_can_be_goldens_and_one_takes_the_place_of_all(
+    held: tuple[Goldens, Path], tmp_path: Path
+) -> None:
+    goldens, path = held
+    paths = [path, *(approve(goldens, seed, beside=True) for seed in (1, 2, 1))]
+    assert [path.name for path in paths] == ["rabbit.png", "rabbit.2.png", "rabbit.3.png", "rabbit.2.png"]
+    found = goldens.for_run(KEY, ["rabbit"])["rabbit"]
+    assert {one.golden.levels.tobytes() for one in found} == {picture(seed).tobytes() for seed in range(3)}
+    assert all(one.record.approval.replaces == () for one in found)
+    approve(goldens, 3)
+    (last,) = goldens.for_run(KEY, ["rabbit"])["rabbit"]
+    assert sorted(last.record.approval.replaces) == sorted(candidate(png(seed)).sha256 for seed in range(3))
+    assert names(tmp_path) == [f"pocket/{KEY}/rabbit.json", f"pocket/{KEY}/rabbit.png"]
+
+
+def test_an_approval_leaves_other_cases_and_environments_alone(held: tuple[Goldens, Path], tmp_path: Path) -> None:
+    goldens, _ = held
+    approve(goldens, 1, name="rabbit-2")
+    approve(goldens, 2, key=NEAR)
+    before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
+    approve(goldens, 3)
+    after = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
+    assert {name for name in before if after[name] != before[name]} == {
+        f"pocket/{KEY}/rabbit.{suffix}" for suffix in ("png", "json")
+    }
+    assert before.keys() == after.keys()
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_picture_that_is_not_the_judged_one_is_refused_and_nothing_written(
+    held: tuple[Goldens, Path], tmp_path: Path, beside: bool
+) -> None:
+    goldens, path = held
+    judged, changed = candidate(png(1)), bytearray(png(1))
+    changed[-1] ^= 1
+    with pytest.raises(BadGolden, match="the picture of rabbit is not the one that was judged"):
+        goldens.approve(bytes(changed), judged, APPROVAL, beside=beside)
+    assert path.read_bytes() == png()
+    assert len(names(tmp_path)) == 2
+
+
+# The nearest environment
+
+
+def test_where_there_is_no_golden_that_of_the_nearest_environment_is_shown(tmp_path: Path) -> None:
+    goldens = Goldens(tmp_path)
+    for seed, key in enumerate([FAR, NEAR]):
+        approve(goldens, seed, key=key)
+    (found,) = goldens.for_run(KEY, ["rabbit"])["rabbit"]
+    assert (found.golden.levels == picture(1)).all()
+    assert found.golden.elsewhere == f"{NEAR} (torch 2.12, there 2.13)"
+    approve(goldens, 2)
+    (found,) = goldens.for_run(KEY, ["rabbit"])["rabbit"]
+    assert found.golden.elsewhere is None
+
+
+def test_each_case_has_the_nearest_environment_of_its_own(tmp_path: Path) -> None:
+    goldens = Goldens(tmp_path)
+    approve(goldens, 0, key=NEAR)
+    approve(goldens, 1, key=FAR, name="photo")
+    found = goldens.for_run(KEY, ["rabbit", "photo"])
+    assert str(NEAR) in str(found["rabbit"][0].golden.elsewhere)
+    assert str(FAR) in str(found["photo"][0].golden.elsewhere)
+
+
+@pytest.mark.parametrize("other", [replace(KEY, dtype="bfloat16"), replace(KEY, device="cuda")])
+def test_another_dtype_or_device_is_never_near(tmp_path: Path, other: Any) -> None:
+    goldens = Goldens(tmp_path)
+    approve(goldens, key=other)
+    assert goldens.for_run(KEY, ["rabbit"]) == {"rabbit": []}
+
+
+# What changed
+
+
+NOW = PROVENANCE
+OTHER_LORA = replace(LORA, sha256="9" * 64, revision="8" * 40)
+
+
+@pytest.mark.parametrize(
+    ("then", "said"),
+    [
+        (replace(NOW, loras=(OTHER_LORA,)), ["LoRA lightning", "b" * 12, "8" * 12, "a" * 12, "9" * 12]),
+        (replace(NOW, loras=(replace(LORA, scale=0.9),)), ["LoRA lightning has scale 1, had 0.9"]),
+        (replace(NOW, loras=()), ["LoRA lightning is new"]),
+        (replace(NOW, loras=(LORA, replace(LORA, name="style"))), ["LoRA style is gone"]),
+        (replace(NOW, base="owner/base@9", base_sha256="0" * 64), ["the base is owner/base@0123", "owner/base@9"]),
+        (replace(NOW, case=replace(NOW.case, prompt="blue")), ["the case's prompt is make it purple, was blue"]),
+        (replace(NOW, case=replace(NOW.case, seed=7)), ["the case's seed is 0, was 7"]),
+        (replace(NOW, case=replace(NOW.case, images={})), ["the case's images", "e" * 64]),
+        (replace(NOW, sigmas=(1.0, 0.0)), ["sigmas is (1.0, 0.89", "was (1.0, 0.0)"]),
+        (replace(NOW, steps=8), ["steps is 4, was 8"]),
+        (replace(NOW, pipeline="QwenImagePipeline"), ["pipeline is QwenImageEditPipeline, was QwenImagePipeline"]),
+        (replace(NOW, scheduler={**NOW.scheduler, "shift": 3.0}), ["scheduler shift is 1.0, was 3.0"]),
+        (replace(NOW, scheduler={**NOW.scheduler, "gone": 1}), ["scheduler gone is None, was 1"]),
+        (replace(NOW, environment=replace(ENVIRONMENT, torch="2.12.1")), ["torch is 2.13.0+cpu, was 2.12.1"]),
+        (replace(NOW, environment=replace(ENVIRONMENT, device_name="arm64")), ["device_name is x86_64, was arm64"]),
+        (replace(NOW, environment=replace(ENVIRONMENT, key=replace(KEY, threads=8))), ["threads is 2, was 8"]),
+        (replace(NOW, environment=replace(ENVIRONMENT, key=replace(KEY, isa="z"))), ["isa is x86_64-avx2, was z"]),
+        (replace(NOW, environment=replace(ENVIRONMENT, flags={**ENVIRONMENT.flags, "tf32": "on"})), ["tf32 is off"]),
+        (replace(NOW, environment=replace(ENVIRONMENT, flags={})), ["MKL_CBWR is COMPATIBLE, was None"]),
+    ],
+)
+def test_what_changed_since_an_approval_is_named(then: Provenance, said: list[str]) -> None:
+    text = "; ".join(differences(NOW, then))
+    assert all(words in text for words in said), text
+
+
+def test_nothing_is_said_to_have_changed_where_nothing_has() -> None:
+    again = replace(NOW, manifest_sha256="1" * 64, tool=Tool("0.2.0", "2" * 40, dirty=True))
+    assert differences(NOW, again) == []
+    assert differences(NOW, replace(NOW)) == []
+
+
+def test_a_single_change_is_a_single_sentence() -> None:
+    assert len(differences(NOW, replace(NOW, steps=8))) == 1
+    assert len(differences(NOW, replace(NOW, loras=(OTHER_LORA,)))) == 1
+
+
+def test_a_record_survives_its_file(held: tuple[Goldens, Path]) -> None:
+    goldens, path = held
+    (found,) = goldens.for_run(KEY, ["rabbit"])["rabbit"]
+    assert to_json(found.record) == path.with_suffix(".json").read_text()
+    np.testing.assert_array_equal(found.golden.levels, picture())

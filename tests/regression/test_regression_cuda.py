@@ -1,0 +1,111 @@
+"""Laws of the regression on a GPU, in bfloat16 as the real models run. Skipped where there is none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lora_fuse.checkpoint.diffusers_layout import diffusers_files
+from lora_fuse.checkpoint.shards import open_checkpoint
+from lora_fuse.errors import OutOfMemory
+from lora_fuse.fusion.merge import write_merged
+from lora_fuse.fusion.plan import Plan, make_plan
+from lora_fuse.lora.updates import LoraInput
+from lora_fuse.pictures.environment import environment, make_deterministic
+from lora_fuse.pictures.metrics import Latents, to_levels
+from lora_fuse.pictures.pairs import Pair, Setup, judge_pairs, render_pairs
+from lora_fuse.pictures.render import Case, Sampling
+from lora_fuse.regression.verdicts import Limits, Rules, Verdict
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
+]
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE = ROOT / "pocket/model"
+LORA = ROOT / "pocket/lora/pocket-lightning-4steps-v2.safetensors"
+SCHEDULER = {
+    "base_shift": 1.0986122886681098,
+    "max_shift": 1.0986122886681098,
+    "shift_terminal": None,
+    "use_dynamic_shifting": True,
+}
+CASES = [Case("rabbit", "Change the rabbit's color to purple", 0, (ROOT / "pocket/inputs/rabbit.png",), 128, 128)]
+SETUP = Setup("QwenImageEditPipeline", Sampling(4, 1.0, " ", 128 * 128), SCHEDULER, "cuda", "bfloat16")
+RULES = Rules(Limits({"psnr_db": 38}), Limits({"psnr_db": 38}), 2.0, (1.0, 0.9, 0.75, 0.5))
+OFFLOADED = ["model_offload", "group_offload", "balanced"]
+
+
+def plan(scale: float = 1.0) -> Plan:
+    return make_plan(open_checkpoint(BASE), [LoraInput("l", LORA, scale)])
+
+
+def merge(out: Path, scale: float = 1.0) -> Path:
+    generated = diffusers_files(BASE, pipeline=SETUP.pipeline, scheduler=SCHEDULER)
+    write_merged(plan(scale), out, device="cuda", generated=generated, known={}, progress=lambda _: None)
+    return out
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    make_deterministic(on_gpu=True)
+    return merge(tmp_path_factory.mktemp("merge") / "merged")
+
+
+@pytest.fixture(scope="module")
+def pairs(merged: Path) -> list[Pair]:
+    return render_pairs(merged, plan(), CASES, SETUP)
+
+
+def verdict(pairs: list[Pair]) -> Verdict:
+    return judge_pairs(pairs, {}, RULES)[0].result.verdict
+
+
+def latents(pairs: list[Pair]) -> list[Latents]:
+    return [side.latents for pair in pairs for side in (pair.merged, pair.unfused, pair.floor)]
+
+
+def test_merged_and_unfused_agree(pairs: list[Pair]) -> None:
+    assert verdict(pairs) is Verdict.NO_GOLDEN  # which leaves the first two gates passed
+    assert pairs[0].merged.cost.peak_gpu_bytes
+
+
+def test_the_same_run_twice_is_the_same_to_the_bit(merged: Path, pairs: list[Pair]) -> None:
+    again = render_pairs(merged, plan(), CASES, SETUP)
+    assert all((one == other).all() for one, other in zip(latents(pairs), latents(again), strict=True))
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.9])
+def test_another_scale_is_a_regression(tmp_path: Path, scale: float) -> None:
+    assert verdict(render_pairs(merge(tmp_path / "m", scale), plan(), CASES, SETUP)) is Verdict.REGRESSION
+
+
+@pytest.mark.parametrize("placement", OFFLOADED)
+def test_a_model_that_is_offloaded_or_spread_gives_the_same_pictures(
+    merged: Path, pairs: list[Pair], placement: str
+) -> None:
+    elsewhere = render_pairs(merged, plan(), CASES, replace(SETUP, placement=placement))
+    assert verdict(elsewhere) is Verdict.NO_GOLDEN
+    one, other = (to_levels(side[0].merged.image).astype(int) for side in (pairs, elsewhere))
+    assert np.abs(one - other).max() == 0
+
+
+def test_a_gpu_that_is_too_small_is_told_which_placement_to_try(merged: Path) -> None:
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1e-6)
+    try:
+        with pytest.raises(OutOfMemory, match=r"placement cuda: set it to balanced .* or model_offload"):
+            render_pairs(merged, plan(), CASES, SETUP)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_the_key_has_the_compute_capability_and_no_threads() -> None:
+    key = environment("cuda", "bfloat16").key
+    assert str(key).startswith("cuda-sm")
+    assert "threads" not in str(key)

@@ -1,0 +1,143 @@
+"""Laws of configuration: conf/ is the source, params.yaml is compiled from it, and every key is checked."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lora_fuse.errors import BadConfig
+from lora_fuse.models.families import FAMILIES, pair_warnings
+from lora_fuse.recipe.recipe import parse_params
+from stages.config import compose, load
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted(path.stem for path in (ROOT / "conf" / "recipe").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_composes_to_checked_parameters(recipe: str) -> None:
+    params = load([f"recipe={recipe}"])
+    assert params.name == recipe
+    assert params.sampling.true_cfg_scale == 1.0
+    assert params.scheduler is not None
+    assert params.scheduler.shift_terminal is None
+    assert all((ROOT / image).is_file() for case in params.regress.cases.values() for image in case.images)
+
+
+def test_there_is_a_recipe_for_every_family_and_its_steps() -> None:
+    built = {(load([f"recipe={recipe}"]).base.repo_id, load([f"recipe={recipe}"]).sampling.steps) for recipe in RECIPES}
+    only_4 = {"Qwen/Qwen-Image-Edit-2511", "Qwen/Qwen-Image-2512"}
+    for family in FAMILIES:
+        assert (family.base, 4) in built
+        assert ((family.base, 8) in built) == (family.base not in only_4)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_only_the_manual_procedure_s_pair_is_warned_about(recipe: str) -> None:
+    params = load([f"recipe={recipe}"])
+    warnings = pair_warnings(params.base.repo_id, [(lora.repo_id, lora.filename) for lora in params.loras.values()])
+    assert bool(warnings) == (recipe == "qwen_image_edit_2509_lora_on_edit")
+
+
+def test_the_pipeline_of_a_recipe_is_its_family_s() -> None:
+    pipelines = {family.base: family.pipeline for family in FAMILIES}
+    for recipe in RECIPES:
+        base = load([f"recipe={recipe}"]).base
+        assert base.repo_id is None or base.pipeline == pipelines[base.repo_id]
+
+
+def test_params_yaml_is_what_conf_composes_to() -> None:
+    assert run("stages.config", "--check").returncode == 0
+
+
+def test_an_edited_params_yaml_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "conf").symlink_to(ROOT / "conf")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    assert run("stages.config", "recipe=qwen_image_edit_2509_lightning_4steps").returncode == 0
+    assert yaml.safe_load(Path("params.yaml").read_text())["name"] == "qwen_image_edit_2509_lightning_4steps"
+    assert run("stages.config", "recipe=qwen_image_edit_2509_lightning_4steps", "--check").returncode == 0
+    checked = run("stages.config", "--check")
+    assert checked.returncode == 1
+    assert "-name: qwen_image_edit_2509_lightning_4steps" in checked.stdout
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("recipe=nope", "recipe/nope"),
+        ("fuse.scal=1", "fuse.scal"),
+        ("fuse.scale=much", "fuse.scale"),
+        ("fuse.scale=nan", "fuse.scale"),
+        ("sampling.steps=0", "sampling.steps"),
+        ("fuse.device=tpu", "fuse.device"),
+        ("regress.placement=disk", "regress.placement"),
+        ("regress.threads=0", "regress.threads"),
+        ("regress.over_floor=nan", "regress.over_floor"),
+        ("base.revision=null", "revision"),
+        ("+fuse.lora_scales.other=1.0", "'other'"),
+        ("base.revision=80e1234", "revision"),
+    ],
+)
+def test_a_bad_override_is_one_line_that_names_the_key(override: str, named: str) -> None:
+    recipe = ["recipe=qwen_image_edit_lightning_4steps"] if override.startswith("base") else []
+    refused = run("stages.config", *recipe, override)
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
+    assert refused.stderr.startswith("error: ")
+    assert named in refused.stderr
+
+
+@pytest.mark.parametrize(("override", "named"), [("sampling.steps=8", "8 steps"), ("sampling.sigmas=[1.0]", "got 1")])
+def test_a_step_without_its_sigma_is_refused_with_both_counts(override: str, named: str) -> None:
+    refused = run("stages.config", override)
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
+    assert "steps visit as many sigmas" in refused.stderr
+    assert named in refused.stderr
+    assert ("[1.0, 0.9, 0.75, 0.5]" in refused.stderr) == ("steps=" in override)
+
+
+def test_steps_are_free_where_the_sigmas_are_open() -> None:
+    assert load(["sampling.steps=8", "sampling.sigmas=null"]).sampling.steps == 8
+    assert load(["sampling.steps=2", "sampling.sigmas=[1.0, 0.5]"]).sampling.sigmas == [1.0, 0.5]
+
+
+def changed(path: str, value: object) -> dict[str, Any]:
+    tree = compose()
+    *parents, last = path.split(".")
+    at = tree
+    for parent in parents:
+        at = at[parent]
+    if value is None:
+        del at[last]
+    else:
+        at[last] = value
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("regress.golden.psnr", 3.0),
+        ("verify.rows", "some"),
+        ("publish.private", "yes"),
+        ("fuse.scale", None),
+        ("loras", {}),
+    ],
+)
+def test_an_unknown_missing_or_ill_typed_key_is_named(path: str, value: object) -> None:
+    with pytest.raises(BadConfig, match=path.replace(".", r"\.")):
+        parse_params(changed(path, value), "params.yaml")

@@ -1,0 +1,340 @@
+"""Laws of the whole pipeline: a real DVC run in a checkout of its own, and a real Hub on loopback for publishing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lora_fuse.checkpoint.header import Header
+from lora_fuse.checkpoint.shards import PROVENANCE, open_checkpoint
+from tests.hub_server import LoopbackHub
+
+ROOT = Path(__file__).resolve().parents[2]
+MERGED = Path("artifacts/merged")
+METRICS = "artifacts/regression/metrics.json"
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+STAGES = ["download", "fuse", "verify", "regress", "gate"]
+
+
+class Workspace:
+    """A git checkout of the project as it stands, and commands run in it as a user runs them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        names = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
+        for name in filter(None, names):
+            if (ROOT / name).exists():
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(ROOT / name, root / name)
+        (root / "artifacts/golden").mkdir(parents=True, exist_ok=True)
+        for command in (["init", "-q"], ["config", "user.name", "t"], ["config", "user.email", "t@example.org"]):
+            self.run("git", *command)
+        self.commit("start")
+
+    def commit(self, message: str) -> None:
+        self.run("git", "add", "-A")
+        self.run("git", "commit", "-qm", message)
+
+    def run(
+        self, *command: str, code: int | None = 0, env: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            command, cwd=self.root, env={**self.env, **(env or {})}, capture_output=True, text=True, check=False
+        )
+        assert code is None or done.returncode == code, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def config(self, *overrides: str) -> None:
+        self.run(sys.executable, "-m", "stages.config", *overrides)
+
+    def repro(self, *arguments: str, code: int = 0, env: Mapping[str, str] | None = None) -> str:
+        done = self.run("dvc", "repro", *arguments, code=code, env=env)
+        return done.stdout + done.stderr
+
+    def stage(self, name: str, *arguments: str, code: int = 0) -> str:
+        done = self.run(sys.executable, "-m", f"stages.{name}", *arguments, code=code)
+        return done.stdout + done.stderr
+
+    @property
+    def goldens(self) -> Path:
+        """Of the last run's environment."""
+        return self.root / "artifacts/golden/pocket" / str(self.read(METRICS)["environment"])
+
+    def read(self, name: str) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.root / name).read_text())
+        return content
+
+    def fused(self) -> dict[str, str]:
+        files = self.read("artifacts/merged.manifest.json")["files"]
+        return {name: file["sha256"] for name, file in files.items() if file["from"] == "fused"}
+
+    def data(self) -> dict[str, bytes]:
+        """The fused files without their headers."""
+        return {
+            name: (self.root / MERGED / name).read_bytes()[len(header.raw) :] for name, header in self.headers().items()
+        }
+
+    def headers(self) -> dict[str, Header]:
+        shards = open_checkpoint(self.root / MERGED, "transformer").shards
+        return {shard.relative: shard.header for shard in shards}
+
+
+def ran(output: str) -> list[str]:
+    return [stage for stage in STAGES if f"Running stage '{stage}'" in output]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """The default recipe, built once; each test leaves it built and passed.
+
+    Where nobody has approved its pictures for this very environment, they are approved in the checkout of the tests.
+    """
+    workspace = Workspace(tmp_path_factory.mktemp("checkout"))
+    done = workspace.run("dvc", "repro", code=None)
+    output = done.stdout + done.stderr
+    assert ran(output) == STAGES, output
+    if done.returncode:
+        assert "exited with 3" in output or "exited with 4" in output, output
+        workspace.stage("approve", "--reason", "what this checkout makes")
+        workspace.commit("goldens")
+        assert ran(workspace.repro()) == ["regress", "gate"]
+    return workspace
+
+
+@pytest.fixture
+def workspace(built: Workspace) -> Iterator[Workspace]:
+    yield built
+    built.config()
+    built.repro()
+
+
+def test_a_second_run_has_nothing_to_do(workspace: Workspace) -> None:
+    assert ran(workspace.repro()) == []
+
+
+def test_the_run_passes_and_says_so(workspace: Workspace) -> None:
+    metrics = workspace.read(METRICS)
+    assert (metrics["passed"], workspace.read("artifacts/verify.json")["passed"]) == (True, True)
+    assert "-2threads-float32-" in metrics["environment"]
+    assert 0 < metrics["rabbit.over_floor"] < 2
+    summary = workspace.stage("summary")
+    assert "artifacts/regression/report.html" in summary
+    assert all(case in summary for case in ("rabbit", "photo"))
+
+
+def test_a_build_leaves_the_checkout_clean_but_for_the_lock(workspace: Workspace) -> None:
+    changed = workspace.run("git", "status", "--porcelain").stdout.split()
+    assert changed in ([], ["M", "dvc.lock"], ["??", "dvc.lock"])
+    assert workspace.read("artifacts/merged.manifest.json")["tool"]["dirty"] is False
+    for name in ("artifacts/merged/model_index.json", "artifacts/verify.json", "artifacts/regression/images/x.png"):
+        workspace.run("git", "check-ignore", name)
+    workspace.run("git", "check-ignore", "artifacts/golden/pocket/x.png", code=1)
+
+
+def test_the_merged_repository_gives_the_picture_of_the_report_in_a_process_of_its_own(workspace: Workspace) -> None:
+    script = """
+from lora_fuse.pictures.environment import make_deterministic
+make_deterministic(2)
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import load_image
+from lora_fuse.pictures.render import allow_missing_torchvision, condition_area
+allow_missing_torchvision()
+pipe = DiffusionPipeline.from_pretrained("artifacts/merged", dtype=torch.float32)
+with condition_area(16384):
+    picture = pipe(image=load_image("pocket/inputs/rabbit.png"), prompt="Change the rabbit's color to purple",
+        negative_prompt=" ", num_inference_steps=4, true_cfg_scale=1.0,
+        generator=torch.Generator("cpu").manual_seed(0)).images[0]
+picture.save("again.png")
+"""
+    workspace.run(sys.executable, "-c", script)
+    again = np.asarray(Image.open(workspace.root / "again.png"))
+    shown = np.asarray(Image.open(workspace.root / "artifacts/regression/images/rabbit.merged.png"))
+    (workspace.root / "again.png").unlink()
+    np.testing.assert_array_equal(again, shown)
+
+
+def test_a_deleted_result_is_rebuilt_to_the_same_bytes(workspace: Workspace) -> None:
+    before = workspace.fused()
+    shutil.rmtree(workspace.root / MERGED)
+    output = workspace.repro("verify")
+    assert ran(output)[0] == "fuse"
+    assert workspace.fused() == before
+    assert before.keys() == {
+        str(p.relative_to(workspace.root / MERGED))
+        for p in (workspace.root / MERGED / "transformer").glob("*.safetensors")
+    }
+
+
+def test_another_scale_fails_the_gate_and_the_default_passes_again(workspace: Workspace) -> None:
+    before = workspace.fused()
+    failed = workspace.run("dvc", "exp", "run", "-S", "fuse.scale=0.9", code=255)
+    output = failed.stdout + failed.stderr
+    assert ran(output) == ["fuse", "verify", "regress", "gate"]
+    assert "gate: regression" in output
+    assert workspace.read(METRICS)["passed"] is False
+    assert workspace.read("artifacts/verify.json")["passed"] is True
+    workspace.config()
+    workspace.repro()
+    assert workspace.read(METRICS)["passed"] is True
+    assert workspace.fused() == before
+
+
+def would_run(workspace: Workspace) -> list[str]:
+    return ran(workspace.repro("--dry"))
+
+
+@pytest.mark.parametrize(
+    ("override", "stages"),
+    [
+        ("fuse.scale=0.5", ["fuse"]),
+        ("regress.golden.psnr_db=20", ["regress"]),
+        ("verify.rows=all", ["verify"]),
+        ("publish.repo_id=a/b", []),
+        ("publish.private=false", []),
+    ],
+)
+def test_a_parameter_reruns_its_stage_and_none_before(workspace: Workspace, override: str, stages: list[str]) -> None:
+    workspace.config(override)
+    assert would_run(workspace)[: len(stages) or None] == stages
+
+
+def test_a_recipe_by_override_runs_end_to_end_without_a_golden(workspace: Workspace) -> None:
+    """Edit-Plus with two pictures: no golden was approved under this seed, so the verdict is no pass."""
+    output = workspace.run("dvc", "exp", "run", "-S", "recipe=pocket_plus", "-S", "name=unapproved", code=255)
+    assert "stages.approve" in output.stdout + output.stderr
+    assert "exited with 3" in output.stdout + output.stderr
+    assert workspace.read("artifacts/merged/model_index.json")["_class_name"] == "QwenImageEditPlusPipeline"
+    metrics = workspace.read(METRICS)
+    assert (metrics["verdict"], metrics["passed"]) == ("no-golden", False)
+
+
+def test_what_is_approved_is_what_the_next_run_is_compared_with(workspace: Workspace) -> None:
+    shutil.rmtree(workspace.root / "artifacts/golden/pocket")
+    workspace.commit("no goldens")
+    failed = workspace.repro(code=255)
+    assert (ran(failed), "exited with 3" in failed) == (["regress", "gate"], True)
+    assert workspace.read(METRICS)["verdict"] == "no-golden"
+    workspace.stage("approve", "--reason", "the rabbit is purple")
+    assert "no-golden" in workspace.stage("gate", code=3)  # the run itself does not pass by it
+    record = json.loads((workspace.goldens / "rabbit.json").read_text())
+    shown = (workspace.root / "artifacts/regression/images/rabbit.merged.png").read_bytes()
+    assert record["sha256"] == hashlib.sha256(shown).hexdigest()
+    assert record["approval"]["by"] == "t <t@example.org>"
+    assert record["provenance"]["tool"]["git"] == workspace.run("git", "rev-parse", "HEAD").stdout.strip()
+    assert ran(workspace.repro()) == ["regress", "gate"]
+    metrics = workspace.read(METRICS)
+    assert (metrics["verdict"], metrics["rabbit.golden.identical"]) == ("exact", True)
+    workspace.commit("goldens")
+
+
+def test_a_run_in_another_environment_has_to_be_looked_at(workspace: Workspace) -> None:
+    done = workspace.run("dvc", "exp", "run", "-S", "regress.threads=1", code=255)
+    output = done.stdout + done.stderr
+    assert "exited with 4" in output
+    assert "gate: review" in output
+    metrics = workspace.read(METRICS)
+    assert "-1threads-" in metrics["environment"]
+    assert (metrics["verdict"], metrics["passed"]) == ("review", False)
+    assert "2threads" in metrics["rabbit.reasons"]
+    assert "threads is 1, was 2" in (workspace.root / "artifacts/regression/report.html").read_text()
+    assert "params.yaml is not what recipe pocket composes to" in workspace.stage("approve", "--reason", "x", code=1)
+
+
+def test_a_golden_that_nobody_approved_stops_the_run_and_leaves_the_last_one(workspace: Workspace) -> None:
+    before = (workspace.root / METRICS).read_bytes()
+    golden = workspace.goldens / "rabbit.png"
+    content = bytearray(golden.read_bytes())
+    content[len(content) // 2] ^= 1
+    golden.write_bytes(content)
+    errors = [line for line in workspace.repro(code=255).splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "rabbit.png has sha256" in errors[0]
+    assert (workspace.root / METRICS).read_bytes() == before
+    command = errors[0].partition("restore it: ")[2].split()
+    workspace.run(*command)  # what the message says helps
+    assert workspace.run("git", "status", "--porcelain", "artifacts").stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("loras.lightning.filename=nope.safetensors", "nope.safetensors"),
+        ("loras.lightning.filename=lora.pt", "pickle"),
+        ("base.path=pocket/nowhere", "pocket/nowhere"),
+        pytest.param("fuse.device=cuda", "cuda", marks=NO_GPU),
+        pytest.param("regress.placement=cuda", "regress.placement cuda", marks=NO_GPU),
+    ],
+)
+def test_bad_input_is_one_error_line_and_leaves_the_last_result(
+    workspace: Workspace, override: str, message: str
+) -> None:
+    before = workspace.fused()
+    workspace.config(override)
+    errors = [line for line in workspace.repro(code=255).splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert workspace.fused() == before
+    assert (workspace.root / MERGED / "model_index.json").is_file()
+    assert (workspace.root / "artifacts/regression/images/rabbit.merged.png").is_file()
+
+
+def test_publishing_is_off_unless_asked_for(workspace: Workspace) -> None:
+    assert "publish" not in workspace.repro("--dry")
+    workspace.repro("publish/dvc.yaml")
+    receipt = workspace.read("artifacts/publish.json")
+    assert (receipt["status"], receipt["files"]) == ("skipped", {})
+
+
+def test_publish_then_build_from_the_hub(workspace: Workspace, hub: LoopbackHub) -> None:
+    data = workspace.data()
+    hub_env = {name: os.environ[name] for name in ("HF_ENDPOINT", "HF_HOME", "HF_TOKEN")}
+    workspace.config("publish.enabled=true", "publish.repo_id=alice/merged")
+    workspace.repro("publish/dvc.yaml", env=hub_env)
+    receipt = workspace.read("artifacts/publish.json")
+    manifest = workspace.read("artifacts/merged.manifest.json")
+    assert (receipt["status"], receipt["private"]) == ("published", True)
+    listed = {*manifest["files"], "README.md", "lora_fuse.json", "provenance.json", "bom.cdx.json"}
+    pictures = {f"images/{name}.png" for name in ("blocks", "photo", "photo.input", "rabbit", "rabbit.input")}
+    assert receipt["files"].keys() == listed | pictures
+    assert "hf_write" not in (workspace.root / "artifacts/publish.json").read_text()
+
+    push = (
+        "from huggingface_hub import HfApi; a = HfApi(); a.create_repo('alice/pocket');"
+        "print(a.upload_folder(repo_id='alice/pocket', folder_path='pocket/model').oid)"
+    )
+    commit = workspace.run(sys.executable, "-c", push, env=hub_env).stdout.strip()
+    workspace.config("base.path=null", "base.repo_id=alice/pocket", f"base.revision={commit!r}")
+    workspace.repro("verify", env=hub_env)
+    assert workspace.read("artifacts/base.lock.json")["base"]["revision"] == commit
+    fused = workspace.fused()
+    assert workspace.data() == data  # the header says what the base was, the rest is the same
+    assert all(f'"alice/pocket@{commit}"' in header.metadata[PROVENANCE] for header in workspace.headers().values())
+    workspace.repro("-f", "fuse", env={**hub_env, "HF_ENDPOINT": "http://127.0.0.1:9"})  # later stages need no Hub
+    assert workspace.fused() == fused
+
+
+def test_publish_refuses_what_the_gate_has_not_passed(workspace: Workspace, hub: LoopbackHub) -> None:
+    hub_env = {name: os.environ[name] for name in ("HF_ENDPOINT", "HF_HOME", "HF_TOKEN")}
+    workspace.config("publish.enabled=true", "publish.repo_id=alice/bad")
+    verify = workspace.root / "artifacts/verify.json"
+    text = verify.read_text()
+    verify.write_text(text.replace('"passed": true', '"passed": false'))
+    refused = workspace.run(sys.executable, "-m", "stages.publish", code=2, env=hub_env)
+    verify.write_text(text)
+    assert "the gate is not passed" in refused.stderr
+    assert hub.registry.repos == {}

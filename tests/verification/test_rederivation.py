@@ -1,0 +1,153 @@
+"""Laws of verification: a right merge passes, and each way to get it wrong is found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from lora_fuse.checkpoint.diffusers_layout import diffusers_files
+from lora_fuse.checkpoint.shards import open_checkpoint
+from lora_fuse.fusion.merge import write_merged
+from lora_fuse.fusion.plan import make_plan
+from lora_fuse.lora.updates import LoraInput
+from lora_fuse.verification import expectation as expected
+from lora_fuse.verification.rederivation import Expectation, Verification, is_nearest, verify_merge
+from tests import tiny
+
+SHARD = "transformer/diffusion_pytorch_model-00001-of-00002.safetensors"
+EXPECTED = Expectation("QwenImageEditPlusPipeline", {"shift_terminal": None, "base_shift": 1.0})
+
+
+class Merge:
+    """A base, a LoRA and their merge on disk."""
+
+    def __init__(self, folder: Path, style: str = "lightning", scale: float = 1.0) -> None:
+        self.base = tiny.write_pipeline(folder / "base", tiny.weights())
+        self.lora = LoraInput("l", tiny.write_lora(folder / "l.safetensors", tiny.lora_tensors(style)), scale)
+        self.out = folder / "out"
+        plan = make_plan(open_checkpoint(self.base), [self.lora])
+        made = diffusers_files(self.base, pipeline=EXPECTED.pipeline, scheduler=EXPECTED.scheduler)
+        write_merged(plan, self.out, device="cpu", generated=made, known={}, progress=lambda _: None)
+
+    def verify(self, *loras: LoraInput, rows: int | None = None) -> Verification:
+        given = loras or (self.lora,)
+        return verify_merge(self.out, self.base, given, component="transformer", rows=rows, expected=EXPECTED)
+
+    def change(self, name: str, change: float) -> None:
+        tensors = load_file(self.out / SHARD)
+        tensors[name] = tensors[name].copy()
+        tensors[name].flat[0] += np.array(change, tensors[name].dtype)
+        (self.out / SHARD).unlink()
+        save_file(tensors, self.out / SHARD)
+
+
+@pytest.fixture
+def merge(tmp_path: Path) -> Merge:
+    return Merge(tmp_path)
+
+
+@pytest.mark.parametrize("style", ["lightning", "diffusers", "peft"])
+@pytest.mark.parametrize("rows", [1, 3, None])
+def test_a_right_merge_passes(tmp_path: Path, style: str, rows: int | None) -> None:
+    found = Merge(tmp_path, style, scale=0.7).verify(rows=rows)
+    assert found.problems == []
+    assert found.targets == found.modules == 6
+    assert found.rows_checked == found.rows_total or rows is not None
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.97, 2.0])
+def test_another_scale_is_found(merge: Merge, scale: float) -> None:
+    found = merge.verify(LoraInput("l", merge.lora.path, scale), rows=2)
+    assert found.problem_count == 6
+    assert "are not base + delta rounded once" in found.problems[0]
+
+
+def test_an_ignored_alpha_is_found(tmp_path: Path, merge: Merge) -> None:
+    no_alpha = tiny.write_lora(tmp_path / "n.safetensors", tiny.lora_tensors(alpha=None))
+    assert not merge.verify(LoraInput("l", no_alpha, 1.0), rows=2).passed
+
+
+def test_one_value_off_by_one_step_is_found(merge: Merge) -> None:
+    merge.change("transformer_blocks.0.attn.to_q.weight", 2.0**-9)
+    found = merge.verify()
+    assert [text.split(":")[0] for text in found.problems] == ["transformer_blocks.0.attn.to_q.weight"]
+
+
+def test_a_changed_tensor_that_is_no_target_is_found(merge: Merge) -> None:
+    names = load_file(merge.out / SHARD).keys()
+    name = next(name for name in names if name.endswith(".bias"))
+    merge.change(name, 1.0)
+    assert merge.verify(rows=1).problems == [f"{name} is no target of any LoRA and differs from the base"]
+
+
+@pytest.mark.parametrize("change", [lambda held: held.view(np.float16), lambda held: held.reshape(4, -1)])
+def test_the_same_bytes_as_something_else_are_found(
+    merge: Merge, change: Callable[[npt.NDArray[np.generic]], npt.NDArray[np.generic]]
+) -> None:
+    tensors = load_file(merge.out / SHARD)
+    name = next(name for name in tensors if name.endswith(".bias"))
+    (merge.out / SHARD).unlink()
+    save_file({**tensors, name: change(tensors[name])}, merge.out / SHARD)
+    assert merge.verify(rows=1).problems == [f"{name} is no target of any LoRA and differs from the base"]
+
+
+@pytest.mark.parametrize("block", [1, 64, 1 << 20])
+def test_a_change_in_the_last_block_is_found(merge: Merge, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expected, "BLOCK", block)
+    assert merge.verify(rows=1).passed
+    tensors = load_file(merge.out / SHARD)
+    name = next(name for name in tensors if name.endswith(".bias"))
+    tensors[name] = tensors[name].copy()
+    tensors[name][-1] += 1
+    (merge.out / SHARD).unlink()
+    save_file(tensors, merge.out / SHARD)
+    assert merge.verify(rows=1).problem_count == 1
+
+
+def test_a_module_left_out_is_found(tmp_path: Path, merge: Merge) -> None:
+    part = {key: value for key, value in tiny.lora_tensors().items() if "blocks.1" not in key}
+    smaller = LoraInput("l", tiny.write_lora(tmp_path / "part.safetensors", part), 1.0)
+    assert merge.verify(smaller, rows=1).problem_count == 3
+
+
+def test_a_key_that_the_base_lacks_is_found(tmp_path: Path, merge: Merge) -> None:
+    extra = {"transformer_blocks.9.x.lora_down.weight": np.ones((1, 1), np.float32)}
+    more = LoraInput("l", tiny.write_lora(tmp_path / "more.safetensors", {**tiny.lora_tensors(), **extra}), 1.0)
+    found = merge.verify(more, rows=1)
+    assert found.modules == 7
+    assert "has no weight in the base" in found.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "problem"),
+    [
+        (
+            "scheduler/scheduler_config.json",
+            {"shift_terminal": 0.02, "base_shift": 1.0},
+            "shift_terminal is 0.02",
+        ),
+        (
+            "model_index.json",
+            {"_class_name": "QwenImageEditPipeline"},
+            "_class_name is 'QwenImageEditPipeline'",
+        ),
+        ("vae/config.json", {"changed": 1}, "differs from the base's"),
+        ("vae/new.json", {}, "is not in the base"),
+    ],
+)
+def test_a_wrong_file_is_found(merge: Merge, file: str, content: object, problem: str) -> None:
+    (merge.out / file).unlink(missing_ok=True)
+    (merge.out / file).write_text(json.dumps(content))
+    assert any(problem in text for text in merge.verify(rows=1).problems)
+
+
+def test_nearest_accepts_ties_and_nothing_further() -> None:
+    values = np.array([1.0, 1.0, 1.0], dtype=tiny.BF16)  # the next number is 1 + 2**-7
+    exact = np.array([1 + 2.0**-8, 1 + 2.0**-8 + 2.0**-20, 1 - 2.0**-9 - 2.0**-20])
+    assert is_nearest(values, exact).tolist() == [True, False, False]
