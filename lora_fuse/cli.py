@@ -8,19 +8,15 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
-import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_fuse.errors import BadConfig, LoraFuseError
-from lora_fuse.machine.console import painted
-from lora_fuse.machine.interrupts import exit_code, stoppable
-from lora_fuse.machine.launch import is_first_to_fail
+from lora_fuse.errors import BadConfig
+from lora_fuse.machine.interrupts import guarded
 
 if TYPE_CHECKING:
     from lora_fuse.fusion.plan import Plan
@@ -44,35 +40,6 @@ def _run(options: argparse.Namespace) -> int:
             stack.enter_context(silence())
             stack.enter_context(redirect_stdout(io.StringIO()))
         return int(options.run(options))
-
-
-def guarded(work: Callable[[], int], kept: str = "earlier results are as they were; run it again") -> int:
-    """Run `work`; an error raised on purpose becomes one line on stderr and its exit code.
-
-    Of the processes of a launch, only the first that fails says so.
-
-    Args:
-        work: gives its exit code.
-        kept: what is said after Ctrl-C or SIGTERM: what is left, and how to go on.
-    """
-    try:
-        with stoppable():
-            code = work()
-            sys.stdout.flush()
-    except BrokenPipeError:  # the reader has had enough, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except LoraFuseError as error:
-        return _failed(str(error), error.exit_code)
-    except KeyboardInterrupt as interrupt:
-        return _failed(f"interrupted; {kept}", exit_code(interrupt))
-    return code
-
-
-def _failed(why: str, code: int) -> int:
-    if is_first_to_fail():
-        print(painted(f"error: {why}", sys.stderr), file=sys.stderr, flush=True)
-    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -133,7 +100,7 @@ def _inputs(options: argparse.Namespace) -> list[LoraInput]:
 def _make_plan(options: argparse.Namespace) -> Plan:
     from lora_fuse.checkpoint.shards import open_checkpoint
     from lora_fuse.fusion.plan import make_plan
-    from lora_fuse.models.families import cached_at
+    from lora_fuse.recipe.hf_cache import cached_at
 
     checkpoint = open_checkpoint(options.base, options.component, label=cached_at(options.base.absolute()))
     return make_plan(checkpoint, _inputs(options), _selection(options))
@@ -190,7 +157,8 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _print_plan(plan: Plan) -> None:
     from lora_fuse.machine.progress import human_bytes
-    from lora_fuse.models.families import cached_from, pair_warnings
+    from lora_fuse.models.families import pair_warnings
+    from lora_fuse.recipe.hf_cache import cached_from
 
     base, _ = cached_from(plan.checkpoint.root.absolute())
     for warning in pair_warnings(base, [cached_from(given.path.absolute()) for given in plan.inputs]):

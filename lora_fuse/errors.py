@@ -6,13 +6,36 @@ as ``error: …`` and exits 2 (`Refused`) or 1 (`CheckFailed`); anything else is
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 LONGEST = 2000  # characters of a message
 
 
+@dataclass(frozen=True, slots=True)
+class Rerun:
+    """The step to run next, for who knows how steps are run: a stage, and what it is told.
+
+    Attributes:
+        stage: its name, or several with a space between; ``build`` is all of them, ``restore`` brings files back.
+        force: run it although nothing that it depends on changed.
+        cases: the cases that it is for; empty for all.
+        settings: ``key=value`` for it alone; of ``restore``, the paths.
+    """
+
+    stage: str
+    force: bool = False
+    cases: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+
+
 class LoraFuseError(Exception):
-    """Base of every error that lora-fuse raises on purpose."""
+    """Base of every error that lora-fuse raises on purpose; `rerun` is the way out, where that is a step."""
 
     exit_code = 2
+
+    def __init__(self, message: str, *, rerun: Rerun | None = None) -> None:
+        super().__init__(message)
+        self.rerun = rerun
 
     def __str__(self) -> str:
         """One line; of a very long one, as names in a broken file may make it, the beginning and the end."""

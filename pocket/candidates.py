@@ -15,14 +15,13 @@ from pathlib import Path
 
 import torch
 
-from lora_fuse.cli import guarded
+from lora_fuse.machine.console import Console
+from lora_fuse.machine.interrupts import guarded
 from lora_fuse.studies.validation.report import Validation
-from lora_fuse.studies.validation.trial import Request
 from pocket.controls.files import Tensors, copy_of, without_alpha
 from pocket.controls.table import between_markers
 from stages.config import load
-from stages.run import Console
-from stages.validate import judged
+from stages.validate import judged, requested
 
 LORA = Path("pocket/lora/pocket-lightning-4steps-v2.safetensors")
 FOLDER = Path("build/candidates")
@@ -150,7 +149,7 @@ def judge(folder: Path, recipe: str) -> tuple[list[tuple[str, ...]], int]:
     """Validate every candidate; the rows of the table, and how many were judged rightly."""
     rows, right = [], 0
     for name, path in write(folder, CANDIDATES).items():
-        validation = judged(Request(str(path), None, None, False, (f"recipe={recipe}",)), Console(quiet=True))
+        validation = judged(requested(str(path), None, None, False, [f"recipe={recipe}"]), Console(quiet=True))
         as_it_should_be = CANDIDATES[name].is_right(validation.verdict, load([f"recipe={recipe}"]).regress.dtype)
         right += as_it_should_be
         rows.append(_row(name, validation, "" if as_it_should_be else ": WRONG"))

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lora_fuse.errors import BadConfig
+from lora_fuse.machine.console import PLAIN, Console
 from lora_fuse.machine.staging import holding
 from lora_fuse.recipe.checkout import this_person
 from lora_fuse.recipe.paths import GOLDEN, HERE, Artifacts, read_object, read_text
@@ -19,7 +20,7 @@ from lora_fuse.recipe.records import from_json
 from lora_fuse.regression.approval import check_asked, check_repeatable, check_weights, read_pictures
 from lora_fuse.regression.goldens import Approval, Candidates, Goldens
 from stages.config import check_declared, load
-from stages.run import PLAIN, Console, parse, run
+from stages.run import next_commands, parse, run
 
 
 def approve(reason: str, only: list[str], add: bool, at: Artifacts = HERE, console: Console = PLAIN) -> int:
@@ -46,7 +47,7 @@ def approve(reason: str, only: list[str], add: bool, at: Artifacts = HERE, conso
 def approve_of(given: argparse.Namespace, console: Console) -> int:
     """`approve` of the main build, or of a variant."""
     at = HERE if given.variant is None else Artifacts.of_variant(given.variant, load(variant=given.variant))
-    with at.own_commands(), holding(at.root):
+    with next_commands(at), holding(at.root):
         return approve(given.reason, given.case, given.add, at, console)
 
 

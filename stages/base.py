@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 import sys
 
+from lora_fuse.machine.console import Console
 from lora_fuse.recipe.paths import Artifacts
 from stages.config.variants import COMPILED, read_compiled, refuse_unknown
 from stages.download import download
-from stages.run import Console, parse, run
+from stages.run import next_commands, parse, run
 
 
 def base(key: str, console: Console) -> int:
@@ -21,7 +22,7 @@ def base(key: str, console: Console) -> int:
     name = compiled.bases[key]
     params = compiled.params(name)
     at = Artifacts.of_variant(name, params)
-    with at.own_commands():
+    with next_commands(at):
         return download(params, at, console, base_only=True)
 
 

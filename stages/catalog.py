@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+from lora_fuse.errors import Rerun
+from lora_fuse.machine.console import PLAIN, Console
 from lora_fuse.machine.files import replace_text
 from lora_fuse.recipe.paths import ROOT, Artifacts
 from lora_fuse.recipe.recipe import Params
 from lora_fuse.recipe.records import Selected
 from lora_fuse.studies.catalog import Places, Wanted, WantedLora, catalog_html, catalog_json, catalog_markdown, gather
 from stages.config.variants import Build, read_compiled
-from stages.run import PLAIN, Console, run_stage
+from stages.run import command, run_stage
 
 CATALOG = ROOT / "catalog"
 
@@ -47,8 +49,8 @@ def wanted(params: Params, build: Build, at: Artifacts) -> Wanted:
         cases={name: case.prompt for name, case in params.regress.cases.items()},
         repo_id=params.publish.repo_id,
         tag=params.publish.tag,
-        build=at.worded("dvc repro"),
-        publish=at.worded("dvc repro publish/dvc.yaml") if at.published else None,
+        build=command(Rerun("build"), at),
+        publish=command(Rerun("publish"), at) if at.published else None,
     )
 
 

@@ -7,11 +7,11 @@ import shutil
 import sys
 from dataclasses import asdict
 
-from lora_fuse.machine.console import painted
+from lora_fuse.machine.console import PLAIN, Console, painted
 from lora_fuse.recipe.paths import GOLDEN, HERE, Artifacts
 from lora_fuse.recipe.recipe import Params
 from lora_fuse.studies.doctor import Recipe, Status, examine, table, verdict
-from stages.run import PLAIN, Console, run_stage
+from stages.run import run_stage
 
 
 def doctor(params: Params, at: Artifacts = HERE, console: Console = PLAIN) -> int:

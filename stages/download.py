@@ -7,12 +7,13 @@ Variants of one base share its lock: `stages.base` makes it, and ``--loras-only`
 from __future__ import annotations
 
 from lora_fuse import hub
+from lora_fuse.machine.console import PLAIN, Console
 from lora_fuse.machine.files import replace_text
 from lora_fuse.machine.progress import Clock, human_rate
 from lora_fuse.recipe.paths import HERE, Artifacts
 from lora_fuse.recipe.recipe import Params
 from lora_fuse.recipe.records import SCHEMA, BaseLock, LoraLock, to_json
-from stages.run import PLAIN, Console, run_stage
+from stages.run import run_stage
 
 KEPT = "whole files stay in the Hub client's cache, the locks are as they were; `dvc repro` goes on with the rest"
 
@@ -31,7 +32,7 @@ def download(
     sources = [] if loras_only else [params.base.source]
     sources += [] if base_only else [lora.source for _, lora in sorted(params.loras.items())]
     console.will("download", hub.will_lock(sources, [*([base_before] if base_before else []), *loras_before.values()]))
-    transfer = params.download.transfer
+    transfer = params.download
     loras = {  # first, as they are small: what is wrong with them is found before the base is fetched
         name: hub.lock_lora(
             lora.source, lora.filename, previous=loras_before.get(name), update=update, transfer=transfer

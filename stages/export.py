@@ -5,13 +5,14 @@ from __future__ import annotations
 from lora_fuse.checkpoint.shards import PROVENANCE, open_checkpoint
 from lora_fuse.exports.formats import export, export_size
 from lora_fuse.fusion.manifest import read_manifest
+from lora_fuse.machine.console import PLAIN, Console
 from lora_fuse.machine.files import replace_text
 from lora_fuse.machine.progress import Clock, byte_progress, guess, human_bytes, human_rate
 from lora_fuse.models.families import COMPONENT
 from lora_fuse.recipe.paths import HERE, Artifacts
 from lora_fuse.recipe.recipe import Params
 from lora_fuse.recipe.records import SCHEMA, Exports, to_json
-from stages.run import PLAIN, Console, run_stage
+from stages.run import run_stage
 
 
 def export_formats(params: Params, at: Artifacts = HERE, console: Console = PLAIN) -> int:

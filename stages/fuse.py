@@ -5,12 +5,13 @@ from __future__ import annotations
 from lora_fuse.checkpoint.diffusers_layout import diffusers_files
 from lora_fuse.fusion.device import fuse_device
 from lora_fuse.fusion.manifest import build_manifest, write_manifest
+from lora_fuse.fusion.plan import plan_of
+from lora_fuse.machine.console import PLAIN, Console
 from lora_fuse.machine.progress import Clock, byte_progress, guess, human_bytes, human_rate
 from lora_fuse.models.families import pair_warnings
 from lora_fuse.recipe.paths import HERE, Artifacts
 from lora_fuse.recipe.recipe import Params
-from stages.planning import plan_of
-from stages.run import PLAIN, Console, run_stage
+from stages.run import run_stage
 
 KEPT = "shards that are finished are kept, artifacts/merged is as it was; `dvc repro` goes on with the next shard"
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 
+from lora_fuse.machine.console import PLAIN, Console
 from lora_fuse.machine.files import hash_file, replace_text
 from lora_fuse.recipe.paths import GOLDEN, HERE, Artifacts
 from lora_fuse.recipe.recipe import Params
-from stages.run import PLAIN, Console, run_stage
+from stages.run import run_stage
 
 
 def goldens(params: Params, at: Artifacts = HERE, console: Console = PLAIN) -> int:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lora_fuse.machine.console import Console
 from lora_fuse.recipe.paths import Artifacts
 from lora_fuse.recipe.recipe import Params
 from lora_fuse.recipe.records import Lock
 from stages.fuse import fuse
-from stages.run import Console
 from stages.verify import verify
 
 

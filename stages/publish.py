@@ -11,11 +11,12 @@ from functools import partial
 from lora_fuse import hub
 from lora_fuse.errors import PublishRefused
 from lora_fuse.fusion.manifest import read_manifest
+from lora_fuse.machine.console import PLAIN, Console
 from lora_fuse.machine.progress import Clock, human_bytes, human_seconds
 from lora_fuse.recipe.paths import HERE, Artifacts
 from lora_fuse.recipe.recipe import Params
 from lora_fuse.release.assembly import checked_release
-from stages.run import PLAIN, Console, run_stage
+from stages.run import run_stage
 
 KEPT = "what was sent stays in its pull request; publish again, it goes on with the rest"
 

@@ -5,17 +5,21 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from lora_fuse.fusion.manifest import read_manifest
+from lora_fuse.fusion.plan import plan_of
+from lora_fuse.machine.console import PLAIN, Console
 from lora_fuse.machine.progress import Clock
+from lora_fuse.pictures.asked import cases_of, setup_of
 from lora_fuse.pictures.distributed import Team
 from lora_fuse.pictures.environment import environment, make_deterministic
 from lora_fuse.pictures.pairs import check_cases, render_pairs
 from lora_fuse.pictures.render_progress import Task, watching
 from lora_fuse.recipe.paths import HERE, Artifacts, read_object
 from lora_fuse.recipe.recipe import Params
-from lora_fuse.regression.run import judge, write_regression
-from stages.planning import cases_of, goldens_of, plan_of, setup_of
-from stages.run import PLAIN, Console, run_stage
+from lora_fuse.regression.run import goldens_of, judge, write_regression
+from stages.run import command, run_stage
 
 GATE = "dvc repro gate"
 KEPT = "the last pictures are as they were, none of this run's is kept; `dvc repro` goes on with them from the first"
@@ -39,7 +43,7 @@ def regress(params: Params, at: Artifacts = HERE, console: Console = PLAIN) -> i
     if pairs is None:  # another process judges and writes
         return 0
     judged = judge(params, at, setup, here, pairs, approved)
-    write_regression(params, at, setup, judged, verify)
+    write_regression(params, at, setup, judged, verify, partial(command, at=at))
     verdict = judged.metrics["verdict"]
     facts = {"verdict": verdict, "environment": str(here.key), "report": str(at.report), "seconds": clock.seconds}
     lines = (f"{verdict} on {here.key}, see {at.report}", task.took(clock.seconds))

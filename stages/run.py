@@ -3,84 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
-from lora_fuse.cli import guarded
-from lora_fuse.errors import BadConfig, LoraFuseError
-from lora_fuse.machine.console import painted
-from lora_fuse.machine.interrupts import exit_code
+from lora_fuse.errors import BadConfig, LoraFuseError, Rerun
+from lora_fuse.machine.console import Console
+from lora_fuse.machine.interrupts import exit_code, guarded
 from lora_fuse.machine.launch import this_process
 from lora_fuse.machine.progress import silence
 from lora_fuse.machine.staging import holding
 from lora_fuse.recipe.paths import HERE, Artifacts
 from stages.config import load
 
+ALONE = "DVC_STAGE" not in os.environ  # DVC goes on with the next stage by itself
 KEPT = "earlier results are as they were; `dvc repro` goes on with this stage"
-
-
-@dataclass(frozen=True, slots=True)
-class Console:
-    """Where a stage's words go: results to stdout, all else to stderr.
-
-    Attributes:
-        quiet: says nothing but warnings and what is wrong.
-        as_json: the result is one JSON object instead of lines.
-        variant: whose stages speak, which are called ``gate@VARIANT``, as DVC calls them; None for the main build.
-    """
-
-    quiet: bool = False
-    as_json: bool = False
-    variant: str | None = None
-
-    def _name(self, stage: str) -> str:
-        return stage if self.variant is None else f"{stage}@{self.variant}"
-
-    @property
-    def _whose(self) -> dict[str, str]:
-        return {} if self.variant is None else {"variant": self.variant}
-
-    def will(self, stage: str, sentence: str) -> None:
-        """Say what is about to be done."""
-        if not self.quiet:
-            print(f"{self._name(stage)}: {sentence}", file=sys.stderr, flush=True)
-
-    def warn(self, sentence: str) -> None:
-        """Say what may be a mistake."""
-        print(painted(f"warning: {sentence}", sys.stderr), file=sys.stderr, flush=True)
-
-    def wrong(self, stage: str, sentence: str) -> None:
-        """Say what a check found."""
-        print(f"{self._name(stage)}: {painted(sentence, sys.stderr)}", file=sys.stderr, flush=True)
-
-    def done(self, stage: str, *lines: str, facts: Mapping[str, object], then: str | None = None) -> None:
-        """Say what was done.
-
-        Args:
-            stage: its name.
-            lines: for a person.
-            facts: for a program, JSON values by name.
-            then: the command that comes next; not said where DVC runs the stage, as it goes on by itself.
-        """
-        if self.as_json:
-            print(json.dumps({"stage": stage, **self._whose, **facts}), flush=True)
-        elif not self.quiet:
-            ending = [f"next: {then}"] if then and "DVC_STAGE" not in os.environ else []
-            said = [f"{self._name(stage)}: {painted(line, sys.stdout)}\n" for line in [*lines, *ending]]
-            print("".join(said), end="", flush=True)
-
-    def failed(self, stage: str, code: int, sentence: str) -> None:
-        """Say to a program that the stage was refused; a person is told by `lora_fuse.cli.guarded`."""
-        if self.as_json:
-            print(json.dumps({"stage": stage, **self._whose, "code": code, "error": sentence}), flush=True)
-
-
-PLAIN = Console()
 
 
 def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Console]:
@@ -88,7 +28,7 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Console]
     parser.add_argument("--quiet", action="store_true", help="say only what is wrong")
     parser.add_argument("--json", action="store_true", help="say it as one JSON object")
     given = parser.parse_args()
-    return given, Console(given.quiet, given.json)
+    return given, Console(given.quiet, given.json, alone=ALONE)
 
 
 def run(name: str, console: Console, work: Callable[[], int], kept: str = KEPT) -> int:
@@ -143,7 +83,7 @@ def run_stage(
     given = {flag: f"--{flag}" in sys.argv[1:] for flag in known}
     rest = [argument for argument in sys.argv[1:] if argument.removeprefix("--") not in known]
     here = this_process()
-    console = Console(given["quiet"] or not here.is_first, given["json"] and here.is_first)
+    console = Console(given["quiet"] or not here.is_first, given["json"] and here.is_first, alone=ALONE)
     chosen = {flag.replace("-", "_"): given[flag] for flag in flags}
     name = Path(sys.argv[0]).stem
 
@@ -154,7 +94,7 @@ def run_stage(
         params = load(overrides, variant) if read is None else read(overrides)
         where = at if variant is None else Artifacts.of_variant(variant, load(variant=variant))
         holds = holding(where.root) if writes and here.is_first else nullcontext()
-        with where.own_commands(), holds:
+        with next_commands(where), holds:
             return stage(params, where, replace(console, variant=variant), **chosen)
 
     sys.exit(run(name, console, work, kept))
@@ -172,3 +112,47 @@ def _variant(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
             variant = value
             del rest[at : at + (1 if equals else 2)]
     return variant, rest
+
+
+def command(step: Rerun, at: Artifacts = HERE) -> str:
+    """The command line that runs a step of a build: of a variant, with its own targets."""
+    whose = "" if at.variant is None else f" --variant {at.variant}"
+    if step.stage == "restore":
+        return " && ".join(_restoring(Path(path)) for path in step.settings)
+    if step.stage == "config":
+        return "python -m stages.config"
+    if step.stage == "approve":
+        cases = "".join(f" --case {case}" for case in step.cases)
+        return f'python -m stages.approve{whose}{cases} --reason "…"' + ("  # if it is meant" if cases else "")
+    if step.settings:
+        own = [setting for setting in step.settings if at.variant is None or not setting.startswith("recipe=")]
+        return " ".join([f"python -m stages.{step.stage}{whose}", *own])
+    return _repro(step, at)
+
+
+def _repro(step: Rerun, at: Artifacts) -> str:
+    stages = [] if step.stage == "build" else step.stage.split()
+    if step.stage == "publish":
+        if at.variant is not None and not at.published:
+            return "python -m stages.catalog"
+        stages = ["publish/dvc.yaml" if at.variant is None else f"publish/dvc.yaml:variant@{at.variant}"]
+    elif at.variant is not None:
+        stages = [f"variants/dvc.yaml:{stage}@{at.variant}" for stage in stages or ["gate"]]
+    return " ".join(["dvc repro", *(["-f"] if step.force else []), *stages])
+
+
+def _restoring(path: Path) -> str:
+    """Bring back what was approved: from git, or from DVC where a folder above is kept there."""
+    kept = [Path(f"{above}.dvc") for above in (path, *path.parents)]
+    return next((f"dvc checkout --force {one}" for one in kept if one.exists()), f"git checkout {path}")
+
+
+@contextmanager
+def next_commands(at: Artifacts) -> Iterator[None]:
+    """Let what is refused in here end with the command that is its way out, where it has one."""
+    try:
+        yield
+    except LoraFuseError as error:
+        if error.rerun is None:
+            raise
+        raise type(error)(f"{error}; next: {command(error.rerun, at)}") from error

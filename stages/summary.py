@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from lora_fuse.machine.console import PLAIN, Console
 from lora_fuse.recipe.paths import HERE, Artifacts, read_object
 from lora_fuse.recipe.recipe import Params
-from lora_fuse.regression.report import summary_text
-from stages.run import PLAIN, Console, run_stage
+from lora_fuse.regression.report import next_step, summary_text
+from stages.run import command, run_stage
 
 
 def summary(_: Params, at: Artifacts = HERE, console: Console = PLAIN) -> int:
@@ -14,7 +15,7 @@ def summary(_: Params, at: Artifacts = HERE, console: Console = PLAIN) -> int:
     if console.as_json:
         console.done("summary", facts=metrics)
     else:
-        print(at.worded(summary_text(metrics, str(at.report))))
+        print(summary_text(metrics, str(at.report), command(next_step(metrics), at)))
     return 0
 
 

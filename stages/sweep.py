@@ -9,13 +9,15 @@ import shlex
 from contextlib import suppress
 
 from lora_fuse.errors import Busy
+from lora_fuse.machine.console import PLAIN, Console
 from lora_fuse.recipe.paths import ROOT, Artifacts
 from lora_fuse.studies.sweep.building import Builder, sheet_of, wrong_points
 from lora_fuse.studies.sweep.contact import write_sheet
 from lora_fuse.studies.sweep.planning import plan_sweep
 from lora_fuse.studies.sweep.running import run
 from stages.config.sweeps import Swept, expand
-from stages.run import PLAIN, Console, run_stage
+from stages.merging import merge
+from stages.run import run_stage
 
 SWEEP = Artifacts(ROOT / "sweep")
 
@@ -25,7 +27,7 @@ def sweep(swept: Swept, at: Artifacts = SWEEP, console: Console = PLAIN, *, keep
     command = shlex.join(["python", "-m", "stages.sweep", *swept.arguments, *(["--keep"] if keep else [])])
     plan = plan_sweep(swept.points, at.root, keep=keep)
     console.will("sweep", str(plan))
-    builder, planned, count = Builder(at.root, keep), {one.point: one for one in plan.points}, len(plan.points)
+    builder, planned, count = Builder(at.root, keep, merge), {one.point: one for one in plan.points}, len(plan.points)
     try:
         standing = run(
             list(planned),

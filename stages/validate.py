@@ -7,15 +7,19 @@ needs a reviewer (4), or broken, and by what (1). Without LORA it judges what th
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
+from collections.abc import Sequence
 
+from lora_fuse.machine.console import Console
 from lora_fuse.machine.staging import exclusive, remove
 from lora_fuse.pictures.environment import environment, make_deterministic
 from lora_fuse.studies.validation.evidence import Outcome
 from lora_fuse.studies.validation.report import Validation
 from lora_fuse.studies.validation.trial import BUILD, VALIDATION, Request, Trial
 from stages.config import load
-from stages.run import Console, parse, run
+from stages.merging import merge
+from stages.run import command, parse, run
 
 KEPT = "the current build is as it was; the same command starts anew"
 
@@ -29,7 +33,7 @@ def judged(request: Request, console: Console) -> Validation:
     """The same; all that was found."""
     with exclusive(VALIDATION):
         params = load(request.overrides)
-        trial = Trial.of(request, params)
+        trial = Trial.of(request, params, merge, command)
         trial.check()
         console.will("validate", trial.intent)
         settings = params.regress
@@ -46,6 +50,14 @@ def judged(request: Request, console: Console) -> Validation:
         return validation
 
 
+def requested(lora: str | None, name: str | None, scale: float | None, keep: bool, overrides: Sequence[str]) -> Request:
+    """A request, with the command that asks for the same."""
+    words = ["python -m stages.validate", *([shlex.quote(lora)] if lora else [])]
+    words += [f"--{key} {value}" for key, value in (("name", name), ("scale", scale)) if value is not None]
+    words += [f"--set {shlex.quote(override)}" for override in overrides]
+    return Request(lora, name, scale, keep, tuple(overrides), " ".join(words))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m stages.validate", description="Judge a new version of a LoRA.")
     parser.add_argument("lora", nargs="?", metavar="LORA", help="owner/name[@revision]:file, or a file or PEFT folder")
@@ -56,5 +68,5 @@ if __name__ == "__main__":
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an override, as of any stage")
     given, said = parse(parser)
     overrides = [*([f"recipe={given.recipe}"] if given.recipe else []), *given.set]
-    wanted = Request(given.lora, given.name, given.scale, given.keep, tuple(overrides))
+    wanted = requested(given.lora, given.name, given.scale, given.keep, overrides)
     sys.exit(run("validate", said, lambda: validate(wanted, said), KEPT))

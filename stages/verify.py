@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 
-from lora_fuse import hub
 from lora_fuse.fusion.manifest import check_files, read_manifest
+from lora_fuse.machine.console import PLAIN, Console
 from lora_fuse.machine.files import replace_text
 from lora_fuse.machine.progress import FEW, Clock, byte_progress, guess, human_rate
 from lora_fuse.models.families import COMPONENT
+from lora_fuse.recipe.hf_cache import locate
 from lora_fuse.recipe.paths import HERE, Artifacts, lora_inputs
 from lora_fuse.recipe.recipe import Params
 from lora_fuse.verification.rederivation import Expectation, verify_merge
-from stages.run import PLAIN, Console, run_stage
+from stages.run import run_stage
 
 
 def verify(params: Params, at: Artifacts = HERE, console: Console = PLAIN) -> int:
@@ -28,7 +29,7 @@ def verify(params: Params, at: Artifacts = HERE, console: Console = PLAIN) -> in
     with byte_progress("verify", size, at_least=FEW) as progress:
         found = verify_merge(
             at.merged,
-            hub.locate(base),
+            locate(base),
             lora_inputs(loras, params),
             component=COMPONENT,
             rows=None if params.verify.rows == "all" else params.verify.rows,

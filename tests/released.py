@@ -12,6 +12,7 @@ from PIL import Image
 
 from lora_fuse.fusion.manifest import read_manifest
 from lora_fuse.machine.files import replace_text
+from lora_fuse.pictures.asked import cases_of
 from lora_fuse.pictures.environment import environment
 from lora_fuse.pictures.metrics import METRICS, to_levels, to_png
 from lora_fuse.pictures.render import Case
@@ -22,7 +23,6 @@ from lora_fuse.regression.goldens import Candidate, Candidates, CaseRecord, Prov
 from stages.config import compose
 from stages.download import download
 from stages.fuse import fuse
-from stages.planning import cases_of
 from stages.verify import verify
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,7 +13,7 @@ from pathlib import Path
 from lora_fuse.checkpoint.shards import Checkpoint
 from lora_fuse.errors import BadConfig, NoSpace
 from lora_fuse.exports.single_file import single_file_size, write_single_file
-from lora_fuse.recipe.records import FileRecord
+from lora_fuse.machine.files import FileRecord
 
 Progress = Callable[[int], None]
 SPARE = 1 << 20  # bytes that are left free

@@ -21,8 +21,8 @@ from pathlib import Path
 from lora_fuse.checkpoint.header import DTYPE_BYTES, MAX_HEADER, PREFIX, TensorInfo
 from lora_fuse.checkpoint.shards import Checkpoint, Shard
 from lora_fuse.errors import BadCheckpoint
+from lora_fuse.machine.files import FileRecord
 from lora_fuse.machine.hashing_writer import HashedFile
-from lora_fuse.recipe.records import FileRecord
 
 BLOCK = 8 << 20  # bytes read at once
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from lora_fuse.errors import BadSource
+from lora_fuse.errors import BadSource, Rerun
 from lora_fuse.fusion.plan import Plan
 from lora_fuse.machine.files import replace_text
 from lora_fuse.recipe.checkout import this_tool
@@ -73,7 +73,7 @@ def read_manifest(path: Path) -> tuple[Manifest, str]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise BadSource(f"{path} is not there; run the fuse stage: dvc repro fuse") from error
+        raise BadSource(f"{path} is not there", rerun=Rerun("fuse")) from error
     return from_json(Manifest, text, str(path)), hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -17,9 +17,9 @@ from lora_fuse.errors import BadCheckpoint, BadLora, NoSpace, Refused
 from lora_fuse.fusion.plan import Plan
 from lora_fuse.fusion.stream import Progress, Stopped, Way, fuse_shard
 from lora_fuse.machine.direct_io import too_large_to_cache
-from lora_fuse.machine.files import Untouched, hash_file, nearest_folder, take_over
+from lora_fuse.machine.files import FileRecord, Untouched, hash_file, nearest_folder, take_over
 from lora_fuse.machine.staging import Workplace, swap, workplace
-from lora_fuse.recipe.records import FileRecord, MergedFile
+from lora_fuse.recipe.records import MergedFile
 
 ENGINE = 1  # to be raised when the same inputs give other bytes
 _Identity = tuple[int, int, int]  # of a file: size, time of change, inode

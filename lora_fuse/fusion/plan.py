@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from lora_fuse.checkpoint.header import TensorInfo
-from lora_fuse.checkpoint.shards import PROVENANCE, Checkpoint, Shard
+from lora_fuse.checkpoint.shards import PROVENANCE, Checkpoint, Shard, open_checkpoint
 from lora_fuse.errors import BadCheckpoint, BadScale
 from lora_fuse.lora.inputs import Selection
 from lora_fuse.lora.key_formats import Algorithm
 from lora_fuse.lora.lora_file import LoraFile, open_lora
 from lora_fuse.lora.matcher import match_targets
 from lora_fuse.lora.updates import LoraInput, Update
+from lora_fuse.models.families import COMPONENT
+from lora_fuse.recipe.hf_cache import locate
+from lora_fuse.recipe.paths import lora_inputs
+from lora_fuse.recipe.recipe import Params
+from lora_fuse.recipe.records import Lock
 
 ROUNDABLE = ("BF16", "F16", "F32", "F64")
 
@@ -108,6 +113,12 @@ def make_plan(checkpoint: Checkpoint, inputs: Sequence[LoraInput], selection: Se
     skipped = tuple(sorted(name for name in terms if chosen.share(name) is None))
     kept = {name: found for name, found in terms.items() if name not in skipped}
     return Plan(checkpoint, tuple(inputs), loras, _targets(checkpoint, kept), chosen, skipped)
+
+
+def plan_of(base: Lock, loras: Mapping[str, Lock], params: Params) -> Plan:
+    """The pinned LoRAs against the pinned base, as the recipe chooses and scales them."""
+    checkpoint = open_checkpoint(locate(base), COMPONENT, base.files, base.label if base.repo_id else None)
+    return make_plan(checkpoint, lora_inputs(loras, params), params.fuse.selection)
 
 
 def _refuse_unfit(checkpoint: Checkpoint) -> None:

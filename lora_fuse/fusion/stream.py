@@ -24,9 +24,9 @@ from lora_fuse.fusion.pieces import BUFFER, pieces
 from lora_fuse.fusion.plan import Target
 from lora_fuse.lora.deltas import NotFinite
 from lora_fuse.machine.direct_io import block_memory
+from lora_fuse.machine.files import FileRecord
 from lora_fuse.machine.hashing_writer import HashedFile
 from lora_fuse.machine.reading import open_shard, read_exactly
-from lora_fuse.recipe.records import FileRecord
 
 WORKERS = 4  # at most, of a shard: a single thread hashes it, and more are not needed to keep that one busy
 SHARDS = 3  # at a time, at most: each has buffers of its own, some 200 MB

@@ -12,25 +12,23 @@ is told to move; what is locked and whole on this machine needs no network; the 
 else; nothing waits for ever.
 """
 
-from lora_fuse.hub.client import bars_on_a_terminal, cache_dir, client, endpoint, is_offline, snapshot_folder, token
+from lora_fuse.hub.client import bars_on_a_terminal, card_text, client, endpoint, is_offline, token
 from lora_fuse.hub.error_texts import client_errors
-from lora_fuse.hub.locks import changes, checked, locate, lock_base, lock_lora, moved, verify_files, will_lock
+from lora_fuse.hub.locks import changes, checked, lock_base, lock_lora, moved, verify_files, will_lock
 from lora_fuse.hub.payload import CARD
 from lora_fuse.hub.preview import preview
 from lora_fuse.hub.publisher import publish
 from lora_fuse.hub.receipt import Receipt, skipped
 from lora_fuse.hub.repository import listing, remote_files
 from lora_fuse.hub.sizes import Sizes, base_sizes, lora_sizes
-from lora_fuse.hub.transfer import Transfer
 
 __all__ = [
     "CARD",
     "Receipt",
     "Sizes",
-    "Transfer",
     "bars_on_a_terminal",
     "base_sizes",
-    "cache_dir",
+    "card_text",
     "changes",
     "checked",
     "client",
@@ -38,7 +36,6 @@ __all__ = [
     "endpoint",
     "is_offline",
     "listing",
-    "locate",
     "lock_base",
     "lock_lora",
     "lora_sizes",
@@ -47,7 +44,6 @@ __all__ = [
     "publish",
     "remote_files",
     "skipped",
-    "snapshot_folder",
     "token",
     "verify_files",
     "will_lock",

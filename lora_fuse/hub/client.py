@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from huggingface_hub import HfApi
 
 TRUE = frozenset({"1", "ON", "YES", "TRUE"})  # as the client reads switches
@@ -38,31 +39,6 @@ def _is_on(name: str) -> bool:
     return os.environ.get(name, "").upper() in TRUE
 
 
-def cache_dir() -> Path:
-    """The Hub client's cache: the client's rules, but read at each call and not at import."""
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser().absolute()
-
-
-def repository_folder(repo_id: str) -> Path:
-    """Where the cache keeps a repository (huggingface.co/docs/huggingface_hub/guides/manage-cache)."""
-    return cache_dir() / _folder_name(repo_id)
-
-
-def locks_folder(repo_id: str) -> Path:
-    """Where the client's locks on a repository's files lie: `ETAG.lock`, held while the file is fetched."""
-    return cache_dir() / ".locks" / _folder_name(repo_id)
-
-
-def snapshot_folder(repo_id: str, commit: str) -> Path:
-    """Where the cache shows the files of a commit, by the same source."""
-    return repository_folder(repo_id) / "snapshots" / commit
-
-
-def _folder_name(repo_id: str) -> str:
-    return f"models--{repo_id.replace('/', '--')}"
-
-
 def client() -> HfApi:
     """A Hub client for the endpoint and token of the environment."""
     from huggingface_hub import HfApi
@@ -75,3 +51,11 @@ def bars_on_a_terminal() -> AbstractContextManager[object]:
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     return nullcontext() if sys.stderr.isatty() else disable_progress_bars()
+
+
+def card_text(front_matter: Mapping[str, Any], body: str) -> str:
+    """A model card: front matter and Markdown, by the Hub's own reader, which refuses what it cannot use."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    data = ModelCardData(**front_matter)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{body}"))

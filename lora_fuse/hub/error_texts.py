@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from lora_fuse.errors import BadSource, NoSpace, Refused
-from lora_fuse.hub.client import cache_dir, endpoint, token
+from lora_fuse.hub.client import endpoint, token
+from lora_fuse.recipe.hf_cache import cache_dir
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,7 +6,7 @@ import fcntl
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from lora_fuse.hub.client import locks_folder, repository_folder
+from lora_fuse.recipe.hf_cache import locks_folder, repository_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

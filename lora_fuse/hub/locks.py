@@ -8,19 +8,21 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from lora_fuse.checkpoint.repository_files import is_pickle
-from lora_fuse.errors import BadLora, BadSource
-from lora_fuse.hub.client import is_offline, snapshot_folder
+from lora_fuse.errors import BadLora, BadSource, Rerun
+from lora_fuse.hub.client import is_offline
 from lora_fuse.hub.repository import open_repository
 from lora_fuse.hub.sources import Basket, Promise, Shelf, examine, hashing, open_folder, take_lora, take_pipeline
-from lora_fuse.hub.transfer import Transfer
+from lora_fuse.machine.files import FileRecord
 from lora_fuse.machine.progress import guess, human_bytes
-from lora_fuse.recipe.records import FileRecord, Lock, Source
+from lora_fuse.recipe.hf_cache import locate
+from lora_fuse.recipe.recipe import DownloadParams
+from lora_fuse.recipe.records import Lock, Source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-REMEDY = "run the download stage: dvc repro -f download"
-NAMED = 3  # missing files that a message names
+
+DEFAULT_TRANSFER = DownloadParams(workers=8, stall_seconds=60.0)
 
 
 def lock_base(
@@ -29,7 +31,7 @@ def lock_base(
     previous: Lock | None,
     offline: bool = False,
     update: bool = False,
-    transfer: Transfer | None = None,
+    transfer: DownloadParams = DEFAULT_TRANSFER,
 ) -> Lock:
     """Pin a diffusers pipeline, and have its files on this machine.
 
@@ -48,7 +50,7 @@ def lock_base(
             bytes than its Hub promises, twice.
         NoSpace: the disk has no room for it.
     """
-    return _lock(source, _Pin(previous, offline, update), transfer or Transfer(), take_pipeline)
+    return _lock(source, _Pin(previous, offline, update), transfer, take_pipeline)
 
 
 def lock_lora(
@@ -58,7 +60,7 @@ def lock_lora(
     previous: Lock | None,
     offline: bool = False,
     update: bool = False,
-    transfer: Transfer | None = None,
+    transfer: DownloadParams = DEFAULT_TRANSFER,
 ) -> Lock:
     """Pin one LoRA, and have it on this machine: a file, or a PEFT folder's weights and configuration.
 
@@ -87,28 +89,7 @@ def lock_lora(
     name = path.as_posix()
     if previous is not None and previous.lora_name != name:
         previous = replace(previous, files={})  # another file of the same repository: its commit stays
-    return _lock(source, _Pin(previous, offline, update), transfer or Transfer(), lambda b: take_lora(b, name))
-
-
-def locate(lock: Lock) -> Path:
-    """The folder on this machine that holds the files of a lock; uses no network and hashes nothing.
-
-    Raises:
-        BadSource: a file is missing or has another size.
-    """
-    root = Path(str(lock.path)) if lock.repo_id is None else snapshot_folder(lock.repo_id, str(lock.revision))
-    missing = [name for name in sorted(lock.files) if not (root / name).is_file()]
-    if missing:
-        more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
-        raise BadSource(
-            f"{', '.join(missing[:NAMED])}{more} of {lock.label} "
-            f"{'is' if len(missing) == 1 else 'are'} not on this machine; {REMEDY}"
-        )
-    for name, record in sorted(lock.files.items()):
-        size = (root / name).stat().st_size
-        if size != record.size:
-            raise BadSource(f"{name} of {lock.label} has {size} bytes, its lock says {record.size}; {REMEDY}")
-    return root
+    return _lock(source, _Pin(previous, offline, update), transfer, lambda b: take_lora(b, name))
 
 
 def verify_files(root: Path, files: Mapping[str, FileRecord]) -> None:
@@ -121,7 +102,10 @@ def verify_files(root: Path, files: Mapping[str, FileRecord]) -> None:
         for name, record in sorted(files.items()):
             found = examine(root / name, Promise(record.size, record.sha256), advance)
             if isinstance(found, str):
-                raise BadSource(f"{name} in {root} is not what was locked: {found}; {REMEDY}")
+                raise BadSource(
+                    f"{name} in {root} is not what was locked: {found}; run the download stage",
+                    rerun=Rerun("download", force=True),
+                )
 
 
 def will_lock(sources: Sequence[Source], previous: Sequence[Lock]) -> str:
@@ -178,7 +162,7 @@ class _Pin:
         return kept if kept and asked == (kept.repo_id, kept.path, kept.requested) else None
 
 
-def _lock(source: Source, pin: _Pin, how: Transfer, take: Callable[[Basket], None]) -> Lock:
+def _lock(source: Source, pin: _Pin, how: DownloadParams, take: Callable[[Basket], None]) -> Lock:
     kept = pin.of(source)
     opening: AbstractContextManager[Shelf]
     if source.repo_id is None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lora_fuse.checkpoint.repository_files import is_pickle
 from lora_fuse.errors import PublishRefused
 from lora_fuse.hub.sources import Promise, examine, hashing
-from lora_fuse.recipe.records import FileRecord
+from lora_fuse.machine.files import FileRecord
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

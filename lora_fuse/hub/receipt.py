@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from lora_fuse.errors import NoSpace
-from lora_fuse.machine.files import replace_text
-from lora_fuse.recipe.records import SCHEMA, FileRecord, to_json
+from lora_fuse.machine.files import FileRecord, replace_text
+from lora_fuse.recipe.records import SCHEMA, to_json
 
 
 @dataclass(frozen=True, slots=True)

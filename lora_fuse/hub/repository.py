@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_fuse.errors import BadSource
-from lora_fuse.hub.client import client, endpoint, snapshot_folder
+from lora_fuse.hub.client import client, endpoint
 from lora_fuse.hub.error_texts import client_errors, is_passing
 from lora_fuse.hub.sources import Promise
-from lora_fuse.hub.transfer import Order, Transfer, Transfers
+from lora_fuse.hub.transfer import Order, Transfers
+from lora_fuse.recipe.hf_cache import snapshot_folder
+from lora_fuse.recipe.recipe import DownloadParams
 from lora_fuse.recipe.records import License
-from lora_fuse.release.licences import license_of
+from lora_fuse.recipe.stated_licence import license_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -54,7 +56,7 @@ class Repository:
 
 
 @contextmanager
-def open_repository(repo_id: str, revision: str | None, how: Transfer) -> Iterator[Repository]:
+def open_repository(repo_id: str, revision: str | None, how: DownloadParams) -> Iterator[Repository]:
     """Resolve a branch, tag, commit or pull request (``refs/pr/N``) to its commit, and list that.
 
     Raises:
@@ -62,7 +64,7 @@ def open_repository(repo_id: str, revision: str | None, how: Transfer) -> Iterat
     """
     label = f"{repo_id}@{revision or 'main'}"
     with client_errors(label, repo_id, BadSource):
-        info = _info(repo_id, revision, how.stall_s)
+        info = _info(repo_id, revision, how.stall_seconds)
     if info.sha is None:
         raise BadSource(f"{label}: {endpoint()} names no commit, so it cannot be pinned; use another Hub")
     card = vars(info.card_data) if info.card_data else {}

@@ -8,11 +8,11 @@ from pathlib import Path, PurePosixPath
 
 from lora_fuse.checkpoint.repository_files import MODEL_INDEX, TEXT_SUFFIXES, is_plain_weights, lora_files
 from lora_fuse.errors import BadSource
-from lora_fuse.hub.client import is_offline, snapshot_folder
-from lora_fuse.hub.locks import locate
+from lora_fuse.hub.client import is_offline
 from lora_fuse.hub.repository import open_repository
 from lora_fuse.hub.sources import Promise, open_folder
-from lora_fuse.hub.transfer import Transfer
+from lora_fuse.recipe.hf_cache import locate, snapshot_folder
+from lora_fuse.recipe.recipe import DownloadParams
 from lora_fuse.recipe.records import Lock, Source
 
 
@@ -33,7 +33,7 @@ class Sizes:
         return sum(self.files.values())
 
 
-def base_sizes(source: Source, previous: Lock | None, transfer: Transfer) -> Sizes:
+def base_sizes(source: Source, previous: Lock | None, transfer: DownloadParams) -> Sizes:
     """At most what `lock_base` will take: also files of folders that the pipeline turns out not to name.
 
     Raises:
@@ -42,7 +42,7 @@ def base_sizes(source: Source, previous: Lock | None, transfer: Transfer) -> Siz
     return _sizes(source, previous, transfer, lambda names, _: filter(_may_be_taken, names))
 
 
-def lora_sizes(source: Source, filename: str, previous: Lock | None, transfer: Transfer) -> Sizes:
+def lora_sizes(source: Source, filename: str, previous: Lock | None, transfer: DownloadParams) -> Sizes:
     """What `lock_lora` will take.
 
     Raises:
@@ -62,7 +62,7 @@ def _may_be_taken(name: str) -> bool:
 def _sizes(
     source: Source,
     previous: Lock | None,
-    transfer: Transfer,
+    transfer: DownloadParams,
     choose: Callable[[Iterable[str], str], Iterable[str]],
 ) -> Sizes:
     if source.repo_id is None:

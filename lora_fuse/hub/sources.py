@@ -24,8 +24,9 @@ from lora_fuse.checkpoint.repository_files import (
     text_files,
 )
 from lora_fuse.errors import BadSource
+from lora_fuse.machine.files import FileRecord
 from lora_fuse.machine.progress import FEW, byte_progress
-from lora_fuse.recipe.records import FileRecord, License
+from lora_fuse.recipe.records import License
 from lora_fuse.recipe.stated_licence import read_license
 
 if TYPE_CHECKING:

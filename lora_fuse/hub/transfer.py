@@ -15,27 +15,21 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_fuse.errors import BadSource, NoSpace
-from lora_fuse.hub.client import cache_dir, is_without_xet, repository_folder
+from lora_fuse.hub.client import is_without_xet
 from lora_fuse.hub.error_texts import full_disk
 from lora_fuse.hub.leftovers import remove_leftovers
 from lora_fuse.hub.worker_process import ClientProcess
 from lora_fuse.machine.progress import FEW, byte_progress, guess, human_bytes, tell
 from lora_fuse.machine.space import Planned, TransferPlan
+from lora_fuse.recipe.hf_cache import cache_dir, repository_folder
+from lora_fuse.recipe.recipe import DownloadParams
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 PAUSES = (1.0, 2.0)  # seconds before the second and third try of a Hub in trouble
-START = 60.0  # seconds that the child may take to begin, if `stall_s` is less
-OTHERS = 10  # times `stall_s`: how long another process may hold a file without a visible byte
-
-
-@dataclass(frozen=True, slots=True)
-class Transfer:
-    """How to transfer: files at once, and seconds without a byte after which a transfer has stalled."""
-
-    workers: int = 8
-    stall_s: float = 60.0
+START = 60.0  # seconds that the child may take to begin, if `stall_seconds` is less
+OTHERS = 10  # times `stall_seconds`: how long another process may hold a file without a visible byte
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +59,7 @@ class _Failed(Exception):
 class Transfers:
     """Transfers one after another by one child, as long as that does well."""
 
-    def __init__(self, how: Transfer) -> None:
+    def __init__(self, how: DownloadParams) -> None:
         self._how = how
         self._child: ClientProcess | None = None
         self._plain = False  # do without Xet from now on
@@ -161,7 +155,7 @@ class _Watch:
 
     child: ClientProcess
     order: Order
-    how: Transfer
+    how: DownloadParams
     progress: _Progress
     note: str = ""
     waiting: bool = False
@@ -177,7 +171,7 @@ class _Watch:
         self.child.tell(json.dumps({**asdict(self.order), "workers": self.how.workers}))
         moved, traces = time.monotonic(), self._traces()
         while True:
-            message = self.child.hear(timeout=min(self.how.stall_s / 8, 0.5))
+            message = self.child.hear(timeout=min(self.how.stall_seconds / 8, 0.5))
             if "folder" in message:
                 return
             if "plan" in message:
@@ -220,9 +214,9 @@ class _Watch:
         Raises:
             _Failed: nothing moved for `quiet` seconds, and that is too long.
         """
-        limit = self.how.stall_s if self.child.is_ready else max(START, self.how.stall_s)
+        limit = self.how.stall_seconds if self.child.is_ready else max(START, self.how.stall_seconds)
         last = f" (last: {self.note.splitlines()[0]})" if self.note else ""
-        if self.waiting and quiet > OTHERS * self.how.stall_s:
+        if self.waiting and quiet > OTHERS * self.how.stall_seconds:
             raise _Failed(f"another process fetches it and has not moved for {quiet:.0f} s{last}; end that, run again")
         if not self.waiting and quiet > limit:
             said = f"no byte came for {quiet:.0f} s{last}"

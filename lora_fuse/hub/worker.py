@@ -19,8 +19,9 @@ from collections.abc import Callable
 from glob import escape
 from typing import Any
 
-from lora_fuse.hub.client import cache_dir, endpoint, token
+from lora_fuse.hub.client import endpoint, token
 from lora_fuse.hub.error_texts import cause, explain, is_full_disk, is_passing
+from lora_fuse.recipe.hf_cache import cache_dir
 
 CHUNK = 1 << 20  # bytes after which the client writes and reports; its own 10 MB hide a slow connection's progress
 WRITTEN = "huggingface_hub.snapshot_download"  # the client's name for its bar of bytes written to disk

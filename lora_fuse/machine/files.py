@@ -6,13 +6,20 @@ import fcntl
 import hashlib
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lora_fuse.recipe.records import FileRecord
-
 Untouched = Literal["auto", "reflink", "hardlink", "copy"]
 FICLONE = 0x40049409  # linux/fs.h
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """One file: its size in bytes and the sha256 of its content (lower-case hex)."""
+
+    size: int
+    sha256: str
 
 
 def hash_file(path: Path) -> FileRecord:

@@ -14,7 +14,7 @@ from typing import Self
 import numpy as np
 
 from lora_fuse.machine.direct_io import Writer, block_memory
-from lora_fuse.recipe.records import FileRecord
+from lora_fuse.machine.files import FileRecord
 
 WINDOW = 32 << 20  # bytes; whole blocks: a disk takes a large request at several times the speed of small ones
 WINDOWS = 3  # one fills, one is hashed and written, one is between

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from lora_fuse.errors import LoraFuseError
+from lora_fuse.machine.console import painted
+from lora_fuse.machine.launch import is_first_to_fail
 
 
 class Terminated(KeyboardInterrupt):
@@ -33,3 +39,32 @@ def exit_code(interrupt: KeyboardInterrupt) -> int:
 
 def _terminate(_: int, __: FrameType | None) -> None:
     raise Terminated
+
+
+def guarded(work: Callable[[], int], kept: str = "earlier results are as they were; run it again") -> int:
+    """Run `work`; an error raised on purpose becomes one line on stderr and its exit code.
+
+    Of the processes of a launch, only the first that fails says so.
+
+    Args:
+        work: gives its exit code.
+        kept: what is said after Ctrl-C or SIGTERM: what is left, and how to go on.
+    """
+    try:
+        with stoppable():
+            code = work()
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader has had enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except LoraFuseError as error:
+        return _failed(str(error), error.exit_code)
+    except KeyboardInterrupt as interrupt:
+        return _failed(f"interrupted; {kept}", exit_code(interrupt))
+    return code
+
+
+def _failed(why: str, code: int) -> int:
+    if is_first_to_fail():
+        print(painted(f"error: {why}", sys.stderr), file=sys.stderr, flush=True)
+    return code

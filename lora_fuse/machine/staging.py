@@ -17,8 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lora_fuse.errors import Busy
-from lora_fuse.machine.files import hash_file, replace_text
-from lora_fuse.recipe.records import FileRecord
+from lora_fuse.machine.files import FileRecord, hash_file, replace_text
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 

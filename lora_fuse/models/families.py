@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import pairwise
-from pathlib import PurePath
-
-from lora_fuse.recipe.records import Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,30 +57,6 @@ def pair_warnings(base: str | None, loras: Iterable[tuple[str | None, str | None
                 f"{filename} was made for {made_for[0]}, not for {base}: it merges, and pictures may be worse"
             )
     return warnings
-
-
-def manifest_warnings(manifest: Manifest) -> list[str]:
-    """The same for a merged checkpoint."""
-    base = manifest.base.repo_id if manifest.base else None
-    return pair_warnings(base, [(lora.repo_id, lora.filename) for lora in manifest.loras])
-
-
-def cached_from(path: PurePath) -> tuple[str | None, str | None]:
-    """Repository id and name of a file that lies in the Hub client's cache; None and its name elsewhere.
-
-    Layout (huggingface.co/docs/huggingface_hub/guides/manage-cache): ``models--OWNER--NAME/snapshots/COMMIT/...``.
-    """
-    for index, (part, below) in enumerate(pairwise(path.parts)):
-        if part.startswith("models--") and below == "snapshots":
-            return "/".join(part.split("--")[1:]), "/".join(path.parts[index + 3 :])
-    return None, path.name
-
-
-def cached_at(path: PurePath) -> str | None:
-    """``repo@commit`` of a folder or file in the Hub client's cache, see `cached_from`; None elsewhere."""
-    repo_id, _ = cached_from(path)
-    commit = next((part for above, part in pairwise(path.parts) if above == "snapshots"), None)
-    return f"{repo_id}@{commit}" if repo_id and commit else None
 
 
 def _matches(family: Family, name: str) -> bool:

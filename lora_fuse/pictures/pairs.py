@@ -8,14 +8,12 @@ text encoder, VAE, tokenizer and processor are loaded once.
 from __future__ import annotations
 
 import gc
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_fuse.errors import OutOfMemory
 from lora_fuse.fusion.plan import Plan
-from lora_fuse.pictures.metrics import to_levels, to_png
 from lora_fuse.pictures.noise_floor import jitter
 from lora_fuse.pictures.placement import advice, place
 from lora_fuse.pictures.render import (
@@ -32,7 +30,6 @@ from lora_fuse.pictures.render import (
 )
 from lora_fuse.pictures.render_progress import Watch
 from lora_fuse.pictures.unfused_lora import attach
-from lora_fuse.regression.verdicts import CaseResult, Golden, Picture, Rules, Subject, examine
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,53 +225,3 @@ def drop_transformer(pipe: Pipeline) -> None:
     pipe.register_modules(transformer=None)
     gc.collect()
     torch.cuda.empty_cache()  # without a GPU it does nothing
-
-
-@dataclass(frozen=True, slots=True)
-class JudgedPair:
-    """A pair and what it came to."""
-
-    pair: Pair
-    result: CaseResult
-
-    @property
-    def name(self) -> str:
-        """The case's name."""
-        return self.pair.case.name
-
-
-def judge_pairs(pairs: Sequence[Pair], goldens: Mapping[str, Sequence[Golden]], rules: Rules) -> list[JudgedPair]:
-    """Compare every pair with each other, with its noise floor and with the goldens of its case.
-
-    Args:
-        pairs: what was rendered.
-        goldens: approved pictures by case, see `lora_fuse.regression.goldens.Goldens`.
-        rules: what the cases are held to.
-    """
-    judged = []
-    for pair in pairs:
-        case = pair.case
-        size = (case.width, case.height) if case.width and case.height else None
-        merged, unfused, floor = map(picture_of, (pair.merged, pair.unfused, pair.floor))
-        subject = Subject(case.name, case.prompt, case.seed, size)
-        judged.append(JudgedPair(pair, examine(subject, merged, unfused, goldens.get(case.name, ()), rules, floor)))
-    return judged
-
-
-def picture_of(rendered: Rendered) -> Picture:
-    """What is judged of a rendered picture."""
-    return Picture(to_levels(rendered.image), rendered.nonfinite, rendered.latents, rendered.sigmas)
-
-
-def save_pictures(judged: Sequence[JudgedPair], folder: Path) -> None:
-    """Write ``CASE.merged.png``, ``CASE.unfused.png`` and so on, lossless; an approval copies the first.
-
-    What an earlier run left in `folder` goes, but only now that there is something to put in its place.
-    """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for case in judged:
-        sides = {"merged": case.pair.merged, "unfused": case.pair.unfused, "baseline": case.pair.baseline}
-        for side, rendered in sides.items():
-            if rendered is not None:
-                (folder / f"{case.name}.{side}.png").write_bytes(to_png(to_levels(rendered.image)))

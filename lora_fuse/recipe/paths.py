@@ -1,33 +1,25 @@
 """Where stages leave their results, and how they read each other's; in `artifacts/` the paths are dvc.yaml's.
 
-Of a variant they are those of variants/dvc.yaml. Messages name the commands of the main build, wherever they are
-written; `Artifacts.worded` makes them the build's own.
+Of a variant they are those of variants/dvc.yaml.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from lora_fuse import hub
-from lora_fuse.errors import BadSource, LoraFuseError
+from lora_fuse.errors import BadSource, Rerun
 from lora_fuse.lora.updates import LoraInput
 from lora_fuse.machine.files import replace_text
+from lora_fuse.recipe.hf_cache import locate
 from lora_fuse.recipe.recipe import Params
 from lora_fuse.recipe.records import SCHEMA, BaseLock, Lock, LoraLock, from_json, to_json
 
 ROOT = Path("artifacts")
 GOLDEN = ROOT / "golden"  # approved pictures, by recipe: every build of a recipe is compared with the same
-
-
-STAGES = "download|fuse|verify|goldens|regress|export|gate"
-REPRO = re.compile(rf"dvc repro(?P<force> -f)?(?P<stages>(?: (?:{STAGES})\b)*)(?P<publish> publish/dvc\.yaml)?")
-STAGE = re.compile(r"python -m stages\.(?!config\b|catalog\b)(\w+)(?: recipe=\S+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,30 +43,6 @@ class Artifacts:
         """The results of a variant."""
         shared_base = ROOT / "bases" / f"{params.base.key}.lock.json"
         return cls(ROOT / "variants" / name, name, shared_base, params.publish.enabled)
-
-    def worded(self, text: str) -> str:
-        """A message as this build has to say it: every command in it is the one for this build."""
-        if self.variant is None:
-            return text
-        return STAGE.sub(rf"python -m stages.\1 --variant {self.variant}", REPRO.sub(self._repro, text))
-
-    def _repro(self, found: re.Match[str]) -> str:
-        if found["publish"]:
-            return (
-                f"dvc repro publish/dvc.yaml:variant@{self.variant}" if self.published else "python -m stages.catalog"
-            )
-        targets = [f"variants/dvc.yaml:{stage}@{self.variant}" for stage in found["stages"].split() or ["gate"]]
-        return " ".join([f"dvc repro{found['force'] or ''}", *targets])
-
-    @contextmanager
-    def own_commands(self) -> Iterator[None]:
-        """What is refused or fails in here names the commands for this build."""
-        try:
-            yield
-        except LoraFuseError as error:
-            if self.variant is None:
-                raise
-            raise type(error)(self.worded(str(error))) from error
 
     @property
     def base_lock(self) -> Path:
@@ -193,6 +161,9 @@ class Artifacts:
 
 HERE = Artifacts()
 
+# Fuses and verifies files that are pinned already, beside the main build; what was found is for the caller to read.
+Merge: TypeAlias = Callable[[Params, Artifacts, Lock, Mapping[str, Lock]], None]
+
 
 def read_text(path: Path, stage: str) -> str:
     """The text of another stage's result.
@@ -203,7 +174,7 @@ def read_text(path: Path, stage: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise BadSource(f"{path} is not there; run the stage that makes it: dvc repro {stage}") from error
+        raise BadSource(f"{path} is not there", rerun=Rerun(stage)) from error
 
 
 def read_object(path: Path, stage: str) -> dict[str, Any]:
@@ -219,18 +190,19 @@ def read_rows(path: Path, stage: str) -> list[dict[str, Any]]:
 
 
 def _read_json(path: Path, stage: str, kind: type, called: str) -> Any:
+    again = Rerun(stage, force=True)
     try:
         content = json.loads(read_text(path, stage))
     except ValueError as error:
-        raise BadSource(f"{path} is not JSON ({error}); run its stage again: dvc repro -f {stage}") from error
+        raise BadSource(f"{path} is not JSON ({error})", rerun=again) from error
     if not isinstance(content, kind):
-        raise BadSource(f"{path} holds a {type(content).__name__}, not a {called}; run again: dvc repro -f {stage}")
+        raise BadSource(f"{path} holds a {type(content).__name__}, not a {called}", rerun=again)
     return content
 
 
 def lora_inputs(loras: Mapping[str, Lock], params: Params) -> list[LoraInput]:
     """The pinned LoRAs (files and PEFT folders) with the scales of the recipe."""
     return [
-        LoraInput(name, hub.locate(lock) / lock.lora_name, params.fuse.scale_of(name))
+        LoraInput(name, locate(lock) / lock.lora_name, params.fuse.scale_of(name))
         for name, lock in sorted(loras.items())
     ]

@@ -10,17 +10,16 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from lora_fuse.errors import BadConfig
-from lora_fuse.hub import Transfer
 from lora_fuse.lora.inputs import Selection
 from lora_fuse.machine.files import Untouched
 from lora_fuse.recipe.records import Source
-from lora_fuse.release.signing import Signer
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
@@ -159,11 +158,6 @@ class DownloadParams(Section):
     workers: PositiveInt
     stall_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-    @property
-    def transfer(self) -> Transfer:
-        """The same as the library knows it."""
-        return Transfer(self.workers, self.stall_seconds)
-
 
 class VerifyParams(Section):
     """`rows`: rows of each target to re-derive, or ``all``."""
@@ -241,6 +235,13 @@ class ExportParams(Section):
     """Which other formats the merged checkpoint is written in, by the names of `lora_fuse.exports.formats.FORMATS`."""
 
     formats: list[Text]
+
+
+@dataclass(frozen=True, slots=True)
+class Signer:
+    """Who signs: the private key in a file, or with None the identity that this machine has for Sigstore."""
+
+    key: Path | None
 
 
 class SigningParams(Section):

@@ -13,19 +13,12 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import Field, TypeAdapter, ValidationError
 
 from lora_fuse.errors import BadSource
+from lora_fuse.machine.files import FileRecord
 
 SCHEMA = 1
 
 Origin = Literal["fused", "base", "generated"]
 Record = TypeVar("Record")
-
-
-@dataclass(frozen=True, slots=True)
-class FileRecord:
-    """One file: its size in bytes and the sha256 of its content (lower-case hex)."""
-
-    size: int
-    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +188,12 @@ class Manifest:
     files: dict[str, MergedFile]
     tool: Tool
     selection: Selected | None = None
+
+    @property
+    def pair(self) -> tuple[str | None, list[tuple[str | None, str | None]]]:
+        """Base and LoRAs as `models.pair_warnings` takes them."""
+        base = self.base.repo_id if self.base else None
+        return base, [(lora.repo_id, lora.filename) for lora in self.loras]
 
 
 def to_json(record: object) -> str:

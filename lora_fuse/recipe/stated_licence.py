@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import yaml
 
 from lora_fuse.recipe.records import License
-from lora_fuse.release.licences import license_of
 
 NAMES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE", "LICENCE.md", "LICENCE.txt", "COPYING")
 READ = 1 << 16  # characters of a file that are looked at
@@ -22,6 +23,21 @@ TEXTS = (
     ("bsd-2-clause", r"Redistribution and use in source and binary forms.*AS IS"),
     ("cc0-1.0", r"CC0 1\.0 Universal"),
 )
+
+
+def license_of(card: Mapping[str, Any], origin: Literal["hub", "front matter"]) -> License | None:
+    """The licence in the front matter of a model card: `license`, `license_name`, `license_link`.
+
+    A list of one is that one; of several nobody says whether all or any are meant, which is ``other`` with their names.
+    """
+    stated = card.get("license")
+    names = [str(name).strip().lower() for name in (stated if isinstance(stated, list) else [stated]) if name]
+    if not names:
+        return None
+    if len(names) > 1:
+        return License("other", ", ".join(names), None, origin)
+    name, link = (str(card[key]) if card.get(key) else None for key in ("license_name", "license_link"))
+    return License(names[0], name, link, origin)
 
 
 def read_license(folder: Path) -> License | None:

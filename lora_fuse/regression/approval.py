@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_fuse.errors import BadGolden, CheckFailed
+from lora_fuse.errors import BadGolden, CheckFailed, Rerun
 from lora_fuse.recipe.checkout import modified_files
 from lora_fuse.regression.goldens import Candidate, Provenance, check_picture
+
+AGAIN = Rerun("regress", force=True)
 
 
 def check_weights(
@@ -48,8 +50,9 @@ def check_asked(chosen: Mapping[str, Candidate], scales: Mapping[str, float], st
         used = {lora.name: lora.scale for lora in made.loras}
         if used != dict(scales) or made.steps != steps:
             raise CheckFailed(
-                f"{name} was made with {_settings(used, made.steps)}, and the recipe says {_settings(scales, steps)}: "
-                "run dvc repro; nothing was approved"
+                f"{name} was made with {_settings(used, made.steps)}, and the recipe says {_settings(scales, steps)}; "
+                "nothing was approved",
+                rerun=Rerun("build"),
             )
 
 
@@ -73,11 +76,11 @@ def check_repeatable(provenance: Provenance, root: Path) -> None:
         raise CheckFailed("this is no git checkout, so nothing says what made these pictures; nothing was approved")
     if modified:
         more = f" and {len(modified) - 1} more" if len(modified) > 1 else ""
-        raise CheckFailed(f"no commit has {modified[0]}{more}: commit, run dvc repro -f regress; nothing was approved")
+        raise CheckFailed(f"no commit has {modified[0]}{more}: commit, render again; nothing was approved", rerun=AGAIN)
     if provenance.tool.dirty:
         raise CheckFailed(
-            f"these pictures were made by a modified checkout of {provenance.tool.git[:12]}: run dvc repro -f regress; "
-            "nothing was approved"
+            f"these pictures were made by a modified checkout of {provenance.tool.git[:12]}; nothing was approved",
+            rerun=AGAIN,
         )
 
 
@@ -93,8 +96,6 @@ def read_pictures(folder: Path, chosen: Mapping[str, Candidate]) -> dict[str, by
         try:
             pictures[name] = path.read_bytes()
         except OSError as error:
-            raise BadGolden(
-                f"{path} cannot be read ({error}); run again: dvc repro -f regress; nothing was approved"
-            ) from error
+            raise BadGolden(f"{path} cannot be read ({error}); nothing was approved", rerun=AGAIN) from error
         check_picture(pictures[name], candidate)
     return pictures

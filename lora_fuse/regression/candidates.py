@@ -11,10 +11,11 @@ from typing import Any
 from lora_fuse.machine.files import hash_file
 from lora_fuse.pictures.environment import Environment
 from lora_fuse.pictures.metrics import to_levels, to_png
-from lora_fuse.pictures.pairs import JudgedPair, Setup
+from lora_fuse.pictures.pairs import Setup
 from lora_fuse.pictures.render import Case
 from lora_fuse.recipe.checkout import this_tool
 from lora_fuse.recipe.records import Manifest
+from lora_fuse.regression.case_judgement import JudgedPair
 from lora_fuse.regression.goldens import SCHEMA, Candidate, Candidates, CaseRecord, Provenance, digest
 from lora_fuse.regression.verdicts import Comparison
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from lora_fuse.errors import BadGolden, BadSource
-from lora_fuse.machine.files import replace_bytes, replace_text
+from lora_fuse.errors import BadGolden, BadSource, Rerun
+from lora_fuse.machine.files import FileRecord, replace_bytes, replace_text
 from lora_fuse.pictures.environment import Environment, Key
 from lora_fuse.pictures.metrics import Levels, to_levels
-from lora_fuse.recipe.records import FileRecord, MergedLora, Tool, from_json, to_json
+from lora_fuse.recipe.records import MergedLora, Tool, from_json, to_json
 from lora_fuse.regression.verdicts import Golden
 
 SCHEMA = 1
@@ -248,8 +248,8 @@ def check_picture(picture: bytes, candidate: Candidate) -> None:
     """
     if hashlib.sha256(picture).hexdigest() != candidate.sha256:
         raise BadGolden(
-            f"the picture of {candidate.provenance.case.name} is not the one that was judged; run again: "
-            "dvc repro -f regress; nothing was approved"
+            f"the picture of {candidate.provenance.case.name} is not the one that was judged; nothing was approved",
+            rerun=Rerun("regress", force=True),
         )
 
 
@@ -301,7 +301,7 @@ def _read_record(path: Path) -> GoldenRecord:
         return from_json(GoldenRecord, path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError, BadSource) as error:
         what = str(error).removesuffix("; run its stage again")
-        raise BadGolden(f"the record {path} cannot be read ({what}); restore it: {_restoring(path.parent)}") from error
+        raise BadGolden(f"the record {path} cannot be read ({what})", rerun=_restoring(path.parent)) from error
 
 
 def _checked(picture: Path, record: Path) -> tuple[Path, GoldenRecord]:
@@ -311,11 +311,11 @@ def _checked(picture: Path, record: Path) -> tuple[Path, GoldenRecord]:
     try:
         held = hashlib.sha256(picture.read_bytes()).hexdigest()
     except OSError as error:
-        raise BadGolden(f"the golden {picture} cannot be read ({error}); restore it: {_restoring(picture)}") from error
+        raise BadGolden(f"the golden {picture} cannot be read ({error})", rerun=_restoring(picture)) from error
     if held != found.sha256:
         raise BadGolden(
-            f"the golden {picture} has sha256 {held}, and {found.sha256} was approved; "
-            f"restore it: {_restoring(picture)}"
+            f"the golden {picture} has sha256 {held}, and {found.sha256} was approved",
+            rerun=_restoring(picture),
         )
     key, case = str(found.provenance.environment.key), found.provenance.case.name
     if (picture.parent.name, picture.stem.partition(".")[0]) != (key, case):
@@ -323,10 +323,8 @@ def _checked(picture: Path, record: Path) -> tuple[Path, GoldenRecord]:
     return picture, found
 
 
-def _restoring(path: Path) -> str:
-    """The command that brings back what was approved: from git, or from DVC where a folder above is kept there."""
-    kept = [Path(f"{above}.dvc") for above in (path, *path.parents)]
-    return next((f"dvc checkout --force {one}" for one in kept if one.exists()), f"git checkout {path}")
+def _restoring(path: Path) -> Rerun:
+    return Rerun("restore", settings=(str(path),))
 
 
 def _levels(path: Path) -> Levels:
@@ -334,4 +332,4 @@ def _levels(path: Path) -> Levels:
         with Image.open(path) as image:
             return to_levels(image)
     except OSError as error:
-        raise BadGolden(f"the golden {path} is no picture ({error}); restore it: {_restoring(path)}") from error
+        raise BadGolden(f"the golden {path} is no picture ({error})", rerun=_restoring(path)) from error

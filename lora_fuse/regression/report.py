@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lora_fuse.errors import Rerun
 from lora_fuse.pictures.pages import Image, render_page
 
 if TYPE_CHECKING:
@@ -189,27 +190,27 @@ def _changed(cases: Sequence[CaseReport]) -> list[tuple[str, str]] | None:
     )
 
 
-def next_step(metrics: Mapping[str, Any]) -> str:
-    """The one command that comes after a run, from what `metrics.json` says of it."""
+def next_step(metrics: Mapping[str, Any]) -> Rerun:
+    """The step that comes after a run, from what `metrics.json` says of it."""
     match metrics["verdict"]:
         case "exact" | "drift":
-            return "dvc repro publish/dvc.yaml"
+            return Rerun("publish")
         case "review" | "no-golden":
-            return 'python -m stages.approve --reason "…"'
-    changed = [name for name in case_names(metrics) if metrics[f"{name}.verdict"] == "regression"]
-    if metrics["verdict"] == "regression" and all(metrics[f"{name}.agrees"] for name in case_names(metrics)):
-        return (
-            f'python -m stages.approve {" ".join(f"--case {name}" for name in changed)} --reason "…"  # if it is meant'
-        )
-    return f"python -m stages.verify recipe={metrics['recipe']} verify.rows=all"
+            return Rerun("approve")
+    names = case_names(metrics)
+    changed = [name for name in names if metrics[f"{name}.verdict"] == "regression"]
+    if metrics["verdict"] == "regression" and all(metrics[f"{name}.agrees"] for name in names):
+        return Rerun("approve", cases=tuple(changed))
+    return Rerun("verify", settings=(f"recipe={metrics['recipe']}", "verify.rows=all"))
 
 
-def summary_text(metrics: Mapping[str, Any], report_path: str) -> str:
+def summary_text(metrics: Mapping[str, Any], report_path: str, then: str) -> str:
     """A table of the cases and the verdict, aligned for a terminal, without colours.
 
     Args:
         metrics: the content of `metrics.json`, as `verdicts.flat_metrics` makes it.
         report_path: where the page is.
+        then: the command that comes next.
     """
     names = case_names(metrics)
     rows = [("case", "verdict", "PSNR to golden", "max diff", "PSNR to unfused", "max diff", "over floor", "seconds")]
@@ -225,7 +226,7 @@ def summary_text(metrics: Mapping[str, Any], report_path: str) -> str:
             lines.append(f"{name}: {metrics[f'{name}.reasons']}")
     passed = "passed" if metrics["passed"] else "FAILED"
     verdict = metrics["verdict"]
-    ending = [f"{passed}, {verdict}: {MEANINGS[verdict]}", f"report: {report_path}", f"next: {next_step(metrics)}"]
+    ending = [f"{passed}, {verdict}: {MEANINGS[verdict]}", f"report: {report_path}", f"next: {then}"]
     return "\n".join([*lines, "", *ending])
 
 

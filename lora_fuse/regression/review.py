@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
 from lora_fuse.checkpoint.blocks import block_of, in_order
-from lora_fuse.models.families import manifest_warnings
+from lora_fuse.models.families import pair_warnings
 from lora_fuse.pictures.metrics import HEAT_TOP, Levels, heat_map, to_levels, to_png
 from lora_fuse.pictures.pages import Image as Encoded
-from lora_fuse.pictures.pairs import JudgedPair, Setup
+from lora_fuse.pictures.pairs import Setup
 from lora_fuse.pictures.render import Sampling, open_picture
 from lora_fuse.recipe.records import Manifest, MergedLora
+from lora_fuse.regression.case_judgement import JudgedPair
 from lora_fuse.regression.goldens import Approved, Candidate, Candidates, Provenance, differences
 from lora_fuse.regression.report import (
     Baseline,
@@ -25,12 +27,22 @@ from lora_fuse.regression.report import (
     Report,
     WeightsCheck,
     case_names,
-    next_step,
 )
 from lora_fuse.regression.verdicts import Rules, Scalar, flat_metrics, worst
 
 LARGE = 512  # pixels of a side, from which on the page has WebP at this quality; the files beside it are lossless
 QUALITY = 90
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What a run came to, and all that it is of."""
+
+    manifest: Manifest
+    cases: list[JudgedPair]
+    found: Candidates
+    metrics: dict[str, Scalar]
+    approved: Mapping[str, Sequence[Approved]]
 
 
 def run_metrics(judged: Sequence[JudgedPair], found: Candidates, scale: float) -> dict[str, Scalar]:
@@ -60,37 +72,30 @@ def case_rows(metrics: Mapping[str, Scalar]) -> list[dict[str, Scalar]]:
     return rows
 
 
-def review(
-    manifest: Manifest,
-    verify: Mapping[str, Any],
-    judged: Sequence[JudgedPair],
-    found: Candidates,
-    approved: Mapping[str, Sequence[Approved]],
-    rules: Rules,
-    setup: Setup,
-) -> Report:
+def review(judged: Judged, verify: Mapping[str, Any], rules: Rules, setup: Setup, next_step: str) -> Report:
     """The report of one run.
 
     Args:
-        manifest: of the merged checkpoint.
+        judged: every case, and all that it is of.
         verify: the content of `verify.json`.
-        judged: every case.
-        found: the candidates' records.
-        approved: the goldens that the cases were compared with.
-        rules: what they were held to.
+        rules: what the cases were held to.
         setup: how both sides were rendered.
+        next_step: the command that comes next.
     """
-    first = next(iter(found.cases.values())).provenance
+    first = next(iter(judged.found.cases.values())).provenance
     return Report(
         recipe=first.recipe,
-        verdict=worst(case.result.verdict for case in judged),
-        next_step=next_step(run_metrics(judged, found, manifest.scale)) if verify["passed"] else "dvc repro -f fuse",
-        built_from=_built_from(manifest, setup, first.sigmas),
+        verdict=worst(case.result.verdict for case in judged.cases),
+        next_step=next_step,
+        built_from=_built_from(judged.manifest, setup, first.sigmas),
         weights=_weights(verify),
-        environment={**_environment(first), "LoRA unfused by": judged[0].pair.unfused_by},
-        warnings=tuple(manifest_warnings(manifest)),
+        environment={**_environment(first), "LoRA unfused by": judged.cases[0].pair.unfused_by},
+        warnings=tuple(pair_warnings(*judged.manifest.pair)),
         rules=rules,
-        cases=tuple(_case(one, found.cases[one.name], approved.get(one.name, ()), setup.baseline) for one in judged),
+        cases=tuple(
+            _case(one, judged.found.cases[one.name], judged.approved.get(one.name, ()), setup.baseline)
+            for one in judged.cases
+        ),
         heat_top=HEAT_TOP,
     )
 

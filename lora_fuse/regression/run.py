@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
+from lora_fuse.errors import Rerun
 from lora_fuse.fusion.manifest import read_manifest
 from lora_fuse.machine.files import replace_text
 from lora_fuse.pictures.environment import Environment
-from lora_fuse.pictures.pairs import JudgedPair, Pair, Setup, judge_pairs, save_pictures
-from lora_fuse.recipe.paths import Artifacts
+from lora_fuse.pictures.pairs import Pair, Setup
+from lora_fuse.recipe.paths import GOLDEN, Artifacts
 from lora_fuse.recipe.recipe import Params
-from lora_fuse.recipe.records import Manifest, to_json
+from lora_fuse.recipe.records import Lock, to_json
 from lora_fuse.regression.candidates import candidates
-from lora_fuse.regression.goldens import Approved, Candidates, pictures_of
-from lora_fuse.regression.report import report_html
-from lora_fuse.regression.review import block_changes, case_rows, review, run_metrics
-from lora_fuse.regression.verdicts import Scalar
-from stages.planning import rules_of
-
-
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """What a run came to, and all that it is of."""
-
-    manifest: Manifest
-    cases: list[JudgedPair]
-    found: Candidates
-    metrics: dict[str, Scalar]
-    approved: Mapping[str, Sequence[Approved]]
+from lora_fuse.regression.case_judgement import judge_pairs, save_pictures
+from lora_fuse.regression.goldens import Approved, Goldens, pictures_of
+from lora_fuse.regression.report import next_step, report_html
+from lora_fuse.regression.review import Judged, block_changes, case_rows, review, run_metrics
+from lora_fuse.regression.verdicts import Limits, Rules
 
 
 def judge(
@@ -57,7 +47,14 @@ def judge(
     return Judged(manifest, cases, found, run_metrics(cases, found, params.fuse.scale), approved)
 
 
-def write_regression(params: Params, at: Artifacts, setup: Setup, judged: Judged, verify: Mapping[str, Any]) -> None:
+def write_regression(
+    params: Params,
+    at: Artifacts,
+    setup: Setup,
+    judged: Judged,
+    verify: Mapping[str, Any],
+    command: Callable[[Rerun], str],
+) -> None:
     """Write the pictures, the candidates, the metrics, the plots' data and the report."""
     save_pictures(judged.cases, at.images)
     replace_text(at.candidates, to_json(judged.found))
@@ -65,6 +62,23 @@ def write_regression(params: Params, at: Artifacts, setup: Setup, judged: Judged
     contents = ((at.metrics, judged.metrics), (at.cases, case_rows(judged.metrics)), (at.blocks, blocks))
     for path, content in contents:
         replace_text(path, json.dumps(content, indent=2) + "\n")
-    parts = (judged.manifest, verify, judged.cases, judged.found, judged.approved)
-    report = review(*parts, rules_of(params), setup)
-    replace_text(at.report, report_html(replace(report, next_step=at.worded(report.next_step))))
+    then = next_step(judged.metrics) if verify["passed"] else Rerun("fuse", force=True)
+    replace_text(at.report, report_html(review(judged, verify, rules_of(params), setup, command(then))))
+
+
+def rules_of(params: Params) -> Rules:
+    """What the pictures are held to."""
+    regress, sigmas = params.regress, params.sampling.sigmas
+    limits = (Limits(regress.unfused.bounds), Limits(regress.golden.bounds))
+    return Rules(*limits, regress.over_floor, None if sigmas is None else tuple(sigmas))
+
+
+def goldens_of(params: Params, base: Lock) -> Goldens:
+    """The recipe's approved pictures, for the base that is pinned.
+
+    Raises:
+        BadGolden: they were approved for another base.
+    """
+    goldens = Goldens(GOLDEN / params.name)
+    goldens.refuse_other_base(str(base.repo_id or base.path), base.files)
+    return goldens

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_fuse.errors import PublishRefused
+from lora_fuse.errors import PublishRefused, Rerun
 from lora_fuse.exports.formats import words
 from lora_fuse.fusion.manifest import read_manifest
 from lora_fuse.hub.payload import CARD, Addition
+from lora_fuse.machine.files import FileRecord
+from lora_fuse.pictures.asked import cases_of
 from lora_fuse.recipe.checkout import this_repository
 from lora_fuse.recipe.paths import Artifacts, read_object, read_rows, read_text
 from lora_fuse.recipe.recipe import Params
-from lora_fuse.recipe.records import Exports, FileRecord, Manifest, from_json
+from lora_fuse.recipe.records import Exports, Manifest, from_json
+from lora_fuse.regression.gate import decide
 from lora_fuse.regression.goldens import Candidates
 from lora_fuse.release import evidence as shown
 from lora_fuse.release.block_plot import block_plot
@@ -20,8 +23,6 @@ from lora_fuse.release.card import ShownExport, Usage, model_card
 from lora_fuse.release.contents import BOM, PROVENANCE, Contents, public_parameters, write_release
 from lora_fuse.release.licences import Settled, settle
 from lora_fuse.release.slsa import provenance_json
-from stages.gate import decide
-from stages.planning import cases_of
 
 SECTIONS = {"name", "base", "loras", "fuse", "scheduler", "sampling", "export"}  # what the result depends on
 
@@ -56,7 +57,7 @@ def _exports(params: Params, at: Artifacts, manifest_sha256: str) -> dict[str, F
         return {}
     found = from_json(Exports, read_text(at.exports, "export"), str(at.exports))
     if found.manifest_sha256 != manifest_sha256:
-        raise PublishRefused(f"{at.exports} is of another merge; export this one: dvc repro export")
+        raise PublishRefused(f"{at.exports} is of another merge", rerun=Rerun("export"))
     return found.files
 
 
@@ -68,11 +69,11 @@ def checked_release(params: Params, at: Artifacts) -> tuple[Manifest, str, dict[
     """
     manifest, manifest_sha256 = read_manifest(at.manifest)
     verify, metrics = read_object(at.verify, "verify"), read_object(at.metrics, "regress")
-    code, sentence = decide(verify, metrics, at)
-    if code:
-        raise PublishRefused(f"the gate is not passed: {sentence}")
+    decision = decide(verify, metrics, at)
+    if decision.code:
+        raise PublishRefused(f"the gate is not passed: {decision.reason}", rerun=decision.then)
     if verify["manifest_sha256"] != manifest_sha256:
-        raise PublishRefused(f"{at.verify} is about other bytes than {at.manifest}; check these first: dvc repro")
+        raise PublishRefused(f"{at.verify} is about other bytes than {at.manifest}", rerun=Rerun("build"))
     licence = settle(manifest, params.publish.license)
     if licence.problem and not params.publish.private:
         raise PublishRefused(licence.problem)

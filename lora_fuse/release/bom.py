@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import NAMESPACE_URL, uuid5
 
-from lora_fuse.recipe.records import FileRecord, License, Lock, Manifest, MergedFile, MergedLora
+from lora_fuse.machine.files import FileRecord
+from lora_fuse.recipe.records import License, Lock, Manifest, MergedFile, MergedLora
 from lora_fuse.release.card import Usage
 from lora_fuse.release.slsa import purl
 

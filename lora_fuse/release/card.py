@@ -14,14 +14,12 @@ from typing import Any
 
 import jinja2
 
-from lora_fuse.models.families import manifest_warnings
+from lora_fuse import hub
+from lora_fuse.models.families import pair_warnings
 from lora_fuse.recipe.records import License, Manifest, MergedLora
 from lora_fuse.release.licences import Settled
 
 TEMPLATE = """\
----
-{{ front_matter }}
----
 
 # {{ title }}
 
@@ -202,22 +200,18 @@ def model_card(
         repo_id: where it is published; None for a folder.
         exports: what it holds in other formats.
     """
-    from huggingface_hub import ModelCard, ModelCardData
-
-    data = ModelCardData(**_front_matter(manifest, usage, licence.license))
     # Markdown, not HTML: escaping would spoil it.
     environment = jinja2.Environment(autoescape=False, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)  # noqa: S701
     environment.filters["cell"] = _cell
     count, example = len(manifest.loras), _example(usage, evidence)
     text = environment.from_string(TEMPLATE).render(
-        front_matter=data.to_yaml(),
         title=(repo_id or manifest.recipe or "merged").rpartition("/")[2],
         lora_count="A LoRA is" if count == 1 else f"{count} LoRAs are",
         base=_base(manifest),
         base_commit=_commit(manifest.base.revision if manifest.base else None),
         base_licence=_licence(manifest.base.license if manifest.base else None),
         targets=manifest.targets,
-        warnings=manifest_warnings(manifest),
+        warnings=pair_warnings(*manifest.pair),
         snippet=_snippet(usage, repo_id or "merged", example),
         example=example,
         steps=usage.steps,
@@ -232,7 +226,7 @@ def model_card(
         version=manifest.tool.version + (f" (git {manifest.tool.git})" if manifest.tool.git else ""),
         fused=[(name, file.sha256) for name, file in sorted(manifest.files.items()) if file.origin == "fused"],
     )
-    return str(ModelCard(text))  # the Hub's own reader: it refuses front matter that it cannot use
+    return hub.card_text(_front_matter(manifest, usage, licence.license), text)
 
 
 def _front_matter(manifest: Manifest, usage: Usage, licence: License) -> dict[str, Any]:

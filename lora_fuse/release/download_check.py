@@ -13,7 +13,8 @@ from typing import Literal
 
 from lora_fuse.errors import BadSource, CheckFailed, Refused
 from lora_fuse.hub.sources import Promise, examine, hashing
-from lora_fuse.recipe.records import FileRecord, Manifest, from_json
+from lora_fuse.machine.files import FileRecord
+from lora_fuse.recipe.records import Manifest, from_json
 from lora_fuse.release.contents import LIST
 from lora_fuse.release.signing import SIGNATURE, Trusted, check
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_fuse.errors import PublishRefused
+from lora_fuse.errors import PublishRefused, Rerun
 from lora_fuse.hub.payload import Addition
 from lora_fuse.pictures.render import Case
 from lora_fuse.regression.goldens import Candidates
@@ -15,6 +15,7 @@ from lora_fuse.release.bom import Measured
 from lora_fuse.release.card import Evidence, ShownCase
 from lora_fuse.release.contents import addition
 
+AGAIN = Rerun("regress", force=True)
 PLOT = "images/blocks.png"
 FIGURES = ("golden.psnr_db", "unfused.psnr_db", "over_floor")
 
@@ -44,12 +45,12 @@ def pictures(cases: Sequence[Case], found: Candidates, manifest_sha256: str, ima
         PublishRefused: a picture is of another merge, or is not the one that was judged.
     """
     if found.manifest_sha256 != manifest_sha256:
-        raise PublishRefused("the run's pictures are of another merge; render them anew: dvc repro -f regress")
+        raise PublishRefused("the run's pictures are of another merge", rerun=AGAIN)
     made = {}
     for case in cases:
         one = _picture(images / f"{case.name}.merged.png")
         if case.name not in found.cases or one[1].sha256 != found.cases[case.name].sha256:
-            raise PublishRefused(f"{one[0]} is not the picture that was judged; render it anew: dvc repro -f regress")
+            raise PublishRefused(f"{one[0]} is not the picture that was judged", rerun=AGAIN)
         made[f"images/{case.name}.png"] = one
         made |= {name: _picture(path) for name, path in zip(_inputs(case), case.images, strict=True)}
     return made
@@ -91,9 +92,7 @@ def _picture(path: Path) -> Addition:
     try:
         return addition(path)
     except OSError as error:
-        raise PublishRefused(
-            f"{path} cannot be read ({error.strerror}); render it anew: dvc repro -f regress"
-        ) from error
+        raise PublishRefused(f"{path} cannot be read ({error.strerror})", rerun=AGAIN) from error
 
 
 def _psnr(metrics: Mapping[str, Any], pair: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
 
 from lora_fuse.recipe.records import License, Manifest
 
@@ -48,21 +47,6 @@ class Settled:
     license: License
     problem: str | None
     notices: Mapping[str, str]
-
-
-def license_of(card: Mapping[str, Any], origin: Literal["hub", "front matter"]) -> License | None:
-    """The licence in the front matter of a model card: `license`, `license_name`, `license_link`.
-
-    A list of one is that one; of several nobody says whether all or any are meant, which is ``other`` with their names.
-    """
-    stated = card.get("license")
-    names = [str(name).strip().lower() for name in (stated if isinstance(stated, list) else [stated]) if name]
-    if not names:
-        return None
-    if len(names) > 1:
-        return License("other", ", ".join(names), None, origin)
-    name, link = (str(card[key]) if card.get(key) else None for key in ("license_name", "license_link"))
-    return License(names[0], name, link, origin)
 
 
 def settle(manifest: Manifest, by_hand: str | None = None) -> Settled:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_fuse.errors import BadKey, CheckFailed
+from lora_fuse.recipe.recipe import Signer
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -24,13 +25,6 @@ IGNORED = (SIGNATURE, ".cache")  # itself, and what the Hub's client puts into a
 CURVES = "P-256, P-384 or P-521"
 # What the library and those below it raise of a key or a signature that they cannot use; it has no class of its own.
 UNUSABLE = (OSError, ValueError, TypeError, KeyError, AttributeError)
-
-
-@dataclass(frozen=True, slots=True)
-class Signer:
-    """Who signs: the private key in a file, or with None the identity that this machine has for Sigstore."""
-
-    key: Path | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from lora_fuse.recipe.records import FileRecord, Lock, Manifest, MergedFile, MergedLora, to_json
+from lora_fuse.machine.files import FileRecord
+from lora_fuse.recipe.records import Lock, Manifest, MergedFile, MergedLora, to_json
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"

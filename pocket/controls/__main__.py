@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_fuse.cli import guarded
+from lora_fuse.machine.interrupts import guarded
 from lora_fuse.regression.verdicts import Rules
 from pocket.controls import table
 from pocket.controls.benign import BENIGN

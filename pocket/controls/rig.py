@@ -17,16 +17,18 @@ from lora_fuse.fusion.plan import Plan, make_plan
 from lora_fuse.lora.inputs import Selection
 from lora_fuse.lora.updates import LoraInput
 from lora_fuse.models.families import COMPONENT
+from lora_fuse.pictures.asked import cases_of, setup_of
 from lora_fuse.pictures.environment import make_deterministic
 from lora_fuse.pictures.metrics import to_levels
-from lora_fuse.pictures.pairs import judge_pairs, pair_up, picture_of, render_all, render_references
+from lora_fuse.pictures.pairs import pair_up, render_all, render_references
 from lora_fuse.pictures.render import Case, Pipeline, Rendered, Sampling, load_pipeline, shared_components
 from lora_fuse.recipe.recipe import Params
+from lora_fuse.regression.case_judgement import judge_pairs, picture_of
+from lora_fuse.regression.run import rules_of
 from lora_fuse.regression.verdicts import CaseResult, Golden, Rules, beyond, compare
 from lora_fuse.verification.rederivation import Expectation, verify_merge
 from pocket.controls.control import Built, Control, Outcome
 from stages.config import load
-from stages.planning import cases_of, rules_of, setup_of
 
 RECIPE = "pocket"
 NAME = "lightning"  # of the LoRA in the recipe

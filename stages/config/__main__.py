@@ -12,9 +12,9 @@ from pathlib import Path
 
 import yaml
 
-from lora_fuse.cli import guarded
 from lora_fuse.errors import CheckFailed
 from lora_fuse.machine.files import replace_text
+from lora_fuse.machine.interrupts import guarded
 from lora_fuse.recipe.recipe import parse_params
 from stages.config import PARAMS
 from stages.config.composition import compose

@@ -6,17 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_fuse.errors import BadConfig
-from lora_fuse.recipe.recipe import Params
+from lora_fuse.studies.sweep.planning import SweptParams
 from stages.config import load
 from stages.config.composition import split_sweep
-
-
-@dataclass(frozen=True, slots=True)
-class SweptParams:
-    """One point of a sweep: the overrides that are its own (``fuse.scale=0.8``), and all of its parameters."""
-
-    overrides: tuple[str, ...]
-    params: Params
 
 
 @dataclass(frozen=True, slots=True)

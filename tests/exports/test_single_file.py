@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 from lora_fuse.checkpoint.shards import Checkpoint, open_checkpoint
 from lora_fuse.errors import BadCheckpoint, BadConfig, NoSpace
 from lora_fuse.exports.formats import FORMATS, export, export_size, words
-from lora_fuse.machine.files import hash_file
+from lora_fuse.machine.files import FileRecord, hash_file
 from lora_fuse.recipe.recipe import parse_params
-from lora_fuse.recipe.records import FileRecord
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,8 +15,11 @@ import pytest
 from safetensors.numpy import save
 
 from lora_fuse.errors import BadLora, BadSource, Refused
-from lora_fuse.hub import Sizes, Transfer, base_sizes, cache_dir, locate, lock_base, lock_lora, lora_sizes, verify_files
-from lora_fuse.recipe.records import FileRecord, Lock, Source, from_json, to_json
+from lora_fuse.hub import Sizes, base_sizes, lock_base, lock_lora, lora_sizes, verify_files
+from lora_fuse.hub.locks import DEFAULT_TRANSFER
+from lora_fuse.machine.files import FileRecord
+from lora_fuse.recipe.hf_cache import cache_dir, locate
+from lora_fuse.recipe.records import Lock, Source, from_json, to_json
 from tests.hub_server import Fault, LoopbackHub
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,7 +109,7 @@ def refusal(work: Callable[[], object], kind: type[Refused] = BadSource) -> str:
 def test_what_a_lock_will_fetch_is_known_before_any_of_it_is(hub: LoopbackHub) -> None:
     hub.push(BASE, {**PIPELINE, **STRAYS})
     hub.push(LORA, {LORA_FILE: weights(7), "README.md": b"# lora"})
-    base, lora, how = Source(BASE, revision="main"), Source(LORA, revision="main"), Transfer()
+    base, lora, how = Source(BASE, revision="main"), Source(LORA, revision="main"), DEFAULT_TRANSFER
     sizes = base_sizes(base, None, how)
     assert sizes.files.keys() == PIPELINE.keys() | {"safety_checker/model.safetensors"}  # at most
     assert sizes.to_fetch == sizes.total > sum(map(len, PIPELINE.values()))

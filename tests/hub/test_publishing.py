@@ -14,7 +14,8 @@ import pytest
 
 from lora_fuse.errors import PublishRefused
 from lora_fuse.hub import Receipt, lock_lora, publish, skipped
-from lora_fuse.recipe.records import FileRecord, Manifest, MergedFile, MergedLora, Source, Tool, from_json, to_json
+from lora_fuse.machine.files import FileRecord
+from lora_fuse.recipe.records import Manifest, MergedFile, MergedLora, Source, Tool, from_json, to_json
 from tests.hub_server import Fault, LoopbackHub
 
 REPO = "alice/merged"

@@ -17,8 +17,9 @@ from lora_fuse.fusion.plan import Plan, make_plan
 from lora_fuse.lora.updates import LoraInput
 from lora_fuse.pictures.environment import environment, make_deterministic
 from lora_fuse.pictures.metrics import Latents, to_levels
-from lora_fuse.pictures.pairs import Pair, Setup, judge_pairs, render_pairs
+from lora_fuse.pictures.pairs import Pair, Setup, render_pairs
 from lora_fuse.pictures.render import Case, Sampling
+from lora_fuse.regression.case_judgement import judge_pairs
 from lora_fuse.regression.verdicts import Limits, Rules, Verdict
 
 pytestmark = [

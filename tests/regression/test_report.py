@@ -18,9 +18,10 @@ import pytest
 from lora_fuse.pictures.cost import Cost
 from lora_fuse.pictures.metrics import Latents, Levels, heat_map, to_png
 from lora_fuse.pictures.pages import SLIDER, Image
-from lora_fuse.pictures.pairs import JudgedPair, Pair, Setup
+from lora_fuse.pictures.pairs import Pair, Setup
 from lora_fuse.pictures.render import Case, Rendered, Sampling
 from lora_fuse.recipe.records import Lock, Manifest, Tool
+from lora_fuse.regression.case_judgement import JudgedPair
 from lora_fuse.regression.goldens import Approved, Candidate, Candidates, GoldenRecord
 from lora_fuse.regression.report import (
     MEANINGS,
@@ -34,7 +35,7 @@ from lora_fuse.regression.report import (
     report_html,
     summary_text,
 )
-from lora_fuse.regression.review import block_changes, case_rows, review, run_metrics
+from lora_fuse.regression.review import Judged, block_changes, case_rows, review, run_metrics
 from lora_fuse.regression.verdicts import (
     CaseResult,
     Golden,
@@ -377,7 +378,7 @@ def metrics_of(*cases: CaseReport) -> dict[str, object]:
 
 
 def test_the_summary_names_every_case_its_verdict_and_the_report() -> None:
-    text = summary_text(metrics_of(EXACT, NO_GOLDEN, REGRESSION), "out/report.html")
+    text = summary_text(metrics_of(EXACT, NO_GOLDEN, REGRESSION), "out/report.html", "what comes next")
     lines = text.splitlines()
     assert lines[1].split() == ["good", "exact", "identical", "0", "identical", "0", "1.00", "-"]
     assert lines[2].split() == ["fresh", "no-golden", "-", "-", "identical", "0", "1.00", "-"]
@@ -385,19 +386,19 @@ def test_the_summary_names_every_case_its_verdict_and_the_report() -> None:
     assert "below 40 dB" in text
     assert lines[-3] == f"FAILED, regression: {MEANINGS['regression']}"
     assert lines[-2] == "report: out/report.html"
-    assert lines[-1].startswith("next: python -m stages.approve --case bad --reason")
+    assert lines[-1] == "next: what comes next"
     assert "\x1b" not in text
 
 
 def test_the_summary_s_columns_are_aligned() -> None:
-    header, *rows = summary_text(metrics_of(EXACT, REGRESSION), "r").splitlines()[:3]
+    header, *rows = summary_text(metrics_of(EXACT, REGRESSION), "r", "n").splitlines()[:3]
     start = header.index("verdict")
     assert [row[start:].split()[0] for row in rows] == ["exact", "regression"]
     assert len({len(line) for line in (header, *rows)} - {len(header)}) <= 1
 
 
 def test_a_passed_run_says_so() -> None:
-    assert "passed, exact" in summary_text(metrics_of(EXACT), "r")
+    assert "passed, exact" in summary_text(metrics_of(EXACT), "r", "n")
 
 
 def test_the_base_alone_is_shown_with_both_times_and_their_ratio() -> None:
@@ -415,7 +416,7 @@ def test_every_verdict_has_a_meaning() -> None:
 # From a run to its report
 
 
-def run_of(merged: Levels, golden: Levels | None) -> tuple[list[JudgedPair], Candidates, dict[str, list[Approved]]]:
+def run_of(merged: Levels, golden: Levels | None) -> Judged:
     """A case of a run, its candidate and its golden, approved when the LoRA had another scale."""
     from PIL import Image as Pillow
 
@@ -429,36 +430,37 @@ def run_of(merged: Levels, golden: Levels | None) -> tuple[list[JudgedPair], Can
     found: Candidate = candidate(to_png(merged), "good")
     then = dataclasses.replace(PROVENANCE, loras=(dataclasses.replace(PROVENANCE.loras[0], scale=0.9),))
     approved = [Approved(one, GoldenRecord(1, "f" * 64, {}, APPROVAL, then)) for one in goldens]
-    return [JudgedPair(pair, result)], Candidates(1, "m", {"good": found}), {"good": approved}
+    cases, record = [JudgedPair(pair, result)], Candidates(1, "m", {"good": found})
+    return Judged(MANIFEST, cases, record, run_metrics(cases, record, 1.0), {"good": approved})
 
 
 MANIFEST = Manifest(1, "pocket", Lock(None, "p", None, None, {}), PROVENANCE.loras, 1.0, 1, {}, Tool("0.1.0"))
 VERIFY = {"passed": True, "targets": 1, "rows_checked": 1, "rows_total": 1, "problems": [], "changes": {}}
+NEXT = "the next step"
 SETUP = Setup("QwenImagePipeline", Sampling(2, 1.0, " "), {"base_shift": 1.1}, "cpu", "float32")
 
 
 def test_a_run_s_page_says_what_it_cost_what_comes_next_and_what_changed() -> None:
-    judged_pairs, found, approved = run_of(scene(), scene())
-    page = report_html(review(MANIFEST, VERIFY, judged_pairs, found, approved, RULES, SETUP))
+    judged = run_of(scene(), scene())
+    page = report_html(review(judged, VERIFY, RULES, SETUP, NEXT))
     text = html.unescape(page)
     assert "LoRA lightning has scale 1, had 0.9" in text
     assert "0.50 s, 8.00 steps/s, 1.00 GiB of host memory" in text
-    assert "next: dvc repro publish/dvc.yaml" in text
+    assert f"next: {NEXT}" in text
     assert str(PROVENANCE.environment.key) in text
     assert "base_shift 1.1" in text
 
 
 def test_a_large_picture_is_shown_smaller_in_bytes_and_the_same_in_size() -> None:
-    judged_pairs, found, approved = run_of(scene(0, 520, 24), None)
-    report = review(MANIFEST, VERIFY, judged_pairs, found, approved, RULES, SETUP)
+    judged = run_of(scene(0, 520, 24), None)
+    report = review(judged, VERIFY, RULES, SETUP, NEXT)
     assert report.cases[0].merged.kind == "image/webp"
     assert "data:image/webp;base64," in report_html(report)
     assert (report.cases[0].golden, report.cases[0].changed) == (None, None)
 
 
 def test_a_run_s_metrics_are_flat_json_with_costs_and_rows_for_plots() -> None:
-    judged_pairs, found, _ = run_of(scene(), scene())
-    metrics = run_metrics(judged_pairs, found, 1.0)
+    metrics = run_of(scene(), scene()).metrics
     assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
     assert (metrics["good.seconds"], metrics["good.steps_per_s"], metrics["good.peak_gpu_bytes"]) == (0.5, 8.0, None)
     assert (metrics["recipe"], metrics["environment"]) == ("pocket", str(PROVENANCE.environment.key))
@@ -468,7 +470,7 @@ def test_a_run_s_metrics_are_flat_json_with_costs_and_rows_for_plots() -> None:
 
 
 def test_the_page_names_no_file_of_this_machine() -> None:
-    judged_pairs, found, approved = run_of(scene(), scene())
-    page = report_html(review(MANIFEST, VERIFY, judged_pairs, found, approved, RULES, SETUP))
+    judged = run_of(scene(), scene())
+    page = report_html(review(judged, VERIFY, RULES, SETUP, NEXT))
     assert str(Path.cwd()) not in page
     assert str(Path.home()) not in page or str(Path.home()) == "/"

@@ -25,11 +25,12 @@ from lora_fuse.machine.files import hash_file
 from lora_fuse.pictures.environment import environment
 from lora_fuse.pictures.metrics import METRICS, latents_l2, to_levels
 from lora_fuse.pictures.noise_floor import jitter
-from lora_fuse.pictures.pairs import Pair, Setup, check_cases, judge_pairs, render_all, render_pairs, save_pictures
+from lora_fuse.pictures.pairs import Pair, Setup, check_cases, render_all, render_pairs
 from lora_fuse.pictures.render import Case, Sampling, load_pipeline, make_scheduler, render
 from lora_fuse.pictures.unfused_lora import DIFFUSERS, attach, attach_differences
 from lora_fuse.recipe.records import Lock, Manifest, MergedLora, Tool, from_json, to_json
 from lora_fuse.regression.candidates import candidates
+from lora_fuse.regression.case_judgement import judge_pairs, save_pictures
 from lora_fuse.regression.goldens import Candidates
 from lora_fuse.regression.verdicts import Golden, Limits, Rules, Verdict
 from stages.config import compose

@@ -12,7 +12,8 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from lora_fuse.recipe.records import FileRecord, License, Lock, Manifest, MergedFile, MergedLora, Selected, Tool
+from lora_fuse.machine.files import FileRecord
+from lora_fuse.recipe.records import License, Lock, Manifest, MergedFile, MergedLora, Selected, Tool
 from lora_fuse.recipe.stated_licence import read_license
 from lora_fuse.release.card import Evidence, ShownCase, ShownExport, Usage, model_card
 from lora_fuse.release.licences import SETTING, settle

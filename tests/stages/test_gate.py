@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from lora_fuse.regression.gate import EXIT_CODES, decide
 from lora_fuse.regression.report import MEANINGS, next_step
 from lora_fuse.regression.verdicts import Verdict
-from stages.gate import EXIT_CODES, decide
+from stages.run import command
 
 VERIFY: dict[str, Any] = {"passed": True, "problem_count": 0, "manifest_sha256": "m"}
 
@@ -31,14 +32,13 @@ def metrics(verdict: str, **cases: str) -> dict[str, Any]:
     [("exact", 0), ("drift", 0), ("review", 4), ("no-golden", 3), ("regression", 1), ("invalid", 1)],
 )
 def test_every_verdict_has_its_exit_code_and_names_one_next_command(verdict: str, code: int) -> None:
-    decided, sentence = decide(VERIFY, metrics(verdict))
-    assert decided == code
-    assert sentence.startswith(f"{verdict}: {MEANINGS[verdict]}")
-    assert sentence.count("next: ") == 1
-    command = sentence.partition("next: ")[2]
-    assert command.startswith(("dvc repro ", "python -m stages."))
-    assert command.count("python -m") + command.count("dvc ") == 1
-    assert ("report.html" in sentence) == (code != 0)
+    decision = decide(VERIFY, metrics(verdict))
+    assert decision.code == code
+    assert decision.reason.startswith(f"{verdict}: {MEANINGS[verdict]}")
+    assert ("report.html" in decision.reason) == (code != 0)
+    then = command(decision.then)
+    assert then.startswith(("dvc repro ", "python -m stages."))
+    assert then.count("python -m") + then.count("dvc ") == 1
 
 
 def test_only_what_passes_has_exit_code_0() -> None:
@@ -47,7 +47,7 @@ def test_only_what_passes_has_exit_code_0() -> None:
 
 
 @pytest.mark.parametrize(
-    ("verify", "word", "command"),
+    ("verify", "word", "then"),
     [
         ({"passed": False, "problem_count": 2}, "2 problems", "dvc repro -f fuse"),
         ({"manifest_sha256": "other"}, "different merges", "dvc repro -f verify regress"),
@@ -55,15 +55,15 @@ def test_only_what_passes_has_exit_code_0() -> None:
 )
 @pytest.mark.parametrize("verdict", list(Verdict))
 def test_wrong_weights_fail_whatever_the_pictures_are(
-    verify: dict[str, Any], word: str, command: str, verdict: str
+    verify: dict[str, Any], word: str, then: str, verdict: str
 ) -> None:
-    code, sentence = decide({**VERIFY, **verify}, metrics(verdict))
-    assert (code, word in sentence) == (1, True)
-    assert sentence.endswith(f"next: {command}")
+    decision = decide({**VERIFY, **verify}, metrics(verdict))
+    assert (decision.code, word in decision.reason) == (1, True)
+    assert command(decision.then) == then
 
 
 @pytest.mark.parametrize(
-    ("found", "command"),
+    ("found", "then"),
     [
         (metrics("exact"), "dvc repro publish/dvc.yaml"),
         (metrics("drift", a="exact", b="drift"), "dvc repro publish/dvc.yaml"),
@@ -71,13 +71,13 @@ def test_wrong_weights_fail_whatever_the_pictures_are(
         (metrics("no-golden", a="review", b="no-golden"), 'python -m stages.approve --reason "…"'),
     ],
 )
-def test_what_comes_next(found: dict[str, Any], command: str) -> None:
-    assert next_step(found) == command
+def test_what_comes_next(found: dict[str, Any], then: str) -> None:
+    assert command(next_step(found)) == then
 
 
 def test_a_regression_of_sides_that_agree_can_be_approved_case_by_case() -> None:
     found = metrics("regression", a="exact", b="regression", c="no-golden", d="regression")
-    step = next_step(found)
+    step = command(next_step(found))
     assert step.startswith("python -m stages.approve --case b --case d --reason ")
     assert "--case a" not in step
     assert "if it is meant" in step
@@ -95,5 +95,5 @@ def test_a_regression_of_sides_that_agree_can_be_approved_case_by_case() -> None
 def test_a_regression_of_sides_that_do_not_agree_sends_to_the_weights_and_never_to_approval(
     found: dict[str, Any],
 ) -> None:
-    assert next_step(found) == "python -m stages.verify recipe=pocket verify.rows=all"
-    assert "approve" not in decide(VERIFY, found)[1]
+    assert command(next_step(found)) == "python -m stages.verify recipe=pocket verify.rows=all"
+    assert "approve" not in command(decide(VERIFY, found).then)

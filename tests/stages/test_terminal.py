@@ -16,11 +16,10 @@ import pytest
 
 from lora_fuse.cli import main
 from lora_fuse.machine import rates
-from lora_fuse.machine.console import painted
+from lora_fuse.machine.console import Console, painted
 from lora_fuse.machine.progress import byte_progress, guess, human_bytes, human_rate, human_seconds, silence, tell
 from lora_fuse.pictures.render import Sampling
 from lora_fuse.pictures.render_progress import Task, passes, watching
-from stages.run import Console
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[2]

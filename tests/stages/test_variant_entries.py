@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 import sys
@@ -10,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from lora_fuse.errors import BadConfig
+from lora_fuse.errors import BadConfig, Rerun
 from lora_fuse.recipe.paths import Artifacts
 from stages.config.__main__ import main
 from stages.config.variants import COMPILED, ENTRIES, compile_entries, load_variant, read_compiled, read_entries
+from stages.run import command, next_commands
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIANT = Artifacts(Path("x"), "soft", published=True)
@@ -148,28 +148,36 @@ def test_an_edited_compiled_file_is_refused_with_the_way_out(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "own"),
+    ("step", "main", "own"),
     [
-        ("next: dvc repro fuse", "next: dvc repro variants/dvc.yaml:fuse@soft"),
-        ("dvc repro -f verify regress", "dvc repro -f variants/dvc.yaml:verify@soft variants/dvc.yaml:regress@soft"),
-        ("these first: dvc repro", "these first: dvc repro variants/dvc.yaml:gate@soft"),
-        ("next: dvc repro publish/dvc.yaml", "next: dvc repro publish/dvc.yaml:variant@soft"),
-        ('python -m stages.approve --reason "…"', 'python -m stages.approve --variant soft --reason "…"'),
+        (Rerun("fuse"), "dvc repro fuse", "dvc repro variants/dvc.yaml:fuse@soft"),
         (
+            Rerun("verify regress", force=True),
+            "dvc repro -f verify regress",
+            "dvc repro -f variants/dvc.yaml:verify@soft variants/dvc.yaml:regress@soft",
+        ),
+        (Rerun("build"), "dvc repro", "dvc repro variants/dvc.yaml:gate@soft"),
+        (Rerun("publish"), "dvc repro publish/dvc.yaml", "dvc repro publish/dvc.yaml:variant@soft"),
+        (
+            Rerun("approve"),
+            'python -m stages.approve --reason "…"',
+            'python -m stages.approve --variant soft --reason "…"',
+        ),
+        (
+            Rerun("verify", settings=("recipe=soft", "verify.rows=all")),
             "python -m stages.verify recipe=soft verify.rows=all",
             "python -m stages.verify --variant soft verify.rows=all",
         ),
-        ("write it: python -m stages.config", "write it: python -m stages.config"),
+        (Rerun("config"), "python -m stages.config", "python -m stages.config"),
     ],
 )
-def test_a_message_names_the_commands_of_the_build_that_it_is_about(said: str, own: str) -> None:
-    assert VARIANT.worded(said) == own
-    assert Artifacts().worded(said) == said
+def test_a_step_s_command_is_that_of_the_build_that_it_is_about(step: Rerun, main: str, own: str) -> None:
+    assert command(step, VARIANT) == own
+    assert command(step) == main
 
 
-def test_no_message_in_the_sources_names_a_command_that_only_the_main_build_knows() -> None:
-    sources = [path for folder in ("lora_fuse", "stages") for path in (ROOT / folder).rglob("*.py")]
-    commands = [found for path in sources for found in re.findall(r"dvc repro [^\"`;)]*", path.read_text())]
-    assert len(commands) > 10
-    for command in commands:
-        assert "variants/dvc.yaml" in command or "@soft" in VARIANT.worded(command), command
+def test_a_refusal_with_a_way_out_ends_with_its_command() -> None:
+    with pytest.raises(BadConfig, match=r"^no; next: dvc repro variants/dvc\.yaml:fuse@soft$"), next_commands(VARIANT):
+        raise BadConfig("no", rerun=Rerun("fuse"))
+    with pytest.raises(BadConfig, match=r"^no$"), next_commands(VARIANT):
+        raise BadConfig("no")

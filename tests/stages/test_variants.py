@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import yaml
 
+from lora_fuse.machine.console import Console
 from lora_fuse.recipe.paths import HERE
 from lora_fuse.regression.report import MEANINGS
 from stages.catalog import catalog
 from stages.config import load
 from stages.config.__main__ import main
-from stages.run import Console
 from tests.hub_server import LoopbackHub
 from tests.stages.test_pipeline import Workspace
 

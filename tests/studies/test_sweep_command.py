@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from lora_fuse.hub import cache_dir
 from lora_fuse.pictures.metrics import METRICS
+from lora_fuse.recipe.hf_cache import cache_dir
 from lora_fuse.recipe.paths import Artifacts
 from lora_fuse.studies.sweep import pins
 from stages.config.sweeps import expand

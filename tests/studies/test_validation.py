@@ -19,19 +19,19 @@ from safetensors.torch import load_file, save_file
 
 from lora_fuse.errors import BadConfig, BadGolden, BadSource
 from lora_fuse.hub import lock_base
+from lora_fuse.machine.console import Console
+from lora_fuse.machine.files import FileRecord
 from lora_fuse.recipe.recipe import parse_params
-from lora_fuse.recipe.records import FileRecord, Lock, Source
+from lora_fuse.recipe.records import Lock, Source
 from lora_fuse.regression.goldens import Goldens
 from lora_fuse.studies.validation.effect import Effect, clipped, effect, gain, noise_sigma
 from lora_fuse.studies.validation.evidence import Bounds, CaseEvidence, Cause, Judgement, Outcome
 from lora_fuse.studies.validation.files import FileComparison, compare_files
 from lora_fuse.studies.validation.judgement import judge
-from lora_fuse.studies.validation.trial import Request
 from lora_fuse.studies.validation.versions import Version, candidate, misfits, parse_lora
 from pocket.candidates import for_another_base, write
 from pocket.controls.pictures import grid
-from stages.run import Console
-from stages.validate import validate
+from stages.validate import requested, validate
 from tests.hub_server import LoopbackHub
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +57,7 @@ FILES = FileComparison(60, (), (), ratio=1.01, lowest=0.9, highest=1.1, cosine=0
 
 
 def run(lora: str | None, *, keep: bool = False, overrides: tuple[str, ...] = ONE_CASE, name: str | None = None) -> int:
-    return validate(Request(lora, name, None, keep, overrides), Console(quiet=True))
+    return validate(requested(lora, name, None, keep, overrides), Console(quiet=True))
 
 
 def said(root: Path) -> dict[str, object]:

@@ -10,11 +10,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lora_fuse import hub
 from lora_fuse.errors import BadSource, LoraFuseError
 from lora_fuse.fusion.manifest import read_manifest
 from lora_fuse.hub import Receipt
 from lora_fuse.machine.files import hash_file
+from lora_fuse.recipe.hf_cache import locate
 from lora_fuse.recipe.records import BaseLock, LoraLock, Manifest, Source, from_json
 from lora_fuse.studies.catalog.records import Entry, Picture, Places, Publication, Size, State, Step, Wanted
 
@@ -176,7 +176,7 @@ def _size(manifest: Manifest, merged: Path) -> Size:
     linked = None
     if manifest.base:
         try:
-            root = hub.locate(manifest.base)
+            root = locate(manifest.base)
             linked = sum(size for name, size in taken.items() if (root / name).samefile(merged / name))
         except (BadSource, OSError):
             linked = None

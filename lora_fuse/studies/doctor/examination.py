@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from lora_fuse import hub
 from lora_fuse.errors import BadSource, NoDevice, Refused
 from lora_fuse.fusion.manifest import read_manifest
 from lora_fuse.fusion.merge import SPARE
@@ -16,6 +15,7 @@ from lora_fuse.machine.files import Untouched, link_between, nearest_folder
 from lora_fuse.machine.progress import human_bytes
 from lora_fuse.machine.space import free_bytes
 from lora_fuse.models.families import COMPONENT
+from lora_fuse.recipe.hf_cache import cache_dir
 from lora_fuse.recipe.records import Lock, Source
 from lora_fuse.studies.doctor import access, disk, memory, pictures, software
 from lora_fuse.studies.doctor.finding import Finding, fail, ok, warn
@@ -115,7 +115,7 @@ def _stock(label: str, stock: Stock) -> Finding:
 
 def _places(recipe: Recipe, stocks: Mapping[str, Stock]) -> Iterator[Finding]:
     """Disks: what is fetched goes to the cache, what is merged beside the last merge; it may be the same disk."""
-    cache, out = hub.cache_dir(), recipe.merged.parent
+    cache, out = cache_dir(), recipe.merged.parent
     uses_cache = any(source.repo_id for source in recipe.sources)
     findings = [disk.writable("artifacts", out), *([disk.writable("cache", cache)] if uses_cache else [])]
     yield from findings

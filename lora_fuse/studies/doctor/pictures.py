@@ -28,7 +28,7 @@ def goldens(folder: Path, cases: Sequence[str], key: Key) -> Finding:
     said = f"{len(own)} of {len(cases)} cases approved for {key}"
     if len(own) == len(cases):
         return ok("goldens", said)
-    remedy = 'look at the report, then python -m stages.approve --reason "…"'
+    remedy = "look at the report of the build, then approve its pictures"
     code = "3 (no-golden)" if len(own) + len(near) < len(cases) else "4 (review)"
     more = f", {len(near)} for a machine much like it" if near else ""
     return warn("goldens", f"{said}{more}: gate will exit with {code}", "", remedy)

@@ -10,6 +10,7 @@ from lora_fuse import hub
 from lora_fuse.checkpoint.repository_files import MODEL_INDEX, folder_files, lora_files, plain_weights, text_files
 from lora_fuse.errors import BadSource
 from lora_fuse.hub.sources import open_folder
+from lora_fuse.recipe.hf_cache import snapshot_folder
 from lora_fuse.recipe.records import Lock, Source
 
 PATIENCE = 10.0  # seconds that the Hub may take to answer
@@ -82,7 +83,7 @@ def _stock(source: Source, lock: Lock | None, choose: Choose) -> Stock:
         sizes = {name: promise.size or 0 for name, promise in folder.files.items()}
         return Stock(source.label, folder.root, {n: sizes[n] for n in choose(sizes)}, frozenset(), "the folder")
     if lock is not None and (lock.repo_id, lock.requested) == (source.repo_id, source.revision):
-        root = hub.snapshot_folder(source.repo_id, str(lock.revision))
+        root = snapshot_folder(source.repo_id, str(lock.revision))
         sizes = {name: record.size for name, record in lock.files.items()}
         known = Stock(lock.label, root, sizes, _missing(root, sizes), "the lock")
         if known.missing and not hub.is_offline():
@@ -95,7 +96,7 @@ def _stock(source: Source, lock: Lock | None, choose: Choose) -> Stock:
     commit, files = hub.listing(source.repo_id, source.revision, PATIENCE)
     sizes = {name: promise.size or 0 for name, promise in files.items()}
     sizes = {name: sizes[name] for name in choose(sizes)}
-    root = hub.snapshot_folder(source.repo_id, commit)
+    root = snapshot_folder(source.repo_id, commit)
     return Stock(f"{source.repo_id}@{commit}", root, sizes, _missing(root, sizes), "the Hub's list")
 
 

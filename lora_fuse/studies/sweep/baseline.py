@@ -9,11 +9,11 @@ import numpy as np
 from PIL import Image
 
 from lora_fuse.errors import BadSource
-from lora_fuse.machine.files import hash_file, replace_bytes, replace_text
+from lora_fuse.machine.files import FileRecord, hash_file, replace_bytes, replace_text
 from lora_fuse.pictures.metrics import to_levels, to_png
-from lora_fuse.pictures.pairs import picture_of
 from lora_fuse.pictures.render import Case, Rendered
-from lora_fuse.recipe.records import FileRecord, from_json, to_json
+from lora_fuse.recipe.records import from_json, to_json
+from lora_fuse.regression.case_judgement import picture_of
 from lora_fuse.regression.verdicts import Picture
 from lora_fuse.studies.sweep.points import waiting
 

@@ -7,15 +7,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from lora_fuse import hub
+from lora_fuse.fusion.plan import plan_of
 from lora_fuse.machine.files import replace_text
 from lora_fuse.machine.staging import remove
+from lora_fuse.pictures.asked import baseline_of, cases_of, setup_of
 from lora_fuse.pictures.environment import environment, make_deterministic
-from lora_fuse.pictures.pairs import picture_of, save_pictures
 from lora_fuse.pictures.render import Case
-from lora_fuse.recipe.paths import Artifacts
+from lora_fuse.recipe.hf_cache import locate
+from lora_fuse.recipe.paths import Artifacts, Merge
 from lora_fuse.recipe.recipe import SamplingParams
-from lora_fuse.regression.run import judge
+from lora_fuse.regression.case_judgement import picture_of, save_pictures
+from lora_fuse.regression.run import goldens_of, judge
 from lora_fuse.regression.verdicts import Picture
 from lora_fuse.studies.sweep.baseline import baseline
 from lora_fuse.studies.sweep.contact import Entry, Headings, make_sheet
@@ -24,8 +26,6 @@ from lora_fuse.studies.sweep.planning import Plan, Planned
 from lora_fuse.studies.sweep.points import IMAGES, METRICS, Point, key_of
 from lora_fuse.studies.sweep.rendering import Renderer
 from lora_fuse.studies.sweep.sheet import Sheet
-from stages.merging import merge
-from stages.planning import baseline_of, cases_of, goldens_of, plan_of, setup_of
 
 
 @dataclass(slots=True)
@@ -34,6 +34,7 @@ class Builder:
 
     folder: Path
     keep: bool
+    merge: Merge
     _renderer: Renderer = field(default_factory=Renderer)
     _alone: dict[str, Mapping[str, Picture]] = field(default_factory=dict)
 
@@ -41,7 +42,7 @@ class Builder:
         """The pictures of the base alone, by case."""
         params, key = planned.asked.params, key_of(planned.alone)
         if key not in self._alone:
-            cases, base = cases_of(params), hub.locate(planned.base)
+            cases, base = cases_of(params), locate(planned.base)
             setup, sampling = setup_of(params), baseline_of(params)
             make = lambda: self._renderer.alone(base, cases, setup, sampling)  # noqa: E731
             self._alone[key] = baseline(self.folder / "baseline" / key[:16], cases, make)
@@ -69,7 +70,7 @@ class Builder:
     def _build(self, planned: Planned, at: Artifacts) -> str:
         params = planned.asked.params
         plan, alone = plan_of(planned.base, planned.loras, params), self.alone(planned)
-        merge(params, at, planned.base, planned.loras)
+        self.merge(params, at, planned.base, planned.loras)
         make_deterministic(params.regress.threads, on_gpu=params.regress.placement != "cpu")
         cases, setup = cases_of(params), replace(setup_of(params), baseline=None)
         here = environment(setup.placement, setup.dtype)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from lora_fuse import hub
 from lora_fuse.errors import NoSpace
-from lora_fuse.hub.client import cache_dir
 from lora_fuse.machine.files import nearest_folder, replace_text
 from lora_fuse.machine.progress import human_bytes
 from lora_fuse.machine.space import free_bytes
+from lora_fuse.recipe.hf_cache import cache_dir
+from lora_fuse.recipe.recipe import DownloadParams
 from lora_fuse.recipe.records import SCHEMA, Lock, Source, from_json, to_json
 
 
@@ -26,7 +27,7 @@ class SweepLocks:
 class Pins:
     """Locks as they are needed; a source that was pinned before keeps its commit."""
 
-    def __init__(self, path: Path, known: Iterable[Lock], transfer: hub.Transfer) -> None:
+    def __init__(self, path: Path, known: Iterable[Lock], transfer: DownloadParams) -> None:
         """`path` has the pins of earlier runs of this sweep; `known` are the build's."""
         self._path, self._transfer = path, transfer
         earlier = from_json(SweepLocks, path.read_text(), str(path)).locks if path.exists() else []

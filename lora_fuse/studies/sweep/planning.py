@@ -14,6 +14,7 @@ from lora_fuse.errors import LoraFuseError, Refused
 from lora_fuse.machine.files import hash_file
 from lora_fuse.machine.progress import human_bytes
 from lora_fuse.models.families import COMPONENT
+from lora_fuse.pictures.asked import cases_of, setup_of
 from lora_fuse.pictures.environment import Environment, check_gpu, environment, make_deterministic
 from lora_fuse.pictures.pairs import check_cases
 from lora_fuse.recipe.checkout import this_version
@@ -23,11 +24,17 @@ from lora_fuse.recipe.records import Lock
 from lora_fuse.regression.goldens import Goldens
 from lora_fuse.studies.sweep.pins import Pins, check_room
 from lora_fuse.studies.sweep.points import Point, clear_leftovers, key_of, waiting
-from stages.config.sweeps import SweptParams
-from stages.planning import cases_of, setup_of
 
 ENGINE = 1  # to be raised when the same inputs give other pictures or numbers
 SCALE = "fuse.scale="
+
+
+@dataclass(frozen=True, slots=True)
+class SweptParams:
+    """One point of a sweep: the overrides that are its own (``fuse.scale=0.8``), and all of its parameters."""
+
+    overrides: tuple[str, ...]
+    params: Params
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +91,7 @@ def plan_sweep(swept: Sequence[SweptParams], folder: Path, *, keep: bool) -> Pla
         check_gpu(asked.params.regress.placement)
         check_cases(cases_of(asked.params), setup_of(asked.params))
     with waiting(folder / "locks.json"):
-        pins = Pins(folder / "locks.json", _known_locks(), swept[0].params.download.transfer)
+        pins = Pins(folder / "locks.json", _known_locks(), swept[0].params.download)
         fetched, merged = _need(swept, pins)
         if fetched:
             check_room(fetched, merged, folder)

@@ -16,9 +16,9 @@ from time import sleep
 from typing import Any
 
 from lora_fuse.errors import BadSource, Busy
-from lora_fuse.machine.files import hash_file, replace_text
+from lora_fuse.machine.files import FileRecord, hash_file, replace_text
 from lora_fuse.machine.staging import exclusive, remove
-from lora_fuse.recipe.records import FileRecord, from_json, to_json
+from lora_fuse.recipe.records import from_json, to_json
 
 SCHEMA = 1
 RECORD, METRICS, IMAGES, MERGED = "point.json", "metrics.json", "images", "merged"

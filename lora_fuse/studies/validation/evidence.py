@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from lora_fuse.recipe.recipe import Params
+
 if TYPE_CHECKING:
     from lora_fuse.studies.validation.effect import Effect
 
@@ -30,6 +32,9 @@ class Cause(StrEnum):
     NOISE = "noise"
     GRID = "grid"
     WORSE = "worse pictures"
+
+
+OVER_FLOOR = 2.0  # where a recipe leaves it open: a right merge comes to at most 1.7 (docs/regression.md)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,3 +111,9 @@ class Judgement:
     cause: Cause | None
     reason: str
     findings: tuple[Finding, ...]
+
+
+def bounds_of(params: Params) -> Bounds:
+    """What a new version of a LoRA is held to."""
+    held, over_floor = params.validation, params.regress.over_floor or OVER_FLOOR
+    return Bounds(held.alignment, held.strength, held.gain_kept, held.noise, held.comb_db, over_floor)

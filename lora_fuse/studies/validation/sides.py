@@ -18,13 +18,13 @@ from lora_fuse.pictures.pairs import (
     Setup,
     attach_beside,
     drop_transformer,
-    judge_pairs,
     pair_up,
     render_all,
     render_references,
 )
 from lora_fuse.pictures.render import Case, Rendered, load_pipeline, make_scheduler, shared_components
 from lora_fuse.pictures.render_progress import Task, Watch
+from lora_fuse.regression.case_judgement import judge_pairs
 from lora_fuse.regression.verdicts import FLOAT32_NOISE, CaseResult, Golden, Rules
 from lora_fuse.studies.validation.effect import effect, gain, noise_sigma
 from lora_fuse.studies.validation.evidence import CaseEvidence

@@ -1,29 +1,31 @@
-"""What `stages.validate` is made of: what was asked, how it is built and judged, what is written."""
+"""A validation: what was asked, how it is built and judged, what is written."""
 
 from __future__ import annotations
 
 import json
-import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lora_fuse import hub
-from lora_fuse.errors import BadLora, CheckFailed, ShapeMismatch, UnmatchedTargets
-from lora_fuse.fusion.plan import Plan, make_plan
+from lora_fuse.errors import BadLora, CheckFailed, Rerun, ShapeMismatch, UnmatchedTargets
+from lora_fuse.fusion.plan import Plan, make_plan, plan_of
 from lora_fuse.lora.lora_file import open_lora
+from lora_fuse.machine.console import Console
 from lora_fuse.machine.files import replace_bytes, replace_text
 from lora_fuse.machine.staging import remove
 from lora_fuse.models.families import COMPONENT
+from lora_fuse.pictures.asked import baseline_of, cases_of, setup_of
 from lora_fuse.pictures.metrics import to_png
 from lora_fuse.pictures.pairs import check_cases
 from lora_fuse.pictures.render_progress import watching
-from lora_fuse.recipe.paths import ROOT, Artifacts, read_object
+from lora_fuse.recipe.hf_cache import locate
+from lora_fuse.recipe.paths import ROOT, Artifacts, Merge, read_object
 from lora_fuse.recipe.recipe import Params
 from lora_fuse.recipe.records import Lock
 from lora_fuse.regression.goldens import Approved, pictures_of
-from lora_fuse.studies.validation.evidence import Cause, Judgement, Outcome
+from lora_fuse.regression.run import goldens_of, rules_of
+from lora_fuse.studies.validation.evidence import Cause, Judgement, Outcome, bounds_of
 from lora_fuse.studies.validation.files import FileFacts, compare_files, facts_of
 from lora_fuse.studies.validation.judgement import judge, refused
 from lora_fuse.studies.validation.junit import junit_xml
@@ -39,9 +41,6 @@ from lora_fuse.studies.validation.versions import (
     misfits,
     replaced,
 )
-from stages.merging import merge
-from stages.planning import baseline_of, bounds_of, cases_of, goldens_of, plan_of, rules_of, setup_of
-from stages.run import Console
 
 if TYPE_CHECKING:
     from lora_fuse.pictures.environment import Environment
@@ -54,23 +53,14 @@ THUMBNAILS = "thumbnails"
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked for on the command line; `overrides` as of any stage."""
+    """What was asked for on the command line, and the command that asks for it; `overrides` as of any stage."""
 
     lora: str | None
     name: str | None
     scale: float | None
     keep: bool
     overrides: tuple[str, ...]
-
-    @property
-    def command(self) -> str:
-        """The command that asks for the same."""
-        words = ["python -m stages.validate", *([shlex.quote(self.lora)] if self.lora else [])]
-        words += [
-            f"--{key} {value}" for key, value in (("name", self.name), ("scale", self.scale)) if value is not None
-        ]
-        words += [f"--set {shlex.quote(override)}" for override in self.overrides]
-        return " ".join(words)
+    command: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +71,11 @@ class Trial:
     params: Params
     candidate: Params
     name: str | None  # of the LoRA that is judged; None for all of the recipe
+    merge: Merge
+    command: Callable[[Rerun], str]  # of a step, as it is typed
 
     @staticmethod
-    def of(request: Request, params: Params) -> Trial:
+    def of(request: Request, params: Params, merge: Merge, command: Callable[[Rerun], str]) -> Trial:
         """Put the two together, before anything is fetched.
 
         Raises:
@@ -92,9 +84,8 @@ class Trial:
         new = candidate(params, request.lora, request.name, request.scale)
         names = sorted(params.loras)
         alone = names[0] if len(names) == 1 else None
-        return Trial(
-            request, params, new, alone if request.lora is None else replaced(params, request.lora, request.name)
-        )
+        name = alone if request.lora is None else replaced(params, request.lora, request.name)
+        return Trial(request, params, new, name, merge, command)
 
     @property
     def intent(self) -> str:
@@ -149,7 +140,7 @@ class Trial:
         measured = measure(sides, pictures_of(goldens), rules_of(self.params))
         files = None
         if current is not None and name in current.locks and self.name is not None:
-            files = compare_files(current.path(name), new.path(name), hub.locate(base), COMPONENT)
+            files = compare_files(current.path(name), new.path(name), locate(base), COMPONENT)
         warnings = misfits(base, new, current, name)
         asked = new.scales[name] / current.scales[name] if current and current.scales.get(name) else 1.0
         evidence = [one.evidence for one in measured]
@@ -170,7 +161,7 @@ class Trial:
             CheckFailed: the merge is wrong, which is a fault of the tool or the machine.
         """
         plan = plan_of(base, new.locks, self.candidate)
-        merge(self.candidate, BUILD, base, new.locks)
+        self.merge(self.candidate, BUILD, base, new.locks)
         found = read_object(BUILD.verify, "verify")
         if not found["passed"]:
             raise CheckFailed(f"the merged weights are wrong: {found['problems'][0]}; see {BUILD.verify}")
@@ -203,14 +194,15 @@ class Trial:
                 return "nothing to do: either version gives these pictures"
             case Outcome.BROKEN:
                 return "keep the current version; the page shows what is wrong"
+        build, approve = self.command(Rerun("build")), self.command(Rerun("approve"))
         if self.request.lora is None and self.request.scale is None:
-            return 'dvc repro, then python -m stages.approve --reason "…"'
+            return f"{build}, then {approve}"
         lock = new.locks[name]
         place = f"repo_id: {lock.repo_id}, revision: {lock.revision}" if lock.repo_id else f"path: {lock.path}"
         return (
             f"look at the page; if it is good, put {place}, filename: {lock.lora_name} into the recipe's loras.{name}"
             f"{self._scale}, "
-            'then: python -m stages.config; dvc repro; python -m stages.approve --reason "…"'
+            f"then: {self.command(Rerun('config'))}; {build}; {approve}"
         )
 
     @property

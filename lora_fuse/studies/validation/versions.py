@@ -12,6 +12,7 @@ from lora_fuse import hub
 from lora_fuse.errors import BadConfig, BadSource
 from lora_fuse.lora.updates import LoraInput
 from lora_fuse.models.families import pair_warnings
+from lora_fuse.recipe.hf_cache import locate
 from lora_fuse.recipe.paths import HERE
 from lora_fuse.recipe.recipe import Params, parse_params
 from lora_fuse.recipe.records import Lock, Source
@@ -88,7 +89,7 @@ class Version:
 
     def path(self, name: str) -> Path:
         """Where one of them lies."""
-        return hub.locate(self.locks[name]) / self.locks[name].lora_name
+        return locate(self.locks[name]) / self.locks[name].lora_name
 
     def label(self, name: str) -> str:
         """What a person would call it."""
@@ -111,7 +112,7 @@ def misfits(base: Lock, new: Version, current: Version | None, name: str) -> lis
 
 def lock_base(params: Params) -> Lock:
     """The recipe's base, at the commit of the current build where that has one."""
-    return hub.lock_base(params.base.source, previous=HERE.earlier_locks()[0], transfer=params.download.transfer)
+    return hub.lock_base(params.base.source, previous=HERE.earlier_locks()[0], transfer=params.download)
 
 
 def lock_loras(params: Params, fresh: str | None = None) -> Version:
@@ -122,7 +123,7 @@ def lock_loras(params: Params, fresh: str | None = None) -> Version:
             lora.source,
             lora.filename,
             previous=None if name == fresh else before.get(name),
-            transfer=params.download.transfer,
+            transfer=params.download,
         )
         for name, lora in sorted(params.loras.items())
     }
@@ -138,7 +139,7 @@ def approved_version(params: Params, approved: Mapping[str, list[Approved]]) -> 
     for lora in records[0].loras:
         source = Source(lora.repo_id, lora.path, lora.revision)
         try:
-            lock = hub.lock_lora(source, str(lora.filename), previous=None, transfer=params.download.transfer)
+            lock = hub.lock_lora(source, str(lora.filename), previous=None, transfer=params.download)
         except BadSource:
             return None
         if lora.sha256 not in {record.sha256 for record in lock.files.values()}:
