@@ -191,9 +191,9 @@ def _write(options: argparse.Namespace, plan: Plan, generated: dict[str, bytes])
     from lora_fuse.fusion.device import fuse_device
     from lora_fuse.fusion.manifest import build_manifest, manifest_path, write_manifest
     from lora_fuse.fusion.merge import bytes_to_copy, bytes_to_write, write_merged
-    from lora_fuse.machine.progress import Clock, byte_progress, human_bytes, human_rate
+    from lora_fuse.machine.progress import Stopwatch, byte_progress, human_bytes, human_rate
 
-    device, clock = fuse_device(options.device, plan.plain), Clock()
+    device, clock = fuse_device(options.device, plan.plain), Stopwatch()
     size = bytes_to_write(plan) + bytes_to_copy(plan, options.out, options.untouched)
     with byte_progress(f"fuse ({device})", size) as progress:
         files = write_merged(

@@ -8,7 +8,7 @@ from lora_fuse.errors import Rerun
 from lora_fuse.machine.console import PLAIN, Console
 from lora_fuse.machine.files import replace_text
 from lora_fuse.recipe.paths import ROOT, Artifacts
-from lora_fuse.recipe.recipe import Params
+from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.records import Selected
 from lora_fuse.studies.catalog import Places, Wanted, WantedLora, catalog_html, catalog_json, catalog_markdown, gather
 from stages.config.variants import Build, read_compiled
@@ -17,7 +17,7 @@ from stages.run import command, run_stage
 CATALOG = ROOT / "catalog"
 
 
-def catalog(_: Params, __: Artifacts, console: Console = PLAIN) -> int:
+def catalog(_: Recipe, __: Artifacts, console: Console = PLAIN) -> int:
     """Write `catalog.html`, `catalog.md` and `catalog.json`."""
     compiled = read_compiled()
     entries = []
@@ -35,7 +35,7 @@ def catalog(_: Params, __: Artifacts, console: Console = PLAIN) -> int:
     return 0
 
 
-def wanted(params: Params, build: Build, at: Artifacts) -> Wanted:
+def wanted(params: Recipe, build: Build, at: Artifacts) -> Wanted:
     """A variant as its parameters have it."""
     selection = params.fuse.selection
     return Wanted(

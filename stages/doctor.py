@@ -9,12 +9,12 @@ from dataclasses import asdict
 
 from lora_fuse.machine.console import PLAIN, Console, painted
 from lora_fuse.recipe.paths import GOLDEN, HERE, Artifacts
-from lora_fuse.recipe.recipe import Params
-from lora_fuse.studies.doctor import Recipe, Status, examine, table, verdict
+from lora_fuse.recipe.recipe import Recipe
+from lora_fuse.studies.doctor import ExaminedRecipe, Status, examine, table, verdict
 from stages.run import run_stage
 
 
-def doctor(params: Params, at: Artifacts = HERE, console: Console = PLAIN) -> int:
+def doctor(params: Recipe, at: Artifacts = HERE, console: Console = PLAIN) -> int:
     """Print a line for each check, and a sentence; 1 if the recipe does not fit."""
     console.will("doctor", f"looks whether {params.name} fits this machine; nothing is fetched or written")
     findings = list(examine(recipe_of(params, at)))
@@ -31,11 +31,11 @@ def doctor(params: Params, at: Artifacts = HERE, console: Console = PLAIN) -> in
     return int(failed)
 
 
-def recipe_of(params: Params, at: Artifacts) -> Recipe:
+def recipe_of(params: Recipe, at: Artifacts) -> ExaminedRecipe:
     """What of the parameters a machine has to fit."""
     loras = {name: (lora.source, lora.filename, params.fuse.scale_of(name)) for name, lora in params.loras.items()}
     regress, fuse = params.regress, params.fuse
-    return Recipe(
+    return ExaminedRecipe(
         params.name,
         params.base.source,
         loras,

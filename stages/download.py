@@ -9,9 +9,9 @@ from __future__ import annotations
 from lora_fuse import hub
 from lora_fuse.machine.console import PLAIN, Console
 from lora_fuse.machine.files import replace_text
-from lora_fuse.machine.progress import Clock, human_rate
+from lora_fuse.machine.progress import Stopwatch, human_rate
 from lora_fuse.recipe.paths import HERE, Artifacts
-from lora_fuse.recipe.recipe import Params
+from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.records import SCHEMA, BaseLock, LoraLock, to_json
 from stages.run import run_stage
 
@@ -19,7 +19,7 @@ KEPT = "whole files stay in the Hub client's cache, the locks are as they were; 
 
 
 def download(
-    params: Params,
+    params: Recipe,
     at: Artifacts = HERE,
     console: Console = PLAIN,
     *,
@@ -28,7 +28,7 @@ def download(
     loras_only: bool = False,
 ) -> int:
     """Write `base.lock.json` and `lora.lock.json`, or one of them, and that what they name is here."""
-    (base_before, loras_before), clock = at.earlier_locks(), Clock()
+    (base_before, loras_before), clock = at.earlier_locks(), Stopwatch()
     sources = [] if loras_only else [params.base.source]
     sources += [] if base_only else [lora.source for _, lora in sorted(params.loras.items())]
     console.will("download", hub.will_lock(sources, [*([base_before] if base_before else []), *loras_before.values()]))

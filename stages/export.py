@@ -7,25 +7,25 @@ from lora_fuse.exports.formats import export, export_size
 from lora_fuse.fusion.manifest import read_manifest
 from lora_fuse.machine.console import PLAIN, Console
 from lora_fuse.machine.files import replace_text
-from lora_fuse.machine.progress import Clock, byte_progress, guess, human_bytes, human_rate
+from lora_fuse.machine.progress import Stopwatch, byte_progress, estimate, human_bytes, human_rate
 from lora_fuse.models.families import COMPONENT
 from lora_fuse.recipe.paths import HERE, Artifacts
-from lora_fuse.recipe.recipe import Params
+from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.records import SCHEMA, Exports, to_json
 from stages.run import run_stage
 
 
-def export_formats(params: Params, at: Artifacts = HERE, console: Console = PLAIN) -> int:
+def export_formats(params: Recipe, at: Artifacts = HERE, console: Console = PLAIN) -> int:
     """Write `export/` and `export.json`."""
     manifest, manifest_sha256 = read_manifest(at.manifest)
     checkpoint = open_checkpoint(at.merged, COMPONENT, manifest.files)
     stated = [shard.header.metadata[PROVENANCE] for shard in checkpoint.shards if PROVENANCE in shard.header.metadata]
     metadata = {PROVENANCE: stated[0] if stated else "", f"{PROVENANCE}.manifest_sha256": manifest_sha256}
-    formats, clock = params.export.formats, Clock()
+    formats, clock = params.export.formats, Stopwatch()
     size = export_size(checkpoint, formats, metadata)
     if formats:
         what = f"{', '.join(formats)}: {human_bytes(size)} to write to {at.exported}"
-        console.will("export", f"{what}{guess('export', size)}")
+        console.will("export", f"{what}{estimate('export', size)}")
     with byte_progress("export", size, at_least=1) as progress:
         files = export(checkpoint, at.exported, formats, name=params.name, metadata=metadata, progress=progress)
     replace_text(at.exports, to_json(Exports(SCHEMA, manifest_sha256, files)))

@@ -7,16 +7,16 @@ from lora_fuse.fusion.device import fuse_device
 from lora_fuse.fusion.manifest import build_manifest, write_manifest
 from lora_fuse.fusion.plan import plan_of
 from lora_fuse.machine.console import PLAIN, Console
-from lora_fuse.machine.progress import Clock, byte_progress, guess, human_bytes, human_rate
+from lora_fuse.machine.progress import Stopwatch, byte_progress, estimate, human_bytes, human_rate
 from lora_fuse.models.families import pair_warnings
 from lora_fuse.recipe.paths import HERE, Artifacts
-from lora_fuse.recipe.recipe import Params
+from lora_fuse.recipe.recipe import Recipe
 from stages.run import run_stage
 
 KEPT = "shards that are finished are kept, artifacts/merged is as it was; `dvc repro` goes on with the next shard"
 
 
-def fuse(params: Params, at: Artifacts = HERE, console: Console = PLAIN) -> int:
+def fuse(params: Recipe, at: Artifacts = HERE, console: Console = PLAIN) -> int:
     """Write `merged/` and `merged.manifest.json`."""
     from lora_fuse.fusion.merge import bytes_to_copy, bytes_to_write, write_merged
 
@@ -28,8 +28,8 @@ def fuse(params: Params, at: Artifacts = HERE, console: Console = PLAIN) -> int:
     device, tensors = fuse_device(params.fuse.device, plan.plain), len(plan.checkpoint.tensors())
     work, size = f"fuse ({device})", bytes_to_write(plan) + bytes_to_copy(plan, at.merged, untouched)
     shards = f"{len(plan.fused_shards)} of {len(plan.checkpoint.shards)} weight files"
-    console.will("fuse", f"{shards}, {human_bytes(size)} to write to {at.merged} on {device}{guess(work, size)}")
-    clock = Clock()
+    console.will("fuse", f"{shards}, {human_bytes(size)} to write to {at.merged} on {device}{estimate(work, size)}")
+    clock = Stopwatch()
     with byte_progress(work, size) as progress:
         files = write_merged(
             plan,

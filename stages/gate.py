@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from lora_fuse.machine.console import PLAIN, Console
 from lora_fuse.recipe.paths import HERE, Artifacts, read_object
-from lora_fuse.recipe.recipe import Params
+from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.regression.gate import decide
 from stages.run import command, run_stage
 
 
-def gate(_: Params, at: Artifacts = HERE, console: Console = PLAIN) -> int:
+def gate(_: Recipe, at: Artifacts = HERE, console: Console = PLAIN) -> int:
     """Print the decision; its exit code is the pipeline's."""
     decision = decide(read_object(at.verify, "verify"), read_object(at.metrics, "regress"), at)
     code, sentence = decision.code, f"{decision.reason}; next: {command(decision.then, at)}"

@@ -7,11 +7,11 @@ import json
 from lora_fuse.machine.console import PLAIN, Console
 from lora_fuse.machine.files import hash_file, replace_text
 from lora_fuse.recipe.paths import GOLDEN, HERE, Artifacts
-from lora_fuse.recipe.recipe import Params
+from lora_fuse.recipe.recipe import Recipe
 from stages.run import run_stage
 
 
-def goldens(params: Params, at: Artifacts = HERE, console: Console = PLAIN) -> int:
+def goldens(params: Recipe, at: Artifacts = HERE, console: Console = PLAIN) -> int:
     """Write `goldens.json`: the sha256 of every picture and record by its path; there may be none."""
     folder = GOLDEN / params.name
     files = sorted(path for path in folder.rglob("*") if path.is_file())

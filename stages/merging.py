@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 from lora_fuse.machine.console import Console
 from lora_fuse.recipe.paths import Artifacts
-from lora_fuse.recipe.recipe import Params
+from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.records import Lock
 from stages.fuse import fuse
 from stages.verify import verify
 
 
-def merge(params: Params, at: Artifacts, base: Lock, loras: Mapping[str, Lock]) -> None:
+def merge(params: Recipe, at: Artifacts, base: Lock, loras: Mapping[str, Lock]) -> None:
     """Fuse and verify by the stages' own functions, in silence; what `verify` found is for the caller to read."""
     at.write_locks(base, loras)
     for stage in (fuse, verify):

@@ -12,18 +12,18 @@ from lora_fuse import hub
 from lora_fuse.errors import PublishRefused
 from lora_fuse.fusion.manifest import read_manifest
 from lora_fuse.machine.console import PLAIN, Console
-from lora_fuse.machine.progress import Clock, human_bytes, human_seconds
+from lora_fuse.machine.progress import Stopwatch, human_bytes, human_seconds
 from lora_fuse.recipe.paths import HERE, Artifacts
-from lora_fuse.recipe.recipe import Params
+from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.release.assembly import checked_release
 from stages.run import run_stage
 
 KEPT = "what was sent stays in its pull request; publish again, it goes on with the rest"
 
 
-def publish(params: Params, at: Artifacts = HERE, console: Console = PLAIN, *, dry_run: bool = False) -> int:
+def publish(params: Recipe, at: Artifacts = HERE, console: Console = PLAIN, *, dry_run: bool = False) -> int:
     """Write `publish.json`, the receipt; with `publish.enabled: false` it says that nothing was sent."""
-    wanted, clock = params.publish, Clock()
+    wanted, clock = params.publish, Stopwatch()
     if dry_run:
         manifest, card, beside = checked_release(params, at)
         text = hub.preview(at.merged, manifest, card, beside, repo_id=wanted.repo_id, tag=wanted.tag)

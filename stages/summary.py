@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from lora_fuse.machine.console import PLAIN, Console
 from lora_fuse.recipe.paths import HERE, Artifacts, read_object
-from lora_fuse.recipe.recipe import Params
+from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.regression.report import next_step, summary_text
 from stages.run import command, run_stage
 
 
-def summary(_: Params, at: Artifacts = HERE, console: Console = PLAIN) -> int:
+def summary(_: Recipe, at: Artifacts = HERE, console: Console = PLAIN) -> int:
     """Print the table of `metrics.json`."""
     metrics = read_object(at.metrics, "regress")
     if console.as_json:

@@ -8,23 +8,23 @@ import json
 from lora_fuse.fusion.manifest import check_files, read_manifest
 from lora_fuse.machine.console import PLAIN, Console
 from lora_fuse.machine.files import replace_text
-from lora_fuse.machine.progress import FEW, Clock, byte_progress, guess, human_rate
+from lora_fuse.machine.progress import FEW, Stopwatch, byte_progress, estimate, human_rate
 from lora_fuse.models.families import COMPONENT
 from lora_fuse.recipe.hf_cache import locate
 from lora_fuse.recipe.paths import HERE, Artifacts, lora_inputs
-from lora_fuse.recipe.recipe import Params
+from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.verification.rederivation import Expectation, verify_merge
 from stages.run import run_stage
 
 
-def verify(params: Params, at: Artifacts = HERE, console: Console = PLAIN) -> int:
+def verify(params: Recipe, at: Artifacts = HERE, console: Console = PLAIN) -> int:
     """Write `verify.json`."""
     base, loras = at.read_locks()
     manifest, manifest_sha256 = read_manifest(at.manifest)
-    size, clock = sum(file.size for file in manifest.files.values()), Clock()
+    size, clock = sum(file.size for file in manifest.files.values()), Stopwatch()
     rows = "all rows" if params.verify.rows == "all" else f"{params.verify.rows} rows"
     console.will(
-        "verify", f"derives {rows} of {manifest.targets} targets again, compares the rest{guess('verify', size)}"
+        "verify", f"derives {rows} of {manifest.targets} targets again, compares the rest{estimate('verify', size)}"
     )
     with byte_progress("verify", size, at_least=FEW) as progress:
         found = verify_merge(

@@ -17,7 +17,7 @@ from lora_fuse.pictures.environment import environment
 from lora_fuse.pictures.metrics import METRICS, to_levels, to_png
 from lora_fuse.pictures.render import Case
 from lora_fuse.recipe.paths import HERE as at  # noqa: N811
-from lora_fuse.recipe.recipe import Params, parse_params
+from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.records import to_json
 from lora_fuse.regression.goldens import Candidate, Candidates, CaseRecord, Provenance
 from stages.config import compose
@@ -37,7 +37,7 @@ class Project:
         self.root, self._patch, self._overrides = root, monkeypatch, list(overrides)
         (root / "pocket").symlink_to(ROOT / "pocket")
 
-    def params(self, *overrides: str) -> Params:
+    def params(self, *overrides: str) -> Recipe:
         """The parameters, composed from `conf/`."""
         with self._patch.context() as patch:
             patch.chdir(ROOT)
@@ -51,7 +51,7 @@ class Project:
                 ]
             )
         self._patch.chdir(self.root)
-        return parse_params(tree, "test")
+        return Recipe.parse(tree, "test")
 
     def build(self) -> None:
         """Download, fuse and verify, and leave what a regression that passed leaves."""
@@ -61,7 +61,7 @@ class Project:
         leave_regression(params)
 
 
-def leave_regression(params: Params) -> None:
+def leave_regression(params: Recipe) -> None:
     """The files of `stages.regress` with drawn pictures."""
     _, manifest_sha256 = read_manifest(at.manifest)
     shutil.rmtree(at.regression, ignore_errors=True)
@@ -83,7 +83,7 @@ def leave_regression(params: Params) -> None:
     replace_text(at.blocks, json.dumps([{"block": "0", "relative_norm": 0.25}, {"block": "1", "relative_norm": 0.1}]))
 
 
-def candidate(case: Case, picture: bytes, params: Params, manifest_sha256: str) -> Candidate:
+def candidate(case: Case, picture: bytes, params: Recipe, manifest_sha256: str) -> Candidate:
     """The record of a picture."""
     import hashlib
 

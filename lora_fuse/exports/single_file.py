@@ -22,7 +22,7 @@ from lora_fuse.checkpoint.header import DTYPE_BYTES, MAX_HEADER, PREFIX, TensorI
 from lora_fuse.checkpoint.shards import Checkpoint, Shard
 from lora_fuse.errors import BadCheckpoint
 from lora_fuse.machine.files import FileRecord
-from lora_fuse.machine.hashing_writer import HashedFile
+from lora_fuse.machine.hashing_writer import HashingWriter
 
 BLOCK = 8 << 20  # bytes read at once
 
@@ -58,7 +58,7 @@ def write_single_file(
         BadCheckpoint: ComfyUI's names of such a model are not known, or a shard is not what its header says.
     """
     tensors = _tensors(checkpoint)
-    with HashedFile(path, progress, direct=False) as file:
+    with HashingWriter(path, progress, direct=False) as file:
         file.append(_header(tensors, metadata))
         for tensor, shard in tensors:
             for block in _read(tensor, shard):

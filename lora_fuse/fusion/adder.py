@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class Sum(Protocol):
+class Adder(Protocol):
     """Adds the differences of one target to rows of it."""
 
     def add(self, data: memoryview, first: int) -> None:
@@ -33,30 +33,30 @@ class Sum(Protocol):
         """
 
 
-class Quick:
+class CpuAdder:
     """The way of `lowrank`; where a sum may be too large for the dtype, torch finds out whether it is."""
 
     def __init__(self, target: Target, differences: list[Difference], stacked: Stacked) -> None:
         self._target, self._differences, self._stacked = target, differences, stacked
 
     def add(self, data: memoryview, first: int) -> None:
-        """See `Sum`."""
+        """See `Adder`."""
         try:
             self._stacked.add(np.frombuffer(data, np.uint16).reshape(-1, _columns(self._target)), first)
         except TooLarge:
             torch_sum(self._target, self._differences, "cpu").add(data, first)
 
 
-def read_sum(target: Target, device: str) -> Sum:
+def read_sum(target: Target, device: str) -> Adder:
     """What is added to a target, which is read once; `device` is ``cpu`` or ``cuda``."""
     differences = read_differences(target)
     products = stackable(differences, target.tensor.dtype) if device == "cpu" else None
     if products:
-        return Quick(target, differences, Stacked(products, target.tensor.dtype))
+        return CpuAdder(target, differences, Stacked(products, target.tensor.dtype))
     return torch_sum(target, differences, device)
 
 
-def torch_sum(target: Target, differences: list[Difference], device: str) -> Sum:
+def torch_sum(target: Target, differences: list[Difference], device: str) -> Adder:
     """Any differences, by torch."""
     from lora_fuse.fusion.torch_adder import TorchSum
 

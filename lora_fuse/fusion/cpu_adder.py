@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from lora_fuse.fusion.cpu_kernel import ADD, UNIT, Factors, largest
 from lora_fuse.lora.deltas import Difference, LowRank, NotFinite
-from lora_fuse.lora.exact import BFLOAT16, FLOAT16, Binary, nearest
+from lora_fuse.lora.exact import BFLOAT16, FLOAT16, FloatFormat, nearest
 
-KINDS: dict[str, tuple[Binary, npt.DTypeLike]] = {
+KINDS: dict[str, tuple[FloatFormat, npt.DTypeLike]] = {
     "BF16": (BFLOAT16, ml_dtypes.bfloat16),
     "F16": (FLOAT16, np.float16),
 }

@@ -12,7 +12,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from lora_fuse.lora.exact import BFLOAT16, FLOAT16, FLOAT32, Binary
+from lora_fuse.lora.exact import BFLOAT16, FLOAT16, FLOAT32, FloatFormat
 
 UNIT = 2.0**-24  # half a unit in the last place of float32, relative
 
@@ -85,7 +85,7 @@ def _inner_product(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> np
     return total
 
 
-def adder(kind: Binary) -> Callable[..., int]:
+def adder(kind: FloatFormat) -> Callable[..., int]:
     """Compile the loop for one format of 16 bits: with its constants in it, it is twice as fast as with variables."""
     precision, bias = kind.precision, kind.bias
     dropped, scale = FLOAT32.precision - precision, 2.0 ** (FLOAT32.bias - bias)

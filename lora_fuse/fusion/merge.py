@@ -15,10 +15,10 @@ from threadpoolctl import threadpool_limits
 from lora_fuse.checkpoint.shards import PROVENANCE, Checkpoint, Kind, Shard
 from lora_fuse.errors import BadCheckpoint, BadLora, NoSpace, Refused
 from lora_fuse.fusion.plan import Plan
-from lora_fuse.fusion.stream import Progress, Stopped, Way, fuse_shard
+from lora_fuse.fusion.stream import FuseOptions, Progress, Stopped, fuse_shard
 from lora_fuse.machine.direct_io import too_large_to_cache
 from lora_fuse.machine.files import FileRecord, Untouched, hash_file, nearest_folder, take_over
-from lora_fuse.machine.staging import Workplace, swap, workplace
+from lora_fuse.machine.staging import StagingFolder, replace_atomically, staging_folder
 from lora_fuse.recipe.records import MergedFile
 
 ENGINE = 1  # to be raised when the same inputs give other bytes
@@ -60,8 +60,8 @@ def write_merged(
     try:
         shards = {shard.relative: _identity(shard.path) for shard in plan.fused_shards}
         loras = {lora.path: _identity(lora.path) for lora in plan.loras}
-        with workplace(out, _key(plan, shards)) as place:
-            way = Way(device, direct=too_large_to_cache(bytes_to_write(plan)))
+        with staging_folder(out, _key(plan, shards)) as place:
+            way = FuseOptions(device, direct=too_large_to_cache(bytes_to_write(plan)))
             files = _fuse_shards(plan, place, way, shards, progress)
             copied = _copied(plan, out, untouched)
             files |= _place_others(plan, place, generated, known, untouched, lambda name: progress(copied.get(name, 0)))
@@ -72,7 +72,7 @@ def write_merged(
             if plan.checkpoint.kind is Kind.FILE:
                 ((name, record),) = files.items()
                 new, files = new / name, {out.name: record}
-            swap(new, out)
+            replace_atomically(new, out)
     except OSError as error:
         raise Refused(f"cannot write {out}: {error.strerror} ({error.filename or out}); it is as it was") from error
     return {name: files[name] for name in sorted(files)}
@@ -112,7 +112,7 @@ def _fused_size(shard: Shard, provenance: str) -> int:
 
 
 def _fuse_shards(
-    plan: Plan, place: Workplace, way: Way, shards: Mapping[str, _Identity], progress: Progress
+    plan: Plan, place: StagingFolder, way: FuseOptions, shards: Mapping[str, _Identity], progress: Progress
 ) -> dict[str, MergedFile]:
     """The shards that change, several at a time; those that a killed run has finished are not made again."""
     done = place.keep_finished([shard.relative for shard in plan.fused_shards])
@@ -147,7 +147,7 @@ def _fuse_shards(
 
 def _place_others(
     plan: Plan,
-    place: Workplace,
+    place: StagingFolder,
     generated: Mapping[str, bytes],
     known: Mapping[str, FileRecord],
     untouched: Untouched,

@@ -18,7 +18,7 @@ from lora_fuse.lora.updates import LoraInput, Update
 from lora_fuse.models.families import COMPONENT
 from lora_fuse.recipe.hf_cache import locate
 from lora_fuse.recipe.paths import lora_inputs
-from lora_fuse.recipe.recipe import Params
+from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.records import Lock
 
 ROUNDABLE = ("BF16", "F16", "F32", "F64")
@@ -115,7 +115,7 @@ def make_plan(checkpoint: Checkpoint, inputs: Sequence[LoraInput], selection: Se
     return Plan(checkpoint, tuple(inputs), loras, _targets(checkpoint, kept), chosen, skipped)
 
 
-def plan_of(base: Lock, loras: Mapping[str, Lock], params: Params) -> Plan:
+def plan_of(base: Lock, loras: Mapping[str, Lock], params: Recipe) -> Plan:
     """The pinned LoRAs against the pinned base, as the recipe chooses and scales them."""
     checkpoint = open_checkpoint(locate(base), COMPONENT, base.files, base.label if base.repo_id else None)
     return make_plan(checkpoint, lora_inputs(loras, params), params.fuse.selection)

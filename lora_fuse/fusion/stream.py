@@ -19,13 +19,13 @@ from threading import Event
 
 from lora_fuse.checkpoint.shards import PROVENANCE, Shard
 from lora_fuse.errors import BadCheckpoint
-from lora_fuse.fusion.adder import Sum, read_sum
+from lora_fuse.fusion.adder import Adder, read_sum
 from lora_fuse.fusion.pieces import BUFFER, pieces
 from lora_fuse.fusion.plan import Target
 from lora_fuse.lora.deltas import NotFinite
 from lora_fuse.machine.direct_io import block_memory
 from lora_fuse.machine.files import FileRecord
-from lora_fuse.machine.hashing_writer import HashedFile
+from lora_fuse.machine.hashing_writer import HashingWriter
 from lora_fuse.machine.reading import open_shard, read_exactly
 
 WORKERS = 4  # at most, of a shard: a single thread hashes it, and more are not needed to keep that one busy
@@ -35,7 +35,7 @@ Progress = Callable[[int], None]  # is told how many more bytes are done, from a
 
 
 @dataclass(slots=True)
-class Slot:
+class Buffer:
     """A buffer, and what has to end before it is filled again."""
 
     memory: memoryview = field(default_factory=lambda: block_memory(BUFFER))
@@ -47,7 +47,7 @@ class Stopped(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class FuseOptions:
     """How to fuse: on ``cpu`` or ``cuda``, and whether to write past the cache. The bytes do not depend on it."""
 
     device: str
@@ -70,7 +70,7 @@ def _cores() -> int:
 
 
 def fuse_shard(
-    shard: Shard, targets: dict[str, Target], to: Path, way: Way, provenance: str, progress: Progress
+    shard: Shard, targets: dict[str, Target], to: Path, way: FuseOptions, provenance: str, progress: Progress
 ) -> FileRecord:
     """Write the merged shard to `to`, hashing on the way; `provenance` goes into its header.
 
@@ -79,11 +79,11 @@ def fuse_shard(
             or infinity where something is added; or a sum is too large for its dtype.
         Stopped: `way.stop` was set.
     """
-    slots = [Slot() for _ in range(2 * way.workers + 2)]
+    slots = [Buffer() for _ in range(2 * way.workers + 2)]
     sums = _Sums(way.device)
     with (
         open_shard(shard.path) as source,
-        HashedFile(to, progress, way.direct) as output,
+        HashingWriter(to, progress, way.direct) as output,
         _pinned(way.device, slots),
         _threads(way.workers) as (reader, workers, packer),
     ):
@@ -110,15 +110,15 @@ class _Sums:
 
     def __init__(self, device: str) -> None:
         self._device = device
-        self._found: tuple[Target, Sum] | None = None
+        self._found: tuple[Target, Adder] | None = None
 
-    def of(self, target: Target) -> Sum:
+    def of(self, target: Target) -> Adder:
         if self._found is None or self._found[0] is not target:
             self._found = target, read_sum(target, self._device)
         return self._found[1]
 
 
-def _add(target: Target, added: Sum, first: int, read: Future[memoryview]) -> memoryview:
+def _add(target: Target, added: Adder, first: int, read: Future[memoryview]) -> memoryview:
     data = read.result()
     try:
         added.add(data, first)
@@ -138,7 +138,7 @@ def _threads(workers: int) -> Iterator[tuple[ThreadPoolExecutor, ThreadPoolExecu
 
 
 @contextmanager
-def _pinned(device: str, slots: list[Slot]) -> Iterator[None]:
+def _pinned(device: str, slots: list[Buffer]) -> Iterator[None]:
     if device == "cpu":
         yield
         return

@@ -8,7 +8,7 @@ import torch
 from lora_fuse.fusion.scratch import scratch
 from lora_fuse.lora.exact import BFLOAT16, FLOAT16, FLOAT32
 
-BINARIES = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16, torch.float32: FLOAT32}
+FLOAT_FORMATS = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16, torch.float32: FLOAT32}
 
 
 def round_most(values: torch.Tensor, error: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,7 +21,7 @@ def round_most(values: torch.Tensor, error: float, dtype: torch.dtype) -> tuple[
 
     Returns:
         What gives the rounded values when it is converted to `dtype`: float32, scratch memory. And the numbers (int64,
-        flat) of those to give to `settle`; a few in ten thousand.
+        flat) of those to give to `round_doubtful`; a few in ten thousand.
     """
     near = scratch("near", values.shape, torch.float32, values.device).copy_(values)
     if dtype == torch.float32:
@@ -30,7 +30,7 @@ def round_most(values: torch.Tensor, error: float, dtype: torch.dtype) -> tuple[
     return near, _near_a_tie(near.view(-1), error, dtype)
 
 
-def settle(values: torch.Tensor, error: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def round_doubtful(values: torch.Tensor, error: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Round values with one rounding, and tell which of them the error leaves undecided.
 
     Rounding is monotone: where ``value - error`` and ``value + error`` become the same number, so does the exact value.
@@ -48,13 +48,13 @@ def _near_a_tie(near: torch.Tensor, error: float, dtype: torch.dtype) -> torch.T
     float32 and for `error`; a value so small that this is not enough counts as near. Both tests end in a negative
     number, for torch compares four times as slowly as it subtracts.
     """
-    dropped, window = FLOAT32.precision - BINARIES[dtype].precision, 2
+    dropped, window = FLOAT32.precision - FLOAT_FORMATS[dtype].precision, 2
     mask, tie = (1 << dropped) - 1, 1 << (dropped - 1)
     bits = near.view(torch.int32)
     distance, size = (scratch(name, bits.shape, torch.int32, bits.device) for name in ("distance", "size"))
     torch.add(bits, tie + window, out=distance)  # modulo the mask the same as minus the tie
     distance.bitwise_and_(mask).sub_(2 * window + 1)
-    least = max(error * 2.0**25, BINARIES[dtype].smallest_normal) * 1.001
+    least = max(error * 2.0**25, FLOAT_FORMATS[dtype].smallest_normal) * 1.001
     small = torch.tensor(least, dtype=torch.float32).view(torch.int32)
     torch.bitwise_and(bits, 0x7FFFFFFF, out=size)  # floats of one sign are ordered as their bits are
     return _negative(distance.bitwise_or_(size.sub_(int(small))))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from lora_fuse.fusion.scratch import scratch
-from lora_fuse.fusion.torch_rounding import BINARIES, round_most, settle
+from lora_fuse.fusion.torch_rounding import FLOAT_FORMATS, round_doubtful, round_most
 from lora_fuse.lora.deltas import Difference, NotFinite
 from lora_fuse.lora.exact import nearest
 
@@ -93,9 +93,9 @@ def _fuse_block(
 def _settle(rows: torch.Tensor, doubts: _Doubts, differences: Sequence[Difference], first: int, error: float) -> None:
     if not len(doubts.row):
         return
-    merged, undecided = settle(doubts.total, error, rows.dtype)
+    merged, undecided = round_doubtful(doubts.total, error, rows.dtype)
     for number in undecided.tolist():
         row, column, weight = (int(doubts.row[number]), int(doubts.column[number]), float(doubts.weight[number]))
         parts = (one.exact(first + row, column) for one in differences)
-        merged[number] = nearest(sum(parts, Fraction(weight)), BINARIES[rows.dtype])
+        merged[number] = nearest(sum(parts, Fraction(weight)), FLOAT_FORMATS[rows.dtype])
     rows[doubts.row, doubts.column] = merged

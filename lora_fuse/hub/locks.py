@@ -11,12 +11,21 @@ from lora_fuse.checkpoint.repository_files import is_pickle
 from lora_fuse.errors import BadLora, BadSource, Rerun
 from lora_fuse.hub.client import is_offline
 from lora_fuse.hub.repository import open_repository
-from lora_fuse.hub.sources import Basket, Promise, Shelf, examine, hashing, open_folder, take_lora, take_pipeline
+from lora_fuse.hub.sources import (
+    ExpectedFile,
+    FileSource,
+    VerifiedFiles,
+    examine,
+    hashing,
+    open_folder,
+    take_lora,
+    take_pipeline,
+)
 from lora_fuse.machine.files import FileRecord
-from lora_fuse.machine.progress import guess, human_bytes
+from lora_fuse.machine.progress import estimate, human_bytes
 from lora_fuse.recipe.hf_cache import locate
-from lora_fuse.recipe.recipe import DownloadParams
 from lora_fuse.recipe.records import Lock, Source
+from lora_fuse.recipe.sections import DownloadParams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -100,7 +109,7 @@ def verify_files(root: Path, files: Mapping[str, FileRecord]) -> None:
     """
     with hashing(sum(record.size for record in files.values())) as advance:
         for name, record in sorted(files.items()):
-            found = examine(root / name, Promise(record.size, record.sha256), advance)
+            found = examine(root / name, ExpectedFile(record.size, record.sha256), advance)
             if isinstance(found, str):
                 raise BadSource(
                     f"{name} in {root} is not what was locked: {found}; run the download stage",
@@ -115,7 +124,7 @@ def will_lock(sources: Sequence[Source], previous: Sequence[Lock]) -> str:
     size = sum(lock.size for lock in held)
     known = f", {human_bytes(size)} locked before" if held else ""
     names = ", ".join(dict.fromkeys(source.label for source in sources))
-    return f"{names}{known}: what is not here is fetched, and all of it hashed{guess('hash', size)}"
+    return f"{names}{known}: what is not here is fetched, and all of it hashed{estimate('hash', size)}"
 
 
 def checked(locks: Sequence[Lock]) -> str:
@@ -162,9 +171,9 @@ class _Pin:
         return kept if kept and asked == (kept.repo_id, kept.path, kept.requested) else None
 
 
-def _lock(source: Source, pin: _Pin, how: DownloadParams, take: Callable[[Basket], None]) -> Lock:
+def _lock(source: Source, pin: _Pin, how: DownloadParams, take: Callable[[VerifiedFiles], None]) -> Lock:
     kept = pin.of(source)
-    opening: AbstractContextManager[Shelf]
+    opening: AbstractContextManager[FileSource]
     if source.repo_id is None:
         opening = nullcontext(open_folder(Path(str(source.path))))
     elif kept and kept.files and not pin.update and _is_whole(kept, complain=pin.offline):
@@ -179,7 +188,7 @@ def _lock(source: Source, pin: _Pin, how: DownloadParams, take: Callable[[Basket
         pinned = kept.revision if kept and not pin.update else source.revision
         opening = open_repository(source.repo_id, pinned, how)
     with opening as shelf:
-        basket = Basket(shelf)
+        basket = VerifiedFiles(shelf)
         take(basket)
     records = dict(sorted(basket.records.items()))
     if kept and kept.repo_id and kept.revision == basket.shelf.commit:

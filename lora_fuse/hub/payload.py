@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lora_fuse.checkpoint.repository_files import is_pickle
 from lora_fuse.errors import PublishRefused
-from lora_fuse.hub.sources import Promise, examine, hashing
+from lora_fuse.hub.sources import ExpectedFile, examine, hashing
 from lora_fuse.machine.files import FileRecord
 
 if TYPE_CHECKING:
@@ -23,18 +23,18 @@ Addition = tuple[Path, FileRecord]  # a file beside the manifest's: where it lie
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel:
+class Payload:
     """What is published, by POSIX path: where each file lies, and its size and sha256."""
 
     paths: Mapping[str, Path]
     files: Mapping[str, FileRecord]
 
-    def differences(self, there: Mapping[str, Promise]) -> dict[str, str]:
+    def differences(self, there: Mapping[str, ExpectedFile]) -> dict[str, str]:
         """What is not there as it is here, with a few words on how it differs."""
         found = {name: self._difference(name, there.get(name)) for name in self.files}
         return {name: words for name, words in found.items() if words}
 
-    def _difference(self, name: str, there: Promise | None) -> str | None:
+    def _difference(self, name: str, there: ExpectedFile | None) -> str | None:
         record = self.files[name]
         if there is None:
             return "is not there"
@@ -44,15 +44,15 @@ class Parcel:
         found = examine(self.paths[name], there, lambda _: None)  # git knows it by another hash
         return f"differs: {found} there" if isinstance(found, str) else None
 
-    def strangers(self, there: Mapping[str, Promise]) -> dict[str, Promise]:
+    def strangers(self, there: Mapping[str, ExpectedFile]) -> dict[str, ExpectedFile]:
         """The files there that are not ours."""
         return {name: promise for name, promise in there.items() if name not in self.files}
 
 
 @contextmanager
-def parcel(
+def open_payload(
     merged: Path, manifest: Manifest, card: str, beside: Mapping[str, Addition] | None = None
-) -> Iterator[Parcel]:
+) -> Iterator[Payload]:
     """Check and hash what is to be sent; it can be sent until the block ends.
 
     Args:
@@ -76,7 +76,7 @@ def parcel(
             if name in paths:
                 raise PublishRefused(f"{name} is both in the manifest and beside it; fuse again")
             paths[name], expected[name] = path, record
-        yield Parcel(paths, _hashed(paths, expected))
+        yield Payload(paths, _hashed(paths, expected))
 
 
 def refuse_unnamed(merged: Path, manifest: Manifest) -> None:
@@ -126,7 +126,7 @@ def _hashed(paths: Mapping[str, Path], expected: Mapping[str, FileRecord]) -> di
     records = {}
     with hashing(sum(file.size for file in expected.values())) as advance:
         for name, path in sorted(paths.items()):
-            promise = Promise(expected[name].size, expected[name].sha256) if name in expected else Promise()
+            promise = ExpectedFile(expected[name].size, expected[name].sha256) if name in expected else ExpectedFile()
             found = examine(path, promise, advance)
             if isinstance(found, str):
                 raise PublishRefused(f"{path} is not what the manifest says: {found}; fuse and check again")

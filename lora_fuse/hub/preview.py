@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lora_fuse.errors import PublishRefused
 from lora_fuse.hub.client import endpoint
-from lora_fuse.hub.payload import parcel
+from lora_fuse.hub.payload import open_payload
 from lora_fuse.hub.remote import Remote, Repository
 from lora_fuse.hub.retry import bound_requests
 from lora_fuse.machine.progress import human_bytes
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from lora_fuse.hub.payload import Addition, Parcel
+    from lora_fuse.hub.payload import Addition, Payload
     from lora_fuse.recipe.records import Manifest
 
 
@@ -41,7 +41,7 @@ def preview(
     Raises:
         PublishRefused: these files would not be published anywhere.
     """
-    with parcel(merged, manifest, card, beside) as ours:
+    with open_payload(merged, manifest, card, beside) as ours:
         there, place = _look(repo_id)
         states = _states(ours, there)
         sent = [name for name, state in states.items() if state != "same"]
@@ -63,7 +63,7 @@ def _look(repo_id: str | None) -> tuple[Remote | None, str]:
     return there, f"to {endpoint()}/{repo_id}, {'private' if there.private else 'public'}, at {there.commit}"
 
 
-def _states(ours: Parcel, there: Remote | None) -> dict[str, str]:
+def _states(ours: Payload, there: Remote | None) -> dict[str, str]:
     if there is None:
         return dict.fromkeys(ours.files, "unknown")
     differing = ours.differences(there.files)

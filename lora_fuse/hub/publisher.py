@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from lora_fuse.errors import PublishRefused
 from lora_fuse.hub.client import endpoint, token
-from lora_fuse.hub.payload import Parcel, parcel
+from lora_fuse.hub.payload import Payload, open_payload
 from lora_fuse.hub.receipt import Receipt
 from lora_fuse.hub.remote import Remote, Repository
 from lora_fuse.hub.retry import DELAYS, bound_requests, wait
-from lora_fuse.hub.upload import Shipment, Unsent, send
-from lora_fuse.machine.progress import human_bytes, tell
+from lora_fuse.hub.upload import CommitFailed, CommitJob, send
+from lora_fuse.machine.progress import human_bytes, log
 from lora_fuse.recipe.records import SCHEMA, Manifest, to_json
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def publish(  # noqa: PLR0913 - each is a choice of its own, by keyword
     if token() is None:
         raise PublishRefused("publishing needs an access token; set HF_TOKEN to one that may write to " + repo_id)
     manifest_sha256 = hashlib.sha256(to_json(manifest).encode()).hexdigest()
-    with parcel(merged, manifest, card, beside) as ours:
+    with open_payload(merged, manifest, card, beside) as ours:
         bound_requests()
         repository = Repository(repo_id)
         main = repository.open(private=private)
@@ -101,7 +101,7 @@ class Staging:
     """
 
     repository: Repository
-    ours: Parcel
+    ours: Payload
     main: Remote
     key: str
     message: str
@@ -125,7 +125,7 @@ class Staging:
             try:
                 number = send(self._shipment(names, number, there), xet=xet) or number or self._find()
                 sent, failures = sent | set(names), 0
-            except Unsent as failure:
+            except CommitFailed as failure:
                 found = number or self._find()
                 if found and (number is None or self.repository.read(f"refs/pr/{found}").commit != there.commit):
                     number = found  # it landed, and only the answer was lost
@@ -198,13 +198,13 @@ class Staging:
             taken += 1
         return names[:taken]
 
-    def _shipment(self, names: list[str], number: int | None, there: Remote) -> Shipment:
+    def _shipment(self, names: list[str], number: int | None, there: Remote) -> CommitJob:
         total = sum(self.ours.files[name].size for name in names)
         files = "file" if len(names) == 1 else "files"
         where = f"pull request {number}" if number else "a new pull request"
         what = f"publish: {len(names)} {files}, {human_bytes(total)} to {where} of {self.repository.repo_id}"
-        tell(what)
-        return Shipment(
+        log(what)
+        return CommitJob(
             self.repository.repo_id,
             f"refs/pr/{number}" if number else None,
             there.commit,

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from huggingface_hub import DiscussionWithDetails, ModelInfo
 
-    from lora_fuse.hub.payload import Parcel
-    from lora_fuse.hub.sources import Promise
+    from lora_fuse.hub.payload import Payload
+    from lora_fuse.hub.sources import ExpectedFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Remote:
 
     commit: str
     private: bool
-    files: Mapping[str, Promise]
+    files: Mapping[str, ExpectedFile]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +79,9 @@ class Repository:
                 f"{endpoint()}/{self.repo_id}/settings, name another one, or set publish.private to false"
             )
 
-    def refuse_foreign_weights(self, remote: Remote, parcel: Parcel) -> None:
+    def refuse_foreign_weights(self, remote: Remote, open_payload: Payload) -> None:
         """Weights that are there and not ours would be loaded, or mistaken, for part of what is published."""
-        for name in sorted(parcel.strangers(remote.files)):
+        for name in sorted(open_payload.strangers(remote.files)):
             if is_pickle(name) or name.endswith(".safetensors"):
                 raise PublishRefused(
                     f"{self.repo_id} holds {name}, which is no part of this checkpoint; "

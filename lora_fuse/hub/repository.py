@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from lora_fuse.errors import BadSource
 from lora_fuse.hub.client import client, endpoint
 from lora_fuse.hub.error_texts import client_errors, is_passing
-from lora_fuse.hub.sources import Promise
+from lora_fuse.hub.sources import ExpectedFile
 from lora_fuse.hub.transfer import Order, Transfers
 from lora_fuse.recipe.hf_cache import snapshot_folder
-from lora_fuse.recipe.recipe import DownloadParams
 from lora_fuse.recipe.records import License
+from lora_fuse.recipe.sections import DownloadParams
 from lora_fuse.recipe.stated_licence import license_of
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Repository:
 
     repo_id: str
     commit: str
-    files: Mapping[str, Promise]
+    files: Mapping[str, ExpectedFile]
     transfers: Transfers
     license: License | None = None
 
@@ -72,7 +72,7 @@ def open_repository(repo_id: str, revision: str | None, how: DownloadParams) -> 
         yield Repository(repo_id, info.sha, remote_files(info), transfers, license_of(card, "hub"))
 
 
-def listing(repo_id: str, revision: str | None, timeout: float) -> tuple[str, dict[str, Promise]]:
+def listing(repo_id: str, revision: str | None, timeout: float) -> tuple[str, dict[str, ExpectedFile]]:
     """The commit that a revision means now, and what is in it; asked once, nothing is fetched.
 
     Raises:
@@ -107,11 +107,11 @@ def _wait(error: Exception, pause: float, longest: float) -> float:
     return min(float(asked), longest) if asked.isdecimal() else pause
 
 
-def remote_files(info: ModelInfo) -> dict[str, Promise]:
+def remote_files(info: ModelInfo) -> dict[str, ExpectedFile]:
     """What a Hub says of every file of a repository, by POSIX path."""
     promises = {}
     for file in info.siblings or ():
         # An LFS file's blob id is that of its pointer, not of its content.
         sha256, blob_id = (file.lfs.sha256, None) if file.lfs else (None, file.blob_id)
-        promises[file.rfilename] = Promise(file.size, sha256, blob_id)
+        promises[file.rfilename] = ExpectedFile(file.size, sha256, blob_id)
     return promises

@@ -10,10 +10,10 @@ from lora_fuse.checkpoint.repository_files import MODEL_INDEX, TEXT_SUFFIXES, is
 from lora_fuse.errors import BadSource
 from lora_fuse.hub.client import is_offline
 from lora_fuse.hub.repository import open_repository
-from lora_fuse.hub.sources import Promise, open_folder
+from lora_fuse.hub.sources import ExpectedFile, open_folder
 from lora_fuse.recipe.hf_cache import locate, snapshot_folder
-from lora_fuse.recipe.recipe import DownloadParams
 from lora_fuse.recipe.records import Lock, Source
+from lora_fuse.recipe.sections import DownloadParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def _sizes(
     return Sizes(sizes, sum(size for name, size in sizes.items() if not (cache / name).is_file()))
 
 
-def _chosen(files: Mapping[str, Promise], names: Iterable[str]) -> dict[str, int]:
+def _chosen(files: Mapping[str, ExpectedFile], names: Iterable[str]) -> dict[str, int]:
     """Bytes of those that are there; that one is not is said when it is to be locked."""
     return {name: files[name].size or 0 for name in names if name in files}
 

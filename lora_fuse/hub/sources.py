@@ -36,7 +36,7 @@ BLOCK = 1 << 20  # bytes read at once
 
 
 @dataclass(frozen=True, slots=True)
-class Promise:
+class ExpectedFile:
     """What is known of a file beforehand, if anything: its size in bytes, its sha256, its git blob id."""
 
     size: int | None = None
@@ -44,7 +44,7 @@ class Promise:
     blob_id: str | None = None
 
 
-class Shelf(Protocol):
+class FileSource(Protocol):
     """Where files come from."""
 
     @property
@@ -56,7 +56,7 @@ class Shelf(Protocol):
         """The 40-hex commit that it shows; None if it has none."""
 
     @property
-    def files(self) -> Mapping[str, Promise]:
+    def files(self) -> Mapping[str, ExpectedFile]:
         """Everything on it by POSIX path."""
 
     @property
@@ -68,11 +68,11 @@ class Shelf(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Folder:
+class LocalSource:
     """A local folder as a shelf: it is all here already and promises nothing."""
 
     root: Path
-    files: Mapping[str, Promise]
+    files: Mapping[str, ExpectedFile]
     license: License | None = None
     commit: None = None
 
@@ -86,7 +86,7 @@ class Folder:
         return self.root
 
 
-def open_folder(root: Path) -> Folder:
+def open_folder(root: Path) -> LocalSource:
     """List a local folder; links to files are followed.
 
     Raises:
@@ -97,7 +97,9 @@ def open_folder(root: Path) -> Folder:
     # Linked folders are entered at the top only: enough for a pipeline, and no loop can catch us.
     below = [path for top in root.iterdir() for path in (top.rglob("*") if top.is_dir() else (top,))]
     files = [path for path in below if not path.is_dir()]
-    return Folder(root, {path.relative_to(root).as_posix(): Promise(_size(path)) for path in files}, read_license(root))
+    return LocalSource(
+        root, {path.relative_to(root).as_posix(): ExpectedFile(_size(path)) for path in files}, read_license(root)
+    )
 
 
 def _size(path: Path) -> int:
@@ -105,10 +107,10 @@ def _size(path: Path) -> int:
 
 
 @dataclass(slots=True)
-class Basket:
+class VerifiedFiles:
     """What was taken from a shelf so far, by POSIX path; nothing in it differs from what was promised."""
 
-    shelf: Shelf
+    shelf: FileSource
     records: dict[str, FileRecord] = field(default_factory=dict)
     _root: Path = Path()
 
@@ -150,11 +152,11 @@ class Basket:
         return found
 
 
-def take_pipeline(basket: Basket) -> None:
+def take_pipeline(basket: VerifiedFiles) -> None:
     """Take the diffusers pipeline on a shelf, by the allow-list.
 
     Raises:
-        BadSource: it is no pipeline, is incomplete, or has no safetensors weights; or as `Basket.take`.
+        BadSource: it is no pipeline, is incomplete, or has no safetensors weights; or as `VerifiedFiles.take`.
     """
     names, label = basket.shelf.files, basket.shelf.label
     basket.take([MODEL_INDEX])
@@ -171,17 +173,17 @@ def take_pipeline(basket: Basket) -> None:
     basket.take(weights)
 
 
-def take_lora(basket: Basket, name: str) -> None:
+def take_lora(basket: VerifiedFiles, name: str) -> None:
     """Take a LoRA from a shelf: a file, or a PEFT folder's configuration and weights.
 
     Raises:
         BadLora: it is neither.
-        BadSource: as `Basket.take`.
+        BadSource: as `VerifiedFiles.take`.
     """
     basket.take(lora_files(name, basket.shelf.files, basket.shelf.label))
 
 
-def examine(path: Path, promise: Promise, advance: Callable[[int], None]) -> FileRecord | str:
+def examine(path: Path, promise: ExpectedFile, advance: Callable[[int], None]) -> FileRecord | str:
     r"""Hash a file: its record, or a few words on how it differs from what was promised.
 
     The git id of a file is the SHA-1 of ``blob SIZE\0`` and its content (git-scm.com/book, "Git Objects").

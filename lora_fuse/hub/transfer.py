@@ -19,10 +19,10 @@ from lora_fuse.hub.client import is_without_xet
 from lora_fuse.hub.error_texts import full_disk
 from lora_fuse.hub.leftovers import remove_leftovers
 from lora_fuse.hub.worker_process import ClientProcess
-from lora_fuse.machine.progress import FEW, byte_progress, guess, human_bytes, tell
+from lora_fuse.machine.progress import FEW, byte_progress, estimate, human_bytes, log
 from lora_fuse.machine.space import Planned, TransferPlan
 from lora_fuse.recipe.hf_cache import cache_dir, repository_folder
-from lora_fuse.recipe.recipe import DownloadParams
+from lora_fuse.recipe.sections import DownloadParams
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,7 +73,7 @@ class Transfers:
         """
         freed = remove_leftovers(order.repo_id, time.time())
         if freed:
-            tell(f"download: {human_bytes(freed)} of killed transfers of {order.repo_id} removed")
+            log(f"download: {human_bytes(freed)} of killed transfers of {order.repo_id} removed")
         tries: list[_Failed] = []
         with _Progress() as progress:
             while True:
@@ -137,7 +137,7 @@ class _Progress(ExitStack):
         if self._total is None:
             self._total = plan.to_fetch
             if not silent:
-                tell(f"download: {plan}{guess('download', plan.to_fetch)}")
+                log(f"download: {plan}{estimate('download', plan.to_fetch)}")
             self._advance = self.enter_context(byte_progress("download", plan.to_fetch, at_least=FEW))
         self._done = self._total - plan.to_fetch
 

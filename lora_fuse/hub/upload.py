@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 WITHOUT_XET, WITHOUT_BARS = "HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_PROGRESS_BARS"
 
 
-class Unsent(PublishRefused):
+class CommitFailed(PublishRefused):
     """A commit that did not work, or whose answer is lost.
 
     `pause` is after how many seconds the same may be tried again, None if that would not help; `over_xet` whether it
@@ -34,7 +34,7 @@ class Unsent(PublishRefused):
 
 
 @dataclass(frozen=True, slots=True)
-class Shipment:
+class CommitJob:
     """A commit: files by their POSIX path, on a pull request's `revision`, or on a new one from `parent`."""
 
     repo_id: str
@@ -45,21 +45,21 @@ class Shipment:
     paths: Mapping[str, str]
 
 
-def send(shipment: Shipment, *, xet: bool) -> int | None:
+def send(shipment: CommitJob, *, xet: bool) -> int | None:
     """Make the commit; returns the number of the pull request that was opened for it, if one was.
 
     Raises:
-        Unsent: it did not work, or nobody knows whether it did: read the repository.
+        CommitFailed: it did not work, or nobody knows whether it did: read the repository.
     """
     xet = xet and not is_without_xet()
     changed = ({} if xet else {WITHOUT_XET: "1"}) | ({WITHOUT_BARS: "1"} if is_silent() else {})
     outcome = _outcome(shipment, changed)
     if "error" in outcome:
-        raise Unsent(outcome["error"], pause=outcome["pause"], over_xet=xet and outcome["over_xet"])
+        raise CommitFailed(outcome["error"], pause=outcome["pause"], over_xet=xet and outcome["over_xet"])
     return outcome["pull"]  # type: ignore[no-any-return]
 
 
-def _outcome(shipment: Shipment, changed: Mapping[str, str]) -> dict[str, Any]:
+def _outcome(shipment: CommitJob, changed: Mapping[str, str]) -> dict[str, Any]:
     """What the sender says at its end; a failure in the same form if it says nothing."""
     what, said = f"publishing to {shipment.repo_id}", b""
     try:

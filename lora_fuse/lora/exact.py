@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 
 @dataclass(frozen=True, slots=True)
-class Binary:
+class FloatFormat:
     """A binary floating-point format: bits of the significand, the hidden one included, and of the exponent."""
 
     precision: int
@@ -33,10 +33,10 @@ class Binary:
         return math.ldexp(2 - 2.0 ** (1 - self.precision), self.bias)
 
 
-BFLOAT16, FLOAT16, FLOAT32 = Binary(8, 8), Binary(11, 5), Binary(24, 8)
+BFLOAT16, FLOAT16, FLOAT32 = FloatFormat(8, 8), FloatFormat(11, 5), FloatFormat(24, 8)
 
 
-def nearest(exact: Fraction, kind: Binary) -> float:
+def nearest(exact: Fraction, kind: FloatFormat) -> float:
     """The number of a format that is nearest to a fraction, ties to even; infinity where it is too large."""
     size = abs(exact)
     if not size:

@@ -27,7 +27,7 @@ class _Window:
     busy: tuple[Future[None], ...] = ()
 
 
-class HashedFile:
+class HashingWriter:
     """Takes bytes in order, from one thread; `finish` gives size and sha256."""
 
     def __init__(self, path: Path, progress: Callable[[int], None], direct: bool) -> None:

@@ -62,7 +62,7 @@ def is_first_to_fail() -> bool:
     return True
 
 
-class Companions:
+class PeerWatcher:
     """Ends this process with one error line when the launcher ends it, which it does when another one has ended.
 
     Signals wait for Python's main thread, and that may wait for the lost process itself; so a thread takes this one.

@@ -37,7 +37,7 @@ def human_rate(count: float, seconds: float) -> str:
     return f"{human_bytes(count)} in {human_seconds(seconds)} ({human_bytes(count / max(seconds, 1e-3))}/s)"
 
 
-def guess(work: str, count: float, *, in_bytes: bool = True) -> str:
+def estimate(work: str, count: float, *, in_bytes: bool = True) -> str:
     """How long so much will take, as the end of a sentence; empty if nothing like it was measured here yet."""
     per_second = rate(work)
     if per_second is None or count / per_second < 1:
@@ -46,7 +46,7 @@ def guess(work: str, count: float, *, in_bytes: bool = True) -> str:
     return f"; about {human_seconds(count / per_second)}{speed}, as the last time"
 
 
-class Clock:
+class Stopwatch:
     """Runs from its making on."""
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ def is_silent() -> bool:
     return _silent.get()
 
 
-def tell(line: str) -> None:
+def log(line: str) -> None:
     """Say a line on stderr that is good to know and nothing more."""
     if not is_silent():
         print(line, file=sys.stderr, flush=True)
@@ -91,7 +91,7 @@ def byte_progress(label: str, total: int, *, at_least: int = 0) -> Iterator[Call
     Yields:
         The function to call with the bytes just done, from any thread.
     """
-    clock = Clock()
+    clock = Stopwatch()
     if is_silent() or total < at_least:
         yield lambda _: None
     elif sys.stderr.isatty():
@@ -133,7 +133,7 @@ class _Lines:
         left = (
             f", about {human_seconds((self._total - self._done) / rate)} left" if 0 < self._done < self._total else ""
         )
-        tell(
+        log(
             f"{self._label}: {human_bytes(self._done)} of {human_bytes(self._total)}, {human_seconds(seconds)}, "
             f"{human_bytes(rate)}/s{left}"
         )

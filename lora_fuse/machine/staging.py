@@ -23,7 +23,7 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 @dataclass(frozen=True, slots=True)
-class Workplace:
+class StagingFolder:
     """A folder with `files`, which will be the result, and a mark for each of them that is finished."""
 
     folder: Path
@@ -63,7 +63,7 @@ class Workplace:
 
 
 @contextmanager
-def workplace(out: Path, key: str) -> Iterator[Workplace]:
+def staging_folder(out: Path, key: str) -> Iterator[StagingFolder]:
     """Hold `out` and prepare its next content; what an error leaves is removed, what a kill leaves is kept.
 
     Args:
@@ -74,7 +74,7 @@ def workplace(out: Path, key: str) -> Iterator[Workplace]:
         Busy: another process holds it.
     """
     with exclusive(out):
-        mine = Workplace(out.parent / f".{out.name}.partial-{key[:16]}")
+        mine = StagingFolder(out.parent / f".{out.name}.partial-{key[:16]}")
         _recover(out)
         for other in out.parent.glob(f".{out.name}.partial-*"):
             if other != mine.folder:
@@ -121,7 +121,7 @@ def _locked(path: Path, held: Path) -> Iterator[None]:
         yield
 
 
-def swap(new: Path, out: Path) -> None:
+def replace_atomically(new: Path, out: Path) -> None:
     """Put `new` in the place of `out`; where the system can, they change names at once, and `new` is the old one."""
     if not out.is_dir():
         new.replace(out)

@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import TypeVar
 
 from lora_fuse.errors import BadConfig, NoDevice, ProcessLost
-from lora_fuse.machine.launch import LOST, Companions, this_process
+from lora_fuse.machine.launch import LOST, PeerWatcher, this_process
 
 PATIENCE = timedelta(days=1)  # for the slowest; a process that has ended is noticed at once
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Team:
+class DistributedRenderer:
     """The processes of this run; make it before torch is imported, as it chooses this process's GPU.
 
     Args:
@@ -51,7 +51,7 @@ class Team:
             )
         if self._on_gpu:
             take_gpu(self.here.local)
-        self._companions = Companions()
+        self._companions = PeerWatcher()
 
     def __str__(self) -> str:
         """How the work is shared, as the end of a sentence."""

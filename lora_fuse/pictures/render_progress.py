@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lora_fuse.machine.progress import EVERY, Clock, bar, guess, human_seconds, is_silent, tell
+from lora_fuse.machine.progress import EVERY, Stopwatch, bar, estimate, human_seconds, is_silent, log
 from lora_fuse.machine.rates import remember
 
 if TYPE_CHECKING:
@@ -58,9 +58,9 @@ class Task:
         return f"{self.pictures} pictures, {len(self.sides)} of each of {self.cases} cases"
 
     @property
-    def guess(self) -> str:
+    def estimate(self) -> str:
         """How long it will take, as the end of a sentence."""
-        return guess(self.name, self.work, in_bytes=False)
+        return estimate(self.name, self.work, in_bytes=False)
 
     def took(self, seconds: float) -> str:
         """What it came to."""
@@ -83,7 +83,7 @@ class Watch:
     _made: int = 0
     _done: int = 0  # calls of the transformer, by whole pictures
     _seconds: float = 0.0  # of those
-    _picture: Clock = field(default_factory=Clock)
+    _picture: Stopwatch = field(default_factory=Stopwatch)
 
     def loads(self, side: str) -> None:
         """A side is about to be loaded."""
@@ -98,7 +98,7 @@ class Watch:
         """
         of = f"/{self.task.pictures}" if self.task else ""
         label = f"picture {self._made + 1}{of}, {case} {side}"
-        self._picture, step = Clock(), 0
+        self._picture, step = Stopwatch(), 0
         self.say(label, self._done)
 
         def after_step() -> None:
@@ -111,7 +111,7 @@ class Watch:
         self._made += 1
         self._done += passes(sampling)
         self._seconds += self._picture.seconds
-        took, self._picture = human_seconds(self._picture.seconds), Clock()
+        took, self._picture = human_seconds(self._picture.seconds), Stopwatch()
         self.say(f"{label}, {took}{self._left()}", self._done)
 
     def _left(self) -> str:
@@ -125,7 +125,7 @@ class Watch:
 @contextmanager
 def watching(task: Task) -> Iterator[Watch]:
     """A watch that shows on stderr what it is told: a bar on a terminal, a line now and then elsewhere."""
-    clock = Clock()
+    clock = Stopwatch()
     if is_silent():
         yield Watch(task)
     elif sys.stderr.isatty():
@@ -148,6 +148,6 @@ def _now_and_then(stage: str) -> Callable[[str, int], None]:
         nonlocal shown
         if time.monotonic() - shown >= EVERY:
             shown = time.monotonic()
-            tell(f"{stage}: {sentence}")
+            log(f"{stage}: {sentence}")
 
     return say

@@ -15,7 +15,7 @@ from lora_fuse.errors import BadSource, Rerun
 from lora_fuse.lora.updates import LoraInput
 from lora_fuse.machine.files import replace_text
 from lora_fuse.recipe.hf_cache import locate
-from lora_fuse.recipe.recipe import Params
+from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.records import SCHEMA, BaseLock, Lock, LoraLock, from_json, to_json
 
 ROOT = Path("artifacts")
@@ -39,7 +39,7 @@ class Artifacts:
     published: bool = False
 
     @classmethod
-    def of_variant(cls, name: str, params: Params) -> Artifacts:
+    def of_variant(cls, name: str, params: Recipe) -> Artifacts:
         """The results of a variant."""
         shared_base = ROOT / "bases" / f"{params.base.key}.lock.json"
         return cls(ROOT / "variants" / name, name, shared_base, params.publish.enabled)
@@ -162,7 +162,7 @@ class Artifacts:
 HERE = Artifacts()
 
 # Fuses and verifies files that are pinned already, beside the main build; what was found is for the caller to read.
-Merge: TypeAlias = Callable[[Params, Artifacts, Lock, Mapping[str, Lock]], None]
+Merge: TypeAlias = Callable[[Recipe, Artifacts, Lock, Mapping[str, Lock]], None]
 
 
 def read_text(path: Path, stage: str) -> str:
@@ -200,7 +200,7 @@ def _read_json(path: Path, stage: str, kind: type, called: str) -> Any:
     return content
 
 
-def lora_inputs(loras: Mapping[str, Lock], params: Params) -> list[LoraInput]:
+def lora_inputs(loras: Mapping[str, Lock], params: Recipe) -> list[LoraInput]:
     """The pinned LoRAs (files and PEFT folders) with the scales of the recipe."""
     return [
         LoraInput(name, locate(lock) / lock.lora_name, params.fuse.scale_of(name))

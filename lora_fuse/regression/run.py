@@ -13,7 +13,7 @@ from lora_fuse.machine.files import replace_text
 from lora_fuse.pictures.environment import Environment
 from lora_fuse.pictures.pairs import Pair, Setup
 from lora_fuse.recipe.paths import GOLDEN, Artifacts
-from lora_fuse.recipe.recipe import Params
+from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.records import Lock, to_json
 from lora_fuse.regression.candidates import candidates
 from lora_fuse.regression.case_judgement import judge_pairs, save_pictures
@@ -24,7 +24,7 @@ from lora_fuse.regression.verdicts import Limits, Rules
 
 
 def judge(
-    params: Params,
+    params: Recipe,
     at: Artifacts,
     setup: Setup,
     here: Environment,
@@ -48,7 +48,7 @@ def judge(
 
 
 def write_regression(
-    params: Params,
+    params: Recipe,
     at: Artifacts,
     setup: Setup,
     judged: Judged,
@@ -66,14 +66,14 @@ def write_regression(
     replace_text(at.report, report_html(review(judged, verify, rules_of(params), setup, command(then))))
 
 
-def rules_of(params: Params) -> Rules:
+def rules_of(params: Recipe) -> Rules:
     """What the pictures are held to."""
     regress, sigmas = params.regress, params.sampling.sigmas
     limits = (Limits(regress.unfused.bounds), Limits(regress.golden.bounds))
     return Rules(*limits, regress.over_floor, None if sigmas is None else tuple(sigmas))
 
 
-def goldens_of(params: Params, base: Lock) -> Goldens:
+def goldens_of(params: Recipe, base: Lock) -> Goldens:
     """The recipe's approved pictures, for the base that is pinned.
 
     Raises:

@@ -12,7 +12,7 @@ from lora_fuse.machine.files import FileRecord
 from lora_fuse.pictures.asked import cases_of
 from lora_fuse.recipe.checkout import this_repository
 from lora_fuse.recipe.paths import Artifacts, read_object, read_rows, read_text
-from lora_fuse.recipe.recipe import Params
+from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.records import Exports, Manifest, from_json
 from lora_fuse.regression.gate import decide
 from lora_fuse.regression.goldens import Candidates
@@ -21,14 +21,19 @@ from lora_fuse.release.block_plot import block_plot
 from lora_fuse.release.bom import ModelFacts, bom_json
 from lora_fuse.release.card import ShownExport, Usage, model_card
 from lora_fuse.release.contents import BOM, PROVENANCE, Contents, public_parameters, write_release
-from lora_fuse.release.licences import Settled, settle
+from lora_fuse.release.licences import MergeLicence, resolve_licence
 from lora_fuse.release.slsa import provenance_json
 
 SECTIONS = {"name", "base", "loras", "fuse", "scheduler", "sampling", "export"}  # what the result depends on
 
 
 def contents_of(
-    params: Params, at: Artifacts, manifest: Manifest, manifest_sha256: str, metrics: dict[str, Any], licence: Settled
+    params: Recipe,
+    at: Artifacts,
+    manifest: Manifest,
+    manifest_sha256: str,
+    metrics: dict[str, Any],
+    licence: MergeLicence,
 ) -> Contents:
     """Everything that is published beside the merged checkpoint, the card among it.
 
@@ -52,7 +57,7 @@ def contents_of(
     return Contents(texts, pictures | {name: (at.exported / name, record) for name, record in exports.items()})
 
 
-def _exports(params: Params, at: Artifacts, manifest_sha256: str) -> dict[str, FileRecord]:
+def _exports(params: Recipe, at: Artifacts, manifest_sha256: str) -> dict[str, FileRecord]:
     if not params.export.formats:
         return {}
     found = from_json(Exports, read_text(at.exports, "export"), str(at.exports))
@@ -61,7 +66,7 @@ def _exports(params: Params, at: Artifacts, manifest_sha256: str) -> dict[str, F
     return found.files
 
 
-def checked_release(params: Params, at: Artifacts) -> tuple[Manifest, str, dict[str, Addition]]:
+def checked_release(params: Recipe, at: Artifacts) -> tuple[Manifest, str, dict[str, Addition]]:
     """The manifest, the card and what else is published, if `verify` and `gate` passed for these very bytes.
 
     Raises:
@@ -74,7 +79,7 @@ def checked_release(params: Params, at: Artifacts) -> tuple[Manifest, str, dict[
         raise PublishRefused(f"the gate is not passed: {decision.reason}", rerun=decision.then)
     if verify["manifest_sha256"] != manifest_sha256:
         raise PublishRefused(f"{at.verify} is about other bytes than {at.manifest}", rerun=Rerun("build"))
-    licence = settle(manifest, params.publish.license)
+    licence = resolve_licence(manifest, params.publish.license)
     if licence.problem and not params.publish.private:
         raise PublishRefused(licence.problem)
     contents = contents_of(params, at, manifest, manifest_sha256, metrics, licence)

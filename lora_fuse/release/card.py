@@ -17,7 +17,7 @@ import jinja2
 from lora_fuse import hub
 from lora_fuse.models.families import pair_warnings
 from lora_fuse.recipe.records import License, Manifest, MergedLora
-from lora_fuse.release.licences import Settled
+from lora_fuse.release.licences import MergeLicence
 
 TEMPLATE = """\
 
@@ -186,7 +186,7 @@ def model_card(
     *,
     usage: Usage,
     evidence: Evidence,
-    licence: Settled,
+    licence: MergeLicence,
     repo_id: str | None,
     exports: Sequence[ShownExport] = (),
 ) -> str:
@@ -259,7 +259,7 @@ def _licence(stated: License | None) -> str:
     return "not stated" if stated is None else stated.label
 
 
-def _licence_sentence(settled: Settled) -> str:
+def _licence_sentence(settled: MergeLicence) -> str:
     if settled.problem is not None:
         return (
             "> **Warning:** the licence of this merge is not settled, and it is not for the public: "

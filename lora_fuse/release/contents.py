@@ -20,8 +20,8 @@ from typing import Any
 from lora_fuse.errors import PublishRefused
 from lora_fuse.hub.payload import Addition
 from lora_fuse.machine.files import FileRecord, hash_file, replace_bytes
-from lora_fuse.recipe.recipe import Signer
 from lora_fuse.recipe.records import Manifest, MergedFile, to_json
+from lora_fuse.recipe.sections import Signer
 from lora_fuse.release.signing import SIGNATURE, keep_or_sign
 
 LIST = "lora_fuse.json"

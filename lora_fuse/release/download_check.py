@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from lora_fuse.errors import BadSource, CheckFailed, Refused
-from lora_fuse.hub.sources import Promise, examine, hashing
+from lora_fuse.hub.sources import ExpectedFile, examine, hashing
 from lora_fuse.machine.files import FileRecord
 from lora_fuse.recipe.records import Manifest, from_json
 from lora_fuse.release.contents import LIST
@@ -86,7 +86,7 @@ def _check_listed(folder: Path, manifest: Manifest, found: Published) -> None:
             if path.is_absolute() or ".." in path.parts:
                 found.problems.append(f"{name} in {LIST} leads out of the folder")
                 continue
-            got = examine(folder / name, Promise(file.size, file.sha256), advance)
+            got = examine(folder / name, ExpectedFile(file.size, file.sha256), advance)
             if not isinstance(got, FileRecord):
                 found.problems.append(f"{name}: {got}")
 

@@ -37,7 +37,7 @@ OTHER = License("other")
 
 
 @dataclass(frozen=True, slots=True)
-class Settled:
+class MergeLicence:
     """The licence of a merge.
 
     `problem` is a sentence on why it may not be published for everybody, None if it may; `license` is then ``other``.
@@ -49,7 +49,7 @@ class Settled:
     notices: Mapping[str, str]
 
 
-def settle(manifest: Manifest, by_hand: str | None = None) -> Settled:
+def resolve_licence(manifest: Manifest, by_hand: str | None = None) -> MergeLicence:
     """The licence under which a merge may be published.
 
     Args:
@@ -60,21 +60,23 @@ def settle(manifest: Manifest, by_hand: str | None = None) -> Settled:
     parts += [(lora.repo_id or f"LoRA {lora.name}", lora.license) for lora in manifest.loras]
     notices = {part: "no licence stated" if found is None else found.label for part, found in parts}
     if by_hand is not None:
-        return Settled(License(by_hand, origin="by hand"), None, notices)
+        return MergeLicence(License(by_hand, origin="by hand"), None, notices)
     found = [(part, stated) for part, stated in parts if stated is not None]
     for part, stated in parts:
         if stated is None or (stated.id in UNKNOWN and not (stated.name and stated.link)):
             said = "states no licence" if stated is None else f"states {stated.label}, which names no text"
-            return Settled(OTHER, f"{part} {said} (known: {_list(notices)}); {_way_out()}", notices)
+            return MergeLicence(OTHER, f"{part} {said} (known: {_list(notices)}); {_way_out()}", notices)
         if stated.id in NO_DERIVATIVES:
-            return Settled(OTHER, f"{part} is under {stated.id}, which forbids derivatives; {_way_out()}", notices)
+            return MergeLicence(OTHER, f"{part} is under {stated.id}, which forbids derivatives; {_way_out()}", notices)
     if len({_text(stated) for _, stated in found}) == 1:
-        return Settled(found[0][1], None, notices)
+        return MergeLicence(found[0][1], None, notices)
     if all(stated.id in PERMISSIVE for _, stated in found):
-        return Settled(max((stated for _, stated in found), key=lambda one: PERMISSIVE.index(one.id)), None, notices)
+        return MergeLicence(
+            max((stated for _, stated in found), key=lambda one: PERMISSIVE.index(one.id)), None, notices
+        )
     first = found[0]
     other = next(pair for pair in found if _text(pair[1]) != _text(first[1]))
-    return Settled(
+    return MergeLicence(
         OTHER,
         f"{first[0]} is under {first[1].label} and {other[0]} under {other[1].label}, which are not known to go "
         f"together; {_way_out()}",

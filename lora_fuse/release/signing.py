@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_fuse.errors import BadKey, CheckFailed
-from lora_fuse.recipe.recipe import Signer
+from lora_fuse.recipe.sections import Signer
 
 if TYPE_CHECKING:
     from types import ModuleType

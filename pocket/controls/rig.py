@@ -22,7 +22,7 @@ from lora_fuse.pictures.environment import make_deterministic
 from lora_fuse.pictures.metrics import to_levels
 from lora_fuse.pictures.pairs import pair_up, render_all, render_references
 from lora_fuse.pictures.render import Case, Pipeline, Rendered, Sampling, load_pipeline, shared_components
-from lora_fuse.recipe.recipe import Params
+from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.regression.case_judgement import judge_pairs, picture_of
 from lora_fuse.regression.run import rules_of
 from lora_fuse.regression.verdicts import CaseResult, Golden, Rules, beyond, compare
@@ -41,7 +41,7 @@ class Rig:
     """
 
     def __init__(self, rules: Rules | None = None, recipe: str = RECIPE) -> None:
-        self.params: Params = load([f"recipe={recipe}"])
+        self.params: Recipe = load([f"recipe={recipe}"])
         self.setup, self.cases = setup_of(self.params), cases_of(self.params)
         self.rules = rules or rules_of(self.params)
         self.base = Path(str(self.params.base.path))

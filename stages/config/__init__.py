@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from lora_fuse.errors import BadConfig, CheckFailed
-from lora_fuse.recipe.recipe import Params, parse_params
+from lora_fuse.recipe.recipe import Recipe
 from stages.config.composition import compose, one_line
 from stages.config.variants import COMPILED, compose_variant, load_variant
 
@@ -22,7 +22,7 @@ __all__ = ["PARAMS", "check_declared", "compose", "load"]
 PARAMS = Path("params.yaml")
 
 
-def load(overrides: Sequence[str] = (), variant: str | None = None) -> Params:
+def load(overrides: Sequence[str] = (), variant: str | None = None) -> Recipe:
     """The parameters of a stage: from params.yaml, or composed if there are overrides; or those of a variant.
 
     Raises:
@@ -31,17 +31,17 @@ def load(overrides: Sequence[str] = (), variant: str | None = None) -> Params:
     if variant is not None:
         return load_variant(variant, overrides)
     if overrides:
-        return parse_params(compose(overrides), " ".join(overrides))
+        return Recipe.parse(compose(overrides), " ".join(overrides))
     try:
         tree = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BadConfig(f"{PARAMS} is not in {Path.cwd()}; run stages from the project's folder") from error
     except yaml.YAMLError as error:
         raise BadConfig(f"{PARAMS} is not YAML ({one_line(error)}); write it anew: python -m stages.config") from error
-    return parse_params(tree, str(PARAMS))
+    return Recipe.parse(tree, str(PARAMS))
 
 
-def check_declared(recipe: str, variant: str | None = None) -> Params:
+def check_declared(recipe: str, variant: str | None = None) -> Recipe:
     """The compiled parameters, to approve under, if they are what `conf/` says of a recipe, or of a variant.
 
     Raises:

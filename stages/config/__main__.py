@@ -15,7 +15,7 @@ import yaml
 from lora_fuse.errors import CheckFailed
 from lora_fuse.machine.files import replace_text
 from lora_fuse.machine.interrupts import guarded
-from lora_fuse.recipe.recipe import parse_params
+from lora_fuse.recipe.recipe import Recipe
 from stages.config import PARAMS
 from stages.config.composition import compose
 from stages.config.variants import COMPILED, compile_entries
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> int:
     """Write params.yaml and variants/params.yaml, or compare them (``--check``)."""
     overrides = [argument for argument in arguments if argument != "--check"]
     tree = compose(overrides)
-    parse_params(tree, " ".join(overrides) or "conf/")
+    Recipe.parse(tree, " ".join(overrides) or "conf/")
     variants = compile_entries()
     wanted = {PARAMS: tree, COMPILED: variants}
     texts = {

@@ -17,7 +17,8 @@ import yaml
 from pydantic import Field, field_validator
 
 from lora_fuse.errors import BadConfig
-from lora_fuse.recipe.recipe import Finite, Params, Section, Tag, Text, parse_params, parse_section
+from lora_fuse.recipe.recipe import Recipe
+from lora_fuse.recipe.sections import Finite, Section, Tag, Text, parse_section
 from stages.config.composition import CONF, compose, one_line, recipes
 
 ENTRIES = CONF / "variants.yaml"
@@ -85,14 +86,14 @@ class Compiled(Section):
     published: list[str]
     variants: dict[str, dict[str, Any]]
 
-    def params(self, name: str) -> Params:
+    def params(self, name: str) -> Recipe:
         """The parameters of a variant.
 
         Raises:
             BadConfig: there is none of this name, or its parameters are not right.
         """
         refuse_unknown("variant", name, self.variants, ENTRIES)
-        return parse_params(self.variants[name], f"{COMPILED}: {name}")
+        return Recipe.parse(self.variants[name], f"{COMPILED}: {name}")
 
 
 def read_entries() -> dict[str, Variant]:
@@ -128,7 +129,7 @@ def compile_entries() -> dict[str, Any]:
     """
     entries = read_entries()
     trees = {name: compose(entry.arguments(name)) for name, entry in entries.items()}
-    params = {name: parse_params(tree, f"{ENTRIES}: {name}") for name, tree in trees.items()}
+    params = {name: Recipe.parse(tree, f"{ENTRIES}: {name}") for name, tree in trees.items()}
     for name in sorted(params.keys() & set(recipes())):
         _refuse_foreign_goldens(name, params[name])
     bases: dict[str, str] = {}
@@ -152,7 +153,7 @@ def read_compiled() -> Compiled:
     return parse_section(Compiled, _read_yaml(COMPILED, remedy), str(COMPILED), remedy)
 
 
-def load_variant(name: str, overrides: Sequence[str] = ()) -> Params:
+def load_variant(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """The parameters of a variant: from `variants/params.yaml`, or composed if there are overrides.
 
     Raises:
@@ -161,7 +162,7 @@ def load_variant(name: str, overrides: Sequence[str] = ()) -> Params:
     return compose_variant(name, overrides) if overrides else read_compiled().params(name)
 
 
-def compose_variant(name: str, overrides: Sequence[str] = ()) -> Params:
+def compose_variant(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """The parameters that an entry and overrides compose to.
 
     Raises:
@@ -170,7 +171,7 @@ def compose_variant(name: str, overrides: Sequence[str] = ()) -> Params:
     entries = read_entries()
     refuse_unknown("variant", name, entries, ENTRIES)
     arguments = [*entries[name].arguments(name), *overrides]
-    return parse_params(compose(arguments), " ".join(arguments))
+    return Recipe.parse(compose(arguments), " ".join(arguments))
 
 
 def refuse_unknown(kind: str, name: str, known: Iterable[str], where: object) -> None:
@@ -206,8 +207,8 @@ def _same(one: str | None, other: str | None) -> bool:
     return one is not None and other is not None and one.lower() == other.lower()
 
 
-def _refuse_foreign_goldens(name: str, params: Params) -> None:
-    recipe = parse_params(compose([f"recipe={name}"]), f"recipe={name}")
+def _refuse_foreign_goldens(name: str, params: Recipe) -> None:
+    recipe = Recipe.parse(compose([f"recipe={name}"]), f"recipe={name}")
     mine, theirs = (one.model_dump(exclude={"publish"}) for one in (params, recipe))
     if mine != theirs:
         key = min(key for key in mine if mine[key] != theirs[key])

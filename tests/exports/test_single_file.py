@@ -18,7 +18,7 @@ from lora_fuse.checkpoint.shards import Checkpoint, open_checkpoint
 from lora_fuse.errors import BadCheckpoint, BadConfig, NoSpace
 from lora_fuse.exports.formats import FORMATS, export, export_size, words
 from lora_fuse.machine.files import FileRecord, hash_file
-from lora_fuse.recipe.recipe import parse_params
+from lora_fuse.recipe.recipe import Recipe
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,7 +188,7 @@ def test_pocket_exports_as_its_recipe_asks(tmp_path: Path, monkeypatch: pytest.M
     ]
     files = {name: MergedFile(1, "5" * 64, "base") for name in names}
     write_manifest(Path("artifacts/merged.manifest.json"), Manifest(1, "pocket", None, (), 1.0, 0, files, Tool("1")))
-    assert export_formats(parse_params(tree, "test")) == 0
+    assert export_formats(Recipe.parse(tree, "test")) == 0
     record = from_json(Exports, Path("artifacts/export.json").read_text(), "export.json")
     assert list(record.files) == ["diffusion_models/pocket.safetensors"]
     theirs = load_file(Path("artifacts/export/diffusion_models/pocket.safetensors"))

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lora_fuse.fusion import torch_sums as fusion
-from lora_fuse.fusion.torch_rounding import BINARIES, narrow, round_most, settle
+from lora_fuse.fusion.torch_rounding import FLOAT_FORMATS, narrow, round_doubtful, round_most
 from lora_fuse.fusion.torch_sums import fuse_rows
 from lora_fuse.lora.deltas import Difference, Hadamard, Kronecker, LowRank, Matrix, NotFinite
 from lora_fuse.lora.exact import nearest as nearest_of
@@ -140,7 +140,7 @@ def test_what_is_not_finite_is_refused(dtype: torch.dtype, weight: float, added:
 @given(st.fractions(), st.integers(-150, 130), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
 def test_a_fraction_is_rounded_to_the_nearest(value: Fraction, power: int, dtype: torch.dtype) -> None:
     exact = value * Fraction(2) ** power
-    rounded = nearest_of(exact, BINARIES[dtype])
+    rounded = nearest_of(exact, FLOAT_FORMATS[dtype])
     if abs(exact) < torch.finfo(dtype).max:
         assert rounded == nearest(exact, NUMPY[dtype])
     else:
@@ -156,11 +156,11 @@ def test_a_fraction_is_rounded_to_the_nearest(value: Fraction, power: int, dtype
 def test_what_is_not_doubted_is_right_wherever_the_exact_value_is(
     values: list[float], error: float, dtype: torch.dtype, share: float
 ) -> None:
-    """`round_most` and `settle` may doubt too much, never too little: move each value by up to the error."""
+    """`round_most` and `round_doubtful` may doubt too much, never too little: move each value by up to the error."""
     held = torch.tensor(values, dtype=torch.float64)
     near, doubtful = round_most(held.clone(), error, dtype)
     rounded = near.to(dtype).double()
-    settled, undecided = settle(held[doubtful], error, dtype)
+    settled, undecided = round_doubtful(held[doubtful], error, dtype)
     rounded[doubtful] = settled.double()
     sure = set(range(len(values))) - set(doubtful[undecided].tolist())
     for i in sure:

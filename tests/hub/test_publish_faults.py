@@ -25,7 +25,7 @@ import pytest
 import yaml
 
 from lora_fuse.hub import Receipt
-from lora_fuse.recipe.recipe import parse_params
+from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.records import Manifest, MergedFile, MergedLora, Tool, from_json, to_json
 from tests.hub_server import Fault, LoopbackHub, Repo
 from tests.hub_server.routes import LFS_SUFFIXES
@@ -81,7 +81,7 @@ class Place:
         if not (self.root / "pocket").exists():
             (self.root / "pocket").symlink_to(ROOT / "pocket")  # its pictures are the cases' inputs
         with contextlib.chdir(self.root):
-            leave_regression(parse_params(yaml.safe_load((ROOT / "params.yaml").read_text()), "params.yaml"))
+            leave_regression(Recipe.parse(yaml.safe_load((ROOT / "params.yaml").read_text()), "params.yaml"))
 
     def configure(self, **publish: object) -> None:
         """Write params.yaml with these settings of `publish`."""

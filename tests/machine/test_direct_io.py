@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lora_fuse.machine import hashing_writer as hashed
 from lora_fuse.machine.direct_io import BLOCK, Reader, Writer, block_memory, too_large_to_cache
-from lora_fuse.machine.hashing_writer import HashedFile
+from lora_fuse.machine.hashing_writer import HashingWriter
 
 CONTENT = np.random.default_rng(0).bytes(5 * BLOCK + 123)
 
@@ -65,7 +65,7 @@ def test_a_hashed_file_has_the_bytes_and_their_hash(
     told: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hashed, "WINDOW", 2 * BLOCK)
-        with HashedFile(path, told.append, direct=True) as file:
+        with HashingWriter(path, told.append, direct=True) as file:
             for nbytes in lengths:
                 file.append(CONTENT[:nbytes])
                 whole += CONTENT[:nbytes]
@@ -80,7 +80,7 @@ def test_a_file_that_may_not_grow_is_an_error(tmp_path: Path, direct: bool) -> N
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (BLOCK, before[1]))
     try:
-        with HashedFile(tmp_path / "out", lambda _: None, direct) as file:
+        with HashingWriter(tmp_path / "out", lambda _: None, direct) as file:
             file.append(CONTENT)
             with pytest.raises(OSError, match=os.strerror(errno.EFBIG)):
                 file.finish()

@@ -126,9 +126,9 @@ SHARED = """
 import sys, time
 from lora_fuse.cli import guarded
 from lora_fuse.errors import OutOfMemory
-from lora_fuse.pictures.distributed import Team
+from lora_fuse.pictures.distributed import DistributedRenderer
 
-team = Team("cpu", 2)
+team = DistributedRenderer("cpu", 2)
 
 def render(cases):
     if cases == sys.argv[1:]:
@@ -172,8 +172,8 @@ def test_without_a_launcher_a_process_is_alone_and_imports_no_accelerate(monkeyp
     monkeypatch.setenv("RANK", "1")
     assert this_process().is_alone
     code = (
-        "import sys; from lora_fuse.pictures.distributed import Team; "
-        "print(Team('cuda', None).render([1, 2], 'key', list), {'accelerate', 'torch'} & sys.modules.keys())"
+        "import sys; from lora_fuse.pictures.distributed import DistributedRenderer as D; "
+        "print(D('cuda', None).render([1, 2], 'key', list), {'accelerate', 'torch'} & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[1, 2] set()"
@@ -220,7 +220,7 @@ def test_settings_that_make_no_sense_with_several_processes_are_refused(
 ) -> None:
     launched(monkeypatch, 0, 2)
     with pytest.raises(BadConfig, match=said):
-        spread.Team(placement, threads)
+        spread.DistributedRenderer(placement, threads)
 
 
 def test_a_stage_that_is_one_process_says_so(built: Workspace) -> None:

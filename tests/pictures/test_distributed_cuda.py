@@ -21,9 +21,9 @@ RENDERING = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-from lora_fuse.pictures.distributed import Team
+from lora_fuse.pictures.distributed import DistributedRenderer
 
-team, merged, out = Team("cuda", None), Path(sys.argv[1]), Path(sys.argv[2])
+team, merged, out = DistributedRenderer("cuda", None), Path(sys.argv[1]), Path(sys.argv[2])
 from lora_fuse.pictures.environment import environment, make_deterministic
 make_deterministic(on_gpu=True)
 import torch

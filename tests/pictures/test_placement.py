@@ -12,7 +12,7 @@ from lora_fuse.errors import OutOfMemory, RenderFailed
 from lora_fuse.pictures.pairs import render_all
 from lora_fuse.pictures.placement import PLACEMENTS, advice, place
 from lora_fuse.pictures.render import Case, Pipeline, Sampling, load_pipeline
-from lora_fuse.recipe.recipe import Placement
+from lora_fuse.recipe.sections import Placement
 
 POCKET = Path(__file__).resolve().parents[2] / "pocket"
 GPU = [name for name in PLACEMENTS if name != "cpu"]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from inputs import drawings, photo
 from lora_fuse.pictures.render import PICTURES, Case, open_picture
-from lora_fuse.recipe.recipe import Params, parse_params
+from lora_fuse.recipe.recipe import Recipe
 from stages.config import compose
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,8 +27,8 @@ def in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def parameters(recipe: str) -> Params:
-    return parse_params(compose([f"recipe={recipe}"]), recipe)
+def parameters(recipe: str) -> Recipe:
+    return Recipe.parse(compose([f"recipe={recipe}"]), recipe)
 
 
 def pixels(path: Path) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:

@@ -16,7 +16,7 @@ from lora_fuse.machine.files import FileRecord
 from lora_fuse.recipe.records import License, Lock, Manifest, MergedFile, MergedLora, Selected, Tool
 from lora_fuse.recipe.stated_licence import read_license
 from lora_fuse.release.card import Evidence, ShownCase, ShownExport, Usage, model_card
-from lora_fuse.release.licences import SETTING, settle
+from lora_fuse.release.licences import SETTING, resolve_licence
 
 COMMIT, SHA256 = "c" * 40, "5" * 64
 APACHE, MIT = License("apache-2.0"), License("mit")
@@ -54,7 +54,7 @@ def card(
     **changes: Any,
 ) -> str:
     usage = replace(Usage("QwenImageEditPipeline", 4, 1.0, " ", None), **changes)
-    settled = settle(manifest, licence)
+    settled = resolve_licence(manifest, licence)
     return model_card(manifest, usage=usage, evidence=evidence, licence=settled, repo_id=repo_id)
 
 
@@ -211,7 +211,7 @@ def test_several_input_pictures_are_a_list() -> None:
 def test_exports_are_listed_with_their_sha256() -> None:
     export = ShownExport("diffusion_models/x.safetensors", "one file", "e" * 64)
     usage = Usage("QwenImageEditPipeline", 4, 1.0, " ", None)
-    settled = settle(MANIFEST)
+    settled = resolve_licence(MANIFEST)
     text = model_card(MANIFEST, usage=usage, evidence=EVIDENCE, licence=settled, repo_id="alice/edit", exports=[export])
     assert f"| `diffusion_models/x.safetensors` | one file | `{'e' * 64}` |" in text
 
@@ -243,7 +243,7 @@ FLUX = License("other", "flux-1-dev", "https://example.org/LICENSE")
     ids=str,
 )
 def test_licences_that_go_together(parts: tuple[License, ...], settled: str) -> None:
-    found = settle(merge_of(*parts))
+    found = resolve_licence(merge_of(*parts))
     assert (found.license.id, found.problem) == (settled, None)
 
 
@@ -267,12 +267,12 @@ def test_licences_that_go_together(parts: tuple[License, ...], settled: str) -> 
 def test_licences_that_do_not_are_named_with_the_setting_that_states_one(
     parts: tuple[License | None, ...], words: list[str]
 ) -> None:
-    found = settle(merge_of(*parts))
+    found = resolve_licence(merge_of(*parts))
     assert found.license.id == "other"
     for word in (*words, SETTING):
         assert word in str(found.problem)
     assert "\n" not in str(found.problem)
-    by_hand = settle(merge_of(*parts), "mit")
+    by_hand = resolve_licence(merge_of(*parts), "mit")
     assert (by_hand.license, by_hand.problem) == (License("mit", origin="by hand"), None)
 
 

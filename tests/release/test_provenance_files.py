@@ -31,8 +31,8 @@ from lora_fuse.fusion.manifest import read_manifest
 from lora_fuse.hub import lock_base, lock_lora
 from lora_fuse.recipe import checkout as provenance
 from lora_fuse.recipe.paths import HERE as at  # noqa: N811
-from lora_fuse.recipe.recipe import Signer
 from lora_fuse.recipe.records import License, Source
+from lora_fuse.recipe.sections import Signer
 from lora_fuse.release.block_plot import block_plot
 from lora_fuse.release.contents import BOM, LIST, PROVENANCE
 from lora_fuse.release.signing import SIGNATURE, keep_or_sign, sign

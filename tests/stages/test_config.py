@@ -12,7 +12,7 @@ import yaml
 
 from lora_fuse.errors import BadConfig
 from lora_fuse.models.families import FAMILIES, pair_warnings
-from lora_fuse.recipe.recipe import parse_params
+from lora_fuse.recipe.recipe import Recipe
 from stages.config import compose, load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,4 +140,4 @@ def changed(path: str, value: object) -> dict[str, Any]:
 )
 def test_an_unknown_missing_or_ill_typed_key_is_named(path: str, value: object) -> None:
     with pytest.raises(BadConfig, match=path.replace(".", r"\.")):
-        parse_params(changed(path, value), "params.yaml")
+        Recipe.parse(changed(path, value), "params.yaml")

@@ -17,7 +17,7 @@ import pytest
 from lora_fuse.cli import main
 from lora_fuse.machine import rates
 from lora_fuse.machine.console import Console, painted
-from lora_fuse.machine.progress import byte_progress, guess, human_bytes, human_rate, human_seconds, silence, tell
+from lora_fuse.machine.progress import byte_progress, estimate, human_bytes, human_rate, human_seconds, log, silence
 from lora_fuse.pictures.render import Sampling
 from lora_fuse.pictures.render_progress import Task, passes, watching
 from tests import tiny
@@ -115,14 +115,14 @@ def test_numbers_are_said_as_people_read_them() -> None:
 
 
 def test_a_rate_is_remembered_for_the_next_run_and_guessed_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert guess("fuse (cpu)", 41e9) == ""  # nothing was measured, so nothing is said
+    assert estimate("fuse (cpu)", 41e9) == ""  # nothing was measured, so nothing is said
     clock = iter([0.0, 100.0])
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
     with silence(), byte_progress("fuse (cpu)", 10**10) as add:
         add(10**10)
-    assert guess("fuse (cpu)", 41e9) == "; about 7 min at 100MB/s, as the last time"
-    assert guess("fuse (cpu)", 10**7) == ""  # a moment is not worth a word
-    assert guess("fuse (cuda)", 41e9) == ""
+    assert estimate("fuse (cpu)", 41e9) == "; about 7 min at 100MB/s, as the last time"
+    assert estimate("fuse (cpu)", 10**7) == ""  # a moment is not worth a word
+    assert estimate("fuse (cuda)", 41e9) == ""
 
 
 def test_what_is_short_small_or_broken_leaves_no_rate(tmp_path: Path) -> None:
@@ -161,13 +161,13 @@ def test_elsewhere_than_on_a_terminal_a_line_comes_now_and_then(
 
 def test_silence_reaches_progress_and_words_and_ends(capsys: pytest.CaptureFixture[str]) -> None:
     with silence():
-        tell("download: 5 files")
+        log("download: 5 files")
         with byte_progress("hash", 10**9) as add:
             thread = threading.Thread(target=add, args=[10**9])
             thread.start()
             thread.join()
     assert capsys.readouterr() == ("", "")
-    tell("download: 5 files")
+    log("download: 5 files")
     assert capsys.readouterr().err == "download: 5 files\n"
 
 

@@ -20,7 +20,7 @@ from lora_fuse.machine.space import free_bytes
 from lora_fuse.pictures.environment import Key
 from lora_fuse.recipe.records import Source
 from lora_fuse.studies.doctor import access, disk, memory, pictures, software
-from lora_fuse.studies.doctor.examination import Recipe, _places
+from lora_fuse.studies.doctor.examination import ExaminedRecipe, _places
 from lora_fuse.studies.doctor.finding import Finding, Status, fail, ok, table, verdict, warn
 from lora_fuse.studies.doctor.stock import base_stock, lora_stock
 from tests.hub.test_locks import BASE, LORA, LORA_FILE, NOWHERE, PIPELINE, STRAYS, weights, write
@@ -44,7 +44,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def recipe(base: Source, out: Path, **changes: Any) -> Recipe:
+def recipe(base: Source, out: Path, **changes: Any) -> ExaminedRecipe:
     held: dict[str, Any] = {
         "name": "r",
         "base": base,
@@ -63,7 +63,7 @@ def recipe(base: Source, out: Path, **changes: Any) -> Recipe:
         "manifest": out / "merged.manifest.json",
         "goldens": out / "golden/r",
     }
-    return Recipe(**(held | changes))
+    return ExaminedRecipe(**(held | changes))
 
 
 def named(findings: list[Finding], name: str) -> Finding:

@@ -22,7 +22,7 @@ from lora_fuse.studies.sweep.numbers import against_baseline, broken, curves, fa
 from lora_fuse.studies.sweep.points import MERGED, Point, clear_leftovers, key_of
 from lora_fuse.studies.sweep.points import METRICS as NUMBERS
 from lora_fuse.studies.sweep.recommendation import Recommendation, Tried, largest_undamaged, nearest_to_teacher
-from lora_fuse.studies.sweep.running import Standing, run
+from lora_fuse.studies.sweep.running import SweepProgress, run
 from lora_fuse.studies.sweep.sheet import Column, Row, Sheet, sheet_html, sheet_json, sheet_markdown
 
 
@@ -207,7 +207,7 @@ def make(one: Point) -> str:
     return "made"
 
 
-def go(points: list[Point], build: Any = make, *, keep: bool = False) -> tuple[Standing, list[str]]:
+def go(points: list[Point], build: Any = make, *, keep: bool = False) -> tuple[SweepProgress, list[str]]:
     said: list[str] = []
     inputs = {one: {"scale": one.folder.name} for one in points}
     return run(points, build, inputs=inputs, keep=keep, tell=lambda _, line: said.append(line)), said

@@ -21,7 +21,7 @@ from lora_fuse.errors import BadConfig, BadGolden, BadSource
 from lora_fuse.hub import lock_base
 from lora_fuse.machine.console import Console
 from lora_fuse.machine.files import FileRecord
-from lora_fuse.recipe.recipe import parse_params
+from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.records import Lock, Source
 from lora_fuse.regression.goldens import Goldens
 from lora_fuse.studies.validation.effect import Effect, clipped, effect, gain, noise_sigma
@@ -329,7 +329,7 @@ def test_the_candidate_is_the_recipe_with_one_lora_and_one_scale_changed(monkeyp
     from stages.config import compose
 
     monkeypatch.chdir(ROOT)
-    params = parse_params(compose(["recipe=pocket_pastel"]), "test")
+    params = Recipe.parse(compose(["recipe=pocket_pastel"]), "test")
     new = candidate(params, GOOD, "lightning", 0.5)
     assert new.loras["lightning"].filename == Path(GOOD).name
     assert new.loras["pastel"] == params.loras["pastel"]

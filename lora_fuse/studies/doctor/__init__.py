@@ -3,7 +3,7 @@
 Checks are functions of what was read, so that they can be given any reading; `examination` reads, and asks them all.
 """
 
-from lora_fuse.studies.doctor.examination import Recipe, examine
+from lora_fuse.studies.doctor.examination import ExaminedRecipe, examine
 from lora_fuse.studies.doctor.finding import Finding, Status, table, verdict
 
-__all__ = ["Finding", "Recipe", "Status", "examine", "table", "verdict"]
+__all__ = ["ExaminedRecipe", "Finding", "Status", "examine", "table", "verdict"]

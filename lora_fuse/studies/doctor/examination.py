@@ -23,7 +23,7 @@ from lora_fuse.studies.doctor.stock import Stock, base_stock, lora_stock
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class ExaminedRecipe:
     """What of a recipe's parameters a machine has to fit.
 
     Attributes:
@@ -68,7 +68,7 @@ class Recipe:
         return [self.base, *(source for source, _, _ in self.loras.values())]
 
 
-def examine(recipe: Recipe, pyproject: Path = Path("pyproject.toml")) -> Iterator[Finding]:
+def examine(recipe: ExaminedRecipe, pyproject: Path = Path("pyproject.toml")) -> Iterator[Finding]:
     """Every check, in the order in which a build comes to them. Nothing is fetched, and no file stays."""
     needed_python, needed = software.requirements(pyproject)
     yield software.python(needed_python)
@@ -78,7 +78,7 @@ def examine(recipe: Recipe, pyproject: Path = Path("pyproject.toml")) -> Iterato
     yield from _sources(recipe)
 
 
-def _sources(recipe: Recipe) -> Iterator[Finding]:
+def _sources(recipe: ExaminedRecipe) -> Iterator[Finding]:
     stocks: dict[str, Stock] = {}
     refusals: dict[str, Refused] = {}
     base_lock, lora_locks = recipe.locks
@@ -113,7 +113,7 @@ def _stock(label: str, stock: Stock) -> Finding:
     return ok(label, f"{stock.label}: {len(stock.sizes)} files, {human_bytes(stock.size)} by {stock.known_by}, {here}")
 
 
-def _places(recipe: Recipe, stocks: Mapping[str, Stock]) -> Iterator[Finding]:
+def _places(recipe: ExaminedRecipe, stocks: Mapping[str, Stock]) -> Iterator[Finding]:
     """Disks: what is fetched goes to the cache, what is merged beside the last merge; it may be the same disk."""
     cache, out = cache_dir(), recipe.merged.parent
     uses_cache = any(source.repo_id for source in recipe.sources)
@@ -161,7 +161,7 @@ def _held(merged: Path) -> int:
     return sum(info.st_size for info in files if info.st_nlink == 1)
 
 
-def _is_of(recipe: Recipe) -> bool:
+def _is_of(recipe: ExaminedRecipe) -> bool:
     """Whether the last merge is of this recipe, sources and scales."""
     try:
         manifest, _ = read_manifest(recipe.manifest)
@@ -183,7 +183,7 @@ def _is_of(recipe: Recipe) -> bool:
     ) and held == wanted
 
 
-def _machine(recipe: Recipe, base: Stock | None) -> Iterator[Finding]:
+def _machine(recipe: ExaminedRecipe, base: Stock | None) -> Iterator[Finding]:
     from lora_fuse.fusion.device import resolve_device
 
     parts, exact = memory.weights(base, recipe.dtype) if base else ({}, True)

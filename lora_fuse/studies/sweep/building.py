@@ -15,7 +15,7 @@ from lora_fuse.pictures.environment import environment, make_deterministic
 from lora_fuse.pictures.render import Case
 from lora_fuse.recipe.hf_cache import locate
 from lora_fuse.recipe.paths import Artifacts, Merge
-from lora_fuse.recipe.recipe import SamplingParams
+from lora_fuse.recipe.sections import SamplingParams
 from lora_fuse.regression.case_judgement import picture_of, save_pictures
 from lora_fuse.regression.run import goldens_of, judge
 from lora_fuse.regression.verdicts import Picture

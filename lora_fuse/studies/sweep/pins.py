@@ -12,8 +12,8 @@ from lora_fuse.machine.files import nearest_folder, replace_text
 from lora_fuse.machine.progress import human_bytes
 from lora_fuse.machine.space import free_bytes
 from lora_fuse.recipe.hf_cache import cache_dir
-from lora_fuse.recipe.recipe import DownloadParams
 from lora_fuse.recipe.records import SCHEMA, Lock, Source, from_json, to_json
+from lora_fuse.recipe.sections import DownloadParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class SweepLocks:
     locks: list[Lock]
 
 
-class Pins:
+class SourceLocks:
     """Locks as they are needed; a source that was pinned before keeps its commit."""
 
     def __init__(self, path: Path, known: Iterable[Lock], transfer: DownloadParams) -> None:

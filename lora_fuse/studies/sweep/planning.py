@@ -19,10 +19,10 @@ from lora_fuse.pictures.environment import Environment, check_gpu, environment, 
 from lora_fuse.pictures.pairs import check_cases
 from lora_fuse.recipe.checkout import this_version
 from lora_fuse.recipe.paths import GOLDEN, HERE
-from lora_fuse.recipe.recipe import Params
+from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.records import Lock
 from lora_fuse.regression.goldens import Goldens
-from lora_fuse.studies.sweep.pins import Pins, check_room
+from lora_fuse.studies.sweep.pins import SourceLocks, check_room
 from lora_fuse.studies.sweep.points import Point, clear_leftovers, key_of, waiting
 
 ENGINE = 1  # to be raised when the same inputs give other pictures or numbers
@@ -34,7 +34,7 @@ class SweptParams:
     """One point of a sweep: the overrides that are its own (``fuse.scale=0.8``), and all of its parameters."""
 
     overrides: tuple[str, ...]
-    params: Params
+    params: Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def plan_sweep(swept: Sequence[SweptParams], folder: Path, *, keep: bool) -> Pla
         check_gpu(asked.params.regress.placement)
         check_cases(cases_of(asked.params), setup_of(asked.params))
     with waiting(folder / "locks.json"):
-        pins = Pins(folder / "locks.json", _known_locks(), swept[0].params.download)
+        pins = SourceLocks(folder / "locks.json", _known_locks(), swept[0].params.download)
         fetched, merged = _need(swept, pins)
         if fetched:
             check_room(fetched, merged, folder)
@@ -112,7 +112,7 @@ def _known_locks() -> list[Lock]:
     return [base, *loras.values()]
 
 
-def _need(swept: Sequence[SweptParams], pins: Pins) -> tuple[int, int]:
+def _need(swept: Sequence[SweptParams], pins: SourceLocks) -> tuple[int, int]:
     """Bytes to fetch for all points, and bytes of the largest merged checkpoint, before anything is fetched.
 
     Raises:
@@ -132,7 +132,7 @@ def _need(swept: Sequence[SweptParams], pins: Pins) -> tuple[int, int]:
     return sum(one.to_fetch for one in sizes.values()), largest
 
 
-def _pin(asked: SweptParams, pins: Pins, folder: Path) -> Planned:
+def _pin(asked: SweptParams, pins: SourceLocks, folder: Path) -> Planned:
     """Have the files of a point on this machine, and name its folder below `folder` after all that it depends on."""
     params = asked.params
     base, loras, problem = pins.base(params.base.source), {}, None
@@ -151,7 +151,7 @@ def _pin(asked: SweptParams, pins: Pins, folder: Path) -> Planned:
     return Planned(asked, point, base, loras, inputs, alone, problem)
 
 
-def _inputs_alone(params: Params, base: Lock, here: Environment) -> dict[str, Any]:
+def _inputs_alone(params: Recipe, base: Lock, here: Environment) -> dict[str, Any]:
     """What the base's own pictures depend on."""
     regress = params.regress
     cases = {
@@ -169,7 +169,7 @@ def _inputs_alone(params: Params, base: Lock, here: Environment) -> dict[str, An
     }
 
 
-def _inputs_merged(params: Params, loras: Mapping[str, Lock], here: Environment) -> dict[str, Any]:
+def _inputs_merged(params: Recipe, loras: Mapping[str, Lock], here: Environment) -> dict[str, Any]:
     """What a point's pictures, and the verdicts on them, depend on besides."""
     regress = params.regress
     approved = Goldens(GOLDEN / params.name).for_run(here.key, list(regress.cases))

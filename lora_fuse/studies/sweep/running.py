@@ -15,7 +15,7 @@ from lora_fuse.studies.sweep.points import Point
 
 
 @dataclass(slots=True)
-class Standing:
+class SweepProgress:
     """How a sweep stands: its points by what became of them; `built` are those that this process made.
 
     `refused` has the sentence of each.
@@ -33,7 +33,7 @@ def run(
     inputs: Mapping[Point, Mapping[str, object]],
     keep: bool,
     tell: Callable[[Point, str], None],
-) -> Standing:
+) -> SweepProgress:
     """Build every point that is not there yet and that no other process is building.
 
     Args:
@@ -47,7 +47,7 @@ def run(
         NoSpace: there is no room for any other point either.
         NoDevice: nor is there a GPU for one.
     """
-    standing, pending = Standing(), list(points)
+    standing, pending = SweepProgress(), list(points)
     while pending:
         busy = []
         for point in pending:

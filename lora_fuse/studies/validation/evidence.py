@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from lora_fuse.recipe.recipe import Params
+from lora_fuse.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from lora_fuse.studies.validation.effect import Effect
@@ -113,7 +113,7 @@ class Judgement:
     findings: tuple[Finding, ...]
 
 
-def bounds_of(params: Params) -> Bounds:
+def bounds_of(params: Recipe) -> Bounds:
     """What a new version of a LoRA is held to."""
     held, over_floor = params.validation, params.regress.over_floor or OVER_FLOOR
     return Bounds(held.alignment, held.strength, held.gain_kept, held.noise, held.comb_db, over_floor)

@@ -21,7 +21,7 @@ from lora_fuse.pictures.pairs import check_cases
 from lora_fuse.pictures.render_progress import watching
 from lora_fuse.recipe.hf_cache import locate
 from lora_fuse.recipe.paths import ROOT, Artifacts, Merge, read_object
-from lora_fuse.recipe.recipe import Params
+from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.records import Lock
 from lora_fuse.regression.goldens import Approved, pictures_of
 from lora_fuse.regression.run import goldens_of, rules_of
@@ -68,14 +68,14 @@ class Trial:
     """A recipe, and what it is with the new LoRA."""
 
     request: Request
-    params: Params
-    candidate: Params
+    params: Recipe
+    candidate: Recipe
     name: str | None  # of the LoRA that is judged; None for all of the recipe
     merge: Merge
     command: Callable[[Rerun], str]  # of a step, as it is typed
 
     @staticmethod
-    def of(request: Request, params: Params, merge: Merge, command: Callable[[Rerun], str]) -> Trial:
+    def of(request: Request, params: Recipe, merge: Merge, command: Callable[[Rerun], str]) -> Trial:
         """Put the two together, before anything is fetched.
 
         Raises:
@@ -134,7 +134,7 @@ class Trial:
         cases = cases_of(self.params)
         setup = replace(setup_of(self.params), baseline=baseline_of(self.params) if self.teacher else None)
         task = task_of(f"validate {self.params.name} {here.key}", len(cases), setup, current=current is not None)
-        console.will("validate", f"{task}, on {here.key}{task.guess}")
+        console.will("validate", f"{task}, on {here.key}{task.estimate}")
         with watching(task) as watch:
             sides = render_sides(BUILD.merged, versions, cases, setup, watch)
         measured = measure(sides, pictures_of(goldens), rules_of(self.params))

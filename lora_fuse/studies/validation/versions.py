@@ -14,7 +14,7 @@ from lora_fuse.lora.updates import LoraInput
 from lora_fuse.models.families import pair_warnings
 from lora_fuse.recipe.hf_cache import locate
 from lora_fuse.recipe.paths import HERE
-from lora_fuse.recipe.recipe import Params, parse_params
+from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.records import Lock, Source
 from lora_fuse.regression.goldens import Approved
 
@@ -44,7 +44,7 @@ def parse_lora(text: str) -> dict[str, str | None]:
     return {"repo_id": found["repo"], "path": None, "revision": revision, "filename": found["file"]}
 
 
-def replaced(params: Params, lora: str, name: str | None) -> str:
+def replaced(params: Recipe, lora: str, name: str | None) -> str:
     """The name of the recipe's LoRA that another takes the place of.
 
     Raises:
@@ -61,7 +61,7 @@ def replaced(params: Params, lora: str, name: str | None) -> str:
     return name
 
 
-def candidate(params: Params, lora: str | None, name: str | None, scale: float | None) -> Params:
+def candidate(params: Recipe, lora: str | None, name: str | None, scale: float | None) -> Recipe:
     """The recipe with the new LoRA in it.
 
     Raises:
@@ -72,7 +72,7 @@ def candidate(params: Params, lora: str | None, name: str | None, scale: float |
         tree["loras"][replaced(params, lora, name)] = parse_lora(lora)
     if scale is not None:
         tree["fuse"]["scale"] = scale
-    return parse_params(tree, "the candidate")
+    return Recipe.parse(tree, "the candidate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +110,12 @@ def misfits(base: Lock, new: Version, current: Version | None, name: str) -> lis
     return [] if against(before) else against(new.locks[name])
 
 
-def lock_base(params: Params) -> Lock:
+def lock_base(params: Recipe) -> Lock:
     """The recipe's base, at the commit of the current build where that has one."""
     return hub.lock_base(params.base.source, previous=HERE.earlier_locks()[0], transfer=params.download)
 
 
-def lock_loras(params: Params, fresh: str | None = None) -> Version:
+def lock_loras(params: Recipe, fresh: str | None = None) -> Version:
     """The recipe's LoRAs, each at the commit of the current build, but for the one that is `fresh`."""
     _, before = HERE.earlier_locks()
     locks = {
@@ -130,7 +130,7 @@ def lock_loras(params: Params, fresh: str | None = None) -> Version:
     return Version(locks, {name: params.fuse.scale_of(name) for name in locks})
 
 
-def approved_version(params: Params, approved: Mapping[str, list[Approved]]) -> Version | None:
+def approved_version(params: Recipe, approved: Mapping[str, list[Approved]]) -> Version | None:
     """The LoRAs that the goldens were approved with; None if there are none, or a file is not what it was then."""
     records = [one.record.provenance for found in approved.values() for one in found]
     if not records:

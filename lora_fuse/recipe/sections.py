@@ -1,0 +1,310 @@
+"""The sections of a recipe, typed and checked strictly. `params.yaml` has exactly these keys.
+
+An unknown, missing or ill-typed key is an error that names the key; no default stands in for a missing one, because
+`conf/` is the only place where values come from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from lora_fuse.errors import BadConfig
+from lora_fuse.lora.inputs import Selection
+from lora_fuse.machine.files import Untouched
+from lora_fuse.recipe.records import Source
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
+CaseName = Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")]  # part of file names and of flat metric keys
+Tag = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+Device = Literal["auto", "cpu", "cuda"]
+Placement = Literal["cuda", "model_offload", "group_offload", "balanced", "cpu"]
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """A section of the parameters: frozen, strict, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class SourceParams(Section):
+    """A Hub repository at a revision, or a local folder; exactly one of `repo_id` and `path`."""
+
+    repo_id: Text | None
+    path: Text | None
+    revision: Text | None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> SourceParams:
+        if (self.repo_id is None) == (self.path is None):
+            raise ValueError(f"set exactly one of repo_id ({self.repo_id}) and path ({self.path}), the other null")
+        if (self.repo_id is None) != (self.revision is None):
+            raise ValueError(f"a repo_id needs a revision and a path has none: got revision {self.revision}")
+        return self
+
+    @property
+    def source(self) -> Source:
+        """The same as the library knows it."""
+        return Source(self.repo_id, self.path, self.revision)
+
+    @property
+    def key(self) -> str:
+        """A name for it that is one part of a path: what a person would know it by, and of what all of it hashes to."""
+        asked = [self.repo_id or self.path, self.revision]
+        digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        readable = re.sub(r"[^A-Za-z0-9]+", "-", "-".join(filter(None, asked))).strip("-")
+        return f"{readable[:60]}-{digest[:8]}"
+
+
+class SamplingParams(Section):
+    """How a model is meant to be run."""
+
+    steps: PositiveInt
+    true_cfg_scale: Finite
+    negative_prompt: str | None
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """The arguments of the pipeline's call, by the names of `lora_fuse.pictures.render.Sampling`."""
+        names = ("steps", "true_cfg_scale", "negative_prompt")
+        return {name: getattr(self, name) for name in names}
+
+
+class RecipeSamplingParams(SamplingParams):
+    """How the merged model is run; `sigmas` is what it has to visit, without the final 0, or null if that is open."""
+
+    sigmas: list[Finite] | None
+
+    @model_validator(mode="after")
+    def _one_sigma_a_step(self) -> RecipeSamplingParams:
+        if self.sigmas is not None and len(self.sigmas) != self.steps:
+            raise ValueError(f"{self.steps} steps visit as many sigmas: got {len(self.sigmas)}, {self.sigmas}")
+        return self
+
+
+class BaseParams(SourceParams):
+    """The base model, the diffusers pipeline class that runs it, and how it is run without a LoRA.
+
+    `condition_area`: pixels that input pictures are scaled to; null leaves it to the pipeline (a megapixel).
+    """
+
+    pipeline: Text
+    condition_area: PositiveInt | None
+    sampling: SamplingParams
+
+
+class LoraParams(SourceParams):
+    """One LoRA of a repository or folder: `filename` is a safetensors file in it or a PEFT folder (``.``: itself)."""
+
+    filename: Text
+
+
+class FuseParams(Section):
+    """How to fuse: `scale` multiplies every LoRA's own entry in `lora_scales` (1.0 where there is none).
+
+    `only`, `skip` and `scales` are patterns of modules, see `lora_fuse.lora.inputs`; `untouched` is how weights that do
+    not change are taken over, see `lora_fuse.machine.files.take_over`.
+    """
+
+    scale: Finite
+    lora_scales: dict[str, Finite]
+    only: list[Text]
+    skip: list[Text]
+    scales: dict[str, Finite]
+    device: Device
+    untouched: Untouched
+
+    def scale_of(self, lora: str) -> float:
+        """The scale that is applied to one LoRA."""
+        return self.scale * self.lora_scales.get(lora, 1.0)
+
+    @property
+    def selection(self) -> Selection:
+        """Which modules are fused, as the library knows it."""
+        return Selection(tuple(self.only), tuple(self.skip), self.scales)
+
+
+class SchedulerParams(Section):
+    """FlowMatchEulerDiscreteScheduler's settings, under its own names."""
+
+    base_image_seq_len: PositiveInt
+    base_shift: Finite
+    invert_sigmas: bool
+    max_image_seq_len: PositiveInt
+    max_shift: Finite
+    num_train_timesteps: PositiveInt
+    shift: Finite
+    shift_terminal: Finite | None
+    stochastic_sampling: bool
+    time_shift_type: Literal["exponential", "linear"]
+    use_beta_sigmas: bool
+    use_dynamic_shifting: bool
+    use_exponential_sigmas: bool
+    use_karras_sigmas: bool
+
+
+class DownloadParams(Section):
+    """Files fetched at once, and seconds without a byte after which a transfer has stalled and is tried another way."""
+
+    workers: PositiveInt
+    stall_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class VerifyParams(Section):
+    """`rows`: rows of each target to re-derive, or ``all``."""
+
+    rows: PositiveInt | Literal["all"]
+
+
+class CaseParams(Section):
+    """One golden image: its input pictures (paths), prompt and seed; null sizes leave the choice to the pipeline."""
+
+    images: list[Text]
+    prompt: Text
+    seed: int
+    height: PositiveInt | None
+    width: PositiveInt | None
+
+
+class LimitParams(Section):
+    """What two pictures must come to, by the metrics of `lora_fuse.pictures.metrics`; a null decides nothing."""
+
+    psnr_db: Finite | None
+    max_abs: Finite | None
+    mean_abs: Finite | None
+    changed_share: Finite | None
+    ssim: Finite | None
+    ssimulacra2: Finite | None
+    flip: Finite | None
+    flip_worst: Finite | None
+    comb_db: Finite | None
+
+    @model_validator(mode="after")
+    def _something_decides(self) -> LimitParams:
+        if not self.bounds:
+            raise ValueError("every limit is null, so every picture would pass; set one")
+        return self
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """Those that decide."""
+        return {name: value for name, value in self.model_dump().items() if value is not None}
+
+
+class RegressParams(Section):
+    """What is rendered, on what, and how far pictures may be apart.
+
+    `threads` are torch's on the CPU, null its own choice; `baseline` adds the base alone to the report; `over_floor` is
+    how many times the noise floor the latents of merged and unfused may be apart, null decides nothing.
+    """
+
+    placement: Placement
+    dtype: DType
+    threads: PositiveInt | None
+    baseline: bool
+    over_floor: Finite | None
+    cases: Annotated[dict[CaseName, CaseParams], Field(min_length=1)]
+    unfused: LimitParams
+    golden: LimitParams
+
+
+class ValidationParams(Section):
+    """What a new version of a LoRA is held to, see `lora_fuse.studies.validation.evidence.Bounds`.
+
+    `teacher`: for a LoRA that saves steps, also render the base alone at its own steps.
+    """
+
+    teacher: bool
+    alignment: Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
+    strength: Annotated[float, Field(gt=1, allow_inf_nan=False)]
+    gain_kept: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    noise: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    comb_db: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class ExportParams(Section):
+    """Which other formats the merged checkpoint is written in, by the names of `lora_fuse.exports.formats.FORMATS`."""
+
+    formats: list[Text]
+
+
+@dataclass(frozen=True, slots=True)
+class Signer:
+    """Who signs: the private key in a file, or with None the identity that this machine has for Sigstore."""
+
+    key: Path | None
+
+
+class SigningParams(Section):
+    """Who signs what is published: the private key in a file, or keyless by Sigstore; nobody if neither is set."""
+
+    key: Text | None
+    keyless: bool
+
+    @model_validator(mode="after")
+    def _one_signer(self) -> SigningParams:
+        if self.key is not None and self.keyless:
+            raise ValueError(f"set key ({self.key}) or keyless, not both")
+        return self
+
+    @property
+    def signer(self) -> Signer | None:
+        """Who signs, as the library knows it; None leaves it unsigned."""
+        return Signer(None if self.key is None else Path(self.key)) if self.key is not None or self.keyless else None
+
+
+class PublishParams(Section):
+    """Where the merged repository goes, if it goes anywhere, under which licence, and who signs it.
+
+    `license` is an id of the Hub that somebody states by hand; null takes what base and LoRAs state.
+    """
+
+    enabled: bool
+    repo_id: Text | None
+    private: bool
+    license: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.+-]*$")] | None
+    signing: SigningParams
+    tag: Tag | None
+
+    @model_validator(mode="after")
+    def _tag_names_nothing_else(self) -> PublishParams:
+        if self.tag == "main" or re.fullmatch(r"[0-9a-f]{7,40}", self.tag or ""):
+            raise ValueError(f"the tag {self.tag} would be taken for a branch or a commit; take another name, v1")
+        return self
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def parse_section(kind: type[SectionT], values: object, where: str, remedy: str) -> SectionT:
+    """Check a tree of plain mappings and scalars.
+
+    Args:
+        kind: the section.
+        values: the tree.
+        where: where it comes from, for the error message.
+        remedy: ends the message.
+
+    Raises:
+        BadConfig: a key is unknown, missing or ill-typed; the message names it.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the top"
+        more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise BadConfig(f"{where}: {key}: {first['msg']}, got {_short(first['input'])}{more}; {remedy}") from error
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
