@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from lora_fuse.hub import publish
-from lora_fuse.machine.progress import human_bytes
-from lora_fuse.recipe.records import Manifest, MergedFile, MergedLora, Tool
+from lora_fuse.machine import progress
+from lora_fuse.recipe import Manifest, records
 from tests.hub_server import LoopbackHub
 
 SHARDS = 4
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _measure(hub: LoopbackHub, merged: Path, size: int, how: str) -> None:
     files = {f"transformer/model-{number}.safetensors": number for number in range(SHARDS)}
     records = {name: _write(merged / name, size, seed) for name, seed in files.items()}
-    print(f"{SHARDS} shards, {human_bytes(SHARDS * size)}, {how}; {os.cpu_count()} cores")
+    print(f"{SHARDS} shards, {progress.human_bytes(SHARDS * size)}, {how}; {os.cpu_count()} cores")
     print("| publication         | seconds | sent |")
     print("|---------------------|---|---|")
     _publish(hub, merged, records, "everything")
@@ -65,7 +65,7 @@ def _measure(hub: LoopbackHub, merged: Path, size: int, how: str) -> None:
         raise SystemExit(f"error: one shard of {size} bytes changed, and {sent} bytes were sent")
 
 
-def _write(path: Path, size: int, seed: int) -> MergedFile:
+def _write(path: Path, size: int, seed: int) -> records.MergedFile:
     path.parent.mkdir(parents=True, exist_ok=True)
     rng, digest, left = np.random.default_rng(seed), hashlib.sha256(), size
     with path.open("wb") as file:
@@ -74,15 +74,17 @@ def _write(path: Path, size: int, seed: int) -> MergedFile:
             digest.update(block)
             file.write(block)
             left -= len(block)
-    return MergedFile(size, digest.hexdigest(), "fused")
+    return records.MergedFile(size, digest.hexdigest(), "fused")
 
 
-def _publish(hub: LoopbackHub, merged: Path, records: dict[str, MergedFile], label: str) -> tuple[float, int]:
-    manifest = Manifest(1, "benchmark", None, (MergedLora("lora", 1.0, "5" * 64),), 1.0, 1, records, Tool("0"))
+def _publish(hub: LoopbackHub, merged: Path, hashed: dict[str, records.MergedFile], label: str) -> tuple[float, int]:
+    manifest = Manifest(
+        1, "benchmark", None, (records.MergedLora("lora", 1.0, "5" * 64),), 1.0, 1, hashed, records.Tool("0")
+    )
     before, begun = hub.uploaded(), time.perf_counter()
     publish(merged, manifest, "---\nlibrary_name: diffusers\n---\n", repo_id="alice/benchmark", message="benchmark")
     seconds, sent = time.perf_counter() - begun, hub.uploaded() - before
-    print(f"| {label:19} | {seconds:.1f} | {human_bytes(sent)} |", flush=True)
+    print(f"| {label:19} | {seconds:.1f} | {progress.human_bytes(sent)} |", flush=True)
     return seconds, sent
 
 

@@ -16,28 +16,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_fuse.errors import BadConfig
-from lora_fuse.machine.interrupts import guarded
+from lora_fuse.machine import interrupts
 
 if TYPE_CHECKING:
-    from lora_fuse.fusion.plan import Plan
-    from lora_fuse.lora.inputs import Selection
-    from lora_fuse.lora.updates import LoraInput, Update
-    from lora_fuse.release.signing import Trusted
+    from lora_fuse.fusion import Plan
+    from lora_fuse.lora import LoraInput, Selection, Update
+    from lora_fuse.release import Trusted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand and give its exit code."""
     options = _parser().parse_args(arguments)
     kept = "shards that are finished are kept beside OUT, which is as it was; the same command goes on with them"
-    return guarded(lambda: _run(options), *([kept] if options.run is _fuse else []))
+    return interrupts.guarded(lambda: _run(options), *([kept] if options.run is _fuse else []))
 
 
 def _run(options: argparse.Namespace) -> int:
-    from lora_fuse.machine.progress import silence
+    from lora_fuse.machine import progress
 
     with ExitStack() as stack:
         if getattr(options, "quiet", False):
-            stack.enter_context(silence())
+            stack.enter_context(progress.silence())
             stack.enter_context(redirect_stdout(io.StringIO()))
         return int(options.run(options))
 
@@ -89,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _inputs(options: argparse.Namespace) -> list[LoraInput]:
-    from lora_fuse.lora.updates import LoraInput
+    from lora_fuse.lora import LoraInput
 
     scales = options.scale or [1.0] * len(options.lora)
     if len(scales) != len(options.lora):
@@ -98,16 +97,16 @@ def _inputs(options: argparse.Namespace) -> list[LoraInput]:
 
 
 def _make_plan(options: argparse.Namespace) -> Plan:
-    from lora_fuse.checkpoint.shards import open_checkpoint
-    from lora_fuse.fusion.plan import make_plan
-    from lora_fuse.recipe.hf_cache import cached_at
+    from lora_fuse.checkpoint import open_checkpoint
+    from lora_fuse.fusion import make_plan
+    from lora_fuse.recipe import hf_cache
 
-    checkpoint = open_checkpoint(options.base, options.component, label=cached_at(options.base.absolute()))
+    checkpoint = open_checkpoint(options.base, options.component, label=hf_cache.cached_at(options.base.absolute()))
     return make_plan(checkpoint, _inputs(options), _selection(options))
 
 
 def _selection(options: argparse.Namespace) -> Selection:
-    from lora_fuse.lora.inputs import Selection
+    from lora_fuse.lora import Selection
 
     scales = {}
     for text in options.module_scale:
@@ -130,7 +129,7 @@ def _scheduler(options: argparse.Namespace) -> dict[str, object]:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from lora_fuse.lora.lora_file import open_lora
+    from lora_fuse.lora import open_lora
 
     lora = open_lora(options.lora)
     print(f"{lora.path}: {len(lora.header.tensors)} keys, {len(lora.updates)} modules, sha256 {lora.sha256}")
@@ -156,12 +155,12 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _print_plan(plan: Plan) -> None:
-    from lora_fuse.machine.progress import human_bytes
-    from lora_fuse.models.families import pair_warnings
-    from lora_fuse.recipe.hf_cache import cached_from
+    from lora_fuse.machine import progress
+    from lora_fuse.models import pair_warnings
+    from lora_fuse.recipe import hf_cache
 
-    base, _ = cached_from(plan.checkpoint.root.absolute())
-    for warning in pair_warnings(base, [cached_from(given.path.absolute()) for given in plan.inputs]):
+    base, _ = hf_cache.cached_from(plan.checkpoint.root.absolute())
+    for warning in pair_warnings(base, [hf_cache.cached_from(given.path.absolute()) for given in plan.inputs]):
         print(f"warning: {warning}", file=sys.stderr)
     for given in plan.inputs:
         print(f"fuse {given.path} at scale {given.scale:g}")
@@ -171,13 +170,12 @@ def _print_plan(plan: Plan) -> None:
         print(f"  {len(plan.skipped)} are left as they are by --only and --skip, first {plan.skipped[0]}")
     for shard in plan.checkpoint.shards:
         count = sum(1 for target in plan.targets.values() if target.shard is shard)
-        print(f"  {shard.relative}: {count} targets, {human_bytes(shard.path.stat().st_size)}")
+        print(f"  {shard.relative}: {count} targets, {progress.human_bytes(shard.path.stat().st_size)}")
     print(f"{len(plan.checkpoint.others)} other files are taken over unchanged")
 
 
 def _fuse(options: argparse.Namespace) -> int:
-    from lora_fuse.checkpoint.diffusers_layout import diffusers_files
-    from lora_fuse.checkpoint.shards import Kind
+    from lora_fuse.checkpoint import Kind, diffusers_files
 
     plan, scheduler = _make_plan(options), _scheduler(options)
     if scheduler and plan.checkpoint.kind is not Kind.PIPELINE:
@@ -188,26 +186,24 @@ def _fuse(options: argparse.Namespace) -> int:
 
 
 def _write(options: argparse.Namespace, plan: Plan, generated: dict[str, bytes]) -> int:
-    from lora_fuse.fusion.device import fuse_device
-    from lora_fuse.fusion.manifest import build_manifest, manifest_path, write_manifest
-    from lora_fuse.fusion.merge import bytes_to_copy, bytes_to_write, write_merged
-    from lora_fuse.machine.progress import Stopwatch, byte_progress, human_bytes, human_rate
+    from lora_fuse.fusion import device, manifest, merge
+    from lora_fuse.machine import progress
 
-    device, clock = fuse_device(options.device, plan.plain), Stopwatch()
-    size = bytes_to_write(plan) + bytes_to_copy(plan, options.out, options.untouched)
-    with byte_progress(f"fuse ({device})", size) as progress:
-        files = write_merged(
+    chosen, clock = device.fuse_device(options.device, plan.plain), progress.Stopwatch()
+    size = merge.bytes_to_write(plan) + merge.bytes_to_copy(plan, options.out, options.untouched)
+    with progress.byte_progress(f"fuse ({chosen})", size) as advance:
+        files = merge.write_merged(
             plan,
             options.out,
-            device=device,
+            device=chosen,
             generated=generated,
             known={},
-            progress=progress,
+            progress=advance,
             untouched=options.untouched,
         )
-    write_manifest(manifest_path(options.out), build_manifest(plan, files))
-    total = human_bytes(sum(file.size for file in files.values()))
-    written = human_rate(size, clock.seconds)
+    manifest.write_manifest(manifest.manifest_path(options.out), manifest.build_manifest(plan, files))
+    total = progress.human_bytes(sum(file.size for file in files.values()))
+    written = progress.human_rate(size, clock.seconds)
     print(f"merged: {options.out}, {total} in {len(files)} files; written: {written}")
     for name, file in files.items():
         if file.origin == "fused":
@@ -216,7 +212,7 @@ def _write(options: argparse.Namespace, plan: Plan, generated: dict[str, bytes])
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from lora_fuse.release.download_check import is_published
+    from lora_fuse.release import is_published
 
     if options.rows != "all" and not (options.rows.isdigit() and int(options.rows) > 0):
         raise BadConfig(f"--rows is {options.rows!r}; give a number of rows, or all")
@@ -232,7 +228,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _trusted(options: argparse.Namespace) -> Trusted | None:
-    from lora_fuse.release.signing import Trusted
+    from lora_fuse.release import Trusted
 
     if (options.identity is None) != (options.issuer is None) or (options.identity and options.public_key):
         raise BadConfig("who has to have signed: give --public-key alone, or --identity and --issuer")
@@ -242,7 +238,7 @@ def _trusted(options: argparse.Namespace) -> Trusted | None:
 
 
 def _verify_download(folder: Path, trusted: Trusted | None) -> tuple[bool, frozenset[str]]:
-    from lora_fuse.release.download_check import check_published
+    from lora_fuse.release import check_published
 
     found = check_published(folder, trusted)
     print(f"verify: {found.files} files of {folder} compared with its list, signature {found.signature}")
@@ -255,11 +251,10 @@ def _verify_download(folder: Path, trusted: Trusted | None) -> tuple[bool, froze
 
 
 def _verify_merge(options: argparse.Namespace, beside: frozenset[str]) -> int:
-    from lora_fuse.machine.files import total_size
-    from lora_fuse.machine.progress import FEW, byte_progress
-    from lora_fuse.verification.rederivation import Expectation, verify_merge
+    from lora_fuse.machine import files, progress
+    from lora_fuse.verification import Expectation, verify_merge
 
-    with byte_progress("verify", total_size(options.merged), at_least=FEW) as progress:
+    with progress.byte_progress("verify", files.total_size(options.merged), at_least=progress.FEW) as advance:
         found = verify_merge(
             options.merged,
             options.base,
@@ -268,7 +263,7 @@ def _verify_merge(options: argparse.Namespace, beside: frozenset[str]) -> int:
             rows=None if options.rows == "all" else int(options.rows),
             expected=Expectation(scheduler=_scheduler(options), beside=beside),
             selection=_selection(options),
-            progress=progress,
+            progress=advance,
         )
     print(
         f"verify: {found.targets} targets ({found.modules} modules), {found.rows_checked} of {found.rows_total} rows, "

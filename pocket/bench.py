@@ -13,12 +13,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from lora_fuse.checkpoint.shards import open_checkpoint
-from lora_fuse.fusion.merge import write_merged
-from lora_fuse.fusion.plan import make_plan
-from lora_fuse.lora.updates import LoraInput
-from lora_fuse.pictures.metrics import psnr_db, to_levels
-from lora_fuse.pictures.render import LoraSpec, condition_area, load_loras, load_pipeline, shared_components
+from lora_fuse.checkpoint import open_checkpoint
+from lora_fuse.fusion import make_plan, merge
+from lora_fuse.lora import LoraInput
+from lora_fuse.pictures import metrics, render
 from pocket.model import LIGHTNING_SCHEDULER, LORA_TARGETS, SCHEDULER, SIDE
 from pocket.tasks import Task
 
@@ -68,14 +66,14 @@ class Bench:
     @cached_property
     def base(self) -> Any:
         """The base alone."""
-        return load_pipeline(self.model, "QwenImageEditPipeline", dtype="float32").to(self.device)
+        return render.load_pipeline(self.model, "QwenImageEditPipeline", dtype="float32").to(self.device)
 
     @cached_property
     def unfused(self) -> Any:
         """Base and Lightning LoRA side by side."""
         pipe = self._sibling("QwenImageEditPipeline", self.model)
         blocks = len(pipe.transformer.transformer_blocks)
-        load_loras(pipe, [LoraSpec("lightning", self.lightning, 1.0)], blocks * len(LORA_TARGETS))
+        render.load_loras(pipe, [render.LoraSpec("lightning", self.lightning, 1.0)], blocks * len(LORA_TARGETS))
         return pipe
 
     @cached_property
@@ -100,11 +98,13 @@ class Bench:
     def _merge(self, loras: Sequence[Path]) -> Path:
         out = Path(self._exit.enter_context(tempfile.TemporaryDirectory())) / "merged"
         plan = make_plan(open_checkpoint(self.model), [LoraInput(path.stem, path, 1.0) for path in loras])
-        write_merged(plan, out, device="cpu", generated={}, known={}, progress=lambda _: None)
+        merge.write_merged(plan, out, device="cpu", generated={}, known={}, progress=lambda _: None)
         return out
 
     def _sibling(self, pipeline: str, folder: Path) -> Any:
-        return load_pipeline(folder, pipeline, dtype="float32", shared=shared_components(self.base)).to(self.device)
+        return render.load_pipeline(folder, pipeline, dtype="float32", shared=render.shared_components(self.base)).to(
+            self.device
+        )
 
     def pictures(self, setting: Setting, tasks: Sequence[Task]) -> list[Image.Image]:
         """One picture a task."""
@@ -121,7 +121,7 @@ class Bench:
         for i in range(0, len(tasks), batch):
             part = tasks[i : i + batch]
             images = [image for task in part for image in task.images]
-            with condition_area(SIDE**2):
+            with render.condition_area(SIDE**2):
                 out += pipe(
                     prompt=[task.prompt for task in part],
                     negative_prompt=[" "] * len(part) if setting.cfg > 1 else None,
@@ -147,7 +147,7 @@ class Bench:
 
 def psnr(one: Image.Image, other: Image.Image) -> float:
     """PSNR in dB between two pictures of one size, 99 for equal ones, so that a mean stays finite."""
-    return min(psnr_db(to_levels(one), to_levels(other)), 99.0)
+    return min(metrics.psnr_db(metrics.to_levels(one), metrics.to_levels(other)), 99.0)
 
 
 def nearest(picture: Image.Image, task: Task) -> float:

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import torch
 
-from lora_fuse.machine.console import Console
-from lora_fuse.machine.interrupts import guarded
-from lora_fuse.studies.validation.report import Validation
+from lora_fuse.machine import Console, interrupts
+from lora_fuse.studies.validation import Validation
 from pocket.controls.files import Tensors, copy_of, without_alpha
 from pocket.controls.table import between_markers
 from stages.config import load
@@ -204,4 +203,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(interrupts.guarded(main))

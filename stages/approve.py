@@ -12,33 +12,31 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lora_fuse.errors import BadConfig
-from lora_fuse.machine.console import PLAIN, Console
-from lora_fuse.machine.staging import holding
-from lora_fuse.recipe.checkout import this_person
-from lora_fuse.recipe.paths import GOLDEN, HERE, Artifacts, read_object, read_text
-from lora_fuse.recipe.records import from_json
-from lora_fuse.regression.approval import check_asked, check_repeatable, check_weights, read_pictures
-from lora_fuse.regression.goldens import Approval, Candidates, Goldens
+from lora_fuse.machine import PLAIN, Console, staging
+from lora_fuse.recipe import Artifacts, checkout, paths, records
+from lora_fuse.regression import approval, goldens
 from stages.config import check_declared, load
 from stages.run import next_commands, parse, run
 
 
-def approve(reason: str, only: list[str], add: bool, at: Artifacts = HERE, console: Console = PLAIN) -> int:
+def approve(reason: str, only: list[str], add: bool, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:
     """Copy the candidates to `artifacts/golden/RECIPE/KEY/`, each with its record: who approved it and why."""
-    found = from_json(Candidates, read_text(at.candidates, "regress"), str(at.candidates))
+    found = records.from_json(goldens.Candidates, paths.read_text(at.candidates, "regress"), str(at.candidates))
     if not set(only) <= set(found.cases) or not reason.strip():
         known = ", ".join(found.cases)
         raise BadConfig(f"a --reason and known cases are needed: got {reason!r} and {only}, of {known}")
     chosen = {name: found.cases[name] for name in only or found.cases}
     provenance = next(iter(chosen.values())).provenance
-    check_weights(found.manifest_sha256, chosen, read_object(at.verify, "verify"), at.verify)
-    check_repeatable(provenance, Path.cwd())
-    check_asked(chosen, *check_declared(provenance.recipe, at.variant).asked)
-    pictures, goldens = read_pictures(at.images, chosen), Goldens(GOLDEN / provenance.recipe)
-    approval = Approval(this_person(Path.cwd()), datetime.now(UTC).isoformat(timespec="seconds"), reason.strip(), ())
+    approval.check_weights(found.manifest_sha256, chosen, paths.read_object(at.verify, "verify"), at.verify)
+    approval.check_repeatable(provenance, Path.cwd())
+    approval.check_asked(chosen, *check_declared(provenance.recipe, at.variant).asked)
+    pictures, approved = approval.read_pictures(at.images, chosen), goldens.Goldens(paths.GOLDEN / provenance.recipe)
+    signed = goldens.Approval(
+        checkout.this_person(Path.cwd()), datetime.now(UTC).isoformat(timespec="seconds"), reason.strip(), ()
+    )
     written: list[str] = []
     try:
-        written.extend(str(goldens.approve(pictures[name], one, approval, beside=add)) for name, one in chosen.items())
+        written.extend(str(approved.approve(pictures[name], one, signed, beside=add)) for name, one in chosen.items())
     finally:  # if one is refused, those before it are approved
         console.done("approved", *written, facts={"goldens": written})
     return 0
@@ -46,8 +44,8 @@ def approve(reason: str, only: list[str], add: bool, at: Artifacts = HERE, conso
 
 def approve_of(given: argparse.Namespace, console: Console) -> int:
     """`approve` of the main build, or of a variant."""
-    at = HERE if given.variant is None else Artifacts.of_variant(given.variant, load(variant=given.variant))
-    with next_commands(at), holding(at.root):
+    at = paths.HERE if given.variant is None else Artifacts.of_variant(given.variant, load(variant=given.variant))
+    with next_commands(at), staging.holding(at.root):
         return approve(given.reason, given.case, given.add, at, console)
 
 

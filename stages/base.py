@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from lora_fuse.machine.console import Console
-from lora_fuse.recipe.paths import Artifacts
+from lora_fuse.machine import Console
+from lora_fuse.recipe import Artifacts
 from stages.config.variants import COMPILED, read_compiled, refuse_unknown
 from stages.download import download
 from stages.run import next_commands, parse, run

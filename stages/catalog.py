@@ -5,16 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from lora_fuse.errors import Rerun
-from lora_fuse.machine.console import PLAIN, Console
-from lora_fuse.machine.files import replace_text
-from lora_fuse.recipe.paths import ROOT, Artifacts
-from lora_fuse.recipe.recipe import Recipe
-from lora_fuse.recipe.records import Selected
+from lora_fuse.machine import PLAIN, Console, files
+from lora_fuse.recipe import Artifacts, Recipe, paths, records
 from lora_fuse.studies.catalog import Places, Wanted, WantedLora, catalog_html, catalog_json, catalog_markdown, gather
 from stages.config.variants import Build, read_compiled
 from stages.run import command, run_stage
 
-CATALOG = ROOT / "catalog"
+CATALOG = paths.ROOT / "catalog"
 
 
 def catalog(_: Recipe, __: Artifacts, console: Console = PLAIN) -> int:
@@ -28,7 +25,7 @@ def catalog(_: Recipe, __: Artifacts, console: Console = PLAIN) -> int:
         entries.append(gather(wanted(params, build, at), places))
     pages = {"html": catalog_html(entries), "md": catalog_markdown(entries, CATALOG), "json": catalog_json(entries)}
     for kind, text in pages.items():
-        replace_text(CATALOG / f"catalog.{kind}", text)
+        files.replace_text(CATALOG / f"catalog.{kind}", text)
     lines = [f"{one.name}: {one.state}{f', {one.verdict}' if one.verdict else ''}" for one in entries]
     facts = {"variants": {one.name: one.state for one in entries}, "page": str(CATALOG / "catalog.html")}
     console.done("catalog", *lines, f"see {CATALOG / 'catalog.html'}", facts=facts)
@@ -44,7 +41,7 @@ def wanted(params: Recipe, build: Build, at: Artifacts) -> Wanted:
         base=params.base.source,
         pipeline=params.base.pipeline,
         loras={n: WantedLora(lora.source, lora.filename, params.fuse.scale_of(n)) for n, lora in params.loras.items()},
-        selection=None if selection.everything else Selected(**asdict(selection)),
+        selection=None if selection.everything else records.Selected(**asdict(selection)),
         scheduler=params.scheduler_config,
         cases={name: case.prompt for name, case in params.regress.cases.items()},
         repo_id=params.publish.repo_id,

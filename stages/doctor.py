@@ -7,14 +7,13 @@ import shutil
 import sys
 from dataclasses import asdict
 
-from lora_fuse.machine.console import PLAIN, Console, painted
-from lora_fuse.recipe.paths import GOLDEN, HERE, Artifacts
-from lora_fuse.recipe.recipe import Recipe
+from lora_fuse.machine import PLAIN, Console, painted
+from lora_fuse.recipe import Artifacts, Recipe, paths
 from lora_fuse.studies.doctor import ExaminedRecipe, Status, examine, table, verdict
 from stages.run import run_stage
 
 
-def doctor(params: Recipe, at: Artifacts = HERE, console: Console = PLAIN) -> int:
+def doctor(params: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:
     """Print a line for each check, and a sentence; 1 if the recipe does not fit."""
     console.will("doctor", f"looks whether {params.name} fits this machine; nothing is fetched or written")
     findings = list(examine(recipe_of(params, at)))
@@ -51,7 +50,7 @@ def recipe_of(params: Recipe, at: Artifacts) -> ExaminedRecipe:
         publishes=params.publish.enabled,
         merged=at.merged,
         manifest=at.manifest,
-        goldens=GOLDEN / params.name,
+        goldens=paths.GOLDEN / params.name,
     )
 
 

@@ -7,12 +7,9 @@ Variants of one base share its lock: `stages.base` makes it, and ``--loras-only`
 from __future__ import annotations
 
 from lora_fuse import hub
-from lora_fuse.machine.console import PLAIN, Console
-from lora_fuse.machine.files import replace_text
-from lora_fuse.machine.progress import Stopwatch, human_rate
-from lora_fuse.recipe.paths import HERE, Artifacts
-from lora_fuse.recipe.recipe import Recipe
-from lora_fuse.recipe.records import SCHEMA, BaseLock, LoraLock, to_json
+from lora_fuse.hub import locks
+from lora_fuse.machine import PLAIN, Console, files, progress
+from lora_fuse.recipe import Artifacts, Recipe, paths, records
 from stages.run import run_stage
 
 KEPT = "whole files stay in the Hub client's cache, the locks are as they were; `dvc repro` goes on with the rest"
@@ -20,7 +17,7 @@ KEPT = "whole files stay in the Hub client's cache, the locks are as they were; 
 
 def download(
     params: Recipe,
-    at: Artifacts = HERE,
+    at: Artifacts = paths.HERE,
     console: Console = PLAIN,
     *,
     update: bool = False,
@@ -28,10 +25,12 @@ def download(
     loras_only: bool = False,
 ) -> int:
     """Write `base.lock.json` and `lora.lock.json`, or one of them, and that what they name is here."""
-    (base_before, loras_before), clock = at.earlier_locks(), Stopwatch()
+    (base_before, loras_before), clock = at.earlier_locks(), progress.Stopwatch()
     sources = [] if loras_only else [params.base.source]
     sources += [] if base_only else [lora.source for _, lora in sorted(params.loras.items())]
-    console.will("download", hub.will_lock(sources, [*([base_before] if base_before else []), *loras_before.values()]))
+    console.will(
+        "download", locks.will_lock(sources, [*([base_before] if base_before else []), *loras_before.values()])
+    )
     transfer = params.download
     loras = {  # first, as they are small: what is wrong with them is found before the base is fetched
         name: hub.lock_lora(
@@ -43,14 +42,18 @@ def download(
     if not loras_only:
         base = hub.lock_base(params.base.source, previous=base_before, update=update, transfer=transfer)
         pairs.insert(0, (base_before, base))
-        replace_text(at.base_lock, to_json(BaseLock(SCHEMA, base)))
+        files.replace_text(at.base_lock, records.to_json(records.BaseLock(records.SCHEMA, base)))
     if not base_only:
-        replace_text(at.lora_lock, to_json(LoraLock(SCHEMA, loras)))
-    locks, moved, sizes = [lock for _, lock in pairs], hub.moved(pairs), {lock.label: lock.size for _, lock in pairs}
-    replace_text(at.base_sources if base_only else at.sources, to_json(sizes))
+        files.replace_text(at.lora_lock, records.to_json(records.LoraLock(records.SCHEMA, loras)))
+    pinned = [lock for _, lock in pairs]
+    moved = locks.moved(pairs)
+    sizes = {lock.label: lock.size for lock in pinned}
+    files.replace_text(at.base_sources if base_only else at.sources, records.to_json(sizes))
     facts = {"bytes": sizes, "moved": moved, "seconds": clock.seconds}
-    lines = [hub.checked(some) for some in (locks[:1], locks[1:]) if some]
-    console.done("download", *lines, human_rate(sum(sizes.values()), clock.seconds), facts=facts, then="dvc repro fuse")
+    lines = [locks.checked(some) for some in (pinned[:1], pinned[1:]) if some]
+    console.done(
+        "download", *lines, progress.human_rate(sum(sizes.values()), clock.seconds), facts=facts, then="dvc repro fuse"
+    )
     if update and moved and not console.as_json:
         console.done("update", *moved, facts={})
     return 0

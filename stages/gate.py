@@ -6,16 +6,15 @@ with. 4 a person has to look: within the limits of a golden of another environme
 
 from __future__ import annotations
 
-from lora_fuse.machine.console import PLAIN, Console
-from lora_fuse.recipe.paths import HERE, Artifacts, read_object
-from lora_fuse.recipe.recipe import Recipe
-from lora_fuse.regression.gate import decide
+from lora_fuse.machine import PLAIN, Console
+from lora_fuse.recipe import Artifacts, Recipe, paths
+from lora_fuse.regression import decide
 from stages.run import command, run_stage
 
 
-def gate(_: Recipe, at: Artifacts = HERE, console: Console = PLAIN) -> int:
+def gate(_: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:
     """Print the decision; its exit code is the pipeline's."""
-    decision = decide(read_object(at.verify, "verify"), read_object(at.metrics, "regress"), at)
+    decision = decide(paths.read_object(at.verify, "verify"), paths.read_object(at.metrics, "regress"), at)
     code, sentence = decision.code, f"{decision.reason}; next: {command(decision.then, at)}"
     if code:
         console.wrong("gate", sentence)

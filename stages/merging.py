@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lora_fuse.machine.console import Console
-from lora_fuse.recipe.paths import Artifacts
-from lora_fuse.recipe.recipe import Recipe
-from lora_fuse.recipe.records import Lock
+from lora_fuse.machine import Console
+from lora_fuse.recipe import Artifacts, Lock, Recipe
 from stages.fuse import fuse
 from stages.verify import verify
 

@@ -10,20 +10,18 @@ from functools import partial
 
 from lora_fuse import hub
 from lora_fuse.errors import PublishRefused
-from lora_fuse.fusion.manifest import read_manifest
-from lora_fuse.machine.console import PLAIN, Console
-from lora_fuse.machine.progress import Stopwatch, human_bytes, human_seconds
-from lora_fuse.recipe.paths import HERE, Artifacts
-from lora_fuse.recipe.recipe import Recipe
-from lora_fuse.release.assembly import checked_release
+from lora_fuse.fusion import read_manifest
+from lora_fuse.machine import PLAIN, Console, progress
+from lora_fuse.recipe import Artifacts, Recipe, paths
+from lora_fuse.release import checked_release
 from stages.run import run_stage
 
 KEPT = "what was sent stays in its pull request; publish again, it goes on with the rest"
 
 
-def publish(params: Recipe, at: Artifacts = HERE, console: Console = PLAIN, *, dry_run: bool = False) -> int:
+def publish(params: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN, *, dry_run: bool = False) -> int:
     """Write `publish.json`, the receipt; with `publish.enabled: false` it says that nothing was sent."""
-    wanted, clock = params.publish, Stopwatch()
+    wanted, clock = params.publish, progress.Stopwatch()
     if dry_run:
         manifest, card, beside = checked_release(params, at)
         text = hub.preview(at.merged, manifest, card, beside, repo_id=wanted.repo_id, tag=wanted.tag)
@@ -34,18 +32,18 @@ def publish(params: Recipe, at: Artifacts = HERE, console: Console = PLAIN, *, d
         return 0
     if not wanted.enabled:
         reason = "publish.enabled is false" if at.variant is None else "conf/variants.yaml gives it no repo_id"
-        receipt = hub.skipped(reason, read_manifest(at.manifest)[1])
+        receipt = hub.Receipt.skipped(reason, read_manifest(at.manifest)[1])
     elif wanted.repo_id is None:
         raise PublishRefused("publish.enabled is true and publish.repo_id is null; name the repository: owner/name")
     else:
         manifest, card, beside = checked_release(params, at)
         title = f"{manifest.recipe}, scale {manifest.scale:g}, by lora-fuse {manifest.tool.version}"
         size = sum(file.size for file in manifest.files.values())
-        console.will("publish", f"{len(manifest.files)} files, {human_bytes(size)}, to {wanted.repo_id}")
+        console.will("publish", f"{len(manifest.files)} files, {progress.human_bytes(size)}, to {wanted.repo_id}")
         to = partial(hub.publish, repo_id=wanted.repo_id, private=wanted.private, tag=wanted.tag)
         receipt = to(at.merged, manifest, card, beside, message=title)
     receipt.write(at.receipt)
-    took = f"{len(receipt.files)} files in {human_seconds(clock.seconds)}, see {receipt.url}"
+    took = f"{len(receipt.files)} files in {progress.human_seconds(clock.seconds)}, see {receipt.url}"
     lines = [str(receipt), took] if receipt.files else [str(receipt)]
     console.done("publish", *lines, facts=asdict(receipt) | {"seconds": clock.seconds})
     return 0

@@ -11,12 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_fuse.errors import BadConfig, LoraFuseError, Rerun
-from lora_fuse.machine.console import Console
-from lora_fuse.machine.interrupts import exit_code, guarded
-from lora_fuse.machine.launch import this_process
-from lora_fuse.machine.progress import silence
-from lora_fuse.machine.staging import holding
-from lora_fuse.recipe.paths import HERE, Artifacts
+from lora_fuse.machine import Console, interrupts, launch, progress, staging
+from lora_fuse.recipe import Artifacts, paths
 from stages.config import load
 
 ALONE = "DVC_STAGE" not in os.environ  # DVC goes on with the next stage by itself
@@ -46,16 +42,16 @@ def run(name: str, console: Console, work: Callable[[], int], kept: str = KEPT) 
 
     def told() -> int:
         try:
-            with silence() if console.quiet else nullcontext():
+            with progress.silence() if console.quiet else nullcontext():
                 return work()
         except LoraFuseError as error:
             console.failed(name, error.exit_code, str(error))
             raise
         except KeyboardInterrupt as interrupt:
-            console.failed(name, exit_code(interrupt), f"interrupted; {kept}")
+            console.failed(name, interrupts.exit_code(interrupt), f"interrupted; {kept}")
             raise
 
-    return guarded(told, kept)
+    return interrupts.guarded(told, kept)
 
 
 def run_stage(
@@ -63,7 +59,7 @@ def run_stage(
     *flags: str,
     kept: str = KEPT,
     read: Callable[[Sequence[str]], object] | None = None,
-    at: Artifacts = HERE,
+    at: Artifacts = paths.HERE,
     spread: bool = False,
     writes: bool = True,
 ) -> None:
@@ -82,7 +78,7 @@ def run_stage(
     known = ("quiet", "json", *flags)
     given = {flag: f"--{flag}" in sys.argv[1:] for flag in known}
     rest = [argument for argument in sys.argv[1:] if argument.removeprefix("--") not in known]
-    here = this_process()
+    here = launch.this_process()
     console = Console(given["quiet"] or not here.is_first, given["json"] and here.is_first, alone=ALONE)
     chosen = {flag.replace("-", "_"): given[flag] for flag in flags}
     name = Path(sys.argv[0]).stem
@@ -93,7 +89,7 @@ def run_stage(
         variant, overrides = _variant(rest) if read is None else (None, rest)
         params = load(overrides, variant) if read is None else read(overrides)
         where = at if variant is None else Artifacts.of_variant(variant, load(variant=variant))
-        holds = holding(where.root) if writes and here.is_first else nullcontext()
+        holds = staging.holding(where.root) if writes and here.is_first else nullcontext()
         with next_commands(where), holds:
             return stage(params, where, replace(console, variant=variant), **chosen)
 
@@ -114,7 +110,7 @@ def _variant(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     return variant, rest
 
 
-def command(step: Rerun, at: Artifacts = HERE) -> str:
+def command(step: Rerun, at: Artifacts = paths.HERE) -> str:
     """The command line that runs a step of a build: of a variant, with its own targets."""
     whose = "" if at.variant is None else f" --variant {at.variant}"
     if step.stage == "restore":

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from lora_fuse.machine.console import PLAIN, Console
-from lora_fuse.recipe.paths import HERE, Artifacts, read_object
-from lora_fuse.recipe.recipe import Recipe
-from lora_fuse.regression.report import next_step, summary_text
+from lora_fuse.machine import PLAIN, Console
+from lora_fuse.recipe import Artifacts, Recipe, paths
+from lora_fuse.regression import report
 from stages.run import command, run_stage
 
 
-def summary(_: Recipe, at: Artifacts = HERE, console: Console = PLAIN) -> int:
+def summary(_: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:
     """Print the table of `metrics.json`."""
-    metrics = read_object(at.metrics, "regress")
+    metrics = paths.read_object(at.metrics, "regress")
     if console.as_json:
         console.done("summary", facts=metrics)
     else:
-        print(summary_text(metrics, str(at.report), command(next_step(metrics), at)))
+        print(report.summary_text(metrics, str(at.report), command(report.next_step(metrics), at)))
     return 0
 
 

@@ -9,17 +9,14 @@ import shlex
 from contextlib import suppress
 
 from lora_fuse.errors import Busy
-from lora_fuse.machine.console import PLAIN, Console
-from lora_fuse.recipe.paths import ROOT, Artifacts
-from lora_fuse.studies.sweep.building import Builder, sheet_of, wrong_points
-from lora_fuse.studies.sweep.contact import write_sheet
-from lora_fuse.studies.sweep.planning import plan_sweep
-from lora_fuse.studies.sweep.running import run
+from lora_fuse.machine import PLAIN, Console
+from lora_fuse.recipe import Artifacts, paths
+from lora_fuse.studies.sweep import Builder, plan_sweep, run, sheet_of, write_sheet, wrong_points
 from stages.config.sweeps import Swept, expand
 from stages.merging import merge
 from stages.run import run_stage
 
-SWEEP = Artifacts(ROOT / "sweep")
+SWEEP = Artifacts(paths.ROOT / "sweep")
 
 
 def sweep(swept: Swept, at: Artifacts = SWEEP, console: Console = PLAIN, *, keep: bool = False) -> int:

@@ -11,12 +11,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from lora_fuse.machine.console import Console
-from lora_fuse.machine.staging import exclusive, remove
-from lora_fuse.pictures.environment import environment, make_deterministic
-from lora_fuse.studies.validation.evidence import Outcome
-from lora_fuse.studies.validation.report import Validation
-from lora_fuse.studies.validation.trial import BUILD, VALIDATION, Request, Trial
+from lora_fuse.machine import Console, staging
+from lora_fuse.pictures import environment
+from lora_fuse.studies.validation import BUILD, VALIDATION, Outcome, Request, Trial, Validation
 from stages.config import load
 from stages.merging import merge
 from stages.run import command, parse, run
@@ -31,18 +28,18 @@ def validate(request: Request, console: Console) -> int:
 
 def judged(request: Request, console: Console) -> Validation:
     """The same; all that was found."""
-    with exclusive(VALIDATION):
+    with staging.exclusive(VALIDATION):
         params = load(request.overrides)
         trial = Trial.of(request, params, merge, command)
         trial.check()
         console.will("validate", trial.intent)
         settings = params.regress
-        make_deterministic(settings.threads, on_gpu=settings.placement != "cpu")
+        environment.make_deterministic(settings.threads, on_gpu=settings.placement != "cpu")
         try:
-            validation = trial.judge(environment(settings.placement, settings.dtype), console)
+            validation = trial.judge(environment.environment(settings.placement, settings.dtype), console)
         finally:
             if not request.keep:
-                remove(BUILD.root)
+                staging.remove(BUILD.root)
         lines, facts = trial.write(validation)
         if validation.judgement.outcome is Outcome.BROKEN:
             console.wrong("validate", lines.pop(0))

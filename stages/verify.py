@@ -5,44 +5,41 @@ from __future__ import annotations
 import dataclasses
 import json
 
-from lora_fuse.fusion.manifest import check_files, read_manifest
-from lora_fuse.machine.console import PLAIN, Console
-from lora_fuse.machine.files import replace_text
-from lora_fuse.machine.progress import FEW, Stopwatch, byte_progress, estimate, human_rate
-from lora_fuse.models.families import COMPONENT
-from lora_fuse.recipe.hf_cache import locate
-from lora_fuse.recipe.paths import HERE, Artifacts, lora_inputs
-from lora_fuse.recipe.recipe import Recipe
-from lora_fuse.verification.rederivation import Expectation, verify_merge
+from lora_fuse.fusion import check_files, read_manifest
+from lora_fuse.machine import PLAIN, Console, files, progress
+from lora_fuse.models import COMPONENT
+from lora_fuse.recipe import Artifacts, Recipe, hf_cache, paths
+from lora_fuse.verification import Expectation, verify_merge
 from stages.run import run_stage
 
 
-def verify(params: Recipe, at: Artifacts = HERE, console: Console = PLAIN) -> int:
+def verify(params: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:
     """Write `verify.json`."""
     base, loras = at.read_locks()
     manifest, manifest_sha256 = read_manifest(at.manifest)
-    size, clock = sum(file.size for file in manifest.files.values()), Stopwatch()
+    size, clock = sum(file.size for file in manifest.files.values()), progress.Stopwatch()
     rows = "all rows" if params.verify.rows == "all" else f"{params.verify.rows} rows"
     console.will(
-        "verify", f"derives {rows} of {manifest.targets} targets again, compares the rest{estimate('verify', size)}"
+        "verify",
+        f"derives {rows} of {manifest.targets} targets again, compares the rest{progress.estimate('verify', size)}",
     )
-    with byte_progress("verify", size, at_least=FEW) as progress:
+    with progress.byte_progress("verify", size, at_least=progress.FEW) as advance:
         found = verify_merge(
             at.merged,
-            locate(base),
-            lora_inputs(loras, params),
+            hf_cache.locate(base),
+            paths.lora_inputs(loras, params),
             component=COMPONENT,
             rows=None if params.verify.rows == "all" else params.verify.rows,
             expected=Expectation(params.base.pipeline, params.scheduler_config),
             selection=params.fuse.selection,
-            progress=progress,
+            progress=advance,
         )
     for problem in check_files(manifest, at.merged):
         found.problem(problem)
     if found.targets != manifest.targets:
         found.problem(f"the manifest says {manifest.targets} targets, the LoRA files have {found.targets}")
     content = {"passed": found.passed, "manifest_sha256": manifest_sha256, **dataclasses.asdict(found)}
-    replace_text(at.verify, json.dumps(content, indent=2) + "\n")
+    files.replace_text(at.verify, json.dumps(content, indent=2) + "\n")
     for problem in found.problems:
         console.wrong("verify", problem)
     outcome = "passed" if found.passed else f"FAILED, {found.problem_count} problems"
@@ -50,7 +47,9 @@ def verify(params: Recipe, at: Artifacts = HERE, console: Console = PLAIN) -> in
     same = f"{found.tensors_untouched} tensors and {found.files_untouched} files compared with the base"
     counts = {name: getattr(found, name) for name in ("targets", "rows_checked", "rows_total", "problem_count")}
     facts = {"passed": found.passed, **counts, "seconds": clock.seconds}
-    console.done("verify", line, f"{same}: {human_rate(size, clock.seconds)}", facts=facts, then="dvc repro regress")
+    console.done(
+        "verify", line, f"{same}: {progress.human_rate(size, clock.seconds)}", facts=facts, then="dvc repro regress"
+    )
     return 0
 
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_fuse.checkpoint.shards import Checkpoint
+from lora_fuse.checkpoint import Checkpoint
 from lora_fuse.errors import BadConfig, NoSpace
 from lora_fuse.exports.single_file import single_file_size, write_single_file
-from lora_fuse.machine.files import FileRecord
+from lora_fuse.machine import FileRecord
 
 Progress = Callable[[int], None]
 SPARE = 1 << 20  # bytes that are left free

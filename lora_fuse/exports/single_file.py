@@ -18,11 +18,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_fuse.checkpoint.header import DTYPE_BYTES, MAX_HEADER, PREFIX, TensorInfo
-from lora_fuse.checkpoint.shards import Checkpoint, Shard
+from lora_fuse.checkpoint import Checkpoint, Shard, TensorInfo, header
 from lora_fuse.errors import BadCheckpoint
-from lora_fuse.machine.files import FileRecord
-from lora_fuse.machine.hashing_writer import HashingWriter
+from lora_fuse.machine import FileRecord, HashingWriter
 
 BLOCK = 8 << 20  # bytes read at once
 
@@ -92,7 +90,7 @@ def _tensors(checkpoint: Checkpoint) -> list[tuple[TensorInfo, Shard | None]]:
     ]
     flags = [flag for setting, flag in layout.flags.items() if checkpoint.config.get(setting)]
     named += [(TensorInfo(layout.prefix + flag, "F32", (0,), 0, 0), None) for flag in flags]
-    return sorted(named, key=lambda pair: (-DTYPE_BYTES[pair[0].dtype], pair[0].name))
+    return sorted(named, key=lambda pair: (-header.DTYPE_BYTES[pair[0].dtype], pair[0].name))
 
 
 def _header(tensors: list[tuple[TensorInfo, Shard | None]], metadata: Mapping[str, str]) -> bytes:
@@ -103,9 +101,11 @@ def _header(tensors: list[tuple[TensorInfo, Shard | None]], metadata: Mapping[st
         entries[tensor.name] = entry
         at += tensor.nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % PREFIX)
-    if len(text) > MAX_HEADER:
-        raise BadCheckpoint(f"the header of one file would be {len(text)} bytes, and safetensors reads {MAX_HEADER}")
+    text += b" " * (-len(text) % header.PREFIX)
+    if len(text) > header.MAX_HEADER:
+        raise BadCheckpoint(
+            f"the header of one file would be {len(text)} bytes, and safetensors reads {header.MAX_HEADER}"
+        )
     return struct.pack("<Q", len(text)) + text
 
 

@@ -14,9 +14,8 @@ import numpy as np
 from lora_fuse.fusion.cpu_adder import Stacked, TooLarge, stackable
 from lora_fuse.fusion.pieces import BUFFER, row_pieces
 from lora_fuse.fusion.plan import Target
-from lora_fuse.lora.deltas import Decomposed, Difference, difference
-from lora_fuse.machine.direct_io import block_memory
-from lora_fuse.machine.reading import open_shard, read_exactly
+from lora_fuse.lora import deltas
+from lora_fuse.machine import direct_io
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +35,7 @@ class Adder(Protocol):
 class CpuAdder:
     """The way of `lowrank`; where a sum may be too large for the dtype, torch finds out whether it is."""
 
-    def __init__(self, target: Target, differences: list[Difference], stacked: Stacked) -> None:
+    def __init__(self, target: Target, differences: list[deltas.Difference], stacked: Stacked) -> None:
         self._target, self._differences, self._stacked = target, differences, stacked
 
     def add(self, data: memoryview, first: int) -> None:
@@ -56,25 +55,25 @@ def read_sum(target: Target, device: str) -> Adder:
     return torch_sum(target, differences, device)
 
 
-def torch_sum(target: Target, differences: list[Difference], device: str) -> Adder:
+def torch_sum(target: Target, differences: list[deltas.Difference], device: str) -> Adder:
     """Any differences, by torch."""
     from lora_fuse.fusion.torch_adder import TorchSum
 
     return TorchSum(differences, target.tensor.dtype, _columns(target), device)
 
 
-def read_differences(target: Target) -> list[Difference]:
+def read_differences(target: Target) -> list[deltas.Difference]:
     """The differences of all terms; those that need to know the whole weight have seen it.
 
     Raises:
         BadCheckpoint: the base shard ended early.
     """
     found = [
-        difference(term.update.format.algorithm, term.lora.read(term.update), term.update.factor, term.scale)
+        deltas.difference(term.update.format.algorithm, term.lora.read(term.update), term.update.factor, term.scale)
         for term in target.terms
     ]
     for one in found:
-        if isinstance(one, Decomposed) and one.by_column:
+        if isinstance(one, deltas.Decomposed) and one.by_column:
             for first, rows in _rows_of(target):
                 one.measure(rows, first)
     return found
@@ -84,10 +83,10 @@ def _rows_of(target: Target) -> Iterator[tuple[int, torch.Tensor]]:
     """A target's rows as the base has them, in float64, block by block."""
     from lora_fuse.fusion.torch_adder import TORCH_DTYPES, as_rows
 
-    at, memory = target.tensor.start, block_memory(BUFFER)
-    with open_shard(target.shard.path) as source:
+    at, memory = target.tensor.start, direct_io.block_memory(BUFFER)
+    with direct_io.open_shard(target.shard.path) as source:
         for piece in row_pieces(target):
-            data = read_exactly(source, memory, at, piece.nbytes)
+            data = direct_io.read_exactly(source, memory, at, piece.nbytes)
             yield piece.first_row, as_rows(data, TORCH_DTYPES[target.tensor.dtype], _columns(target)).double()
             at += piece.nbytes
 

@@ -16,12 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_fuse.fusion.cpu_kernel import ADD, UNIT, Factors, largest
-from lora_fuse.lora.deltas import Difference, LowRank, NotFinite
-from lora_fuse.lora.exact import BFLOAT16, FLOAT16, FloatFormat, nearest
+from lora_fuse.lora import deltas, exact
 
-KINDS: dict[str, tuple[FloatFormat, npt.DTypeLike]] = {
-    "BF16": (BFLOAT16, ml_dtypes.bfloat16),
-    "F16": (FLOAT16, np.float16),
+KINDS: dict[str, tuple[exact.FloatFormat, npt.DTypeLike]] = {
+    "BF16": (exact.BFLOAT16, ml_dtypes.bfloat16),
+    "F16": (exact.FLOAT16, np.float16),
 }
 BLOCK = 1 << 19  # values of a product at a time: 2 MB
 LARGE = 2.0**60  # the product of two numbers below it is far from float32's largest
@@ -41,7 +40,7 @@ class Stacked:
     the inequality of Cauchy and Schwarz; factors rounded to float32 count as two roundings more.
     """
 
-    def __init__(self, parts: Sequence[LowRank], dtype: str) -> None:
+    def __init__(self, parts: Sequence[deltas.LowRank], dtype: str) -> None:
         """Stack the parts that `stackable` allows, for weights of a dtype of `KINDS`."""
         self._parts, (self._kind, self._dtype) = tuple(parts), KINDS[dtype]
         self._size = sum(one.size for one in parts)
@@ -72,7 +71,7 @@ class Stacked:
         """
         top = self._as_float(largest(weights))
         if not np.isfinite(top):
-            raise NotFinite("the base holds NaN or infinity")
+            raise deltas.NotFinite("the base holds NaN or infinity")
         reach = top + self._size
         if reach >= self._kind.largest / SPARE:
             raise TooLarge
@@ -91,8 +90,8 @@ class Stacked:
         for number in left[:count].tolist():
             row, column = divmod(number, weights.shape[1])
             weight = Fraction(self._as_float(weights[row, column]))
-            exact = sum((one.exact(first + row, column) for one in self._parts), weight)
-            weights[row, column] = self._as_bits(nearest(exact, self._kind))
+            total = sum((one.exact(first + row, column) for one in self._parts), weight)
+            weights[row, column] = self._as_bits(exact.nearest(total, self._kind))
 
     def _as_float(self, bits: int | np.uint16) -> float:
         return float(np.array(bits, dtype=np.uint16).view(self._dtype))
@@ -109,12 +108,12 @@ def _scratch(shape: tuple[int, ...]) -> tuple[npt.NDArray[np.float32], npt.NDArr
     return _memory.product[:size].reshape(shape), _memory.left[:size]
 
 
-def stackable(differences: Sequence[Difference], dtype: str) -> list[LowRank] | None:
+def stackable(differences: Sequence[deltas.Difference], dtype: str) -> list[deltas.LowRank] | None:
     """The same differences, where each is a product whose sum `Stacked` can take, for weights of a dtype."""
-    fit = [one for one in differences if isinstance(one, LowRank) and _is_small_product(one)]
+    fit = [one for one in differences if isinstance(one, deltas.LowRank) and _is_small_product(one)]
     return fit if dtype in KINDS and len(fit) == len(differences) else None
 
 
-def _is_small_product(one: LowRank) -> bool:
+def _is_small_product(one: deltas.LowRank) -> bool:
     a, b = one.matrix.a, one.matrix.b
     return b is not None and max(abs(one.factor), 1) * np.abs(a).max(initial=0) < LARGE > np.abs(b).max(initial=0)

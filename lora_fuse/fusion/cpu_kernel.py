@@ -12,7 +12,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from lora_fuse.lora.exact import BFLOAT16, FLOAT16, FLOAT32, FloatFormat
+from lora_fuse.lora import exact
 
 UNIT = 2.0**-24  # half a unit in the last place of float32, relative
 
@@ -85,12 +85,14 @@ def _inner_product(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> np
     return total
 
 
-def adder(kind: FloatFormat) -> Callable[..., int]:
+def adder(kind: exact.FloatFormat) -> Callable[..., int]:
     """Compile the loop for one format of 16 bits: with its constants in it, it is twice as fast as with variables."""
     precision, bias = kind.precision, kind.bias
-    dropped, scale = FLOAT32.precision - precision, 2.0 ** (FLOAT32.bias - bias)
+    dropped, scale = exact.FLOAT32.precision - precision, 2.0 ** (exact.FLOAT32.bias - bias)
     below_half, back, smallest = (1 << (dropped - 1)) - 1, 1 / scale, kind.smallest_normal
-    wider = bias == FLOAT32.bias  # float32 has the same exponents: no scale, and no number that it has too few bits for
+    wider = (
+        bias == exact.FLOAT32.bias
+    )  # float32 has the same exponents: no scale, and no number that it has too few bits for
 
     def add(
         bits: npt.NDArray[np.uint16],
@@ -157,4 +159,4 @@ def adder(kind: FloatFormat) -> Callable[..., int]:
     return compiled()(add)
 
 
-ADD = {kind: adder(kind) for kind in (BFLOAT16, FLOAT16)}
+ADD = {kind: adder(kind) for kind in (exact.BFLOAT16, exact.FLOAT16)}

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from lora_fuse.errors import BadSource, Rerun
 from lora_fuse.fusion.plan import Plan
-from lora_fuse.machine.files import replace_text
-from lora_fuse.recipe.checkout import this_tool
-from lora_fuse.recipe.records import SCHEMA, Lock, Manifest, MergedFile, MergedLora, Selected, from_json, to_json
+from lora_fuse.machine import files
+from lora_fuse.recipe import Lock, Manifest, checkout, records
 
 
 def manifest_path(merged: Path) -> Path:
@@ -21,7 +20,7 @@ def manifest_path(merged: Path) -> Path:
 
 def build_manifest(
     plan: Plan,
-    files: dict[str, MergedFile],
+    files: dict[str, records.MergedFile],
     *,
     recipe: str | None = None,
     scale: float | None = None,
@@ -41,27 +40,27 @@ def build_manifest(
     merged = []
     for given, lora in zip(plan.inputs, plan.loras, strict=True):
         lock = (loras or {}).get(given.name)
-        one = MergedLora(given.name, given.scale, lora.sha256, config_sha256=lora.config_sha256)
+        one = records.MergedLora(given.name, given.scale, lora.sha256, config_sha256=lora.config_sha256)
         if lock:
             one = replace(one, filename=lock.lora_name, repo_id=lock.repo_id, path=lock.path)
             one = replace(one, revision=lock.revision, license=lock.license)
         merged.append(one)
     return Manifest(
-        schema=SCHEMA,
+        schema=records.SCHEMA,
         recipe=recipe,
         base=base,
         loras=tuple(merged),
         scale=plan.inputs[0].scale if scale is None else scale,
-        selection=None if plan.selection.everything else Selected(**asdict(plan.selection)),
+        selection=None if plan.selection.everything else records.Selected(**asdict(plan.selection)),
         targets=len(plan.targets),
         files=files,
-        tool=this_tool(),
+        tool=checkout.this_tool(),
     )
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write the manifest, whole or not at all."""
-    replace_text(path, to_json(manifest))
+    files.replace_text(path, records.to_json(manifest))
 
 
 def read_manifest(path: Path) -> tuple[Manifest, str]:
@@ -74,7 +73,7 @@ def read_manifest(path: Path) -> tuple[Manifest, str]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise BadSource(f"{path} is not there", rerun=Rerun("fuse")) from error
-    return from_json(Manifest, text, str(path)), hashlib.sha256(text.encode()).hexdigest()
+    return records.from_json(Manifest, text, str(path)), hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_files(manifest: Manifest, merged: Path) -> list[str]:

@@ -12,14 +12,12 @@ from pathlib import Path
 
 from threadpoolctl import threadpool_limits
 
-from lora_fuse.checkpoint.shards import PROVENANCE, Checkpoint, Kind, Shard
+from lora_fuse.checkpoint import PROVENANCE, Checkpoint, Kind, Shard
 from lora_fuse.errors import BadCheckpoint, BadLora, NoSpace, Refused
 from lora_fuse.fusion.plan import Plan
 from lora_fuse.fusion.stream import FuseOptions, Progress, Stopped, fuse_shard
-from lora_fuse.machine.direct_io import too_large_to_cache
-from lora_fuse.machine.files import FileRecord, Untouched, hash_file, nearest_folder, take_over
-from lora_fuse.machine.staging import StagingFolder, replace_atomically, staging_folder
-from lora_fuse.recipe.records import MergedFile
+from lora_fuse.machine import FileRecord, direct_io, files, staging
+from lora_fuse.recipe import records
 
 ENGINE = 1  # to be raised when the same inputs give other bytes
 _Identity = tuple[int, int, int]  # of a file: size, time of change, inode
@@ -34,8 +32,8 @@ def write_merged(
     generated: Mapping[str, bytes],
     known: Mapping[str, FileRecord],
     progress: Progress,
-    untouched: Untouched = "auto",
-) -> dict[str, MergedFile]:
+    untouched: files.Untouched = "auto",
+) -> dict[str, records.MergedFile]:
     """Write the merged checkpoint of the same kind as the base to `out`, replacing what was there.
 
     Args:
@@ -60,22 +58,24 @@ def write_merged(
     try:
         shards = {shard.relative: _identity(shard.path) for shard in plan.fused_shards}
         loras = {lora.path: _identity(lora.path) for lora in plan.loras}
-        with staging_folder(out, _key(plan, shards)) as place:
-            way = FuseOptions(device, direct=too_large_to_cache(bytes_to_write(plan)))
-            files = _fuse_shards(plan, place, way, shards, progress)
+        with staging.staging_folder(out, _key(plan, shards)) as place:
+            way = FuseOptions(device, direct=direct_io.too_large_to_cache(bytes_to_write(plan)))
+            written = _fuse_shards(plan, place, way, shards, progress)
             copied = _copied(plan, out, untouched)
-            files |= _place_others(plan, place, generated, known, untouched, lambda name: progress(copied.get(name, 0)))
+            written |= _place_others(
+                plan, place, generated, known, untouched, lambda name: progress(copied.get(name, 0))
+            )
             for path, before in loras.items():
                 if _identity(path) != before:
                     raise BadLora(f"{path} changed while it was read; run again when nothing writes to it")
             new = place.files
             if plan.checkpoint.kind is Kind.FILE:
-                ((name, record),) = files.items()
-                new, files = new / name, {out.name: record}
-            replace_atomically(new, out)
+                ((name, record),) = written.items()
+                new, written = new / name, {out.name: record}
+            staging.replace_atomically(new, out)
     except OSError as error:
         raise Refused(f"cannot write {out}: {error.strerror} ({error.filename or out}); it is as it was") from error
-    return {name: files[name] for name in sorted(files)}
+    return {name: written[name] for name in sorted(written)}
 
 
 def _key(plan: Plan, shards: Mapping[str, _Identity]) -> str:
@@ -93,13 +93,13 @@ def bytes_to_write(plan: Plan) -> int:
     return sum(_fused_size(shard, plan.provenance) for shard in plan.fused_shards)
 
 
-def bytes_to_copy(plan: Plan, out: Path, untouched: Untouched) -> int:
+def bytes_to_copy(plan: Plan, out: Path, untouched: files.Untouched) -> int:
     """Bytes of files that do not change and cannot be shared with the base: they are on another disk, or not to be."""
     return sum(_copied(plan, out, untouched).values())
 
 
-def _copied(plan: Plan, out: Path, untouched: Untouched) -> dict[str, int]:
-    device = nearest_folder(out).stat().st_dev
+def _copied(plan: Plan, out: Path, untouched: files.Untouched) -> dict[str, int]:
+    device = files.nearest_folder(out).stat().st_dev
     fused = {shard.relative for shard in plan.fused_shards}
     others = [*(shard.relative for shard in plan.checkpoint.shards), *plan.checkpoint.others]
     stats = {name: _stat(plan.checkpoint.locate(name)) for name in others if name not in fused}
@@ -112,8 +112,8 @@ def _fused_size(shard: Shard, provenance: str) -> int:
 
 
 def _fuse_shards(
-    plan: Plan, place: StagingFolder, way: FuseOptions, shards: Mapping[str, _Identity], progress: Progress
-) -> dict[str, MergedFile]:
+    plan: Plan, place: staging.StagingFolder, way: FuseOptions, shards: Mapping[str, _Identity], progress: Progress
+) -> dict[str, records.MergedFile]:
     """The shards that change, several at a time; those that a killed run has finished are not made again."""
     done = place.keep_finished([shard.relative for shard in plan.fused_shards])
 
@@ -138,41 +138,41 @@ def _fuse_shards(
         failed = [error for one in running if one not in cancelled and (error := one.exception()) is not None]
         for error in sorted(failed, key=lambda error: isinstance(error, Stopped)):
             raise error
-        records = [one.result() for one in running]
+        hashed = [one.result() for one in running]
     return {
-        shard.relative: MergedFile(record.size, record.sha256, "fused")
-        for shard, record in zip(plan.fused_shards, records, strict=True)
+        shard.relative: records.MergedFile(record.size, record.sha256, "fused")
+        for shard, record in zip(plan.fused_shards, hashed, strict=True)
     }
 
 
 def _place_others(
     plan: Plan,
-    place: StagingFolder,
+    place: staging.StagingFolder,
     generated: Mapping[str, bytes],
     known: Mapping[str, FileRecord],
-    untouched: Untouched,
+    untouched: files.Untouched,
     placed: Callable[[str], None],
-) -> dict[str, MergedFile]:
+) -> dict[str, records.MergedFile]:
     """What is the base's as it is, and what is generated; `placed` is told each of the base's files."""
-    files = {}
+    written = {}
     fused = {shard.relative for shard in plan.fused_shards}
     same = [shard.relative for shard in plan.checkpoint.shards if shard.relative not in fused]
     for name in [*same, *plan.checkpoint.others]:
         if name not in generated:
-            record = known.get(name) or hash_file(plan.checkpoint.locate(name))
+            record = known.get(name) or files.hash_file(plan.checkpoint.locate(name))
             _take_over(plan.checkpoint.locate(name), place.place(name), untouched)
-            files[name] = MergedFile(record.size, record.sha256, "base")
+            written[name] = records.MergedFile(record.size, record.sha256, "base")
             placed(name)
     for name, content in generated.items():
         place.place(name).write_bytes(content)
-        files[name] = MergedFile(len(content), hashlib.sha256(content).hexdigest(), "generated")
-    return files
+        written[name] = records.MergedFile(len(content), hashlib.sha256(content).hexdigest(), "generated")
+    return written
 
 
-def _take_over(source: Path, target: Path, how: Untouched) -> None:
+def _take_over(source: Path, target: Path, how: files.Untouched) -> None:
     """Share weights with the base, copy text: weights are large and only ever replaced, text is edited in place."""
     is_weight = ".safetensors" in (source.suffix, source.resolve().suffix)
-    take_over(source.resolve(), target, how if is_weight else "copy")
+    files.take_over(source.resolve(), target, how if is_weight else "copy")
 
 
 def _check_places(checkpoint: Checkpoint, out: Path) -> None:
@@ -188,8 +188,8 @@ def _check_places(checkpoint: Checkpoint, out: Path) -> None:
         raise Refused(f"OUT {out} is a folder with other things in it; it would be replaced, name another place")
 
 
-def _check_space(plan: Plan, out: Path, untouched: Untouched) -> None:
-    there, need = nearest_folder(out), bytes_to_write(plan) + bytes_to_copy(plan, out, untouched)
+def _check_space(plan: Plan, out: Path, untouched: files.Untouched) -> None:
+    there, need = files.nearest_folder(out), bytes_to_write(plan) + bytes_to_copy(plan, out, untouched)
     free = shutil.disk_usage(there).free
     if free < need + SPARE:
         raise NoSpace(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lora_fuse.checkpoint.shards import Shard
+from lora_fuse.checkpoint import Shard
 from lora_fuse.fusion.plan import Target
 
 BUFFER = 8 << 20  # bytes; one buffer

@@ -7,19 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
-from lora_fuse.checkpoint.header import TensorInfo
-from lora_fuse.checkpoint.shards import PROVENANCE, Checkpoint, Shard, open_checkpoint
+from lora_fuse.checkpoint import PROVENANCE, Checkpoint, Shard, TensorInfo, open_checkpoint
 from lora_fuse.errors import BadCheckpoint, BadScale
-from lora_fuse.lora.inputs import Selection
-from lora_fuse.lora.key_formats import Algorithm
-from lora_fuse.lora.lora_file import LoraFile, open_lora
-from lora_fuse.lora.matcher import match_targets
-from lora_fuse.lora.updates import LoraInput, Update
-from lora_fuse.models.families import COMPONENT
-from lora_fuse.recipe.hf_cache import locate
-from lora_fuse.recipe.paths import lora_inputs
-from lora_fuse.recipe.recipe import Recipe
-from lora_fuse.recipe.records import Lock
+from lora_fuse.lora import Algorithm, LoraFile, LoraInput, Selection, Update, match_targets, open_lora
+from lora_fuse.models import COMPONENT
+from lora_fuse.recipe import Lock, Recipe, hf_cache, paths
 
 ROUNDABLE = ("BF16", "F16", "F32", "F64")
 
@@ -117,8 +109,8 @@ def make_plan(checkpoint: Checkpoint, inputs: Sequence[LoraInput], selection: Se
 
 def plan_of(base: Lock, loras: Mapping[str, Lock], params: Recipe) -> Plan:
     """The pinned LoRAs against the pinned base, as the recipe chooses and scales them."""
-    checkpoint = open_checkpoint(locate(base), COMPONENT, base.files, base.label if base.repo_id else None)
-    return make_plan(checkpoint, lora_inputs(loras, params), params.fuse.selection)
+    checkpoint = open_checkpoint(hf_cache.locate(base), COMPONENT, base.files, base.label if base.repo_id else None)
+    return make_plan(checkpoint, paths.lora_inputs(loras, params), params.fuse.selection)
 
 
 def _refuse_unfit(checkpoint: Checkpoint) -> None:

@@ -17,16 +17,13 @@ from itertools import cycle
 from pathlib import Path
 from threading import Event
 
-from lora_fuse.checkpoint.shards import PROVENANCE, Shard
+from lora_fuse.checkpoint import PROVENANCE, Shard
 from lora_fuse.errors import BadCheckpoint
 from lora_fuse.fusion.adder import Adder, read_sum
 from lora_fuse.fusion.pieces import BUFFER, pieces
 from lora_fuse.fusion.plan import Target
-from lora_fuse.lora.deltas import NotFinite
-from lora_fuse.machine.direct_io import block_memory
-from lora_fuse.machine.files import FileRecord
-from lora_fuse.machine.hashing_writer import HashingWriter
-from lora_fuse.machine.reading import open_shard, read_exactly
+from lora_fuse.lora import deltas
+from lora_fuse.machine import FileRecord, HashingWriter, direct_io
 
 WORKERS = 4  # at most, of a shard: a single thread hashes it, and more are not needed to keep that one busy
 SHARDS = 3  # at a time, at most: each has buffers of its own, some 200 MB
@@ -38,7 +35,7 @@ Progress = Callable[[int], None]  # is told how many more bytes are done, from a
 class Buffer:
     """A buffer, and what has to end before it is filled again."""
 
-    memory: memoryview = field(default_factory=lambda: block_memory(BUFFER))
+    memory: memoryview = field(default_factory=lambda: direct_io.block_memory(BUFFER))
     busy: Future[None] | None = None
 
 
@@ -82,7 +79,7 @@ def fuse_shard(
     slots = [Buffer() for _ in range(2 * way.workers + 2)]
     sums = _Sums(way.device)
     with (
-        open_shard(shard.path) as source,
+        direct_io.open_shard(shard.path) as source,
         HashingWriter(to, progress, way.direct) as output,
         _pinned(way.device, slots),
         _threads(way.workers) as (reader, workers, packer),
@@ -94,7 +91,7 @@ def fuse_shard(
                 raise Stopped
             if slot.busy is not None:
                 slot.busy.result()
-            data = reader.submit(read_exactly, source, slot.memory, at, piece.nbytes)
+            data = reader.submit(direct_io.read_exactly, source, slot.memory, at, piece.nbytes)
             if piece.target is not None:
                 data = workers.submit(_add, piece.target, sums.of(piece.target), piece.first_row, data)
             slot.busy = packer.submit(lambda ready: output.append(ready.result()), data)
@@ -122,7 +119,7 @@ def _add(target: Target, added: Adder, first: int, read: Future[memoryview]) -> 
     data = read.result()
     try:
         added.add(data, first)
-    except NotFinite as error:
+    except deltas.NotFinite as error:
         raise BadCheckpoint(f"{target.shard.path}: {target.tensor.name!r}: {error}; nothing was written") from error
     return data
 

@@ -16,13 +16,12 @@ import torch
 
 from lora_fuse.fusion.scratch import scratch
 from lora_fuse.fusion.torch_rounding import FLOAT_FORMATS, round_doubtful, round_most
-from lora_fuse.lora.deltas import Difference, NotFinite
-from lora_fuse.lora.exact import nearest
+from lora_fuse.lora import deltas, exact
 
 BLOCK = (512, 1024)  # rows and columns that are summed at a time on a CPU: 4 MB in float64
 
 
-def fuse_rows(rows: torch.Tensor, differences: Sequence[Difference], first: int = 0) -> None:
+def fuse_rows(rows: torch.Tensor, differences: Sequence[deltas.Difference], first: int = 0) -> None:
     """Add differences to some rows of a weight, in place.
 
     The result is exact but for a difference that has a root in it (DoRA), whose float64 sum is rounded, and for float64
@@ -39,7 +38,7 @@ def fuse_rows(rows: torch.Tensor, differences: Sequence[Difference], first: int 
     low, high = torch.aminmax(rows)
     reach = max(-float(low), float(high))
     if not math.isfinite(reach):
-        raise NotFinite("the base holds NaN or infinity")
+        raise deltas.NotFinite("the base holds NaN or infinity")
     reach += sum(one.size for one in differences)
     operations = 2 + sum(one.roundings + 1 for one in differences)
     error = 2.0**-52 * operations * reach if math.isfinite(reach) else 0.0
@@ -49,7 +48,7 @@ def fuse_rows(rows: torch.Tensor, differences: Sequence[Difference], first: int 
     ]
     _settle(rows, _Doubts(*(torch.cat(parts) for parts in zip(*doubts, strict=True))), differences, first, error)
     if not reach < torch.finfo(rows.dtype).max and not bool(torch.isfinite(rows).all()):
-        raise NotFinite(f"a sum is too large for {rows.dtype}")
+        raise deltas.NotFinite(f"a sum is too large for {rows.dtype}")
 
 
 def _blocks(rows: torch.Tensor, whole_rows: bool) -> Iterator[tuple[int, int, torch.Tensor]]:
@@ -74,7 +73,7 @@ class _Doubts(NamedTuple):
 
 
 def _fuse_block(
-    block: torch.Tensor, differences: Sequence[Difference], row: int, column: int, first: int, error: float
+    block: torch.Tensor, differences: Sequence[deltas.Difference], row: int, column: int, first: int, error: float
 ) -> _Doubts:
     total = scratch("total", block.shape, torch.float64, block.device).copy_(block)
     weight = total.clone() if error == 0 else total
@@ -90,12 +89,14 @@ def _fuse_block(
     return doubts
 
 
-def _settle(rows: torch.Tensor, doubts: _Doubts, differences: Sequence[Difference], first: int, error: float) -> None:
+def _settle(
+    rows: torch.Tensor, doubts: _Doubts, differences: Sequence[deltas.Difference], first: int, error: float
+) -> None:
     if not len(doubts.row):
         return
     merged, undecided = round_doubtful(doubts.total, error, rows.dtype)
     for number in undecided.tolist():
         row, column, weight = (int(doubts.row[number]), int(doubts.column[number]), float(doubts.weight[number]))
         parts = (one.exact(first + row, column) for one in differences)
-        merged[number] = nearest(sum(parts, Fraction(weight)), FLOAT_FORMATS[rows.dtype])
+        merged[number] = exact.nearest(sum(parts, Fraction(weight)), FLOAT_FORMATS[rows.dtype])
     rows[doubts.row, doubts.column] = merged

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lora_fuse.errors import BadSource, NoSpace, Refused
 from lora_fuse.hub.client import endpoint, token
-from lora_fuse.recipe.hf_cache import cache_dir
+from lora_fuse.recipe import hf_cache
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +39,7 @@ def client_errors(what: str, repo_id: str, refusal: type[Refused]) -> Iterator[N
 
 def full_disk() -> str:
     """What is said when the disk filled up on the way."""
-    return f"the disk of {cache_dir()} is full; make room, or set HF_HUB_CACHE to a larger disk, and run again"
+    return f"the disk of {hf_cache.cache_dir()} is full; make room, or set HF_HUB_CACHE to a larger disk, and run again"
 
 
 def is_full_disk(error: BaseException) -> bool:

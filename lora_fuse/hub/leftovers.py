@@ -6,7 +6,7 @@ import fcntl
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from lora_fuse.recipe.hf_cache import locks_folder, repository_folder
+from lora_fuse.recipe import hf_cache
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def incomplete(repo_id: str) -> list[Path]:
     """The files of transfers that are under way, or that were killed."""
-    return sorted((repository_folder(repo_id) / "blobs").glob("*.incomplete"))
+    return sorted((hf_cache.repository_folder(repo_id) / "blobs").glob("*.incomplete"))
 
 
 def remove_leftovers(repo_id: str, before: float) -> int:
@@ -33,7 +33,7 @@ def remove_leftovers(repo_id: str, before: float) -> int:
     """
     freed = 0
     for path in incomplete(repo_id):
-        with _lock(locks_folder(repo_id) / f"{path.name.partition('.')[0]}.lock") as mine:
+        with _lock(hf_cache.locks_folder(repo_id) / f"{path.name.partition('.')[0]}.lock") as mine:
             try:
                 found = path.stat()
                 if mine and found.st_mtime < before:

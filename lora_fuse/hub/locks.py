@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from lora_fuse.checkpoint.repository_files import is_pickle
+from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import BadLora, BadSource, Rerun
 from lora_fuse.hub.client import is_offline
 from lora_fuse.hub.repository import open_repository
@@ -21,17 +21,14 @@ from lora_fuse.hub.sources import (
     take_lora,
     take_pipeline,
 )
-from lora_fuse.machine.files import FileRecord
-from lora_fuse.machine.progress import estimate, human_bytes
-from lora_fuse.recipe.hf_cache import locate
-from lora_fuse.recipe.records import Lock, Source
-from lora_fuse.recipe.sections import DownloadParams
+from lora_fuse.machine import FileRecord, progress
+from lora_fuse.recipe import Lock, Source, hf_cache, sections
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
 
-DEFAULT_TRANSFER = DownloadParams(workers=8, stall_seconds=60.0)
+DEFAULT_TRANSFER = sections.DownloadParams(workers=8, stall_seconds=60.0)
 
 
 def lock_base(
@@ -40,7 +37,7 @@ def lock_base(
     previous: Lock | None,
     offline: bool = False,
     update: bool = False,
-    transfer: DownloadParams = DEFAULT_TRANSFER,
+    transfer: sections.DownloadParams = DEFAULT_TRANSFER,
 ) -> Lock:
     """Pin a diffusers pipeline, and have its files on this machine.
 
@@ -69,7 +66,7 @@ def lock_lora(
     previous: Lock | None,
     offline: bool = False,
     update: bool = False,
-    transfer: DownloadParams = DEFAULT_TRANSFER,
+    transfer: sections.DownloadParams = DEFAULT_TRANSFER,
 ) -> Lock:
     """Pin one LoRA, and have it on this machine: a file, or a PEFT folder's weights and configuration.
 
@@ -90,7 +87,7 @@ def lock_lora(
     path = PurePosixPath(filename)
     if path.is_absolute() or ".." in path.parts:
         raise BadSource(f"{filename!r} leads out of {source.label}; name a file below it")
-    if is_pickle(filename):
+    if repository_files.is_pickle(filename):
         raise BadLora(
             f"{filename!r} of {source.label} is a pickle, which can run code when it is loaded; "
             "name a .safetensors file, or convert it"
@@ -122,16 +119,16 @@ def will_lock(sources: Sequence[Source], previous: Sequence[Lock]) -> str:
     same = {(lock.repo_id, lock.path): lock for lock in previous}
     held = [lock for source in sources if (lock := same.get((source.repo_id, source.path))) is not None]
     size = sum(lock.size for lock in held)
-    known = f", {human_bytes(size)} locked before" if held else ""
+    known = f", {progress.human_bytes(size)} locked before" if held else ""
     names = ", ".join(dict.fromkeys(source.label for source in sources))
-    return f"{names}{known}: what is not here is fetched, and all of it hashed{estimate('hash', size)}"
+    return f"{names}{known}: what is not here is fetched, and all of it hashed{progress.estimate('hash', size)}"
 
 
 def checked(locks: Sequence[Lock]) -> str:
     """What is in locks that were just made, as a sentence."""
     names = ", ".join(dict.fromkeys(lock.label for lock in locks))
     files, size = sum(len(lock.files) for lock in locks), sum(lock.size for lock in locks)
-    return f"{names}: {files} files, {human_bytes(size)}, every sha256 checked"
+    return f"{names}: {files} files, {progress.human_bytes(size)}, every sha256 checked"
 
 
 def changes(before: Lock, after: Lock) -> list[str]:
@@ -171,7 +168,7 @@ class _Pin:
         return kept if kept and asked == (kept.repo_id, kept.path, kept.requested) else None
 
 
-def _lock(source: Source, pin: _Pin, how: DownloadParams, take: Callable[[VerifiedFiles], None]) -> Lock:
+def _lock(source: Source, pin: _Pin, how: sections.DownloadParams, take: Callable[[VerifiedFiles], None]) -> Lock:
     kept = pin.of(source)
     opening: AbstractContextManager[FileSource]
     if source.repo_id is None:
@@ -199,7 +196,7 @@ def _lock(source: Source, pin: _Pin, how: DownloadParams, take: Callable[[Verifi
 
 def _is_whole(lock: Lock, *, complain: bool) -> bool:
     try:
-        verify_files(locate(lock), lock.files)
+        verify_files(hf_cache.locate(lock), lock.files)
     except BadSource:
         if complain:
             raise

@@ -8,15 +8,15 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from lora_fuse.checkpoint.repository_files import is_pickle
+from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import PublishRefused
 from lora_fuse.hub.sources import ExpectedFile, examine, hashing
-from lora_fuse.machine.files import FileRecord
+from lora_fuse.machine import FileRecord
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from lora_fuse.recipe.records import Manifest
+    from lora_fuse.recipe import Manifest
 
 CARD = "README.md"
 Addition = tuple[Path, FileRecord]  # a file beside the manifest's: where it lies, and what it has to be
@@ -117,7 +117,7 @@ def _named(merged: Path, manifest: Manifest) -> dict[str, Path]:
 
 
 def _refuse_pickle(name: str) -> None:
-    if is_pickle(name):
+    if repository_files.is_pickle(name):
         raise PublishRefused(f"{name} is a pickle, which runs code when it is loaded; it is not published")
 
 

@@ -9,14 +9,14 @@ from lora_fuse.hub.client import endpoint
 from lora_fuse.hub.payload import open_payload
 from lora_fuse.hub.remote import Remote, Repository
 from lora_fuse.hub.retry import bound_requests
-from lora_fuse.machine.progress import human_bytes
+from lora_fuse.machine import progress
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from lora_fuse.hub.payload import Addition, Payload
-    from lora_fuse.recipe.records import Manifest
+    from lora_fuse.recipe import Manifest
 
 
 def preview(
@@ -47,7 +47,11 @@ def preview(
         sent = [name for name, state in states.items() if state != "same"]
         size = sum(ours.files[name].size for name in sent)
         lines = [f"{states[name]:7} {record.size:>12} {record.sha256} {name}" for name, record in ours.files.items()]
-    how = f"{len(sent)} of {len(lines)} files, {human_bytes(size)}, would be sent" if sent else "nothing would be sent"
+    how = (
+        f"{len(sent)} of {len(lines)} files, {progress.human_bytes(size)}, would be sent"
+        if sent
+        else "nothing would be sent"
+    )
     tagged = f"; tag {tag}" if tag else ""
     return "\n".join([f"dry run: {place}", *lines, f"{how}{tagged}", "", "README.md:", "", card])
 

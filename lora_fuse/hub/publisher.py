@@ -18,8 +18,8 @@ from lora_fuse.hub.receipt import Receipt
 from lora_fuse.hub.remote import Remote, Repository
 from lora_fuse.hub.retry import DELAYS, bound_requests, wait
 from lora_fuse.hub.upload import CommitFailed, CommitJob, send
-from lora_fuse.machine.progress import human_bytes, log
-from lora_fuse.recipe.records import SCHEMA, Manifest, to_json
+from lora_fuse.machine import progress
+from lora_fuse.recipe import Manifest, records
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -61,7 +61,7 @@ def publish(  # noqa: PLR0913 - each is a choice of its own, by keyword
     """
     if token() is None:
         raise PublishRefused("publishing needs an access token; set HF_TOKEN to one that may write to " + repo_id)
-    manifest_sha256 = hashlib.sha256(to_json(manifest).encode()).hexdigest()
+    manifest_sha256 = hashlib.sha256(records.to_json(manifest).encode()).hexdigest()
     with open_payload(merged, manifest, card, beside) as ours:
         bound_requests()
         repository = Repository(repo_id)
@@ -79,7 +79,7 @@ def publish(  # noqa: PLR0913 - each is a choice of its own, by keyword
             repository.tag(tag, main.commit)
         merged_pulls = [pull.num for pull in repository.pulls(manifest_sha256) if pull.status == "merged"]
     return Receipt(
-        SCHEMA,
+        records.SCHEMA,
         "published",
         None,
         repo_id,
@@ -202,8 +202,8 @@ class Staging:
         total = sum(self.ours.files[name].size for name in names)
         files = "file" if len(names) == 1 else "files"
         where = f"pull request {number}" if number else "a new pull request"
-        what = f"publish: {len(names)} {files}, {human_bytes(total)} to {where} of {self.repository.repo_id}"
-        log(what)
+        what = f"publish: {len(names)} {files}, {progress.human_bytes(total)} to {where} of {self.repository.repo_id}"
+        progress.log(what)
         return CommitJob(
             self.repository.repo_id,
             f"refs/pr/{number}" if number else None,

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from lora_fuse.errors import NoSpace
-from lora_fuse.machine.files import FileRecord, replace_text
-from lora_fuse.recipe.records import SCHEMA, to_json
+from lora_fuse.machine import FileRecord, files
+from lora_fuse.recipe import records
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +42,13 @@ class Receipt:
             NoSpace: it cannot be written, though it is true.
         """
         try:
-            replace_text(path, to_json(self))
+            files.replace_text(path, records.to_json(self))
         except OSError as error:
             raise NoSpace(
                 f"{path} cannot be written ({error.strerror}), {self}; make room and publish again"
             ) from error
 
-
-def skipped(reason: str, manifest_sha256: str) -> Receipt:
-    """The receipt of a publication that was not asked for."""
-    return Receipt(SCHEMA, "skipped", reason, None, None, None, None, None, None, {}, manifest_sha256)
+    @classmethod
+    def skipped(cls, reason: str, manifest_sha256: str) -> Receipt:
+        """The receipt of a publication that was not asked for."""
+        return cls(records.SCHEMA, "skipped", reason, None, None, None, None, None, None, {}, manifest_sha256)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_fuse.checkpoint.repository_files import is_pickle
+from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import PublishRefused
 from lora_fuse.hub.client import client, endpoint
 from lora_fuse.hub.repository import remote_files
@@ -82,7 +82,7 @@ class Repository:
     def refuse_foreign_weights(self, remote: Remote, open_payload: Payload) -> None:
         """Weights that are there and not ours would be loaded, or mistaken, for part of what is published."""
         for name in sorted(open_payload.strangers(remote.files)):
-            if is_pickle(name) or name.endswith(".safetensors"):
+            if repository_files.is_pickle(name) or name.endswith(".safetensors"):
                 raise PublishRefused(
                     f"{self.repo_id} holds {name}, which is no part of this checkpoint; "
                     "delete it there, or name another repository"

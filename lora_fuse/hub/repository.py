@@ -13,10 +13,7 @@ from lora_fuse.hub.client import client, endpoint
 from lora_fuse.hub.error_texts import client_errors, is_passing
 from lora_fuse.hub.sources import ExpectedFile
 from lora_fuse.hub.transfer import Order, Transfers
-from lora_fuse.recipe.hf_cache import snapshot_folder
-from lora_fuse.recipe.records import License
-from lora_fuse.recipe.sections import DownloadParams
-from lora_fuse.recipe.stated_licence import license_of
+from lora_fuse.recipe import License, hf_cache, sections, stated_licence
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -52,11 +49,11 @@ class Repository:
         wanted = tuple(names)
         if wanted:
             self.transfers.fetch(Order(self.repo_id, self.commit, wanted, again))
-        return snapshot_folder(self.repo_id, self.commit)
+        return hf_cache.snapshot_folder(self.repo_id, self.commit)
 
 
 @contextmanager
-def open_repository(repo_id: str, revision: str | None, how: DownloadParams) -> Iterator[Repository]:
+def open_repository(repo_id: str, revision: str | None, how: sections.DownloadParams) -> Iterator[Repository]:
     """Resolve a branch, tag, commit or pull request (``refs/pr/N``) to its commit, and list that.
 
     Raises:
@@ -69,7 +66,7 @@ def open_repository(repo_id: str, revision: str | None, how: DownloadParams) -> 
         raise BadSource(f"{label}: {endpoint()} names no commit, so it cannot be pinned; use another Hub")
     card = vars(info.card_data) if info.card_data else {}
     with closing(Transfers(how)) as transfers:
-        yield Repository(repo_id, info.sha, remote_files(info), transfers, license_of(card, "hub"))
+        yield Repository(repo_id, info.sha, remote_files(info), transfers, stated_licence.license_of(card, "hub"))
 
 
 def listing(repo_id: str, revision: str | None, timeout: float) -> tuple[str, dict[str, ExpectedFile]]:

@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from lora_fuse.checkpoint.repository_files import MODEL_INDEX, TEXT_SUFFIXES, is_plain_weights, lora_files
+from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import BadSource
 from lora_fuse.hub.client import is_offline
+from lora_fuse.hub.repository import listing as listing  # noqa: PLC0414
 from lora_fuse.hub.repository import open_repository
 from lora_fuse.hub.sources import ExpectedFile, open_folder
-from lora_fuse.recipe.hf_cache import locate, snapshot_folder
-from lora_fuse.recipe.records import Lock, Source
-from lora_fuse.recipe.sections import DownloadParams
+from lora_fuse.recipe import Lock, Source, hf_cache, sections
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +32,7 @@ class Sizes:
         return sum(self.files.values())
 
 
-def base_sizes(source: Source, previous: Lock | None, transfer: DownloadParams) -> Sizes:
+def base_sizes(source: Source, previous: Lock | None, transfer: sections.DownloadParams) -> Sizes:
     """At most what `lock_base` will take: also files of folders that the pipeline turns out not to name.
 
     Raises:
@@ -42,7 +41,7 @@ def base_sizes(source: Source, previous: Lock | None, transfer: DownloadParams) 
     return _sizes(source, previous, transfer, lambda names, _: filter(_may_be_taken, names))
 
 
-def lora_sizes(source: Source, filename: str, previous: Lock | None, transfer: DownloadParams) -> Sizes:
+def lora_sizes(source: Source, filename: str, previous: Lock | None, transfer: sections.DownloadParams) -> Sizes:
     """What `lock_lora` will take.
 
     Raises:
@@ -50,19 +49,21 @@ def lora_sizes(source: Source, filename: str, previous: Lock | None, transfer: D
         BadLora: it is no LoRA.
     """
     known = previous if previous is not None and previous.lora_name == PurePosixPath(filename).as_posix() else None
-    return _sizes(source, known, transfer, lambda names, label: lora_files(filename, names, label))
+    return _sizes(source, known, transfer, lambda names, label: repository_files.lora_files(filename, names, label))
 
 
 def _may_be_taken(name: str) -> bool:
     path = PurePosixPath(name)
-    in_component = len(path.parts) == 2 and (path.suffix in TEXT_SUFFIXES or is_plain_weights(path.name))
-    return name == MODEL_INDEX or in_component
+    in_component = len(path.parts) == 2 and (
+        path.suffix in repository_files.TEXT_SUFFIXES or repository_files.is_plain_weights(path.name)
+    )
+    return name == repository_files.MODEL_INDEX or in_component
 
 
 def _sizes(
     source: Source,
     previous: Lock | None,
-    transfer: DownloadParams,
+    transfer: sections.DownloadParams,
     choose: Callable[[Iterable[str], str], Iterable[str]],
 ) -> Sizes:
     if source.repo_id is None:
@@ -73,7 +74,7 @@ def _sizes(
     if is_offline():  # what is not here cannot be had: locking it says so
         return Sizes({})
     with open_repository(source.repo_id, previous.revision if previous else source.revision, transfer) as repository:
-        files, cache = repository.files, snapshot_folder(source.repo_id, repository.commit)
+        files, cache = repository.files, hf_cache.snapshot_folder(source.repo_id, repository.commit)
         sizes = _chosen(files, choose(files, repository.label))
     return Sizes(sizes, sum(size for name, size in sizes.items() if not (cache / name).is_file()))
 
@@ -85,7 +86,7 @@ def _chosen(files: Mapping[str, ExpectedFile], names: Iterable[str]) -> dict[str
 
 def _is_here(lock: Lock) -> bool:
     try:
-        locate(lock)
+        hf_cache.locate(lock)
     except BadSource:
         return False
     return True

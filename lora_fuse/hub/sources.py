@@ -14,20 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from lora_fuse.checkpoint.repository_files import (
-    MODEL_INDEX,
-    components,
-    indexed_weights,
-    is_index,
-    lora_files,
-    single_weights,
-    text_files,
-)
+from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import BadSource
-from lora_fuse.machine.files import FileRecord
-from lora_fuse.machine.progress import FEW, byte_progress
-from lora_fuse.recipe.records import License
-from lora_fuse.recipe.stated_licence import read_license
+from lora_fuse.machine import FileRecord, progress
+from lora_fuse.recipe import License, stated_licence
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -98,7 +88,9 @@ def open_folder(root: Path) -> LocalSource:
     below = [path for top in root.iterdir() for path in (top.rglob("*") if top.is_dir() else (top,))]
     files = [path for path in below if not path.is_dir()]
     return LocalSource(
-        root, {path.relative_to(root).as_posix(): ExpectedFile(_size(path)) for path in files}, read_license(root)
+        root,
+        {path.relative_to(root).as_posix(): ExpectedFile(_size(path)) for path in files},
+        stated_licence.read_license(root),
     )
 
 
@@ -159,15 +151,18 @@ def take_pipeline(basket: VerifiedFiles) -> None:
         BadSource: it is no pipeline, is incomplete, or has no safetensors weights; or as `VerifiedFiles.take`.
     """
     names, label = basket.shelf.files, basket.shelf.label
-    basket.take([MODEL_INDEX])
-    texts = {name: text_files(name, names, label) for name in components(basket.json(MODEL_INDEX), label)}
+    basket.take([repository_files.MODEL_INDEX])
+    texts = {
+        name: repository_files.text_files(name, names, label)
+        for name in repository_files.components(basket.json(repository_files.MODEL_INDEX), label)
+    }
     basket.take(name for here in texts.values() for name in here)
     weights: list[str] = []
     for component, here in texts.items():
-        indexes = [name for name in here if is_index(name)]
+        indexes = [name for name in here if repository_files.is_index(name)]
         for index in indexes:
-            weights += indexed_weights(index, basket.json(index), names, label)
-        weights += [] if indexes else single_weights(component, names, label)
+            weights += repository_files.indexed_weights(index, basket.json(index), names, label)
+        weights += [] if indexes else repository_files.single_weights(component, names, label)
     if not weights:
         raise BadSource(f"{label} has no safetensors weights in {', '.join(texts)}; name a base that has some")
     basket.take(weights)
@@ -180,7 +175,7 @@ def take_lora(basket: VerifiedFiles, name: str) -> None:
         BadLora: it is neither.
         BadSource: as `VerifiedFiles.take`.
     """
-    basket.take(lora_files(name, basket.shelf.files, basket.shelf.label))
+    basket.take(repository_files.lora_files(name, basket.shelf.files, basket.shelf.label))
 
 
 def examine(path: Path, promise: ExpectedFile, advance: Callable[[int], None]) -> FileRecord | str:
@@ -214,5 +209,5 @@ def examine(path: Path, promise: ExpectedFile, advance: Callable[[int], None]) -
 @contextmanager
 def hashing(total: int) -> Iterator[Callable[[int], None]]:
     """Progress of hashing `total` bytes; yields the function to call with the bytes just hashed."""
-    with byte_progress("hash", total, at_least=FEW) as advance:
+    with progress.byte_progress("hash", total, at_least=progress.FEW) as advance:
         yield advance

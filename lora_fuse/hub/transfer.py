@@ -19,10 +19,8 @@ from lora_fuse.hub.client import is_without_xet
 from lora_fuse.hub.error_texts import full_disk
 from lora_fuse.hub.leftovers import remove_leftovers
 from lora_fuse.hub.worker_process import ClientProcess
-from lora_fuse.machine.progress import FEW, byte_progress, estimate, human_bytes, log
-from lora_fuse.machine.space import Planned, TransferPlan
-from lora_fuse.recipe.hf_cache import cache_dir, repository_folder
-from lora_fuse.recipe.sections import DownloadParams
+from lora_fuse.machine import progress, space
+from lora_fuse.recipe import hf_cache, sections
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,7 +57,7 @@ class _Failed(Exception):
 class Transfers:
     """Transfers one after another by one child, as long as that does well."""
 
-    def __init__(self, how: DownloadParams) -> None:
+    def __init__(self, how: sections.DownloadParams) -> None:
         self._how = how
         self._child: ClientProcess | None = None
         self._plain = False  # do without Xet from now on
@@ -73,12 +71,12 @@ class Transfers:
         """
         freed = remove_leftovers(order.repo_id, time.time())
         if freed:
-            log(f"download: {human_bytes(freed)} of killed transfers of {order.repo_id} removed")
+            progress.log(f"download: {progress.human_bytes(freed)} of killed transfers of {order.repo_id} removed")
         tries: list[_Failed] = []
-        with _Progress() as progress:
+        with _Progress() as advance:
             while True:
                 try:
-                    return self._try(order, progress)
+                    return self._try(order, advance)
                 except KeyboardInterrupt:
                     remove_leftovers(order.repo_id, time.time())
                     raise
@@ -132,13 +130,13 @@ class _Progress(ExitStack):
         self._done = self._shown = 0
         self._advance: Callable[[int], None] = lambda _: None
 
-    def plan(self, plan: TransferPlan, *, silent: bool) -> None:
+    def plan(self, plan: space.TransferPlan, *, silent: bool) -> None:
         """Begin, or begin again with what is left."""
         if self._total is None:
             self._total = plan.to_fetch
             if not silent:
-                log(f"download: {plan}{estimate('download', plan.to_fetch)}")
-            self._advance = self.enter_context(byte_progress("download", plan.to_fetch, at_least=FEW))
+                progress.log(f"download: {plan}{progress.estimate('download', plan.to_fetch)}")
+            self._advance = self.enter_context(progress.byte_progress("download", plan.to_fetch, at_least=progress.FEW))
         self._done = self._total - plan.to_fetch
 
     def add(self, count: int) -> None:
@@ -155,7 +153,7 @@ class _Watch:
 
     child: ClientProcess
     order: Order
-    how: DownloadParams
+    how: sections.DownloadParams
     progress: _Progress
     note: str = ""
     waiting: bool = False
@@ -182,7 +180,7 @@ class _Watch:
             self._be_patient(time.monotonic() - moved)
 
     def _plan(self, files: list[tuple[str, int, bool]]) -> None:
-        plan = TransferPlan(self.order.label, tuple(Planned(*file) for file in files), cache_dir())
+        plan = space.TransferPlan(self.order.label, tuple(space.Planned(*file) for file in files), hf_cache.cache_dir())
         self.progress.plan(plan, silent=self.order.again)
         plan.check()
 
@@ -201,7 +199,7 @@ class _Watch:
     def _traces(self) -> list[tuple[str, int]]:
         """What can be seen on the disk, of this process or of one that is waited for."""
         traces = []
-        for path in sorted((repository_folder(self.order.repo_id) / "blobs").glob("*")):
+        for path in sorted((hf_cache.repository_folder(self.order.repo_id) / "blobs").glob("*")):
             try:
                 traces.append((path.name, path.lstat().st_size))
             except FileNotFoundError:  # just finished

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lora_fuse.errors import PublishRefused
 from lora_fuse.hub.client import is_without_xet
 from lora_fuse.hub.retry import silence
-from lora_fuse.machine.progress import is_silent
+from lora_fuse.machine import progress
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,7 +52,7 @@ def send(shipment: CommitJob, *, xet: bool) -> int | None:
         CommitFailed: it did not work, or nobody knows whether it did: read the repository.
     """
     xet = xet and not is_without_xet()
-    changed = ({} if xet else {WITHOUT_XET: "1"}) | ({WITHOUT_BARS: "1"} if is_silent() else {})
+    changed = ({} if xet else {WITHOUT_XET: "1"}) | ({WITHOUT_BARS: "1"} if progress.is_silent() else {})
     outcome = _outcome(shipment, changed)
     if "error" in outcome:
         raise CommitFailed(outcome["error"], pause=outcome["pause"], over_xet=xet and outcome["over_xet"])

@@ -21,7 +21,7 @@ from typing import Any
 
 from lora_fuse.hub.client import endpoint, token
 from lora_fuse.hub.error_texts import cause, explain, is_full_disk, is_passing
-from lora_fuse.recipe.hf_cache import cache_dir
+from lora_fuse.recipe import hf_cache
 
 CHUNK = 1 << 20  # bytes after which the client writes and reports; its own 10 MB hide a slow connection's progress
 WRITTEN = "huggingface_hub.snapshot_download"  # the client's name for its bar of bytes written to disk
@@ -54,7 +54,7 @@ def _fetch(order: dict[str, Any], say: Say, lines: queue.SimpleQueue[str]) -> st
     arguments: dict[str, Any] = {
         "revision": order["commit"],
         "allow_patterns": [escape(name) for name in order["names"]],
-        "cache_dir": cache_dir(),
+        "cache_dir": hf_cache.cache_dir(),
         "endpoint": endpoint(),
         "token": token() or False,
         "library_name": "lora-fuse",

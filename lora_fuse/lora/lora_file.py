@@ -12,12 +12,11 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from lora_fuse.checkpoint.header import Header, TensorInfo
-from lora_fuse.checkpoint.shards import read_header
+from lora_fuse.checkpoint import TensorInfo, header, read_header
 from lora_fuse.errors import BadCheckpoint, BadLora
 from lora_fuse.lora.adapter_config import AdapterConfig, parse_adapter_config
 from lora_fuse.lora.updates import Update, parse_lora
-from lora_fuse.machine.files import hash_file
+from lora_fuse.machine import files
 
 NUMPY_DTYPES: dict[str, npt.DTypeLike] = {
     "F64": np.float64,
@@ -39,7 +38,7 @@ class LoraFile:
     """
 
     path: Path
-    header: Header
+    header: header.Header
     updates: tuple[Update, ...]
     sha256: str
     config_sha256: str | None = None
@@ -87,7 +86,7 @@ def open_lora(path: Path) -> LoraFile:
         for key in update.keys.values():
             if not np.isfinite(_read(file, header.tensors[key])).all():
                 raise BadLora(f"{file}: {key!r} holds NaN or infinity; the file is broken, fetch or train it again")
-    return LoraFile(file, header, updates, hash_file(file).sha256, config_sha256)
+    return LoraFile(file, header, updates, files.hash_file(file).sha256, config_sha256)
 
 
 def _open_peft_folder(folder: Path) -> tuple[AdapterConfig, Path, str]:

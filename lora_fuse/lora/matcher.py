@@ -7,7 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
-from lora_fuse.checkpoint.header import TensorInfo
+from lora_fuse.checkpoint import TensorInfo
 from lora_fuse.errors import BadLora, ShapeMismatch, UnmatchedTargets
 from lora_fuse.lora.key_formats import flat_spellings, spellings
 from lora_fuse.lora.updates import SHOWN, Update

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from lora_fuse.checkpoint.header import TensorInfo
+from lora_fuse.checkpoint import TensorInfo
 from lora_fuse.errors import BadLora, ShapeMismatch
 from lora_fuse.lora.adapter_config import AdapterConfig
 from lora_fuse.lora.key_formats import FORMATS, Algorithm, Format, other_component, read_key

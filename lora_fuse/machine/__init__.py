@@ -1,1 +1,5 @@
 """Files, disks, processes and terminals: all that the other rooms need of the machine."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from lora_fuse.errors import BadCheckpoint
+
 BLOCK = 4096  # bytes; a multiple of every disk's own
 
 
@@ -113,3 +115,34 @@ def _write(fd: int, memory: memoryview, start: int) -> None:
     done = 0
     while done < len(memory):
         done += os.pwrite(fd, memory[done:], start + done)
+
+
+def open_shard(path: Path) -> Reader:
+    """Open a shard of the base.
+
+    Raises:
+        BadCheckpoint: it cannot be opened.
+    """
+    try:
+        return Reader(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def read_exactly(source: Reader, memory: memoryview, start: int, nbytes: int) -> memoryview:
+    """Read a part of a shard into memory.
+
+    Raises:
+        BadCheckpoint: it cannot be read, or is not there any more.
+    """
+    try:
+        data = source.read(memory, start, nbytes)
+    except OSError as error:
+        raise _unreadable(source.path, error) from error
+    if len(data) < nbytes:
+        raise BadCheckpoint(f"{source.path} ended {nbytes - len(data)} bytes early: it changed while it was read")
+    return data
+
+
+def _unreadable(path: Path, error: OSError) -> BadCheckpoint:
+    return BadCheckpoint(f"{path} cannot be read ({error.strerror}); check the disk or fetch it again")

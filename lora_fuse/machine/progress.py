@@ -1,19 +1,27 @@
-"""Progress of long work on stderr: a bar with bytes per second on a terminal, a plain line now and then elsewhere."""
+"""Progress of long work on stderr: a bar with bytes per second on a terminal, a plain line now and then elsewhere.
+
+How fast work went is kept between runs, so that the next can say how long it will take: in the user's cache
+(`XDG_CACHE_HOME`, else ``~/.cache``), and nothing but what is said depends on it.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from pathlib import Path
 
 from tqdm import tqdm
 
-from lora_fuse.machine.rates import rate, remember
+from lora_fuse.machine.files import replace_text
 
 EVERY = 10.0  # seconds between plain lines
+SHORTEST = 2.0  # seconds: a shorter run measures the start, not the rate
 FEW = 1 << 26  # bytes that take a blink: their rate is that of the start
 
 _silent: ContextVar[bool] = ContextVar("silent", default=False)
@@ -84,7 +92,7 @@ def byte_progress(label: str, total: int, *, at_least: int = 0) -> Iterator[Call
     """Show progress towards `total` bytes, and remember for the next run how fast they went.
 
     Args:
-        label: what is done; rates are remembered by it, see `lora_fuse.machine.rates`.
+        label: what is done; rates are remembered by it, see `remember`.
         total: bytes.
         at_least: fewer bytes than this are not shown.
 
@@ -137,3 +145,29 @@ class _Lines:
             f"{self._label}: {human_bytes(self._done)} of {human_bytes(self._total)}, {human_seconds(seconds)}, "
             f"{human_bytes(rate)}/s{left}"
         )
+
+
+def rates_file() -> Path:
+    """Where the rates are."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lora-fuse", "rates.json").expanduser()
+
+
+def rate(work: str) -> float | None:
+    """Units per second of the last run of such work; None if there was none."""
+    found = _rates().get(work)
+    return found if isinstance(found, float) and found > 0 else None
+
+
+def remember(work: str, amount: float, seconds: float) -> None:
+    """Keep a rate for the next run, if the work was long enough to have one; a cache that cannot be written is none."""
+    if seconds >= SHORTEST and amount > 0:
+        with suppress(OSError):
+            replace_text(rates_file(), json.dumps(_rates() | {work: amount / seconds}, indent=2) + "\n")
+
+
+def _rates() -> dict[str, object]:
+    try:
+        found = json.loads(rates_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lora_fuse.pictures.pairs import Setup
 from lora_fuse.pictures.render import Case, Sampling
-from lora_fuse.recipe.recipe import Recipe
+from lora_fuse.recipe import Recipe
 
 
 def cases_of(params: Recipe) -> list[Case]:

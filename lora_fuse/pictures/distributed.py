@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import TypeVar
 
 from lora_fuse.errors import BadConfig, NoDevice, ProcessLost
-from lora_fuse.machine.launch import LOST, PeerWatcher, this_process
+from lora_fuse.machine import launch
 
 PATIENCE = timedelta(days=1)  # for the slowest; a process that has ended is noticed at once
 
@@ -35,7 +35,7 @@ class DistributedRenderer:
     """
 
     def __init__(self, placement: str, threads: int | None) -> None:
-        self.here = this_process()
+        self.here = launch.this_process()
         self._on_gpu = placement != "cpu"
         if self.here.is_alone:
             return
@@ -51,7 +51,7 @@ class DistributedRenderer:
             )
         if self._on_gpu:
             take_gpu(self.here.local)
-        self._companions = PeerWatcher()
+        self._companions = launch.PeerWatcher()
 
     def __str__(self) -> str:
         """How the work is shared, as the end of a sentence."""
@@ -84,13 +84,13 @@ class DistributedRenderer:
         try:
             state = PartialState(cpu=True, backend="gloo", timeout=PATIENCE)
         except RuntimeError as error:
-            raise ProcessLost(LOST) from error
+            raise ProcessLost(launch.LOST) from error
         with state.split_between_processes(list(cases)) as mine:
             share = (key, self._gpu(), render(mine) if mine else [])  # there may be more processes than cases
         try:
             shares = gather_object([share])
         except RuntimeError as error:  # gloo's word for a connection that was closed
-            raise ProcessLost(LOST) from error
+            raise ProcessLost(launch.LOST) from error
         self._companions.part()
         state.destroy_process_group()
         check_devices([(one, gpu) for one, gpu, _ in shares])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_fuse.errors import OutOfMemory
-from lora_fuse.fusion.plan import Plan
+from lora_fuse.fusion import Plan
 from lora_fuse.pictures.noise_floor import jitter
 from lora_fuse.pictures.placement import advice, place
 from lora_fuse.pictures.render import (
@@ -147,7 +147,7 @@ def render_references(
     """
     import torch
 
-    from lora_fuse.fusion.torch_adder import TORCH_DTYPES
+    from lora_fuse.fusion import TORCH_DTYPES
 
     base = plan.checkpoint.root
     watch = watch or Watch()

@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lora_fuse.machine.progress import EVERY, Stopwatch, bar, estimate, human_seconds, is_silent, log
-from lora_fuse.machine.rates import remember
+from lora_fuse.machine import progress
 
 if TYPE_CHECKING:
     from lora_fuse.pictures.render import Sampling
@@ -30,7 +29,7 @@ class Task:
     """What is to be rendered: every case once for each side.
 
     Attributes:
-        name: what a rate is remembered by, see `lora_fuse.machine.rates`.
+        name: what a rate is remembered by, see `machine.progress`.
         cases: how many.
         sides: how each side is sampled.
     """
@@ -60,13 +59,12 @@ class Task:
     @property
     def estimate(self) -> str:
         """How long it will take, as the end of a sentence."""
-        return estimate(self.name, self.work, in_bytes=False)
+        return progress.estimate(self.name, self.work, in_bytes=False)
 
     def took(self, seconds: float) -> str:
         """What it came to."""
-        return (
-            f"{self.pictures} pictures in {human_seconds(seconds)}, {seconds / self.pictures:.1f} s each with loading"
-        )
+        took = progress.human_seconds(seconds)
+        return f"{self.pictures} pictures in {took}, {seconds / self.pictures:.1f} s each with loading"
 
 
 @dataclass(slots=True)
@@ -83,7 +81,7 @@ class Watch:
     _made: int = 0
     _done: int = 0  # calls of the transformer, by whole pictures
     _seconds: float = 0.0  # of those
-    _picture: Stopwatch = field(default_factory=Stopwatch)
+    _picture: progress.Stopwatch = field(default_factory=progress.Stopwatch)
 
     def loads(self, side: str) -> None:
         """A side is about to be loaded."""
@@ -98,7 +96,7 @@ class Watch:
         """
         of = f"/{self.task.pictures}" if self.task else ""
         label = f"picture {self._made + 1}{of}, {case} {side}"
-        self._picture, step = Stopwatch(), 0
+        self._picture, step = progress.Stopwatch(), 0
         self.say(label, self._done)
 
         def after_step() -> None:
@@ -111,7 +109,7 @@ class Watch:
         self._made += 1
         self._done += passes(sampling)
         self._seconds += self._picture.seconds
-        took, self._picture = human_seconds(self._picture.seconds), Stopwatch()
+        took, self._picture = progress.human_seconds(self._picture.seconds), progress.Stopwatch()
         self.say(f"{label}, {took}{self._left()}", self._done)
 
     def _left(self) -> str:
@@ -119,17 +117,17 @@ class Watch:
         if not self._done or self.task is None or self._done >= self.task.work:
             return ""
         left = (self.task.work - self._done) * self._seconds / self._done - self._picture.seconds
-        return f", about {human_seconds(max(left, 0.0))} left"
+        return f", about {progress.human_seconds(max(left, 0.0))} left"
 
 
 @contextmanager
 def watching(task: Task) -> Iterator[Watch]:
     """A watch that shows on stderr what it is told: a bar on a terminal, a line now and then elsewhere."""
-    clock = Stopwatch()
-    if is_silent():
+    clock = progress.Stopwatch()
+    if progress.is_silent():
         yield Watch(task)
     elif sys.stderr.isatty():
-        with bar(task.stage, task.work, bar_format=f"{task.stage} {{percentage:.0f}}%: {{desc}}") as shown:
+        with progress.bar(task.stage, task.work, bar_format=f"{task.stage} {{percentage:.0f}}%: {{desc}}") as shown:
 
             def update(sentence: str, done: int) -> None:
                 shown.update(done - shown.n)
@@ -138,7 +136,7 @@ def watching(task: Task) -> Iterator[Watch]:
             yield Watch(task, update)
     else:
         yield Watch(task, _now_and_then(task.stage))
-    remember(task.name, task.work, clock.seconds)
+    progress.remember(task.name, task.work, clock.seconds)
 
 
 def _now_and_then(stage: str) -> Callable[[str, int], None]:
@@ -146,8 +144,8 @@ def _now_and_then(stage: str) -> Callable[[str, int], None]:
 
     def say(sentence: str, _: int) -> None:
         nonlocal shown
-        if time.monotonic() - shown >= EVERY:
+        if time.monotonic() - shown >= progress.EVERY:
             shown = time.monotonic()
-            log(f"{stage}: {sentence}")
+            progress.log(f"{stage}: {sentence}")
 
     return say

@@ -11,10 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_fuse.errors import RenderFailed
-from lora_fuse.fusion.adder import read_differences
-from lora_fuse.fusion.plan import Plan, Target
-from lora_fuse.lora.deltas import Decomposed, Difference
-from lora_fuse.lora.key_formats import Algorithm
+from lora_fuse.fusion import Plan, Target, read_differences
+from lora_fuse.lora import Algorithm, deltas
 from lora_fuse.pictures.render import LoraSpec, Pipeline, load_loras
 
 if TYPE_CHECKING:
@@ -90,10 +88,10 @@ class _Beside:
         return output + added
 
 
-def _as_parameter(parameter: torch.Tensor, differences: Sequence[Difference]) -> torch.Tensor:
+def _as_parameter(parameter: torch.Tensor, differences: Sequence[deltas.Difference]) -> torch.Tensor:
     import torch
 
-    on_cpu = any(isinstance(one, Decomposed) for one in differences)
+    on_cpu = any(isinstance(one, deltas.Decomposed) for one in differences)
     weight = parameter.detach().to("cpu" if on_cpu else parameter.device, torch.float64)
     weight = weight.reshape(len(weight), -1)
     total = torch.zeros_like(weight)

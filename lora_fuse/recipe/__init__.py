@@ -1,1 +1,5 @@
 """What is built: a recipe's parameters, the records and the paths that stages share."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from lora_fuse.errors import BadSource, Rerun
-from lora_fuse.lora.updates import LoraInput
-from lora_fuse.machine.files import replace_text
+from lora_fuse.lora import LoraInput
+from lora_fuse.machine import files
 from lora_fuse.recipe.hf_cache import locate
 from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.records import SCHEMA, BaseLock, Lock, LoraLock, from_json, to_json
@@ -147,8 +147,8 @@ class Artifacts:
 
     def write_locks(self, base: Lock, loras: Mapping[str, Lock]) -> None:
         """Pin what was locked elsewhere, for a build that downloads nothing itself."""
-        replace_text(self.base_lock, to_json(BaseLock(SCHEMA, base)))
-        replace_text(self.lora_lock, to_json(LoraLock(SCHEMA, dict(loras))))
+        files.replace_text(self.base_lock, to_json(BaseLock(SCHEMA, base)))
+        files.replace_text(self.lora_lock, to_json(LoraLock(SCHEMA, dict(loras))))
 
     def earlier_locks(self) -> tuple[Lock | None, dict[str, Lock]]:
         """The pins of the last run, as far as there are any: a branch that moved since does not move a build."""

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import Field, TypeAdapter, ValidationError
 
 from lora_fuse.errors import BadSource
-from lora_fuse.machine.files import FileRecord
+from lora_fuse.machine import FileRecord
 
 SCHEMA = 1
 

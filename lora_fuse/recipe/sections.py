@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from lora_fuse.errors import BadConfig
-from lora_fuse.lora.inputs import Selection
-from lora_fuse.machine.files import Untouched
+from lora_fuse.lora import Selection
+from lora_fuse.machine import files
 from lora_fuse.recipe.records import Source
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -120,7 +120,7 @@ class FuseParams(Section):
     skip: list[Text]
     scales: dict[str, Finite]
     device: Device
-    untouched: Untouched
+    untouched: files.Untouched
 
     def scale_of(self, lora: str) -> float:
         """The scale that is applied to one LoRA."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_fuse.errors import BadGolden, CheckFailed, Rerun
-from lora_fuse.recipe.checkout import modified_files
+from lora_fuse.recipe import checkout
 from lora_fuse.regression.goldens import Candidate, Provenance, check_picture
 
 AGAIN = Rerun("regress", force=True)
@@ -71,7 +71,7 @@ def check_repeatable(provenance: Provenance, root: Path) -> None:
     Raises:
         CheckFailed: no commit would.
     """
-    modified = modified_files(root)
+    modified = checkout.modified_files(root)
     if modified is None or provenance.tool.git is None:
         raise CheckFailed("this is no git checkout, so nothing says what made these pictures; nothing was approved")
     if modified:

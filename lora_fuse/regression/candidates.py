@@ -8,13 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_fuse.machine.files import hash_file
-from lora_fuse.pictures.environment import Environment
-from lora_fuse.pictures.metrics import to_levels, to_png
-from lora_fuse.pictures.pairs import Setup
-from lora_fuse.pictures.render import Case
-from lora_fuse.recipe.checkout import this_tool
-from lora_fuse.recipe.records import Manifest
+from lora_fuse.machine import files
+from lora_fuse.pictures import Case, Environment, Setup, metrics
+from lora_fuse.recipe import Manifest, checkout
 from lora_fuse.regression.case_judgement import JudgedPair
 from lora_fuse.regression.goldens import SCHEMA, Candidate, Candidates, CaseRecord, Provenance, digest
 from lora_fuse.regression.verdicts import Comparison
@@ -29,7 +25,7 @@ def candidates(
         manifest_sha256,
         {
             one.name: Candidate(
-                sha256=hashlib.sha256(to_png(to_levels(one.pair.merged.image))).hexdigest(),
+                sha256=hashlib.sha256(metrics.to_png(metrics.to_levels(one.pair.merged.image))).hexdigest(),
                 agrees=one.result.agrees,
                 reasons=one.result.reasons,
                 floor=_finite(one.result.floor),
@@ -62,12 +58,12 @@ def _provenance(
         scheduler=_plain(setup.scheduler),
         sigmas=one.pair.merged.sigmas,
         environment=here,
-        tool=this_tool(),
+        tool=checkout.this_tool(),
     )
 
 
 def _case_record(case: Case) -> CaseRecord:
-    images = {Path(path).as_posix(): hash_file(path).sha256 for path in case.images}
+    images = {Path(path).as_posix(): files.hash_file(path).sha256 for path in case.images}
     return CaseRecord(case.name, case.prompt, case.seed, images, case.height, case.width)
 
 

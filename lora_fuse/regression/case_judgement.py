@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_fuse.pictures.metrics import to_levels, to_png
-from lora_fuse.pictures.pairs import Pair
-from lora_fuse.pictures.render import Rendered
+from lora_fuse.pictures import Rendered, metrics, pairs
 from lora_fuse.regression.verdicts import CaseResult, Golden, Picture, Rules, Subject, examine
 
 
@@ -17,7 +15,7 @@ from lora_fuse.regression.verdicts import CaseResult, Golden, Picture, Rules, Su
 class JudgedPair:
     """A pair and what it came to."""
 
-    pair: Pair
+    pair: pairs.Pair
     result: CaseResult
 
     @property
@@ -26,7 +24,7 @@ class JudgedPair:
         return self.pair.case.name
 
 
-def judge_pairs(pairs: Sequence[Pair], goldens: Mapping[str, Sequence[Golden]], rules: Rules) -> list[JudgedPair]:
+def judge_pairs(pairs: Sequence[pairs.Pair], goldens: Mapping[str, Sequence[Golden]], rules: Rules) -> list[JudgedPair]:
     """Compare every pair with each other, with its noise floor and with the goldens of its case.
 
     Args:
@@ -46,7 +44,7 @@ def judge_pairs(pairs: Sequence[Pair], goldens: Mapping[str, Sequence[Golden]], 
 
 def picture_of(rendered: Rendered) -> Picture:
     """What is judged of a rendered picture."""
-    return Picture(to_levels(rendered.image), rendered.nonfinite, rendered.latents, rendered.sigmas)
+    return Picture(metrics.to_levels(rendered.image), rendered.nonfinite, rendered.latents, rendered.sigmas)
 
 
 def save_pictures(judged: Sequence[JudgedPair], folder: Path) -> None:
@@ -60,4 +58,4 @@ def save_pictures(judged: Sequence[JudgedPair], folder: Path) -> None:
         sides = {"merged": case.pair.merged, "unfused": case.pair.unfused, "baseline": case.pair.baseline}
         for side, rendered in sides.items():
             if rendered is not None:
-                (folder / f"{case.name}.{side}.png").write_bytes(to_png(to_levels(rendered.image)))
+                (folder / f"{case.name}.{side}.png").write_bytes(metrics.to_png(metrics.to_levels(rendered.image)))

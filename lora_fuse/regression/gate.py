@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_fuse.errors import Rerun
-from lora_fuse.recipe.paths import HERE, Artifacts
+from lora_fuse.recipe import Artifacts, paths
 from lora_fuse.regression.report import MEANINGS, next_step
 
 EXIT_CODES = {"exact": 0, "drift": 0, "review": 4, "no-golden": 3, "regression": 1, "invalid": 1}
@@ -21,7 +21,7 @@ class Decision:
     then: Rerun
 
 
-def decide(verify: dict[str, Any], metrics: dict[str, Any], at: Artifacts = HERE) -> Decision:
+def decide(verify: dict[str, Any], metrics: dict[str, Any], at: Artifacts = paths.HERE) -> Decision:
     """Decide from the contents of `verify.json` and `metrics.json`."""
     if not verify["passed"]:
         wrong = f"{verify['problem_count']} problems, see {at.verify}"

@@ -15,10 +15,9 @@ from pathlib import Path
 from PIL import Image
 
 from lora_fuse.errors import BadGolden, BadSource, Rerun
-from lora_fuse.machine.files import FileRecord, replace_bytes, replace_text
-from lora_fuse.pictures.environment import Environment, Key
-from lora_fuse.pictures.metrics import Levels, to_levels
-from lora_fuse.recipe.records import MergedLora, Tool, from_json, to_json
+from lora_fuse.machine import FileRecord, files
+from lora_fuse.pictures import Environment, environment, metrics
+from lora_fuse.recipe import records
 from lora_fuse.regression.verdicts import Golden
 
 SCHEMA = 1
@@ -60,7 +59,7 @@ class Provenance:
     recipe: str
     base: str
     base_sha256: str
-    loras: tuple[MergedLora, ...]
+    loras: tuple[records.MergedLora, ...]
     manifest_sha256: str
     pipeline: str
     case: CaseRecord
@@ -70,7 +69,7 @@ class Provenance:
     scheduler: dict[str, bool | int | float | str | None]
     sigmas: tuple[float, ...]
     environment: Environment
-    tool: Tool
+    tool: records.Tool
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +131,7 @@ class Goldens:
         """`folder` has a folder for each key; it need not exist."""
         self._folder = folder
 
-    def records(self, key: Key, case: str | None = None) -> Iterator[tuple[Path, GoldenRecord]]:
+    def records(self, key: environment.Key, case: str | None = None) -> Iterator[tuple[Path, GoldenRecord]]:
         """Every golden of a key, or of one of its cases: the picture's path and its record, checked.
 
         Raises:
@@ -163,7 +162,7 @@ class Goldens:
                     f"{base}; give the recipe a name of its own, or remove {self._folder}"
                 )
 
-    def for_run(self, key: Key, cases: Iterable[str]) -> dict[str, list[Approved]]:
+    def for_run(self, key: environment.Key, cases: Iterable[str]) -> dict[str, list[Approved]]:
         """The pictures to compare a run with, by case: those of its key, or where a case has none, of the nearest.
 
         Raises:
@@ -171,14 +170,14 @@ class Goldens:
         """
         return {case: self._of_key(key, key, case) or self._of_nearest(key, case) for case in cases}
 
-    def _of_key(self, key: Key, run: Key, case: str) -> list[Approved]:
+    def _of_key(self, key: environment.Key, run: environment.Key, case: str) -> list[Approved]:
         elsewhere = None if key == run else f"{key} ({'; '.join(key.differences(run))})"
         return [
             Approved(Golden(_levels(path), path.name, elsewhere, record.floor), record)
             for path, record in self.records(key, case)
         ]
 
-    def _of_nearest(self, run: Key, case: str) -> list[Approved]:
+    def _of_nearest(self, run: environment.Key, case: str) -> list[Approved]:
         others = {
             path.parent.name: _read_record(path).provenance.environment.key
             for path in self._folder.glob("*/*.json")
@@ -221,8 +220,8 @@ class Goldens:
             Approval(approval.by, approval.at, approval.reason, replaced),
             candidate.provenance,
         )
-        replace_bytes(folder / f"{name}.png", picture)
-        replace_text(folder / f"{name}.json", to_json(record))
+        files.replace_bytes(folder / f"{name}.png", picture)
+        files.replace_text(folder / f"{name}.json", records.to_json(record))
         for path, _ in [] if beside else present:
             if path.stem != name:
                 path.unlink()
@@ -237,7 +236,7 @@ def pictures_of(approved: Mapping[str, Iterable[Approved]]) -> dict[str, list[Go
 
 def digest(files: Mapping[str, FileRecord]) -> str:
     """The sha256 of a list of files, their sizes and sha256."""
-    return hashlib.sha256(to_json(dict(files)).encode()).hexdigest()
+    return hashlib.sha256(records.to_json(dict(files)).encode()).hexdigest()
 
 
 def check_picture(picture: bytes, candidate: Candidate) -> None:
@@ -278,7 +277,7 @@ def differences(now: Provenance, then: Provenance) -> list[str]:
     return sentences
 
 
-def _lora_differences(now: Iterable[MergedLora], then: Iterable[MergedLora]) -> list[str]:
+def _lora_differences(now: Iterable[records.MergedLora], then: Iterable[records.MergedLora]) -> list[str]:
     after, before = {lora.name: lora for lora in now}, {lora.name: lora for lora in then}
     sentences = [f"LoRA {name} is new" for name in after if name not in before]
     sentences += [f"LoRA {name} is gone" for name in before if name not in after]
@@ -291,14 +290,14 @@ def _lora_differences(now: Iterable[MergedLora], then: Iterable[MergedLora]) -> 
     return sentences
 
 
-def _place(lora: MergedLora) -> str:
+def _place(lora: records.MergedLora) -> str:
     at = f"{lora.repo_id}@{(lora.revision or '')[:12]}" if lora.repo_id else str(lora.path)
     return f"{at}/{lora.filename} ({lora.sha256[:12]})"
 
 
 def _read_record(path: Path) -> GoldenRecord:
     try:
-        return from_json(GoldenRecord, path.read_text(encoding="utf-8"), str(path))
+        return records.from_json(GoldenRecord, path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError, BadSource) as error:
         what = str(error).removesuffix("; run its stage again")
         raise BadGolden(f"the record {path} cannot be read ({what})", rerun=_restoring(path.parent)) from error
@@ -327,9 +326,9 @@ def _restoring(path: Path) -> Rerun:
     return Rerun("restore", settings=(str(path),))
 
 
-def _levels(path: Path) -> Levels:
+def _levels(path: Path) -> metrics.Levels:
     try:
         with Image.open(path) as image:
-            return to_levels(image)
+            return metrics.to_levels(image)
     except OSError as error:
         raise BadGolden(f"the golden {path} is no picture ({error})", rerun=_restoring(path)) from error

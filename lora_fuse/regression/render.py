@@ -1,5 +1,5 @@
-"""Where published model cards find `condition_area`; its place is `lora_fuse.pictures.render`."""
+"""Where published model cards find `condition_area`; new ones import it from `lora_fuse`."""
 
-from lora_fuse.pictures.render import condition_area
+from lora_fuse.pictures import render
 
-__all__ = ["condition_area"]
+condition_area = render.condition_area

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lora_fuse.errors import Rerun
-from lora_fuse.pictures.pages import Image, render_page
+from lora_fuse.pictures import pages
 
 if TYPE_CHECKING:
-    from lora_fuse.pictures.metrics import Metric
+    from lora_fuse.pictures import metrics
     from lora_fuse.regression.verdicts import CaseResult, Comparison, Limits, Rules, Verdict
 
 # What a verdict means to somebody who never read the documentation.
@@ -76,7 +76,7 @@ class WeightsCheck:
 class Baseline:
     """The base alone at its own settings: its picture, and both times in seconds."""
 
-    picture: Image
+    picture: pages.Image
     steps: int
     true_cfg_scale: float
     seconds: float
@@ -97,11 +97,11 @@ class CaseReport:
     """
 
     result: CaseResult
-    inputs: tuple[Image, ...]
-    merged: Image
-    unfused: Image
-    golden: Image | None
-    heat: Mapping[str, Image] = field(default_factory=dict)
+    inputs: tuple[pages.Image, ...]
+    merged: pages.Image
+    unfused: pages.Image
+    golden: pages.Image | None
+    heat: Mapping[str, pages.Image] = field(default_factory=dict)
     cost: str = ""
     changed: tuple[str, ...] | None = None
     baseline: Baseline | None = None
@@ -141,7 +141,7 @@ def report_html(report: Report) -> str:
     cases = sorted(report.cases, key=lambda case: -case.result.verdict.severity)  # stable: else in the given order
     shown = [(case, _metric_rows(case.result, report.rules)) for case in cases]
     passed = sum(case.result.verdict.passed for case in cases)
-    return render_page(
+    return pages.render_page(
         "lora_fuse.regression",
         "report.html.j2",
         report=report,
@@ -279,7 +279,7 @@ class _Row:
 
 
 def _metric_rows(result: CaseResult, rules: Rules) -> list[_Row]:
-    from lora_fuse.pictures.metrics import METRICS
+    from lora_fuse.pictures import metrics
     from lora_fuse.regression.verdicts import Limits
 
     rows = [
@@ -289,7 +289,7 @@ def _metric_rows(result: CaseResult, rules: Rules) -> list[_Row]:
             _cell(name, metric, result.vs_unfused, result.unfused_limits),
             _cell(name, metric, result.floor, Limits({})),
         )
-        for name, metric in METRICS.items()
+        for name, metric in metrics.METRICS.items()
     ]
     over = result.over_floor
     if over is not None:
@@ -299,7 +299,7 @@ def _metric_rows(result: CaseResult, rules: Rules) -> list[_Row]:
     return rows
 
 
-def _cell(name: str, metric: Metric, comparison: Comparison | None, limits: Limits) -> _Cell:
+def _cell(name: str, metric: metrics.Metric, comparison: Comparison | None, limits: Limits) -> _Cell:
     value = None if comparison is None else comparison.values.get(name)
     if value is None:
         return _Cell("-")

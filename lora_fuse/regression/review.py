@@ -9,13 +9,10 @@ from typing import Any
 
 from PIL import Image
 
-from lora_fuse.checkpoint.blocks import block_of, in_order
-from lora_fuse.models.families import pair_warnings
-from lora_fuse.pictures.metrics import HEAT_TOP, Levels, heat_map, to_levels, to_png
-from lora_fuse.pictures.pages import Image as Encoded
-from lora_fuse.pictures.pairs import Setup
-from lora_fuse.pictures.render import Sampling, open_picture
-from lora_fuse.recipe.records import Manifest, MergedLora
+from lora_fuse.checkpoint import blocks
+from lora_fuse.models import pair_warnings
+from lora_fuse.pictures import Setup, metrics, pages, render
+from lora_fuse.recipe import Manifest, records
 from lora_fuse.regression.case_judgement import JudgedPair
 from lora_fuse.regression.goldens import Approved, Candidate, Candidates, Provenance, differences
 from lora_fuse.regression.report import (
@@ -96,7 +93,7 @@ def review(judged: Judged, verify: Mapping[str, Any], rules: Rules, setup: Setup
             _case(one, judged.found.cases[one.name], judged.approved.get(one.name, ()), setup.baseline)
             for one in judged.cases
         ),
-        heat_top=HEAT_TOP,
+        heat_top=metrics.HEAT_TOP,
     )
 
 
@@ -115,7 +112,7 @@ def _built_from(manifest: Manifest, setup: Setup, sigmas: tuple[float, ...]) -> 
     )
 
 
-def _place(lora: MergedLora) -> str:
+def _place(lora: records.MergedLora) -> str:
     return f"{lora.repo_id}@{lora.revision}/{lora.filename}" if lora.repo_id else f"{lora.path}/{lora.filename}"
 
 
@@ -128,9 +125,9 @@ def block_changes(changes: Mapping[str, Mapping[str, float]]) -> tuple[BlockChan
     """The largest relative norm by block, see `lora_fuse.checkpoint.blocks`, in the order of the model."""
     largest: dict[str, float] = {}
     for name, change in changes.items():
-        block = block_of(name)
+        block = blocks.block_of(name)
         largest[block] = max(largest.get(block, 0.0), change["relative_norm"])
-    return tuple(BlockChange(block, largest[block]) for block in in_order(largest))
+    return tuple(BlockChange(block, largest[block]) for block in blocks.in_order(largest))
 
 
 def _environment(provenance: Provenance) -> dict[str, str]:
@@ -144,20 +141,22 @@ def _environment(provenance: Provenance) -> dict[str, str]:
 
 
 def _case(
-    case: JudgedPair, candidate: Candidate, approved: Sequence[Approved], baseline: Sampling | None
+    case: JudgedPair, candidate: Candidate, approved: Sequence[Approved], baseline: render.Sampling | None
 ) -> CaseReport:
-    merged, unfused = to_levels(case.pair.merged.image), to_levels(case.pair.unfused.image)
+    merged, unfused = metrics.to_levels(case.pair.merged.image), metrics.to_levels(case.pair.unfused.image)
     golden = case.result.golden
     others = {"golden": None if golden is None else golden.levels, "unfused": unfused}
     record = next((one.record for one in approved if one.golden is golden), None)
     return CaseReport(
         result=case.result,
-        inputs=tuple(encoded(to_levels(open_picture(path, case.pair.case))) for path in case.pair.case.images),
+        inputs=tuple(
+            encoded(metrics.to_levels(render.open_picture(path, case.pair.case))) for path in case.pair.case.images
+        ),
         merged=encoded(merged),
         unfused=encoded(unfused),
         golden=None if golden is None else encoded(golden.levels),
         heat={
-            name: encoded(heat_map(merged, other))
+            name: encoded(metrics.heat_map(merged, other))
             for name, other in others.items()
             if other is not None and other.shape == merged.shape
         },
@@ -177,18 +176,18 @@ def _cost(case: JudgedPair) -> str:
     return ", ".join([*parts, f"{cost.peak_host_bytes / 2**30:.2f} GiB of host memory"])
 
 
-def _baseline(case: JudgedPair, sampling: Sampling | None) -> Baseline | None:
+def _baseline(case: JudgedPair, sampling: render.Sampling | None) -> Baseline | None:
     alone = case.pair.baseline
     if alone is None or sampling is None:
         return None
     times = (alone.cost.seconds, case.pair.merged.cost.seconds)
-    return Baseline(encoded(to_levels(alone.image)), sampling.steps, sampling.true_cfg_scale, *times)
+    return Baseline(encoded(metrics.to_levels(alone.image)), sampling.steps, sampling.true_cfg_scale, *times)
 
 
-def encoded(picture: Levels) -> Encoded:
+def encoded(picture: metrics.Levels) -> pages.Image:
     """A PNG, or for a large picture WebP, which looks the same and is a tenth of the size."""
     if max(picture.shape[:2]) <= LARGE:
-        return Encoded(to_png(picture))
+        return pages.Image(metrics.to_png(picture))
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format="WEBP", quality=QUALITY)
-    return Encoded(buffer.getvalue(), "image/webp")
+    return pages.Image(buffer.getvalue(), "image/webp")

@@ -8,13 +8,10 @@ from dataclasses import asdict
 from typing import Any
 
 from lora_fuse.errors import Rerun
-from lora_fuse.fusion.manifest import read_manifest
-from lora_fuse.machine.files import replace_text
-from lora_fuse.pictures.environment import Environment
-from lora_fuse.pictures.pairs import Pair, Setup
-from lora_fuse.recipe.paths import GOLDEN, Artifacts
-from lora_fuse.recipe.recipe import Recipe
-from lora_fuse.recipe.records import Lock, to_json
+from lora_fuse.fusion import read_manifest
+from lora_fuse.machine import files
+from lora_fuse.pictures import Environment, Setup, pairs
+from lora_fuse.recipe import Artifacts, Lock, Recipe, paths, records
 from lora_fuse.regression.candidates import candidates
 from lora_fuse.regression.case_judgement import judge_pairs, save_pictures
 from lora_fuse.regression.goldens import Approved, Goldens, pictures_of
@@ -28,7 +25,7 @@ def judge(
     at: Artifacts,
     setup: Setup,
     here: Environment,
-    pairs: Sequence[Pair],
+    pairs: Sequence[pairs.Pair],
     approved: Mapping[str, Sequence[Approved]],
 ) -> Judged:
     """Compare every pair with each other and with the goldens, and measure.
@@ -57,13 +54,13 @@ def write_regression(
 ) -> None:
     """Write the pictures, the candidates, the metrics, the plots' data and the report."""
     save_pictures(judged.cases, at.images)
-    replace_text(at.candidates, to_json(judged.found))
+    files.replace_text(at.candidates, records.to_json(judged.found))
     blocks = [asdict(block) for block in block_changes(verify["changes"])]
     contents = ((at.metrics, judged.metrics), (at.cases, case_rows(judged.metrics)), (at.blocks, blocks))
     for path, content in contents:
-        replace_text(path, json.dumps(content, indent=2) + "\n")
+        files.replace_text(path, json.dumps(content, indent=2) + "\n")
     then = next_step(judged.metrics) if verify["passed"] else Rerun("fuse", force=True)
-    replace_text(at.report, report_html(review(judged, verify, rules_of(params), setup, command(then))))
+    files.replace_text(at.report, report_html(review(judged, verify, rules_of(params), setup, command(then))))
 
 
 def rules_of(params: Recipe) -> Rules:
@@ -79,6 +76,6 @@ def goldens_of(params: Recipe, base: Lock) -> Goldens:
     Raises:
         BadGolden: they were approved for another base.
     """
-    goldens = Goldens(GOLDEN / params.name)
+    goldens = Goldens(paths.GOLDEN / params.name)
     goldens.refuse_other_base(str(base.repo_id or base.path), base.files)
     return goldens

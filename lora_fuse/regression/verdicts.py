@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TypeAlias
 
-from lora_fuse.pictures.metrics import METRICS, Latents, Levels, is_flat
+from lora_fuse.pictures import metrics
 
 Size: TypeAlias = tuple[int, int]  # width, height in pixels
 Values: TypeAlias = Mapping[str, float]  # by metric, as `metrics.METRICS` names them
@@ -78,7 +78,7 @@ class Limits:
         if floor is None or times is None:
             return self
         loosened = {
-            name: METRICS[name].loosened(bound, floor[name], times)
+            name: metrics.METRICS[name].loosened(bound, floor[name], times)
             if math.isfinite(floor.get(name, math.nan))
             else bound
             for name, bound in self.bounds.items()
@@ -111,16 +111,16 @@ class Picture:
     `nonfinite` counts values that were NaN or infinite; `sigmas` has the final 0.
     """
 
-    levels: Levels
+    levels: metrics.Levels
     nonfinite: int = 0
-    latents: Latents | None = None
+    latents: metrics.Latents | None = None
     sigmas: tuple[float, ...] = ()
 
     @property
     def facts(self) -> Facts:
         """What is true of it by itself."""
         height, width = self.levels.shape[:2]
-        return Facts((width, height), self.nonfinite, is_flat(self.levels))
+        return Facts((width, height), self.nonfinite, metrics.is_flat(self.levels))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ class Golden:
     `elsewhere` says of which environment it is where that is not the run's.
     """
 
-    levels: Levels
+    levels: metrics.Levels
     name: str
     elsewhere: str | None = None
     floor: Values | None = None
@@ -206,11 +206,11 @@ def compare(a: Picture, b: Picture) -> Comparison:
     same = a.levels.shape == b.levels.shape and bool((a.levels == b.levels).all())
     values = {
         name: metric.best if same else metric.measure(a.levels, b.levels)
-        for name, metric in METRICS.items()
+        for name, metric in metrics.METRICS.items()
         if not metric.of_latents
     }
     if a.latents is not None and b.latents is not None:
-        values |= {name: m.measure(a.latents, b.latents) for name, m in METRICS.items() if m.of_latents}
+        values |= {name: m.measure(a.latents, b.latents) for name, m in metrics.METRICS.items() if m.of_latents}
     return Comparison(values)
 
 
@@ -327,7 +327,7 @@ def flat_metrics(results: Iterable[CaseResult]) -> dict[str, Scalar]:
         flat[f"{name}.agrees"] = result.agrees
         flat[f"{name}.over_floor"] = _json_number(result.over_floor)
         for pair, comparison in (("golden", result.vs_golden), ("unfused", result.vs_unfused), ("floor", result.floor)):
-            for metric in METRICS:
+            for metric in metrics.METRICS:
                 value = None if comparison is None else comparison.values.get(metric)
                 flat[f"{name}.{pair}.{metric}"] = _json_number(value)
             flat[f"{name}.{pair}.identical"] = comparison is not None and comparison.identical
@@ -384,7 +384,7 @@ def beyond(comparison: Comparison, limits: Limits, other: str) -> list[str]:
     """A sentence for each limit that does not hold; a NaN holds none."""
     sentences = []
     for name, bound in limits.bounds.items():
-        metric, value = METRICS[name], comparison.values[name]
+        metric, value = metrics.METRICS[name], comparison.values[name]
         if not metric.holds(value, bound):
             side = "below" if metric.higher_is_nearer else "above"
             title = metric.title[0].upper() + metric.title[1:]
@@ -396,4 +396,6 @@ def _measured(comparison: Comparison | None) -> str:
     if comparison is None:
         return "not measured"
     shown = ("psnr_db", "max_abs", "flip_worst")
-    return ", ".join(f"{METRICS[name].title} {METRICS[name].text(comparison.values[name])}" for name in shown)
+    return ", ".join(
+        f"{metrics.METRICS[name].title} {metrics.METRICS[name].text(comparison.values[name])}" for name in shown
+    )

@@ -5,17 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from lora_fuse.errors import PublishRefused, Rerun
-from lora_fuse.exports.formats import words
-from lora_fuse.fusion.manifest import read_manifest
-from lora_fuse.hub.payload import CARD, Addition
-from lora_fuse.machine.files import FileRecord
-from lora_fuse.pictures.asked import cases_of
-from lora_fuse.recipe.checkout import this_repository
-from lora_fuse.recipe.paths import Artifacts, read_object, read_rows, read_text
-from lora_fuse.recipe.recipe import Recipe
-from lora_fuse.recipe.records import Exports, Manifest, from_json
-from lora_fuse.regression.gate import decide
-from lora_fuse.regression.goldens import Candidates
+from lora_fuse.exports import words
+from lora_fuse.fusion import read_manifest
+from lora_fuse.hub import Addition, payload
+from lora_fuse.machine import FileRecord
+from lora_fuse.pictures import asked
+from lora_fuse.recipe import Artifacts, Manifest, Recipe, checkout, paths, records
+from lora_fuse.regression import decide, goldens
 from lora_fuse.release import evidence as shown
 from lora_fuse.release.block_plot import block_plot
 from lora_fuse.release.bom import ModelFacts, bom_json
@@ -40,19 +36,19 @@ def contents_of(
     Raises:
         PublishRefused: pictures or exports are those of another merge.
     """
-    cases, exports = cases_of(params), _exports(params, at, manifest_sha256)
+    cases, exports = asked.cases_of(params), _exports(params, at, manifest_sha256)
     usage = Usage(params.base.pipeline, **params.sampling.usage, condition_area=params.base.condition_area)
-    found = from_json(Candidates, read_text(at.candidates, "regress"), str(at.candidates))
+    found = records.from_json(goldens.Candidates, paths.read_text(at.candidates, "regress"), str(at.candidates))
     pictures = shown.pictures(cases, found, manifest_sha256, at.images)
-    blocks = [(row["block"], row["relative_norm"]) for row in read_rows(at.blocks, "regress")]
+    blocks = [(row["block"], row["relative_norm"]) for row in paths.read_rows(at.blocks, "regress")]
     evidence = shown.evidence(metrics, cases, shown.PLOT if blocks else None)
     repo_id, listed = params.publish.repo_id, [ShownExport(name, words(name), r.sha256) for name, r in exports.items()]
     card = model_card(manifest, usage=usage, evidence=evidence, licence=licence, repo_id=repo_id, exports=listed)
     parameters = public_parameters(params.model_dump(include=SECTIONS))
-    statement = provenance_json(manifest, exports, parameters=parameters, repository=this_repository())
+    statement = provenance_json(manifest, exports, parameters=parameters, repository=checkout.this_repository())
     model = ModelFacts(repo_id or params.name, licence.license, usage, shown.measured(metrics, cases))
     bom = bom_json(manifest, manifest_sha256, exports, model)
-    texts = {CARD: card.encode(), PROVENANCE: statement.encode(), BOM: bom.encode()}
+    texts = {payload.CARD: card.encode(), PROVENANCE: statement.encode(), BOM: bom.encode()}
     texts |= {shown.PLOT: block_plot(blocks)} if blocks else {}
     return Contents(texts, pictures | {name: (at.exported / name, record) for name, record in exports.items()})
 
@@ -60,7 +56,7 @@ def contents_of(
 def _exports(params: Recipe, at: Artifacts, manifest_sha256: str) -> dict[str, FileRecord]:
     if not params.export.formats:
         return {}
-    found = from_json(Exports, read_text(at.exports, "export"), str(at.exports))
+    found = records.from_json(records.Exports, paths.read_text(at.exports, "export"), str(at.exports))
     if found.manifest_sha256 != manifest_sha256:
         raise PublishRefused(f"{at.exports} is of another merge", rerun=Rerun("export"))
     return found.files
@@ -73,7 +69,7 @@ def checked_release(params: Recipe, at: Artifacts) -> tuple[Manifest, str, dict[
         PublishRefused: they did not, or the licence is not settled and the repository would be public.
     """
     manifest, manifest_sha256 = read_manifest(at.manifest)
-    verify, metrics = read_object(at.verify, "verify"), read_object(at.metrics, "regress")
+    verify, metrics = paths.read_object(at.verify, "verify"), paths.read_object(at.metrics, "regress")
     decision = decide(verify, metrics, at)
     if decision.code:
         raise PublishRefused(f"the gate is not passed: {decision.reason}", rerun=decision.then)
@@ -84,4 +80,4 @@ def checked_release(params: Recipe, at: Artifacts) -> tuple[Manifest, str, dict[
         raise PublishRefused(licence.problem)
     contents = contents_of(params, at, manifest, manifest_sha256, metrics, licence)
     beside = write_release(at.release, at.merged, manifest, contents, params.publish.signing.signer)
-    return manifest, beside.pop(CARD)[0].read_text(encoding="utf-8"), beside
+    return manifest, beside.pop(payload.CARD)[0].read_text(encoding="utf-8"), beside

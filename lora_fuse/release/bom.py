@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import NAMESPACE_URL, uuid5
 
-from lora_fuse.machine.files import FileRecord
-from lora_fuse.recipe.records import License, Lock, Manifest, MergedFile, MergedLora
+from lora_fuse.machine import FileRecord
+from lora_fuse.recipe import License, Lock, Manifest, records
 from lora_fuse.release.card import Usage
 from lora_fuse.release.slsa import purl
 
@@ -70,7 +70,7 @@ def bom_json(manifest: Manifest, manifest_sha256: str, exports: Mapping[str, Fil
     from cyclonedx.model.component import Component, ComponentType, Pedigree
     from cyclonedx.output.json import JsonV1Dot6
 
-    files: Mapping[str, FileRecord | MergedFile] = {**manifest.files, **exports}
+    files: Mapping[str, FileRecord | records.MergedFile] = {**manifest.files, **exports}
     model = Component(
         name=facts.name,
         type=ComponentType.MACHINE_LEARNING_MODEL,
@@ -117,7 +117,7 @@ def _base(base: Lock) -> Component:
     )
 
 
-def _lora(number: int, lora: MergedLora) -> Component:
+def _lora(number: int, lora: records.MergedLora) -> Component:
     from cyclonedx.model import HashAlgorithm, HashType, Property
     from cyclonedx.model.component import Component, ComponentType
     from packageurl import PackageURL

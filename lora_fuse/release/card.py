@@ -14,9 +14,9 @@ from typing import Any
 
 import jinja2
 
-from lora_fuse import hub
-from lora_fuse.models.families import pair_warnings
-from lora_fuse.recipe.records import License, Manifest, MergedLora
+from lora_fuse.hub import client
+from lora_fuse.models import pair_warnings
+from lora_fuse.recipe import License, Manifest, records
 from lora_fuse.release.licences import MergeLicence
 
 TEMPLATE = """\
@@ -226,7 +226,7 @@ def model_card(
         version=manifest.tool.version + (f" (git {manifest.tool.git})" if manifest.tool.git else ""),
         fused=[(name, file.sha256) for name, file in sorted(manifest.files.items()) if file.origin == "fused"],
     )
-    return hub.card_text(_front_matter(manifest, usage, licence.license), text)
+    return client.card_text(_front_matter(manifest, usage, licence.license), text)
 
 
 def _front_matter(manifest: Manifest, usage: Usage, licence: License) -> dict[str, Any]:
@@ -274,7 +274,7 @@ def _base(manifest: Manifest) -> str:
     return f"`{manifest.base.repo_id}`" if manifest.base and manifest.base.repo_id else "a local base"
 
 
-def _row(lora: MergedLora) -> dict[str, str]:
+def _row(lora: records.MergedLora) -> dict[str, str]:
     source = f"`{lora.repo_id}`, `{lora.filename}`" if lora.repo_id else f"`{lora.name}`, a local file"
     known = {"commit": _commit(lora.revision), "sha256": lora.sha256, "scale": f"{lora.scale:g}"}
     return {"source": source, "licence": _licence(lora.license), **known}

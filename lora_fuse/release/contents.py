@@ -18,10 +18,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lora_fuse.errors import PublishRefused
-from lora_fuse.hub.payload import Addition
-from lora_fuse.machine.files import FileRecord, hash_file, replace_bytes
-from lora_fuse.recipe.records import Manifest, MergedFile, to_json
-from lora_fuse.recipe.sections import Signer
+from lora_fuse.hub import Addition
+from lora_fuse.machine import FileRecord, files
+from lora_fuse.recipe import Manifest, records, sections
 from lora_fuse.release.signing import SIGNATURE, keep_or_sign
 
 LIST = "lora_fuse.json"
@@ -38,7 +37,7 @@ class Contents:
 
 
 def write_release(
-    folder: Path, merged: Path, manifest: Manifest, contents: Contents, signer: Signer | None
+    folder: Path, merged: Path, manifest: Manifest, contents: Contents, signer: sections.Signer | None
 ) -> dict[str, Addition]:
     """Write to `folder` what is made now, and list and sign everything.
 
@@ -62,7 +61,7 @@ def write_release(
     for name, content in contents.texts.items():
         additions |= _written(folder, name, content)
     _refuse_twins(manifest, additions)
-    additions |= _written(folder, LIST, to_json(listed(manifest, additions)).encode())
+    additions |= _written(folder, LIST, records.to_json(listed(manifest, additions)).encode())
     if signer is not None:
         with TemporaryDirectory(dir=folder.parent, prefix=".release.") as staging:
             root = Path(staging, "repository")
@@ -74,7 +73,9 @@ def write_release(
 
 def listed(manifest: Manifest, additions: Mapping[str, Addition]) -> Manifest:
     """The manifest as it is published: with every file of the repository, and no path of this machine."""
-    more = {name: MergedFile(record.size, record.sha256, "generated") for name, (_, record) in additions.items()}
+    more = {
+        name: records.MergedFile(record.size, record.sha256, "generated") for name, (_, record) in additions.items()
+    }
     base = manifest.base and replace(manifest.base, path=_last(manifest.base.path))
     loras = tuple(replace(lora, path=_last(lora.path)) for lora in manifest.loras)
     return replace(manifest, base=base, loras=loras, files=dict(sorted({**manifest.files, **more}.items())))
@@ -104,7 +105,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _written(folder: Path, name: str, content: bytes) -> dict[str, Addition]:
-    replace_bytes(folder / name, content)
+    files.replace_bytes(folder / name, content)
     return {name: (folder / name, FileRecord(len(content), hashlib.sha256(content).hexdigest()))}
 
 
@@ -123,4 +124,4 @@ def _link(root: Path, files: Mapping[str, Path]) -> None:
 
 def addition(path: Path) -> Addition:
     """A file that lies somewhere already."""
-    return path, hash_file(path)
+    return path, files.hash_file(path)

@@ -12,9 +12,9 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from lora_fuse.errors import BadSource, CheckFailed, Refused
-from lora_fuse.hub.sources import ExpectedFile, examine, hashing
-from lora_fuse.machine.files import FileRecord
-from lora_fuse.recipe.records import Manifest, from_json
+from lora_fuse.hub import sources
+from lora_fuse.machine import FileRecord
+from lora_fuse.recipe import Manifest, records
 from lora_fuse.release.contents import LIST
 from lora_fuse.release.signing import SIGNATURE, Trusted, check
 
@@ -61,7 +61,7 @@ def check_published(folder: Path, trusted: Trusted | None) -> Published:
         )
     found = Published()
     try:
-        manifest = from_json(Manifest, (folder / LIST).read_text(encoding="utf-8"), str(folder / LIST))
+        manifest = records.from_json(Manifest, (folder / LIST).read_text(encoding="utf-8"), str(folder / LIST))
     except (BadSource, UnicodeDecodeError) as error:
         found.problems.append(f"{LIST} is no list of files: {str(error).partition(';')[0]}")
         return found
@@ -80,13 +80,13 @@ def check_published(folder: Path, trusted: Trusted | None) -> Published:
 
 
 def _check_listed(folder: Path, manifest: Manifest, found: Published) -> None:
-    with hashing(sum(file.size for file in manifest.files.values())) as advance:
+    with sources.hashing(sum(file.size for file in manifest.files.values())) as advance:
         for name, file in sorted(manifest.files.items()):
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts:
                 found.problems.append(f"{name} in {LIST} leads out of the folder")
                 continue
-            got = examine(folder / name, ExpectedFile(file.size, file.sha256), advance)
+            got = sources.examine(folder / name, sources.ExpectedFile(file.size, file.sha256), advance)
             if not isinstance(got, FileRecord):
                 found.problems.append(f"{name}: {got}")
 

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_fuse.errors import PublishRefused, Rerun
-from lora_fuse.hub.payload import Addition
-from lora_fuse.pictures.render import Case
-from lora_fuse.regression.goldens import Candidates
-from lora_fuse.regression.report import MEANINGS
+from lora_fuse.hub import Addition
+from lora_fuse.pictures import Case
+from lora_fuse.regression import goldens, report
 from lora_fuse.release.bom import Measured
 from lora_fuse.release.card import Evidence, ShownCase
 from lora_fuse.release.contents import addition
@@ -28,11 +27,13 @@ def evidence(metrics: Mapping[str, Any], cases: Sequence[Case], plot: str | None
         cases: that were rendered.
         plot: path of the picture of the blocks in the repository.
     """
-    verdict = f"{metrics['verdict']}: {MEANINGS[metrics['verdict']]}."
+    verdict = f"{metrics['verdict']}: {report.MEANINGS[metrics['verdict']]}."
     return Evidence(verdict, metrics["environment"], tuple(_shown(case, metrics) for case in cases), plot)
 
 
-def pictures(cases: Sequence[Case], found: Candidates, manifest_sha256: str, images: Path) -> dict[str, Addition]:
+def pictures(
+    cases: Sequence[Case], found: goldens.Candidates, manifest_sha256: str, images: Path
+) -> dict[str, Addition]:
     """The merged pictures and what they were made from, by their paths in the repository.
 
     Args:

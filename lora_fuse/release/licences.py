@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lora_fuse.recipe.records import License, Manifest
+from lora_fuse.recipe import License, Manifest
 
 # Permissive licences by their id on the Hub, from the one that asks least of who passes the work on to the one that
 # asks most. Parts under several of them are published under the last, with the notices of the others kept.

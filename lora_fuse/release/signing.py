@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_fuse.errors import BadKey, CheckFailed
-from lora_fuse.recipe.sections import Signer
+from lora_fuse.recipe import sections
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -36,7 +36,7 @@ class Trusted:
     issuer: str | None = None
 
 
-def sign(folder: Path, signer: Signer) -> bytes:
+def sign(folder: Path, signer: sections.Signer) -> bytes:
     """Sign every file in a folder; links to files are followed.
 
     An ECDSA signature is another one each time. `keep_or_sign` keeps the one that is there.
@@ -56,7 +56,7 @@ def sign(folder: Path, signer: Signer) -> bytes:
     return content
 
 
-def keep_or_sign(folder: Path, signer: Signer, before: bytes | None) -> bytes:
+def keep_or_sign(folder: Path, signer: sections.Signer, before: bytes | None) -> bytes:
     """The signature of the last time if it is one of these very files by this key, or else a new one.
 
     So publishing again what is published already changes nothing.

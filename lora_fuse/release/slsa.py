@@ -16,8 +16,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from lora_fuse.machine.files import FileRecord
-from lora_fuse.recipe.records import Lock, Manifest, MergedFile, MergedLora, to_json
+from lora_fuse.machine import FileRecord
+from lora_fuse.recipe import Lock, Manifest, records
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
@@ -97,11 +97,11 @@ def provenance_json(
         parameters: of the recipe, by section.
         repository: address of the repository that the tool was run from; None where that is unknown.
     """
-    files: Mapping[str, FileRecord | MergedFile] = {**manifest.files, **exports}
+    files: Mapping[str, FileRecord | records.MergedFile] = {**manifest.files, **exports}
     tool = manifest.tool
     commit = f"@{tool.git}" if tool.git else ""
     internal = {"version": tool.version, "modified": bool(tool.dirty)}
-    return to_json(
+    return records.to_json(
         Statement(
             STATEMENT,
             tuple(Artifact(name, {"sha256": file.sha256}) for name, file in sorted(files.items())),
@@ -140,7 +140,7 @@ def _of_base(base: Lock) -> Sequence[Resource | Artifact]:
     ]
 
 
-def _of_lora(lora: MergedLora) -> Sequence[Resource | Artifact]:
+def _of_lora(lora: records.MergedLora) -> Sequence[Resource | Artifact]:
     name = lora.filename or f"{lora.name}.safetensors"
     if lora.repo_id is None:
         return [Artifact(f"lora/{name}", {"sha256": lora.sha256})]

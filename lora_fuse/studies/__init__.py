@@ -1,1 +1,5 @@
 """Four tools above one regression: `validation`, `sweep`, `catalog`, `doctor`."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -21,8 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_fuse.errors import BadCheckpoint
-from lora_fuse.lora.inputs import Selection
-from lora_fuse.lora.updates import LoraInput
+from lora_fuse.lora import LoraInput, Selection
 from lora_fuse.verification.expectation import Array, Delta, Weights, read_expected
 
 SLACK = 1 + 1e-9  # float64 sums taken in another order differ by about 1e-16 of the value

@@ -12,8 +12,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_fuse.machine.interrupts import guarded
-from lora_fuse.regression.verdicts import Rules
+from lora_fuse.machine import interrupts
+from lora_fuse.regression import verdicts
 from pocket.controls import table
 from pocket.controls.benign import BENIGN
 from pocket.controls.control import Control, Outcome
@@ -23,7 +23,7 @@ from pocket.controls.rig import RECIPE, Rig
 CONTROLS = {control.name: control for control in (*FAULTS, *BENIGN)}
 
 
-def judge(controls: Sequence[Control], rules: Rules | None = None, recipe: str = RECIPE) -> list[Outcome]:
+def judge(controls: Sequence[Control], rules: verdicts.Rules | None = None, recipe: str = RECIPE) -> list[Outcome]:
     """Build and judge controls, with a line for each.
 
     Args:
@@ -45,7 +45,7 @@ def judge(controls: Sequence[Control], rules: Rules | None = None, recipe: str =
     return outcomes
 
 
-def main(arguments: Sequence[str] | None = None, rules: Rules | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, rules: verdicts.Rules | None = None) -> int:
     """Print the tables."""
     parser = argparse.ArgumentParser(prog="python -m pocket.controls", description="control the gate")
     parser.add_argument("names", nargs="*", metavar="NAME", help="controls to make (default: all)")
@@ -77,4 +77,4 @@ def _said(outcome: Outcome) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(interrupts.guarded(main))

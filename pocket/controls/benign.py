@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lora_fuse.pictures.metrics import Levels
-from lora_fuse.pictures.pairs import render_references
-from lora_fuse.pictures.render import load_pipeline
+from lora_fuse.pictures import metrics, pairs, render
 from pocket.controls import files, pictures
 from pocket.controls.control import Built, Control
 from pocket.controls.rig import Rig
@@ -49,14 +47,14 @@ def _within(context: Callable[[], AbstractContextManager[None]], rig: Rig, _: Pa
 
 def _reloaded(rig: Rig, folder: Path) -> Built:
     """Nothing is shared: what diffusers wrote is loaded whole."""
-    load_pipeline(rig.right, rig.setup.pipeline, dtype=STORED).save_pretrained(folder)
-    pipe = load_pipeline(folder, rig.setup.pipeline, dtype=rig.setup.dtype)
+    render.load_pipeline(rig.right, rig.setup.pipeline, dtype=STORED).save_pretrained(folder)
+    pipe = render.load_pipeline(folder, rig.setup.pipeline, dtype=rig.setup.dtype)
     return Built(folder, rig.render(pipe), same_files=False)
 
 
 def _resharded(rig: Rig, folder: Path) -> Built:
     merged = rig.merge(folder / "merged")
-    transformer = load_pipeline(merged, rig.setup.pipeline, dtype=STORED).transformer
+    transformer = render.load_pipeline(merged, rig.setup.pipeline, dtype=STORED).transformer
     shutil.rmtree(merged / "transformer")
     transformer.save_pretrained(merged / "transformer", max_shard_size=SMALL)
     return rig.built(merged, same_files=False)
@@ -86,7 +84,7 @@ def _lora_file(write: Callable[[Path, Path], Path], rig: Rig, folder: Path) -> B
     """Fused from another file that means the same; the unfused side reads that file too."""
     plan = rig.plan(write(rig.lora, folder / "lora.safetensors"))
     pipe = rig.load(rig.merge(folder / "merged", plan))
-    beside = render_references(plan, rig.cases, rig.setup, rig.shared)
+    beside = pairs.render_references(plan, rig.cases, rig.setup, rig.shared)
     return Built(folder / "merged", rig.render(pipe), references=beside)
 
 
@@ -102,7 +100,7 @@ def _in_float32(lora: Path, out: Path) -> Path:
     return files.copy_of(lora, out, lambda tensors: {name: tensor.float() for name, tensor in tensors.items()})
 
 
-def _repainted(change: Callable[[Levels], Levels], rig: Rig, _: Path) -> Built:
+def _repainted(change: Callable[[metrics.Levels], metrics.Levels], rig: Rig, _: Path) -> Built:
     return Built(rig.right, [pictures.changed(one, change) for one in rig.render(rig.load(rig.right))])
 
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_fuse.pictures.pairs import References
-from lora_fuse.pictures.render import Rendered
-from lora_fuse.regression.verdicts import CaseResult, Verdict, worst
+from lora_fuse.pictures import Rendered, pairs
+from lora_fuse.regression import verdicts
 
 if TYPE_CHECKING:
     from pocket.controls.rig import Rig
@@ -32,7 +31,7 @@ class Built:
     folder: Path
     pictures: Sequence[Rendered]
     same_files: bool = True
-    references: References | None = None
+    references: pairs.References | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,7 @@ class Control:
     what: str
     build: Callable[[Rig, Path], Built]
     seen_by: tuple[str, ...] = ()
-    verdict: Verdict | None = None
+    verdict: verdicts.Verdict | None = None
 
     @property
     def is_fault(self) -> bool:
@@ -76,7 +75,7 @@ class Outcome:
     control: Control
     same_files: bool
     problems: Sequence[str]
-    results: Sequence[CaseResult]
+    results: Sequence[verdicts.CaseResult]
     beyond_golden: Sequence[str]
     sharp: bool = True
 
@@ -88,9 +87,9 @@ class Outcome:
         return tuple(gate for gate in GATES if said[gate])
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> verdicts.Verdict:
         """That of the pictures, the worst case's; wrong weights stop a run whatever it is."""
-        return worst(result.verdict for result in self.results)
+        return verdicts.worst(result.verdict for result in self.results)
 
     @property
     def as_expected(self) -> bool:

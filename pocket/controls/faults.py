@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from lora_fuse.checkpoint.shards import PROVENANCE
-from lora_fuse.lora.inputs import Selection
-from lora_fuse.pictures.metrics import Levels
-from lora_fuse.regression.verdicts import Verdict
+from lora_fuse.checkpoint import PROVENANCE
+from lora_fuse.lora import Selection
+from lora_fuse.pictures import metrics
+from lora_fuse.regression import verdicts
 from pocket.bench import STYLE
 from pocket.controls import pictures
 from pocket.controls.control import GATES, GOLDEN, UNFUSED, WEIGHTS, Built, Control
@@ -76,7 +76,7 @@ def _next_seed(rig: Rig, _: Path) -> Built:
     return Built(rig.right, rig.render(rig.load(rig.right), [replace(case, seed=case.seed + 1) for case in rig.cases]))
 
 
-def _damaged(change: Callable[[Levels], Levels], rig: Rig, _: Path) -> Built:
+def _damaged(change: Callable[[metrics.Levels], metrics.Levels], rig: Rig, _: Path) -> Built:
     return Built(rig.right, [pictures.changed(one, change) for one in rig.render(rig.load(rig.right))])
 
 
@@ -93,7 +93,7 @@ def _not_a_number(rig: Rig, folder: Path) -> Built:
 
 
 def _regression(name: str, what: str, build: Callable[[Rig, Path], Built], *seen_by: str) -> Control:
-    return Control(name, what, build, seen_by or GATES, Verdict.REGRESSION)
+    return Control(name, what, build, seen_by or GATES, verdicts.Verdict.REGRESSION)
 
 
 def _weights_only(name: str, what: str, build: Callable[[Rig, Path], Built]) -> Control:
@@ -127,7 +127,7 @@ FAULTS = (
         f"one weight of {BROKEN}, in a row that is not sampled",
         _not_a_number,
         (UNFUSED, GOLDEN),
-        Verdict.INVALID,
+        verdicts.Verdict.INVALID,
     ),
     _weights_only("scale .97", "3% too little", partial(_scaled, 0.97)),
     _weights_only("scale .99", "1% too little", partial(_scaled, 0.99)),

@@ -9,19 +9,18 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from lora_fuse.pictures.metrics import Levels, to_levels
-from lora_fuse.pictures.render import Rendered
+from lora_fuse.pictures import Rendered, metrics
 
 PATCH = (32, 48)  # rows, columns
 NOISE_SHARE = 0.03  # of the values, each one level up or down: between the unfused and the merged picture it is 0.015
 
 
-def changed(rendered: Rendered, change: Callable[[Levels], Levels]) -> Rendered:
+def changed(rendered: Rendered, change: Callable[[metrics.Levels], metrics.Levels]) -> Rendered:
     """The same with other pixels, the latents as they were."""
-    return replace(rendered, image=Image.fromarray(change(to_levels(rendered.image))))
+    return replace(rendered, image=Image.fromarray(change(metrics.to_levels(rendered.image))))
 
 
-def patch(levels: Levels) -> Levels:
+def patch(levels: metrics.Levels) -> metrics.Levels:
     """A patch in the middle shows what is 8 pixels beside it."""
     top, left = (levels.shape[0] - PATCH[0]) // 2, (levels.shape[1] - PATCH[1]) // 2
     area = np.s_[top : top + PATCH[0], left : left + PATCH[1]]
@@ -30,30 +29,30 @@ def patch(levels: Levels) -> Levels:
     return out
 
 
-def grid(levels: Levels, period: int) -> Levels:
+def grid(levels: metrics.Levels, period: int) -> metrics.Levels:
     """Every so many rows and columns one level brighter, or darker where it is white."""
     lines = np.zeros(levels.shape[:2], dtype=bool)
     lines[::period] = lines[:, ::period] = True
     return _moved(levels, lines[..., None] * np.ones(levels.shape, dtype=np.int16))
 
 
-def noise(levels: Levels) -> Levels:
+def noise(levels: metrics.Levels) -> metrics.Levels:
     """Some values one level up or down, by a fixed seed."""
     rng = np.random.default_rng(0)
     hit = rng.random(levels.shape) < NOISE_SHARE
     return _moved(levels, hit * rng.choice(np.array([-1, 1], dtype=np.int16), levels.shape))
 
 
-def reencoded(levels: Levels) -> Levels:
+def reencoded(levels: metrics.Levels) -> metrics.Levels:
     """Through a PNG without compression and one with the most."""
     for effort in (0, 9):
         buffer = io.BytesIO()
         Image.fromarray(levels).save(buffer, format="PNG", compress_level=effort)
-        levels = to_levels(Image.open(buffer))
+        levels = metrics.to_levels(Image.open(buffer))
     return levels
 
 
-def _moved(levels: Levels, by: np.ndarray[tuple[int, ...], np.dtype[np.int16]]) -> Levels:
+def _moved(levels: metrics.Levels, by: np.ndarray[tuple[int, ...], np.dtype[np.int16]]) -> metrics.Levels:
     inside = np.clip(levels + by, 0, 255)
-    moved: Levels = np.where(inside == levels, levels - by, inside).clip(0, 255).astype(np.uint8)
+    moved: metrics.Levels = np.where(inside == levels, levels - by, inside).clip(0, 255).astype(np.uint8)
     return moved

@@ -10,23 +10,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from lora_fuse.checkpoint.diffusers_layout import diffusers_files
-from lora_fuse.checkpoint.shards import open_checkpoint
-from lora_fuse.fusion.merge import write_merged
-from lora_fuse.fusion.plan import Plan, make_plan
-from lora_fuse.lora.inputs import Selection
-from lora_fuse.lora.updates import LoraInput
-from lora_fuse.models.families import COMPONENT
-from lora_fuse.pictures.asked import cases_of, setup_of
-from lora_fuse.pictures.environment import make_deterministic
-from lora_fuse.pictures.metrics import to_levels
-from lora_fuse.pictures.pairs import pair_up, render_all, render_references
-from lora_fuse.pictures.render import Case, Pipeline, Rendered, Sampling, load_pipeline, shared_components
-from lora_fuse.recipe.recipe import Recipe
-from lora_fuse.regression.case_judgement import judge_pairs, picture_of
-from lora_fuse.regression.run import rules_of
-from lora_fuse.regression.verdicts import CaseResult, Golden, Rules, beyond, compare
-from lora_fuse.verification.rederivation import Expectation, verify_merge
+from lora_fuse.checkpoint import diffusers_files, open_checkpoint
+from lora_fuse.fusion import Plan, make_plan, merge
+from lora_fuse.lora import LoraInput, Selection
+from lora_fuse.models import COMPONENT
+from lora_fuse.pictures import Case, Rendered, asked, environment, metrics, pairs, render
+from lora_fuse.recipe import Recipe
+from lora_fuse.regression import case_judgement, rules_of, verdicts
+from lora_fuse.verification import Expectation, verify_merge
 from pocket.controls.control import Built, Control, Outcome
 from stages.config import load
 
@@ -40,9 +31,9 @@ class Rig:
     The right merge is rendered once, and its pictures are the goldens; text encoder and VAE are loaded once.
     """
 
-    def __init__(self, rules: Rules | None = None, recipe: str = RECIPE) -> None:
+    def __init__(self, rules: verdicts.Rules | None = None, recipe: str = RECIPE) -> None:
         self.params: Recipe = load([f"recipe={recipe}"])
-        self.setup, self.cases = setup_of(self.params), cases_of(self.params)
+        self.setup, self.cases = asked.setup_of(self.params), asked.cases_of(self.params)
         self.rules = rules or rules_of(self.params)
         self.base = Path(str(self.params.base.path))
         self.loras = self.base.parent / "lora"
@@ -54,18 +45,18 @@ class Rig:
         self._exit.callback(torch.set_num_threads, threads)
         self._exit.callback(torch.use_deterministic_algorithms, strict)
         self._work = Path(self._exit.enter_context(tempfile.TemporaryDirectory(prefix="controls-")))
-        make_deterministic(self.params.regress.threads, on_gpu=self.setup.placement != "cpu")
+        environment.make_deterministic(self.params.regress.threads, on_gpu=self.setup.placement != "cpu")
         self.right = self.merge(self._work / "right")
-        pipe = load_pipeline(self.right, self.setup.pipeline, dtype=self.setup.dtype)
-        self.shared = shared_components(pipe)
+        pipe = render.load_pipeline(self.right, self.setup.pipeline, dtype=self.setup.dtype)
+        self.shared = render.shared_components(pipe)
         pictures = self.render(pipe)
-        self.unfused = render_references(self.plan(), self.cases, self.setup, self.shared)
+        self.unfused = pairs.render_references(self.plan(), self.cases, self.setup, self.shared)
         floors = [
-            compare(picture_of(floor), picture_of(unfused)).values
+            verdicts.compare(case_judgement.picture_of(floor), case_judgement.picture_of(unfused)).values
             for floor, unfused in zip(self.unfused.floor, self.unfused.unfused, strict=True)
         ]
         self.goldens = {
-            case.name: [Golden(to_levels(picture.image), f"{case.name}.png", floor=floor)]
+            case.name: [verdicts.Golden(metrics.to_levels(picture.image), f"{case.name}.png", floor=floor)]
             for case, picture, floor in zip(self.cases, pictures, floors, strict=True)
         }
         return self
@@ -89,19 +80,23 @@ class Rig:
         """Write a merged repository, by default the recipe's; an empty scheduler keeps the base's."""
         scheduler = self.setup.scheduler if scheduler is None else scheduler
         generated = diffusers_files(self.base, pipeline=self.setup.pipeline, scheduler=scheduler)
-        write_merged(plan or self.plan(), out, device="cpu", generated=generated, known={}, progress=lambda _: None)
+        merge.write_merged(
+            plan or self.plan(), out, device="cpu", generated=generated, known={}, progress=lambda _: None
+        )
         return out
 
-    def load(self, folder: Path) -> Pipeline:
+    def load(self, folder: Path) -> render.Pipeline:
         """Load a merged repository; all but its transformer and scheduler is what is loaded already."""
-        return load_pipeline(folder, self.setup.pipeline, dtype=self.setup.dtype, shared=self.shared)
+        return render.load_pipeline(folder, self.setup.pipeline, dtype=self.setup.dtype, shared=self.shared)
 
     def render(
-        self, pipe: Pipeline, cases: Sequence[Case] | None = None, sampling: Sampling | None = None
+        self, pipe: render.Pipeline, cases: Sequence[Case] | None = None, sampling: render.Sampling | None = None
     ) -> list[Rendered]:
         """One picture a case, by default the recipe's."""
         placement = self.setup.placement
-        return render_all(pipe, self.cases if cases is None else cases, sampling or self.setup.sampling, placement)
+        return pairs.render_all(
+            pipe, self.cases if cases is None else cases, sampling or self.setup.sampling, placement
+        )
 
     def built(self, folder: Path, *, same_files: bool = True) -> Built:
         """A merged repository, loaded and rendered as the recipe says."""
@@ -113,8 +108,8 @@ class Rig:
             built = control.build(self, Path(folder))
             problems = self._verify(built.folder) if built.same_files else self._differences(built.folder)
         beside = built.references or self.unfused
-        pairs = pair_up(self.cases, built.pictures, beside)
-        results = [judged.result for judged in judge_pairs(pairs, self.goldens, self.rules)]
+        rendered = pairs.pair_up(self.cases, built.pictures, beside)
+        results = [judged.result for judged in case_judgement.judge_pairs(rendered, self.goldens, self.rules)]
         apart = [sentence for result in results for sentence in self._beyond_golden(result)]
         return Outcome(control, built.same_files, problems, results, apart, self.setup.dtype == "float32")
 
@@ -142,10 +137,10 @@ class Rig:
             or not torch.equal(ours[name], right[name])
         )
 
-    def _beyond_golden(self, result: CaseResult) -> list[str]:
+    def _beyond_golden(self, result: verdicts.CaseResult) -> list[str]:
         if result.vs_golden is None:
             return [f"{result.subject.name} was not compared with its golden."]
-        return beyond(result.vs_golden, result.golden_limits, "the golden")
+        return verdicts.beyond(result.vs_golden, result.golden_limits, "the golden")
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lora_fuse.machine.files import replace_text
-from lora_fuse.pictures.metrics import METRICS
+from lora_fuse.machine import files
+from lora_fuse.pictures import metrics
 from pocket.controls.control import GATES, GOLDEN, UNFUSED, WEIGHTS, Outcome
 
 FIGURES = ((UNFUSED, "psnr_db"), (GOLDEN, "psnr_db"), (GOLDEN, "flip_worst"), (GOLDEN, "comb_db"))
@@ -36,7 +36,7 @@ def _gate(outcome: Outcome, gate: str) -> str:
 
 
 def _figure(outcome: Outcome, pair: str, name: str) -> str:
-    metric = METRICS[name]
+    metric = metrics.METRICS[name]
     values = outcome.values(pair, name)
     return _worst(values, min if metric.higher_is_nearer else max, metric.digits)
 
@@ -90,4 +90,4 @@ def between_markers(path: Path, name: str, inside: str) -> None:
     """Put a text between a document's markers; a document that is not there yet has only them."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     text = path.read_text(encoding="utf-8") if path.exists() else f"{begin}\n{end}\n"
-    replace_text(path, re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{inside}\n{end}", text, flags=re.DOTALL))
+    files.replace_text(path, re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{inside}\n{end}", text, flags=re.DOTALL))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_fuse.pictures.render import allow_missing_torchvision, quiet_libraries
+from lora_fuse.pictures import render
 from pocket import model
 from pocket.train.runtime import DEVICE
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 def encoders(folder: Path) -> dict[int, Any]:
     """Pipelines by the number of input pictures, loaded from a repository that is written to `folder` first."""
-    quiet_libraries()
-    allow_missing_torchvision()
+    render.quiet_libraries()
+    render.allow_missing_torchvision()
     model.save_frame(folder)
     parts = {"transformer": None, "vae": None, "dtype": torch.float32, "local_files_only": True}
     return {

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from lora_fuse.errors import BadConfig, CheckFailed
-from lora_fuse.recipe.recipe import Recipe
+from lora_fuse.recipe import Recipe
 from stages.config.composition import compose, one_line
 from stages.config.variants import COMPILED, compose_variant, load_variant
 

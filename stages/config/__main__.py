@@ -13,9 +13,8 @@ from pathlib import Path
 import yaml
 
 from lora_fuse.errors import CheckFailed
-from lora_fuse.machine.files import replace_text
-from lora_fuse.machine.interrupts import guarded
-from lora_fuse.recipe.recipe import Recipe
+from lora_fuse.machine import files, interrupts
+from lora_fuse.recipe import Recipe
 from stages.config import PARAMS
 from stages.config.composition import compose
 from stages.config.variants import COMPILED, compile_entries
@@ -36,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
             _check(path, text)
         return 0
     for path, text in texts.items():
-        replace_text(path, text)
+        files.replace_text(path, text)
     print(f"{PARAMS} written: recipe {tree['name']}")
     print(f"{COMPILED} written: {', '.join(variants['variants']) or 'no variants'}")
     return 0
@@ -53,4 +52,4 @@ def _check(path: Path, wanted: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(sys.argv[1:])))
+    sys.exit(interrupts.guarded(lambda: main(sys.argv[1:])))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_fuse.errors import BadConfig
-from lora_fuse.studies.sweep.planning import SweptParams
+from lora_fuse.studies.sweep import SweptParams
 from stages.config import load
 from stages.config.composition import split_sweep
 

@@ -17,8 +17,7 @@ import yaml
 from pydantic import Field, field_validator
 
 from lora_fuse.errors import BadConfig
-from lora_fuse.recipe.recipe import Recipe
-from lora_fuse.recipe.sections import Finite, Section, Tag, Text, parse_section
+from lora_fuse.recipe import Recipe, sections
 from stages.config.composition import CONF, compose, one_line, recipes
 
 ENTRIES = CONF / "variants.yaml"
@@ -36,14 +35,14 @@ OWN = {  # what an entry's own keys set, so that no override says it a second ti
 }
 
 
-class Variant(Section):
+class Variant(sections.Section):
     """One entry; what it leaves out is as its recipe has it, and without a `repo_id` it is not published."""
 
-    recipe: Text
-    scale: Finite | None = None
-    overrides: list[Text] = Field(default_factory=list)
+    recipe: sections.Text
+    scale: sections.Finite | None = None
+    overrides: list[sections.Text] = Field(default_factory=list)
     repo_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")] | None = None
-    tag: Tag | None = None
+    tag: sections.Tag | None = None
     private: bool | None = None
 
     @field_validator("overrides")
@@ -64,14 +63,14 @@ class Variant(Section):
         return [f"recipe={self.recipe}", f"name='{name}'", *self.overrides, *said]
 
 
-class Build(Section):
+class Build(sections.Section):
     """What `variants/dvc.yaml` has to know of a variant: the key of its base's lock; `recipe` is for people."""
 
-    base: Text
-    recipe: Text
+    base: sections.Text
+    recipe: sections.Text
 
 
-class Compiled(Section):
+class Compiled(sections.Section):
     """The content of `variants/params.yaml`.
 
     Attributes:
@@ -114,7 +113,7 @@ def read_entries() -> dict[str, Variant]:
                 f"{ENTRIES}: {name!r} cannot name a folder and a DVC stage; "
                 "take up to 64 of a-z, 0-9, _ and -, a letter first"
             )
-        entries[name] = parse_section(Variant, entry, f"{ENTRIES}: {name}", KEYS)
+        entries[name] = sections.parse_section(Variant, entry, f"{ENTRIES}: {name}", KEYS)
         refuse_unknown("recipe", entries[name].recipe, recipes(), f"{ENTRIES}: {name}")
     _refuse_one_place_for_two(entries)
     return entries
@@ -150,7 +149,7 @@ def read_compiled() -> Compiled:
         BadConfig: it is not there, or not what `python -m stages.config` writes.
     """
     remedy = "write it anew: python -m stages.config"
-    return parse_section(Compiled, _read_yaml(COMPILED, remedy), str(COMPILED), remedy)
+    return sections.parse_section(Compiled, _read_yaml(COMPILED, remedy), str(COMPILED), remedy)
 
 
 def load_variant(name: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -15,8 +15,8 @@ import pytest
 from safetensors.numpy import save
 
 from lora_fuse.errors import BadLora, BadSource, Refused
-from lora_fuse.hub import Sizes, base_sizes, lock_base, lock_lora, lora_sizes, verify_files
-from lora_fuse.hub.locks import DEFAULT_TRANSFER
+from lora_fuse.hub.locks import DEFAULT_TRANSFER, lock_base, lock_lora, verify_files
+from lora_fuse.hub.sizes import Sizes, base_sizes, lora_sizes
 from lora_fuse.machine.files import FileRecord
 from lora_fuse.recipe.hf_cache import cache_dir, locate
 from lora_fuse.recipe.records import Lock, Source, from_json, to_json

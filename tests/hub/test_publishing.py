@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lora_fuse.errors import PublishRefused
-from lora_fuse.hub import Receipt, lock_lora, publish, skipped
+from lora_fuse.hub import Receipt, lock_lora, publish
 from lora_fuse.machine.files import FileRecord
 from lora_fuse.recipe.records import Manifest, MergedFile, MergedLora, Source, Tool, from_json, to_json
 from tests.hub_server import Fault, LoopbackHub
@@ -118,7 +118,7 @@ def test_hardlinked_files_are_as_good_as_any(hub: LoopbackHub, merged: Path, tmp
 
 
 def test_a_skipped_publication_has_a_receipt_that_says_so() -> None:
-    receipt = skipped("publish.enabled is false", "5" * 64)
+    receipt = Receipt.skipped("publish.enabled is false", "5" * 64)
     assert (receipt.status, receipt.reason, receipt.commit, receipt.files) == (
         "skipped",
         "publish.enabled is false",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -33,6 +34,8 @@ ROOMS = (
 )
 DOORS = {"__init__", "__main__", "cli"}
 LARGEST_ROOM = 15  # modules
+LARGEST_FACE = 12  # names, some of which are modules
+PUBLIC_NAMES = 160  # of all faces together
 NOT_YET = {"hub"}  # still too large
 OWNERS = {
     "accelerate": "pictures",
@@ -85,6 +88,50 @@ def test_a_room_imports_from_itself_and_from_those_before_it(path: Path) -> None
         later = set(ROOMS[ROOMS.index(room) + 1 :])
         assert not rooms_imported(path) & later
     assert not {name for name in imported(path) if name.split(".")[0] in ("stages", "pocket", "inputs")}
+
+
+def faces() -> dict[str, set[str]]:
+    """What each room shows to the others, by its dotted name: the names in its stub."""
+    found = {}
+    for stub in sorted(LIBRARY.rglob("__init__.pyi")):
+        imports = [
+            node for node in ast.parse(stub.read_text(encoding="utf-8")).body if isinstance(node, ast.ImportFrom)
+        ]
+        names = {alias.name for node in imports for alias in node.names}
+        found[".".join(stub.parent.relative_to(ROOT).parts)] = names
+    return found
+
+
+def face_of(module: str) -> str | None:
+    """The face through which a module is imported from elsewhere; None if it is no room's."""
+    return max((face for face in faces() if module == face or module.startswith(f"{face}.")), key=len, default=None)
+
+
+def test_a_face_is_small_and_so_are_all_together() -> None:
+    assert {name.split(".")[1] for name in faces() if "." in name} == set(ROOMS)
+    sizes = {room: len(names) for room, names in faces().items()}
+    assert max(sizes.values()) <= LARGEST_FACE, sizes
+    assert sum(sizes.values()) <= PUBLIC_NAMES, sizes
+
+
+@pytest.mark.parametrize("room", faces())
+def test_everything_that_a_face_names_is_there(room: str) -> None:
+    module = importlib.import_module(room)
+    for name in faces()[room]:
+        assert getattr(module, name) is not None
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for top in ("lora_fuse", "stages", "pocket", "benchmarks") for path in modules(ROOT / top)],
+    ids=name_of,
+)
+def test_other_rooms_import_from_the_face_only(path: Path) -> None:
+    mine = face_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and (face := face_of(node.module)) not in (None, mine):
+            assert node.module == face, f"{name_of(path)} imports from {node.module}"
+            assert {alias.name for alias in node.names} <= faces()[face]
 
 
 def test_nothing_but_doors_errors_and_rooms_is_in_the_library() -> None:

@@ -335,14 +335,14 @@ def test_goldens_are_looked_for_by_key_and_damaged_ones_fail(tmp_path: Path) -> 
     shutil.copytree(folder, tmp_path / folder.name)
     record = json.loads((folder / "rabbit.json").read_text())["provenance"]["environment"]["key"]
     key = Key(**record)
-    assert pictures.goldens(tmp_path, ["rabbit", "photo"], key).status is Status.OK
-    near = pictures.goldens(tmp_path, ["rabbit"], Key(**{**record, "threads": 8}))
+    assert pictures.approved_pictures(tmp_path, ["rabbit", "photo"], key).status is Status.OK
+    near = pictures.approved_pictures(tmp_path, ["rabbit"], Key(**{**record, "threads": 8}))
     assert (near.status, "4 (review)" in near.found) == (Status.WARN, True)
-    none = pictures.goldens(tmp_path, ["rabbit", "new"], key)
+    none = pictures.approved_pictures(tmp_path, ["rabbit", "new"], key)
     assert (none.status, "3 (no-golden)" in none.found) == (Status.WARN, True)
     picture = tmp_path / folder.name / "rabbit.png"
     picture.write_bytes(picture.read_bytes()[:-1])
-    assert pictures.goldens(tmp_path, ["rabbit"], key).status is Status.FAIL
+    assert pictures.approved_pictures(tmp_path, ["rabbit"], key).status is Status.FAIL
 
 
 # ---------------------------------------------------------------- how it is said

@@ -1,7 +1,5 @@
 """The catalog of variants: what each is made of, whether it is built and right, what it looks like, where it is."""
 
-from lora_fuse.studies.catalog.gather import gather
-from lora_fuse.studies.catalog.page import catalog_html, catalog_json, catalog_markdown
-from lora_fuse.studies.catalog.records import Entry, Places, Wanted, WantedLora
+import lazy_loader
 
-__all__ = ["Entry", "Places", "Wanted", "WantedLora", "catalog_html", "catalog_json", "catalog_markdown", "gather"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_fuse.errors import BadSource, LoraFuseError
-from lora_fuse.fusion.manifest import read_manifest
+from lora_fuse.fusion import read_manifest
 from lora_fuse.hub import Receipt
-from lora_fuse.machine.files import hash_file
-from lora_fuse.recipe.hf_cache import locate
-from lora_fuse.recipe.records import BaseLock, LoraLock, Manifest, Source, from_json
+from lora_fuse.machine import files
+from lora_fuse.recipe import Manifest, Source, hf_cache, records
 from lora_fuse.studies.catalog.records import Entry, Picture, Places, Publication, Size, State, Step, Wanted
 
 SIDE = 256  # pixels of a thumbnail's longer side
@@ -136,12 +135,12 @@ def _differences(wanted: Wanted, manifest: Manifest, at: Places) -> Iterator[str
 def _other_files(wanted: Wanted, manifest: Manifest, at: Places) -> Iterator[str]:
     """Sources that are other files now than those that were built from, as far as that costs no network."""
     if at.base_lock.exists() and manifest.base:
-        base = from_json(BaseLock, at.base_lock.read_text(encoding="utf-8"), str(at.base_lock)).base
+        base = records.from_json(records.BaseLock, at.base_lock.read_text(encoding="utf-8"), str(at.base_lock)).base
         if base.files != manifest.base.files:
             yield f"the base is locked to {base.label} now, and {manifest.base.label} was built on"
     if not at.lora_lock.exists():
         return
-    locks = from_json(LoraLock, at.lora_lock.read_text(encoding="utf-8"), str(at.lora_lock)).loras
+    locks = records.from_json(records.LoraLock, at.lora_lock.read_text(encoding="utf-8"), str(at.lora_lock)).loras
     for lora in manifest.loras:
         lock, now = locks.get(lora.name), wanted.loras.get(lora.name)
         if lock and lora.sha256 not in {record.sha256 for record in lock.files.values()}:
@@ -150,7 +149,7 @@ def _other_files(wanted: Wanted, manifest: Manifest, at: Places) -> Iterator[str
             yield f"LoRA {lora.name} is asked for at {now.source.revision} now, was {lock.requested}"
         elif now and now.source.path:
             file = Path(now.source.path) / now.filename
-            sha256 = hash_file(file).sha256 if file.is_file() else lora.sha256
+            sha256 = files.hash_file(file).sha256 if file.is_file() else lora.sha256
             if sha256 != lora.sha256:
                 yield f"LoRA {lora.name}: {file} has sha256 {sha256[:12]}… now, was {lora.sha256[:12]}…"
 
@@ -176,7 +175,7 @@ def _size(manifest: Manifest, merged: Path) -> Size:
     linked = None
     if manifest.base:
         try:
-            root = locate(manifest.base)
+            root = hf_cache.locate(manifest.base)
             linked = sum(size for name, size in taken.items() if (root / name).samefile(merged / name))
         except (BadSource, OSError):
             linked = None
@@ -209,7 +208,7 @@ def _thumbnail(path: Path) -> bytes | None:
 def _publication(wanted: Wanted, at: Places, manifest_sha256: str | None) -> Publication | None:
     if not at.receipt.exists():
         return None
-    receipt = from_json(Receipt, at.receipt.read_text(encoding="utf-8"), str(at.receipt))
+    receipt = records.from_json(Receipt, at.receipt.read_text(encoding="utf-8"), str(at.receipt))
     if receipt.status != "published":
         return None
     pairs = [("repository", receipt.repo_id, wanted.repo_id), ("tag", receipt.tag, wanted.tag)]

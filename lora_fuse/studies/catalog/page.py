@@ -12,8 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lora_fuse.machine.progress import human_bytes
-from lora_fuse.pictures.pages import Image, data_uri, render_page
+from lora_fuse.machine import progress
+from lora_fuse.pictures import pages
 from lora_fuse.studies.catalog.records import Entry
 
 SCHEMA = 1
@@ -21,8 +21,13 @@ SCHEMA = 1
 
 def catalog_html(entries: Sequence[Entry]) -> str:
     """The page; pictures are in it."""
-    filters: dict[str, Callable[..., object]] = {"webp": _webp, "bytes": human_bytes, "sharing": sharing, "web": _web}
-    return render_page(
+    filters: dict[str, Callable[..., object]] = {
+        "webp": _webp,
+        "bytes": progress.human_bytes,
+        "sharing": sharing,
+        "web": _web,
+    }
+    return pages.render_page(
         "lora_fuse.studies.catalog", "catalog.html.j2", filters=filters, entries=entries, summary=summary(entries)
     )
 
@@ -41,7 +46,7 @@ def catalog_markdown(entries: Sequence[Entry], folder: Path) -> str:
             one.state,
             one.verdict or "–",  # noqa: RUF001
             ", ".join(f"{lora.name} at {lora.scale:g}" for lora in one.loras),
-            human_bytes(one.size.total) if one.size else "–",  # noqa: RUF001
+            progress.human_bytes(one.size.total) if one.size else "–",  # noqa: RUF001
             _published(one),
         )
         for one in entries
@@ -58,7 +63,7 @@ def _section(one: Entry, folder: Path) -> str:
         sha256 = f", sha256 {_code(lora.sha256)}" if lora.sha256 else ""
         lines.append(f"- LoRA {lora.name}: {_code(f'{lora.label}/{lora.file}')} at scale {lora.scale:g}{sha256}")
     if one.size:
-        lines.append(f"- {human_bytes(one.size.total)}, {sharing(one)}; {one.targets} weights changed")
+        lines.append(f"- {progress.human_bytes(one.size.total)}, {sharing(one)}; {one.targets} weights changed")
     if one.verdict:
         lines.append(f"- {one.verdict} on {one.environment}, {one.judged}")
     if one.publication:
@@ -102,8 +107,10 @@ def sharing(one: Entry) -> str:
     size = one.size
     if size is None:
         return ""
-    linked = "" if size.hard_linked is None else f", {human_bytes(size.hard_linked)} hard-linked to it on this disk"
-    return f"{human_bytes(size.from_base)} of it are the base's{linked}"
+    linked = (
+        "" if size.hard_linked is None else f", {progress.human_bytes(size.hard_linked)} hard-linked to it on this disk"
+    )
+    return f"{progress.human_bytes(size.from_base)} of it are the base's{linked}"
 
 
 def _published(one: Entry) -> str:
@@ -122,7 +129,7 @@ def _code(text: str) -> str:
 
 
 def _webp(data: bytes) -> str:
-    return data_uri(Image(data, "image/webp"))
+    return pages.data_uri(pages.Image(data, "image/webp"))
 
 
 def _web(url: str | None) -> bool:

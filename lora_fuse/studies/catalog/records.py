@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from lora_fuse.recipe.records import Selected, Source
+from lora_fuse.recipe import Source, records
 
 State = Literal["built", "stale", "incomplete", "not built", "unreadable"]
 
@@ -34,7 +34,7 @@ class Wanted:
     base: Source
     pipeline: str
     loras: Mapping[str, WantedLora]
-    selection: Selected | None
+    selection: records.Selected | None
     scheduler: Mapping[str, object]
     cases: Mapping[str, str]
     repo_id: str | None

@@ -3,7 +3,6 @@
 Checks are functions of what was read, so that they can be given any reading; `examination` reads, and asks them all.
 """
 
-from lora_fuse.studies.doctor.examination import ExaminedRecipe, examine
-from lora_fuse.studies.doctor.finding import Finding, Status, table, verdict
+import lazy_loader
 
-__all__ = ["ExaminedRecipe", "Finding", "Status", "examine", "table", "verdict"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lora_fuse import hub
 from lora_fuse.errors import PublishRefused, Refused
-from lora_fuse.hub.retry import bound_requests, call
+from lora_fuse.hub import client, retry
 from lora_fuse.studies.doctor.finding import Finding, fail, ok, warn
 from lora_fuse.studies.doctor.stock import PATIENCE
 
@@ -24,15 +23,15 @@ def reach(refusals: Mapping[str, Refused], missing: int, *, used: bool) -> Findi
     """
     if not used:
         return ok("Hub", "not needed: base and LoRAs are local folders")
-    if hub.is_offline():
+    if client.is_offline():
         if missing or refusals:
             return fail("Hub", "HF_HUB_OFFLINE is set and not all is here", "", "unset it once, for the download")
         return ok("Hub", "HF_HUB_OFFLINE is set, and everything is here")
     for refusal in refusals.values():
         if getattr(refusal.__cause__, "response", None) is None and refusal.__cause__ is not None:
-            return fail("Hub", f"{hub.endpoint()} does not answer", "", "check the connection, or HF_ENDPOINT")
+            return fail("Hub", f"{client.endpoint()} does not answer", "", "check the connection, or HF_ENDPOINT")
     asked = "answers" if missing or refusals else "is not needed: everything is here"
-    return ok("Hub", f"{hub.endpoint()} {asked}")
+    return ok("Hub", f"{client.endpoint()} {asked}")
 
 
 def token(*, needed: bool, publishes: bool) -> Finding:
@@ -42,15 +41,15 @@ def token(*, needed: bool, publishes: bool) -> Finding:
         needed: whether something is to be fetched.
         publishes: whether the recipe publishes.
     """
-    if hub.token() is None:
+    if client.token() is None:
         if publishes:
             return warn("token", "HF_TOKEN is not set", "one that may write, for publish", "set it before publishing")
         return ok("token", "HF_TOKEN is not set; public repositories need none")
-    if hub.is_offline():
+    if client.is_offline():
         return ok("token", "HF_TOKEN is set; not asked about, as HF_HUB_OFFLINE is set")
-    bound_requests(PATIENCE)
+    retry.bound_requests(PATIENCE)
     try:
-        account = call("HF_TOKEN", "", lambda: hub.client().whoami())
+        account = retry.call("HF_TOKEN", "", lambda: client.client().whoami())
     except PublishRefused as refusal:
         how = fail if needed or publishes else warn
         return how("token", f"HF_TOKEN is set and not good: {refusal}", "", "renew it, or unset it for what is public")

@@ -6,8 +6,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from lora_fuse.machine.files import Untouched, nearest_folder
-from lora_fuse.machine.progress import human_bytes
+from lora_fuse.machine import files, progress
 from lora_fuse.studies.doctor.finding import Finding, fail, ok, warn
 
 
@@ -21,11 +20,11 @@ def room(name: str, where: Path, free: int, need: int, parts: str) -> Finding:
         need: bytes.
         parts: what they are, in words.
     """
-    needed = f"{human_bytes(need)} ({parts})"
+    needed = f"{progress.human_bytes(need)} ({parts})"
     if free >= need:
-        return ok(name, f"{human_bytes(free)} free at {where}", needed)
-    short = f"make room for {human_bytes(need - free)} more, or use a larger disk"
-    return fail(name, f"{human_bytes(free)} free at {where}", needed, short)
+        return ok(name, f"{progress.human_bytes(free)} free at {where}", needed)
+    short = f"make room for {progress.human_bytes(need - free)} more, or use a larger disk"
+    return fail(name, f"{progress.human_bytes(free)} free at {where}", needed, short)
 
 
 def rebuild(name: str, where: Path, free: int, need: int, held: int, *, same: bool) -> Finding:
@@ -39,20 +38,21 @@ def rebuild(name: str, where: Path, free: int, need: int, held: int, *, same: bo
         held: bytes that the last one would give back, were it removed.
         same: whether the last one is of this recipe as it is, so that it need not be built again.
     """
-    found = f"{human_bytes(free)} free, and {where} holds {human_bytes(held)} until the new merge is whole"
+    has, holds = progress.human_bytes(free), progress.human_bytes(held)
+    found = f"{has} free, and {where} holds {holds} until the new merge is whole"
     if free >= need:
-        return ok(name, found, f"{human_bytes(need)} beside it")
-    remedy = f"make room for {human_bytes(need - free)} more"
+        return ok(name, found, f"{progress.human_bytes(need)} beside it")
+    remedy = f"make room for {progress.human_bytes(need - free)} more"
     if free + held >= need:
         remedy += f", or remove {where} first: it is made again"
     if same:
-        return warn(name, found, f"{human_bytes(need)} beside it, if it is built again", remedy)
-    return fail(name, found, f"{human_bytes(need)} beside it", remedy)
+        return warn(name, found, f"{progress.human_bytes(need)} beside it, if it is built again", remedy)
+    return fail(name, found, f"{progress.human_bytes(need)} beside it", remedy)
 
 
 def writable(name: str, folder: Path) -> Finding:
     """Whether files can be made in a folder, or in the nearest one above that is there; tried with one."""
-    there = nearest_folder(folder)
+    there = files.nearest_folder(folder)
     probe = there / f".probe-{os.getpid()}"
     try:
         probe.touch()
@@ -66,7 +66,7 @@ def writable(name: str, folder: Path) -> Finding:
 
 def locks(folder: Path) -> Finding:
     """Whether flock(2) keeps a second run out; some network filesystems let everybody in."""
-    probe = nearest_folder(folder) / f".probe-{os.getpid()}.lock"
+    probe = files.nearest_folder(folder) / f".probe-{os.getpid()}.lock"
     try:
         with probe.open("w") as one, probe.open("w") as other:
             fcntl.flock(one, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -82,7 +82,7 @@ def locks(folder: Path) -> Finding:
         probe.unlink(missing_ok=True)
 
 
-def sharing(link: Untouched, rest: int, kinds: str) -> Finding:
+def sharing(link: files.Untouched, rest: int, kinds: str) -> Finding:
     """How files that the LoRAs do not change get from the base into the merge.
 
     Args:
@@ -93,13 +93,15 @@ def sharing(link: Untouched, rest: int, kinds: str) -> Finding:
     if link != "copy" or not rest:
         return ok("sharing", f"{link} works between base and merge ({kinds})")
     remedy = "put the base's cache (HF_HUB_CACHE) on the disk of artifacts/ to save them"
-    return warn("sharing", f"base and merge cannot share files ({kinds}): {human_bytes(rest)} are copied", "", remedy)
+    return warn(
+        "sharing", f"base and merge cannot share files ({kinds}): {progress.human_bytes(rest)} are copied", "", remedy
+    )
 
 
 def filesystem(path: Path) -> str:
     """Type of the filesystem of a path: ``ext4``."""
     import psutil
 
-    there = nearest_folder(path).resolve()
+    there = files.nearest_folder(path).resolve()
     mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
     return next((mounts[folder] for folder in (there, *there.parents) if folder in mounts), "unknown")

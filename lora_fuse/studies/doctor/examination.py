@@ -9,14 +9,10 @@ from functools import partial
 from pathlib import Path
 
 from lora_fuse.errors import BadSource, NoDevice, Refused
-from lora_fuse.fusion.manifest import read_manifest
-from lora_fuse.fusion.merge import SPARE
-from lora_fuse.machine.files import Untouched, link_between, nearest_folder
-from lora_fuse.machine.progress import human_bytes
-from lora_fuse.machine.space import free_bytes
-from lora_fuse.models.families import COMPONENT
-from lora_fuse.recipe.hf_cache import cache_dir
-from lora_fuse.recipe.records import Lock, Source
+from lora_fuse.fusion import merge, read_manifest
+from lora_fuse.machine import files, progress, space
+from lora_fuse.models import COMPONENT
+from lora_fuse.recipe import Lock, Source, hf_cache
 from lora_fuse.studies.doctor import access, disk, memory, pictures, software
 from lora_fuse.studies.doctor.finding import Finding, fail, ok, warn
 from lora_fuse.studies.doctor.stock import Stock, base_stock, lora_stock
@@ -55,7 +51,7 @@ class ExaminedRecipe:
     dtype: str
     threads: int | None
     device: str
-    untouched: Untouched
+    untouched: files.Untouched
     exports: int
     publishes: bool
     merged: Path
@@ -105,46 +101,51 @@ def _sources(recipe: ExaminedRecipe) -> Iterator[Finding]:
     if key is None:
         yield warn("goldens", "not known without the GPU that the pictures need")
     else:
-        yield pictures.goldens(recipe.goldens, recipe.cases, key)
+        yield pictures.approved_pictures(recipe.goldens, recipe.cases, key)
 
 
 def _stock(label: str, stock: Stock) -> Finding:
-    here = f"{human_bytes(stock.to_fetch)} to fetch" if stock.missing else "all of it here"
-    return ok(label, f"{stock.label}: {len(stock.sizes)} files, {human_bytes(stock.size)} by {stock.known_by}, {here}")
+    here = f"{progress.human_bytes(stock.to_fetch)} to fetch" if stock.missing else "all of it here"
+    return ok(
+        label,
+        f"{stock.label}: {len(stock.sizes)} files, {progress.human_bytes(stock.size)} by {stock.known_by}, {here}",
+    )
 
 
 def _places(recipe: ExaminedRecipe, stocks: Mapping[str, Stock]) -> Iterator[Finding]:
     """Disks: what is fetched goes to the cache, what is merged beside the last merge; it may be the same disk."""
-    cache, out = cache_dir(), recipe.merged.parent
+    cache, out = hf_cache.cache_dir(), recipe.merged.parent
     uses_cache = any(source.repo_id for source in recipe.sources)
     findings = [disk.writable("artifacts", out), *([disk.writable("cache", cache)] if uses_cache else [])]
     yield from findings
     yield disk.locks(out)
     base = stocks.get("base")
-    source = nearest_folder(cache if recipe.base.repo_id else Path(str(recipe.base.path)))
+    source = files.nearest_folder(cache if recipe.base.repo_id else Path(str(recipe.base.path)))
     try:
-        link = "copy" if recipe.untouched == "copy" else link_between(source, nearest_folder(out))
+        link = "copy" if recipe.untouched == "copy" else files.link_between(source, files.nearest_folder(out))
     except OSError:
         link = "copy"
     fused, rest = _parts(base)
     yield disk.sharing(link, rest, " and ".join(dict.fromkeys(map(disk.filesystem, (source, out)))))
     fetch = sum(stock.to_fetch for stock in stocks.values())
-    together = uses_cache and nearest_folder(cache).stat().st_dev == nearest_folder(out).stat().st_dev
+    together = uses_cache and files.nearest_folder(cache).stat().st_dev == files.nearest_folder(out).stat().st_dev
     if base is None:
         yield warn("disk", "what is needed is not known, as the base's size is unknown")
         return
     if uses_cache and not together:
-        yield disk.room("disk, cache", cache, free_bytes(cache), fetch, "base and LoRAs that are not here")
-    merge = SPARE + fused + (rest if link == "copy" else 0) + recipe.exports * fused
-    parts = f"the changed files, {human_bytes(SPARE)} to spare" + (", copies of the rest" if link == "copy" else "")
+        yield disk.room("disk, cache", cache, space.free_bytes(cache), fetch, "base and LoRAs that are not here")
+    needed = merge.SPARE + fused + (rest if link == "copy" else 0) + recipe.exports * fused
+    parts = f"the changed files, {progress.human_bytes(merge.SPARE)} to spare" + (
+        ", copies of the rest" if link == "copy" else ""
+    )
     parts += ", exports" if recipe.exports else ""
-    held, free = _held(recipe.merged), free_bytes(out)
+    held, free = _held(recipe.merged), space.free_bytes(out)
     if together and fetch:
-        merge, parts = merge + fetch, f"{parts}, and what is fetched, on the same disk"
+        needed, parts = needed + fetch, f"{parts}, and what is fetched, on the same disk"
     if held:
-        yield disk.rebuild("disk", recipe.merged, free, merge, held, same=_is_of(recipe))
+        yield disk.rebuild("disk", recipe.merged, free, needed, held, same=_is_of(recipe))
     else:
-        yield disk.room("disk", out, free, merge, parts)
+        yield disk.room("disk", out, free, needed, parts)
 
 
 def _parts(base: Stock | None) -> tuple[int, int]:
@@ -184,7 +185,7 @@ def _is_of(recipe: ExaminedRecipe) -> bool:
 
 
 def _machine(recipe: ExaminedRecipe, base: Stock | None) -> Iterator[Finding]:
-    from lora_fuse.fusion.device import resolve_device
+    from lora_fuse.fusion import device
 
     parts, exact = memory.weights(base, recipe.dtype) if base else ({}, True)
     dtype = recipe.dtype if exact else f"{recipe.dtype}, if they are stored so"
@@ -194,6 +195,6 @@ def _machine(recipe: ExaminedRecipe, base: Stock | None) -> Iterator[Finding]:
         yield memory.ram(parts, *memory.memory(), dtype)
     yield memory.gpu(recipe.placement, parts, memory.gpu_memory(), dtype)
     try:
-        yield ok("fuse", f"on {resolve_device(recipe.device)}")
+        yield ok("fuse", f"on {device.resolve_device(recipe.device)}")
     except NoDevice as refusal:
         yield fail("fuse", str(refusal))

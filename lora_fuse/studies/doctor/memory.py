@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lora_fuse.checkpoint.header import DTYPE_BYTES
-from lora_fuse.checkpoint.shards import read_header
-from lora_fuse.machine.progress import human_bytes
+from lora_fuse.checkpoint import header, read_header
+from lora_fuse.machine import progress
 from lora_fuse.studies.doctor.finding import Finding, fail, ok, warn
 from lora_fuse.studies.doctor.stock import Stock
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a value, by torch's name
-FLOATS = frozenset(name for name in DTYPE_BYTES if "F" in name)
+FLOATS = frozenset(name for name in header.DTYPE_BYTES if "F" in name)
 BETTER = ("cuda", "balanced", "model_offload", "group_offload", "cpu")  # placements, the fastest first
 
 
@@ -33,7 +32,7 @@ def weights(stock: Stock, dtype: str) -> tuple[dict[str, int], bool]:
 def _in_memory(path: Path, size: int) -> int:
     total = 0
     for tensor in read_header(path).tensors.values():
-        stored = DTYPE_BYTES[tensor.dtype]
+        stored = header.DTYPE_BYTES[tensor.dtype]
         total += tensor.nbytes // stored * (size if tensor.dtype in FLOATS else stored)
     return total
 
@@ -65,14 +64,14 @@ def gpu(placement: str, parts: Mapping[str, int], gpus: Sequence[int], dtype: st
     if placement == "cpu":
         there = f"{len(gpus)} here, not used" if gpus else "none here"
         return ok("GPU", f"{there}: regress.placement is cpu")
-    free = " + ".join(map(human_bytes, gpus))
+    free = " + ".join(map(progress.human_bytes, gpus))
     if not parts and gpus:
         return warn("GPU", f"{free} free", "", "what is needed is not known, as the base's size is unknown")
     total, (name, largest) = sum(parts.values()), max(parts.items(), key=lambda part: part[1], default=("", 0))
     needed = {
-        "model_offload": f"{human_bytes(largest)} ({name}, the largest part, in {dtype})",
+        "model_offload": f"{progress.human_bytes(largest)} ({name}, the largest part, in {dtype})",
         "group_offload": "a GPU, for a layer at a time",
-    }.get(placement, f"{human_bytes(total)} (all parts in {dtype})")
+    }.get(placement, f"{progress.human_bytes(total)} (all parts in {dtype})")
     needed = needed if parts else "a GPU, of a size that is not known yet,"
     if fits(placement, parts, gpus):
         return ok("GPU", f"{free} free", f"{needed} and room for the pictures with regress.placement {placement}")
@@ -94,8 +93,8 @@ def ram(parts: Mapping[str, int], total: int, available: int, dtype: str) -> Fin
     """
     need = sum(parts.values())
     found, needed = (
-        f"{human_bytes(available)} of {human_bytes(total)} free",
-        f"{human_bytes(need)} (weights in {dtype})",
+        f"{progress.human_bytes(available)} of {progress.human_bytes(total)} free",
+        f"{progress.human_bytes(need)} (weights in {dtype})",
     )
     if need > total:
         remedy = "use a larger machine; fuse and verify need no more than 1GB"

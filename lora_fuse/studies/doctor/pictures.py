@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_fuse.errors import BadGolden, NoDevice
-from lora_fuse.pictures.environment import Key, environment, make_deterministic
-from lora_fuse.regression.goldens import Goldens
+from lora_fuse.pictures import environment
+from lora_fuse.regression import goldens
 from lora_fuse.studies.doctor.finding import Finding, fail, ok, warn
 
 
-def goldens(folder: Path, cases: Sequence[str], key: Key) -> Finding:
+def approved_pictures(folder: Path, cases: Sequence[str], key: environment.Key) -> Finding:
     """What the gate will find for pictures of a key.
 
     Args:
@@ -20,11 +20,11 @@ def goldens(folder: Path, cases: Sequence[str], key: Key) -> Finding:
         key: this machine's.
     """
     try:
-        found = Goldens(folder).for_run(key, cases)
+        found = goldens.Goldens(folder).for_run(key, cases)
     except BadGolden as refusal:
         return fail("goldens", str(refusal))
-    own = [case for case, goldens in found.items() if any(not one.golden.elsewhere for one in goldens)]
-    near = [case for case, goldens in found.items() if goldens and case not in own]
+    own = [case for case, approved in found.items() if any(not one.golden.elsewhere for one in approved)]
+    near = [case for case, approved in found.items() if approved and case not in own]
     said = f"{len(own)} of {len(cases)} cases approved for {key}"
     if len(own) == len(cases):
         return ok("goldens", said)
@@ -34,13 +34,13 @@ def goldens(folder: Path, cases: Sequence[str], key: Key) -> Finding:
     return warn("goldens", f"{said}{more}: gate will exit with {code}", "", remedy)
 
 
-def key_here(placement: str, dtype: str, threads: int | None) -> Key | None:
+def key_here(placement: str, dtype: str, threads: int | None) -> environment.Key | None:
     """This machine's key, as `regress` will have it; None if it has no GPU and the placement needs one.
 
     Sets torch up as `regress` does: not for a process that goes on to other things.
     """
-    make_deterministic(threads, on_gpu=placement != "cpu")
+    environment.make_deterministic(threads, on_gpu=placement != "cpu")
     try:
-        return environment(placement, dtype).key
+        return environment.environment(placement, dtype).key
     except NoDevice:
         return None

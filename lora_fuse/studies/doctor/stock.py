@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from lora_fuse import hub
-from lora_fuse.checkpoint.repository_files import MODEL_INDEX, folder_files, lora_files, plain_weights, text_files
+from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import BadSource
-from lora_fuse.hub.sources import open_folder
-from lora_fuse.recipe.hf_cache import snapshot_folder
-from lora_fuse.recipe.records import Lock, Source
+from lora_fuse.hub import client, sources
+from lora_fuse.hub import sizes as hub_sizes
+from lora_fuse.recipe import Lock, Source, hf_cache
 
 PATIENCE = 10.0  # seconds that the Hub may take to answer
 Choose = Callable[[Mapping[str, int]], list[str]]
@@ -74,29 +73,29 @@ def lora_stock(source: Source, filename: str, lock: Lock | None) -> Stock:
     name = PurePosixPath(filename).as_posix()
     if lock is not None and lock.lora_name != name:
         lock = None
-    return _stock(source, lock, lambda sizes: lora_files(name, sizes, source.label))
+    return _stock(source, lock, lambda sizes: repository_files.lora_files(name, sizes, source.label))
 
 
 def _stock(source: Source, lock: Lock | None, choose: Choose) -> Stock:
     if source.repo_id is None:
-        folder = open_folder(Path(str(source.path)))
+        folder = sources.open_folder(Path(str(source.path)))
         sizes = {name: promise.size or 0 for name, promise in folder.files.items()}
         return Stock(source.label, folder.root, {n: sizes[n] for n in choose(sizes)}, frozenset(), "the folder")
     if lock is not None and (lock.repo_id, lock.requested) == (source.repo_id, source.revision):
-        root = snapshot_folder(source.repo_id, str(lock.revision))
+        root = hf_cache.snapshot_folder(source.repo_id, str(lock.revision))
         sizes = {name: record.size for name, record in lock.files.items()}
         known = Stock(lock.label, root, sizes, _missing(root, sizes), "the lock")
-        if known.missing and not hub.is_offline():
-            hub.listing(source.repo_id, lock.revision, PATIENCE)  # may it still be had?
+        if known.missing and not client.is_offline():
+            hub_sizes.listing(source.repo_id, lock.revision, PATIENCE)  # may it still be had?
         return known
-    if hub.is_offline():
+    if client.is_offline():
         raise BadSource(
             f"{source.label} is not locked yet, and HF_HUB_OFFLINE is set: its size is unknown; unset it once"
         )
-    commit, files = hub.listing(source.repo_id, source.revision, PATIENCE)
+    commit, files = hub_sizes.listing(source.repo_id, source.revision, PATIENCE)
     sizes = {name: promise.size or 0 for name, promise in files.items()}
     sizes = {name: sizes[name] for name in choose(sizes)}
-    root = snapshot_folder(source.repo_id, commit)
+    root = hf_cache.snapshot_folder(source.repo_id, commit)
     return Stock(f"{source.repo_id}@{commit}", root, sizes, _missing(root, sizes), "the Hub's list")
 
 
@@ -107,11 +106,11 @@ def _missing(root: Path, sizes: Mapping[str, int]) -> frozenset[str]:
 
 
 def _pipeline(sizes: Mapping[str, int]) -> list[str]:
-    if MODEL_INDEX not in sizes:
-        raise BadSource(f"there is no {MODEL_INDEX}: it is no diffusers pipeline; name one that is")
+    if repository_files.MODEL_INDEX not in sizes:
+        raise BadSource(f"there is no {repository_files.MODEL_INDEX}: it is no diffusers pipeline; name one that is")
     folders = sorted({PurePosixPath(name).parts[0] for name in sizes if len(PurePosixPath(name).parts) > 1})
-    found = [MODEL_INDEX]
+    found = [repository_files.MODEL_INDEX]
     for folder in folders:
-        if folder_files(folder, sizes):
-            found += [*text_files(folder, sizes, ""), *plain_weights(folder, sizes)]
+        if repository_files.folder_files(folder, sizes):
+            found += [*repository_files.text_files(folder, sizes, ""), *repository_files.plain_weights(folder, sizes)]
     return found

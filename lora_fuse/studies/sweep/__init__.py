@@ -3,3 +3,7 @@
 Imports run one way: `running` and `rendering` touch files and models; `recommendation`, `curves`, `numbers` and `sheet`
 are of numbers and text.
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

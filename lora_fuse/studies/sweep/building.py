@@ -7,18 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from lora_fuse.fusion.plan import plan_of
-from lora_fuse.machine.files import replace_text
-from lora_fuse.machine.staging import remove
-from lora_fuse.pictures.asked import baseline_of, cases_of, setup_of
-from lora_fuse.pictures.environment import environment, make_deterministic
-from lora_fuse.pictures.render import Case
-from lora_fuse.recipe.hf_cache import locate
-from lora_fuse.recipe.paths import Artifacts, Merge
-from lora_fuse.recipe.sections import SamplingParams
-from lora_fuse.regression.case_judgement import picture_of, save_pictures
-from lora_fuse.regression.run import goldens_of, judge
-from lora_fuse.regression.verdicts import Picture
+from lora_fuse.fusion import plan_of
+from lora_fuse.machine import files, staging
+from lora_fuse.pictures import Case, asked, environment
+from lora_fuse.recipe import Artifacts, hf_cache, paths, sections
+from lora_fuse.regression import case_judgement, goldens_of, judge, verdicts
 from lora_fuse.studies.sweep.baseline import baseline
 from lora_fuse.studies.sweep.contact import Entry, Headings, make_sheet
 from lora_fuse.studies.sweep.numbers import against_baseline, describe, failed
@@ -34,16 +27,16 @@ class Builder:
 
     folder: Path
     keep: bool
-    merge: Merge
+    merge: paths.Merge
     _renderer: Renderer = field(default_factory=Renderer)
-    _alone: dict[str, Mapping[str, Picture]] = field(default_factory=dict)
+    _alone: dict[str, Mapping[str, verdicts.Picture]] = field(default_factory=dict)
 
-    def alone(self, planned: Planned) -> Mapping[str, Picture]:
+    def alone(self, planned: Planned) -> Mapping[str, verdicts.Picture]:
         """The pictures of the base alone, by case."""
         params, key = planned.asked.params, key_of(planned.alone)
         if key not in self._alone:
-            cases, base = cases_of(params), locate(planned.base)
-            setup, sampling = setup_of(params), baseline_of(params)
+            cases, base = asked.cases_of(params), hf_cache.locate(planned.base)
+            setup, sampling = asked.setup_of(params), asked.baseline_of(params)
             make = lambda: self._renderer.alone(base, cases, setup, sampling)  # noqa: E731
             self._alone[key] = baseline(self.folder / "baseline" / key[:16], cases, make)
         return self._alone[key]
@@ -57,32 +50,32 @@ class Builder:
         if planned.problem is not None:
             raise planned.problem
         at = Artifacts(planned.point.folder)
-        remove(at.merged)
+        staging.remove(at.merged)
         try:
             said = self._build(planned, at)
         except BaseException:
-            remove(at.merged)
+            staging.remove(at.merged)
             raise
         if not self.keep:
-            remove(at.merged)
+            staging.remove(at.merged)
         return said
 
     def _build(self, planned: Planned, at: Artifacts) -> str:
         params = planned.asked.params
         plan, alone = plan_of(planned.base, planned.loras, params), self.alone(planned)
         self.merge(params, at, planned.base, planned.loras)
-        make_deterministic(params.regress.threads, on_gpu=params.regress.placement != "cpu")
-        cases, setup = cases_of(params), replace(setup_of(params), baseline=None)
-        here = environment(setup.placement, setup.dtype)
+        environment.make_deterministic(params.regress.threads, on_gpu=params.regress.placement != "cpu")
+        cases, setup = asked.cases_of(params), replace(asked.setup_of(params), baseline=None)
+        here = environment.environment(setup.placement, setup.dtype)
         approved = goldens_of(params, planned.base).for_run(here.key, [case.name for case in cases])
         pairs = self._renderer.pairs(at.merged, plan, cases, setup)
         judged = judge(params, at, setup, here, pairs, approved)
         metrics = judged.metrics
         metrics["weights_passed"] = json.loads(at.verify.read_text(encoding="utf-8"))["passed"]
         for pair in pairs:
-            metrics |= against_baseline(pair.case.name, picture_of(pair.merged), alone[pair.case.name])
-        save_pictures(judged.cases, planned.point.folder / IMAGES)
-        replace_text(planned.point.folder / METRICS, json.dumps(metrics, indent=2) + "\n")
+            metrics |= against_baseline(pair.case.name, case_judgement.picture_of(pair.merged), alone[pair.case.name])
+        case_judgement.save_pictures(judged.cases, planned.point.folder / IMAGES)
+        files.replace_text(planned.point.folder / METRICS, json.dumps(metrics, indent=2) + "\n")
         return describe(metrics)
 
 
@@ -90,14 +83,14 @@ def sheet_of(plan: Plan, refused: Mapping[Point, str], builder: Builder, command
     """The sheet of a sweep whose points are all done or refused."""
     entries: list[Entry] = []
     cases: dict[str, Case] = {}
-    alone: dict[str, Picture] = {}
+    alone: dict[str, verdicts.Picture] = {}
     done = [planned for planned in plan.points if planned.point not in refused]
     for planned in plan.points:
         params, point = planned.asked.params, planned.point
         steps = (params.sampling.steps, params.base.sampling.steps)
         facts = (point, planned.series, params.fuse.scale, *steps, len(params.loras))
         entries.append(Entry(*facts, refused=refused.get(point)))
-        cases |= {case.name: case for case in cases_of(params)}
+        cases |= {case.name: case for case in asked.cases_of(params)}
         alone |= builder.alone(planned) if planned in done else {}
     every = [planned.asked.params for planned in plan.points]
     headings = Headings(
@@ -117,7 +110,7 @@ def wrong_points(sheet: Sheet) -> dict[str, str]:
     return found | {column.label: " ".join(column.damage) for column in wrong}
 
 
-def _sampling(sampling: SamplingParams) -> str:
+def _sampling(sampling: sections.SamplingParams) -> str:
     return f"{sampling.steps} steps, CFG {sampling.true_cfg_scale:g}"
 
 

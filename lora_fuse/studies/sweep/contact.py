@@ -9,12 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from lora_fuse.machine.files import replace_text
-from lora_fuse.machine.staging import exclusive
-from lora_fuse.pictures.metrics import Levels, to_levels, to_png
-from lora_fuse.pictures.pages import Image as Encoded
-from lora_fuse.pictures.render import Case, open_picture
-from lora_fuse.regression.verdicts import Picture
+from lora_fuse.machine import files, staging
+from lora_fuse.pictures import Case, metrics, pages, render
+from lora_fuse.regression import verdicts
 from lora_fuse.studies.sweep.numbers import broken, by_case, curves, distances, mean_of, worse_than_base
 from lora_fuse.studies.sweep.points import IMAGES, MERGED, Point
 from lora_fuse.studies.sweep.recommendation import (
@@ -55,7 +52,7 @@ class Headings:
 
 
 def make_sheet(
-    entries: Sequence[Entry], cases: Iterable[Case], alone: Mapping[str, Picture], headings: Headings
+    entries: Sequence[Entry], cases: Iterable[Case], alone: Mapping[str, verdicts.Picture], headings: Headings
 ) -> Sheet:
     """The sheet of points that are done or refused.
 
@@ -72,7 +69,7 @@ def make_sheet(
         Row(
             case.name,
             case.prompt,
-            tuple(_encoded(to_levels(open_picture(path, case))) for path in case.images),
+            tuple(_encoded(metrics.to_levels(render.open_picture(path, case))) for path in case.images),
             _encoded(alone[case.name].levels) if case.name in alone else None,
         )
         for case in cases
@@ -88,9 +85,9 @@ def write_sheet(sheet: Sheet, folder: Path) -> None:
     Raises:
         Busy: another process is writing the same.
     """
-    with exclusive(folder / "sweep.html"):
+    with staging.exclusive(folder / "sweep.html"):
         for name, text in (("html", sheet_html), ("json", sheet_json), ("md", sheet_markdown)):
-            replace_text(folder / f"sweep.{name}", text(sheet))
+            files.replace_text(folder / f"sweep.{name}", text(sheet))
 
 
 def _column(entry: Entry, *, distilled: bool) -> Column:
@@ -98,15 +95,15 @@ def _column(entry: Entry, *, distilled: bool) -> Column:
     facts = (point.label, entry.series, entry.scale, point.key)
     if entry.refused is not None:
         return Column(*facts, refused=entry.refused)
-    metrics = point.metrics()
+    numbers = point.metrics()
     pictures = {}
     for path in sorted((point.folder / IMAGES).glob("*.merged.png")):
         with Image.open(path) as image:
-            pictures[path.name.removesuffix(".merged.png")] = _encoded(to_levels(image))
-    damage = broken(metrics) + (() if distilled else worse_than_base(metrics))
+            pictures[path.name.removesuffix(".merged.png")] = _encoded(metrics.to_levels(image))
+    damage = broken(numbers) + (() if distilled else worse_than_base(numbers))
     merged = point.folder / MERGED
     kept = str(merged) if merged.is_dir() else None
-    return Column(*facts, metrics=metrics, damage=damage, pictures=pictures, merged=kept)
+    return Column(*facts, metrics=numbers, damage=damage, pictures=pictures, merged=kept)
 
 
 def _recommended(entries: Sequence[Entry], columns: Sequence[Column], *, distilled: bool) -> Recommendation:
@@ -130,11 +127,11 @@ def _recommended(entries: Sequence[Entry], columns: Sequence[Column], *, distill
     return nearest_to_teacher(tried, steps=first.steps, teacher_steps=first.teacher_steps, loras=loras)
 
 
-def _encoded(picture: Levels) -> Encoded:
+def _encoded(picture: metrics.Levels) -> pages.Image:
     """A PNG; of a large picture a smaller WebP, so that a sheet of many stays one that can be sent."""
     if max(picture.shape[:2]) <= LARGEST:
-        return Encoded(to_png(picture))
+        return pages.Image(metrics.to_png(picture))
     small, buffer = Image.fromarray(picture), io.BytesIO()
     small.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
     small.save(buffer, format="WEBP", quality=QUALITY)
-    return Encoded(buffer.getvalue(), "image/webp")
+    return pages.Image(buffer.getvalue(), "image/webp")

@@ -11,15 +11,15 @@ from types import MappingProxyType
 
 import numpy as np
 
-from lora_fuse.pictures.metrics import PEAK, Levels, comb_db
+from lora_fuse.pictures import metrics
 
 
-def clipped_share(picture: Levels) -> float:
+def clipped_share(picture: metrics.Levels) -> float:
     """The share of values, 0 to 1, that are black or white to the last level: what burns out ends there."""
-    return float(((picture == 0) | (picture == PEAK)).mean(dtype=np.float64))
+    return float(((picture == 0) | (picture == metrics.PEAK)).mean(dtype=np.float64))
 
 
-def noise_levels(picture: Levels) -> float:
+def noise_levels(picture: metrics.Levels) -> float:
     """The standard deviation of the noise in levels of 255, estimated over all channels (Immerkaer 1996).
 
     Raises:
@@ -33,22 +33,22 @@ def noise_levels(picture: Levels) -> float:
     return float(math.sqrt(math.pi / 2) / 6 * np.abs(both).mean())
 
 
-def own_comb_db(picture: Levels) -> float:
+def own_comb_db(picture: metrics.Levels) -> float:
     """How far the harmonics of one period stand out in the picture itself, in dB, see `metrics.comb_db`."""
-    return comb_db(picture, np.full_like(picture, int(picture.mean())))
+    return metrics.comb_db(picture, np.full_like(picture, int(picture.mean())))
 
 
-def detail_levels(picture: Levels) -> float:
+def detail_levels(picture: metrics.Levels) -> float:
     """The mean difference between neighbours along both axes, in levels of 255: what is washed out has little."""
     values = picture.astype(np.float64).mean(axis=-1)
     return float(np.abs(np.diff(values, axis=0)).mean() + np.abs(np.diff(values, axis=1)).mean())
 
 
-MEASURES: Mapping[str, Callable[[Levels], float]] = MappingProxyType(
+MEASURES: Mapping[str, Callable[[metrics.Levels], float]] = MappingProxyType(
     {"clipped": clipped_share, "noise": noise_levels, "comb": own_comb_db, "detail": detail_levels}
 )
 
 
-def measure(picture: Levels) -> dict[str, float]:
+def measure(picture: metrics.Levels) -> dict[str, float]:
     """All of `MEASURES` by name."""
     return {name: take(picture) for name, take in MEASURES.items()}

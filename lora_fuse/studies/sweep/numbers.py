@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, geometric_mean
 from typing import Any
 
-from lora_fuse.pictures.metrics import METRICS, is_flat
-from lora_fuse.regression.report import case_names
-from lora_fuse.regression.verdicts import Comparison, Picture, Scalar, compare
+from lora_fuse.pictures import metrics
+from lora_fuse.regression import report, verdicts
 from lora_fuse.studies.sweep.measures import MEASURES, measure
 from lora_fuse.studies.sweep.recommendation import NEAREST_BY, SECOND_BY
 
@@ -37,21 +36,21 @@ OWN = {
 }
 NEARER = {
     f"baseline.{name}": "higher is nearer" if metric.higher_is_nearer else "lower is nearer"
-    for name, metric in METRICS.items()
+    for name, metric in metrics.METRICS.items()
 }
 
 
 def title_of(key: str) -> str:
     """What a number of `curves` is called."""
     side, _, name = key.rpartition(".")
-    if name in METRICS:
-        metric = METRICS[name]
+    if name in metrics.METRICS:
+        metric = metrics.METRICS[name]
         unit = f", {metric.unit.strip()}" if metric.unit else ""
         return f"{metric.title}{unit}, to the {'base alone' if side == 'baseline' else 'golden (a gap: identical)'}"
     return OWN[name]
 
 
-def against_baseline(case: str, merged: Picture, alone: Picture) -> dict[str, Scalar]:
+def against_baseline(case: str, merged: verdicts.Picture, alone: verdicts.Picture) -> dict[str, verdicts.Scalar]:
     """The keys that a sweep adds to a case.
 
     Args:
@@ -60,15 +59,15 @@ def against_baseline(case: str, merged: Picture, alone: Picture) -> dict[str, Sc
         alone: from the base alone.
     """
     same_size = merged.levels.shape == alone.levels.shape
-    sound = not alone.nonfinite and not is_flat(alone.levels)
-    compared = compare(merged, alone) if same_size and sound else None
-    found: dict[str, Scalar] = {f"{case}.baseline.{name}": _value(compared, name) for name in METRICS}
+    sound = not alone.nonfinite and not metrics.is_flat(alone.levels)
+    compared = verdicts.compare(merged, alone) if same_size and sound else None
+    found: dict[str, verdicts.Scalar] = {f"{case}.baseline.{name}": _value(compared, name) for name in metrics.METRICS}
     for key, picture in (("damage", merged), ("baseline_damage", alone)):
         found |= {f"{case}.{key}.{name}": value for name, value in measure(picture.levels).items()}
     return found
 
 
-def _value(compared: Comparison | None, name: str) -> float | None:
+def _value(compared: verdicts.Comparison | None, name: str) -> float | None:
     value = None if compared is None else compared.values.get(name)
     return value if value is not None and math.isfinite(value) else None
 
@@ -80,7 +79,7 @@ def mean_of(metrics: Mapping[str, Any], key: str) -> float | None:
     the model cannot do it, does not outvote those that the scale decides.
     """
     found = by_case(metrics, key)
-    if not found or len(found) < len(case_names(metrics)):
+    if not found or len(found) < len(report.case_names(metrics)):
         return None
     if key.rpartition(".")[2] in RATIOS:
         return geometric_mean([max(value, SMALLEST) for value in found.values()])
@@ -89,13 +88,13 @@ def mean_of(metrics: Mapping[str, Any], key: str) -> float | None:
 
 def by_case(metrics: Mapping[str, Any], key: str) -> dict[str, float]:
     """``{case}.{key}`` of every case that has such a number."""
-    values = {case: metrics.get(f"{case}.{key}") for case in case_names(metrics)}
+    values = {case: metrics.get(f"{case}.{key}") for case in report.case_names(metrics)}
     return {case: float(value) for case, value in values.items() if isinstance(value, int | float)}
 
 
-def distances(metrics: Mapping[str, Any]) -> dict[str, float]:
+def distances(numbers: Mapping[str, Any]) -> dict[str, float]:
     """To the base's own pictures, by metric, the mean over the cases."""
-    found = {name: mean_of(metrics, f"baseline.{name}") for name in METRICS}
+    found = {name: mean_of(numbers, f"baseline.{name}") for name in metrics.METRICS}
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -105,7 +104,7 @@ def broken(metrics: Mapping[str, Any]) -> tuple[str, ...]:
     Not being the golden is no fault here: that is of another scale.
     """
     found = [] if metrics["weights_passed"] else ["The merged weights are wrong."]
-    cases = case_names(metrics)
+    cases = report.case_names(metrics)
     return (*found, *(f"{case}: {metrics[f'{case}.reasons']}" for case in cases if not metrics[f"{case}.agrees"]))
 
 
@@ -124,14 +123,14 @@ def failed(metrics: Mapping[str, Any]) -> bool:
 
     A picture that is broken on both sides is what the scale does, and a finding.
     """
-    apart = [case for case in case_names(metrics) if not metrics[f"{case}.agrees"]]
+    apart = [case for case in report.case_names(metrics) if not metrics[f"{case}.agrees"]]
     return not metrics["weights_passed"] or any(metrics[f"{case}.verdict"] != "invalid" for case in apart)
 
 
 def worse_than_base(metrics: Mapping[str, Any]) -> tuple[str, ...]:
     """Where the pictures are more clipped, noisier, more of a grid or more washed out than the base's, as sentences."""
     found = []
-    for case in case_names(metrics):
+    for case in report.case_names(metrics):
         for name in MEASURES:
             words, times, more = DAMAGE[name]
             value, alone = (metrics[f"{case}.{side}.{name}"] for side in ("damage", "baseline_damage"))
@@ -144,7 +143,7 @@ def worse_than_base(metrics: Mapping[str, Any]) -> tuple[str, ...]:
 
 def curves(points: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
     """A number for each point, the mean over the cases, by the key that it has after the case's name."""
-    ranked = [*DECIDING, *(name for name in METRICS if name not in DECIDING)]  # what decides comes first
+    ranked = [*DECIDING, *(name for name in metrics.METRICS if name not in DECIDING)]  # what decides comes first
     keys = [f"baseline.{name}" for name in ranked] + [f"damage.{name}" for name in MEASURES]
     keys += ["over_floor", "golden.psnr_db"]
     found = {key: [mean_of(point, key) for point in points] for key in keys}

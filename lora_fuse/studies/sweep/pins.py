@@ -8,12 +8,9 @@ from pathlib import Path
 
 from lora_fuse import hub
 from lora_fuse.errors import NoSpace
-from lora_fuse.machine.files import nearest_folder, replace_text
-from lora_fuse.machine.progress import human_bytes
-from lora_fuse.machine.space import free_bytes
-from lora_fuse.recipe.hf_cache import cache_dir
-from lora_fuse.recipe.records import SCHEMA, Lock, Source, from_json, to_json
-from lora_fuse.recipe.sections import DownloadParams
+from lora_fuse.hub import sizes as source_sizes
+from lora_fuse.machine import files, progress, space
+from lora_fuse.recipe import Lock, Source, hf_cache, records, sections
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,19 +24,19 @@ class SweepLocks:
 class SourceLocks:
     """Locks as they are needed; a source that was pinned before keeps its commit."""
 
-    def __init__(self, path: Path, known: Iterable[Lock], transfer: DownloadParams) -> None:
+    def __init__(self, path: Path, known: Iterable[Lock], transfer: sections.DownloadParams) -> None:
         """`path` has the pins of earlier runs of this sweep; `known` are the build's."""
         self._path, self._transfer = path, transfer
-        earlier = from_json(SweepLocks, path.read_text(), str(path)).locks if path.exists() else []
+        earlier = records.from_json(SweepLocks, path.read_text(), str(path)).locks if path.exists() else []
         self._known = [*earlier, *known]
         self._made: dict[tuple[Source, str | None], Lock] = {}
 
-    def sizes(self, source: Source, filename: str | None = None) -> hub.Sizes:
+    def sizes(self, source: Source, filename: str | None = None) -> source_sizes.Sizes:
         """What a base, or the LoRA `filename` of a source, will take; nothing of it is fetched."""
         previous = self._previous(source, filename)
         if filename is None:
-            return hub.base_sizes(source, previous, self._transfer)
-        return hub.lora_sizes(source, filename, previous, self._transfer)
+            return source_sizes.base_sizes(source, previous, self._transfer)
+        return source_sizes.lora_sizes(source, filename, previous, self._transfer)
 
     def base(self, source: Source) -> Lock:
         """Pin a base, see `lora_fuse.hub.lock_base`."""
@@ -59,7 +56,7 @@ class SourceLocks:
     def write(self) -> None:
         """Keep the pins for the next run."""
         kept = [lock for lock in self._known if all(_kind(lock) != _kind(made) for made in self._made.values())]
-        replace_text(self._path, to_json(SweepLocks(SCHEMA, [*kept, *self._made.values()])))
+        files.replace_text(self._path, records.to_json(SweepLocks(records.SCHEMA, [*kept, *self._made.values()])))
 
     def _previous(self, source: Source, filename: str | None) -> Lock | None:
         """The lock of the same source, best of the same file; of a base, one that is a pipeline."""
@@ -85,14 +82,14 @@ def check_room(to_fetch: int, to_write: int, folder: Path) -> None:
     Raises:
         NoSpace: a disk has less; the message names both numbers.
     """
-    needs = {cache_dir(): to_fetch, folder: to_write}
-    if len({nearest_folder(place).stat().st_dev for place in needs}) == 1:
+    needs = {hf_cache.cache_dir(): to_fetch, folder: to_write}
+    if len({files.nearest_folder(place).stat().st_dev for place in needs}) == 1:
         needs = {folder: to_fetch + to_write}
     for place, need in needs.items():
-        free = free_bytes(place)
+        free = space.free_bytes(place)
         if need > free:
             raise NoSpace(
-                f"the sweep needs {human_bytes(need)} ({need} bytes) on the disk of {place}, which has "
-                f"{human_bytes(free)} ({free} bytes) free: {human_bytes(to_fetch)} to fetch and "
-                f"{human_bytes(to_write)} of merged checkpoints; make room, or sweep without --keep"
+                f"the sweep needs {progress.human_bytes(need)} ({need} bytes) on the disk of {place}, which has "
+                f"{progress.human_bytes(free)} ({free} bytes) free: {progress.human_bytes(to_fetch)} to fetch and "
+                f"{progress.human_bytes(to_write)} of merged checkpoints; make room, or sweep without --keep"
             )

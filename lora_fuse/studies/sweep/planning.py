@@ -9,19 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_fuse import hub
 from lora_fuse.errors import LoraFuseError, Refused
-from lora_fuse.machine.files import hash_file
-from lora_fuse.machine.progress import human_bytes
-from lora_fuse.models.families import COMPONENT
-from lora_fuse.pictures.asked import cases_of, setup_of
-from lora_fuse.pictures.environment import Environment, check_gpu, environment, make_deterministic
-from lora_fuse.pictures.pairs import check_cases
-from lora_fuse.recipe.checkout import this_version
-from lora_fuse.recipe.paths import GOLDEN, HERE
-from lora_fuse.recipe.recipe import Recipe
-from lora_fuse.recipe.records import Lock
-from lora_fuse.regression.goldens import Goldens
+from lora_fuse.hub import sizes as source_sizes
+from lora_fuse.machine import files, progress
+from lora_fuse.models import COMPONENT
+from lora_fuse.pictures import Environment, asked, environment, pairs
+from lora_fuse.recipe import Lock, Recipe, checkout, paths
+from lora_fuse.regression import goldens
 from lora_fuse.studies.sweep.pins import SourceLocks, check_room
 from lora_fuse.studies.sweep.points import Point, clear_leftovers, key_of, waiting
 
@@ -72,7 +66,11 @@ class Plan:
     def __str__(self) -> str:
         count, missing = len(self.points), len(self.missing)
         same = f" ({self.same} more are the same again)" if self.same else ""
-        room = f"; {human_bytes(self.merged)} of disk for {'each' if self.keep else 'one at a time'}" if missing else ""
+        room = (
+            f"; {progress.human_bytes(self.merged)} of disk for {'each' if self.keep else 'one at a time'}"
+            if missing
+            else ""
+        )
         return f"{count} points{same}, {count - missing} done already, {missing} to build{room}"
 
     def number(self, point: Point) -> str:
@@ -87,15 +85,15 @@ def plan_sweep(swept: Sequence[SweptParams], folder: Path, *, keep: bool) -> Pla
         Refused: a case, the GPU or a base is not there; nothing was fetched.
         NoSpace: the disk has no room for base and merged checkpoint; nothing was fetched or written.
     """
-    for asked in swept:
-        check_gpu(asked.params.regress.placement)
-        check_cases(cases_of(asked.params), setup_of(asked.params))
+    for one in swept:
+        environment.check_gpu(one.params.regress.placement)
+        pairs.check_cases(asked.cases_of(one.params), asked.setup_of(one.params))
     with waiting(folder / "locks.json"):
         pins = SourceLocks(folder / "locks.json", _known_locks(), swept[0].params.download)
         fetched, merged = _need(swept, pins)
         if fetched:
             check_room(fetched, merged, folder)
-        every = [_pin(asked, pins, folder / "points") for asked in swept]
+        every = [_pin(one, pins, folder / "points") for one in swept]
         pins.write()
     once = tuple({planned.point.key: planned for planned in reversed(every)}.values())[::-1]
     missing = tuple(planned for planned in once if not planned.point.is_done(keep=keep))
@@ -106,9 +104,9 @@ def plan_sweep(swept: Sequence[SweptParams], folder: Path, *, keep: bool) -> Pla
 
 def _known_locks() -> list[Lock]:
     """What the build has pinned: a sweep keeps to its commits."""
-    if not (HERE.base_lock.exists() and HERE.lora_lock.exists()):
+    if not (paths.HERE.base_lock.exists() and paths.HERE.lora_lock.exists()):
         return []
-    base, loras = HERE.read_locks()
+    base, loras = paths.HERE.read_locks()
     return [base, *loras.values()]
 
 
@@ -118,9 +116,9 @@ def _need(swept: Sequence[SweptParams], pins: SourceLocks) -> tuple[int, int]:
     Raises:
         BadSource: a base is not there.
     """
-    sizes: dict[object, hub.Sizes] = {}
+    sizes: dict[object, source_sizes.Sizes] = {}
     largest = 0
-    for params in (asked.params for asked in swept):
+    for params in (one.params for one in swept):
         if params.base.source not in sizes:
             sizes[params.base.source] = pins.sizes(params.base.source)
         base = sizes[params.base.source]
@@ -132,34 +130,34 @@ def _need(swept: Sequence[SweptParams], pins: SourceLocks) -> tuple[int, int]:
     return sum(one.to_fetch for one in sizes.values()), largest
 
 
-def _pin(asked: SweptParams, pins: SourceLocks, folder: Path) -> Planned:
+def _pin(one: SweptParams, pins: SourceLocks, folder: Path) -> Planned:
     """Have the files of a point on this machine, and name its folder below `folder` after all that it depends on."""
-    params = asked.params
+    params = one.params
     base, loras, problem = pins.base(params.base.source), {}, None
     try:
         loras = {name: pins.lora(lora.source, lora.filename) for name, lora in sorted(params.loras.items())}
     except Refused as error:
         problem = error
-    make_deterministic(params.regress.threads, on_gpu=params.regress.placement != "cpu")
-    here = environment(params.regress.placement, params.regress.dtype)
+    environment.make_deterministic(params.regress.threads, on_gpu=params.regress.placement != "cpu")
+    here = environment.environment(params.regress.placement, params.regress.dtype)
     alone = _inputs_alone(params, base, here)
     inputs = alone | _inputs_merged(params, loras, here)
     if problem is not None:
         inputs["loras"] = {name: lora.model_dump() for name, lora in params.loras.items()}
     key = key_of(inputs)
-    point = Point(" ".join(asked.overrides), key, folder / key[:16])
-    return Planned(asked, point, base, loras, inputs, alone, problem)
+    point = Point(" ".join(one.overrides), key, folder / key[:16])
+    return Planned(one, point, base, loras, inputs, alone, problem)
 
 
 def _inputs_alone(params: Recipe, base: Lock, here: Environment) -> dict[str, Any]:
     """What the base's own pictures depend on."""
     regress = params.regress
     cases = {
-        name: case.model_dump() | {"sha256": [hash_file(Path(image)).sha256 for image in case.images]}
+        name: case.model_dump() | {"sha256": [files.hash_file(Path(image)).sha256 for image in case.images]}
         for name, case in regress.cases.items()
     }
     return {
-        "engine": [ENGINE, this_version()],
+        "engine": [ENGINE, checkout.this_version()],
         "base": _locked(base),
         "pipeline": params.base.pipeline,
         "condition_area": params.base.condition_area,
@@ -172,7 +170,7 @@ def _inputs_alone(params: Recipe, base: Lock, here: Environment) -> dict[str, An
 def _inputs_merged(params: Recipe, loras: Mapping[str, Lock], here: Environment) -> dict[str, Any]:
     """What a point's pictures, and the verdicts on them, depend on besides."""
     regress = params.regress
-    approved = Goldens(GOLDEN / params.name).for_run(here.key, list(regress.cases))
+    approved = goldens.Goldens(paths.GOLDEN / params.name).for_run(here.key, list(regress.cases))
     return {
         "recipe": params.name,
         "loras": {name: [params.fuse.scale_of(name), _locked(lock)] for name, lock in loras.items()},

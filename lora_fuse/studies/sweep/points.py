@@ -16,9 +16,8 @@ from time import sleep
 from typing import Any
 
 from lora_fuse.errors import BadSource, Busy
-from lora_fuse.machine.files import FileRecord, hash_file, replace_text
-from lora_fuse.machine.staging import exclusive, remove
-from lora_fuse.recipe.records import from_json, to_json
+from lora_fuse.machine import FileRecord, files, staging
+from lora_fuse.recipe import records
 
 SCHEMA = 1
 RECORD, METRICS, IMAGES, MERGED = "point.json", "metrics.json", "images", "merged"
@@ -75,26 +74,30 @@ class Point:
     def finish(self, inputs: Mapping[str, Any], *, kept: bool) -> None:
         """Write the record, as the last of all."""
         names = [METRICS, *(f"{IMAGES}/{path.name}" for path in sorted((self.folder / IMAGES).glob("*.png")))]
-        files = {name: hash_file(self.folder / name) for name in names}
-        replace_text(self.folder / RECORD, to_json(PointRecord(SCHEMA, self.key, dict(inputs), files, kept=kept)))
+        written = {name: files.hash_file(self.folder / name) for name in names}
+        files.replace_text(
+            self.folder / RECORD, records.to_json(PointRecord(SCHEMA, self.key, dict(inputs), written, kept=kept))
+        )
 
     def refuse(self, inputs: Mapping[str, Any], sentence: str) -> None:
         """Record that it cannot be built, and why."""
-        replace_text(self.folder / RECORD, to_json(PointRecord(SCHEMA, self.key, dict(inputs), {}, sentence)))
+        files.replace_text(
+            self.folder / RECORD, records.to_json(PointRecord(SCHEMA, self.key, dict(inputs), {}, sentence))
+        )
 
 
 def read_record(folder: Path) -> PointRecord | None:
     """The record of whatever point a folder is of; None if there is none, or it cannot be read."""
     path = folder / RECORD
     try:
-        return from_json(PointRecord, path.read_text(encoding="utf-8"), str(path))
+        return records.from_json(PointRecord, path.read_text(encoding="utf-8"), str(path))
     except (OSError, BadSource):
         return None
 
 
 def _is_same(path: Path, file: FileRecord) -> bool:
     try:
-        return hash_file(path) == file
+        return files.hash_file(path) == file
     except OSError:
         return False
 
@@ -113,9 +116,9 @@ def clear_leftovers(points: Path, mine: Iterable[Point]) -> None:
         if (record is not None and record.kept) or not any(path.exists() for path in left):
             continue
         try:
-            with exclusive(folder):
+            with staging.exclusive(folder):
                 for path in left:
-                    remove(path)
+                    staging.remove(path)
         except Busy:  # it is being built
             continue
 
@@ -126,7 +129,7 @@ def waiting(path: Path) -> Iterator[None]:
     with ExitStack() as held:
         while True:
             try:
-                held.enter_context(exclusive(path))
+                held.enter_context(staging.exclusive(path))
                 break
             except Busy:
                 sleep(POLL)

@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_fuse.fusion.plan import Plan
-from lora_fuse.pictures.pairs import Pair, Setup, drop_transformer, render_all, render_pairs
-from lora_fuse.pictures.render import Case, Rendered, Sampling, load_pipeline, shared_components
+from lora_fuse.fusion import Plan
+from lora_fuse.pictures import Case, Rendered, Setup, pairs, render
 
 
 @dataclass(slots=True)
@@ -22,29 +21,29 @@ class Renderer:
     _of: tuple[object, ...] = ()
     _parts: Mapping[str, object] = field(default_factory=dict)
 
-    def alone(self, base: Path, cases: Sequence[Case], setup: Setup, sampling: Sampling) -> list[Rendered]:
+    def alone(self, base: Path, cases: Sequence[Case], setup: Setup, sampling: render.Sampling) -> list[Rendered]:
         """Render every case from the base without a LoRA, with its own scheduler.
 
         Raises:
             RenderFailed: see `lora_fuse.pictures.pairs.render_pairs`.
         """
-        pipe = load_pipeline(base, setup.pipeline, dtype=setup.dtype, shared=self._shared(base, setup))
-        rendered = render_all(pipe, cases, sampling, setup.placement)
-        drop_transformer(pipe)
+        pipe = render.load_pipeline(base, setup.pipeline, dtype=setup.dtype, shared=self._shared(base, setup))
+        rendered = pairs.render_all(pipe, cases, sampling, setup.placement)
+        pairs.drop_transformer(pipe)
         return rendered
 
-    def pairs(self, merged: Path, plan: Plan, cases: Sequence[Case], setup: Setup) -> list[Pair]:
+    def pairs(self, merged: Path, plan: Plan, cases: Sequence[Case], setup: Setup) -> list[pairs.Pair]:
         """Render every case from both sides, see `lora_fuse.pictures.pairs.render_pairs`.
 
         Raises:
             RenderFailed: as there.
         """
-        return render_pairs(merged, plan, cases, setup, shared=self._shared(plan.checkpoint.root, setup))
+        return pairs.render_pairs(merged, plan, cases, setup, shared=self._shared(plan.checkpoint.root, setup))
 
     def _shared(self, base: Path, setup: Setup) -> Mapping[str, object]:
         of = (base, setup.pipeline, setup.dtype, setup.placement)
         if of != self._of:
             self._parts = {}  # the memory of the last ones first
-            pipe = load_pipeline(base, setup.pipeline, dtype=setup.dtype, shared={"transformer": None})
-            self._of, self._parts = of, shared_components(pipe)
+            pipe = render.load_pipeline(base, setup.pipeline, dtype=setup.dtype, shared={"transformer": None})
+            self._of, self._parts = of, render.shared_components(pipe)
         return self._parts

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lora_fuse.errors import Busy, NoDevice, NoSpace, Refused
-from lora_fuse.machine.staging import exclusive
+from lora_fuse.machine import staging
 from lora_fuse.studies.sweep.points import Point
 
 
@@ -53,7 +53,7 @@ def run(
         for point in pending:
             try:
                 if not point.is_done(keep=keep):
-                    with exclusive(point.folder):
+                    with staging.exclusive(point.folder):
                         said = _build_one(point, build, inputs[point], keep=keep)
                         if said.refused:
                             standing.refused[point] = said.sentence

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from lora_fuse.recipe.recipe import Recipe
+from lora_fuse.recipe import Recipe
 
 if TYPE_CHECKING:
     from lora_fuse.studies.validation.effect import Effect

@@ -17,14 +17,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora_fuse.checkpoint.blocks import block_of, in_order
-from lora_fuse.lora.inputs import Selection
-from lora_fuse.lora.lora_file import LoraFile
-from lora_fuse.lora.updates import LoraInput, Update
-from lora_fuse.verification.rederivation import row_blocks, weight_files
+from lora_fuse.checkpoint import blocks
+from lora_fuse.lora import LoraFile, LoraInput, Selection, Update
+from lora_fuse.verification import row_blocks, weight_files
 
 if TYPE_CHECKING:
-    from lora_fuse.verification.expectation import Delta, Weights
+    from lora_fuse.verification import Delta, Weights
 
 ROWS = 16  # of each weight
 
@@ -122,7 +120,7 @@ def compare_files(current: Path, new: Path, base: Path, component: str, rows: in
     Raises:
         BadCheckpoint: the base has no weights.
     """
-    from lora_fuse.verification.expectation import Weights, read_expected
+    from lora_fuse.verification import Weights, read_expected
 
     with ExitStack() as stack:
         weights = Weights(weight_files(base, component), stack)
@@ -163,15 +161,15 @@ def _measure(name: str, base: Weights, before: list[Delta], after: list[Delta], 
 
 
 def _by_block(sums: Mapping[str, _Sums]) -> tuple[BlockChange, ...]:
-    blocks: dict[str, _Sums] = {}
+    by_block: dict[str, _Sums] = {}
     for name, found in sums.items():
-        blocks.setdefault(block_of(name), _Sums()).add(found)
+        by_block.setdefault(blocks.block_of(name), _Sums()).add(found)
     return tuple(
         BlockChange(
             block,
-            math.sqrt(blocks[block].current / blocks[block].base) if blocks[block].base else 0.0,
-            math.sqrt(blocks[block].new / blocks[block].base) if blocks[block].base else 0.0,
-            blocks[block].cosine,
+            math.sqrt(by_block[block].current / by_block[block].base) if by_block[block].base else 0.0,
+            math.sqrt(by_block[block].new / by_block[block].base) if by_block[block].base else 0.0,
+            by_block[block].cosine,
         )
-        for block in in_order(blocks)
+        for block in blocks.in_order(by_block)
     )

@@ -9,12 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from lora_fuse.pictures.metrics import METRICS, Levels, heat_map, to_levels
-from lora_fuse.pictures.pages import Image as Encoded
-from lora_fuse.pictures.pages import render_page
-from lora_fuse.pictures.render import open_picture
-from lora_fuse.regression.review import encoded
-from lora_fuse.regression.verdicts import Comparison, Picture, compare
+from lora_fuse.pictures import metrics, pages, render
+from lora_fuse.regression import review, verdicts
 from lora_fuse.studies.validation.evidence import Judgement, Outcome
 from lora_fuse.studies.validation.files import FileComparison, FileFacts
 from lora_fuse.studies.validation.sides import Measured
@@ -89,13 +85,13 @@ class Shown:
     prompt: str
     seed: int
     size: tuple[int, int]
-    inputs: tuple[Encoded, ...]
-    current: Encoded | None
-    new: Encoded
-    unfused: Encoded
-    plain: Encoded
-    teacher: Encoded | None
-    heat: Encoded | None
+    inputs: tuple[pages.Image, ...]
+    current: pages.Image | None
+    new: pages.Image
+    unfused: pages.Image
+    plain: pages.Image
+    teacher: pages.Image | None
+    heat: pages.Image | None
     cells: Mapping[str, str]
 
 
@@ -107,7 +103,9 @@ def rows(validation: Validation) -> list[Row]:
 def _cells(one: Measured) -> dict[str, str]:
     beside, evidence = to_current(one), one.evidence
     cells = {
-        f"{METRICS[name].title} to current": "-" if beside is None else METRICS[name].text(beside.values[name])
+        f"{metrics.METRICS[name].title} to current": "-"
+        if beside is None
+        else metrics.METRICS[name].text(beside.values[name])
         for name in SHOWN
     }
     golden = one.result.vs_golden
@@ -119,22 +117,22 @@ def _cells(one: Measured) -> dict[str, str]:
         "strength": "-" if acts is None else f"{acts.strength:.2f}",
         "gain": _number(evidence.gain, ".2f"),
         "current gain": _number(evidence.current_gain, ".2f"),
-        "PSNR to golden": "-" if golden is None else METRICS["psnr_db"].text(golden.values["psnr_db"]),
+        "PSNR to golden": "-" if golden is None else metrics.METRICS["psnr_db"].text(golden.values["psnr_db"]),
         "noise": f"{evidence.noise:.2f}",
         "comb": f"{evidence.comb_db:.1f} dB",
     }
     return cells
 
 
-def to_current(one: Measured) -> Comparison | None:
+def to_current(one: Measured) -> verdicts.Comparison | None:
     """The new picture beside the current one; None without one, or of another size."""
     if one.sides.current is None:
         return None
     new, current = (
-        Picture(to_levels(side.image), side.nonfinite, side.latents)
+        verdicts.Picture(metrics.to_levels(side.image), side.nonfinite, side.latents)
         for side in (one.sides.pair.merged, one.sides.current)
     )
-    return compare(new, current) if new.levels.shape == current.levels.shape else None
+    return verdicts.compare(new, current) if new.levels.shape == current.levels.shape else None
 
 
 def _number(value: float | None, digits: str, unit: str = "") -> str:
@@ -153,7 +151,7 @@ def validation_md(validation: Validation, thumbnails: Mapping[str, str]) -> str:
         thumbnails: by case, the path of its strip of pictures from where the page lies.
     """
     table = rows(validation)
-    return render_page(
+    return pages.render_page(
         "lora_fuse.studies.validation",
         "validation.md.j2",
         v=validation,
@@ -171,7 +169,7 @@ def _cell(text: object) -> str:
 
 def validation_html(validation: Validation) -> str:
     """The page for a browser: current, new and unfused side by side, a slider, what changed."""
-    return render_page(
+    return pages.render_page(
         "lora_fuse.studies.validation",
         "validation.html.j2",
         v=validation,
@@ -182,33 +180,33 @@ def validation_html(validation: Validation) -> str:
 
 def _shown(one: Measured) -> Shown:
     sides, case = one.sides, one.sides.pair.case
-    new = to_levels(sides.pair.merged.image)
-    current = None if sides.current is None else to_levels(sides.current.image)
+    new = metrics.to_levels(sides.pair.merged.image)
+    current = None if sides.current is None else metrics.to_levels(sides.current.image)
     return Shown(
         case.name,
         case.prompt,
         case.seed,
         (new.shape[1], new.shape[0]),
-        tuple(encoded(to_levels(open_picture(path, case))) for path in case.images),
-        None if current is None else encoded(current),
-        encoded(new),
-        encoded(to_levels(sides.pair.unfused.image)),
-        encoded(to_levels(sides.plain.image)),
-        None if sides.teacher is None else encoded(to_levels(sides.teacher.image)),
-        None if current is None or current.shape != new.shape else encoded(heat_map(new, current)),
+        tuple(review.encoded(metrics.to_levels(render.open_picture(path, case))) for path in case.images),
+        None if current is None else review.encoded(current),
+        review.encoded(new),
+        review.encoded(metrics.to_levels(sides.pair.unfused.image)),
+        review.encoded(metrics.to_levels(sides.plain.image)),
+        None if sides.teacher is None else review.encoded(metrics.to_levels(sides.teacher.image)),
+        None if current is None or current.shape != new.shape else review.encoded(metrics.heat_map(new, current)),
         _cells(one),
     )
 
 
-def strip(one: Measured) -> Levels:
+def strip(one: Measured) -> metrics.Levels:
     """Input, current, new and their difference side by side, small: a thumbnail for a page that takes no data."""
     case, sides = one.sides.pair.case, one.sides
-    new = to_levels(sides.pair.merged.image)
-    current = None if sides.current is None else to_levels(sides.current.image)
-    pictures = [to_levels(open_picture(path, case)) for path in case.images[:1]]
+    new = metrics.to_levels(sides.pair.merged.image)
+    current = None if sides.current is None else metrics.to_levels(sides.current.image)
+    pictures = [metrics.to_levels(render.open_picture(path, case)) for path in case.images[:1]]
     pictures += [new] if current is None else [current, new]
     if current is not None and current.shape == new.shape:
-        pictures.append(heat_map(new, current))
+        pictures.append(metrics.heat_map(new, current))
     small = [_small(picture) for picture in pictures]
     height, gap = max(picture.height for picture in small), 4
     sheet = Image.new("RGB", (sum(picture.width for picture in small) + gap * (len(small) - 1), height), "white")
@@ -216,10 +214,10 @@ def strip(one: Measured) -> Levels:
     for picture in small:
         sheet.paste(picture, (left, 0))
         left += picture.width + gap
-    return to_levels(sheet)
+    return metrics.to_levels(sheet)
 
 
-def _small(levels: Levels) -> Image.Image:
+def _small(levels: metrics.Levels) -> Image.Image:
     picture = Image.fromarray(levels)
     picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     return picture

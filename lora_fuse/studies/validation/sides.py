@@ -11,21 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from lora_fuse.fusion.plan import Plan
-from lora_fuse.pictures.metrics import comb_db, latents_l2, to_levels
-from lora_fuse.pictures.pairs import (
-    Pair,
-    Setup,
-    attach_beside,
-    drop_transformer,
-    pair_up,
-    render_all,
-    render_references,
-)
-from lora_fuse.pictures.render import Case, Rendered, load_pipeline, make_scheduler, shared_components
-from lora_fuse.pictures.render_progress import Task, Watch
-from lora_fuse.regression.case_judgement import judge_pairs
-from lora_fuse.regression.verdicts import FLOAT32_NOISE, CaseResult, Golden, Rules
+from lora_fuse.fusion import Plan
+from lora_fuse.pictures import Case, Rendered, Setup, metrics, pairs, render, render_progress
+from lora_fuse.regression import case_judgement, verdicts
 from lora_fuse.studies.validation.effect import effect, gain, noise_sigma
 from lora_fuse.studies.validation.evidence import CaseEvidence
 
@@ -34,7 +22,7 @@ from lora_fuse.studies.validation.evidence import CaseEvidence
 class Sides:
     """The pictures of one case, as they were rendered; `teacher` and `current` may be missing."""
 
-    pair: Pair
+    pair: pairs.Pair
     plain: Rendered
     current: Rendered | None
 
@@ -58,10 +46,10 @@ class Versions:
     current: Plan | None
 
 
-def task_of(name: str, cases: int, setup: Setup, *, current: bool) -> Task:
+def task_of(name: str, cases: int, setup: Setup, *, current: bool) -> render_progress.Task:
     """How much there is to render."""
     more = (setup.sampling, setup.sampling) if current else (setup.sampling,)
-    return Task(name, cases, (*setup.sides, *more))
+    return render_progress.Task(name, cases, (*setup.sides, *more))
 
 
 def render_sides(
@@ -69,7 +57,7 @@ def render_sides(
     versions: Versions,
     cases: Sequence[Case],
     setup: Setup,
-    watch: Watch,
+    watch: render_progress.Watch,
 ) -> list[Sides]:
     """Render every case from every side.
 
@@ -85,16 +73,16 @@ def render_sides(
         OutOfMemory: the GPU's memory is short; the message names the placement to try.
     """
     watch.loads("merged")
-    pipe = load_pipeline(merged, setup.pipeline, dtype=setup.dtype)
-    ours = render_all(pipe, cases, setup.sampling, setup.placement, side="merged", watch=watch)
-    shared = shared_components(pipe)
-    drop_transformer(pipe)
-    references = render_references(versions.new, cases, setup, shared, watch)
+    pipe = render.load_pipeline(merged, setup.pipeline, dtype=setup.dtype)
+    ours = pairs.render_all(pipe, cases, setup.sampling, setup.placement, side="merged", watch=watch)
+    shared = render.shared_components(pipe)
+    pairs.drop_transformer(pipe)
+    references = pairs.render_references(versions.new, cases, setup, shared, watch)
     beside = partial(_render_beside, versions.new.checkpoint.root, cases, setup, shared, watch)
     without = beside(versions.others, "without")
     before = [None] * len(cases) if versions.current is None else beside(versions.current, "current")
-    pairs = pair_up(cases, ours, references)
-    return [Sides(*side) for side in zip(pairs, without, before, strict=True)]
+    rendered = pairs.pair_up(cases, ours, references)
+    return [Sides(*side) for side in zip(rendered, without, before, strict=True)]
 
 
 def _render_beside(
@@ -102,19 +90,19 @@ def _render_beside(
     cases: Sequence[Case],
     setup: Setup,
     shared: Mapping[str, object],
-    watch: Watch,
+    watch: render_progress.Watch,
     plan: Plan | None,
     side: str,
 ) -> list[Rendered]:
     """The base with the recipe's scheduler, and LoRAs beside it if there are any."""
     watch.loads(side)
-    pipe = load_pipeline(base, setup.pipeline, dtype=setup.dtype, shared=shared)
+    pipe = render.load_pipeline(base, setup.pipeline, dtype=setup.dtype, shared=shared)
     if setup.scheduler:
-        pipe.register_modules(scheduler=make_scheduler(setup.scheduler))
+        pipe.register_modules(scheduler=render.make_scheduler(setup.scheduler))
     if plan is not None:
-        attach_beside(pipe, plan)
-    pictures = render_all(pipe, cases, setup.sampling, setup.placement, side=side, watch=watch)
-    drop_transformer(pipe)
+        pairs.attach_beside(pipe, plan)
+    pictures = pairs.render_all(pipe, cases, setup.sampling, setup.placement, side=side, watch=watch)
+    pairs.drop_transformer(pipe)
     return pictures
 
 
@@ -123,11 +111,13 @@ class Measured:
     """The sides of a case, what the regression says of the merge, and what the judgement goes by."""
 
     sides: Sides
-    result: CaseResult
+    result: verdicts.CaseResult
     evidence: CaseEvidence
 
 
-def measure(sides: Sequence[Sides], goldens: Mapping[str, Sequence[Golden]], rules: Rules) -> list[Measured]:
+def measure(
+    sides: Sequence[Sides], goldens: Mapping[str, Sequence[verdicts.Golden]], rules: verdicts.Rules
+) -> list[Measured]:
     """Compare every side that a judgement asks for.
 
     Args:
@@ -135,29 +125,29 @@ def measure(sides: Sequence[Sides], goldens: Mapping[str, Sequence[Golden]], rul
         goldens: approved pictures by case, to show how far the new ones are; they decide nothing.
         rules: the recipe's, for merged against unfused.
     """
-    judged = judge_pairs([side.pair for side in sides], goldens, rules)
+    judged = case_judgement.judge_pairs([side.pair for side in sides], goldens, rules)
     return [Measured(side, one.result, _evidence(side, one.result)) for side, one in zip(sides, judged, strict=True)]
 
 
-def _evidence(side: Sides, result: CaseResult) -> CaseEvidence:
+def _evidence(side: Sides, result: verdicts.CaseResult) -> CaseEvidence:
     new, plain, current, teacher = side.pair.merged, side.plain, side.current, side.teacher
     faults = tuple(result.reasons) if result.verdict == "invalid" else ()
     others = [one for one in (plain, current, teacher) if one is not None]
-    levels = to_levels(new.image)
-    before = [to_levels(one.image) for one in (plain, current) if one is not None]
+    levels = metrics.to_levels(new.image)
+    before = [metrics.to_levels(one.image) for one in (plain, current) if one is not None]
     return CaseEvidence(
         name=side.name,
         faults=faults,
         apart=() if faults or result.agrees else tuple(result.reasons),
-        moved=latents_l2(new.latents, plain.latents),
-        changed=None if current is None else latents_l2(new.latents, current.latents),
-        floor=max(latents_l2(side.pair.floor.latents, side.pair.unfused.latents), FLOAT32_NOISE),
+        moved=metrics.latents_l2(new.latents, plain.latents),
+        changed=None if current is None else metrics.latents_l2(new.latents, current.latents),
+        floor=max(metrics.latents_l2(side.pair.floor.latents, side.pair.unfused.latents), verdicts.FLOAT32_NOISE),
         effect=None if current is None else effect(new.latents, current.latents, plain.latents),
         gain=None if teacher is None else gain(new.latents, plain.latents, teacher.latents),
         current_gain=None
         if teacher is None or current is None
         else gain(current.latents, plain.latents, teacher.latents),
         noise=noise_sigma(levels),
-        noise_beside=max(noise_sigma(to_levels(one.image)) for one in others),
-        comb_db=min(comb_db(levels, other) for other in before) if not faults else 0.0,
+        noise_beside=max(noise_sigma(metrics.to_levels(one.image)) for one in others),
+        comb_db=min(metrics.comb_db(levels, other) for other in before) if not faults else 0.0,
     )

@@ -9,22 +9,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lora_fuse.errors import BadLora, CheckFailed, Rerun, ShapeMismatch, UnmatchedTargets
-from lora_fuse.fusion.plan import Plan, make_plan, plan_of
-from lora_fuse.lora.lora_file import open_lora
-from lora_fuse.machine.console import Console
-from lora_fuse.machine.files import replace_bytes, replace_text
-from lora_fuse.machine.staging import remove
-from lora_fuse.models.families import COMPONENT
-from lora_fuse.pictures.asked import baseline_of, cases_of, setup_of
-from lora_fuse.pictures.metrics import to_png
-from lora_fuse.pictures.pairs import check_cases
-from lora_fuse.pictures.render_progress import watching
-from lora_fuse.recipe.hf_cache import locate
-from lora_fuse.recipe.paths import ROOT, Artifacts, Merge, read_object
-from lora_fuse.recipe.recipe import Recipe
-from lora_fuse.recipe.records import Lock
-from lora_fuse.regression.goldens import Approved, pictures_of
-from lora_fuse.regression.run import goldens_of, rules_of
+from lora_fuse.fusion import Plan, make_plan, plan_of
+from lora_fuse.lora import open_lora
+from lora_fuse.machine import Console, files, staging
+from lora_fuse.models import COMPONENT
+from lora_fuse.pictures import Environment, asked, metrics, pairs, render_progress
+from lora_fuse.recipe import Artifacts, Lock, Recipe, hf_cache, paths
+from lora_fuse.regression import goldens, goldens_of, rules_of
 from lora_fuse.studies.validation.evidence import Cause, Judgement, Outcome, bounds_of
 from lora_fuse.studies.validation.files import FileFacts, compare_files, facts_of
 from lora_fuse.studies.validation.judgement import judge, refused
@@ -43,9 +34,9 @@ from lora_fuse.studies.validation.versions import (
 )
 
 if TYPE_CHECKING:
-    from lora_fuse.pictures.environment import Environment
+    from lora_fuse.pictures import Environment
 
-VALIDATION = ROOT / "validation"
+VALIDATION = paths.ROOT / "validation"
 BUILD = Artifacts(VALIDATION / "build")
 PAGES = ("validation.md", "validation.html", "validation.json", "junit.xml")
 THUMBNAILS = "thumbnails"
@@ -71,11 +62,11 @@ class Trial:
     params: Recipe
     candidate: Recipe
     name: str | None  # of the LoRA that is judged; None for all of the recipe
-    merge: Merge
+    merge: paths.Merge
     command: Callable[[Rerun], str]  # of a step, as it is typed
 
     @staticmethod
-    def of(request: Request, params: Recipe, merge: Merge, command: Callable[[Rerun], str]) -> Trial:
+    def of(request: Request, params: Recipe, merge: paths.Merge, command: Callable[[Rerun], str]) -> Trial:
         """Put the two together, before anything is fetched.
 
         Raises:
@@ -104,17 +95,17 @@ class Trial:
 
     def check(self) -> None:
         """Refuse what cannot end well, and remove the pages of the last validation, which are not this one's."""
-        check_cases(cases_of(self.params), setup_of(self.params))
+        pairs.check_cases(asked.cases_of(self.params), asked.setup_of(self.params))
         for name in PAGES:
             (VALIDATION / name).unlink(missing_ok=True)
-        remove(VALIDATION / THUMBNAILS)
+        staging.remove(VALIDATION / THUMBNAILS)
 
     def judge(self, here: Environment, console: Console) -> Validation:
         """Fetch, fuse, verify, render and decide."""
         base = lock_base(self.params)
-        goldens = goldens_of(self.params, base).for_run(here.key, list(self.params.regress.cases))
+        approved = goldens_of(self.params, base).for_run(here.key, list(self.params.regress.cases))
         new = lock_loras(self.candidate, fresh=self.name if self.request.lora else None)
-        current = self._current(goldens)
+        current = self._current(approved)
         name = self.name or next(iter(sorted(new.locks)))
         said = partial(self._validation, base, new, current, name, str(here.key))
         try:
@@ -131,23 +122,23 @@ class Trial:
             make_plan(checkpoint, others.inputs, selection) if others.locks else None,
             None if current is None else make_plan(checkpoint, current.inputs, selection),
         )
-        cases = cases_of(self.params)
-        setup = replace(setup_of(self.params), baseline=baseline_of(self.params) if self.teacher else None)
+        cases = asked.cases_of(self.params)
+        setup = replace(asked.setup_of(self.params), baseline=asked.baseline_of(self.params) if self.teacher else None)
         task = task_of(f"validate {self.params.name} {here.key}", len(cases), setup, current=current is not None)
         console.will("validate", f"{task}, on {here.key}{task.estimate}")
-        with watching(task) as watch:
+        with render_progress.watching(task) as watch:
             sides = render_sides(BUILD.merged, versions, cases, setup, watch)
-        measured = measure(sides, pictures_of(goldens), rules_of(self.params))
+        measured = measure(sides, goldens.pictures_of(approved), rules_of(self.params))
         files = None
         if current is not None and name in current.locks and self.name is not None:
-            files = compare_files(current.path(name), new.path(name), locate(base), COMPONENT)
+            files = compare_files(current.path(name), new.path(name), hf_cache.locate(base), COMPONENT)
         warnings = misfits(base, new, current, name)
-        asked = new.scales[name] / current.scales[name] if current and current.scales.get(name) else 1.0
+        wanted = new.scales[name] / current.scales[name] if current and current.scales.get(name) else 1.0
         evidence = [one.evidence for one in measured]
-        judgement = judge(evidence, files, warnings, bounds_of(self.params), asked)
+        judgement = judge(evidence, files, warnings, bounds_of(self.params), wanted)
         return replace(said(judgement), files=files, cases=tuple(measured))
 
-    def _current(self, goldens: Mapping[str, list[Approved]]) -> Version | None:
+    def _current(self, goldens: Mapping[str, list[goldens.Approved]]) -> Version | None:
         """What is in use: the recipe's LoRAs, or where these are judged themselves, what was approved."""
         if self.request.lora is not None or self.request.scale is not None:
             return lock_loras(self.params)
@@ -162,7 +153,7 @@ class Trial:
         """
         plan = plan_of(base, new.locks, self.candidate)
         self.merge(self.candidate, BUILD, base, new.locks)
-        found = read_object(BUILD.verify, "verify")
+        found = paths.read_object(BUILD.verify, "verify")
         if not found["passed"]:
             raise CheckFailed(f"the merged weights are wrong: {found['problems'][0]}; see {BUILD.verify}")
         console.will("validate", f"fused and verified: {found['targets']} weights")
@@ -216,7 +207,7 @@ class Trial:
         for one in validation.cases:
             paths[one.sides.name] = f"{THUMBNAILS}/{one.sides.name}.png"
             (VALIDATION / THUMBNAILS).mkdir(parents=True, exist_ok=True)
-            replace_bytes(VALIDATION / paths[one.sides.name], to_png(strip(one)))
+            files.replace_bytes(VALIDATION / paths[one.sides.name], metrics.to_png(strip(one)))
         facts = validation_facts(validation)
         texts = (
             validation_md(validation, paths),
@@ -225,7 +216,7 @@ class Trial:
             junit_xml(validation),
         )
         for page, text in zip(PAGES, texts, strict=True):
-            replace_text(VALIDATION / page, text)
+            files.replace_text(VALIDATION / page, text)
         return summary(validation, [str(VALIDATION / "validation.html")]), facts
 
 

@@ -10,13 +10,10 @@ from typing import Any
 
 from lora_fuse import hub
 from lora_fuse.errors import BadConfig, BadSource
-from lora_fuse.lora.updates import LoraInput
-from lora_fuse.models.families import pair_warnings
-from lora_fuse.recipe.hf_cache import locate
-from lora_fuse.recipe.paths import HERE
-from lora_fuse.recipe.recipe import Recipe
-from lora_fuse.recipe.records import Lock, Source
-from lora_fuse.regression.goldens import Approved
+from lora_fuse.lora import LoraInput
+from lora_fuse.models import pair_warnings
+from lora_fuse.recipe import Lock, Recipe, Source, hf_cache, paths
+from lora_fuse.regression import goldens
 
 REPOSITORY = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^:@]+))?:(?P<file>.+)")
 
@@ -89,7 +86,7 @@ class Version:
 
     def path(self, name: str) -> Path:
         """Where one of them lies."""
-        return locate(self.locks[name]) / self.locks[name].lora_name
+        return hf_cache.locate(self.locks[name]) / self.locks[name].lora_name
 
     def label(self, name: str) -> str:
         """What a person would call it."""
@@ -112,12 +109,12 @@ def misfits(base: Lock, new: Version, current: Version | None, name: str) -> lis
 
 def lock_base(params: Recipe) -> Lock:
     """The recipe's base, at the commit of the current build where that has one."""
-    return hub.lock_base(params.base.source, previous=HERE.earlier_locks()[0], transfer=params.download)
+    return hub.lock_base(params.base.source, previous=paths.HERE.earlier_locks()[0], transfer=params.download)
 
 
 def lock_loras(params: Recipe, fresh: str | None = None) -> Version:
     """The recipe's LoRAs, each at the commit of the current build, but for the one that is `fresh`."""
-    _, before = HERE.earlier_locks()
+    _, before = paths.HERE.earlier_locks()
     locks = {
         name: hub.lock_lora(
             lora.source,
@@ -130,7 +127,7 @@ def lock_loras(params: Recipe, fresh: str | None = None) -> Version:
     return Version(locks, {name: params.fuse.scale_of(name) for name in locks})
 
 
-def approved_version(params: Recipe, approved: Mapping[str, list[Approved]]) -> Version | None:
+def approved_version(params: Recipe, approved: Mapping[str, list[goldens.Approved]]) -> Version | None:
     """The LoRAs that the goldens were approved with; None if there are none, or a file is not what it was then."""
     records = [one.record.provenance for found in approved.values() for one in found]
     if not records:

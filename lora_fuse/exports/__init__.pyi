@@ -1,0 +1,3 @@
+from .formats import export as export
+from .formats import export_size as export_size
+from .formats import words as words

@@ -1,0 +1,11 @@
+from . import device as device
+from . import manifest as manifest
+from . import merge as merge
+from .adder import read_differences as read_differences
+from .manifest import check_files as check_files
+from .manifest import read_manifest as read_manifest
+from .plan import Plan as Plan
+from .plan import Target as Target
+from .plan import make_plan as make_plan
+from .plan import plan_of as plan_of
+from .torch_adder import TORCH_DTYPES as TORCH_DTYPES

@@ -1,0 +1,12 @@
+from . import client as client
+from . import locks as locks
+from . import payload as payload
+from . import retry as retry
+from . import sizes as sizes
+from . import sources as sources
+from .locks import lock_base as lock_base
+from .locks import lock_lora as lock_lora
+from .payload import Addition as Addition
+from .preview import preview as preview
+from .publisher import publish as publish
+from .receipt import Receipt as Receipt

@@ -1,0 +1,9 @@
+from . import deltas as deltas
+from . import exact as exact
+from .inputs import Selection as Selection
+from .key_formats import Algorithm as Algorithm
+from .lora_file import LoraFile as LoraFile
+from .lora_file import open_lora as open_lora
+from .matcher import match_targets as match_targets
+from .updates import LoraInput as LoraInput
+from .updates import Update as Update

@@ -1,0 +1,12 @@
+from . import direct_io as direct_io
+from . import files as files
+from . import interrupts as interrupts
+from . import launch as launch
+from . import progress as progress
+from . import space as space
+from . import staging as staging
+from .console import PLAIN as PLAIN
+from .console import Console as Console
+from .console import painted as painted
+from .files import FileRecord as FileRecord
+from .hashing_writer import HashingWriter as HashingWriter

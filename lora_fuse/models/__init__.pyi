@@ -1,0 +1,2 @@
+from .families import COMPONENT as COMPONENT
+from .families import pair_warnings as pair_warnings

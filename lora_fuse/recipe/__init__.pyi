@@ -1,0 +1,12 @@
+from . import checkout as checkout
+from . import hf_cache as hf_cache
+from . import paths as paths
+from . import records as records
+from . import sections as sections
+from . import stated_licence as stated_licence
+from .paths import Artifacts as Artifacts
+from .recipe import Recipe as Recipe
+from .records import License as License
+from .records import Lock as Lock
+from .records import Manifest as Manifest
+from .records import Source as Source
