@@ -87,7 +87,7 @@ def test_a_room_imports_from_itself_and_from_those_before_it(path: Path) -> None
     if room in ROOMS:
         later = set(ROOMS[ROOMS.index(room) + 1 :])
         assert not rooms_imported(path) & later
-    assert not {name for name in imported(path) if name.split(".")[0] in ("stages", "pocket", "inputs")}
+    assert not {name for name in imported(path) if name.split(".")[0] in ("stages", "pocket")}
 
 
 def faces() -> dict[str, set[str]]:

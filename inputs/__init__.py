@@ -1,1 +1,0 @@
-"""The input pictures of the real models' regression cases, and the code that draws them."""
