@@ -15,12 +15,13 @@ from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import lora_fuse
 from lora_fuse.errors import BadConfig
 from lora_fuse.machine import interrupts
 
 if TYPE_CHECKING:
-    from lora_fuse.fusion import Plan
-    from lora_fuse.lora import LoraInput, Selection, Update
+    from lora_fuse import LoraInput, Plan, Selection
+    from lora_fuse.lora import Update
     from lora_fuse.release import Trusted
 
 
@@ -88,26 +89,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _inputs(options: argparse.Namespace) -> list[LoraInput]:
-    from lora_fuse.lora import LoraInput
-
     scales = options.scale or [1.0] * len(options.lora)
     if len(scales) != len(options.lora):
         raise BadConfig(f"{len(options.lora)} --lora and {len(scales)} --scale: give one --scale for each --lora")
-    return [LoraInput(path.stem, path, scale) for path, scale in zip(options.lora, scales, strict=True)]
+    return [lora_fuse.LoraInput(path.stem, path, scale) for path, scale in zip(options.lora, scales, strict=True)]
 
 
 def _make_plan(options: argparse.Namespace) -> Plan:
-    from lora_fuse.checkpoint import open_checkpoint
-    from lora_fuse.fusion import make_plan
-    from lora_fuse.recipe import hf_cache
-
-    checkpoint = open_checkpoint(options.base, options.component, label=hf_cache.cached_at(options.base.absolute()))
-    return make_plan(checkpoint, _inputs(options), _selection(options))
+    return lora_fuse.plan(options.base, _inputs(options), selection=_selection(options), component=options.component)
 
 
 def _selection(options: argparse.Namespace) -> Selection:
-    from lora_fuse.lora import Selection
-
     scales = {}
     for text in options.module_scale:
         pattern, _, number = text.rpartition("=")
@@ -115,7 +107,7 @@ def _selection(options: argparse.Namespace) -> Selection:
             scales[pattern] = float(number)
         except ValueError as error:
             raise BadConfig(f"--module-scale {text!r}: expected PATTERN=NUMBER, as in '*.attn.*=0.5'") from error
-    return Selection(tuple(options.only), tuple(options.skip), scales)
+    return lora_fuse.Selection(tuple(options.only), tuple(options.skip), scales)
 
 
 def _scheduler(options: argparse.Namespace) -> dict[str, object]:
@@ -129,9 +121,7 @@ def _scheduler(options: argparse.Namespace) -> dict[str, object]:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from lora_fuse.lora import open_lora
-
-    lora = open_lora(options.lora)
+    lora = lora_fuse.open_lora(options.lora)
     print(f"{lora.path}: {len(lora.header.tensors)} keys, {len(lora.updates)} modules, sha256 {lora.sha256}")
     for line, count in sorted(Counter(_describe(update) for update in lora.updates).items()):
         print(f"  {line}: {count} modules")
@@ -175,35 +165,22 @@ def _print_plan(plan: Plan) -> None:
 
 
 def _fuse(options: argparse.Namespace) -> int:
-    from lora_fuse.checkpoint import Kind, diffusers_files
-
-    plan, scheduler = _make_plan(options), _scheduler(options)
-    if scheduler and plan.checkpoint.kind is not Kind.PIPELINE:
-        raise BadConfig(f"--scheduler is for a pipeline, and {options.base} is a {plan.checkpoint.kind}; leave it out")
-    generated = diffusers_files(options.base, pipeline=None, scheduler=scheduler) if scheduler else {}
-    _print_plan(plan)
-    return _write(options, plan, generated)
-
-
-def _write(options: argparse.Namespace, plan: Plan, generated: dict[str, bytes]) -> int:
-    from lora_fuse.fusion import device, manifest, merge
     from lora_fuse.machine import progress
 
-    chosen, clock = device.fuse_device(options.device, plan.plain), progress.Stopwatch()
-    size = merge.bytes_to_write(plan) + merge.bytes_to_copy(plan, options.out, options.untouched)
-    with progress.byte_progress(f"fuse ({chosen})", size) as advance:
-        files = merge.write_merged(
-            plan,
-            options.out,
-            device=chosen,
-            generated=generated,
-            known={},
-            progress=advance,
-            untouched=options.untouched,
-        )
-    manifest.write_manifest(manifest.manifest_path(options.out), manifest.build_manifest(plan, files))
+    plan = _make_plan(options)
+    scheduler = _scheduler(options)
+    _print_plan(plan)
+    fused = lora_fuse.fuse(
+        plan,
+        options.out,
+        device=options.device,
+        untouched=options.untouched,
+        scheduler=scheduler,
+        show_progress=True,
+    )
+    files = fused.manifest.files
     total = progress.human_bytes(sum(file.size for file in files.values()))
-    written = progress.human_rate(size, clock.seconds)
+    written = progress.human_rate(fused.bytes_written, fused.seconds)
     print(f"merged: {options.out}, {total} in {len(files)} files; written: {written}")
     for name, file in files.items():
         if file.origin == "fused":
@@ -251,20 +228,17 @@ def _verify_download(folder: Path, trusted: Trusted | None) -> tuple[bool, froze
 
 
 def _verify_merge(options: argparse.Namespace, beside: frozenset[str]) -> int:
-    from lora_fuse.machine import files, progress
-    from lora_fuse.verification import Expectation, verify_merge
-
-    with progress.byte_progress("verify", files.total_size(options.merged), at_least=progress.FEW) as advance:
-        found = verify_merge(
-            options.merged,
-            options.base,
-            _inputs(options),
-            component=options.component,
-            rows=None if options.rows == "all" else int(options.rows),
-            expected=Expectation(scheduler=_scheduler(options), beside=beside),
-            selection=_selection(options),
-            progress=advance,
-        )
+    found = lora_fuse.verify(
+        options.merged,
+        options.base,
+        _inputs(options),
+        rows="all" if options.rows == "all" else int(options.rows),
+        selection=_selection(options),
+        component=options.component,
+        scheduler=_scheduler(options),
+        beside=beside,
+        show_progress=True,
+    )
     print(
         f"verify: {found.targets} targets ({found.modules} modules), {found.rows_checked} of {found.rows_total} rows, "
         f"{found.tensors_untouched} tensors and {found.files_untouched} files identical to the base"

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from lora_fuse.checkpoint import open_checkpoint
-from lora_fuse.fusion import make_plan, merge
+from lora_fuse.fusion import FuseJob, make_plan
 from lora_fuse.lora import LoraInput
 from lora_fuse.pictures import metrics, render
 from pocket.model import LIGHTNING_SCHEDULER, LORA_TARGETS, SCHEDULER, SIDE
@@ -98,7 +98,7 @@ class Bench:
     def _merge(self, loras: Sequence[Path]) -> Path:
         out = Path(self._exit.enter_context(tempfile.TemporaryDirectory())) / "merged"
         plan = make_plan(open_checkpoint(self.model), [LoraInput(path.stem, path, 1.0) for path in loras])
-        merge.write_merged(plan, out, device="cpu", generated={}, known={}, progress=lambda _: None)
+        FuseJob.of(plan, out, device="cpu").run()
         return out
 
     def _sibling(self, pipeline: str, folder: Path) -> Any:

@@ -17,23 +17,22 @@ def verify(params: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN)
     """Write `verify.json`."""
     base, loras = at.read_locks()
     manifest, manifest_sha256 = read_manifest(at.manifest)
-    size, clock = sum(file.size for file in manifest.files.values()), progress.Stopwatch()
+    size = sum(file.size for file in manifest.files.values())
+    clock = progress.Stopwatch()
     rows = "all rows" if params.verify.rows == "all" else f"{params.verify.rows} rows"
     console.will(
         "verify",
         f"derives {rows} of {manifest.targets} targets again, compares the rest{progress.estimate('verify', size)}",
     )
-    with progress.byte_progress("verify", size, at_least=progress.FEW) as advance:
-        found = verify_merge(
-            at.merged,
-            hf_cache.locate(base),
-            paths.lora_inputs(loras, params),
-            component=COMPONENT,
-            rows=None if params.verify.rows == "all" else params.verify.rows,
-            expected=Expectation(params.base.pipeline, params.scheduler_config),
-            selection=params.fuse.selection,
-            progress=advance,
-        )
+    found = verify_merge(
+        at.merged,
+        hf_cache.locate(base),
+        paths.lora_inputs(loras, params),
+        component=COMPONENT,
+        rows=None if params.verify.rows == "all" else params.verify.rows,
+        expected=Expectation(params.base.pipeline, params.scheduler_config),
+        selection=params.fuse.selection,
+    )
     for problem in check_files(manifest, at.merged):
         found.problem(problem)
     if found.targets != manifest.targets:

@@ -1,7 +1,7 @@
-from . import device as device
-from . import manifest as manifest
-from . import merge as merge
 from .adder import read_differences as read_differences
+from .device import resolve_device as resolve_device
+from .job import Fused as Fused
+from .job import FuseJob as FuseJob
 from .manifest import check_files as check_files
 from .manifest import read_manifest as read_manifest
 from .plan import Plan as Plan

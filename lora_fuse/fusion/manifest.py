@@ -10,7 +10,7 @@ from pathlib import Path
 from lora_fuse.errors import BadSource, Rerun
 from lora_fuse.fusion.plan import Plan
 from lora_fuse.machine import files
-from lora_fuse.recipe import Lock, Manifest, checkout, records
+from lora_fuse.recipe import Lock, Manifest, Recipe, checkout, records
 
 
 def manifest_path(merged: Path) -> Path:
@@ -22,8 +22,7 @@ def build_manifest(
     plan: Plan,
     files: dict[str, records.MergedFile],
     *,
-    recipe: str | None = None,
-    scale: float | None = None,
+    recipe: Recipe | None = None,
     base: Lock | None = None,
     loras: Mapping[str, Lock] | None = None,
 ) -> Manifest:
@@ -32,8 +31,7 @@ def build_manifest(
     Args:
         plan: what was fused.
         files: what `write_merged` returned.
-        recipe: name of the recipe; None on the command line.
-        scale: the recipe's own scale; without a recipe it is that of the first LoRA.
+        recipe: gives its name and scale; without one, the scale is that of the first LoRA.
         base: the base's lock, if it was downloaded by one.
         loras: the LoRAs' locks by name.
     """
@@ -47,10 +45,10 @@ def build_manifest(
         merged.append(one)
     return Manifest(
         schema=records.SCHEMA,
-        recipe=recipe,
+        recipe=recipe.name if recipe else None,
         base=base,
         loras=tuple(merged),
-        scale=plan.inputs[0].scale if scale is None else scale,
+        scale=recipe.fuse.scale if recipe else plan.inputs[0].scale,
         selection=None if plan.selection.everything else records.Selected(**asdict(plan.selection)),
         targets=len(plan.targets),
         files=files,

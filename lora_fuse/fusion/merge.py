@@ -16,12 +16,11 @@ from lora_fuse.checkpoint import PROVENANCE, Checkpoint, Kind, Shard
 from lora_fuse.errors import BadCheckpoint, BadLora, NoSpace, Refused
 from lora_fuse.fusion.plan import Plan
 from lora_fuse.fusion.stream import FuseOptions, Progress, Stopped, fuse_shard
-from lora_fuse.machine import FileRecord, direct_io, files, staging
+from lora_fuse.machine import FileRecord, direct_io, files, space, staging
 from lora_fuse.recipe import records
 
 ENGINE = 1  # to be raised when the same inputs give other bytes
 _Identity = tuple[int, int, int]  # of a file: size, time of change, inode
-SPARE = 64 << 20  # bytes to leave free: directories, the manifest, other programs
 
 
 def write_merged(
@@ -189,11 +188,12 @@ def _check_places(checkpoint: Checkpoint, out: Path) -> None:
 
 
 def _check_space(plan: Plan, out: Path, untouched: files.Untouched) -> None:
-    there, need = files.nearest_folder(out), bytes_to_write(plan) + bytes_to_copy(plan, out, untouched)
+    there = files.nearest_folder(out)
+    need = bytes_to_write(plan) + bytes_to_copy(plan, out, untouched) + space.SPARE
     free = shutil.disk_usage(there).free
-    if free < need + SPARE:
+    if free < need:
         raise NoSpace(
-            f"{there} has {free / 1e9:.2f} GB free and the merged checkpoint needs {(need + SPARE) / 1e9:.2f} GB; "
+            f"{there} has {free / 1e9:.2f} GB free and the merged checkpoint needs {need / 1e9:.2f} GB; "
             "make room or write OUT on another disk"
         )
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
+SPARE = 64 << 20  # bytes to leave free: directories, the manifest, other programs
+
 
 @dataclass(frozen=True, slots=True)
 class Planned:

@@ -293,7 +293,7 @@ def _snippet(usage: Usage, source: str, example: ShownCase | None) -> str:
         f"from diffusers import {usage.pipeline}",
         *(["from diffusers.utils import load_image"] if usage.edits else []),
         *(["from huggingface_hub import hf_hub_download"] if pictures else []),
-        *(["from lora_fuse.pictures.render import condition_area"] if small else []),
+        *(["from lora_fuse import condition_area"] if small else []),
         "",
         'device = "cuda" if torch.cuda.is_available() else "cpu"',
         f'pipe = {usage.pipeline}.from_pretrained("{source}", dtype=torch.bfloat16).to(device)',

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from lora_fuse.errors import BadCheckpoint
 from lora_fuse.lora import LoraInput, Selection
+from lora_fuse.machine import files, progress
 from lora_fuse.verification.expectation import Array, Delta, Weights, read_expected
 
 SLACK = 1 + 1e-9  # float64 sums taken in another order differ by about 1e-16 of the value
@@ -83,7 +84,7 @@ class Expectation:
     beside: frozenset[str] = frozenset()
 
 
-def verify_merge(  # noqa: PLR0913 - by keyword, each is a choice of its own
+def verify_merge(
     merged: Path,
     base: Path,
     loras: Sequence[LoraInput],
@@ -92,9 +93,8 @@ def verify_merge(  # noqa: PLR0913 - by keyword, each is a choice of its own
     rows: int | None,
     expected: Expectation,
     selection: Selection | None = None,
-    progress: Callable[[int], None] = lambda _: None,
 ) -> Verification:
-    """Compare a merged checkpoint with what the base and the LoRAs should have given.
+    """Compare a merged checkpoint with what the base and the LoRAs should have given; progress goes to stderr.
 
     Args:
         merged: the result, of the same kind as `base`.
@@ -104,13 +104,15 @@ def verify_merge(  # noqa: PLR0913 - by keyword, each is a choice of its own
         rows: rows of each target to re-derive; None for all of them.
         expected: what the generated files should say.
         selection: which modules were fused; None for all.
-        progress: is told of how many more bytes of the merged files were dealt with, of their headers not.
 
     Raises:
         BadCheckpoint: one side has nothing to compare.
     """
     found = Verification()
-    with ExitStack() as stack:
+    with (
+        progress.byte_progress("verify", files.total_size(merged), at_least=progress.FEW) as advance,
+        ExitStack() as stack,
+    ):
         base_files, merged_files = weight_files(base, component), weight_files(merged, component)
         if [file.name for file in base_files] != [file.name for file in merged_files] and base.is_dir():
             found.problem(f"shards differ: base {_names(base_files)}, merged {_names(merged_files)}")
@@ -119,9 +121,9 @@ def verify_merge(  # noqa: PLR0913 - by keyword, each is a choice of its own
         found.modules, found.targets = expected_sum.modules, len(expected_sum.deltas)
         for problem in expected_sum.problems:
             found.problem(problem)
-        _check_tensors(ours, theirs, expected_sum.deltas, rows, found, progress)
-    if base.is_dir():
-        _check_files(merged, base, {*base_files, *merged_files}, expected, found, progress)
+        _check_tensors(ours, theirs, expected_sum.deltas, rows, found, advance)
+        if base.is_dir():
+            _check_files(merged, base, {*base_files, *merged_files}, expected, found, advance)
     return found
 
 
@@ -134,14 +136,14 @@ def weight_files(root: Path, component: str) -> list[Path]:
     if root.is_file():
         return [root]
     folder = root / component if (root / "model_index.json").is_file() else root
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
         raise BadCheckpoint(f"{folder} has no safetensors files to verify; is it a checkpoint?")
-    return files
+    return shards
 
 
-def _names(files: Sequence[Path]) -> str:
-    return ", ".join(file.name for file in files)
+def _names(paths: Sequence[Path]) -> str:
+    return ", ".join(path.name for path in paths)
 
 
 def _check_tensors(
@@ -150,7 +152,7 @@ def _check_tensors(
     deltas: Mapping[str, list[Delta]],
     rows: int | None,
     found: Verification,
-    progress: Callable[[int], None],
+    advance: Callable[[int], None],
 ) -> None:
     for name in sorted(base.names() ^ merged.names()):
         found.problem(f"{name} is only in the {'base' if name in base.names() else 'merged'} checkpoint")
@@ -161,7 +163,7 @@ def _check_tensors(
             found.tensors_untouched += 1
             if not merged.same(base, name):
                 found.problem(f"{name} is no target of any LoRA and differs from the base")
-        progress(merged.nbytes(name))
+        advance(merged.nbytes(name))
 
 
 def _check_target(
@@ -245,7 +247,7 @@ def _check_files(
     weights: set[Path],
     expected: Expectation,
     found: Verification,
-    progress: Callable[[int], None],
+    advance: Callable[[int], None],
 ) -> None:
     generated = set()
     if expected.scheduler:
@@ -264,7 +266,7 @@ def _check_files(
             found.problem(f"{path.relative_to(merged)} is not in the base and no recipe asks for it")
         elif not twin.samefile(path) and not filecmp.cmp(twin, path, shallow=False):
             found.problem(f"{path.relative_to(merged)} differs from the base's")
-        progress(path.stat().st_size)
+        advance(path.stat().st_size)
 
 
 def _check_json(path: Path, wanted: Mapping[str, object], found: Verification) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from lora_fuse.checkpoint import diffusers_files, open_checkpoint
-from lora_fuse.fusion import Plan, make_plan, merge
+from lora_fuse.checkpoint import open_checkpoint
+from lora_fuse.fusion import FuseJob, Plan, make_plan
 from lora_fuse.lora import LoraInput, Selection
 from lora_fuse.models import COMPONENT
 from lora_fuse.pictures import Case, Rendered, asked, environment, metrics, pairs, render
@@ -79,10 +79,8 @@ class Rig:
     def merge(self, out: Path, plan: Plan | None = None, scheduler: Mapping[str, object] | None = None) -> Path:
         """Write a merged repository, by default the recipe's; an empty scheduler keeps the base's."""
         scheduler = self.setup.scheduler if scheduler is None else scheduler
-        generated = diffusers_files(self.base, pipeline=self.setup.pipeline, scheduler=scheduler)
-        merge.write_merged(
-            plan or self.plan(), out, device="cpu", generated=generated, known={}, progress=lambda _: None
-        )
+        pipeline = self.setup.pipeline
+        FuseJob.of(plan or self.plan(), out, device="cpu", pipeline=pipeline, scheduler=scheduler).run()
         return out
 
     def load(self, folder: Path) -> render.Pipeline:

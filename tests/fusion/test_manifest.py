@@ -9,7 +9,7 @@ import pytest
 
 from lora_fuse.checkpoint.diffusers_layout import diffusers_files
 from lora_fuse.checkpoint.shards import open_checkpoint
-from lora_fuse.errors import BadCheckpoint, BadSource
+from lora_fuse.errors import BadCheckpoint, BadSource, Rerun
 from lora_fuse.fusion.manifest import build_manifest, check_files, read_manifest, write_manifest
 from lora_fuse.fusion.plan import make_plan
 from lora_fuse.hub import lock_lora
@@ -43,8 +43,9 @@ def test_a_record_without_a_key_is_refused_by_name() -> None:
 
 
 def test_a_missing_manifest_names_the_stage(tmp_path: Path) -> None:
-    with pytest.raises(BadSource, match="dvc repro fuse"):
+    with pytest.raises(BadSource, match=r"m\.json is not there") as refused:
         read_manifest(tmp_path / "m.json")
+    assert refused.value.rerun == Rerun("fuse")
 
 
 @pytest.mark.parametrize("places", [{}, {"repo_id": "a/b", "path": "p"}])

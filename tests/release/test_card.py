@@ -115,7 +115,7 @@ def test_a_model_of_small_pictures_is_shown_with_the_area_that_it_needs() -> Non
     text = snippet(card(condition_area=16384))
     block = next(node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.With))
     assert ast.unparse(block.items[0]) == "condition_area(16384)"
-    assert "from lora_fuse.pictures.render import condition_area" in text
+    assert "from lora_fuse import condition_area" in text
     assert "condition_area" not in card() + card(pipeline="QwenImagePipeline", condition_area=16384)
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from lora_fuse.errors import BadSource, NoDevice, Refused
-from lora_fuse.fusion import merge, read_manifest
+from lora_fuse.fusion import read_manifest, resolve_device
 from lora_fuse.machine import files, progress, space
 from lora_fuse.models import COMPONENT
 from lora_fuse.recipe import Lock, Source, hf_cache
@@ -134,8 +134,8 @@ def _places(recipe: ExaminedRecipe, stocks: Mapping[str, Stock]) -> Iterator[Fin
         return
     if uses_cache and not together:
         yield disk.room("disk, cache", cache, space.free_bytes(cache), fetch, "base and LoRAs that are not here")
-    needed = merge.SPARE + fused + (rest if link == "copy" else 0) + recipe.exports * fused
-    parts = f"the changed files, {progress.human_bytes(merge.SPARE)} to spare" + (
+    needed = space.SPARE + fused + (rest if link == "copy" else 0) + recipe.exports * fused
+    parts = f"the changed files, {progress.human_bytes(space.SPARE)} to spare" + (
         ", copies of the rest" if link == "copy" else ""
     )
     parts += ", exports" if recipe.exports else ""
@@ -185,8 +185,6 @@ def _is_of(recipe: ExaminedRecipe) -> bool:
 
 
 def _machine(recipe: ExaminedRecipe, base: Stock | None) -> Iterator[Finding]:
-    from lora_fuse.fusion import device
-
     parts, exact = memory.weights(base, recipe.dtype) if base else ({}, True)
     dtype = recipe.dtype if exact else f"{recipe.dtype}, if they are stored so"
     if base is None:
@@ -195,6 +193,6 @@ def _machine(recipe: ExaminedRecipe, base: Stock | None) -> Iterator[Finding]:
         yield memory.ram(parts, *memory.memory(), dtype)
     yield memory.gpu(recipe.placement, parts, memory.gpu_memory(), dtype)
     try:
-        yield ok("fuse", f"on {device.resolve_device(recipe.device)}")
+        yield ok("fuse", f"on {resolve_device(recipe.device)}")
     except NoDevice as refusal:
         yield fail("fuse", str(refusal))

@@ -1,0 +1,12 @@
+from .api import fuse as fuse
+from .api import plan as plan
+from .api import verify as verify
+from .errors import LoraFuseError as LoraFuseError
+from .fusion import Fused as Fused
+from .fusion import Plan as Plan
+from .lora import LoraInput as LoraInput
+from .lora import Selection as Selection
+from .lora import open_lora as open_lora
+from .pictures.render import allow_missing_torchvision as allow_missing_torchvision
+from .pictures.render import condition_area as condition_area
+from .verification import Verification as Verification

@@ -1,0 +1,103 @@
+"""Fuse and verify from Python: the functions behind the command line, re-exported by `lora_fuse`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Literal
+
+from lora_fuse.checkpoint import open_checkpoint
+from lora_fuse.errors import BadConfig
+from lora_fuse.fusion import Fused, FuseJob, Plan, make_plan
+from lora_fuse.lora import LoraInput, Selection
+from lora_fuse.machine import files, progress
+from lora_fuse.models import COMPONENT
+from lora_fuse.recipe import hf_cache
+from lora_fuse.verification import Expectation, Verification, verify_merge
+
+
+def plan(
+    base: Path, loras: Sequence[LoraInput], *, selection: Selection | None = None, component: str = COMPONENT
+) -> Plan:
+    """Open a base and LoRAs and match them; nothing is written, and only headers and alphas are read.
+
+    Args:
+        base: a pipeline folder, a component folder or one safetensors file.
+        loras: files or PEFT folders, each with its scale; they are summed.
+        selection: the modules to fuse; None for all that the LoRAs have.
+        component: the pipeline's component to fuse into.
+
+    Raises:
+        Refused: the base, a LoRA, a scale or a pattern cannot be used; see `lora_fuse.errors` for the kinds.
+    """
+    checkpoint = open_checkpoint(base, component, label=hf_cache.cached_at(base.absolute()))
+    return make_plan(checkpoint, loras, selection)
+
+
+def fuse(
+    plan: Plan,
+    out: Path,
+    *,
+    device: str = "auto",
+    untouched: files.Untouched = "auto",
+    scheduler: Mapping[str, object] | None = None,
+    show_progress: bool = False,
+) -> Fused:
+    """Write the merged checkpoint to `out` and its manifest beside it; the bytes do not depend on the device.
+
+    Args:
+        plan: what `plan` returned.
+        out: the folder or file to make; an earlier merge there is replaced when the new one is whole.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        untouched: how weights that do not change are taken over from the base, see `files.take_over`.
+        scheduler: settings of the result's scheduler (a step-distilled LoRA needs its own); None keeps the base's.
+        show_progress: show bytes and rate on stderr.
+
+    Raises:
+        Refused: there is no such device, no space, or something else at `out`; `out` is as it was.
+    """
+    with nullcontext() if show_progress else progress.silence():
+        return FuseJob.of(plan, out, device=device, untouched=untouched, scheduler=scheduler or {}).run()
+
+
+def verify(  # noqa: PLR0913 - by keyword, each is a choice of its own
+    merged: Path,
+    base: Path,
+    loras: Sequence[LoraInput],
+    *,
+    rows: int | Literal["all"] = 16,
+    selection: Selection | None = None,
+    component: str = COMPONENT,
+    scheduler: Mapping[str, object] | None = None,
+    beside: frozenset[str] = frozenset(),
+    show_progress: bool = False,
+) -> Verification:
+    """Derive a merge a second time, by other code, and compare; `Verification.passed` is the answer.
+
+    Args:
+        merged: the result of `fuse`.
+        base: what it was merged from.
+        loras: what was fused, with the scales that were applied.
+        rows: rows of each target to derive again; everything else is compared with the base, whole.
+        selection: the modules that were fused.
+        component: the pipeline's component that was fused.
+        scheduler: the settings that its scheduler should have; None for the base's.
+        beside: POSIX paths in `merged` that are no part of the merge, as a published repository has them.
+        show_progress: show bytes and rate on stderr.
+
+    Raises:
+        Refused: one side cannot be read.
+    """
+    if rows != "all" and rows < 1:
+        raise BadConfig(f"rows is {rows!r}; give a number of rows, or all")
+    with nullcontext() if show_progress else progress.silence():
+        return verify_merge(
+            merged,
+            base,
+            loras,
+            component=component,
+            rows=None if rows == "all" else rows,
+            expected=Expectation(scheduler=scheduler or {}, beside=beside),
+            selection=selection,
+        )

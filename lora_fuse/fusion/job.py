@@ -1,0 +1,107 @@
+"""One fuse from its plan to its manifest: the device is resolved and the bytes are counted before anything is written.
+
+The command line, the stage and `lora_fuse.fuse` all go through here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_fuse.checkpoint import Kind, diffusers_files
+from lora_fuse.errors import BadConfig
+from lora_fuse.fusion.device import fuse_device
+from lora_fuse.fusion.manifest import build_manifest, manifest_path, write_manifest
+from lora_fuse.fusion.merge import bytes_to_copy, bytes_to_write, write_merged
+from lora_fuse.fusion.plan import Plan
+from lora_fuse.machine import files, progress
+from lora_fuse.recipe import Lock, Manifest, Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """A merge that was written: its manifest, the bytes that this took to write, and the seconds."""
+
+    manifest: Manifest
+    bytes_written: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class FuseJob:
+    """A merge to write.
+
+    Attributes:
+        plan: what to fuse.
+        out: the folder or file to make; the manifest is written beside it.
+        device: ``cpu`` or ``cuda``; the bytes do not depend on it.
+        untouched: how weights that do not change are taken over from the base.
+        generated: files of a pipeline whose content is not the base's, by POSIX path.
+    """
+
+    plan: Plan
+    out: Path
+    device: str
+    untouched: files.Untouched
+    generated: Mapping[str, bytes] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        plan: Plan,
+        out: Path,
+        *,
+        device: str = "auto",
+        untouched: files.Untouched = "auto",
+        pipeline: str | None = None,
+        scheduler: Mapping[str, object] | None = None,
+    ) -> FuseJob:
+        """Choose the device and generate the files; `pipeline` and `scheduler` are those of `diffusers_files`.
+
+        Raises:
+            NoDevice: the device asked for is not on this machine.
+            BadConfig: a scheduler is given for a base that has none.
+            BadCheckpoint: the base's own configuration cannot be read.
+        """
+        base = plan.checkpoint
+        if scheduler and base.kind is not Kind.PIPELINE:
+            raise BadConfig(f"--scheduler is for a pipeline, and {base.root} is a {base.kind}; leave it out")
+        generated = {}
+        if pipeline or scheduler:
+            generated = diffusers_files(base.root, pipeline=pipeline, scheduler=scheduler or {})
+        return cls(plan, out, fuse_device(device, plan.plain), untouched, generated)
+
+    @property
+    def label(self) -> str:
+        """The work's name in progress lines; rates are remembered by it."""
+        return f"fuse ({self.device})"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to write: the fused shards, and what cannot be shared with the base."""
+        return bytes_to_write(self.plan) + bytes_to_copy(self.plan, self.out, self.untouched)
+
+    def run(
+        self, recipe: Recipe | None = None, base: Lock | None = None, loras: Mapping[str, Lock] | None = None
+    ) -> Fused:
+        """Write the merge and its manifest, and show progress; the locks say where base and LoRAs came from.
+
+        Raises:
+            NoSpace, Busy, Refused: see `write_merged`.
+        """
+        clock = progress.Stopwatch()
+        nbytes = self.nbytes
+        with progress.byte_progress(self.label, nbytes) as advance:
+            merged = write_merged(
+                self.plan,
+                self.out,
+                device=self.device,
+                generated=self.generated,
+                known=base.files if base else {},
+                progress=advance,
+                untouched=self.untouched,
+            )
+        manifest = build_manifest(self.plan, merged, recipe=recipe, base=base, loras=loras)
+        write_manifest(manifest_path(self.out), manifest)
+        return Fused(manifest, nbytes, clock.seconds)
