@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lora_fuse.recipe.records import Manifest, from_json
-from tests import tiny
+from tests.support import tiny
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:

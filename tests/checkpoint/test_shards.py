@@ -9,7 +9,7 @@ import pytest
 
 from lora_fuse.checkpoint.shards import Kind, open_checkpoint
 from lora_fuse.errors import BadCheckpoint
-from tests import tiny
+from tests.support import tiny
 
 INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
 

@@ -19,7 +19,7 @@ from lora_fuse.errors import BadCheckpoint, BadConfig, NoSpace
 from lora_fuse.exports.formats import FORMATS, export, export_size, words
 from lora_fuse.machine.files import FileRecord, hash_file
 from lora_fuse.recipe.recipe import Recipe
-from tests import tiny
+from tests.support import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFIX = "model.diffusion_model."

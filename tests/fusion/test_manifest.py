@@ -17,7 +17,7 @@ from lora_fuse.lora.updates import LoraInput
 from lora_fuse.machine.files import FileRecord
 from lora_fuse.recipe.checkout import this_tool
 from lora_fuse.recipe.records import Lock, Manifest, MergedFile, MergedLora, Source, Tool, from_json, to_json
-from tests import tiny
+from tests.support import tiny
 
 MANIFEST = Manifest(
     schema=1,

@@ -26,7 +26,7 @@ from lora_fuse.fusion.plan import make_plan
 from lora_fuse.lora.updates import LoraInput
 from lora_fuse.machine.files import Untouched, take_over
 from lora_fuse.recipe.records import MergedFile
-from tests import tiny
+from tests.support import tiny
 
 
 def fuse(

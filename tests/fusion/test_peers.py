@@ -12,22 +12,11 @@ import pytest
 import torch
 from diffusers import QwenImageEditPipeline, QwenImageTransformer2DModel
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from lora_fuse.checkpoint.shards import open_checkpoint
-from lora_fuse.fusion.merge import write_merged
-from lora_fuse.fusion.plan import make_plan
-from lora_fuse.lora.updates import LoraInput
-from tests.lora.test_key_formats import STYLES
+from tests.support.key_styles import STYLES, Weights, fused
 
-Weights = dict[str, torch.Tensor]
 TARGETS = ("attn.to_q", "attn.to_out.0", "attn.add_q_proj", "img_mlp.net.0.proj", "txt_mlp.net.2")
-
-
-def fused(base: Path, lora: Path, scale: float, out: Path) -> Weights:
-    plan = make_plan(open_checkpoint(base), [LoraInput("l", lora, scale)])
-    write_merged(plan, out, device="cpu", generated={}, known={}, progress=lambda _: None)
-    return {key: tensor for file in out.glob("*.safetensors") for key, tensor in load_file(file).items()}
 
 
 def transformer() -> QwenImageTransformer2DModel:

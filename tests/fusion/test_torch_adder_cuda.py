@@ -14,7 +14,7 @@ from lora_fuse.checkpoint.shards import open_checkpoint
 from lora_fuse.fusion.merge import write_merged
 from lora_fuse.fusion.plan import make_plan
 from lora_fuse.lora.updates import LoraInput
-from tests.lora.test_key_formats import ALGORITHMS, convolutions
+from tests.support.algorithms import ALGORITHMS, convolutions
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 

@@ -19,8 +19,7 @@ from lora_fuse.fusion.torch_rounding import narrow
 from lora_fuse.lora.adapter_config import AdapterConfig
 from lora_fuse.lora.matcher import match_targets
 from lora_fuse.lora.updates import parse_lora
-from tests.fusion.test_peers import fused
-from tests.lora.test_key_formats import STYLES
+from tests.support.key_styles import STYLES, fused
 
 Weights = dict[str, torch.Tensor]
 

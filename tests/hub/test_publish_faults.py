@@ -29,7 +29,7 @@ from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.records import Manifest, MergedFile, MergedLora, Tool, from_json, to_json
 from tests.hub_server import Fault, LoopbackHub, Repo
 from tests.hub_server.routes import LFS_SUFFIXES
-from tests.released import leave_regression
+from tests.support.released import leave_regression
 
 ROOT = Path(__file__).resolve().parents[2]
 REPO = "alice/merged"

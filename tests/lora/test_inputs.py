@@ -16,7 +16,7 @@ from lora_fuse.fusion.plan import Plan, make_plan
 from lora_fuse.lora.inputs import Selection
 from lora_fuse.lora.updates import LoraInput
 from lora_fuse.verification.rederivation import Expectation, Verification, verify_merge
-from tests import tiny
+from tests.support import tiny
 
 Q0 = "transformer_blocks.0.attn.to_q.weight"
 MLP1 = "transformer_blocks.1.img_mlp.net.0.proj.weight"

@@ -12,7 +12,7 @@ from lora_fuse.checkpoint.header import TensorInfo
 from lora_fuse.errors import BadLora, ShapeMismatch, UnmatchedTargets
 from lora_fuse.lora.lora_file import LoraFile, open_lora
 from lora_fuse.lora.matcher import match_targets
-from tests import tiny
+from tests.support import tiny
 
 
 def base_names() -> dict[str, TensorInfo]:

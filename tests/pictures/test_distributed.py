@@ -18,7 +18,7 @@ from lora_fuse.errors import BadConfig, NoDevice
 from lora_fuse.machine.launch import Process, is_first_to_fail, this_process
 from lora_fuse.machine.staging import holding
 from lora_fuse.pictures import distributed as spread
-from tests.stages.test_pipeline import METRICS, Workspace
+from tests.support.workspace import METRICS, Workspace
 
 PLAIN = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 COST = ("seconds", "steps_per_s", "peak_host_bytes")

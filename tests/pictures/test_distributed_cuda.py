@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.regression.test_regression_cuda import ROOT, merge
+from tests.support.on_gpu import ROOT, merge
 
 pytestmark = [
     pytest.mark.cuda,
@@ -29,7 +29,7 @@ make_deterministic(on_gpu=True)
 import torch
 from lora_fuse.pictures.metrics import to_levels, to_png
 from lora_fuse.pictures.pairs import render_pairs
-from tests.regression.test_regression_cuda import CASES, SETUP, plan
+from tests.support.on_gpu import CASES, SETUP, plan
 
 cases = [replace(CASES[0], name=f"seed{seed}", seed=seed) for seed in range(3)]
 key = str(environment("cuda", "bfloat16").key)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
+from tests.support import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "lora_fuse"
@@ -187,3 +187,10 @@ def test_a_plain_fuse_on_a_cpu_does_without_torch(tmp_path: Path) -> None:
 def test_the_library_names_no_command_of_the_stages_and_no_dvc(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert not re.findall(r"dvc repro|dvc checkout|dvc run|DVC_\w+|python -m stages", text)
+
+
+def test_no_test_module_imports_from_another() -> None:
+    """What several share is in `tests/support`."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        names = imported(path)
+        assert not [name for name in names if re.match(r"tests\.(\w+\.)*test_", name)], name_of(path)

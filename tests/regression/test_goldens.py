@@ -14,7 +14,7 @@ from lora_fuse.errors import BadGolden
 from lora_fuse.pictures.environment import Environment
 from lora_fuse.recipe.records import Tool, to_json
 from lora_fuse.regression.goldens import CaseRecord, Goldens, Provenance, differences
-from tests.approved import APPROVAL, ENVIRONMENT, KEY, LORA, PROVENANCE, candidate, picture, png
+from tests.support.approved import APPROVAL, ENVIRONMENT, KEY, LORA, PROVENANCE, candidate, picture, png
 
 NEAR = replace(KEY, torch="2.12")
 FAR = replace(KEY, torch="2.11", isa="x86_64-default", threads=8)

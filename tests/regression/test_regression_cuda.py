@@ -9,47 +9,21 @@ import numpy as np
 import pytest
 import torch
 
-from lora_fuse.checkpoint.diffusers_layout import diffusers_files
-from lora_fuse.checkpoint.shards import open_checkpoint
 from lora_fuse.errors import OutOfMemory
-from lora_fuse.fusion.merge import write_merged
-from lora_fuse.fusion.plan import Plan, make_plan
-from lora_fuse.lora.updates import LoraInput
 from lora_fuse.pictures.environment import environment, make_deterministic
 from lora_fuse.pictures.metrics import Latents, to_levels
-from lora_fuse.pictures.pairs import Pair, Setup, render_pairs
-from lora_fuse.pictures.render import Case, Sampling
+from lora_fuse.pictures.pairs import Pair, render_pairs
 from lora_fuse.regression.case_judgement import judge_pairs
 from lora_fuse.regression.verdicts import Limits, Rules, Verdict
+from tests.support.on_gpu import CASES, SETUP, merge, plan
 
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
 ]
 
-ROOT = Path(__file__).resolve().parents[2]
-BASE = ROOT / "pocket/model"
-LORA = ROOT / "pocket/lora/pocket-lightning-4steps-v2.safetensors"
-SCHEDULER = {
-    "base_shift": 1.0986122886681098,
-    "max_shift": 1.0986122886681098,
-    "shift_terminal": None,
-    "use_dynamic_shifting": True,
-}
-CASES = [Case("rabbit", "Change the rabbit's color to purple", 0, (ROOT / "pocket/inputs/rabbit.png",), 128, 128)]
-SETUP = Setup("QwenImageEditPipeline", Sampling(4, 1.0, " ", 128 * 128), SCHEDULER, "cuda", "bfloat16")
 RULES = Rules(Limits({"psnr_db": 38}), Limits({"psnr_db": 38}), 2.0, (1.0, 0.9, 0.75, 0.5))
 OFFLOADED = ["model_offload", "group_offload", "balanced"]
-
-
-def plan(scale: float = 1.0) -> Plan:
-    return make_plan(open_checkpoint(BASE), [LoraInput("l", LORA, scale)])
-
-
-def merge(out: Path, scale: float = 1.0) -> Path:
-    generated = diffusers_files(BASE, pipeline=SETUP.pipeline, scheduler=SCHEDULER)
-    write_merged(plan(scale), out, device="cuda", generated=generated, known={}, progress=lambda _: None)
-    return out
 
 
 @pytest.fixture(scope="module")

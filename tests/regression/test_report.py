@@ -48,7 +48,7 @@ from lora_fuse.regression.verdicts import (
     flat_metrics,
     worst,
 )
-from tests.approved import APPROVAL, PROVENANCE, candidate
+from tests.support.approved import APPROVAL, PROVENANCE, candidate
 
 LIMITS = Limits({"psnr_db": 40, "max_abs": 8})
 RULES = Rules(LIMITS, LIMITS)

@@ -39,9 +39,9 @@ from lora_fuse.release.signing import SIGNATURE, keep_or_sign, sign
 from lora_fuse.release.slsa import provenance_json, purl
 from stages.export import export_formats
 from stages.publish import publish
-from tests import tiny
 from tests.hub_server import LoopbackHub
-from tests.released import REPO, ROOT, Project
+from tests.support import tiny
+from tests.support.released import REPO, ROOT, Project
 
 WEIGHTS = "transformer/diffusion_pytorch_model-00001-of-00002.safetensors"
 LORA_FILE = "lightning/l.safetensors"

@@ -17,7 +17,7 @@ import pytest
 
 from lora_fuse.recipe.records import Tool, from_json, to_json
 from lora_fuse.regression.goldens import Candidate, Candidates, GoldenRecord, Goldens
-from tests.approved import KEY, LORA, PROVENANCE, candidate, picture, png
+from tests.support.approved import KEY, LORA, PROVENANCE, candidate, picture, png
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = ("a", "b")

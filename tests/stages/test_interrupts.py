@@ -12,21 +12,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.fusion.test_merge_faults import hashes, left, run, start, write_base, write_lora
-from tests.hub.test_download_faults import (  # noqa: F401 - `composed` is a fixture
+from tests.hub_server import Fault, LoopbackHub
+from tests.support.downloads import (
     BIG,
     CONTENT,
     FILE,
     LORA,
     Project,
-    composed,
     fetched,
     leftovers,
     processes,
     until,
 )
-from tests.hub_server import Fault, LoopbackHub
-from tests.stages.test_pipeline import Workspace, ran
+from tests.support.merges import hashes, left, run, start, write_base, write_lora
+from tests.support.workspace import Workspace, ran
 
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 

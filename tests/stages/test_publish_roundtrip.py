@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.hub_server import LoopbackHub
-from tests.stages.test_pipeline import Workspace
+from tests.support.workspace import Workspace
 
 DRAW = """
 import sys, torch

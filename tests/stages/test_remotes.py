@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.hub_server import LoopbackHub
-from tests.stages.test_pipeline import ROOT, Workspace, ran
+from tests.support.workspace import ROOT, Workspace, ran
 
 REPO = "alice/pocket"
 FROM_HUB = ["base.path=null", f"base.repo_id={REPO}", "base.revision=main"]

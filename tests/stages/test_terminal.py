@@ -20,7 +20,7 @@ from lora_fuse.machine.console import Console, painted
 from lora_fuse.machine.progress import byte_progress, estimate, human_bytes, human_rate, human_seconds, log, silence
 from lora_fuse.pictures.render import Sampling
 from lora_fuse.pictures.render_progress import Task, passes, watching
-from tests import tiny
+from tests.support import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN, GUIDED = Sampling(4, 1.0, " "), Sampling(40, 4.0, " ")

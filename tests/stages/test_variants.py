@@ -20,7 +20,7 @@ from stages.catalog import catalog
 from stages.config import load
 from stages.config.__main__ import main
 from tests.hub_server import LoopbackHub
-from tests.stages.test_pipeline import Workspace
+from tests.support.workspace import Workspace
 
 NAMES = ["pocket_pastel", "pocket_soft"]  # `pocket` is the default recipe, which other tests build
 ENTRIES = "conf/variants.yaml"

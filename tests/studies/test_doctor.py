@@ -23,8 +23,8 @@ from lora_fuse.studies.doctor import access, disk, memory, pictures, software
 from lora_fuse.studies.doctor.examination import ExaminedRecipe, _places
 from lora_fuse.studies.doctor.finding import Finding, Status, fail, ok, table, verdict, warn
 from lora_fuse.studies.doctor.stock import base_stock, lora_stock
-from tests.hub.test_locks import BASE, LORA, LORA_FILE, NOWHERE, PIPELINE, STRAYS, weights, write
 from tests.hub_server import LoopbackHub
+from tests.support.repositories import BASE, LORA, LORA_FILE, NOWHERE, PIPELINE, STRAYS, weights, write
 
 ROOT = Path(__file__).resolve().parents[2]
 GB = 10**9

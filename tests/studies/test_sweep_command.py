@@ -23,10 +23,10 @@ from lora_fuse.recipe.paths import Artifacts
 from lora_fuse.studies.sweep import pins
 from stages.config.sweeps import expand
 from stages.sweep import sweep
-from tests.hub.test_locks import PIPELINE
 from tests.hub_server import LoopbackHub
-from tests.stages.test_pipeline import METRICS as RUN_METRICS
-from tests.stages.test_pipeline import Workspace
+from tests.support.repositories import PIPELINE
+from tests.support.workspace import METRICS as RUN_METRICS
+from tests.support.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parents[2]
 LONGEST = 300.0  # seconds that anything is waited for

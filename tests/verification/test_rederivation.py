@@ -18,7 +18,7 @@ from lora_fuse.fusion.plan import make_plan
 from lora_fuse.lora.updates import LoraInput
 from lora_fuse.verification import expectation as expected
 from lora_fuse.verification.rederivation import Expectation, Verification, is_nearest, verify_merge
-from tests import tiny
+from tests.support import tiny
 
 SHARD = "transformer/diffusion_pytorch_model-00001-of-00002.safetensors"
 EXPECTED = Expectation("QwenImageEditPlusPipeline", {"shift_terminal": None, "base_shift": 1.0})

@@ -25,7 +25,7 @@ from stages.download import download
 from stages.fuse import fuse
 from stages.verify import verify
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 REPO = "alice/merged"
 
 

@@ -1,0 +1,68 @@
+"""A base and a LoRA as a repository of the Hub has them, by path."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save
+
+BASE, LORA = "bob/base", "bob/lora"
+NOWHERE = "http://127.0.0.1:9"  # the discard port: nobody listens
+LORA_FILE = "4steps/lora.safetensors"
+
+
+def weights(seed: int) -> bytes:
+    numbers = np.random.default_rng(seed).standard_normal((8, 8), dtype=np.float32)
+    return bytes(save({"weight": numbers}))
+
+
+def text(content: object) -> bytes:
+    return json.dumps(content).encode()
+
+
+SHARDS = {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}
+
+PIPELINE: dict[str, bytes] = {
+    "model_index.json": text(
+        {
+            "_class_name": "QwenImagePipeline",
+            "safety_checker": [None, None],
+            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            "tokenizer": ["transformers", "Qwen2Tokenizer"],
+            "transformer": ["diffusers", "QwenImageTransformer2DModel"],
+            "vae": ["diffusers", "AutoencoderKLQwenImage"],
+        }
+    ),
+    "scheduler/scheduler_config.json": text({"shift": 1.0}),
+    "tokenizer/chat_template.jinja": b"{{ messages }}",
+    "tokenizer/merges.txt": b"a b\n",
+    "tokenizer/vocab.json": text({"a": 0}),
+    "transformer/config.json": text({"num_layers": 1}),
+    "transformer/model-1-of-2.safetensors": weights(1),
+    "transformer/model-2-of-2.safetensors": weights(2),
+    "transformer/model.safetensors.index.json": text({"metadata": {}, "weight_map": SHARDS}),
+    "vae/config.json": text({}),
+    "vae/model.safetensors": weights(3),
+}
+
+STRAYS: dict[str, bytes] = {
+    ".env": b"SECRET=1",
+    "README.md": b"# base",
+    "all-in-one.safetensors": weights(4),
+    "pipeline.py": b"import os",
+    "safety_checker/model.safetensors": weights(5),
+    "transformer/diffusion_pytorch_model.bin": b"pickle",
+    "vae/model.fp16.safetensors": weights(6),
+    "vae/model.onnx": b"onnx",
+    "vae/sub/config.json": b"{}",
+}
+
+
+def write(root: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return root
