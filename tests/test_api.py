@@ -12,7 +12,7 @@ import lora_fuse
 from lora_fuse import LoraInput, fuse, plan, verify
 from lora_fuse.errors import BadConfig, BadScale, NoDevice, Refused, UnmatchedTargets
 from lora_fuse.fusion.manifest import read_manifest
-from tests import tiny
+from tests.support import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 
