@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lora_fuse
-from lora_fuse.errors import BadConfig
+from lora_fuse.errors import BadConfig, naming_extras
 from lora_fuse.machine import interrupts
 
 if TYPE_CHECKING:
@@ -39,12 +39,13 @@ def _run(options: argparse.Namespace) -> int:
         if getattr(options, "quiet", False):
             stack.enter_context(progress.silence())
             stack.enter_context(redirect_stdout(io.StringIO()))
+        stack.enter_context(naming_extras(options.command))
         return int(options.run(options))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m lora_fuse", description="Fuse LoRAs into a checkpoint, exactly.")
-    commands = parser.add_subparsers(required=True, metavar="inspect|plan|fuse|verify")
+    commands = parser.add_subparsers(required=True, dest="command", metavar="inspect|plan|fuse|verify")
     inspect = commands.add_parser("inspect", help="what is in a LoRA: format, ranks, alphas, targets")
     inspect.add_argument("lora", type=Path, metavar="LORA")
     inspect.set_defaults(run=_inspect)

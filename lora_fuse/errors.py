@@ -6,9 +6,22 @@ as ``error: …`` and exits 2 (`Refused`) or 1 (`CheckFailed`); anything else is
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 LONGEST = 2000  # characters of a message
+# The extras of pyproject.toml, with the libraries of each that are imported here; all others are the core's.
+EXTRAS = {
+    "torch": ("torch",),
+    "hub": ("httpx2", "huggingface_hub", "yaml"),
+    "pipeline": (
+        *("PIL", "accelerate", "cyclonedx", "diffusers", "flip_evaluator", "hydra", "jinja2", "junitparser"),
+        *("omegaconf", "packageurl", "packaging", "peft", "psutil", "scipy", "skimage", "ssimulacra2", "transformers"),
+    ),
+    "sign": ("OpenSSL", "cryptography", "model_signing", "sigstore"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +58,10 @@ class LoraFuseError(Exception):
 
 class Refused(LoraFuseError):
     """The input cannot be used as asked; nothing was written."""
+
+
+class MissingExtra(Refused):
+    """A library of an extra is needed and not installed."""
 
 
 class CheckFailed(LoraFuseError):
@@ -102,7 +119,7 @@ class PublishRefused(Refused):
 
 
 class BadKey(Refused):
-    """A key cannot be used, or what signs is not installed."""
+    """A key cannot be used."""
 
 
 class RenderFailed(Refused):
@@ -115,3 +132,35 @@ class OutOfMemory(RenderFailed):
 
 class BadGolden(Refused):
     """An approved picture is missing, is not the one that was approved, or nobody approved it."""
+
+
+@contextmanager
+def naming_extras(what: str) -> Iterator[None]:
+    """Refuse what is done inside if it imports a library of `EXTRAS` that is not installed.
+
+    Args:
+        what: the subject of the error: the thing that needs the library.
+
+    Raises:
+        MissingExtra: a library is not installed; the message names its extra.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        extra = next((extra for extra, libraries in EXTRAS.items() if error.name in libraries), None)
+        if extra is None:
+            raise
+        raise MissingExtra(
+            f"{what} needs {error.name}, which is not installed: pip install 'lora-fuse[{extra}]'"
+        ) from error
+
+
+def require(library: str, what: str) -> None:
+    """Refuse `what` where a library of `EXTRAS` is not installed, without the time that its import takes.
+
+    Raises:
+        MissingExtra: see `naming_extras`.
+    """
+    with naming_extras(what):
+        if find_spec(library) is None:
+            raise ModuleNotFoundError(name=library)

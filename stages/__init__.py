@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 from types import TracebackType
 
+from lora_fuse.errors import require
+from lora_fuse.machine import interrupts
+
 
 def _last_resort(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Ctrl-C while a stage is being imported, or again while it ends: a line, as `lora_fuse.cli.guarded` has it."""
@@ -15,3 +18,12 @@ def _last_resort(kind: type[BaseException], error: BaseException, trace: Traceba
 
 
 sys.excepthook = _last_resort
+
+
+def _installed() -> int:
+    require("hydra", "a stage")
+    return 0
+
+
+if interrupts.guarded(_installed) != 0:
+    sys.exit(2)

@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from lora_fuse.errors import BadConfig, LoraFuseError, Rerun
+from lora_fuse.errors import BadConfig, LoraFuseError, Rerun, naming_extras
 from lora_fuse.machine import Console, interrupts, launch, progress, staging
 from lora_fuse.recipe import Artifacts, paths
 from stages.config import load
@@ -42,7 +42,7 @@ def run(name: str, console: Console, work: Callable[[], int], kept: str = KEPT) 
 
     def told() -> int:
         try:
-            with progress.silence() if console.quiet else nullcontext():
+            with naming_extras(name), progress.silence() if console.quiet else nullcontext():
                 return work()
         except LoraFuseError as error:
             console.failed(name, error.exit_code, str(error))

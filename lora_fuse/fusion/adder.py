@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from lora_fuse.errors import naming_extras
 from lora_fuse.fusion.cpu_adder import Stacked, TooLarge, stackable
 from lora_fuse.fusion.pieces import BUFFER, row_pieces
 from lora_fuse.fusion.plan import Target
@@ -57,7 +58,8 @@ def read_sum(target: Target, device: str) -> Adder:
 
 def torch_sum(target: Target, differences: list[deltas.Difference], device: str) -> Adder:
     """Any differences, by torch."""
-    from lora_fuse.fusion.torch_adder import TorchSum
+    with naming_extras(f"{target.shard.path}: a sum as large as those of {target.tensor.name!r}"):
+        from lora_fuse.fusion.torch_adder import TorchSum
 
     return TorchSum(differences, target.tensor.dtype, _columns(target), device)
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
-from lora_fuse.errors import NoDevice
+from lora_fuse.errors import NoDevice, naming_extras
 
 DEVICES = ("auto", "cpu", "cuda")
 ENOUGH = 8  # cores
@@ -20,12 +21,14 @@ def resolve_device(requested: str) -> str:
 
     Raises:
         NoDevice: no such device is known, or cuda was asked for and torch finds none.
+        MissingExtra: cuda was asked for and torch is not installed.
     """
     if requested not in DEVICES:
         raise NoDevice(f"unknown device {requested!r}: use one of {', '.join(DEVICES)}")
     if requested == "cpu" or (requested == "auto" and _has_no_gpu()):
         return "cpu"
-    import torch
+    with naming_extras("device cuda"):
+        import torch
 
     present = torch.cuda.is_available()
     if requested == "cuda" and not present:
@@ -58,6 +61,7 @@ def fuse_device(requested: str, plain: bool) -> str:
 
 
 def _has_no_gpu() -> bool:
-    """Whether a look at the machine is enough to know: importing torch to ask takes seconds."""
+    """Say no GPU can be used where a look at the machine is enough to know: importing torch to ask takes seconds."""
     nodes = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # NVIDIA, NVIDIA under WSL, AMD
-    return sys.platform == "linux" and not any(Path(node).exists() for node in nodes)
+    no_driver = sys.platform == "linux" and not any(Path(node).exists() for node in nodes)
+    return no_driver or find_spec("torch") is None

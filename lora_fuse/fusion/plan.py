@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from lora_fuse.checkpoint import PROVENANCE, Checkpoint, Shard, TensorInfo, open_checkpoint
-from lora_fuse.errors import BadCheckpoint, BadScale
+from lora_fuse.errors import BadCheckpoint, BadScale, require
 from lora_fuse.lora import Algorithm, LoraFile, LoraInput, Selection, Update, match_targets, open_lora
 from lora_fuse.models import COMPONENT
 from lora_fuse.recipe import Lock, Recipe, hf_cache, paths
@@ -57,11 +57,7 @@ class Plan:
     @property
     def plain(self) -> bool:
         """Whether only plain LoRAs are added, and only to weights of 16 bits: what is quickest."""
-        return all(
-            target.tensor.dtype in ("BF16", "F16")
-            and all(term.update.algorithm == str(Algorithm.LORA) for term in target.terms)
-            for target in self.targets.values()
-        )
+        return all(_beyond_plain(target) is None for target in self.targets.values())
 
     @property
     def provenance(self) -> str:
@@ -89,6 +85,7 @@ def make_plan(checkpoint: Checkpoint, inputs: Sequence[LoraInput], selection: Se
         BadLora: a file cannot be used (see `open_lora` and `match_targets` for the kinds).
         BadCheckpoint: a target has a dtype that cannot be rounded to.
         BadConfig: a pattern of the selection matches no target, or it leaves none.
+        MissingExtra: a target is not plain (see `Plan.plain`), and torch is not installed.
     """
     chosen = selection or Selection()
     _refuse_unfit(checkpoint)
@@ -104,7 +101,10 @@ def make_plan(checkpoint: Checkpoint, inputs: Sequence[LoraInput], selection: Se
     chosen.check(terms)
     skipped = tuple(sorted(name for name in terms if chosen.share(name) is None))
     kept = {name: found for name, found in terms.items() if name not in skipped}
-    return Plan(checkpoint, tuple(inputs), loras, _targets(checkpoint, kept), chosen, skipped)
+    targets = _targets(checkpoint, kept)
+    if (beyond := next(filter(None, map(_beyond_plain, targets.values())), None)) is not None:
+        require("torch", beyond)
+    return Plan(checkpoint, tuple(inputs), loras, targets, chosen, skipped)
 
 
 def plan_of(base: Lock, loras: Mapping[str, Lock], params: Recipe) -> Plan:
@@ -150,3 +150,13 @@ def _targets(checkpoint: Checkpoint, terms: dict[str, list[Term]]) -> dict[str, 
                 )
             targets[name] = Target(tensor, shard, tuple(terms[name]))
     return targets
+
+
+def _beyond_plain(target: Target) -> str | None:
+    """The first thing about a target that only torch can add; None for plain LoRAs and weights of 16 bits."""
+    if target.tensor.dtype not in ("BF16", "F16"):
+        return f"{target.shard.path}: a fuse into {target.tensor.dtype} weights, as {target.tensor.name!r} is,"
+    for term in target.terms:
+        if term.update.algorithm != str(Algorithm.LORA):
+            return f"{term.lora.path}: a fuse of {term.update.algorithm}, as for {target.tensor.name!r},"
+    return None

@@ -7,6 +7,8 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from lora_fuse.errors import naming_extras
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -41,7 +43,8 @@ def _is_on(name: str) -> bool:
 
 def client() -> HfApi:
     """A Hub client for the endpoint and token of the environment."""
-    from huggingface_hub import HfApi
+    with naming_extras("the Hub"):
+        from huggingface_hub import HfApi
 
     return HfApi(endpoint=endpoint(), token=token() or False, library_name="lora-fuse")
 

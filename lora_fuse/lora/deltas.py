@@ -232,7 +232,7 @@ def difference(algorithm: Algorithm, tensors: Tensors, factor: float, scale: flo
 def _plain(algorithm: Algorithm, tensors: Tensors, factor: float) -> Difference:
     match algorithm:
         case Algorithm.LORA if "up bias" in tensors:
-            return LowRank(Matrix(tensors["up bias"].reshape(-1, 1)), factor)
+            return LowRank(Matrix(tensors["up bias"].reshape(-1, 1), np.ones((1, 1))), factor)
         case Algorithm.LORA:
             up, down = _flat(tensors["up"]), tensors["down"]
             if "mid" in tensors:  # Tucker: the kernel between the two, lycoris/modules/locon.py

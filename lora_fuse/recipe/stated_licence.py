@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from lora_fuse.recipe.records import License
 
 NAMES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE", "LICENCE.md", "LICENCE.txt", "COPYING")
@@ -45,6 +43,8 @@ def read_license(folder: Path) -> License | None:
 
     A licence file that is none of the known texts is ``other``, by the file's name.
     """
+    import yaml
+
     readme = FRONT_MATTER.match(_text(folder / "README.md"))
     try:
         card = yaml.safe_load(readme[1]) if readme else None

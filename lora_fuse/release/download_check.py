@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from lora_fuse.errors import BadSource, CheckFailed, Refused
+from lora_fuse.errors import BadSource, CheckFailed, Refused, require
 from lora_fuse.hub import sources
 from lora_fuse.machine import FileRecord
 from lora_fuse.recipe import Manifest, records
@@ -53,7 +53,10 @@ def check_published(folder: Path, trusted: Trusted | None) -> Published:
 
     Raises:
         Refused: it has no list, or the public key cannot be used.
+        MissingExtra: it has to be signed, and what checks signatures is not installed.
     """
+    if trusted is not None:
+        require("model_signing", "a signature")
     if not is_published(folder):
         raise Refused(
             f"{folder} has no {LIST}, which a published repository has; to check a merge, name its base and LoRAs: "

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_fuse.errors import BadKey, CheckFailed
+from lora_fuse.errors import BadKey, CheckFailed, naming_extras
 from lora_fuse.recipe import sections
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ def sign(folder: Path, signer: sections.Signer) -> bytes:
     An ECDSA signature is another one each time. `keep_or_sign` keeps the one that is there.
 
     Raises:
-        BadKey: `model_signing` is not installed, the key cannot be used, or Sigstore gave no signature.
+        BadKey: the key cannot be used, or Sigstore gave no signature.
+        MissingExtra: `model_signing` is not installed.
     """
     signing = _library("signing")
     target = folder / SIGNATURE
@@ -89,7 +90,8 @@ def check(folder: Path, trusted: Trusted, unsigned: Iterable[str] = ()) -> None:
         unsigned: paths that need not be signed.
 
     Raises:
-        BadKey: `model_signing` is not installed, or the public key cannot be used.
+        BadKey: the public key cannot be used.
+        MissingExtra: `model_signing` is not installed.
         CheckFailed: it is no signature, one by somebody else, or of other files.
     """
     verifying = _library("verifying")
@@ -116,15 +118,10 @@ def _whom(trusted: Trusted) -> str:
 
 
 def _library(name: str) -> Any:
-    try:
+    with naming_extras("a signature"):
         import model_signing.hashing
         import model_signing.signing
         import model_signing.verifying
-    except ImportError as error:
-        raise BadKey(
-            f"signatures need the package model-signing ({error}); install it: "
-            "pip install -c constraints.txt -e '.[sign]'"
-        ) from error
     modules: dict[str, ModuleType] = {
         "hashing": model_signing.hashing,
         "signing": model_signing.signing,

@@ -26,7 +26,7 @@ from in_toto_attestation.v1.statement import Statement
 from PIL import Image
 
 from lora_fuse.cli import main
-from lora_fuse.errors import BadConfig, BadKey, PublishRefused
+from lora_fuse.errors import BadConfig, BadKey, MissingExtra, PublishRefused
 from lora_fuse.fusion.manifest import read_manifest
 from lora_fuse.hub import lock_base, lock_lora
 from lora_fuse.recipe import checkout as provenance
@@ -362,8 +362,8 @@ def test_a_key_and_keyless_at_once_is_refused(tmp_path: Path, monkeypatch: pytes
 
 
 def test_without_the_package_the_extra_is_named(folder: Path, key: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "model_signing.hashing", None)
-    with pytest.raises(BadKey, match=r"\.\[sign\]"):
+    monkeypatch.setitem(sys.modules, "model_signing", None)
+    with pytest.raises(MissingExtra, match=r"a signature needs model_signing.*'lora-fuse\[sign\]'"):
         sign(folder, Signer(key))
 
 

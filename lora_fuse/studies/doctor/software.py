@@ -12,17 +12,21 @@ from pathlib import Path
 from lora_fuse.studies.doctor.finding import Finding, fail, ok, warn
 
 SHOWN = ("torch", "diffusers", "transformers", "huggingface_hub", "dvc")
-INSTALL = "make setup, or pip install -c constraints.txt -e ."
+INSTALL = "make setup, or pip install -c constraints.txt -e '.[pipeline]'"
+EXTRAS = ("torch", "hub", "pipeline")  # of the package, that the stages need
 # What torch's deterministic mode accepts (docs.pytorch.org, torch.use_deterministic_algorithms).
 WORKSPACES = (":4096:8", ":16:8")
 
 
 def requirements(pyproject: Path) -> tuple[str, list[str]]:
-    """The range of Python versions and the requirements: of a checkout, else of the installed package."""
+    """The range of Python versions and the stages' requirements: of a checkout, else of the installed package."""
     if pyproject.is_file():
         project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
-        return project["requires-python"], list(project["dependencies"])
-    return ">=3.11", [line for line in requires("lora-fuse") or [] if "extra ==" not in line]
+        extras = [line for extra in EXTRAS for line in project["optional-dependencies"][extra]]
+        return project["requires-python"], [*project["dependencies"], *extras]
+    markers = {f'extra == "{extra}"' for extra in EXTRAS} | {""}
+    pairs = [line.partition("; ") for line in requires("lora-fuse") or []]
+    return ">=3.11", [requirement for requirement, _, marker in pairs if marker in markers]
 
 
 def python(needed: str, found: str = platform.python_version()) -> Finding:
@@ -40,7 +44,7 @@ def packages(needed: Sequence[str]) -> Finding:
 
     held, wrong = {}, []
     for requirement in map(Requirement, needed):
-        if requirement.marker is not None and not requirement.marker.evaluate():
+        if requirement.name == "lora-fuse" or (requirement.marker is not None and not requirement.marker.evaluate()):
             continue
         try:
             held[requirement.name] = version(requirement.name)
