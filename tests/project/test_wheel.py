@@ -5,20 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tomllib
 import venv
 import zipfile
-from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import numpy as np
 import pytest
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 
 from lora_fuse.errors import EXTRAS, MissingExtra, naming_extras, require
-from tests import tiny
-from tests.project.test_house import imported, modules
+from tests.support import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGEST = 350e6  # bytes of site-packages
@@ -176,21 +171,6 @@ def test_a_stage_names_its_extra(bin_: Path) -> None:
     refused = run(bin_ / "python", "-c", code)
     assert refused.returncode == 2
     assert refused.stderr == "error: a stage needs hydra, which is not installed: pip install 'lora-fuse[pipeline]'\n"
-
-
-def test_every_library_is_the_core_s_or_has_an_extra_of_pyproject() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lines = {"core": project["dependencies"], **project["optional-dependencies"]}
-    declared = {name: {canonicalize_name(Requirement(line).name) for line in lines[name]} for name in lines}
-    extra_of = {library: extra for extra, libraries in EXTRAS.items() for library in libraries}
-    distributions = packages_distributions()
-    paths = [path for top in ("lora_fuse", "stages") for path in modules(ROOT / top)]
-    used = {name.partition(".")[0] for path in paths for name in imported(path)}
-    for library in used - sys.stdlib_module_names - {"__future__", "lora_fuse", "pocket", "stages"}:
-        extra = extra_of.get(library, "core")
-        assert {canonicalize_name(name) for name in distributions[library]} & declared[extra], (library, extra)
-    assert "lora-fuse[hub,torch]" in lines["pipeline"]
-    assert "lora-fuse[pipeline,s3,sign]" in lines["dev"]
 
 
 def test_only_what_an_extra_brings_is_refused_by_its_name() -> None:
