@@ -38,9 +38,9 @@ def wanted(params: Recipe, build: Build, at: Artifacts) -> Wanted:
     return Wanted(
         name=params.name,
         recipe=build.recipe,
-        base=params.base.source,
+        base=params.base,
         pipeline=params.base.pipeline,
-        loras={n: WantedLora(lora.source, lora.filename, params.fuse.scale_of(n)) for n, lora in params.loras.items()},
+        loras={n: WantedLora(lora, lora.filename, params.fuse.scale_of(n)) for n, lora in params.loras.items()},
         selection=None if selection.everything else records.Selected(**asdict(selection)),
         scheduler=params.scheduler_config,
         cases={name: case.prompt for name, case in params.regress.cases.items()},

@@ -32,11 +32,11 @@ def doctor(params: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN)
 
 def recipe_of(params: Recipe, at: Artifacts) -> ExaminedRecipe:
     """What of the parameters a machine has to fit."""
-    loras = {name: (lora.source, lora.filename, params.fuse.scale_of(name)) for name, lora in params.loras.items()}
+    loras = {name: (lora, lora.filename, params.fuse.scale_of(name)) for name, lora in params.loras.items()}
     regress, fuse = params.regress, params.fuse
     return ExaminedRecipe(
         params.name,
-        params.base.source,
+        params.base,
         loras,
         at.earlier_locks(),
         fuse.scale,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from lora_fuse import hub
 from lora_fuse.hub import locks
 from lora_fuse.machine import PLAIN, Console, files, progress
-from lora_fuse.recipe import Artifacts, Recipe, paths, records
+from lora_fuse.recipe import Artifacts, Recipe, Source, paths, records
 from stages.run import run_stage
 
 KEPT = "whole files stay in the Hub client's cache, the locks are as they were; `dvc repro` goes on with the rest"
@@ -26,21 +26,19 @@ def download(
 ) -> int:
     """Write `base.lock.json` and `lora.lock.json`, or one of them, and that what they name is here."""
     (base_before, loras_before), clock = at.earlier_locks(), progress.Stopwatch()
-    sources = [] if loras_only else [params.base.source]
-    sources += [] if base_only else [lora.source for _, lora in sorted(params.loras.items())]
+    sources: list[Source] = [] if loras_only else [params.base]
+    sources += [] if base_only else [lora for _, lora in sorted(params.loras.items())]
     console.will(
         "download", locks.will_lock(sources, [*([base_before] if base_before else []), *loras_before.values()])
     )
     transfer = params.download
     loras = {  # first, as they are small: what is wrong with them is found before the base is fetched
-        name: hub.lock_lora(
-            lora.source, lora.filename, previous=loras_before.get(name), update=update, transfer=transfer
-        )
+        name: hub.lock_lora(lora, lora.filename, previous=loras_before.get(name), update=update, transfer=transfer)
         for name, lora in sorted(params.loras.items() if not base_only else ())
     }
     pairs = [(loras_before.get(name), lora) for name, lora in loras.items()]
     if not loras_only:
-        base = hub.lock_base(params.base.source, previous=base_before, update=update, transfer=transfer)
+        base = hub.lock_base(params.base, previous=base_before, update=update, transfer=transfer)
         pairs.insert(0, (base_before, base))
         files.replace_text(at.base_lock, records.to_json(records.BaseLock(records.SCHEMA, base)))
     if not base_only:

@@ -1,4 +1,4 @@
-"""What is built: a recipe's parameters, the records and the paths that stages share."""
+"""A recipe's parameters, and the records and paths that stages share."""
 
 import lazy_loader
 

@@ -9,4 +9,4 @@ from .recipe import Recipe as Recipe
 from .records import License as License
 from .records import Lock as Lock
 from .records import Manifest as Manifest
-from .records import Source as Source
+from .sections import Source as Source

@@ -1,4 +1,4 @@
-"""What built this: the package's version and the state of the checkout that it runs from."""
+"""The package's version and the state of the checkout that it runs from."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def modified_files(root: Path) -> list[str] | None:
 
 
 def this_repository() -> str | None:
-    """Where the checkout that this runs from was cloned from, without a name or password in it; None if nowhere."""
+    """The address that this checkout was cloned from, without a name or password in it; None if there is none."""
     address = _git(ROOT, "config", "remote.origin.url")
     if not address or "://" not in address or address.startswith("file:"):
         host, colon, path = (address or "").rpartition("@")[2].partition(":")  # git@host:owner/name
@@ -52,8 +52,9 @@ def this_repository() -> str | None:
 
 
 def this_person(root: Path) -> str:
-    """Who runs this: as git knows it (``name <mail>``), or the system's user."""
-    name, mail = _git(root, "config", "user.name"), _git(root, "config", "user.email")
+    """The person who runs this: as git knows them (``name <mail>``), or the system's user."""
+    name = _git(root, "config", "user.name")
+    mail = _git(root, "config", "user.email")
     return f"{name} <{mail}>" if name and mail else getpass.getuser()
 
 

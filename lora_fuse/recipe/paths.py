@@ -1,6 +1,6 @@
-"""Where stages leave their results, and how they read each other's; in `artifacts/` the paths are dvc.yaml's.
+"""The files that stages leave and read from each other; below `artifacts/` these paths are dvc.yaml's.
 
-Of a variant they are those of variants/dvc.yaml.
+A variant's are those of variants/dvc.yaml.
 """
 
 from __future__ import annotations
@@ -14,12 +14,23 @@ from typing import Any, TypeAlias
 from lora_fuse.errors import BadSource, Rerun
 from lora_fuse.lora import LoraInput
 from lora_fuse.machine import files
+from lora_fuse.recipe import records
 from lora_fuse.recipe.hf_cache import locate
 from lora_fuse.recipe.recipe import Recipe
-from lora_fuse.recipe.records import SCHEMA, BaseLock, Lock, LoraLock, from_json, to_json
+from lora_fuse.recipe.records import SCHEMA, BaseLock, Lock, LoraLock
 
 ROOT = Path("artifacts")
 GOLDEN = ROOT / "golden"  # approved pictures, by recipe: every build of a recipe is compared with the same
+
+
+@dataclass(frozen=True, slots=True)
+class _Below:
+    """An attribute of `Artifacts`: a path below the root."""
+
+    name: str
+
+    def __get__(self, build: Artifacts, _: type[Artifacts] | None = None) -> Path:
+        return build.root / self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +39,9 @@ class Artifacts:
 
     Attributes:
         root: a folder.
-        variant: whose results they are; None for the main build.
+        variant: the name of the variant that was built; None for the main build.
         shared_base: the base's lock, where variants of the same base share it.
-        published: whether the variant goes to a Hub, and so has a stage in publish/dvc.yaml.
+        published: True if the variant goes to a Hub, and so has a stage in publish/dvc.yaml.
     """
 
     root: Path = ROOT
@@ -38,11 +49,29 @@ class Artifacts:
     shared_base: Path | None = None
     published: bool = False
 
+    lora_lock = _Below("lora.lock.json")  # the LoRAs' commits and files
+    sources = _Below("sources.json")  # what was fetched to this machine; unlike the locks, it does not travel
+    merged = _Below("merged")  # the merged repository
+    manifest = _Below("merged.manifest.json")  # its files and what it was made of
+    verify = _Below("verify.json")  # the result of the second derivation
+    goldens = _Below("goldens.json")  # the list of the recipe's goldens
+    regression = _Below("regression")  # the folder of all that `regress` writes
+    images = _Below("regression/images")  # the run's pictures
+    candidates = _Below("regression/candidates.json")  # the records of the pictures, for an approval
+    metrics = _Below("regression/metrics.json")  # flat numbers and verdicts
+    cases = _Below("regression/cases.json")  # the same, a row for each case
+    blocks = _Below("regression/blocks.json")  # how much the LoRAs change each block
+    report = _Below("regression/report.html")  # the page to look at
+    exported = _Below("export")  # the folder of the other formats
+    exports = _Below("export.json")  # the list of its files
+    release = _Below("release")  # the files that are published beside the checkpoint
+    receipt = _Below("publish.json")  # what was published, and where
+
     @classmethod
-    def of_variant(cls, name: str, params: Recipe) -> Artifacts:
+    def of_variant(cls, name: str, recipe: Recipe) -> Artifacts:
         """The results of a variant."""
-        shared_base = ROOT / "bases" / f"{params.base.key}.lock.json"
-        return cls(ROOT / "variants" / name, name, shared_base, params.publish.enabled)
+        shared_base = ROOT / "bases" / f"{recipe.base.key}.lock.json"
+        return cls(ROOT / "variants" / name, name, shared_base, recipe.publish.enabled)
 
     @property
     def base_lock(self) -> Path:
@@ -51,112 +80,31 @@ class Artifacts:
 
     @property
     def base_sources(self) -> Path:
-        """Of a base that variants share, that it was fetched to this machine, see `sources`."""
+        """The note that a base which variants share was fetched to this machine, see `sources`."""
         return self.base_lock.with_name(self.base_lock.name.replace(".lock.", ".sources."))
 
-    @property
-    def lora_lock(self) -> Path:
-        """The LoRAs' commits and files."""
-        return self.root / "lora.lock.json"
-
-    @property
-    def sources(self) -> Path:
-        """What was fetched to this machine; unlike the locks, it does not travel."""
-        return self.root / "sources.json"
-
-    @property
-    def merged(self) -> Path:
-        """The merged repository."""
-        return self.root / "merged"
-
-    @property
-    def manifest(self) -> Path:
-        """Its files and what it was made of."""
-        return self.root / "merged.manifest.json"
-
-    @property
-    def verify(self) -> Path:
-        """What the second derivation found."""
-        return self.root / "verify.json"
-
-    @property
-    def goldens(self) -> Path:
-        """Which goldens its recipe has."""
-        return self.root / "goldens.json"
-
-    @property
-    def regression(self) -> Path:
-        """The folder of all that `regress` writes."""
-        return self.root / "regression"
-
-    @property
-    def images(self) -> Path:
-        """The run's pictures."""
-        return self.regression / "images"
-
-    @property
-    def candidates(self) -> Path:
-        """The records of the pictures, for an approval."""
-        return self.regression / "candidates.json"
-
-    @property
-    def metrics(self) -> Path:
-        """Flat numbers and verdicts."""
-        return self.regression / "metrics.json"
-
-    @property
-    def cases(self) -> Path:
-        """The same, a row for each case."""
-        return self.regression / "cases.json"
-
-    @property
-    def blocks(self) -> Path:
-        """How much the LoRAs change each block."""
-        return self.regression / "blocks.json"
-
-    @property
-    def report(self) -> Path:
-        """The page to look at."""
-        return self.regression / "report.html"
-
-    @property
-    def exported(self) -> Path:
-        """The folder of the other formats."""
-        return self.root / "export"
-
-    @property
-    def exports(self) -> Path:
-        """What is in it."""
-        return self.root / "export.json"
-
-    @property
-    def release(self) -> Path:
-        """The files that are published beside the checkpoint."""
-        return self.root / "release"
-
-    @property
-    def receipt(self) -> Path:
-        """What was published, and where."""
-        return self.root / "publish.json"
-
     def read_locks(self) -> tuple[Lock, dict[str, Lock]]:
-        """What the download stage pinned: the base, and the LoRAs by name."""
-        base = from_json(BaseLock, read_text(self.base_lock, "download"), str(self.base_lock))
-        loras = from_json(LoraLock, read_text(self.lora_lock, "download"), str(self.lora_lock))
+        """The pins of the download stage: the base, and the LoRAs by name.
+
+        Raises:
+            BadSource: a lock is not there, or is no lock.
+        """
+        base = records.from_json(BaseLock, read_text(self.base_lock, "download"), str(self.base_lock))
+        loras = records.from_json(LoraLock, read_text(self.lora_lock, "download"), str(self.lora_lock))
         return base.base, loras.loras
 
-    def write_locks(self, base: Lock, loras: Mapping[str, Lock]) -> None:
-        """Pin what was locked elsewhere, for a build that downloads nothing itself."""
-        files.replace_text(self.base_lock, to_json(BaseLock(SCHEMA, base)))
-        files.replace_text(self.lora_lock, to_json(LoraLock(SCHEMA, dict(loras))))
+    def write_locks(self, base: Lock | None, loras: Mapping[str, Lock] | None) -> None:
+        """Pin base and LoRAs; None leaves a lock as it is."""
+        if base is not None:
+            files.replace_text(self.base_lock, records.to_json(BaseLock(SCHEMA, base)))
+        if loras is not None:
+            files.replace_text(self.lora_lock, records.to_json(LoraLock(SCHEMA, dict(loras))))
 
     def earlier_locks(self) -> tuple[Lock | None, dict[str, Lock]]:
         """The pins of the last run, as far as there are any: a branch that moved since does not move a build."""
-        base, loras = self.base_lock, self.lora_lock
-        return (
-            from_json(BaseLock, base.read_text(encoding="utf-8"), str(base)).base if base.exists() else None,
-            from_json(LoraLock, loras.read_text(encoding="utf-8"), str(loras)).loras if loras.exists() else {},
-        )
+        base = records.read(BaseLock, self.base_lock).base if self.base_lock.exists() else None
+        loras = records.read(LoraLock, self.lora_lock).loras if self.lora_lock.exists() else {}
+        return base, loras
 
 
 HERE = Artifacts()
@@ -169,7 +117,7 @@ def read_text(path: Path, stage: str) -> str:
     """The text of another stage's result.
 
     Raises:
-        BadSource: it is not there; the message names the stage that makes it.
+        BadSource: it is not there; the error names the stage that makes it.
     """
     try:
         return path.read_text(encoding="utf-8")
@@ -178,13 +126,21 @@ def read_text(path: Path, stage: str) -> str:
 
 
 def read_object(path: Path, stage: str) -> dict[str, Any]:
-    """A stage's flat JSON result."""
+    """A stage's flat JSON result.
+
+    Raises:
+        BadSource: it is not there, or no JSON object.
+    """
     content: dict[str, Any] = _read_json(path, stage, dict, "mapping")
     return content
 
 
 def read_rows(path: Path, stage: str) -> list[dict[str, Any]]:
-    """A stage's JSON list of rows."""
+    """A stage's JSON list of rows.
+
+    Raises:
+        BadSource: it is not there, or no JSON list.
+    """
     content: list[dict[str, Any]] = _read_json(path, stage, list, "list")
     return content
 
@@ -200,9 +156,9 @@ def _read_json(path: Path, stage: str, kind: type, called: str) -> Any:
     return content
 
 
-def lora_inputs(loras: Mapping[str, Lock], params: Recipe) -> list[LoraInput]:
+def lora_inputs(loras: Mapping[str, Lock], recipe: Recipe) -> list[LoraInput]:
     """The pinned LoRAs (files and PEFT folders) with the scales of the recipe."""
     return [
-        LoraInput(name, locate(lock) / lock.lora_name, params.fuse.scale_of(name))
+        LoraInput(name, locate(lock) / lock.lora_name, recipe.fuse.scale_of(name))
         for name, lock in sorted(loras.items())
     ]

@@ -43,7 +43,7 @@ class Recipe(Section):
 
     @property
     def asked(self) -> tuple[dict[str, float], int]:
-        """The scale of every LoRA and the steps: what pictures have to be made with to be approved."""
+        """The scale of every LoRA and the steps, with which pictures have to be made to be approved."""
         return {name: self.fuse.scale_of(name) for name in self.loras}, self.sampling.steps
 
     @property

@@ -1,4 +1,4 @@
-"""The JSON records that pass between stages: locks, the manifest. Data and text only; no file is opened here.
+"""The JSON records that pass between stages: locks, the manifest.
 
 Invariant: a record holds no absolute path, no host name and no clock time, so the same build gives the same text
 everywhere.
@@ -7,7 +7,7 @@ everywhere.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -31,31 +31,6 @@ class MergedFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """Where files come from: a Hub repository at a revision, or a local folder relative to the project.
-
-    Raises:
-        BadSource: not exactly one of `repo_id` and `path` is set.
-    """
-
-    repo_id: str | None = None
-    path: str | None = None
-    revision: str | None = None
-
-    def __post_init__(self) -> None:
-        if (self.repo_id is None) == (self.path is None):
-            raise BadSource(
-                "a source is either a Hub repository or a local path: "
-                f"got repo_id={self.repo_id!r} and path={self.path!r}; set exactly one of them"
-            )
-
-    @property
-    def label(self) -> str:
-        """What a person would call it: the repository id or the path."""
-        return self.repo_id or self.path or ""
-
-
-@dataclass(frozen=True, slots=True)
 class License:
     """The licence of a source as it says itself, or as somebody states it.
 
@@ -70,7 +45,7 @@ class License:
 
     @property
     def label(self) -> str:
-        """What a person would call it."""
+        """The licence's name for a person."""
         return f"{self.name or self.link or 'unnamed'} (other)" if self.id == "other" else self.id
 
 
@@ -92,7 +67,7 @@ class Lock:
 
     @property
     def label(self) -> str:
-        """What a person would call it: ``repo@commit`` or the path."""
+        """The name for a person: ``repo@commit`` or the path."""
         return f"{self.repo_id}@{self.revision}" if self.repo_id else str(self.path)
 
     @property
@@ -156,7 +131,7 @@ class Selected:
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """What built it: package version, git commit of the checkout (if it is one) and whether that was modified."""
+    """The builder: package version, git commit of the checkout (if it is one), and True if that was modified."""
 
     version: str
     git: str | None = None
@@ -165,7 +140,7 @@ class Tool:
 
 @dataclass(frozen=True, slots=True)
 class Exports:
-    """What a merged checkpoint was exported to, by POSIX path, and the manifest that it was exported from."""
+    """The files of an export by POSIX path, and the manifest of the checkpoint that was exported."""
 
     schema: int
     manifest_sha256: str
@@ -219,3 +194,13 @@ def from_json(kind: type[Record], text: str, where: str) -> Record:
         first = error.errors()[0]
         at = ".".join(str(part) for part in first["loc"]) or "the top"
         raise BadSource(f"{where} is not a {kind.__name__}: at {at}: {first['msg']}; run its stage again") from error
+
+
+def read(kind: type[Record], path: Path) -> Record:
+    """Read one record from a file.
+
+    Raises:
+        BadSource: the file holds no such record.
+        FileNotFoundError: it is not there.
+    """
+    return from_json(kind, path.read_text(encoding="utf-8"), str(path))

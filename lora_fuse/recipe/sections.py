@@ -18,7 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from lora_fuse.errors import BadConfig
 from lora_fuse.lora import Selection
 from lora_fuse.machine import files
-from lora_fuse.recipe.records import Source
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
@@ -35,15 +34,15 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class SourceParams(Section):
-    """A Hub repository at a revision, or a local folder; exactly one of `repo_id` and `path`."""
+class Source(Section):
+    """A Hub repository at a revision, or a local folder relative to the project; exactly one of the two."""
 
     repo_id: Text | None
     path: Text | None
     revision: Text | None
 
     @model_validator(mode="after")
-    def _one_place(self) -> SourceParams:
+    def _one_place(self) -> Source:
         if (self.repo_id is None) == (self.path is None):
             raise ValueError(f"set exactly one of repo_id ({self.repo_id}) and path ({self.path}), the other null")
         if (self.repo_id is None) != (self.revision is None):
@@ -51,21 +50,26 @@ class SourceParams(Section):
         return self
 
     @property
-    def source(self) -> Source:
-        """The same as the library knows it."""
-        return Source(self.repo_id, self.path, self.revision)
+    def label(self) -> str:
+        """The repository's id or the path."""
+        return self.repo_id or self.path or ""
+
+    @property
+    def place(self) -> tuple[str | None, str | None, str | None]:
+        """Repository, path and revision: equal for everything that comes from the same place."""
+        return self.repo_id, self.path, self.revision
 
     @property
     def key(self) -> str:
-        """A name for it that is one part of a path: what a person would know it by, and of what all of it hashes to."""
-        asked = [self.repo_id or self.path, self.revision]
-        digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-        readable = re.sub(r"[^A-Za-z0-9]+", "-", "-".join(filter(None, asked))).strip("-")
+        """A name that is one part of a path: readable, and with eight digits of a hash of place and revision."""
+        named = [self.label, self.revision]
+        digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()
+        readable = re.sub(r"[^A-Za-z0-9]+", "-", "-".join(filter(None, named))).strip("-")
         return f"{readable[:60]}-{digest[:8]}"
 
 
 class SamplingParams(Section):
-    """How a model is meant to be run."""
+    """The settings that a model is meant to be run with."""
 
     steps: PositiveInt
     true_cfg_scale: Finite
@@ -74,12 +78,11 @@ class SamplingParams(Section):
     @property
     def usage(self) -> dict[str, Any]:
         """The arguments of the pipeline's call, by the names of `lora_fuse.pictures.render.Sampling`."""
-        names = ("steps", "true_cfg_scale", "negative_prompt")
-        return {name: getattr(self, name) for name in names}
+        return self.model_dump(include=set(SamplingParams.model_fields))
 
 
 class RecipeSamplingParams(SamplingParams):
-    """How the merged model is run; `sigmas` is what it has to visit, without the final 0, or null if that is open."""
+    """The merged model's settings; `sigmas` are those it has to visit, without the final 0, or null if that is open."""
 
     sigmas: list[Finite] | None
 
@@ -90,8 +93,8 @@ class RecipeSamplingParams(SamplingParams):
         return self
 
 
-class BaseParams(SourceParams):
-    """The base model, the diffusers pipeline class that runs it, and how it is run without a LoRA.
+class BaseParams(Source):
+    """The base model, the diffusers pipeline class that runs it, and its settings without a LoRA.
 
     `condition_area`: pixels that input pictures are scaled to; null leaves it to the pipeline (a megapixel).
     """
@@ -101,14 +104,14 @@ class BaseParams(SourceParams):
     sampling: SamplingParams
 
 
-class LoraParams(SourceParams):
+class LoraParams(Source):
     """One LoRA of a repository or folder: `filename` is a safetensors file in it or a PEFT folder (``.``: itself)."""
 
     filename: Text
 
 
 class FuseParams(Section):
-    """How to fuse: `scale` multiplies every LoRA's own entry in `lora_scales` (1.0 where there is none).
+    """Settings of a fuse: `scale` multiplies every LoRA's own entry in `lora_scales` (1.0 where there is none).
 
     `only`, `skip` and `scales` are patterns of modules, see `lora_fuse.lora.inputs`; `untouched` is how weights that do
     not change are taken over, see `lora_fuse.machine.files.take_over`.
@@ -128,7 +131,7 @@ class FuseParams(Section):
 
     @property
     def selection(self) -> Selection:
-        """Which modules are fused, as the library knows it."""
+        """The modules that are fused."""
         return Selection(tuple(self.only), tuple(self.skip), self.scales)
 
 
@@ -175,7 +178,7 @@ class CaseParams(Section):
 
 
 class LimitParams(Section):
-    """What two pictures must come to, by the metrics of `lora_fuse.pictures.metrics`; a null decides nothing."""
+    """Limits that two pictures must keep, by the metrics of `lora_fuse.pictures.metrics`; a null decides nothing."""
 
     psnr_db: Finite | None
     max_abs: Finite | None
@@ -195,12 +198,12 @@ class LimitParams(Section):
 
     @property
     def bounds(self) -> dict[str, float]:
-        """Those that decide."""
+        """The limits that decide."""
         return {name: value for name, value in self.model_dump().items() if value is not None}
 
 
 class RegressParams(Section):
-    """What is rendered, on what, and how far pictures may be apart.
+    """The cases to render, the device for it, and how far pictures may be apart.
 
     `threads` are torch's on the CPU, null its own choice; `baseline` adds the base alone to the report; `over_floor` is
     how many times the noise floor the latents of merged and unfused may be apart, null decides nothing.
@@ -217,9 +220,15 @@ class RegressParams(Section):
 
 
 class ValidationParams(Section):
-    """What a new version of a LoRA is held to, see `lora_fuse.studies.validation.evidence.Bounds`.
+    """Bounds for a new version of a LoRA; `conf/config.yaml` has the values and what they separate.
 
-    `teacher`: for a LoRA that saves steps, also render the base alone at its own steps.
+    Attributes:
+        teacher: for a LoRA that saves steps, also render the base alone at its own steps.
+        alignment: cosine that its effect has to have with the current one's, at least, in the middle case.
+        strength: how many times as strong as the current one it may be, and how many times weaker.
+        gain_kept: the share of the current one's gain that it has to keep, on average.
+        noise: how many times the noise of the noisiest other picture of a case it may have.
+        comb_db: a grid's comb in the difference to the current picture and to the one without the LoRA, in dB.
     """
 
     teacher: bool
@@ -231,20 +240,20 @@ class ValidationParams(Section):
 
 
 class ExportParams(Section):
-    """Which other formats the merged checkpoint is written in, by the names of `lora_fuse.exports.formats.FORMATS`."""
+    """Other formats that the merged checkpoint is written in, by the names of `lora_fuse.exports.formats.FORMATS`."""
 
     formats: list[Text]
 
 
 @dataclass(frozen=True, slots=True)
 class Signer:
-    """Who signs: the private key in a file, or with None the identity that this machine has for Sigstore."""
+    """The signer: the private key in a file, or with None the identity that this machine has for Sigstore."""
 
     key: Path | None
 
 
 class SigningParams(Section):
-    """Who signs what is published: the private key in a file, or keyless by Sigstore; nobody if neither is set."""
+    """The signer of what is published: a private key in a file, or keyless by Sigstore; nobody if neither is set."""
 
     key: Text | None
     keyless: bool
@@ -257,12 +266,14 @@ class SigningParams(Section):
 
     @property
     def signer(self) -> Signer | None:
-        """Who signs, as the library knows it; None leaves it unsigned."""
-        return Signer(None if self.key is None else Path(self.key)) if self.key is not None or self.keyless else None
+        """The signer; None leaves the release unsigned."""
+        if self.key is not None:
+            return Signer(Path(self.key))
+        return Signer(None) if self.keyless else None
 
 
 class PublishParams(Section):
-    """Where the merged repository goes, if it goes anywhere, under which licence, and who signs it.
+    """The place of the merged repository on the Hub, if it is published, its licence, and its signer.
 
     `license` is an id of the Hub that somebody states by hand; null takes what base and LoRAs state.
     """

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from lora_fuse.checkpoint.diffusers_layout import diffusers_files
 from lora_fuse.checkpoint.shards import open_checkpoint
@@ -16,8 +17,10 @@ from lora_fuse.hub import lock_lora
 from lora_fuse.lora.updates import LoraInput
 from lora_fuse.machine.files import FileRecord
 from lora_fuse.recipe.checkout import this_tool
-from lora_fuse.recipe.records import Lock, Manifest, MergedFile, MergedLora, Source, Tool, from_json, to_json
+from lora_fuse.recipe.records import Lock, Manifest, MergedFile, MergedLora, Tool, from_json, to_json
+from lora_fuse.recipe.sections import Source
 from tests.support import tiny
+from tests.support.tiny import in_folder
 
 MANIFEST = Manifest(
     schema=1,
@@ -48,10 +51,10 @@ def test_a_missing_manifest_names_the_stage(tmp_path: Path) -> None:
     assert refused.value.rerun == Rerun("fuse")
 
 
-@pytest.mark.parametrize("places", [{}, {"repo_id": "a/b", "path": "p"}])
-def test_a_source_is_one_place(places: dict[str, str]) -> None:
-    with pytest.raises(BadSource, match="exactly one"):
-        Source(**places)
+@pytest.mark.parametrize(("repo_id", "path"), [(None, None), ("a/b", "p")])
+def test_a_source_is_one_place(repo_id: str | None, path: str | None) -> None:
+    with pytest.raises(ValidationError, match="exactly one"):
+        Source(repo_id=repo_id, path=path, revision="main")
 
 
 def test_a_file_too_many_too_few_or_of_another_size_is_found(tmp_path: Path) -> None:
@@ -69,7 +72,7 @@ def test_a_peft_folder_is_known_by_its_weights_and_by_what_scales_them(tmp_path:
     for alpha in (4, 8):
         config = tmp_path / "loras/style/adapter_config.json"
         config.write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": alpha}))
-        lock = lock_lora(Source(path=str(tmp_path / "loras")), "style", previous=None)
+        lock = lock_lora(in_folder(tmp_path / "loras"), "style", previous=None)
         plan = make_plan(base, [LoraInput("style", tmp_path / "loras" / lock.lora_name, 1.0)])
         (lora,) = build_manifest(plan, {}, loras={"style": lock}).loras
         assert (lora.filename, lora.path) == ("style", str(tmp_path / "loras"))

@@ -16,9 +16,10 @@ from lora_fuse.hub.locks import DEFAULT_TRANSFER, lock_base, lock_lora, verify_f
 from lora_fuse.hub.sizes import Sizes, base_sizes, lora_sizes
 from lora_fuse.machine.files import FileRecord
 from lora_fuse.recipe.hf_cache import cache_dir, locate
-from lora_fuse.recipe.records import Lock, Source, from_json, to_json
+from lora_fuse.recipe.records import Lock, from_json, to_json
 from tests.hub_server import Fault, LoopbackHub
 from tests.support.repositories import BASE, LORA, LORA_FILE, NOWHERE, PIPELINE, STRAYS, text, weights, write
+from tests.support.tiny import in_folder, on_hub
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,8 +28,8 @@ def records(files: dict[str, bytes]) -> dict[str, FileRecord]:
     return {name: FileRecord(len(data), hashlib.sha256(data).hexdigest()) for name, data in sorted(files.items())}
 
 
-def lock(previous: Lock | None = None, revision: str | None = "main", *, offline: bool = False) -> Lock:
-    return lock_base(Source(BASE, revision=revision), previous=previous, offline=offline)
+def lock(previous: Lock | None = None, revision: str = "main", *, offline: bool = False) -> Lock:
+    return lock_base(on_hub(BASE, revision), previous=previous, offline=offline)
 
 
 def flip(path: Path) -> None:
@@ -51,7 +52,7 @@ def refusal(work: Callable[[], object], kind: type[Refused] = BadSource) -> str:
 def test_what_a_lock_will_fetch_is_known_before_any_of_it_is(hub: LoopbackHub) -> None:
     hub.push(BASE, {**PIPELINE, **STRAYS})
     hub.push(LORA, {LORA_FILE: weights(7), "README.md": b"# lora"})
-    base, lora, how = Source(BASE, revision="main"), Source(LORA, revision="main"), DEFAULT_TRANSFER
+    base, lora, how = on_hub(BASE), on_hub(LORA), DEFAULT_TRANSFER
     sizes = base_sizes(base, None, how)
     assert sizes.files.keys() == PIPELINE.keys() | {"safety_checker/model.safetensors"}  # at most
     assert sizes.to_fetch == sizes.total > sum(map(len, PIPELINE.values()))
@@ -83,37 +84,37 @@ def test_what_is_not_on_the_list_is_never_asked_for(hub: LoopbackHub, name: str)
 
 def test_a_local_folder_is_pinned_by_the_same_hashes_and_no_commit(tmp_path: Path) -> None:
     root = write(tmp_path / "base", {**PIPELINE, **STRAYS})
-    pinned = lock_base(Source(path=str(root)), previous=None)
+    pinned = lock_base(in_folder(root), previous=None)
     assert pinned == Lock(None, str(root), None, None, records(PIPELINE))
     assert locate(pinned) == root
 
 
-def test_tags_commits_and_the_default_branch_can_be_named(hub: LoopbackHub) -> None:
+def test_tags_commits_and_branches_can_be_named(hub: LoopbackHub) -> None:
     commit = hub.push(BASE, PIPELINE)
     hub.registry.repos[BASE].tags["v1"] = commit.oid
     hub.push(BASE, {"vae/config.json": b"{ }"})
     assert lock(revision="v1").revision == commit.oid
     assert lock(revision=commit.oid).revision == commit.oid
-    assert lock(revision=None).revision == hub.registry.repos[BASE].head.oid
+    assert lock(revision="main").revision == hub.registry.repos[BASE].head.oid
 
 
 def test_a_lora_is_one_file_at_a_commit(hub: LoopbackHub) -> None:
     commit = hub.push(LORA, {LORA_FILE: weights(7), "other.safetensors": weights(8)})
-    pinned = lock_lora(Source(LORA), LORA_FILE, previous=None)
-    assert pinned == Lock(LORA, None, None, commit.oid, records({LORA_FILE: weights(7)}))
+    pinned = lock_lora(on_hub(LORA), LORA_FILE, previous=None)
+    assert pinned == Lock(LORA, None, "main", commit.oid, records({LORA_FILE: weights(7)}))
     assert (locate(pinned) / LORA_FILE).read_bytes() == weights(7)
     assert not [call for call in hub.calls("/resolve/") if "other" in call.line]
 
 
 def test_a_name_with_pattern_characters_means_itself(hub: LoopbackHub) -> None:
     hub.push(LORA, {"lora[1].safetensors": weights(7), "lora1.safetensors": weights(8)})
-    pinned = lock_lora(Source(LORA), "lora[1].safetensors", previous=None)
+    pinned = lock_lora(on_hub(LORA), "lora[1].safetensors", previous=None)
     assert (locate(pinned) / "lora[1].safetensors").read_bytes() == weights(7)
 
 
 def test_a_local_lora_may_lie_deep(tmp_path: Path) -> None:
     root = write(tmp_path / "loras", {"a/b/lora.safetensors": weights(7)})
-    pinned = lock_lora(Source(path=str(root)), "a/b/lora.safetensors", previous=None)
+    pinned = lock_lora(in_folder(root), "a/b/lora.safetensors", previous=None)
     assert pinned.files == records({"a/b/lora.safetensors": weights(7)})
 
 
@@ -126,7 +127,7 @@ def test_links_inside_a_local_base_are_followed(tmp_path: Path) -> None:
     (root / "vae").mkdir()
     for name in ("config.json", "model.safetensors"):
         (root / "vae" / name).symlink_to(store / "vae" / name)
-    assert lock_base(Source(path=str(root)), previous=None).files == records(PIPELINE)
+    assert lock_base(in_folder(root), previous=None).files == records(PIPELINE)
 
 
 # ---------------------------------------------------------------- PEFT folders
@@ -147,10 +148,10 @@ def test_a_peft_folder_is_its_weights_and_its_configuration(
     files = {(name if folder == "style" else name.removeprefix("style/")): data for name, data in PEFT.items()}
     everything = {**files, **PEFT_STRAYS}
     if local:
-        source = Source(path=str(write(tmp_path / "loras", everything)))
+        source = in_folder(write(tmp_path / "loras", everything))
     else:
         hub.push(LORA, everything)
-        source = Source(LORA)
+        source = on_hub(LORA)
     pinned = lock_lora(source, folder, previous=None)
     assert pinned.files == records(files)
     assert pinned.lora_name == folder
@@ -164,16 +165,16 @@ def test_a_peft_folder_is_its_weights_and_its_configuration(
 def test_a_flipped_byte_in_the_configuration_of_a_peft_folder_is_refused(hub: LoopbackHub) -> None:
     hub.push(LORA, PEFT)
     hub.faults.append(Fault(r"GET .*/resolve/.*/adapter_config\.json", times=-1, flip_at=3))
-    message = refusal(lambda: lock_lora(Source(LORA), "style", previous=None))
+    message = refusal(lambda: lock_lora(on_hub(LORA), "style", previous=None))
     assert f"style/adapter_config.json of {LORA}@" in message
     assert "git blob" in message
 
 
 def test_a_peft_folder_and_a_file_of_a_repository_share_its_commit(hub: LoopbackHub) -> None:
     commit = hub.push(LORA, {**PEFT, **PEFT_STRAYS})
-    before = lock_lora(Source(LORA), "other.safetensors", previous=None)
+    before = lock_lora(on_hub(LORA), "other.safetensors", previous=None)
     hub.push(LORA, {"style/adapter_config.json": b"{}"})
-    after = lock_lora(Source(LORA), "style", previous=before)
+    after = lock_lora(on_hub(LORA), "style", previous=before)
     assert (after.revision, after.files) == (commit.oid, records(PEFT))
 
 
@@ -186,7 +187,7 @@ def test_a_peft_folder_and_a_file_of_a_repository_share_its_commit(hub: Loopback
     ],
 )
 def test_a_folder_that_is_not_peft_s_is_refused(tmp_path: Path, files: dict[str, bytes], said: str) -> None:
-    source = Source(path=str(write(tmp_path / "loras", files)))
+    source = in_folder(write(tmp_path / "loras", files))
     message = refusal(lambda: lock_lora(source, "style", previous=None), BadLora)
     assert "'style' of" in message
     assert said in message
@@ -216,9 +217,9 @@ def test_another_revision_in_the_recipe_makes_another_lock(hub: LoopbackHub) -> 
 
 def test_another_file_of_a_locked_repository_comes_from_the_same_commit(hub: LoopbackHub) -> None:
     commit = hub.push(LORA, {"a.safetensors": weights(1), "b.safetensors": weights(2)})
-    before = lock_lora(Source(LORA), "a.safetensors", previous=None)
+    before = lock_lora(on_hub(LORA), "a.safetensors", previous=None)
     hub.push(LORA, {"b.safetensors": weights(3)})
-    assert lock_lora(Source(LORA), "b.safetensors", previous=before) == Lock(
+    assert lock_lora(on_hub(LORA), "b.safetensors", previous=before) == Lock(
         LORA, None, None, commit.oid, records({"b.safetensors": weights(2)})
     )
 
@@ -236,9 +237,9 @@ def test_what_is_locked_and_whole_needs_no_network(hub: LoopbackHub, monkeypatch
 
 def test_a_changed_local_folder_is_locked_anew(tmp_path: Path) -> None:
     root = write(tmp_path / "base", PIPELINE)
-    before = lock_base(Source(path=str(root)), previous=None)
+    before = lock_base(in_folder(root), previous=None)
     (root / "vae/model.safetensors").write_bytes(weights(9))
-    after = lock_base(Source(path=str(root)), previous=before)
+    after = lock_base(in_folder(root), previous=before)
     assert after.files == records({**PIPELINE, "vae/model.safetensors": weights(9)})
 
 
@@ -330,15 +331,15 @@ def test_a_lock_of_elsewhere_is_not_located(hub: LoopbackHub, tmp_path: Path) ->
 def test_a_lora_that_is_no_safetensors_file_is_refused_before_anything_is_fetched(hub: LoopbackHub) -> None:
     hub.push(LORA, {"lora.bin": b"pickle", "lora.ckpt": b"pickle", "lora.txt": b"text"})
     for name in ("lora.bin", "lora.ckpt"):
-        assert "a pickle" in refusal(lambda name=name: lock_lora(Source(LORA), name, previous=None), BadLora)  # type: ignore[misc]
+        assert "a pickle" in refusal(lambda name=name: lock_lora(on_hub(LORA), name, previous=None), BadLora)  # type: ignore[misc]
     assert not hub.log
-    assert "not safetensors" in refusal(lambda: lock_lora(Source(LORA), "lora.txt", previous=None), BadLora)
+    assert "not safetensors" in refusal(lambda: lock_lora(on_hub(LORA), "lora.txt", previous=None), BadLora)
     assert not hub.calls("/resolve/")
 
 
 @pytest.mark.parametrize("name", ["../lora.safetensors", "/etc/lora.safetensors", "a/../../lora.safetensors"])
 def test_a_lora_outside_its_source_is_refused(tmp_path: Path, name: str) -> None:
-    assert "leads out" in refusal(lambda: lock_lora(Source(path=str(tmp_path)), name, previous=None))
+    assert "leads out" in refusal(lambda: lock_lora(in_folder(tmp_path), name, previous=None))
 
 
 NO_WEIGHTS = {name: data for name, data in PIPELINE.items() if not name.endswith((".safetensors", "index.json"))}
@@ -363,11 +364,11 @@ def test_a_base_that_is_not_whole_is_refused(
     hub: LoopbackHub, tmp_path: Path, files: dict[str, bytes], said: str, local: bool
 ) -> None:
     if local:
-        source = Source(path=str(write(tmp_path / "base", files)))
+        source = in_folder(write(tmp_path / "base", files))
         label = str(source.path)
     else:
         label = f"{BASE}@{hub.push(BASE, files).oid}"
-        source = Source(BASE)
+        source = on_hub(BASE)
     message = refusal(lambda: lock_base(source, previous=None))
     assert label in message
     assert said.replace("SOURCE", label) in message
@@ -378,14 +379,14 @@ def test_a_dangling_link_in_a_local_base_is_refused(tmp_path: Path) -> None:
     root = write(tmp_path / "base", PIPELINE)
     (root / "vae/model.safetensors").unlink()
     (root / "vae/model.safetensors").symlink_to(tmp_path / "gone")
-    message = refusal(lambda: lock_base(Source(path=str(root)), previous=None))
+    message = refusal(lambda: lock_base(in_folder(root), previous=None))
     assert "vae/model.safetensors" in message
     assert "cannot be read" in message
     assert "mend the folder" in message
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
-    assert "is not a folder" in refusal(lambda: lock_base(Source(path=str(tmp_path / "gone")), previous=None))
+    assert "is not a folder" in refusal(lambda: lock_base(in_folder(tmp_path / "gone"), previous=None))
 
 
 # ---------------------------------------------------------------- what a person is told
@@ -409,10 +410,8 @@ def test_a_gated_repository_names_the_page_to_visit(hub: LoopbackHub) -> None:
 
 def test_a_missing_revision_and_a_missing_file_are_named(hub: LoopbackHub) -> None:
     hub.push(LORA, {LORA_FILE: weights(7)})
-    assert f"{LORA}@v9: no such revision" in refusal(
-        lambda: lock_lora(Source(LORA, revision="v9"), LORA_FILE, previous=None)
-    )
-    assert "has no gone.safetensors" in refusal(lambda: lock_lora(Source(LORA), "gone.safetensors", previous=None))
+    assert f"{LORA}@v9: no such revision" in refusal(lambda: lock_lora(on_hub(LORA, "v9"), LORA_FILE, previous=None))
+    assert "has no gone.safetensors" in refusal(lambda: lock_lora(on_hub(LORA), "gone.safetensors", previous=None))
 
 
 def test_a_token_that_is_not_accepted_is_named_but_never_shown(
@@ -430,7 +429,7 @@ def test_a_token_that_is_not_accepted_is_named_but_never_shown(
 def test_a_token_is_used_and_leaves_no_trace_in_the_lock(hub: LoopbackHub, tmp_path: Path) -> None:
     repo = hub.create("alice/private", private=True)
     hub.push(repo.id, PIPELINE)
-    pinned = lock_base(Source(repo.id), previous=None)
+    pinned = lock_base(on_hub(repo.id), previous=None)
     assert "hf_write" not in to_json(pinned)
     cache = [path for path in (tmp_path / "hf-home").rglob("*") if path.is_file()]
     assert cache
@@ -445,8 +444,8 @@ def test_without_a_token_none_is_sent_even_if_one_is_stored(
     write(tmp_path / "hf-home", {"token": b"hf_write"})
     # A new process, since the client reads at its import where a token is stored.
     code = (
-        "from lora_fuse import hub; from lora_fuse.recipe.records import Source;"
-        f"hub.lock_base(Source({BASE!r}), previous=None)"
+        "from lora_fuse import hub; from lora_fuse.recipe import Source;"
+        f"hub.lock_base(Source(repo_id={BASE!r}, path=None, revision='main'), previous=None)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
     assert len(hub.log) > len(PIPELINE)
@@ -482,12 +481,12 @@ def test_offline_and_not_locked_is_refused_without_a_request(hub: LoopbackHub) -
 
 
 def test_an_ill_formed_repository_name_is_refused(hub: LoopbackHub) -> None:
-    assert "write owner/name" in refusal(lambda: lock_base(Source("a/b/c"), previous=None))
+    assert "write owner/name" in refusal(lambda: lock_base(on_hub("a/b/c"), previous=None))
 
 
 def test_what_is_fetched_is_said_in_plain_lines(hub: LoopbackHub, capfd: pytest.CaptureFixture[str]) -> None:
     commit = hub.push(LORA, {LORA_FILE: weights(7)})
-    lock_lora(Source(LORA), LORA_FILE, previous=None)
+    lock_lora(on_hub(LORA), LORA_FILE, previous=None)
     said = capfd.readouterr().err
     assert said.startswith(f"download: 1 files, 328B from {LORA_FILE} of {LORA}@{commit.oid}: 328B to fetch, ")
     assert said.endswith("GB free\n")

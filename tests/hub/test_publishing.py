@@ -15,8 +15,9 @@ import pytest
 from lora_fuse.errors import PublishRefused
 from lora_fuse.hub import Receipt, lock_lora, publish
 from lora_fuse.machine.files import FileRecord
-from lora_fuse.recipe.records import Manifest, MergedFile, MergedLora, Source, Tool, from_json, to_json
+from lora_fuse.recipe.records import Manifest, MergedFile, MergedLora, Tool, from_json, to_json
 from tests.hub_server import Fault, LoopbackHub
+from tests.support.tiny import on_hub
 
 REPO = "alice/merged"
 CARD = "---\nlibrary_name: diffusers\n---\n# merged\n"
@@ -91,7 +92,7 @@ def test_the_receipt_tells_every_file_and_stands_for_the_manifest(hub: LoopbackH
 
 def test_what_is_published_can_be_locked_and_fetched_through_xet(hub: LoopbackHub, merged: Path) -> None:
     receipt = push(merged)
-    pinned = lock_lora(Source(REPO), WEIGHTS, previous=None)
+    pinned = lock_lora(on_hub(REPO), WEIGHTS, previous=None)
     assert (pinned.revision, pinned.files[WEIGHTS]) == (receipt.commit, receipt.files[WEIGHTS])
     assert hub.calls("/reconstructions/")
 

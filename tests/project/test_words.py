@@ -21,8 +21,10 @@ SAME_STEM = {"__init__", "__main__"}
 # Areas whose words are still to be put right; a room that is done is taken off.
 NOT_YET: set[str] = {
     "lora_fuse/cli.py",
-    *(f"lora_fuse/{room}" for room in ("machine", "checkpoint", "lora", "models", "recipe", "fusion", "verification")),
+    *(f"lora_fuse/{room}" for room in ("machine", "checkpoint", "lora", "models", "fusion", "verification")),
     *(f"lora_fuse/{room}" for room in ("hub", "pictures", "regression", "exports", "release", "studies")),
+    "lora_fuse/recipe/hf_cache.py",
+    "lora_fuse/recipe/stated_licence.py",
     "stages",
     "pocket",
     "variants/dvc.yaml",

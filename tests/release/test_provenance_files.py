@@ -31,7 +31,7 @@ from lora_fuse.fusion.manifest import read_manifest
 from lora_fuse.hub import lock_base, lock_lora
 from lora_fuse.recipe import checkout as provenance
 from lora_fuse.recipe.paths import HERE as at  # noqa: N811
-from lora_fuse.recipe.records import License, Source
+from lora_fuse.recipe.records import License
 from lora_fuse.recipe.sections import Signer
 from lora_fuse.release.block_plot import block_plot
 from lora_fuse.release.contents import BOM, LIST, PROVENANCE
@@ -42,6 +42,7 @@ from stages.publish import publish
 from tests.hub_server import LoopbackHub
 from tests.support import tiny
 from tests.support.released import REPO, ROOT, Project
+from tests.support.tiny import in_folder, on_hub
 
 WEIGHTS = "transformer/diffusion_pytorch_model-00001-of-00002.safetensors"
 LORA_FILE = "lightning/l.safetensors"
@@ -372,17 +373,17 @@ def test_without_the_package_the_extra_is_named(folder: Path, key: Path, monkeyp
 
 def test_locks_say_the_licence_at_their_commit_and_keep_it(hub: LoopbackHub, tmp_path: Path) -> None:
     on_the_hub(hub, tmp_path, "apache-2.0", None)
-    base = lock_base(Source("carol/base", None, "main"), previous=None)
-    lora = lock_lora(Source("dave/lora", None, "main"), LORA_FILE, previous=None)
+    base = lock_base(on_hub("carol/base"), previous=None)
+    lora = lock_lora(on_hub("dave/lora"), LORA_FILE, previous=None)
     assert (base.license, lora.license) == (License("apache-2.0"), None)
     hub.push("carol/base", {"README.md": b"---\nlicense: mit\n---\n"})
-    assert lock_base(Source("carol/base", None, "main"), previous=base, offline=True) == base
-    assert lock_base(Source("carol/base", None, "main"), previous=None).license == License("mit")
+    assert lock_base(on_hub("carol/base"), previous=base, offline=True) == base
+    assert lock_base(on_hub("carol/base"), previous=None).license == License("mit")
 
 
 def test_a_local_folder_s_licence_is_in_its_lock(tmp_path: Path) -> None:
     folder = tiny_base(tmp_path / "base", "cc0-1.0")
-    assert lock_base(Source(path=str(folder)), previous=None).license == License("cc0-1.0", origin="front matter")
+    assert lock_base(in_folder(folder), previous=None).license == License("cc0-1.0", origin="front matter")
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,14 @@ import pytest
 from lora_fuse.errors import BadLora, BadSource, Refused
 from lora_fuse.machine.space import free_bytes
 from lora_fuse.pictures.environment import Key
-from lora_fuse.recipe.records import Source
+from lora_fuse.recipe.sections import Source
 from lora_fuse.studies.doctor import access, disk, memory, pictures, software
 from lora_fuse.studies.doctor.examination import ExaminedRecipe, _places
 from lora_fuse.studies.doctor.finding import Finding, Status, fail, ok, table, verdict, warn
 from lora_fuse.studies.doctor.stock import base_stock, lora_stock
 from tests.hub_server import LoopbackHub
 from tests.support.repositories import BASE, LORA, LORA_FILE, NOWHERE, PIPELINE, STRAYS, weights, write
+from tests.support.tiny import in_folder, on_hub
 
 ROOT = Path(__file__).resolve().parents[2]
 GB = 10**9
@@ -125,7 +126,7 @@ def test_a_merge_needs_room_beside_the_last_one(small_disk: Path) -> None:
     write(base, PIPELINE | {"transformer/model-1-of-2.safetensors": bytes(5_000_000)})
     (out / "merged").mkdir(parents=True)
     (out / "merged/model.safetensors").write_bytes(bytes(9_000_000))
-    wanted = recipe(Source(path=str(base)), out)
+    wanted = recipe(in_folder(base), out)
     stocks = {"base": base_stock(wanted.base, None)}
     found = named(list(_places(wanted, stocks)), "disk")
     assert found.status is Status.FAIL
@@ -145,7 +146,7 @@ def test_what_is_fetched_and_what_is_merged_are_added_up_on_one_disk(
     monkeypatch.setenv("HF_HUB_CACHE", str(small_disk / "hub"))
     shard = "transformer/model-1-of-2.safetensors"
     hub.push(BASE, PIPELINE | {shard: bytes(6_000_000)})
-    wanted = recipe(Source(repo_id=BASE, revision="main"), small_disk)
+    wanted = recipe(on_hub(BASE), small_disk)
     stocks = {"base": base_stock(wanted.base, None)}
     free = free_bytes(small_disk)
     assert stocks["base"].to_fetch == sum(map(len, PIPELINE.values())) - len(PIPELINE[shard]) + 6_000_000
@@ -162,7 +163,7 @@ def test_a_merge_that_is_of_this_recipe_already_is_only_a_warning() -> None:
 
 def test_disks_that_share_no_blocks_make_the_rest_a_copy(small_disk: Path, tmp_path: Path) -> None:
     write(small_disk / "base", PIPELINE | {"vae/model.safetensors": bytes(5_000_000)})
-    wanted = recipe(Source(path=str(small_disk / "base")), tmp_path)
+    wanted = recipe(in_folder(small_disk / "base"), tmp_path)
     findings = list(_places(wanted, {"base": base_stock(wanted.base, None)}))
     sharing = named(findings, "sharing")
     assert (sharing.status, "5.00MB are copied" in sharing.found, "tmpfs" in sharing.found) == (Status.WARN, True, True)
@@ -196,23 +197,23 @@ def test_sources_that_cannot_be_had_are_refused(hub: LoopbackHub, tmp_path: Path
     hub.push(LORA, {LORA_FILE: weights(7)})
     hub.create("bob/gated", gated=True)
     with pytest.raises(BadSource, match="is not a folder"):
-        base_stock(Source(path=str(tmp_path / "nowhere")), None)
+        base_stock(in_folder(tmp_path / "nowhere"), None)
     with pytest.raises(BadSource, match=r"no model_index\.json"):
-        base_stock(Source(repo_id=LORA, revision="main"), None)
+        base_stock(on_hub(LORA), None)
     with pytest.raises(BadSource, match="no such repository"):
-        base_stock(Source(repo_id="bob/none", revision="main"), None)
+        base_stock(on_hub("bob/none"), None)
     with pytest.raises(BadSource, match="has no other"):
-        lora_stock(Source(repo_id=LORA, revision="main"), "other", None)
+        lora_stock(on_hub(LORA), "other", None)
     hub.push("bob/peft", {"l/adapter_config.json": b"{}", "l/adapter_model.bin": b"x"})
     with pytest.raises(BadLora, match="pickle"):
-        lora_stock(Source(repo_id="bob/peft", revision="main"), "l", None)
+        lora_stock(on_hub("bob/peft"), "l", None)
 
 
 def test_the_hub_s_list_is_that_of_the_download(hub: LoopbackHub) -> None:
     from lora_fuse.hub import lock_base
 
     hub.push(BASE, PIPELINE | STRAYS)
-    source = Source(repo_id=BASE, revision="main")
+    source = on_hub(BASE)
     before = base_stock(source, None)
     lock = lock_base(source, previous=None)
     assert set(lock.files) <= set(before.sizes)
@@ -229,13 +230,13 @@ def refusal(source: Source) -> dict[str, Refused]:
 
 
 def test_a_hub_that_is_down_or_forbidden_fails(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    missing = refusal(Source(repo_id="bob/none", revision="main"))
+    missing = refusal(on_hub("bob/none"))
     assert access.reach(missing, 0, used=True).status is Status.OK  # it answered that there is none
     monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
-    down = access.reach(refusal(Source(repo_id=BASE, revision="main")), 0, used=True)
+    down = access.reach(refusal(on_hub(BASE)), 0, used=True)
     assert (down.status, down.found) == (Status.FAIL, f"{NOWHERE} does not answer")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    offline = refusal(Source(repo_id=BASE, revision="main"))
+    offline = refusal(on_hub(BASE))
     assert "its size is unknown" in str(offline["base"])
     assert access.reach(offline, 0, used=True).remedy == "unset it once, for the download"
     assert access.reach({}, 0, used=True).status is Status.OK
@@ -302,7 +303,7 @@ def test_memory_is_compared_with_all_weights() -> None:
 
 
 def test_weights_are_those_of_the_headers_in_the_dtype_of_the_pictures() -> None:
-    stock = base_stock(Source(path=str(ROOT / "pocket/model")), None)
+    stock = base_stock(in_folder(ROOT / "pocket/model"), None)
     wide, narrow = memory.weights(stock, "float32")[0], memory.weights(stock, "bfloat16")[0]
     assert wide == {part: 2 * size for part, size in narrow.items()}
     assert wide.keys() == {"text_encoder", "transformer", "vae"}

@@ -22,7 +22,7 @@ from lora_fuse.hub import lock_base
 from lora_fuse.machine.console import Console
 from lora_fuse.machine.files import FileRecord
 from lora_fuse.recipe.recipe import Recipe
-from lora_fuse.recipe.records import Lock, Source
+from lora_fuse.recipe.records import Lock
 from lora_fuse.regression.goldens import Goldens
 from lora_fuse.studies.validation.effect import Effect, clipped, effect, gain, noise_sigma
 from lora_fuse.studies.validation.evidence import Bounds, CaseEvidence, Cause, Judgement, Outcome
@@ -33,6 +33,7 @@ from pocket.candidates import for_another_base, write
 from pocket.controls.pictures import grid
 from stages.validate import requested, validate
 from tests.hub_server import LoopbackHub
+from tests.support.tiny import in_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = "pocket/lora/pocket-lightning-4steps-v1.safetensors"
@@ -180,7 +181,7 @@ def test_goldens_of_another_base_are_refused_before_anything_is_built(project: P
     goldens = Goldens(project / "artifacts/golden/pocket")
     goldens.refuse_other_base("pocket/model", {})  # a new version of it
     shutil.copy(ROOT / "pocket/model/scheduler/scheduler_config.json", note)
-    goldens.refuse_other_base("elsewhere", lock_base(Source(None, "elsewhere", None), previous=None).files)  # a mirror
+    goldens.refuse_other_base("elsewhere", lock_base(in_folder(Path("elsewhere")), previous=None).files)  # a mirror
     assert not (project / "artifacts/validation/build").exists()
 
 

@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
+from lora_fuse.recipe.sections import Source
+
 Array = npt.NDArray[np.generic]
 
 BLOCKS = 2
@@ -99,3 +101,11 @@ def write_lora(path: Path, tensors: Mapping[str, Array], metadata: dict[str, str
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(dict(tensors), path, metadata=metadata)
     return path
+
+
+def on_hub(repo_id: str, revision: str = "main") -> Source:
+    return Source(repo_id=repo_id, path=None, revision=revision)
+
+
+def in_folder(path: Path) -> Source:
+    return Source(repo_id=None, path=str(path), revision=None)

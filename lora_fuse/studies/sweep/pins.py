@@ -29,7 +29,7 @@ class SourceLocks:
         self._path, self._transfer = path, transfer
         earlier = records.from_json(SweepLocks, path.read_text(), str(path)).locks if path.exists() else []
         self._known = [*earlier, *known]
-        self._made: dict[tuple[Source, str | None], Lock] = {}
+        self._made: dict[tuple[object, str | None], Lock] = {}
 
     def sizes(self, source: Source, filename: str | None = None) -> source_sizes.Sizes:
         """What a base, or the LoRA `filename` of a source, will take; nothing of it is fetched."""
@@ -40,18 +40,18 @@ class SourceLocks:
 
     def base(self, source: Source) -> Lock:
         """Pin a base, see `lora_fuse.hub.lock_base`."""
-        if (source, None) not in self._made:
+        if (source.place, None) not in self._made:
             previous = self._previous(source, None)
-            self._made[source, None] = hub.lock_base(source, previous=previous, transfer=self._transfer)
-        return self._made[source, None]
+            self._made[source.place, None] = hub.lock_base(source, previous=previous, transfer=self._transfer)
+        return self._made[source.place, None]
 
     def lora(self, source: Source, filename: str) -> Lock:
         """Pin a LoRA, see `lora_fuse.hub.lock_lora`."""
-        if (source, filename) not in self._made:
+        if (source.place, filename) not in self._made:
             previous = self._previous(source, filename)
             made = hub.lock_lora(source, filename, previous=previous, transfer=self._transfer)
-            self._made[source, filename] = made
-        return self._made[source, filename]
+            self._made[source.place, filename] = made
+        return self._made[source.place, filename]
 
     def write(self) -> None:
         """Keep the pins for the next run."""
@@ -60,8 +60,7 @@ class SourceLocks:
 
     def _previous(self, source: Source, filename: str | None) -> Lock | None:
         """The lock of the same source, best of the same file; of a base, one that is a pipeline."""
-        asked = (source.repo_id, source.path, source.revision)
-        same = [lock for lock in self._known if (lock.repo_id, lock.path, lock.requested) == asked]
+        same = [lock for lock in self._known if (lock.repo_id, lock.path, lock.requested) == source.place]
         if filename is None:
             return next((lock for lock in same if "model_index.json" in lock.files), None)
         return max(same, key=lambda lock: lock.lora_name == filename, default=None)

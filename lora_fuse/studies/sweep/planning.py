@@ -119,23 +119,23 @@ def _need(swept: Sequence[SweptParams], pins: SourceLocks) -> tuple[int, int]:
     sizes: dict[object, source_sizes.Sizes] = {}
     largest = 0
     for params in (one.params for one in swept):
-        if params.base.source not in sizes:
-            sizes[params.base.source] = pins.sizes(params.base.source)
-        base = sizes[params.base.source]
+        if params.base.place not in sizes:
+            sizes[params.base.place] = pins.sizes(params.base)
+        base = sizes[params.base.place]
         largest = max(largest, base.total if params.fuse.untouched == "copy" else base.below(COMPONENT))
         for lora in params.loras.values():
-            if (lora.source, lora.filename) not in sizes:
+            if (lora.place, lora.filename) not in sizes:
                 with suppress(Refused):  # this point's own matter, said when it is pinned
-                    sizes[lora.source, lora.filename] = pins.sizes(lora.source, lora.filename)
+                    sizes[lora.place, lora.filename] = pins.sizes(lora, lora.filename)
     return sum(one.to_fetch for one in sizes.values()), largest
 
 
 def _pin(one: SweptParams, pins: SourceLocks, folder: Path) -> Planned:
     """Have the files of a point on this machine, and name its folder below `folder` after all that it depends on."""
     params = one.params
-    base, loras, problem = pins.base(params.base.source), {}, None
+    base, loras, problem = pins.base(params.base), {}, None
     try:
-        loras = {name: pins.lora(lora.source, lora.filename) for name, lora in sorted(params.loras.items())}
+        loras = {name: pins.lora(lora, lora.filename) for name, lora in sorted(params.loras.items())}
     except Refused as error:
         problem = error
     environment.make_deterministic(params.regress.threads, on_gpu=params.regress.placement != "cpu")

@@ -109,7 +109,7 @@ def misfits(base: Lock, new: Version, current: Version | None, name: str) -> lis
 
 def lock_base(params: Recipe) -> Lock:
     """The recipe's base, at the commit of the current build where that has one."""
-    return hub.lock_base(params.base.source, previous=paths.HERE.earlier_locks()[0], transfer=params.download)
+    return hub.lock_base(params.base, previous=paths.HERE.earlier_locks()[0], transfer=params.download)
 
 
 def lock_loras(params: Recipe, fresh: str | None = None) -> Version:
@@ -117,7 +117,7 @@ def lock_loras(params: Recipe, fresh: str | None = None) -> Version:
     _, before = paths.HERE.earlier_locks()
     locks = {
         name: hub.lock_lora(
-            lora.source,
+            lora,
             lora.filename,
             previous=None if name == fresh else before.get(name),
             transfer=params.download,
@@ -134,10 +134,10 @@ def approved_version(params: Recipe, approved: Mapping[str, list[goldens.Approve
         return None
     locks = {}
     for lora in records[0].loras:
-        source = Source(lora.repo_id, lora.path, lora.revision)
         try:
+            source = Source(repo_id=lora.repo_id, path=lora.path, revision=lora.revision)
             lock = hub.lock_lora(source, str(lora.filename), previous=None, transfer=params.download)
-        except BadSource:
+        except (BadSource, ValueError):  # it is gone, or the record names no place
             return None
         if lora.sha256 not in {record.sha256 for record in lock.files.values()}:
             return None
