@@ -7,10 +7,15 @@ import importlib
 import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
+from lora_fuse.errors import EXTRAS
 from tests.support import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -160,6 +165,21 @@ def test_a_heavy_library_belongs_to_one_room(path: Path) -> None:
     for name in imported(path):
         owner = OWNERS.get(name.split(".")[0])
         assert owner in (None, room_of(path)), f"{name_of(path)} imports {name}"
+
+
+def test_every_library_is_the_core_s_or_has_an_extra_of_pyproject() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = {"core": project["dependencies"], **project["optional-dependencies"]}
+    declared = {name: {canonicalize_name(Requirement(line).name) for line in lines[name]} for name in lines}
+    extra_of = {library: extra for extra, libraries in EXTRAS.items() for library in libraries}
+    distributions = packages_distributions()
+    paths = [path for top in ("lora_fuse", "stages") for path in modules(ROOT / top)]
+    used = {name.partition(".")[0] for path in paths for name in imported(path)}
+    for library in used - sys.stdlib_module_names - {"__future__", "lora_fuse", "pocket", "stages"}:
+        extra = extra_of.get(library, "core")
+        assert {canonicalize_name(name) for name in distributions[library]} & declared[extra], (library, extra)
+    assert "lora-fuse[hub,torch]" in lines["pipeline"]
+    assert "lora-fuse[pipeline,s3,sign]" in lines["dev"]
 
 
 @pytest.mark.parametrize(
