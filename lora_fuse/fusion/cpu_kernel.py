@@ -1,4 +1,10 @@
-"""The inner loop of `lowrank`, compiled for the machine by numba: one pass over a product instead of ten. Pure.
+"""The inner loop of `cpu_adder`, compiled for the machine by numba: one pass over a product instead of ten. Pure.
+
+Exactness is decided here. Let ``w`` be a weight, ``d`` its exact delta and ``p`` the float32 product for it. Then
+``near = fl(w + p)`` is at most `error_bound` away from ``w + d``, so that this lies between ``low``, `near` less the
+bound, and ``high``, `near` plus it. Rounding is monotone: where both ends round to the same number of 16 bits, that
+number is ``w + d`` rounded once. Where they do not, float64 decides in the same way, by its own and much smaller bound
+(`Factors.error`); what is undecided even then is left to the caller, who sums in fractions.
 
 The compiled code is kept beside this file, or in the user's cache; the first use on a machine takes seconds.
 """
@@ -21,12 +27,12 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Factors(NamedTuple):
-    """The two factors of a difference: a row of each makes a value; and what bounds the error of a float32 product."""
+    """The two factors of a delta: a row of each makes a value; and the bounds of the error of their products."""
 
     a: npt.NDArray[np.float64]  # (rows, rank)
     b: npt.NDArray[np.float64]  # (columns, rank): transposed
     row_error: npt.NDArray[np.float32]  # (rows,)
-    column_length: npt.NDArray[np.float32]  # (columns,): times the row's error it is the error of a value
+    column_length: npt.NDArray[np.float32]  # (columns,): times the row's error it is the error of a float32 value
     lost: np.float32  # and this, to numbers too small for float32
     error: np.float64  # of a float64 sum
 
@@ -57,14 +63,37 @@ def largest(bits: npt.NDArray[np.uint16]) -> np.uint16:
 
 
 @compiled()
-def _value(bits: np.uint16, dropped: np.uint32, scale: np.float32) -> np.float32:
+def weight_of(bits: np.uint16, dropped: np.uint32, scale: np.float32) -> np.float32:
+    """A 16-bit weight in float32, exactly: its bits at float32's places, its exponent by float32's bias."""
     magnitude = U32(U32(bits & U16(0x7FFF)) << dropped)
-    return F32(U32(magnitude | U32(U32(bits & U16(0x8000)) << U32(16))).view(F32) * scale)
+    sign = U32(U32(bits & U16(0x8000)) << U32(16))
+    return F32(U32(magnitude | sign).view(F32) * scale)
 
 
 @compiled()
-def _bits(value: np.float64, precision: int, bias: int) -> np.uint16:
-    """Round a float64 that is not too large: to nearest, ties to even."""
+def error_bound(near: np.float32, row_error: np.float32, column_length: np.float32, lost: np.float32) -> np.float32:
+    """The largest distance of ``near = fl(w + p)`` from ``w + d``.
+
+    Of the product it is ``|p - d| <= row_error * column_length + lost`` (Higham, see `Stacked`). Four units of roundoff
+    of `near` are left for the sum, for the two ends of the interval and for the arithmetic in here.
+    """
+    of_product = F32(row_error * column_length)
+    of_sum = F32(abs(near) * F32(4 * UNIT))
+    return F32(of_product + F32(of_sum + lost))
+
+
+@compiled()
+def nearest_even(end: np.float32, dropped: np.uint32) -> np.uint32:
+    """Round an end of the interval to 16 bits, to nearest, ties to even; the sign stays above what is left."""
+    bits = F32(end).view(U32)
+    below_half = U32(U32(U32(1) << U32(dropped - U32(1))) - U32(1))
+    odd = U32(U32(bits >> dropped) & U32(1))
+    return U32(U32(U32(bits + below_half) + odd) >> dropped)
+
+
+@compiled()
+def nearest_even_of_float64(value: np.float64, precision: int, bias: int) -> np.uint16:
+    """Round a float64 that is not too large to the bits of a 16-bit format, to nearest, ties to even."""
     size = abs(value)
     if size < 2.0 ** (1 - bias):
         magnitude = U64(np.rint(size * 2.0 ** (bias + precision - 2)))
@@ -86,13 +115,23 @@ def _inner_product(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> np
 
 
 def adder(kind: exact.FloatFormat) -> Callable[..., int]:
-    """Compile the loop for one format of 16 bits: with its constants in it, it is twice as fast as with variables."""
+    """Compile the loop for one format of 16 bits: with its constants in it, it is twice as fast as with variables.
+
+    An example in bfloat16, whose numbers around 1 are 1, 1 + 2**-7, 1 + 2**-6. The weight is 1, the rank 1, the
+    bound some 4 units of roundoff, 2.4e-7:
+
+    - ``d = 2**-3 * 2**-3``: `near` is 1 + 2**-6. Both ends round to 1 + 2**-6, which is the result.
+    - ``d = 2**-4 * (2**-4 + 2**-26)``: `near` is 1 + 2**-8, half-way between 1 and 1 + 2**-7, as float32 has no room
+      for the 2**-30. `low` rounds to 1, `high` to 1 + 2**-7: undecided. Both ends of float64's interval, which has the
+      2**-30 and a bound below 2**-49, round to 1 + 2**-7: that is the result.
+    - ``d = 2**-4 * 2**-4``: the sum is half-way exactly. float64 is undecided too; fractions say 1, which is even.
+    """
     precision, bias = kind.precision, kind.bias
-    dropped, scale = exact.FLOAT32.precision - precision, 2.0 ** (exact.FLOAT32.bias - bias)
-    below_half, back, smallest = (1 << (dropped - 1)) - 1, 1 / scale, kind.smallest_normal
-    wider = (
-        bias == exact.FLOAT32.bias
-    )  # float32 has the same exponents: no scale, and no number that it has too few bits for
+    dropped = U32(exact.FLOAT32.precision - precision)
+    scale, back = F32(2.0 ** (exact.FLOAT32.bias - bias)), F32(2.0 ** (bias - exact.FLOAT32.bias))
+    smallest = F32(kind.smallest_normal)
+    # float32 has the same exponents: no number of the format is too small for `nearest_even`
+    same_exponents = bias == exact.FLOAT32.bias
 
     def add(
         bits: npt.NDArray[np.uint16],
@@ -103,8 +142,6 @@ def adder(kind: exact.FloatFormat) -> Callable[..., int]:
     ) -> int:
         """Overwrite weights by their sum with a product, rounded once, as far as float64 decides it.
 
-        Both ends of the interval that a float32 sum is in are rounded: where they become one number, so does the sum.
-
         Args:
             bits: (n, m), the weights.
             product: (n, m), their part of ``a @ b.T`` in float32.
@@ -113,42 +150,38 @@ def adder(kind: exact.FloatFormat) -> Callable[..., int]:
             left: (n * m,), is given the flat numbers of the weights that stay as they were, undecided by float64.
 
         Returns:
-            How many these are; or -1 where a product is further off than float32 allows.
+            Their count; or -1 where a product is further off than float32 allows.
         """
         n, m = bits.shape
-        merged, doubt = np.empty(m, U16), np.zeros((m + 3) // 4 * 4, U16)
-        wide = doubt.view(U64)  # doubts are few: four at a time
+        merged, undecided = np.empty(m, U16), np.zeros((m + 3) // 4 * 4, U16)
+        four_undecided = undecided.view(U64)  # they are few: four at a time
         column_length, lost = factors.column_length, factors.lost
         count = 0
         for i in range(n):
             weights, added = bits[i], product[i]
             row_error, a = factors.row_error[first + i], factors.a[first + i]
             for j in range(m):
-                near = F32(_value(weights[j], U32(dropped), F32(scale)) + added[j])
-                size = abs(near)
-                off = F32(F32(row_error * column_length[j]) + F32(F32(size * F32(4 * UNIT)) + lost))
-                low, high = F32(F32(near - off) * F32(back)).view(U32), F32(F32(near + off) * F32(back)).view(U32)
-                sign = U32(U32(low >> U32(16)) & U32(0x8000))
-                low = U32(U32(U32(low + U32(below_half)) + U32(U32(low >> U32(dropped)) & U32(1))) >> U32(dropped))
-                high = U32(U32(U32(high + U32(below_half)) + U32(U32(high >> U32(dropped)) & U32(1))) >> U32(dropped))
-                merged[j] = U16(U32(low & U32(0x7FFF)) | sign)
-                doubt[j] = U16(low ^ high) if wider else U16(U32(low ^ high) | U32(size < F32(smallest)))
-            for k in range(wide.shape[0]):
-                if wide[k] == 0:
+                near = F32(weight_of(weights[j], dropped, scale) + added[j])
+                bound = error_bound(near, row_error, column_length[j], lost)
+                low, high = F32(F32(near - bound) * back), F32(F32(near + bound) * back)
+                below, above = nearest_even(low, dropped), nearest_even(high, dropped)
+                sign = U32(U32(low.view(U32) >> U32(16)) & U32(0x8000))
+                merged[j] = U16(U32(below & U32(0x7FFF)) | sign)
+                differ = U32(below ^ above)
+                undecided[j] = U16(differ) if same_exponents else U16(differ | U32(abs(near) < smallest))
+            for k in range(four_undecided.shape[0]):
+                if four_undecided[k] == 0:
                     continue
                 for j in range(4 * k, min(4 * k + 4, m)):
-                    if doubt[j] == 0:
+                    if undecided[j] == 0:
                         continue
-                    weight, b = np.float64(_value(weights[j], U32(dropped), F32(scale))), factors.b[j]
-                    total = weight + _inner_product(a, b)
-                    near = F32(F32(weight) + added[j])
-                    off = row_error * column_length[j] + abs(near) * F32(4 * UNIT) + lost
-                    if not abs(total - near) <= off:
+                    weight = weight_of(weights[j], dropped, scale)
+                    total = np.float64(weight) + _inner_product(a, factors.b[j])
+                    near = F32(weight + added[j])
+                    if not abs(total - near) <= error_bound(near, row_error, column_length[j], lost):
                         return -1
-                    below = _bits(total - factors.error, precision, bias)
-                    if below == _bits(total + factors.error, precision, bias):
-                        merged[j] = below
-                    else:
+                    merged[j] = nearest_even_of_float64(total - factors.error, precision, bias)
+                    if merged[j] != nearest_even_of_float64(total + factors.error, precision, bias):
                         merged[j] = weights[j]
                         left[count] = i * m + j
                         count += 1

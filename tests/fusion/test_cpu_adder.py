@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_fuse.fusion.cpu_adder import KINDS, Stacked, TooLarge, stackable
+from lora_fuse.fusion.cpu_kernel import ADD, UNIT, error_bound, nearest_even
 from lora_fuse.fusion.torch_sums import fuse_rows
 from lora_fuse.lora.deltas import Hadamard, LowRank, Matrix, NotFinite
-from lora_fuse.lora.exact import inner_product, nearest
+from lora_fuse.lora.exact import BFLOAT16, inner_product, nearest
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16}
 NUMPY: dict[str, npt.DTypeLike] = {"BF16": ml_dtypes.bfloat16, "F16": np.float16}
@@ -84,6 +85,42 @@ def test_a_tie_that_float64_gets_wrong_is_settled_in_integers() -> None:
     weights = np.ones((1, 1), ml_dtypes.bfloat16)
     assert float(quick(weights, parts, "BF16").view(ml_dtypes.bfloat16)[0, 0]) == 1 + 2.0**-7
     assert float(quick(weights, parts[:1], "BF16").view(ml_dtypes.bfloat16)[0, 0]) == 1.0
+
+
+def rounded(value: float) -> float:
+    """A float32 as the kernel rounds it to bfloat16."""
+    bits = np.array([nearest_even(np.float32(value), np.uint32(16))], np.uint16)
+    return float(bits.view(ml_dtypes.bfloat16)[0])
+
+
+@pytest.mark.parametrize(
+    ("b", "near", "ends", "undecided", "merged"),
+    [
+        (2.0**-3, 1 + 2.0**-6, (1 + 2.0**-6, 1 + 2.0**-6), 0, 1 + 2.0**-6),
+        (2.0**-4 + 2.0**-26, 1 + 2.0**-8, (1.0, 1 + 2.0**-7), 0, 1 + 2.0**-7),
+        (2.0**-4, 1 + 2.0**-8, (1.0, 1 + 2.0**-7), 1, 1.0),
+    ],
+    ids=["float32 decides", "float64 decides", "fractions decide"],
+)
+def test_the_example_of_adder(b: float, near: float, ends: tuple[float, float], undecided: int, merged: float) -> None:
+    """The three sums of its docstring, number by number."""
+    a = 2.0**-3 if b == 2.0**-3 else 2.0**-4
+    part = LowRank(Matrix(np.array([[a]]), np.array([[b]])), 1.0)
+    stacked, weights = Stacked([part], "BF16"), np.ones((1, 1), ml_dtypes.bfloat16)
+    factors = stacked._factors._replace(error=np.float64(2.0**-52 * stacked._roundings * (1 + a * b)))
+    assert factors.error < 2.0**-49
+    assert np.float32(1) + np.float32(a) * np.float32(b) == near
+    bound = error_bound(np.float32(near), factors.row_error[0], factors.column_length[0], factors.lost)
+    assert 4.0 < bound / UNIT < 4.2
+    assert (rounded(float(near - bound)), rounded(float(near + bound))) == ends
+    product, left = np.array([[a * b]], np.float32), np.empty(1, np.int64)
+    assert ADD[BFLOAT16](weights.view(np.uint16).copy(), product, 0, factors, left) == undecided
+    assert float(quick(weights, [part], "BF16").view(ml_dtypes.bfloat16)[0, 0]) == merged
+
+
+def test_a_bound_that_is_too_small_would_decide_wrongly() -> None:
+    """The second sum of the example with no bound at all: float32 alone says 1."""
+    assert rounded(float(np.float32(1) + np.float32(2.0**-8 + 2.0**-30))) == 1.0
 
 
 def test_float32_alone_would_be_wrong() -> None:
