@@ -16,7 +16,7 @@ from PIL import Image
 from lora_fuse.checkpoint import open_checkpoint
 from lora_fuse.fusion import FuseJob, make_plan
 from lora_fuse.lora import LoraInput
-from lora_fuse.pictures import metrics, render
+from lora_fuse.pictures import metrics, picture, render
 from pocket.model import LIGHTNING_SCHEDULER, LORA_TARGETS, SCHEDULER, SIDE
 from pocket.tasks import Task
 
@@ -147,7 +147,7 @@ class Bench:
 
 def psnr(one: Image.Image, other: Image.Image) -> float:
     """PSNR in dB between two pictures of one size, 99 for equal ones, so that a mean stays finite."""
-    return min(metrics.psnr_db(metrics.to_levels(one), metrics.to_levels(other)), 99.0)
+    return min(metrics.psnr_db(picture.levels_of(one), picture.levels_of(other)), 99.0)
 
 
 def nearest(picture: Image.Image, task: Task) -> float:

@@ -1,12 +1,12 @@
 from . import asked as asked
+from . import encode as encode
 from . import environment as environment
 from . import metrics as metrics
 from . import pages as pages
 from . import pairs as pairs
+from . import picture as picture
 from . import render as render
 from . import render_progress as render_progress
 from .distributed import DistributedRenderer as DistributedRenderer
-from .environment import Environment as Environment
 from .pairs import Setup as Setup
 from .render import Case as Case
-from .render import Rendered as Rendered

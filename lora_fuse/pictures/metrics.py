@@ -13,14 +13,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-Levels: TypeAlias = npt.NDArray[np.uint8]  # (height, width, 3)
-Latents: TypeAlias = npt.NDArray[np.float32]  # of any shape
+from lora_fuse.pictures.encode import png
+from lora_fuse.pictures.picture import Latents, Levels
 
 PEAK = 255
 # A picture that failed as a whole (NaN painted black, an empty decode) has no contrast: 0 to 2 levels where the
@@ -104,7 +103,7 @@ def ssimulacra2(a: Levels, b: Levels) -> float:
     from ssimulacra2 import compute_ssimulacra2
 
     _difference(a, b)
-    return float(compute_ssimulacra2(io.BytesIO(to_png(b)), io.BytesIO(to_png(a))))
+    return float(compute_ssimulacra2(io.BytesIO(png(b)), io.BytesIO(png(a))))
 
 
 def flip(a: Levels, b: Levels) -> float:
@@ -263,24 +262,12 @@ def heat_map(a: Levels, b: Levels) -> Levels:
     return heat
 
 
-def to_levels(picture: Image.Image) -> Levels:
-    """A PIL picture as levels, (height, width, 3)."""
-    return np.asarray(picture.convert("RGB"), dtype=np.uint8)
-
-
-def to_png(picture: Levels) -> bytes:
-    """Levels as a PNG file; the same levels give the same bytes, and no metadata goes in."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
 def _difference(a: Levels, b: Levels) -> npt.NDArray[np.int32]:
     """``a - b`` in a type that holds it, and its square."""
     for picture in (a, b):
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3 or not picture.size:
             raise ValueError(
-                f"a picture is uint8 (height, width, 3): got {picture.dtype} {picture.shape}; convert it with to_levels"
+                f"a picture is uint8 (height, width, 3): got {picture.dtype} {picture.shape}; convert it with levels_of"
             )
     if a.shape != b.shape:
         raise ValueError(

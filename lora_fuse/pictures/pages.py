@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 SLIDER = """
 for (const slider of document.querySelectorAll(".slider")) {
@@ -19,14 +18,6 @@ for (const slider of document.querySelectorAll(".slider")) {
 }
 """
 SLIDER_HASH = "sha256-" + base64.b64encode(hashlib.sha256(SLIDER.encode()).digest()).decode()
-
-
-@dataclass(frozen=True, slots=True)
-class Image:
-    """An encoded picture as a page shows it; `kind` is its MIME type."""
-
-    data: bytes
-    kind: str = "image/png"
 
 
 def render_page(
@@ -50,10 +41,5 @@ def render_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"data_uri": data_uri, **(filters or {})}
+    environment.filters |= filters or {}
     return environment.get_template(template).render(slider=SLIDER, slider_hash=SLIDER_HASH, **values)
-
-
-def data_uri(picture: Image) -> str:
-    """A picture as an address, for a page that holds it."""
-    return f"data:{picture.kind};base64," + base64.b64encode(picture.data).decode("ascii")

@@ -15,11 +15,11 @@ from pathlib import Path
 from lora_fuse.errors import OutOfMemory
 from lora_fuse.fusion import Plan
 from lora_fuse.pictures.noise_floor import jitter
+from lora_fuse.pictures.picture import Rendered
 from lora_fuse.pictures.placement import advice, place
 from lora_fuse.pictures.render import (
     Case,
     Pipeline,
-    Rendered,
     Sampling,
     check_pictures,
     load_pipeline,

@@ -14,11 +14,11 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
 from lora_fuse.errors import OutOfMemory, RenderFailed
-from lora_fuse.pictures.cost import Cost, Meter
+from lora_fuse.pictures.cost import Meter
+from lora_fuse.pictures.picture import Picture, Rendered, read_levels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -68,25 +68,6 @@ class LoraSpec:
     name: str
     path: Path
     scale: float
-
-
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """A picture and how it came about.
-
-    Attributes:
-        image: as a user would save it.
-        latents: the final ones, float32, in the pipeline's own packing.
-        sigmas: visited, as many as steps, then 0.
-        nonfinite: how many of the height x width x 3 values were NaN or infinite; they are painted 0.
-        cost: time and memory.
-    """
-
-    image: Image.Image
-    latents: npt.NDArray[np.float32]
-    sigmas: tuple[float, ...]
-    nonfinite: int
-    cost: Cost
 
 
 def quiet_libraries() -> None:
@@ -283,13 +264,13 @@ def render(pipe: Pipeline, case: Case, sampling: Sampling, on_step: Callable[[],
     finite = np.isfinite(values)
     levels = (np.where(finite, values, 0.0) * 255).round().astype(np.uint8)
     sigmas = tuple(pipe.scheduler.sigmas.tolist())
-    return Rendered(Image.fromarray(levels), final[0], sigmas, int((~finite).sum()), cost)
+    return Rendered(levels, int((~finite).sum()), sigmas=sigmas, latents=final[0], cost=cost)
 
 
 def _pictures(pipeline: str, case: Case) -> dict[str, object]:
     """The `image` argument: one picture as itself, several as a list, none not at all."""
     check_pictures(pipeline, case)
-    pictures = [open_picture(path, case) for path in case.images]
+    pictures = [Image.fromarray(open_picture(path, case).levels) for path in case.images]
     return {"image": pictures[0] if len(pictures) == 1 else pictures} if pictures else {}
 
 
@@ -311,15 +292,14 @@ def _size(case: Case) -> dict[str, object]:
     return {side: pixels for side, pixels in sides.items() if pixels is not None}
 
 
-def open_picture(path: Path, case: Case) -> Image.Image:
-    """An input picture, upright and RGB as `diffusers.utils.load_image` gives it.
+def open_picture(path: Path, case: Case) -> Picture:
+    """An input picture, see `lora_fuse.pictures.picture.read_levels`.
 
     Raises:
         RenderFailed: it is missing or no picture.
     """
     try:
-        with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
+        return Picture(read_levels(path))
     except OSError as error:
         raise RenderFailed(f"case {case.name}: input picture {path} cannot be read: {_one_line(error)}") from error
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_fuse.machine import files
-from lora_fuse.pictures import Case, Environment, Setup, metrics
+from lora_fuse.pictures import Case, Setup, environment
 from lora_fuse.recipe import Manifest, checkout
 from lora_fuse.regression.case_judgement import JudgedPair
 from lora_fuse.regression.goldens import SCHEMA, Candidate, Candidates, CaseRecord, Provenance, digest
@@ -17,7 +17,7 @@ from lora_fuse.regression.verdicts import Comparison
 
 
 def candidates(
-    judged: Sequence[JudgedPair], manifest: Manifest, manifest_sha256: str, setup: Setup, here: Environment
+    judged: Sequence[JudgedPair], manifest: Manifest, manifest_sha256: str, setup: Setup, here: environment.Environment
 ) -> Candidates:
     """The record of a run's merged pictures."""
     return Candidates(
@@ -25,7 +25,7 @@ def candidates(
         manifest_sha256,
         {
             one.name: Candidate(
-                sha256=hashlib.sha256(metrics.to_png(metrics.to_levels(one.pair.merged.image))).hexdigest(),
+                sha256=hashlib.sha256(one.pair.merged.png).hexdigest(),
                 agrees=one.result.agrees,
                 reasons=one.result.reasons,
                 floor=_finite(one.result.floor),
@@ -41,7 +41,7 @@ def _finite(floor: Comparison | None) -> dict[str, float]:
 
 
 def _provenance(
-    one: JudgedPair, manifest: Manifest, manifest_sha256: str, setup: Setup, here: Environment
+    one: JudgedPair, manifest: Manifest, manifest_sha256: str, setup: Setup, here: environment.Environment
 ) -> Provenance:
     base = manifest.base
     return Provenance(

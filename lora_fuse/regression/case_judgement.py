@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_fuse.pictures import Rendered, metrics, pairs
-from lora_fuse.regression.verdicts import CaseResult, Golden, Picture, Rules, Subject, examine
+from lora_fuse.pictures import pairs
+from lora_fuse.regression.verdicts import CaseResult, Golden, Rules, Subject, examine
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +36,11 @@ def judge_pairs(pairs: Sequence[pairs.Pair], goldens: Mapping[str, Sequence[Gold
     for pair in pairs:
         case = pair.case
         size = (case.width, case.height) if case.width and case.height else None
-        merged, unfused, floor = map(picture_of, (pair.merged, pair.unfused, pair.floor))
         subject = Subject(case.name, case.prompt, case.seed, size)
-        judged.append(JudgedPair(pair, examine(subject, merged, unfused, goldens.get(case.name, ()), rules, floor)))
+        judged.append(
+            JudgedPair(pair, examine(subject, pair.merged, pair.unfused, goldens.get(case.name, ()), rules, pair.floor))
+        )
     return judged
-
-
-def picture_of(rendered: Rendered) -> Picture:
-    """What is judged of a rendered picture."""
-    return Picture(metrics.to_levels(rendered.image), rendered.nonfinite, rendered.latents, rendered.sigmas)
 
 
 def save_pictures(judged: Sequence[JudgedPair], folder: Path) -> None:
@@ -58,4 +54,4 @@ def save_pictures(judged: Sequence[JudgedPair], folder: Path) -> None:
         sides = {"merged": case.pair.merged, "unfused": case.pair.unfused, "baseline": case.pair.baseline}
         for side, rendered in sides.items():
             if rendered is not None:
-                (folder / f"{case.name}.{side}.png").write_bytes(metrics.to_png(metrics.to_levels(rendered.image)))
+                (folder / f"{case.name}.{side}.png").write_bytes(rendered.png)

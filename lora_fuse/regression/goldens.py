@@ -11,16 +11,16 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-from PIL import Image
+from typing import TypeAlias
 
 from lora_fuse.errors import BadGolden, BadSource, Rerun
 from lora_fuse.machine import FileRecord, files
-from lora_fuse.pictures import Environment, environment, metrics
+from lora_fuse.pictures import environment, picture
 from lora_fuse.recipe import records
 from lora_fuse.regression.verdicts import Golden
 
 SCHEMA = 1
+Environment: TypeAlias = environment.Environment  # a field's name hides the module where records are parsed
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +173,7 @@ class Goldens:
     def _of_key(self, key: environment.Key, run: environment.Key, case: str) -> list[Approved]:
         elsewhere = None if key == run else f"{key} ({'; '.join(key.differences(run))})"
         return [
-            Approved(Golden(_levels(path), path.name, elsewhere, record.floor), record)
+            Approved(Golden(_levels(path), name=path.name, elsewhere=elsewhere, floor=record.floor), record)
             for path, record in self.records(key, case)
         ]
 
@@ -326,9 +326,8 @@ def _restoring(path: Path) -> Rerun:
     return Rerun("restore", settings=(str(path),))
 
 
-def _levels(path: Path) -> metrics.Levels:
+def _levels(path: Path) -> picture.Levels:
     try:
-        with Image.open(path) as image:
-            return metrics.to_levels(image)
+        return picture.read_levels(path)
     except OSError as error:
         raise BadGolden(f"the golden {path} is no picture ({error})", rerun=_restoring(path)) from error

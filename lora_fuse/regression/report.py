@@ -15,7 +15,7 @@ from lora_fuse.errors import Rerun
 from lora_fuse.pictures import pages
 
 if TYPE_CHECKING:
-    from lora_fuse.pictures import metrics
+    from lora_fuse.pictures import encode, metrics
     from lora_fuse.regression.verdicts import CaseResult, Comparison, Limits, Rules, Verdict
 
 # What a verdict means to somebody who never read the documentation.
@@ -76,7 +76,7 @@ class WeightsCheck:
 class Baseline:
     """The base alone at its own settings: its picture, and both times in seconds."""
 
-    picture: pages.Image
+    picture: encode.Encoded
     steps: int
     true_cfg_scale: float
     seconds: float
@@ -97,11 +97,11 @@ class CaseReport:
     """
 
     result: CaseResult
-    inputs: tuple[pages.Image, ...]
-    merged: pages.Image
-    unfused: pages.Image
-    golden: pages.Image | None
-    heat: Mapping[str, pages.Image] = field(default_factory=dict)
+    inputs: tuple[encode.Encoded, ...]
+    merged: encode.Encoded
+    unfused: encode.Encoded
+    golden: encode.Encoded | None
+    heat: Mapping[str, encode.Encoded] = field(default_factory=dict)
     cost: str = ""
     changed: tuple[str, ...] | None = None
     baseline: Baseline | None = None

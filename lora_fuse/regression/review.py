@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
-
 from lora_fuse.checkpoint import blocks
 from lora_fuse.models import pair_warnings
-from lora_fuse.pictures import Setup, metrics, pages, render
+from lora_fuse.pictures import Setup, encode, metrics, picture, render
 from lora_fuse.recipe import Manifest, records
 from lora_fuse.regression.case_judgement import JudgedPair
 from lora_fuse.regression.goldens import Approved, Candidate, Candidates, Provenance, differences
@@ -26,9 +23,6 @@ from lora_fuse.regression.report import (
     case_names,
 )
 from lora_fuse.regression.verdicts import Rules, Scalar, flat_metrics, worst
-
-LARGE = 512  # pixels of a side, from which on the page has WebP at this quality; the files beside it are lossless
-QUALITY = 90
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,22 +137,20 @@ def _environment(provenance: Provenance) -> dict[str, str]:
 def _case(
     case: JudgedPair, candidate: Candidate, approved: Sequence[Approved], baseline: render.Sampling | None
 ) -> CaseReport:
-    merged, unfused = metrics.to_levels(case.pair.merged.image), metrics.to_levels(case.pair.unfused.image)
+    merged = case.pair.merged
     golden = case.result.golden
-    others = {"golden": None if golden is None else golden.levels, "unfused": unfused}
+    others = {"golden": golden, "unfused": case.pair.unfused}
     record = next((one.record for one in approved if one.golden is golden), None)
     return CaseReport(
         result=case.result,
-        inputs=tuple(
-            encoded(metrics.to_levels(render.open_picture(path, case.pair.case))) for path in case.pair.case.images
-        ),
-        merged=encoded(merged),
-        unfused=encoded(unfused),
-        golden=None if golden is None else encoded(golden.levels),
+        inputs=tuple(encode.encoded(render.open_picture(path, case.pair.case)) for path in case.pair.case.images),
+        merged=encode.encoded(merged),
+        unfused=encode.encoded(case.pair.unfused),
+        golden=None if golden is None else encode.encoded(golden),
         heat={
-            name: encoded(metrics.heat_map(merged, other))
+            name: encode.encoded(picture.Picture(metrics.heat_map(merged.levels, other.levels)))
             for name, other in others.items()
-            if other is not None and other.shape == merged.shape
+            if other is not None and other.size == merged.size
         },
         cost=_cost(case),
         changed=None if record is None else tuple(differences(candidate.provenance, record.provenance)),
@@ -181,13 +173,4 @@ def _baseline(case: JudgedPair, sampling: render.Sampling | None) -> Baseline | 
     if alone is None or sampling is None:
         return None
     times = (alone.cost.seconds, case.pair.merged.cost.seconds)
-    return Baseline(encoded(metrics.to_levels(alone.image)), sampling.steps, sampling.true_cfg_scale, *times)
-
-
-def encoded(picture: metrics.Levels) -> pages.Image:
-    """A PNG, or for a large picture WebP, which looks the same and is a tenth of the size."""
-    if max(picture.shape[:2]) <= LARGE:
-        return pages.Image(metrics.to_png(picture))
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="WEBP", quality=QUALITY)
-    return pages.Image(buffer.getvalue(), "image/webp")
+    return Baseline(encode.encoded(alone), sampling.steps, sampling.true_cfg_scale, *times)

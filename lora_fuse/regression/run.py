@@ -10,7 +10,7 @@ from typing import Any
 from lora_fuse.errors import Rerun
 from lora_fuse.fusion import read_manifest
 from lora_fuse.machine import files
-from lora_fuse.pictures import Environment, Setup, pairs
+from lora_fuse.pictures import Setup, environment, pairs
 from lora_fuse.recipe import Artifacts, Lock, Recipe, paths, records
 from lora_fuse.regression.candidates import candidates
 from lora_fuse.regression.case_judgement import judge_pairs, save_pictures
@@ -24,7 +24,7 @@ def judge(
     params: Recipe,
     at: Artifacts,
     setup: Setup,
-    here: Environment,
+    here: environment.Environment,
     pairs: Sequence[pairs.Pair],
     approved: Mapping[str, Sequence[Approved]],
 ) -> Judged:

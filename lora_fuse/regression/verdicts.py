@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TypeAlias
 
-from lora_fuse.pictures import metrics
+from lora_fuse.pictures import metrics, picture
 
 Size: TypeAlias = tuple[int, int]  # width, height in pixels
 Values: TypeAlias = Mapping[str, float]  # by metric, as `metrics.METRICS` names them
@@ -104,33 +104,13 @@ class Rules:
     sigmas: tuple[float, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture as levels, and where it was just rendered what is known from before rounding.
-
-    `nonfinite` counts values that were NaN or infinite; `sigmas` has the final 0.
-    """
-
-    levels: metrics.Levels
-    nonfinite: int = 0
-    latents: metrics.Latents | None = None
-    sigmas: tuple[float, ...] = ()
-
-    @property
-    def facts(self) -> Facts:
-        """What is true of it by itself."""
-        height, width = self.levels.shape[:2]
-        return Facts((width, height), self.nonfinite, metrics.is_flat(self.levels))
-
-
-@dataclass(frozen=True, slots=True)
-class Golden:
-    """An approved picture, its name, and the noise floor of its run.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Golden(picture.Picture):
+    """An approved picture, its file's name, and the noise floor of its run.
 
     `elsewhere` says of which environment it is where that is not the run's.
     """
 
-    levels: metrics.Levels
     name: str
     elsewhere: str | None = None
     floor: Values | None = None
@@ -155,6 +135,11 @@ class Facts:
     size: Size
     nonfinite: int
     flat: bool
+
+    @staticmethod
+    def of(picture: picture.Picture) -> Facts:
+        """Look at a picture alone."""
+        return Facts(picture.size, picture.nonfinite, metrics.is_flat(picture.levels))
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +182,7 @@ class CaseResult:
         return apart / max(self.floor.values["latents_l2"], FLOAT32_NOISE)
 
 
-def compare(a: Picture, b: Picture) -> Comparison:
+def compare(a: picture.Picture, b: picture.Picture) -> Comparison:
     """Measure two pictures against each other, and their latents where both have them.
 
     Raises:
@@ -216,11 +201,11 @@ def compare(a: Picture, b: Picture) -> Comparison:
 
 def examine(
     subject: Subject,
-    merged: Picture,
-    unfused: Picture,
+    merged: picture.Picture,
+    unfused: picture.Picture,
     goldens: Sequence[Golden],
     rules: Rules,
-    floor: Picture | None = None,
+    floor: picture.Picture | None = None,
 ) -> CaseResult:
     """Measure and judge the pictures of one case.
 
@@ -238,7 +223,7 @@ def examine(
     of_floor = None if floor is None else _compare_if_possible(floor, unfused)
     result = CaseResult(
         subject,
-        merged.facts,
+        Facts.of(merged),
         vs_unfused,
         of_floor,
         vs_golden,
@@ -249,7 +234,7 @@ def examine(
         unfused_limits=rules.unfused.over(None if of_floor is None else of_floor.values, rules.over_floor),
         golden_limits=rules.golden.over(None if golden is None else golden.floor, rules.over_floor),
     )
-    facts = {"merged": result.facts, "unfused": unfused.facts}
+    facts = {"merged": result.facts, "unfused": Facts.of(unfused)}
     faults = [*_faults(facts), *_wrong_sizes(facts, subject.size)]
     if faults:
         return _decided(result, Verdict.INVALID, faults)
@@ -261,9 +246,9 @@ def _decided(result: CaseResult, verdict: Verdict, reasons: Iterable[str], *, ag
     return replace(result, agrees=agrees, verdict=verdict, reasons=tuple(reasons))
 
 
-def _nearest_golden(merged: Picture, goldens: Sequence[Golden]) -> tuple[Golden, Comparison | None] | None:
+def _nearest_golden(merged: picture.Picture, goldens: Sequence[Golden]) -> tuple[Golden, Comparison | None] | None:
     """The golden that has the least error to the picture; one of another size only if there is no other."""
-    compared = [(golden, _compare_if_possible(merged, Picture(golden.levels))) for golden in goldens]
+    compared = [(golden, _compare_if_possible(merged, golden)) for golden in goldens]
     return max(compared, key=lambda pair: -1.0 if pair[1] is None else pair[1].values["psnr_db"], default=None)
 
 
@@ -306,7 +291,7 @@ def _against_golden(result: CaseResult, apart: Sequence[str]) -> tuple[Verdict, 
 def _beyond_golden(result: CaseResult, golden: Golden, compared: Comparison | None) -> list[str]:
     if compared is not None:
         return beyond(compared, result.golden_limits, "the golden")
-    (width, height), picture = golden.levels.shape[1::-1], result.facts.size
+    (width, height), picture = golden.size, result.facts.size
     return [f"The golden {golden.name} is {width}x{height}, and the merged picture {picture[0]}x{picture[1]}."]
 
 
@@ -361,7 +346,7 @@ def _wrong_sizes(facts: Mapping[str, Facts], asked: Size | None) -> list[str]:
     ]
 
 
-def _wrong_sigmas(merged: Picture, unfused: Picture, wanted: tuple[float, ...] | None) -> list[str]:
+def _wrong_sigmas(merged: picture.Picture, unfused: picture.Picture, wanted: tuple[float, ...] | None) -> list[str]:
     if wanted is None:
         return []
     return [
@@ -376,7 +361,7 @@ def _listed(sigmas: Iterable[float]) -> str:
     return ", ".join(f"{sigma:.4g}" for sigma in sigmas)
 
 
-def _compare_if_possible(a: Picture, b: Picture) -> Comparison | None:
+def _compare_if_possible(a: picture.Picture, b: picture.Picture) -> Comparison | None:
     return compare(a, b) if a.levels.shape == b.levels.shape else None
 
 

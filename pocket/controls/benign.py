@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lora_fuse.pictures import metrics, pairs, render
+from lora_fuse.pictures import pairs, picture, render
 from pocket.controls import files, pictures
 from pocket.controls.control import Built, Control
 from pocket.controls.rig import Rig
@@ -100,7 +100,7 @@ def _in_float32(lora: Path, out: Path) -> Path:
     return files.copy_of(lora, out, lambda tensors: {name: tensor.float() for name, tensor in tensors.items()})
 
 
-def _repainted(change: Callable[[metrics.Levels], metrics.Levels], rig: Rig, _: Path) -> Built:
+def _repainted(change: Callable[[picture.Levels], picture.Levels], rig: Rig, _: Path) -> Built:
     return Built(rig.right, [pictures.changed(one, change) for one in rig.render(rig.load(rig.right))])
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_fuse.pictures import Rendered, pairs
+from lora_fuse.pictures import pairs, picture
 from lora_fuse.regression import verdicts
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Built:
     """
 
     folder: Path
-    pictures: Sequence[Rendered]
+    pictures: Sequence[picture.Rendered]
     same_files: bool = True
     references: pairs.References | None = None
 

@@ -12,7 +12,7 @@ import torch
 
 from lora_fuse.checkpoint import PROVENANCE
 from lora_fuse.lora import Selection
-from lora_fuse.pictures import metrics
+from lora_fuse.pictures import picture
 from lora_fuse.regression import verdicts
 from pocket.bench import STYLE
 from pocket.controls import pictures
@@ -76,7 +76,7 @@ def _next_seed(rig: Rig, _: Path) -> Built:
     return Built(rig.right, rig.render(rig.load(rig.right), [replace(case, seed=case.seed + 1) for case in rig.cases]))
 
 
-def _damaged(change: Callable[[metrics.Levels], metrics.Levels], rig: Rig, _: Path) -> Built:
+def _damaged(change: Callable[[picture.Levels], picture.Levels], rig: Rig, _: Path) -> Built:
     return Built(rig.right, [pictures.changed(one, change) for one in rig.render(rig.load(rig.right))])
 
 

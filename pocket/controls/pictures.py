@@ -9,18 +9,18 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from lora_fuse.pictures import Rendered, metrics
+from lora_fuse.pictures import picture
 
 PATCH = (32, 48)  # rows, columns
 NOISE_SHARE = 0.03  # of the values, each one level up or down: between the unfused and the merged picture it is 0.015
 
 
-def changed(rendered: Rendered, change: Callable[[metrics.Levels], metrics.Levels]) -> Rendered:
+def changed(rendered: picture.Rendered, change: Callable[[picture.Levels], picture.Levels]) -> picture.Rendered:
     """The same with other pixels, the latents as they were."""
-    return replace(rendered, image=Image.fromarray(change(metrics.to_levels(rendered.image))))
+    return replace(rendered, levels=change(rendered.levels))
 
 
-def patch(levels: metrics.Levels) -> metrics.Levels:
+def patch(levels: picture.Levels) -> picture.Levels:
     """A patch in the middle shows what is 8 pixels beside it."""
     top, left = (levels.shape[0] - PATCH[0]) // 2, (levels.shape[1] - PATCH[1]) // 2
     area = np.s_[top : top + PATCH[0], left : left + PATCH[1]]
@@ -29,30 +29,30 @@ def patch(levels: metrics.Levels) -> metrics.Levels:
     return out
 
 
-def grid(levels: metrics.Levels, period: int) -> metrics.Levels:
+def grid(levels: picture.Levels, period: int) -> picture.Levels:
     """Every so many rows and columns one level brighter, or darker where it is white."""
     lines = np.zeros(levels.shape[:2], dtype=bool)
     lines[::period] = lines[:, ::period] = True
     return _moved(levels, lines[..., None] * np.ones(levels.shape, dtype=np.int16))
 
 
-def noise(levels: metrics.Levels) -> metrics.Levels:
+def noise(levels: picture.Levels) -> picture.Levels:
     """Some values one level up or down, by a fixed seed."""
     rng = np.random.default_rng(0)
     hit = rng.random(levels.shape) < NOISE_SHARE
     return _moved(levels, hit * rng.choice(np.array([-1, 1], dtype=np.int16), levels.shape))
 
 
-def reencoded(levels: metrics.Levels) -> metrics.Levels:
+def reencoded(levels: picture.Levels) -> picture.Levels:
     """Through a PNG without compression and one with the most."""
     for effort in (0, 9):
         buffer = io.BytesIO()
         Image.fromarray(levels).save(buffer, format="PNG", compress_level=effort)
-        levels = metrics.to_levels(Image.open(buffer))
+        levels = picture.levels_of(Image.open(buffer))
     return levels
 
 
-def _moved(levels: metrics.Levels, by: np.ndarray[tuple[int, ...], np.dtype[np.int16]]) -> metrics.Levels:
+def _moved(levels: picture.Levels, by: np.ndarray[tuple[int, ...], np.dtype[np.int16]]) -> picture.Levels:
     inside = np.clip(levels + by, 0, 255)
-    moved: metrics.Levels = np.where(inside == levels, levels - by, inside).clip(0, 255).astype(np.uint8)
+    moved: picture.Levels = np.where(inside == levels, levels - by, inside).clip(0, 255).astype(np.uint8)
     return moved

@@ -14,7 +14,7 @@ from lora_fuse.checkpoint import open_checkpoint
 from lora_fuse.fusion import FuseJob, Plan, make_plan
 from lora_fuse.lora import LoraInput, Selection
 from lora_fuse.models import COMPONENT
-from lora_fuse.pictures import Case, Rendered, asked, environment, metrics, pairs, render
+from lora_fuse.pictures import Case, asked, environment, pairs, picture, render
 from lora_fuse.recipe import Recipe
 from lora_fuse.regression import case_judgement, rules_of, verdicts
 from lora_fuse.verification import Expectation, verify_merge
@@ -52,12 +52,12 @@ class Rig:
         pictures = self.render(pipe)
         self.unfused = pairs.render_references(self.plan(), self.cases, self.setup, self.shared)
         floors = [
-            verdicts.compare(case_judgement.picture_of(floor), case_judgement.picture_of(unfused)).values
+            verdicts.compare(floor, unfused).values
             for floor, unfused in zip(self.unfused.floor, self.unfused.unfused, strict=True)
         ]
         self.goldens = {
-            case.name: [verdicts.Golden(metrics.to_levels(picture.image), f"{case.name}.png", floor=floor)]
-            for case, picture, floor in zip(self.cases, pictures, floors, strict=True)
+            case.name: [verdicts.Golden(right.levels, name=f"{case.name}.png", floor=floor)]
+            for case, right, floor in zip(self.cases, pictures, floors, strict=True)
         }
         return self
 
@@ -89,7 +89,7 @@ class Rig:
 
     def render(
         self, pipe: render.Pipeline, cases: Sequence[Case] | None = None, sampling: render.Sampling | None = None
-    ) -> list[Rendered]:
+    ) -> list[picture.Rendered]:
         """One picture a case, by default the recipe's."""
         placement = self.setup.placement
         return pairs.render_all(

@@ -27,7 +27,7 @@ team, merged, out = DistributedRenderer("cuda", None), Path(sys.argv[1]), Path(s
 from lora_fuse.pictures.environment import environment, make_deterministic
 make_deterministic(on_gpu=True)
 import torch
-from lora_fuse.pictures.metrics import to_levels, to_png
+from lora_fuse.pictures.metrics import levels_of, png_of
 from lora_fuse.pictures.pairs import render_pairs
 from tests.support.on_gpu import CASES, SETUP, plan
 
@@ -37,7 +37,7 @@ pairs = team.render(cases, key, lambda mine: render_pairs(merged, plan(), mine, 
 (out / f"process{team.here.rank}.txt").write_text(str(torch.cuda.get_device_properties(0).uuid))
 for pair in pairs or ():
     for side in ("merged", "unfused", "floor"):
-        (out / f"{pair.case.name}.{side}.png").write_bytes(to_png(to_levels(getattr(pair, side).image)))
+        (out / f"{pair.case.name}.{side}.png").write_bytes(getattr(pair, side).png)
 """
 
 

@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image, ImageFilter
 
+from lora_fuse.pictures import encode
 from lora_fuse.pictures.metrics import (
     HEAT_TOP,
     METRICS,
-    Latents,
-    Levels,
     changed_share,
     heat_map,
     is_finite,
@@ -25,9 +24,8 @@ from lora_fuse.pictures.metrics import (
     max_abs,
     mean_abs,
     psnr_db,
-    to_levels,
-    to_png,
 )
+from lora_fuse.pictures.picture import Latents, Levels, levels_of
 
 
 def plain(level: int, height: int = 4, width: int = 6) -> Levels:
@@ -83,7 +81,7 @@ def test_the_metrics_are_those_of_pixels_and_those_of_eyes() -> None:
 
 @pytest.mark.parametrize("name", OF_EYES)
 def test_a_metric_of_eyes_is_best_for_identical_pictures_and_worse_the_more_they_differ(name: str) -> None:
-    metric, picture = METRICS[name], to_levels(photograph())
+    metric, picture = METRICS[name], levels_of(photograph())
     found = [metric.measure(noisy(picture, levels), picture) for levels in (0, 2, 8, 32)]
     assert found[0] == OF_EYES[name]
     if name != "comb_db":  # noise is no comb, however much there is
@@ -94,7 +92,7 @@ def test_a_metric_of_eyes_is_best_for_identical_pictures_and_worse_the_more_they
 
 
 def test_a_patch_is_seen_in_the_worst_block() -> None:
-    picture = to_levels(photograph(512))
+    picture = levels_of(photograph(512))
     patched = picture.copy()
     patched[100:148, 64:96] = np.roll(patched[100:148, 64:96], 9, axis=0)
     assert METRICS["flip"].measure(patched, picture) < 0.01
@@ -102,10 +100,10 @@ def test_a_patch_is_seen_in_the_worst_block() -> None:
 
 
 BENIGN = {
-    "noise": lambda image: noisy(to_levels(image), 1),
-    "blur": lambda image: to_levels(image.filter(ImageFilter.GaussianBlur(0.7))),
-    "shift": lambda image: np.roll(to_levels(image), 1, axis=1),
-    "jpeg": lambda image: to_levels(Image.open(as_jpeg(image))),
+    "noise": lambda image: noisy(levels_of(image), 1),
+    "blur": lambda image: levels_of(image.filter(ImageFilter.GaussianBlur(0.7))),
+    "shift": lambda image: np.roll(levels_of(image), 1, axis=1),
+    "jpeg": lambda image: levels_of(Image.open(as_jpeg(image))),
 }
 
 
@@ -119,13 +117,13 @@ def as_jpeg(image: Image.Image) -> io.BytesIO:
 @pytest.mark.parametrize("change", BENIGN)
 def test_what_is_no_grid_is_no_comb(change: str, size: int) -> None:
     image = photograph(size)
-    assert METRICS["comb_db"].measure(BENIGN[change](image), to_levels(image)) < 1.5
+    assert METRICS["comb_db"].measure(BENIGN[change](image), levels_of(image)) < 1.5
 
 
 @pytest.mark.parametrize("size", [128, 500, 1024])
 @pytest.mark.parametrize("period", [8, 16])
 def test_a_grid_of_one_level_is_a_comb_though_all_else_calls_it_drift(period: int, size: int) -> None:
-    picture = to_levels(photograph(size))
+    picture = levels_of(photograph(size))
     drift = noisy(picture, 1)
     grid = np.zeros_like(picture)
     grid[::period] = grid[:, ::period] = 1
@@ -265,5 +263,5 @@ def test_a_heat_map_of_different_sizes_is_refused() -> None:
 
 def test_a_png_keeps_every_level_and_the_same_levels_give_the_same_bytes() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    assert (to_levels(Image.open(io.BytesIO(to_png(picture)))) == picture).all()
-    assert to_png(picture) == to_png(picture.copy())
+    assert (levels_of(Image.open(io.BytesIO(encode.png(picture)))) == picture).all()
+    assert encode.png(picture) == encode.png(picture.copy())

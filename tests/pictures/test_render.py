@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from lora_fuse.errors import NoDevice, RenderFailed
 from lora_fuse.fusion import device as devices
 from lora_fuse.fusion.device import fuse_device, resolve_device
+from lora_fuse.pictures.metrics import psnr_db
+from lora_fuse.pictures.picture import Rendered
 from lora_fuse.pictures.render import (
     Case,
     LoraSpec,
     Pipeline,
-    Rendered,
     Sampling,
     condition_area,
     load_loras,
@@ -34,7 +35,6 @@ from lora_fuse.pictures.render import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from PIL import Image
 
 POCKET = Path(__file__).resolve().parents[2] / "pocket"
 LORA = POCKET / "lora/pocket-lightning-4steps-v2.safetensors"
@@ -99,13 +99,8 @@ def fuse(pipe: Pipeline, factor: float) -> None:
             weights[f"{name}.weight"] += factor * up @ down
 
 
-def psnr(one: Image.Image, other: Image.Image) -> float:
-    error = np.square(np.asarray(one, dtype=np.float64) - np.asarray(other)).mean()
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
-
-
 def pixels(rendered: Rendered) -> bytes:
-    return rendered.image.tobytes()
+    return rendered.levels.tobytes()
 
 
 # Pictures
@@ -113,9 +108,9 @@ def pixels(rendered: Rendered) -> bytes:
 
 def test_edit_takes_one_picture(edit: Pipeline) -> None:
     rendered = render(edit, Case("edit", "Change the rabbit's color to purple", 0, (RABBIT,), 64, 96), FOUR_STEPS)
-    assert rendered.image.size == (96, 64)
+    assert rendered.size == (96, 64)
     assert rendered.nonfinite == 0
-    assert np.asarray(rendered.image).std() > 20
+    assert rendered.levels.std() > 20
     assert rendered.cost.seconds > 0
     assert rendered.latents.dtype == np.float32
 
@@ -123,7 +118,7 @@ def test_edit_takes_one_picture(edit: Pipeline) -> None:
 def test_edit_plus_takes_two_pictures(edit: Pipeline) -> None:
     plus = sibling(edit, "QwenImageEditPlusPipeline")
     rendered = render(plus, Case("both", "The rabbit wears the hat", 0, (RABBIT, HAT), 64, 64), FOUR_STEPS)
-    assert rendered.image.size == (64, 64)
+    assert rendered.size == (64, 64)
     assert rendered.sigmas == pytest.approx((1.0, 0.9, 0.75, 0.5, 0.0))
 
 
@@ -148,14 +143,14 @@ def test_lightning_visits_its_four_sigmas_and_the_folders_own_scheduler_does_not
     base = render(own, TEXT, FOUR_STEPS)
     assert lightning.sigmas == pytest.approx((1.0, 0.9, 0.75, 0.5, 0.0))
     assert base.sigmas[-2:] == pytest.approx((0.02, 0.0))
-    assert psnr(lightning.image, base.image) < 28
+    assert psnr_db(lightning.levels, base.levels) < 28
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_another_picture(text: Pipeline) -> None:
     first, second = render(text, TEXT, FOUR_STEPS), render(text, TEXT, FOUR_STEPS)
     other = render(text, Case("other", TEXT.prompt, 1, (), 128, 128), FOUR_STEPS)
     assert pixels(first) == pixels(second)
-    assert psnr(first.image, other.image) < 20
+    assert psnr_db(first.levels, other.levels) < 20
 
 
 def test_nan_weights_are_counted_not_painted_over(text: Pipeline) -> None:
@@ -181,17 +176,17 @@ def test_unfused_and_fused_pictures_agree_and_alpha_matters(edit: Pipeline, text
     fused = sibling(edit, "QwenImagePipeline")
     fuse(fused, 4.0 / 8)
     right = render(fused, TEXT, FOUR_STEPS)
-    assert psnr(right.image, unfused.image) > 70
-    assert psnr(plain.image, unfused.image) < 29
+    assert psnr_db(right.levels, unfused.levels) > 70
+    assert psnr_db(plain.levels, unfused.levels) < 29
     fuse(fused, 4.0 / 8)  # as if alpha had been ignored: twice too strong
-    assert psnr(render(fused, TEXT, FOUR_STEPS).image, unfused.image) < 27
+    assert psnr_db(render(fused, TEXT, FOUR_STEPS).levels, unfused.levels) < 27
 
 
 def test_a_tenth_of_the_scale_shows(edit: Pipeline, text: Pipeline) -> None:
     load_loras(text, [spec(1.0)], MODULES)
     weaker = sibling(edit, "QwenImagePipeline")
     load_loras(weaker, [spec(0.9)], MODULES)
-    assert psnr(render(text, TEXT, FOUR_STEPS).image, render(weaker, TEXT, FOUR_STEPS).image) < 50
+    assert psnr_db(render(text, TEXT, FOUR_STEPS).levels, render(weaker, TEXT, FOUR_STEPS).levels) < 50
 
 
 def test_two_loras_act_together(edit: Pipeline, text: Pipeline) -> None:
@@ -199,7 +194,7 @@ def test_two_loras_act_together(edit: Pipeline, text: Pipeline) -> None:
     names = [LoraSpec("v1.0", LORA, 0.25), LoraSpec("v1.0", LORA, 0.75)]
     assert load_loras(halves, names, 2 * MODULES) == 2 * MODULES
     load_loras(text, [spec()], MODULES)
-    assert psnr(render(halves, TEXT, FOUR_STEPS).image, render(text, TEXT, FOUR_STEPS).image) > 70
+    assert psnr_db(render(halves, TEXT, FOUR_STEPS).levels, render(text, TEXT, FOUR_STEPS).levels) > 70
 
 
 def test_another_number_of_modules_than_expected_is_refused(text: Pipeline) -> None:

@@ -25,7 +25,6 @@ from pathlib import Path
 from lora_fuse.pictures.environment import environment, make_deterministic
 make_deterministic(2)
 from lora_fuse.pictures.noise_floor import jitter
-from lora_fuse.pictures.metrics import to_levels, to_png
 from lora_fuse.pictures.pairs import render_all
 from lora_fuse.pictures.render import Case, Sampling, load_pipeline
 import torch
@@ -34,7 +33,7 @@ cases = [Case("cat", "a purple cat with a red hat", seed, (), 128, 96) for seed 
 made = render_all(pipe, cases, Sampling(4, 1.0, " "), "cpu")
 jitter(pipe.transformer, dict(pipe.transformer.named_parameters()), [torch.float16])
 made += render_all(pipe, cases[:1], Sampling(4, 1.0, " "), "cpu")
-files = [content for one in made for content in (one.latents.tobytes(), to_png(to_levels(one.image)))]
+files = [content for one in made for content in (one.latents.tobytes(), one.png)]
 print(json.dumps([str(environment("cpu", "float32").key), *(hashlib.sha256(file).hexdigest() for file in files)]))
 """
 

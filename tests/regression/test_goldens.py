@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_fuse.errors import BadGolden
+from lora_fuse.errors import BadGolden, Rerun
 from lora_fuse.pictures.environment import Environment
 from lora_fuse.recipe.records import Tool, to_json
 from lora_fuse.regression.goldens import CaseRecord, Goldens, Provenance, differences
@@ -102,9 +102,9 @@ def test_a_record_without_its_picture_is_refused(held: tuple[Goldens, Path]) -> 
 def test_a_record_that_is_none_is_refused(held: tuple[Goldens, Path], content: bytes) -> None:
     goldens, path = held
     path.with_suffix(".json").write_bytes(content)
-    message = refusal(goldens)
-    assert "rabbit.json" in message
-    assert "git checkout" in message
+    with pytest.raises(BadGolden, match=r"rabbit\.json") as caught:
+        goldens.for_run(KEY, ["rabbit"])
+    assert caught.value.rerun == Rerun("restore", settings=(str(path.parent),))
 
 
 def test_a_golden_that_is_no_picture_is_refused(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import torch
 
 from lora_fuse.errors import OutOfMemory
 from lora_fuse.pictures.environment import environment, make_deterministic
-from lora_fuse.pictures.metrics import Latents, to_levels
 from lora_fuse.pictures.pairs import Pair, render_pairs
+from lora_fuse.pictures.picture import Latents
 from lora_fuse.regression.case_judgement import judge_pairs
 from lora_fuse.regression.verdicts import Limits, Rules, Verdict
 from tests.support.on_gpu import CASES, SETUP, merge, plan
@@ -66,7 +66,7 @@ def test_a_model_that_is_offloaded_or_spread_gives_the_same_pictures(
 ) -> None:
     elsewhere = render_pairs(merged, plan(), CASES, replace(SETUP, placement=placement))
     assert verdict(elsewhere) is Verdict.NO_GOLDEN
-    one, other = (to_levels(side[0].merged.image).astype(int) for side in (pairs, elsewhere))
+    one, other = (side[0].merged.levels.astype(int) for side in (pairs, elsewhere))
     assert np.abs(one - other).max() == 0
 
 

@@ -15,11 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lora_fuse.pictures import encode
 from lora_fuse.pictures.cost import Cost
-from lora_fuse.pictures.metrics import Latents, Levels, heat_map, to_png
-from lora_fuse.pictures.pages import SLIDER, Image
+from lora_fuse.pictures.encode import Encoded
+from lora_fuse.pictures.metrics import heat_map
+from lora_fuse.pictures.pages import SLIDER
 from lora_fuse.pictures.pairs import Pair, Setup
-from lora_fuse.pictures.render import Case, Rendered, Sampling
+from lora_fuse.pictures.picture import Latents, Levels, Picture, Rendered
+from lora_fuse.pictures.render import Case, Sampling
 from lora_fuse.recipe.records import Lock, Manifest, Tool
 from lora_fuse.regression.case_judgement import JudgedPair
 from lora_fuse.regression.goldens import Approved, Candidate, Candidates, GoldenRecord
@@ -40,7 +43,6 @@ from lora_fuse.regression.verdicts import (
     CaseResult,
     Golden,
     Limits,
-    Picture,
     Rules,
     Subject,
     Verdict,
@@ -64,8 +66,8 @@ def latents(noise: float) -> Latents:
     return (1 + noise * np.random.default_rng(0).standard_normal(256)).astype(np.float32)
 
 
-def encoded(picture: Levels) -> Image:
-    return Image(to_png(picture))
+def encoded(picture: Levels) -> Encoded:
+    return Encoded(encode.png(picture))
 
 
 def judged(
@@ -80,7 +82,7 @@ def judged(
     rules: Rules = RULES,
 ) -> CaseReport:
     """A case whose sides are the same picture, and their latents that many times the floor apart."""
-    goldens = () if golden is None else (Golden(golden, f"{name}.png", elsewhere),)
+    goldens = () if golden is None else (Golden(golden, name=f"{name}.png", elsewhere=elsewhere),)
     sides = [Picture(merged, latents=latents(noise)) for noise in (0.001 * over, 0.0, 0.001)]
     result = examine(Subject(name, prompt, seed=7), sides[0], sides[1], goldens, rules, sides[2])
     others = {"golden": golden, "unfused": merged}
@@ -418,16 +420,15 @@ def test_every_verdict_has_a_meaning() -> None:
 
 def run_of(merged: Levels, golden: Levels | None) -> Judged:
     """A case of a run, its candidate and its golden, approved when the LoRA had another scale."""
-    from PIL import Image as Pillow
 
     def side(noise: float) -> Rendered:
-        return Rendered(Pillow.fromarray(merged), latents(noise), (1.0, 0.5, 0.0), 0, Cost(0.5, 8.0, None, 2**30))
+        return Rendered(merged, sigmas=(1.0, 0.5, 0.0), latents=latents(noise), cost=Cost(0.5, 8.0, None, 2**30))
 
-    goldens = [] if golden is None else [Golden(golden, "good.png")]
+    goldens = [] if golden is None else [Golden(golden, name="good.png")]
     pair = Pair(Case("good", "x", 0), side(0.001), side(0.0), side(0.001), "diffusers")
     sides = [Picture(merged, latents=one.latents) for one in (pair.merged, pair.unfused, pair.floor)]
     result = examine(Subject("good", "x", 0), sides[0], sides[1], goldens, RULES, sides[2])
-    found: Candidate = candidate(to_png(merged), "good")
+    found: Candidate = candidate(encode.png(merged), "good")
     then = dataclasses.replace(PROVENANCE, loras=(dataclasses.replace(PROVENANCE.loras[0], scale=0.9),))
     approved = [Approved(one, GoldenRecord(1, "f" * 64, {}, APPROVAL, then)) for one in goldens]
     cases, record = [JudgedPair(pair, result)], Candidates(1, "m", {"good": found})

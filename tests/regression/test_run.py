@@ -23,9 +23,10 @@ from lora_fuse.lora.inputs import Selection
 from lora_fuse.lora.updates import LoraInput
 from lora_fuse.machine.files import hash_file
 from lora_fuse.pictures.environment import environment
-from lora_fuse.pictures.metrics import METRICS, latents_l2, to_levels
+from lora_fuse.pictures.metrics import METRICS, latents_l2
 from lora_fuse.pictures.noise_floor import jitter
 from lora_fuse.pictures.pairs import Pair, Setup, check_cases, render_all, render_pairs
+from lora_fuse.pictures.picture import levels_of
 from lora_fuse.pictures.render import Case, Sampling, load_pipeline, make_scheduler, render
 from lora_fuse.pictures.unfused_lora import DIFFUSERS, attach, attach_differences
 from lora_fuse.recipe.records import Lock, Manifest, MergedLora, Tool, from_json, to_json
@@ -73,7 +74,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory, setup: Setup) -> list[Pair]:
 def test_merged_and_unfused_agree_and_visit_the_recipe_s_sigmas(pairs: list[Pair]) -> None:
     assert [case.result.verdict for case in judge_pairs(pairs, {}, RULES)] == [Verdict.NO_GOLDEN] * 2
     assert pairs[0].merged.sigmas == pytest.approx((1.0, 0.9, 0.75, 0.5, 0.0))
-    assert [pair.merged.image.size for pair in pairs] == [(128, 128), (96, 128)]
+    assert [pair.merged.size for pair in pairs] == [(128, 128), (96, 128)]
 
 
 def test_the_base_alone_runs_at_its_own_steps_and_scheduler_without_the_lora(pairs: list[Pair]) -> None:
@@ -81,7 +82,7 @@ def test_the_base_alone_runs_at_its_own_steps_and_scheduler_without_the_lora(pai
     assert alone is not None
     assert len(alone.sigmas) == 7
     assert alone.sigmas[-2] == pytest.approx(0.02)  # the base's shift_terminal
-    assert np.abs(to_levels(alone.image).astype(int) - to_levels(pairs[0].merged.image)).max() > 30
+    assert np.abs(alone.levels.astype(int) - pairs[0].merged.levels).max() > 30
 
 
 def test_the_floor_is_of_the_size_that_rounding_the_merge_leaves_and_no_picture_shows_it(pairs: list[Pair]) -> None:
@@ -121,7 +122,7 @@ def test_a_run_is_exact_against_its_own_pictures(pairs: list[Pair], tmp_path: Pa
     goldens = {}
     for pair in pairs:
         with Image.open(images / f"{pair.case.name}.merged.png") as picture:
-            goldens[pair.case.name] = [Golden(to_levels(picture), "a.png")]
+            goldens[pair.case.name] = [Golden(levels_of(picture), name="a.png")]
     assert [case.result.verdict for case in judge_pairs(pairs, goldens, RULES)] == [Verdict.EXACT] * 2
 
 
@@ -258,8 +259,8 @@ def test_the_differences_here_draw_what_diffusers_draws(pairs: list[Pair], setup
     pipe = load_pipeline(BASE, setup.pipeline, dtype="float32")
     pipe.register_modules(scheduler=make_scheduler(setup.scheduler))
     attach_differences(pipe.transformer, plan(1.0).targets)
-    ours = to_levels(render(pipe, CASES[0], setup.sampling).image).astype(int)
-    assert np.abs(ours - to_levels(pairs[0].unfused.image)).max() <= 1
+    ours = render(pipe, CASES[0], setup.sampling).levels.astype(int)
+    assert np.abs(ours - pairs[0].unfused.levels).max() <= 1
     assert pairs[0].unfused_by == DIFFUSERS
 
 

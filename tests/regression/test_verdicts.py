@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_fuse.pictures.metrics import METRICS, Latents, Levels
+from lora_fuse.pictures.metrics import METRICS
+from lora_fuse.pictures.picture import Latents, Levels, Picture
 from lora_fuse.regression.verdicts import (
     CaseResult,
     Comparison,
     Golden,
     Limits,
-    Picture,
     Rules,
     Subject,
     Verdict,
@@ -83,7 +83,7 @@ def look(
         case None:
             goldens: Sequence[Golden] = ()
         case np.ndarray():
-            goldens = (Golden(golden, "rabbit.png"),)
+            goldens = (Golden(golden, name="rabbit.png"),)
         case _:
             goldens = golden
     return examine(SUBJECT, Picture(merged, nonfinite), Picture(other), goldens, rules)
@@ -138,7 +138,7 @@ def test_a_wider_limit_never_makes_a_verdict_worse(merged: int, golden: int, psn
 @seldom
 @given(st.none() | shifts, st.booleans())
 def test_a_failure_within_the_run_is_a_regression_whatever_the_golden_says(golden: int | None, here: bool) -> None:
-    held = () if golden is None else (Golden(brighter(golden), "a.png", None if here else "elsewhere"),)
+    held = () if golden is None else (Golden(brighter(golden), name="a.png", elsewhere=None if here else "elsewhere"),)
     result = look(scene(), scene(5), held)
     assert (result.verdict, result.agrees) == (Verdict.REGRESSION, False)
     assert "the unfused picture of this run" in result.reasons[0]
@@ -165,13 +165,13 @@ ELSEWHERE = "cpu-arm64-neon (isa there)"
 
 def test_within_the_limits_of_a_golden_of_another_environment_a_person_has_to_look() -> None:
     for merged in (scene(), brighter(1)):
-        result = look(merged, golden=[Golden(scene(), "rabbit.png", ELSEWHERE)])
+        result = look(merged, golden=[Golden(scene(), name="rabbit.png", elsewhere=ELSEWHERE)])
         assert (result.verdict, result.verdict.passed, result.agrees) == (Verdict.REVIEW, False, True)
         assert ELSEWHERE in result.reasons[0]
 
 
 def test_beyond_the_limits_of_a_golden_of_another_environment_there_is_none() -> None:
-    result = look(brighter(30), golden=[Golden(scene(), "rabbit.png", ELSEWHERE)])
+    result = look(brighter(30), golden=[Golden(scene(), name="rabbit.png", elsewhere=ELSEWHERE)])
     assert (result.verdict, result.agrees) == (Verdict.NO_GOLDEN, True)
     assert ELSEWHERE in result.reasons[0]
     assert any("largest difference to the golden is 30 levels" in reason.lower() for reason in result.reasons[1:])
@@ -179,7 +179,7 @@ def test_beyond_the_limits_of_a_golden_of_another_environment_there_is_none() ->
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_of_several_goldens_the_nearest_decides(order: int) -> None:
-    goldens = [Golden(brighter(shift), f"{shift}.png") for shift in (40, 1, 20)][::order]
+    goldens = [Golden(brighter(shift), name=f"{shift}.png") for shift in (40, 1, 20)][::order]
     result = look(scene(), golden=goldens)
     assert result.golden is not None
     assert (result.verdict, result.golden.name) == (Verdict.DRIFT, "1.png")
@@ -189,15 +189,15 @@ def test_of_several_goldens_the_nearest_decides(order: int) -> None:
 
 
 def test_a_golden_of_another_size_counts_only_where_there_is_no_other() -> None:
-    small = Golden(scene(0, 32, 48), "small.png")
-    assert look(scene(), golden=[small, Golden(scene(), "same.png")]).verdict is Verdict.EXACT
+    small = Golden(scene(0, 32, 48), name="small.png")
+    assert look(scene(), golden=[small, Golden(scene(), name="same.png")]).verdict is Verdict.EXACT
 
 
 def test_a_golden_of_another_size_is_a_regression_that_can_be_approved_anew() -> None:
     result = look(scene(), golden=scene(0, 32, 48))
     assert (result.verdict, result.agrees, result.vs_golden) == (Verdict.REGRESSION, True, None)
     assert all(size in result.reasons[0] for size in ("64x64", "48x32", "rabbit.png"))
-    other = look(scene(), golden=[Golden(scene(0, 32, 48), "rabbit.png", ELSEWHERE)])
+    other = look(scene(), golden=[Golden(scene(0, 32, 48), name="rabbit.png", elsewhere=ELSEWHERE)])
     assert (other.verdict, other.agrees) == (Verdict.NO_GOLDEN, True)
 
 
@@ -217,7 +217,7 @@ def with_floor(
         SUBJECT,
         Picture(scene(), latents=merged),
         Picture(scene(), latents=latents()),
-        [Golden(scene() if golden is None else golden, "rabbit.png")],
+        [Golden(scene() if golden is None else golden, name="rabbit.png")],
         Rules(UNFUSED, GOLDEN, over_floor),
         None if floor is None else Picture(scene(), latents=floor),
     )
@@ -272,7 +272,7 @@ def visited(merged: tuple[float, ...], unfused: tuple[float, ...] | None = None)
         SUBJECT,
         Picture(scene(), sigmas=merged),
         other,
-        [Golden(scene(), "rabbit.png")],
+        [Golden(scene(), name="rabbit.png")],
         Rules(UNFUSED, GOLDEN, sigmas=SIGMAS),
     )
 
@@ -344,7 +344,7 @@ def test_a_wrong_size_is_invalid_and_both_sizes_are_named(which: str) -> None:
         Subject("rabbit", "", 0, (48, 32) if which == "asked" else None),
         Picture(scene()),
         Picture(small if which == "unfused" else scene()),
-        [Golden(scene(), "rabbit.png")],
+        [Golden(scene(), name="rabbit.png")],
         RULES,
     )
     assert (result.verdict, result.agrees) == (Verdict.INVALID, False)
@@ -355,7 +355,7 @@ def test_a_wrong_size_is_invalid_and_both_sizes_are_named(which: str) -> None:
 def test_the_size_that_was_asked_for_is_width_by_height() -> None:
     wide = scene(0, 32, 48)
     subject = Subject("rabbit", "", 0, (48, 32))
-    result = examine(subject, Picture(wide), Picture(wide), [Golden(wide, "rabbit.png")], RULES)
+    result = examine(subject, Picture(wide), Picture(wide), [Golden(wide, name="rabbit.png")], RULES)
     assert (result.verdict, result.facts.size) == (Verdict.EXACT, (48, 32))
 
 
@@ -423,7 +423,7 @@ def test_beyond_twice_the_floor_a_noisy_case_is_a_regression_as_well() -> None:
 
 def test_a_golden_brings_the_floor_of_its_own_run() -> None:
     apart = noisy(scene(), 8)
-    quiet, loud = (Golden(scene(), "g.png", floor={"psnr_db": psnr, "max_abs": 8.0}) for psnr in (80.0, 35.0))
+    quiet, loud = (Golden(scene(), name="g.png", floor={"psnr_db": psnr, "max_abs": 8.0}) for psnr in (80.0, 35.0))
     rules = Rules(UNFUSED, GOLDEN, 2.0)
     latents = np.ones(8, np.float32)
     for golden, verdict in ((quiet, Verdict.REGRESSION), (loud, Verdict.DRIFT)):

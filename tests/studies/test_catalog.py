@@ -7,9 +7,10 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from lora_fuse.pictures.encode import Encoded
 from lora_fuse.studies.catalog import Entry, catalog_html, catalog_json, catalog_markdown
 from lora_fuse.studies.catalog.page import summary
-from lora_fuse.studies.catalog.records import Picture, Publication, Size, Step
+from lora_fuse.studies.catalog.records import CasePicture, Publication, Size, Step
 
 HOSTILE = '<script>alert("1")</script>|`&'
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -33,7 +34,11 @@ ENTRY = Entry(
     environment="cuda-sm90",
     judged="2026-11-26T14:00Z",
     manifest_sha256="b" * 64,
-    pictures=(Picture("rabbit", "make it purple", "drift", Path("artifacts/x/rabbit.png"), b"RIFF"),),
+    pictures=(
+        CasePicture(
+            "rabbit", "make it purple", "drift", Path("artifacts/x/rabbit.png"), Encoded(b"RIFF", "image/webp")
+        ),
+    ),
     publication=PUBLISHED,
 )
 UNBUILT = Entry(
@@ -67,7 +72,7 @@ def test_the_page_shows_lineage_verdict_size_and_place_and_needs_nothing_else() 
 def test_what_others_wrote_is_text_and_an_address_that_is_a_script_no_link() -> None:
     there = Publication(HOSTILE, HOSTILE, HOSTILE, "javascript:alert(1)", (HOSTILE,))
     base, lora = Step("base", HOSTILE, HOSTILE, HOSTILE), Step(HOSTILE, HOSTILE, None, HOSTILE, HOSTILE, HOSTILE, 1.0)
-    picture = Picture(HOSTILE, HOSTILE, HOSTILE, Path("x.png"), None)
+    picture = CasePicture(HOSTILE, HOSTILE, HOSTILE, Path("x.png"), None)
     entry = replace(ENTRY, recipe=HOSTILE, notes=(HOSTILE,), base=base, loras=(lora,), command=HOSTILE)
     page = catalog_html([replace(entry, pictures=(picture,), environment=HOSTILE, publication=there)])
     assert "<script" not in page

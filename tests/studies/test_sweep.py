@@ -12,8 +12,8 @@ import pytest
 
 from lora_fuse.errors import BadLora, NoSpace
 from lora_fuse.machine.staging import exclusive
-from lora_fuse.pictures.metrics import METRICS, Levels
-from lora_fuse.regression.verdicts import Picture
+from lora_fuse.pictures.metrics import METRICS
+from lora_fuse.pictures.picture import Levels, Picture
 from lora_fuse.studies.sweep import pins
 from lora_fuse.studies.sweep.baseline import baseline
 from lora_fuse.studies.sweep.curves import HEIGHT, WIDTH, curve
@@ -320,17 +320,16 @@ def test_a_disk_that_is_too_small_is_refused_with_both_numbers(tmp_path: Path, m
 
 
 def test_the_base_is_rendered_once_and_again_if_a_picture_is_not_as_it_was(tmp_path: Path) -> None:
-    from PIL import Image
-
     from lora_fuse.pictures.cost import Cost
-    from lora_fuse.pictures.render import Case, Rendered
+    from lora_fuse.pictures.picture import Rendered
+    from lora_fuse.pictures.render import Case
 
     rendered: list[int] = []
 
     def render() -> list[Rendered]:
         rendered.append(1)
         latents = np.ones((1, 4), np.float32)
-        return [Rendered(Image.fromarray(smooth()), latents, (1.0, 0.0), 0, Cost(1.0, None, None, 1))]
+        return [Rendered(smooth(), sigmas=(1.0, 0.0), latents=latents, cost=Cost(1.0, None, None, 1))]
 
     cases = [Case("cat", "a cat", 0)]
     for _ in range(2):

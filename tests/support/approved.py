@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from lora_fuse.pictures import encode
 from lora_fuse.pictures.environment import FLAGS, Environment, Key
-from lora_fuse.pictures.metrics import Levels, to_png
+from lora_fuse.pictures.picture import Levels
 from lora_fuse.recipe.records import MergedLora, Tool
 from lora_fuse.regression.goldens import Approval, Candidate, CaseRecord, Provenance
 
@@ -52,4 +53,4 @@ def candidate(png: bytes, name: str = "rabbit", key: Key = KEY, *, agrees: bool 
 
 
 def png(seed: int = 0) -> bytes:
-    return to_png(picture(seed))
+    return encode.png(picture(seed))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -14,8 +13,9 @@ from lora_fuse.errors import BadSource, LoraFuseError
 from lora_fuse.fusion import read_manifest
 from lora_fuse.hub import Receipt
 from lora_fuse.machine import files
+from lora_fuse.pictures import encode
 from lora_fuse.recipe import Manifest, Source, hf_cache, records
-from lora_fuse.studies.catalog.records import Entry, Picture, Places, Publication, Size, State, Step, Wanted
+from lora_fuse.studies.catalog.records import CasePicture, Entry, Places, Publication, Size, State, Step, Wanted
 
 SIDE = 256  # pixels of a thumbnail's longer side
 QUALITY = 85
@@ -186,23 +186,20 @@ def _written(path: Path) -> str:
     return datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="minutes").replace("+00:00", "Z")
 
 
-def _pictures(wanted: Wanted, metrics: Mapping[str, Any], at: Places) -> Iterator[Picture]:
+def _pictures(wanted: Wanted, metrics: Mapping[str, Any], at: Places) -> Iterator[CasePicture]:
     for case, prompt in wanted.cases.items():
         path = at.images / f"{case}.merged.png"
-        yield Picture(case, prompt, metrics.get(f"{case}.verdict"), path, _thumbnail(path))
+        yield CasePicture(case, prompt, metrics.get(f"{case}.verdict"), path, _thumbnail(path))
 
 
-def _thumbnail(path: Path) -> bytes | None:
-    from PIL import Image
+def _thumbnail(path: Path) -> encode.Encoded | None:
+    from lora_fuse.pictures import picture
 
-    buffer = io.BytesIO()
     try:
-        with Image.open(path) as picture:
-            picture.thumbnail((SIDE, SIDE))
-            picture.convert("RGB").save(buffer, format="WEBP", quality=QUALITY)
+        whole = picture.Picture(picture.read_levels(path))
     except OSError:
         return None
-    return buffer.getvalue()
+    return encode.encoded(whole, large=0, side=SIDE, quality=QUALITY)
 
 
 def _publication(wanted: Wanted, at: Places, manifest_sha256: str | None) -> Publication | None:

@@ -22,7 +22,6 @@ SCHEMA = 1
 def catalog_html(entries: Sequence[Entry]) -> str:
     """The page; pictures are in it."""
     filters: dict[str, Callable[..., object]] = {
-        "webp": _webp,
         "bytes": progress.human_bytes,
         "sharing": sharing,
         "web": _web,
@@ -126,10 +125,6 @@ def _cell(text: str) -> str:
 
 def _code(text: str) -> str:
     return f"`{text}`"
-
-
-def _webp(data: bytes) -> str:
-    return pages.data_uri(pages.Image(data, "image/webp"))
 
 
 def _web(url: str | None) -> bool:

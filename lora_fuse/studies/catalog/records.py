@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from lora_fuse.pictures import encode
 from lora_fuse.recipe import Source, records
 
 State = Literal["built", "stale", "incomplete", "not built", "unreadable"]
@@ -101,14 +102,14 @@ class Size:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A case's merged picture: its path, and a small WebP of it that is None if there is no picture."""
+class CasePicture:
+    """A case's merged picture: its path, and a thumbnail of it, None if there is no picture."""
 
     case: str
     prompt: str
     verdict: str | None
     path: Path
-    thumbnail: bytes | None = field(default=None, repr=False)
+    thumbnail: encode.Encoded | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,5 +150,5 @@ class Entry:
     judged: str | None = None
     report: Path | None = None
     manifest_sha256: str | None = None
-    pictures: tuple[Picture, ...] = ()
+    pictures: tuple[CasePicture, ...] = ()
     publication: Publication | None = None

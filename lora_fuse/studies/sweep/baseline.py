@@ -6,21 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from lora_fuse.errors import BadSource
 from lora_fuse.machine import FileRecord, files
-from lora_fuse.pictures import Case, Rendered, metrics
+from lora_fuse.pictures import Case, picture
 from lora_fuse.recipe import records
-from lora_fuse.regression import case_judgement, verdicts
 from lora_fuse.studies.sweep.points import waiting
 
 RECORD = "baseline.json"
 
 
 def baseline(
-    folder: Path, cases: Sequence[Case], render: Callable[[], Sequence[Rendered]]
-) -> Mapping[str, verdicts.Picture]:
+    folder: Path, cases: Sequence[Case], render: Callable[[], Sequence[picture.Rendered]]
+) -> Mapping[str, picture.Picture]:
     """The pictures in `folder`, by case; rendered if they are not there or not as they were.
 
     Args:
@@ -31,12 +29,12 @@ def baseline(
     with waiting(folder):  # several processes need the same, and one makes it
         if (found := _read(folder, cases)) is not None:
             return found
-        pictures = {case.name: case_judgement.picture_of(one) for case, one in zip(cases, render(), strict=True)}
+        pictures = {case.name: one for case, one in zip(cases, render(), strict=True)}
         _write(folder, pictures)
         return pictures
 
 
-def _read(folder: Path, cases: Sequence[Case]) -> dict[str, verdicts.Picture] | None:
+def _read(folder: Path, cases: Sequence[Case]) -> dict[str, picture.Picture] | None:
     path = folder / RECORD
     try:
         written = records.from_json(dict[str, FileRecord], path.read_text(encoding="utf-8"), str(path))
@@ -47,22 +45,21 @@ def _read(folder: Path, cases: Sequence[Case]) -> dict[str, verdicts.Picture] | 
         return None
 
 
-def _read_picture(folder: Path, case: str) -> verdicts.Picture:
+def _read_picture(folder: Path, case: str) -> picture.Picture:
     with np.load(folder / f"{case}.npz") as arrays:
         latents, nonfinite, sigmas = arrays["latents"], int(arrays["nonfinite"]), tuple(arrays["sigmas"].tolist())
-    with Image.open(folder / f"{case}.png") as image:
-        return verdicts.Picture(metrics.to_levels(image), nonfinite, latents, sigmas)
+    return picture.Picture(picture.read_levels(folder / f"{case}.png"), nonfinite, latents, sigmas)
 
 
-def _write(folder: Path, pictures: Mapping[str, verdicts.Picture]) -> None:
+def _write(folder: Path, pictures: Mapping[str, picture.Picture]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for case, picture in pictures.items():
-        files.replace_bytes(folder / f"{case}.png", metrics.to_png(picture.levels))
+    for case, made in pictures.items():
+        files.replace_bytes(folder / f"{case}.png", made.png)
         np.savez(
             folder / f"{case}.npz",
-            latents=np.asarray(picture.latents),
-            nonfinite=picture.nonfinite,
-            sigmas=np.asarray(picture.sigmas),
+            latents=np.asarray(made.latents),
+            nonfinite=made.nonfinite,
+            sigmas=np.asarray(made.sigmas),
         )
     names = [f"{case}.{kind}" for case in pictures for kind in ("npz", "png")]
     files.replace_text(folder / RECORD, records.to_json({name: files.hash_file(folder / name) for name in names}))

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from lora_fuse.fusion import plan_of
 from lora_fuse.machine import files, staging
-from lora_fuse.pictures import Case, asked, environment
+from lora_fuse.pictures import Case, asked, environment, picture
 from lora_fuse.recipe import Artifacts, hf_cache, paths, sections
-from lora_fuse.regression import case_judgement, goldens_of, judge, verdicts
+from lora_fuse.regression import case_judgement, goldens_of, judge
 from lora_fuse.studies.sweep.baseline import baseline
 from lora_fuse.studies.sweep.contact import Entry, Headings, make_sheet
 from lora_fuse.studies.sweep.numbers import against_baseline, describe, failed
@@ -29,9 +29,9 @@ class Builder:
     keep: bool
     merge: paths.Merge
     _renderer: Renderer = field(default_factory=Renderer)
-    _alone: dict[str, Mapping[str, verdicts.Picture]] = field(default_factory=dict)
+    _alone: dict[str, Mapping[str, picture.Picture]] = field(default_factory=dict)
 
-    def alone(self, planned: Planned) -> Mapping[str, verdicts.Picture]:
+    def alone(self, planned: Planned) -> Mapping[str, picture.Picture]:
         """The pictures of the base alone, by case."""
         params, key = planned.asked.params, key_of(planned.alone)
         if key not in self._alone:
@@ -73,7 +73,7 @@ class Builder:
         metrics = judged.metrics
         metrics["weights_passed"] = json.loads(at.verify.read_text(encoding="utf-8"))["passed"]
         for pair in pairs:
-            metrics |= against_baseline(pair.case.name, case_judgement.picture_of(pair.merged), alone[pair.case.name])
+            metrics |= against_baseline(pair.case.name, pair.merged, alone[pair.case.name])
         case_judgement.save_pictures(judged.cases, planned.point.folder / IMAGES)
         files.replace_text(planned.point.folder / METRICS, json.dumps(metrics, indent=2) + "\n")
         return describe(metrics)
@@ -83,7 +83,7 @@ def sheet_of(plan: Plan, refused: Mapping[Point, str], builder: Builder, command
     """The sheet of a sweep whose points are all done or refused."""
     entries: list[Entry] = []
     cases: dict[str, Case] = {}
-    alone: dict[str, verdicts.Picture] = {}
+    alone: dict[str, picture.Picture] = {}
     done = [planned for planned in plan.points if planned.point not in refused]
     for planned in plan.points:
         params, point = planned.asked.params, planned.point

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from lora_fuse.machine import files, staging
-from lora_fuse.pictures import Case, metrics, pages, render
-from lora_fuse.regression import verdicts
+from lora_fuse.pictures import Case, encode, picture, render
 from lora_fuse.studies.sweep.numbers import broken, by_case, curves, distances, mean_of, worse_than_base
 from lora_fuse.studies.sweep.points import IMAGES, MERGED, Point
 from lora_fuse.studies.sweep.recommendation import (
@@ -52,7 +48,7 @@ class Headings:
 
 
 def make_sheet(
-    entries: Sequence[Entry], cases: Iterable[Case], alone: Mapping[str, verdicts.Picture], headings: Headings
+    entries: Sequence[Entry], cases: Iterable[Case], alone: Mapping[str, picture.Picture], headings: Headings
 ) -> Sheet:
     """The sheet of points that are done or refused.
 
@@ -69,8 +65,8 @@ def make_sheet(
         Row(
             case.name,
             case.prompt,
-            tuple(_encoded(metrics.to_levels(render.open_picture(path, case))) for path in case.images),
-            _encoded(alone[case.name].levels) if case.name in alone else None,
+            tuple(_encoded(render.open_picture(path, case)) for path in case.images),
+            _encoded(alone[case.name]) if case.name in alone else None,
         )
         for case in cases
     ]
@@ -98,8 +94,8 @@ def _column(entry: Entry, *, distilled: bool) -> Column:
     numbers = point.metrics()
     pictures = {}
     for path in sorted((point.folder / IMAGES).glob("*.merged.png")):
-        with Image.open(path) as image:
-            pictures[path.name.removesuffix(".merged.png")] = _encoded(metrics.to_levels(image))
+        merged_picture = picture.Picture(picture.read_levels(path))
+        pictures[path.name.removesuffix(".merged.png")] = _encoded(merged_picture)
     damage = broken(numbers) + (() if distilled else worse_than_base(numbers))
     merged = point.folder / MERGED
     kept = str(merged) if merged.is_dir() else None
@@ -127,11 +123,6 @@ def _recommended(entries: Sequence[Entry], columns: Sequence[Column], *, distill
     return nearest_to_teacher(tried, steps=first.steps, teacher_steps=first.teacher_steps, loras=loras)
 
 
-def _encoded(picture: metrics.Levels) -> pages.Image:
-    """A PNG; of a large picture a smaller WebP, so that a sheet of many stays one that can be sent."""
-    if max(picture.shape[:2]) <= LARGEST:
-        return pages.Image(metrics.to_png(picture))
-    small, buffer = Image.fromarray(picture), io.BytesIO()
-    small.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-    small.save(buffer, format="WEBP", quality=QUALITY)
-    return pages.Image(buffer.getvalue(), "image/webp")
+def _encoded(shown: picture.Picture) -> encode.Encoded:
+    """Shrink a large picture, so that a sheet of many stays one that can be sent."""
+    return encode.encoded(shown, large=LARGEST, side=LARGEST, quality=QUALITY)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, geometric_mean
 from typing import Any
 
-from lora_fuse.pictures import metrics
+from lora_fuse.pictures import metrics, picture
 from lora_fuse.regression import report, verdicts
 from lora_fuse.studies.sweep.measures import MEASURES, measure
 from lora_fuse.studies.sweep.recommendation import NEAREST_BY, SECOND_BY
@@ -50,7 +50,7 @@ def title_of(key: str) -> str:
     return OWN[name]
 
 
-def against_baseline(case: str, merged: verdicts.Picture, alone: verdicts.Picture) -> dict[str, verdicts.Scalar]:
+def against_baseline(case: str, merged: picture.Picture, alone: picture.Picture) -> dict[str, verdicts.Scalar]:
     """The keys that a sweep adds to a case.
 
     Args:
@@ -62,8 +62,8 @@ def against_baseline(case: str, merged: verdicts.Picture, alone: verdicts.Pictur
     sound = not alone.nonfinite and not metrics.is_flat(alone.levels)
     compared = verdicts.compare(merged, alone) if same_size and sound else None
     found: dict[str, verdicts.Scalar] = {f"{case}.baseline.{name}": _value(compared, name) for name in metrics.METRICS}
-    for key, picture in (("damage", merged), ("baseline_damage", alone)):
-        found |= {f"{case}.{key}.{name}": value for name, value in measure(picture.levels).items()}
+    for key, side in (("damage", merged), ("baseline_damage", alone)):
+        found |= {f"{case}.{key}.{name}": value for name, value in measure(side.levels).items()}
     return found
 
 

@@ -13,7 +13,7 @@ from lora_fuse.errors import LoraFuseError, Refused
 from lora_fuse.hub import sizes as source_sizes
 from lora_fuse.machine import files, progress
 from lora_fuse.models import COMPONENT
-from lora_fuse.pictures import Environment, asked, environment, pairs
+from lora_fuse.pictures import asked, environment, pairs
 from lora_fuse.recipe import Lock, Recipe, checkout, paths
 from lora_fuse.regression import goldens
 from lora_fuse.studies.sweep.pins import SourceLocks, check_room
@@ -149,7 +149,7 @@ def _pin(one: SweptParams, pins: SourceLocks, folder: Path) -> Planned:
     return Planned(one, point, base, loras, inputs, alone, problem)
 
 
-def _inputs_alone(params: Recipe, base: Lock, here: Environment) -> dict[str, Any]:
+def _inputs_alone(params: Recipe, base: Lock, here: environment.Environment) -> dict[str, Any]:
     """What the base's own pictures depend on."""
     regress = params.regress
     cases = {
@@ -167,7 +167,7 @@ def _inputs_alone(params: Recipe, base: Lock, here: Environment) -> dict[str, An
     }
 
 
-def _inputs_merged(params: Recipe, loras: Mapping[str, Lock], here: Environment) -> dict[str, Any]:
+def _inputs_merged(params: Recipe, loras: Mapping[str, Lock], here: environment.Environment) -> dict[str, Any]:
     """What a point's pictures, and the verdicts on them, depend on besides."""
     regress = params.regress
     approved = goldens.Goldens(paths.GOLDEN / params.name).for_run(here.key, list(regress.cases))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_fuse.fusion import Plan
-from lora_fuse.pictures import Case, Rendered, Setup, pairs, render
+from lora_fuse.pictures import Case, Setup, pairs, picture, render
 
 
 @dataclass(slots=True)
@@ -21,7 +21,9 @@ class Renderer:
     _of: tuple[object, ...] = ()
     _parts: Mapping[str, object] = field(default_factory=dict)
 
-    def alone(self, base: Path, cases: Sequence[Case], setup: Setup, sampling: render.Sampling) -> list[Rendered]:
+    def alone(
+        self, base: Path, cases: Sequence[Case], setup: Setup, sampling: render.Sampling
+    ) -> list[picture.Rendered]:
         """Render every case from the base without a LoRA, with its own scheduler.
 
         Raises:

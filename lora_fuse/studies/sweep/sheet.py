@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lora_fuse.pictures import pages
+from lora_fuse.pictures import encode, pages
 from lora_fuse.studies.sweep.curves import Curve, curve
 from lora_fuse.studies.sweep.recommendation import Recommendation
 
@@ -33,7 +33,7 @@ class Column:
     metrics: Mapping[str, Any] | None = None
     refused: str | None = None
     damage: tuple[str, ...] = ()
-    pictures: Mapping[str, pages.Image] = field(default_factory=dict)
+    pictures: Mapping[str, encode.Encoded] = field(default_factory=dict)
     merged: str | None = None
 
 
@@ -43,8 +43,8 @@ class Row:
 
     case: str
     prompt: str
-    inputs: tuple[pages.Image, ...]
-    alone: pages.Image | None
+    inputs: tuple[encode.Encoded, ...]
+    alone: encode.Encoded | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import numpy as np
 from lora_fuse.pictures import metrics
 
 if TYPE_CHECKING:
-    from lora_fuse.pictures import metrics
+    from lora_fuse.pictures import picture
 
 # Second differences in both directions: what is smooth, and straight edges, cancel (Immerkaer 1996).
 _LAPLACIAN = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], dtype=np.float64)
@@ -34,7 +34,7 @@ class Effect:
     strength: float
 
 
-def effect(new: metrics.Latents, current: metrics.Latents, plain: metrics.Latents) -> Effect | None:
+def effect(new: picture.Latents, current: picture.Latents, plain: picture.Latents) -> Effect | None:
     """Compare what two LoRAs do to the same run without either; None if the current one does nothing.
 
     With ``n = new - plain`` and ``c = current - plain``: ``n.c / (|n| |c|)`` and ``n.c / |c|^2``.
@@ -57,7 +57,7 @@ def effect(new: metrics.Latents, current: metrics.Latents, plain: metrics.Latent
     return Effect(product / (own * size) if own else 0.0, product / size**2)
 
 
-def gain(picture: metrics.Latents, plain: metrics.Latents, teacher: metrics.Latents) -> float:
+def gain(picture: picture.Latents, plain: picture.Latents, teacher: picture.Latents) -> float:
     """How much of the way from the base in few steps to the base in all of its steps is gone: 1 is there, 0 none.
 
     ``1 - |picture - teacher| / |plain - teacher|``; below 0 the LoRA leads away. For LoRAs that save steps.
@@ -69,7 +69,7 @@ def gain(picture: metrics.Latents, plain: metrics.Latents, teacher: metrics.Late
     return 1 - metrics.latents_l2(picture, teacher) / way if way else math.nan
 
 
-def noise_sigma(picture: metrics.Levels) -> float:
+def noise_sigma(picture: picture.Levels) -> float:
     """Standard deviation of the noise in a picture, in levels of 255.
 
     Immerkaer 1996, "Fast noise variance estimation": ``sqrt(pi / 2) / 6`` times the mean of ``|picture * L|``.
@@ -80,6 +80,6 @@ def noise_sigma(picture: metrics.Levels) -> float:
     return float(math.sqrt(math.pi / 2) / 6 * np.abs(convolve(grey, _LAPLACIAN))[1:-1, 1:-1].mean())
 
 
-def clipped(picture: metrics.Levels) -> float:
+def clipped(picture: picture.Levels) -> float:
     """The share of values, 0 to 1, that are black or full: what a LoRA that is too strong drives pictures to."""
     return float(((picture == 0) | (picture == metrics.PEAK)).mean())

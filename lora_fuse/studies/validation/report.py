@@ -7,15 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from PIL import Image
+import numpy as np
 
-from lora_fuse.pictures import metrics, pages, render
-from lora_fuse.regression import review, verdicts
+from lora_fuse.pictures import encode, metrics, pages, picture, render
+from lora_fuse.regression import verdicts
 from lora_fuse.studies.validation.evidence import Judgement, Outcome
 from lora_fuse.studies.validation.files import FileComparison, FileFacts
 from lora_fuse.studies.validation.sides import Measured
 
 THUMBNAIL = 256  # pixels of the longer side
+GAP = 4  # pixels between two thumbnails
 SHOWN = ("psnr_db", "flip", "ssim", "latents_l2")
 EXIT_CODES = {Outcome.SAME: 0, Outcome.CHANGED: 4, Outcome.BROKEN: 1}
 WORDS = {
@@ -85,13 +86,13 @@ class Shown:
     prompt: str
     seed: int
     size: tuple[int, int]
-    inputs: tuple[pages.Image, ...]
-    current: pages.Image | None
-    new: pages.Image
-    unfused: pages.Image
-    plain: pages.Image
-    teacher: pages.Image | None
-    heat: pages.Image | None
+    inputs: tuple[encode.Encoded, ...]
+    current: encode.Encoded | None
+    new: encode.Encoded
+    unfused: encode.Encoded
+    plain: encode.Encoded
+    teacher: encode.Encoded | None
+    heat: encode.Encoded | None
     cells: Mapping[str, str]
 
 
@@ -128,11 +129,8 @@ def to_current(one: Measured) -> verdicts.Comparison | None:
     """The new picture beside the current one; None without one, or of another size."""
     if one.sides.current is None:
         return None
-    new, current = (
-        verdicts.Picture(metrics.to_levels(side.image), side.nonfinite, side.latents)
-        for side in (one.sides.pair.merged, one.sides.current)
-    )
-    return verdicts.compare(new, current) if new.levels.shape == current.levels.shape else None
+    new = one.sides.pair.merged
+    return verdicts.compare(new, one.sides.current) if new.size == one.sides.current.size else None
 
 
 def _number(value: float | None, digits: str, unit: str = "") -> str:
@@ -180,47 +178,43 @@ def validation_html(validation: Validation) -> str:
 
 def _shown(one: Measured) -> Shown:
     sides, case = one.sides, one.sides.pair.case
-    new = metrics.to_levels(sides.pair.merged.image)
-    current = None if sides.current is None else metrics.to_levels(sides.current.image)
+    new = sides.pair.merged
+    current = sides.current
     return Shown(
         case.name,
         case.prompt,
         case.seed,
-        (new.shape[1], new.shape[0]),
-        tuple(review.encoded(metrics.to_levels(render.open_picture(path, case))) for path in case.images),
-        None if current is None else review.encoded(current),
-        review.encoded(new),
-        review.encoded(metrics.to_levels(sides.pair.unfused.image)),
-        review.encoded(metrics.to_levels(sides.plain.image)),
-        None if sides.teacher is None else review.encoded(metrics.to_levels(sides.teacher.image)),
-        None if current is None or current.shape != new.shape else review.encoded(metrics.heat_map(new, current)),
+        new.size,
+        tuple(encode.encoded(render.open_picture(path, case)) for path in case.images),
+        None if current is None else encode.encoded(current),
+        encode.encoded(new),
+        encode.encoded(sides.pair.unfused),
+        encode.encoded(sides.plain),
+        None if sides.teacher is None else encode.encoded(sides.teacher),
+        None if current is None or current.size != new.size else encode.encoded(_heat(new, current)),
         _cells(one),
     )
 
 
-def strip(one: Measured) -> metrics.Levels:
+def strip(one: Measured) -> picture.Levels:
     """Input, current, new and their difference side by side, small: a thumbnail for a page that takes no data."""
     case, sides = one.sides.pair.case, one.sides
-    new = metrics.to_levels(sides.pair.merged.image)
-    current = None if sides.current is None else metrics.to_levels(sides.current.image)
-    pictures = [metrics.to_levels(render.open_picture(path, case)) for path in case.images[:1]]
-    pictures += [new] if current is None else [current, new]
-    if current is not None and current.shape == new.shape:
-        pictures.append(metrics.heat_map(new, current))
-    small = [_small(picture) for picture in pictures]
-    height, gap = max(picture.height for picture in small), 4
-    sheet = Image.new("RGB", (sum(picture.width for picture in small) + gap * (len(small) - 1), height), "white")
-    left = 0
-    for picture in small:
-        sheet.paste(picture, (left, 0))
-        left += picture.width + gap
-    return metrics.to_levels(sheet)
+    new, current = sides.pair.merged, sides.current
+    shown = [render.open_picture(path, case) for path in case.images[:1]]
+    shown += [new] if current is None else [current, new]
+    if current is not None and current.size == new.size:
+        shown.append(_heat(new, current))
+    small = [encode.thumbnail(each.levels, THUMBNAIL) for each in shown]
+    height = max(len(levels) for levels in small)
+    # White below the lower ones, and 4 columns of white after all but the last.
+    padded = [
+        np.pad(levels, ((0, height - len(levels)), (0, GAP), (0, 0)), constant_values=metrics.PEAK) for levels in small
+    ]
+    return np.concatenate(padded, axis=1)[:, :-GAP]
 
 
-def _small(levels: metrics.Levels) -> Image.Image:
-    picture = Image.fromarray(levels)
-    picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    return picture
+def _heat(new: picture.Picture, current: picture.Picture) -> picture.Picture:
+    return picture.Picture(metrics.heat_map(new.levels, current.levels))
 
 
 def facts(validation: Validation) -> dict[str, Any]:

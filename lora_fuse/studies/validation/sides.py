@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from lora_fuse.fusion import Plan
-from lora_fuse.pictures import Case, Rendered, Setup, metrics, pairs, render, render_progress
+from lora_fuse.pictures import Case, Setup, metrics, pairs, picture, render, render_progress
 from lora_fuse.regression import case_judgement, verdicts
 from lora_fuse.studies.validation.effect import effect, gain, noise_sigma
 from lora_fuse.studies.validation.evidence import CaseEvidence
@@ -23,11 +23,11 @@ class Sides:
     """The pictures of one case, as they were rendered; `teacher` and `current` may be missing."""
 
     pair: pairs.Pair
-    plain: Rendered
-    current: Rendered | None
+    plain: picture.Rendered
+    current: picture.Rendered | None
 
     @property
-    def teacher(self) -> Rendered | None:
+    def teacher(self) -> picture.Rendered | None:
         """The base alone at its own steps."""
         return self.pair.baseline
 
@@ -93,7 +93,7 @@ def _render_beside(
     watch: render_progress.Watch,
     plan: Plan | None,
     side: str,
-) -> list[Rendered]:
+) -> list[picture.Rendered]:
     """The base with the recipe's scheduler, and LoRAs beside it if there are any."""
     watch.loads(side)
     pipe = render.load_pipeline(base, setup.pipeline, dtype=setup.dtype, shared=shared)
@@ -133,8 +133,7 @@ def _evidence(side: Sides, result: verdicts.CaseResult) -> CaseEvidence:
     new, plain, current, teacher = side.pair.merged, side.plain, side.current, side.teacher
     faults = tuple(result.reasons) if result.verdict == "invalid" else ()
     others = [one for one in (plain, current, teacher) if one is not None]
-    levels = metrics.to_levels(new.image)
-    before = [metrics.to_levels(one.image) for one in (plain, current) if one is not None]
+    before = [one.levels for one in (plain, current) if one is not None]
     return CaseEvidence(
         name=side.name,
         faults=faults,
@@ -147,7 +146,7 @@ def _evidence(side: Sides, result: verdicts.CaseResult) -> CaseEvidence:
         current_gain=None
         if teacher is None or current is None
         else gain(current.latents, plain.latents, teacher.latents),
-        noise=noise_sigma(levels),
-        noise_beside=max(noise_sigma(metrics.to_levels(one.image)) for one in others),
-        comb_db=min(metrics.comb_db(levels, other) for other in before) if not faults else 0.0,
+        noise=noise_sigma(new.levels),
+        noise_beside=max(noise_sigma(one.levels) for one in others),
+        comb_db=min(metrics.comb_db(new.levels, other) for other in before) if not faults else 0.0,
     )

@@ -6,14 +6,14 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_fuse.errors import BadLora, CheckFailed, Rerun, ShapeMismatch, UnmatchedTargets
 from lora_fuse.fusion import Plan, make_plan, plan_of
 from lora_fuse.lora import open_lora
 from lora_fuse.machine import Console, files, staging
 from lora_fuse.models import COMPONENT
-from lora_fuse.pictures import Environment, asked, metrics, pairs, render_progress
+from lora_fuse.pictures import asked, encode, environment, pairs, render_progress
 from lora_fuse.recipe import Artifacts, Lock, Recipe, hf_cache, paths
 from lora_fuse.regression import goldens, goldens_of, rules_of
 from lora_fuse.studies.validation.evidence import Cause, Judgement, Outcome, bounds_of
@@ -32,9 +32,6 @@ from lora_fuse.studies.validation.versions import (
     misfits,
     replaced,
 )
-
-if TYPE_CHECKING:
-    from lora_fuse.pictures import Environment
 
 VALIDATION = paths.ROOT / "validation"
 BUILD = Artifacts(VALIDATION / "build")
@@ -100,7 +97,7 @@ class Trial:
             (VALIDATION / name).unlink(missing_ok=True)
         staging.remove(VALIDATION / THUMBNAILS)
 
-    def judge(self, here: Environment, console: Console) -> Validation:
+    def judge(self, here: environment.Environment, console: Console) -> Validation:
         """Fetch, fuse, verify, render and decide."""
         base = lock_base(self.params)
         approved = goldens_of(self.params, base).for_run(here.key, list(self.params.regress.cases))
@@ -207,7 +204,7 @@ class Trial:
         for one in validation.cases:
             paths[one.sides.name] = f"{THUMBNAILS}/{one.sides.name}.png"
             (VALIDATION / THUMBNAILS).mkdir(parents=True, exist_ok=True)
-            files.replace_bytes(VALIDATION / paths[one.sides.name], metrics.to_png(strip(one)))
+            files.replace_bytes(VALIDATION / paths[one.sides.name], encode.png(strip(one)))
         facts = validation_facts(validation)
         texts = (
             validation_md(validation, paths),

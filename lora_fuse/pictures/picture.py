@@ -1,0 +1,69 @@
+"""A picture is uint8 levels from render to report, PNG-encoded once, with what is known from before rounding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from lora_fuse.pictures import encode
+from lora_fuse.pictures.cost import Cost
+
+Levels: TypeAlias = npt.NDArray[np.uint8]  # (height, width, 3), 0 to 255
+Latents: TypeAlias = npt.NDArray[np.float32]  # of any shape
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """Levels, and of a picture that was just rendered the numbers behind them.
+
+    Attributes:
+        levels: (height, width, 3).
+        nonfinite: count of the height x width x 3 values that were NaN or infinite; they are painted 0.
+        latents: the final ones, float32, in the pipeline's own packing; None of a picture from a file.
+        sigmas: visited, as many as steps, then 0.
+    """
+
+    levels: Levels
+    nonfinite: int = 0
+    latents: Latents | None = None
+    sigmas: tuple[float, ...] = ()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        height, width = self.levels.shape[:2]
+        return width, height
+
+    @cached_property
+    def png(self) -> bytes:
+        """The levels as a PNG file, see `encode.png`."""
+        return encode.png(self.levels)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Rendered(Picture):
+    """A picture that this process rendered, its final latents and its time and memory."""
+
+    latents: Latents
+    cost: Cost
+
+
+def levels_of(image: Image.Image) -> Levels:
+    """A PIL image's levels."""
+    return np.asarray(image.convert("RGB"), dtype=np.uint8)
+
+
+def read_levels(path: Path) -> Levels:
+    """The levels of a picture file, upright and RGB as `diffusers.utils.load_image` gives it.
+
+    Raises:
+        OSError: the file is missing or no picture.
+    """
+    with Image.open(path) as image:
+        return levels_of(ImageOps.exif_transpose(image))
