@@ -31,12 +31,8 @@ def launch(processes: int, *program: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """Pocket, built and rendered by one process."""
-    workspace = Workspace(tmp_path_factory.mktemp("spread"))
-    for stage in ("download", "fuse", "verify", "regress"):
-        workspace.stage(stage)
-    return workspace
+def workspace(built: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return built.copy(tmp_path_factory.mktemp("spread") / "checkout")
 
 
 def results(workspace: Workspace) -> dict[str, bytes]:
@@ -52,13 +48,13 @@ def errors(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("error: ")]
 
 
-def test_more_processes_than_cases_make_the_same_pictures_and_metrics_as_one(built: Workspace) -> None:
-    before, alone = results(built), built.read(METRICS)
-    (built.root / METRICS).unlink()
-    done = built.run(*launch(3, "-m", "stages.regress"))
+def test_more_processes_than_cases_make_the_same_pictures_and_metrics_as_one(workspace: Workspace) -> None:
+    before, alone = results(workspace), workspace.read(METRICS)
+    (workspace.root / METRICS).unlink()
+    done = workspace.run(*launch(3, "-m", "stages.regress"))
     assert done.stdout.count("regress: exact on ") == 1  # one of the three speaks
-    after = results(built)
-    assert measured(built.read(METRICS)) == measured(alone)
+    after = results(workspace)
+    assert measured(workspace.read(METRICS)) == measured(alone)
     assert after.keys() == before.keys()
     same = [name for name in before if name.startswith("images/")] + ["candidates.json", "blocks.json"]
     assert len(same) > 4
@@ -112,14 +108,14 @@ def kill(workspace: Workspace, lost: int, *program: str, ready: Callable[[int], 
     return output
 
 
-def test_a_lost_process_is_one_error_and_leaves_the_last_results(built: Workspace) -> None:
-    before = results(built)
+def test_a_lost_process_is_one_error_and_leaves_the_last_results(workspace: Workspace) -> None:
+    before = results(workspace)
     slow = ["sampling.steps=300", "sampling.sigmas=null"]
-    output = kill(built, 1, "-m", "stages.regress", *slow, ready=lambda pid: listens(pid) and is_loaded(pid))
+    output = kill(workspace, 1, "-m", "stages.regress", *slow, ready=lambda pid: listens(pid) and is_loaded(pid))
     assert len(errors(output)) == 1, output
     assert "another process of this run ended" in output
     assert "nothing was written" in output
-    assert results(built) == before
+    assert results(workspace) == before
 
 
 SHARED = """
@@ -140,21 +136,21 @@ sys.exit(guarded(lambda: team.render(["a", "b"], "a key", render) is None))
 
 
 @pytest.fixture(scope="module")
-def script(built: Workspace) -> str:
+def script(workspace: Workspace) -> str:
     """Refuses the case that is its argument, and renders all others for ever."""
-    path = built.root / "shared.py"
+    path = workspace.root / "shared.py"
     path.write_text(SHARED)
     return path.name
 
 
-def test_the_first_process_lost_is_an_error_of_the_others(built: Workspace, script: str) -> None:
-    output = kill(built, 0, script, ready=listens)
+def test_the_first_process_lost_is_an_error_of_the_others(workspace: Workspace, script: str) -> None:
+    output = kill(workspace, 0, script, ready=listens)
     assert len(errors(output)) == 1, output
     assert "another process of this run ended" in output
 
 
-def test_what_one_process_refuses_is_said_once_and_ends_the_others(built: Workspace, script: str) -> None:
-    done = built.run(*launch(2, script, "b"), code=1, env={"PYTHONPATH": str(built.root)})
+def test_what_one_process_refuses_is_said_once_and_ends_the_others(workspace: Workspace, script: str) -> None:
+    done = workspace.run(*launch(2, script, "b"), code=1, env={"PYTHONPATH": str(workspace.root)})
     assert errors(done.stdout + done.stderr) == ["error: case b does not fit"]
     assert done.stderr.count("Traceback") == 1  # the launcher's own
 
@@ -223,17 +219,17 @@ def test_settings_that_make_no_sense_with_several_processes_are_refused(
         spread.DistributedRenderer(placement, threads)
 
 
-def test_a_stage_that_is_one_process_says_so(built: Workspace) -> None:
+def test_a_stage_that_is_one_process_says_so(workspace: Workspace) -> None:
     env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
-    done = built.run(sys.executable, "-m", "stages.fuse", env=env, code=2)
+    done = workspace.run(sys.executable, "-m", "stages.fuse", env=env, code=2)
     assert done.stderr.strip() == "error: fuse runs as one process, and a launcher started 2"
 
 
 @pytest.mark.parametrize("stage", ["download", "fuse", "verify", "regress", "export", "gate", "publish", "approve"])
-def test_no_stage_does_anything_to_a_build_that_another_is_at(built: Workspace, stage: str) -> None:
-    before = {path: path.stat().st_mtime_ns for path in (built.root / "artifacts").rglob("*.json")}
+def test_no_stage_does_anything_to_a_build_that_another_is_at(workspace: Workspace, stage: str) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (workspace.root / "artifacts").rglob("*.json")}
     reason = ["--reason", "it is purple"] if stage == "approve" else []
-    with holding(built.root / "artifacts"):
-        said = built.stage(stage, *reason, code=2)
+    with holding(workspace.root / "artifacts"):
+        said = workspace.stage(stage, *reason, code=2)
     assert said.strip() == "error: another run is writing artifacts; wait for it to end"
-    assert {path: path.stat().st_mtime_ns for path in (built.root / "artifacts").rglob("*.json")} == before
+    assert {path: path.stat().st_mtime_ns for path in (workspace.root / "artifacts").rglob("*.json")} == before

@@ -106,7 +106,7 @@ def in_group(workspace: Workspace, when: Callable[[str], bool]) -> tuple[int, st
 
 
 def test_ctrl_c_under_dvc_ends_the_stage_and_the_next_repro_goes_on_with_it(tmp_path: Path) -> None:
-    workspace = Workspace(tmp_path)
+    workspace = Workspace.checkout(tmp_path)
     code, said = in_group(workspace, lambda line: line.startswith("regress: 6 pictures"))
     assert (code, ran(said)) == (255, ["download", "fuse", "verify", "regress"]), said
     assert "Traceback" not in said

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sys
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -16,34 +14,9 @@ from PIL import Image
 
 from lora_fuse.checkpoint.shards import PROVENANCE
 from tests.hub_server import LoopbackHub
-from tests.support.workspace import MERGED, METRICS, STAGES, Workspace, ran
+from tests.support.workspace import MERGED, METRICS, Workspace, hub_environment, ran
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """The default recipe, built once; each test leaves it built and passed.
-
-    Where nobody has approved its pictures for this very environment, they are approved in the checkout of the tests.
-    """
-    workspace = Workspace(tmp_path_factory.mktemp("checkout"))
-    done = workspace.run("dvc", "repro", code=None)
-    output = done.stdout + done.stderr
-    assert ran(output) == STAGES, output
-    if done.returncode:
-        assert "exited with 3" in output or "exited with 4" in output, output
-        workspace.stage("approve", "--reason", "what this checkout makes")
-        workspace.commit("goldens")
-        assert ran(workspace.repro()) == ["regress", "gate"]
-    return workspace
-
-
-@pytest.fixture
-def workspace(built: Workspace) -> Iterator[Workspace]:
-    yield built
-    built.config()
-    built.repro()
 
 
 def test_a_second_run_has_nothing_to_do(workspace: Workspace) -> None:
@@ -189,7 +162,7 @@ def test_a_golden_that_nobody_approved_stops_the_run_and_leaves_the_last_one(wor
     assert len(errors) == 1
     assert "rabbit.png has sha256" in errors[0]
     assert (workspace.root / METRICS).read_bytes() == before
-    command = errors[0].partition("restore it: ")[2].split()
+    command = errors[0].partition("next: ")[2].split()
     workspace.run(*command)  # what the message says helps
     assert workspace.run("git", "status", "--porcelain", "artifacts").stdout == ""
 
@@ -226,7 +199,7 @@ def test_publishing_is_off_unless_asked_for(workspace: Workspace) -> None:
 
 def test_publish_then_build_from_the_hub(workspace: Workspace, hub: LoopbackHub) -> None:
     data = workspace.data()
-    hub_env = {name: os.environ[name] for name in ("HF_ENDPOINT", "HF_HOME", "HF_TOKEN")}
+    hub_env = hub_environment()
     workspace.config("publish.enabled=true", "publish.repo_id=alice/merged")
     workspace.repro("publish/dvc.yaml", env=hub_env)
     receipt = workspace.read("artifacts/publish.json")
@@ -253,7 +226,7 @@ def test_publish_then_build_from_the_hub(workspace: Workspace, hub: LoopbackHub)
 
 
 def test_publish_refuses_what_the_gate_has_not_passed(workspace: Workspace, hub: LoopbackHub) -> None:
-    hub_env = {name: os.environ[name] for name in ("HF_ENDPOINT", "HF_HOME", "HF_TOKEN")}
+    hub_env = hub_environment()
     workspace.config("publish.enabled=true", "publish.repo_id=alice/bad")
     verify = workspace.root / "artifacts/verify.json"
     text = verify.read_text()

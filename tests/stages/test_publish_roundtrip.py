@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from tests.hub_server import LoopbackHub
-from tests.support.workspace import Workspace
+from tests.support.workspace import Workspace, hub_environment
 
 DRAW = """
 import sys, torch
@@ -30,42 +28,20 @@ picture.save(sys.argv[1])
 """
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    workspace = Workspace(tmp_path_factory.mktemp("checkout"))
-    workspace.run("dvc", "repro", "regress")
-    return workspace
-
-
-@pytest.fixture
-def approved(built: Workspace) -> Workspace:
-    """The gate passed: where no golden of this kind of machine is in the checkout, this run's pictures are taken."""
-    if built.read("artifacts/regression/metrics.json")["verdict"] == "no-golden":
-        identity = {"GIT_AUTHOR_NAME": "t", "GIT_AUTHOR_EMAIL": "t@example.org", "GIT_COMMITTER_NAME": "t"}
-        identity |= {"GIT_COMMITTER_EMAIL": "t@example.org"}
-        built.run("git", "config", "user.name", "t")
-        built.run("git", "config", "user.email", "t@example.org")
-        built.run("git", "commit", "-qam", "built", code=None, env=identity)
-        built.run(sys.executable, "-m", "stages.approve", "--reason", "a test")
-        built.run("dvc", "repro", "-f", "-s", "regress")
-    assert built.read("artifacts/regression/metrics.json")["passed"]
-    return built
-
-
 def test_what_is_pushed_draws_the_picture_that_was_judged(
-    approved: Workspace, hub: LoopbackHub, tmp_path: Path
+    workspace: Workspace, hub: LoopbackHub, tmp_path: Path
 ) -> None:
-    env = {name: os.environ[name] for name in ("HF_ENDPOINT", "HF_HOME", "HF_TOKEN")}
-    approved.config("publish.enabled=true", "publish.repo_id=alice/pocket-merged", "publish.tag=v1")
-    approved.repro("publish/dvc.yaml", env=env)
-    receipt = approved.read("artifacts/publish.json")
+    env = hub_environment()
+    workspace.config("publish.enabled=true", "publish.repo_id=alice/pocket-merged", "publish.tag=v1")
+    workspace.repro("publish/dvc.yaml", env=env)
+    receipt = workspace.read("artifacts/publish.json")
     assert (receipt["status"], receipt["tag"], receipt["pull_request"]) == ("published", "v1", 1)
     assert hub.registry.repos["alice/pocket-merged"].tags == {"v1": receipt["commit"]}
     drawn = tmp_path / "drawn.png"
-    approved.run(sys.executable, "-c", DRAW, str(drawn), env={**env, "HF_HOME": str(tmp_path / "empty")})
-    judged = approved.root / "artifacts/regression/images/rabbit.merged.png"
+    workspace.run(sys.executable, "-c", DRAW, str(drawn), env={**env, "HF_HOME": str(tmp_path / "empty")})
+    judged = workspace.root / "artifacts/regression/images/rabbit.merged.png"
     np.testing.assert_array_equal(np.asarray(Image.open(drawn)), np.asarray(Image.open(judged)))
     before = hub.uploaded()
-    approved.repro("-f", "-s", "publish/dvc.yaml:publish", env=env)
-    assert approved.read("artifacts/publish.json") == receipt
+    workspace.repro("-f", "-s", "publish/dvc.yaml:publish", env=env)
+    assert workspace.read("artifacts/publish.json") == receipt
     assert hub.uploaded() == before

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +19,8 @@ from stages.catalog import catalog
 from stages.config import load
 from stages.config.__main__ import main
 from tests.hub_server import LoopbackHub
-from tests.support.workspace import Workspace
+from tests.support.once import Once
+from tests.support.workspace import Workspace, hub_environment
 
 NAMES = ["pocket_pastel", "pocket_soft"]  # `pocket` is the default recipe, which other tests build
 ENTRIES = "conf/variants.yaml"
@@ -47,12 +47,11 @@ def ran(output: str) -> list[str]:
     return re.findall(r"Running stage '([^']*)'", output)
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """All variants, built once; where nobody has approved pictures for this environment, they are approved here."""
-    checkout = Checkout(tmp_path_factory.mktemp("checkout"))
-    entries = yaml.safe_load((checkout.root / ENTRIES).read_text())
-    (checkout.root / ENTRIES).write_text(yaml.safe_dump({name: entries[name] for name in NAMES}))
+def build(root: Path) -> None:
+    """Build all variants; where nobody has approved pictures for this environment, they are approved here."""
+    checkout = Checkout.checkout(root)
+    entries = yaml.safe_load((root / ENTRIES).read_text())
+    (root / ENTRIES).write_text(yaml.safe_dump({name: entries[name] for name in NAMES}))
     checkout.config()
     checkout.commit("two variants")
     done = checkout.run("dvc", "repro", "--quiet", "--keep-going", PIPELINE, code=None)
@@ -62,16 +61,14 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
             checkout.stage("approve", "--variant", name, "--reason", "what this checkout makes")
         checkout.commit("goldens")
         checkout.repro("--quiet", PIPELINE)
-    return checkout
 
 
 @pytest.fixture
-def checkout(built: Checkout, monkeypatch: pytest.MonkeyPatch) -> Iterator[Checkout]:
-    monkeypatch.chdir(built.root)
-    kept = (built.root / ENTRIES).read_bytes()
-    yield built
-    (built.root / ENTRIES).write_bytes(kept)
-    assert main([]) == 0
+def checkout(once: Once, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkout:
+    """A copy with the variants built, to be changed; the current folder."""
+    copied = Checkout(once("variants", build)).copy(tmp_path / "checkout")
+    monkeypatch.chdir(copied.root)
+    return copied
 
 
 def test_every_variant_is_built_verified_and_passed_and_each_base_locked_once(checkout: Checkout) -> None:
@@ -152,7 +149,7 @@ def test_pictures_are_approved_under_the_variant_s_name_of_parameters_that_conf_
 
 
 def test_publishing_sends_what_is_new_and_nothing_twice(checkout: Checkout, hub: LoopbackHub) -> None:
-    env = {name: os.environ[name] for name in ("HF_ENDPOINT", "HF_HOME", "HF_TOKEN")}
+    env = hub_environment()
     listing = ("dvc", "stage", "list", "--name-only", "publish/dvc.yaml")
     assert checkout.run(*listing).stdout.split() == ["publish/dvc.yaml:publish"]
     pastel = {"repo_id": "alice/pastel", "tag": "v1"}

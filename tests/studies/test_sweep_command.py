@@ -263,13 +263,17 @@ def test_a_disk_without_room_for_base_and_point_is_refused_before_anything_is_fe
     assert not list(cache_dir().glob("models--*/blobs/*"))
 
 
-def test_a_queue_of_dvc_gives_a_table_with_the_same_names(tmp_path: Path) -> None:
+def test_a_queue_of_dvc_gives_a_table_with_the_same_names(workspace: Workspace) -> None:
     """As `dvc exp run --queue` and two workers make it, in a checkout of its own."""
-    workspace = Workspace(tmp_path)
 
     def quietly(*command: str) -> None:  # workers inherit the output and would keep a pipe open
         subprocess.run(
-            command, cwd=tmp_path, env=workspace.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True
+            command,
+            cwd=workspace.root,
+            env=workspace.env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            check=True,
         )
 
     quick = ["-S", "~regress.cases.photo", "-S", "regress.threads=1"]
