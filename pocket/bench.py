@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from lora_fuse.checkpoint import open_checkpoint
-from lora_fuse.fusion import FuseJob, make_plan
+from lora_fuse.fusion import FuseJob, Plan, make_plan
 from lora_fuse.lora import LoraInput
-from lora_fuse.pictures import metrics, picture, render
-from pocket.model import LIGHTNING_SCHEDULER, LORA_TARGETS, SCHEDULER, SIDE
+from lora_fuse.pictures import metrics, pairs, picture, render
+from pocket.model import LIGHTNING_SCHEDULER, SCHEDULER, SIDE
 from pocket.tasks import Task
 
 POCKET = Path(__file__).resolve().parent
@@ -72,8 +72,7 @@ class Bench:
     def unfused(self) -> Any:
         """Base and Lightning LoRA side by side."""
         pipe = self._sibling("QwenImageEditPipeline", self.model)
-        blocks = len(pipe.transformer.transformer_blocks)
-        render.load_loras(pipe, [render.LoraSpec("lightning", self.lightning, 1.0)], blocks * len(LORA_TARGETS))
+        pairs.attach_beside(pipe, self._plan([self.lightning]))
         return pipe
 
     @cached_property
@@ -97,9 +96,11 @@ class Bench:
 
     def _merge(self, loras: Sequence[Path]) -> Path:
         out = Path(self._exit.enter_context(tempfile.TemporaryDirectory())) / "merged"
-        plan = make_plan(open_checkpoint(self.model), [LoraInput(path.stem, path, 1.0) for path in loras])
-        FuseJob.of(plan, out, device="cpu").run()
+        FuseJob.of(self._plan(loras), out, device="cpu").run()
         return out
+
+    def _plan(self, loras: Sequence[Path]) -> Plan:
+        return make_plan(open_checkpoint(self.model), [LoraInput(path.stem, path, 1.0) for path in loras])
 
     def _sibling(self, pipeline: str, folder: Path) -> Any:
         return render.load_pipeline(folder, pipeline, dtype="float32", shared=render.shared_components(self.base)).to(

@@ -14,14 +14,14 @@ from pathlib import Path
 from lora_fuse.errors import BadConfig
 from lora_fuse.machine import PLAIN, Console, staging
 from lora_fuse.recipe import Artifacts, checkout, paths, records
-from lora_fuse.regression import approval, goldens
+from lora_fuse.regression import approval, candidates, goldens
 from stages.config import check_declared, load
 from stages.run import next_commands, parse, run
 
 
 def approve(reason: str, only: list[str], add: bool, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:
     """Copy the candidates to `artifacts/golden/RECIPE/KEY/`, each with its record: who approved it and why."""
-    found = records.from_json(goldens.Candidates, paths.read_text(at.candidates, "regress"), str(at.candidates))
+    found = records.from_json(candidates.Candidates, paths.read_text(at.candidates, "regress"), str(at.candidates))
     if not set(only) <= set(found.cases) or not reason.strip():
         known = ", ".join(found.cases)
         raise BadConfig(f"a --reason and known cases are needed: got {reason!r} and {only}, of {known}")

@@ -9,9 +9,9 @@ from functools import partial
 
 from lora_fuse.fusion import plan_of, read_manifest
 from lora_fuse.machine import PLAIN, Console, progress
-from lora_fuse.pictures import DistributedRenderer, asked, environment, pairs, render_progress
+from lora_fuse.pictures import Case, DistributedRenderer, environment, pairs, render_progress
 from lora_fuse.recipe import Artifacts, Recipe, paths
-from lora_fuse.regression import goldens_of, judge, write_regression
+from lora_fuse.regression import goldens, judge, write_regression
 from stages.run import command, run_stage
 
 GATE = "dvc repro gate"
@@ -27,11 +27,11 @@ def regress(params: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN
     environment.make_deterministic(settings.threads, on_gpu=settings.placement != "cpu")
     here, cases, setup = (
         environment.environment(settings.placement, settings.dtype),
-        asked.cases_of(params),
-        asked.setup_of(params),
+        Case.of(params),
+        pairs.Setup.of(params),
     )
     pairs.check_cases(cases, setup)
-    approved = goldens_of(params, base).for_run(here.key, [case.name for case in cases])
+    approved = goldens.Goldens.of(params, base).for_run(here.key, [case.name for case in cases])
     task, clock = (
         render_progress.Task(f"regress {params.name} {here.key}", team.share(len(cases)), setup.sides),
         progress.Stopwatch(),

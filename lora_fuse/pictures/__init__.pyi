@@ -1,4 +1,4 @@
-from . import asked as asked
+from . import damage as damage
 from . import encode as encode
 from . import environment as environment
 from . import metrics as metrics
@@ -7,6 +7,6 @@ from . import pairs as pairs
 from . import picture as picture
 from . import render as render
 from . import render_progress as render_progress
+from .cases import Case as Case
+from .cases import CaseOf as CaseOf
 from .distributed import DistributedRenderer as DistributedRenderer
-from .pairs import Setup as Setup
-from .render import Case as Case

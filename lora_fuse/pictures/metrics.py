@@ -18,25 +18,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lora_fuse.pictures.damage import PEAK, comb_db, difference
 from lora_fuse.pictures.encode import png
 from lora_fuse.pictures.picture import Latents, Levels
 
-PEAK = 255
-# A picture that failed as a whole (NaN painted black, an empty decode) has no contrast: 0 to 2 levels where the
-# dullest rendered pictures had more than 10.
-FLAT_STD = 3.0
 FLIP_BLOCK = 32  # pixels
-SHORTEST_PERIOD, LONGEST_PERIOD = 8, 64  # pixels, of a grid: a patch of the transformers is 16
-
-
-def is_finite(values: npt.NDArray[Any]) -> bool:
-    """Whether no number is NaN or infinite; for values before they become levels, which cannot be either."""
-    return bool(np.isfinite(values).all())
-
-
-def is_flat(picture: Levels) -> bool:
-    """Whether the picture is one colour: no channel has a standard deviation above `FLAT_STD` levels."""
-    return bool((picture.reshape(-1, picture.shape[-1]).std(axis=0, dtype=np.float64) <= FLAT_STD).all())
 
 
 def psnr_db(a: Levels, b: Levels) -> float:
@@ -47,7 +33,7 @@ def psnr_db(a: Levels, b: Levels) -> float:
     Raises:
         ValueError: the pictures differ in size.
     """
-    mse = float(np.square(_difference(a, b)).mean(dtype=np.float64))
+    mse = float(np.square(difference(a, b)).mean(dtype=np.float64))
     return math.inf if mse == 0 else 10 * math.log10(PEAK**2 / mse)
 
 
@@ -57,7 +43,7 @@ def max_abs(a: Levels, b: Levels) -> int:
     Raises:
         ValueError: the pictures differ in size.
     """
-    return int(np.abs(_difference(a, b)).max())
+    return int(np.abs(difference(a, b)).max())
 
 
 def mean_abs(a: Levels, b: Levels) -> float:
@@ -66,7 +52,7 @@ def mean_abs(a: Levels, b: Levels) -> float:
     Raises:
         ValueError: the pictures differ in size.
     """
-    return float(np.abs(_difference(a, b)).mean(dtype=np.float64))
+    return float(np.abs(difference(a, b)).mean(dtype=np.float64))
 
 
 def changed_share(a: Levels, b: Levels) -> float:
@@ -75,7 +61,7 @@ def changed_share(a: Levels, b: Levels) -> float:
     Raises:
         ValueError: the pictures differ in size.
     """
-    return float(_difference(a, b).any(axis=-1).mean(dtype=np.float64))
+    return float(difference(a, b).any(axis=-1).mean(dtype=np.float64))
 
 
 def ssim(a: Levels, b: Levels) -> float:
@@ -88,7 +74,7 @@ def ssim(a: Levels, b: Levels) -> float:
     """
     from skimage.metrics import structural_similarity
 
-    _difference(a, b)
+    difference(a, b)
     return float(structural_similarity(a, b, channel_axis=-1, data_range=PEAK))  # type: ignore[no-untyped-call]
 
 
@@ -102,7 +88,7 @@ def ssimulacra2(a: Levels, b: Levels) -> float:
     """
     from ssimulacra2 import compute_ssimulacra2
 
-    _difference(a, b)
+    difference(a, b)
     return float(compute_ssimulacra2(io.BytesIO(png(b)), io.BytesIO(png(a))))
 
 
@@ -128,20 +114,6 @@ def flip_worst(a: Levels, b: Levels) -> float:
     return max(float(errors[i : i + FLIP_BLOCK, j : j + FLIP_BLOCK].mean()) for i in rows for j in columns)
 
 
-def comb_db(a: Levels, b: Levels) -> float:
-    """How far the difference's spectrum stands out at the harmonics of one period, in dB: a grid shows as a comb.
-
-    A faint grid, as a wrong 8-bit scale leaves it at every patch, is ordinary drift to every metric of pixels. For each
-    axis and each period of 8 to 64 pixels, the mean level (dB) of the harmonics over the median of their neighbours;
-    the largest of these, at least 0.
-
-    Raises:
-        ValueError: the pictures differ in size.
-    """
-    residual = _difference(a, b).mean(axis=-1)
-    return max(0.0, *(_comb_along(side) for side in (residual, residual.T)))
-
-
 def latents_l2(a: Latents, b: Latents) -> float:
     """``|a - b| / |b|`` of final latents (Euclidean norms), `b` the reference: 0 at best, NaN if either has one.
 
@@ -157,29 +129,10 @@ def latents_l2(a: Latents, b: Latents) -> float:
     return float(difference / reference) if difference else 0.0
 
 
-def _comb_along(residual: npt.NDArray[np.float64]) -> float:
-    """The gain of the best period along the second axis."""
-    length = residual.shape[1]
-    spectrum = np.fft.rfft((residual - residual.mean(axis=1, keepdims=True)) * np.hanning(length), axis=1)
-    power = np.square(np.abs(spectrum)).mean(axis=0)
-    if not power.any():
-        return 0.0
-    level = 10 * np.log10(power + 1e-9 * power.max())
-    gains = [0.0]
-    for period in range(SHORTEST_PERIOD, min(LONGEST_PERIOD, length // 8) + 1):
-        spacing = length / period
-        harmonics = np.rint(np.arange(1, period // 2 + 1) * spacing).astype(int)
-        reach = max(3, int(spacing / 2))
-        near = harmonics[:, None] + np.concatenate([np.arange(-reach, -1), np.arange(2, reach + 1)])
-        near = np.clip(near, 1, len(level) - 1)
-        gains.append(float((level[np.minimum(harmonics, len(level) - 1)] - np.median(level[near], axis=1)).mean()))
-    return max(gains)
-
-
 def _flip_map(a: Levels, b: Levels) -> npt.NDArray[np.float32]:
     from flip_evaluator import evaluate
 
-    _difference(a, b)
+    difference(a, b)
     found, _, _ = evaluate(*(side.astype(np.float32) / PEAK for side in (b, a)), "LDR", applyMagma=False)
     errors: npt.NDArray[np.float32] = found[..., 0]
     return errors
@@ -254,24 +207,9 @@ def heat_map(a: Levels, b: Levels) -> Levels:
     Raises:
         ValueError: the pictures differ in size.
     """
-    largest = np.abs(_difference(a, b)).max(axis=-1)
+    largest = np.abs(difference(a, b)).max(axis=-1)
     share = np.log2(1 + np.minimum(largest, HEAT_TOP)) / np.log2(1 + HEAT_TOP)
     stops = np.linspace(0, 1, len(_HEAT))
     colours = np.stack([np.interp(share, stops, channel) for channel in _HEAT.T], axis=-1)
     heat: Levels = colours.round().astype(np.uint8)
     return heat
-
-
-def _difference(a: Levels, b: Levels) -> npt.NDArray[np.int32]:
-    """``a - b`` in a type that holds it, and its square."""
-    for picture in (a, b):
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3 or not picture.size:
-            raise ValueError(
-                f"a picture is uint8 (height, width, 3): got {picture.dtype} {picture.shape}; convert it with levels_of"
-            )
-    if a.shape != b.shape:
-        raise ValueError(
-            f"pictures of different sizes cannot be compared: {a.shape[1]}x{a.shape[0]} and {b.shape[1]}x{b.shape[0]}; "
-            "render both at one size"
-        )
-    return a.astype(np.int32) - b.astype(np.int32)

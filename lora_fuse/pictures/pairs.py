@@ -14,13 +14,12 @@ from pathlib import Path
 
 from lora_fuse.errors import OutOfMemory
 from lora_fuse.fusion import Plan
+from lora_fuse.pictures.cases import Case, Sampling
 from lora_fuse.pictures.noise_floor import jitter
 from lora_fuse.pictures.picture import Rendered
 from lora_fuse.pictures.placement import advice, place
 from lora_fuse.pictures.render import (
-    Case,
     Pipeline,
-    Sampling,
     check_pictures,
     load_pipeline,
     make_scheduler,
@@ -30,6 +29,7 @@ from lora_fuse.pictures.render import (
 )
 from lora_fuse.pictures.render_progress import Watch
 from lora_fuse.pictures.unfused_lora import attach
+from lora_fuse.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,21 @@ class Setup:
     placement: str
     dtype: str
     baseline: Sampling | None = None
+
+    @staticmethod
+    def of(recipe: Recipe, *, baseline: bool | None = None) -> Setup:
+        """Read both sides' settings from a recipe; `baseline` None leaves it to the recipe to render the base alone."""
+        base = recipe.base
+        regress = recipe.regress
+        alone = regress.baseline if baseline is None else baseline
+        return Setup(
+            base.pipeline,
+            Sampling(**recipe.sampling.usage, condition_area=base.condition_area),
+            recipe.scheduler_config,
+            regress.placement,
+            regress.dtype,
+            Sampling(**base.sampling.usage, condition_area=base.condition_area) if alone else None,
+        )
 
     @property
     def sides(self) -> tuple[Sampling, ...]:

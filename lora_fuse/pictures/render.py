@@ -7,9 +7,7 @@ loaded) is refused. They are imported inside the functions: three seconds that a
 from __future__ import annotations
 
 import inspect
-import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -17,11 +15,12 @@ import numpy as np
 from PIL import Image
 
 from lora_fuse.errors import OutOfMemory, RenderFailed
+from lora_fuse.pictures.cases import Case, Sampling
 from lora_fuse.pictures.cost import Meter
 from lora_fuse.pictures.picture import Picture, Rendered, read_levels
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
 Pipeline: TypeAlias = Any  # a diffusers.DiffusionPipeline; diffusers is not typed
@@ -34,40 +33,6 @@ PICTURES: Mapping[str, range] = {
     "QwenImageEditPipeline": range(1, 2),
     "QwenImageEditPlusPipeline": range(1, 4),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One picture to make; height and width in pixels, None for the pipeline's own choice."""
-
-    name: str
-    prompt: str
-    seed: int
-    images: tuple[Path, ...] = ()
-    height: int | None = None
-    width: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How it is made; `true_cfg_scale` 1.0 turns guidance, and with it the negative prompt, off.
-
-    `condition_area`: see the function of that name.
-    """
-
-    steps: int
-    true_cfg_scale: float
-    negative_prompt: str | None
-    condition_area: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class LoraSpec:
-    """A LoRA file for the transformer and the scale at which it acts."""
-
-    name: str
-    path: Path
-    scale: float
 
 
 def quiet_libraries() -> None:
@@ -153,7 +118,7 @@ def load_pipeline(
     try:
         pipe = kind.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True, **parts)
     except (OSError, ValueError, RuntimeError) as error:
-        raise RenderFailed(f"{folder} cannot be loaded as {pipeline}: {_one_line(error)}") from error
+        raise RenderFailed(f"{folder} cannot be loaded as {pipeline}: {one_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -180,44 +145,6 @@ def shared_components(pipe: Pipeline) -> dict[str, object]:
     """Everything that two pipelines for the same base can share: all but the transformer and the scheduler."""
     own = ("transformer", "scheduler")
     return {name: part for name, part in pipe.components.items() if name not in own and part is not None}
-
-
-def load_loras(pipe: Pipeline, loras: Sequence[LoraSpec], expected_modules: int) -> int:
-    """Attach LoRAs, unfused, and check that they arrived: diffusers may load no layer at all and only warn.
-
-    Args:
-        pipe: a loaded pipeline; its transformer is changed.
-        loras: act together, each at its scale.
-        expected_modules: modules that each LoRA targets, summed over the LoRAs.
-
-    Returns:
-        The number of modules that were given an adapter, so `expected_modules`.
-
-    Raises:
-        RenderFailed: diffusers cannot read a file, or attached another number of modules.
-    """
-    adapters = [f"lora_{number}" for number in range(len(loras))]  # torch forbids dots, which names may have
-    for lora, adapter in zip(loras, adapters, strict=True):
-        _load_lora(pipe, lora, adapter)
-    factors = [getattr(module, "lora_A", {}) for module in pipe.transformer.modules()]
-    attached = sum(adapter in factor for adapter in adapters for factor in factors)
-    if attached != expected_modules:
-        names = ", ".join(lora.name for lora in loras)
-        raise RenderFailed(
-            f"diffusers attached {attached} of {expected_modules} LoRA modules ({names}): pictures would show "
-            "another LoRA; convert the keys to the form transformer.X.lora_A.weight"
-        )
-    pipe.set_adapters(adapters, [lora.scale for lora in loras])
-    return attached
-
-
-def _load_lora(pipe: Pipeline, lora: LoraSpec, adapter: str) -> None:
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second LoRA is what is meant
-            pipe.load_lora_weights(lora.path.parent, weight_name=lora.path.name, adapter_name=adapter)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise RenderFailed(f"diffusers cannot load LoRA {lora.name} ({lora.path}): {_one_line(error)}") from error
 
 
 def render(pipe: Pipeline, case: Case, sampling: Sampling, on_step: Callable[[], None] = lambda: None) -> Rendered:
@@ -301,8 +228,9 @@ def open_picture(path: Path, case: Case) -> Picture:
     try:
         return Picture(read_levels(path))
     except OSError as error:
-        raise RenderFailed(f"case {case.name}: input picture {path} cannot be read: {_one_line(error)}") from error
+        raise RenderFailed(f"case {case.name}: input picture {path} cannot be read: {one_line(error)}") from error
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """An error's text without its line breaks."""
     return " ".join(str(error).split())

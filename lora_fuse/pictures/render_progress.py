@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from lora_fuse.machine import progress
 
 if TYPE_CHECKING:
-    from lora_fuse.pictures.render import Sampling
+    from lora_fuse.pictures.cases import Sampling
 
 
 def passes(sampling: Sampling) -> int:

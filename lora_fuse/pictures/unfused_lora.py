@@ -6,19 +6,31 @@ has no notion of (modules left out, scales of their own), is attached here.
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_fuse.errors import RenderFailed
 from lora_fuse.fusion import Plan, Target, read_differences
 from lora_fuse.lora import Algorithm, deltas
-from lora_fuse.pictures.render import LoraSpec, Pipeline, load_loras
+from lora_fuse.pictures.render import Pipeline, one_line
 
 if TYPE_CHECKING:
     import torch
 
 DIFFUSERS = "diffusers"
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSpec:
+    """A LoRA file for the transformer and the scale at which it acts."""
+
+    name: str
+    path: Path
+    scale: float
 
 
 def attach(pipe: Pipeline, plan: Plan) -> str:
@@ -48,6 +60,44 @@ def _beyond_diffusers(plan: Plan) -> str | None:
     if others := algorithms - {str(Algorithm.LORA)}:
         return f"diffusers does not read {', '.join(sorted(others))}"
     return None
+
+
+def load_loras(pipe: Pipeline, loras: Sequence[LoraSpec], expected_modules: int) -> int:
+    """Attach LoRAs, unfused, and check that they arrived: diffusers may load no layer at all and only warn.
+
+    Args:
+        pipe: a loaded pipeline; its transformer is changed.
+        loras: act together, each at its scale.
+        expected_modules: modules that each LoRA targets, summed over the LoRAs.
+
+    Returns:
+        The number of modules that were given an adapter, so `expected_modules`.
+
+    Raises:
+        RenderFailed: diffusers cannot read a file, or attached another number of modules.
+    """
+    adapters = [f"lora_{number}" for number in range(len(loras))]  # torch forbids dots, which names may have
+    for lora, adapter in zip(loras, adapters, strict=True):
+        _load_lora(pipe, lora, adapter)
+    factors = [getattr(module, "lora_A", {}) for module in pipe.transformer.modules()]
+    attached = sum(adapter in factor for adapter in adapters for factor in factors)
+    if attached != expected_modules:
+        names = ", ".join(lora.name for lora in loras)
+        raise RenderFailed(
+            f"diffusers attached {attached} of {expected_modules} LoRA modules ({names}): pictures would show "
+            "another LoRA; convert the keys to the form transformer.X.lora_A.weight"
+        )
+    pipe.set_adapters(adapters, [lora.scale for lora in loras])
+    return attached
+
+
+def _load_lora(pipe: Pipeline, lora: LoraSpec, adapter: str) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second LoRA is what is meant
+            pipe.load_lora_weights(lora.path.parent, weight_name=lora.path.name, adapter_name=adapter)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise RenderFailed(f"diffusers cannot load LoRA {lora.name} ({lora.path}): {one_line(error)}") from error
 
 
 def attach_differences(model: torch.nn.Module, targets: Mapping[str, Target]) -> None:

@@ -1,11 +1,10 @@
 from . import approval as approval
+from . import candidates as candidates
 from . import case_judgement as case_judgement
 from . import goldens as goldens
 from . import report as report
 from . import review as review
 from . import verdicts as verdicts
 from .gate import decide as decide
-from .run import goldens_of as goldens_of
 from .run import judge as judge
-from .run import rules_of as rules_of
 from .run import write_regression as write_regression

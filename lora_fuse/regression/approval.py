@@ -8,7 +8,8 @@ from typing import Any
 
 from lora_fuse.errors import BadGolden, CheckFailed, Rerun
 from lora_fuse.recipe import checkout
-from lora_fuse.regression.goldens import Candidate, Provenance, check_picture
+from lora_fuse.regression.candidates import Candidate, Provenance
+from lora_fuse.regression.goldens import check_picture
 
 AGAIN = Rerun("regress", force=True)
 

@@ -4,20 +4,90 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from lora_fuse.machine import files
-from lora_fuse.pictures import Case, Setup, environment
-from lora_fuse.recipe import Manifest, checkout
+from lora_fuse.machine import FileRecord, files
+from lora_fuse.pictures import Case, CaseOf, environment, pairs
+from lora_fuse.recipe import Manifest, checkout, records
 from lora_fuse.regression.case_judgement import JudgedPair
-from lora_fuse.regression.goldens import SCHEMA, Candidate, Candidates, CaseRecord, Provenance, digest
 from lora_fuse.regression.verdicts import Comparison
+
+SCHEMA = 1
+Environment: TypeAlias = environment.Environment  # a field's name hides the module where records are parsed
+
+
+@dataclass(frozen=True, slots=True)
+class CaseRecord(CaseOf[dict[str, str]]):
+    """A case as a record has it, the sha256 of its input pictures by path."""
+
+    images: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Everything that a picture came from.
+
+    Attributes:
+        recipe: its name.
+        base: what a person would call it, ``repo@commit`` or a path.
+        base_sha256: of the list of the base's files, their sizes and sha256.
+        loras: as they went into the merge, with commit, sha256 and scale.
+        manifest_sha256: of the manifest of the merge, so of every byte of it.
+        pipeline: diffusers' class.
+        case: what was asked for.
+        steps: of denoising.
+        true_cfg_scale: 1.0 is without guidance.
+        negative_prompt: unused without guidance.
+        scheduler: the settings that the recipe gives; empty where it keeps the base's.
+        sigmas: that were visited.
+        environment: where, with which versions and flags.
+        tool: what made it.
+    """
+
+    recipe: str
+    base: str
+    base_sha256: str
+    loras: tuple[records.MergedLora, ...]
+    manifest_sha256: str
+    pipeline: str
+    case: CaseRecord
+    steps: int
+    true_cfg_scale: float
+    negative_prompt: str | None
+    scheduler: dict[str, bool | int | float | str | None]
+    sigmas: tuple[float, ...]
+    environment: Environment
+    tool: records.Tool
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A picture of the last run: its sha256 as a PNG file, whether merged and unfused agree, and what it came from.
+
+    `floor` is the case's noise floor, by metric; a PSNR that is infinite is left out.
+    """
+
+    sha256: str
+    agrees: bool
+    reasons: tuple[str, ...]
+    floor: dict[str, float]
+    provenance: Provenance
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """What a run leaves for approval, by case."""
+
+    schema: int
+    manifest_sha256: str
+    cases: dict[str, Candidate]
 
 
 def candidates(
-    judged: Sequence[JudgedPair], manifest: Manifest, manifest_sha256: str, setup: Setup, here: environment.Environment
+    judged: Sequence[JudgedPair], manifest: Manifest, manifest_sha256: str, setup: pairs.Setup, here: Environment
 ) -> Candidates:
     """The record of a run's merged pictures."""
     return Candidates(
@@ -41,7 +111,7 @@ def _finite(floor: Comparison | None) -> dict[str, float]:
 
 
 def _provenance(
-    one: JudgedPair, manifest: Manifest, manifest_sha256: str, setup: Setup, here: environment.Environment
+    one: JudgedPair, manifest: Manifest, manifest_sha256: str, setup: pairs.Setup, here: Environment
 ) -> Provenance:
     base = manifest.base
     return Provenance(
@@ -62,10 +132,58 @@ def _provenance(
     )
 
 
+def _plain(scheduler: Mapping[str, Any]) -> dict[str, bool | int | float | str | None]:
+    return dict(scheduler)
+
+
 def _case_record(case: Case) -> CaseRecord:
     images = {Path(path).as_posix(): files.hash_file(path).sha256 for path in case.images}
     return CaseRecord(case.name, case.prompt, case.seed, images, case.height, case.width)
 
 
-def _plain(scheduler: Mapping[str, Any]) -> dict[str, bool | int | float | str | None]:
-    return dict(scheduler)
+def digest(files: Mapping[str, FileRecord]) -> str:
+    """The sha256 of a list of files, their sizes and sha256."""
+    return hashlib.sha256(records.to_json(dict(files)).encode()).hexdigest()
+
+
+def differences(now: Provenance, then: Provenance) -> list[str]:
+    """What is not as it was when a golden was approved, a sentence each: what a changed picture can come from."""
+    sentences = [f"the base is {now.base}, and was {then.base}"] if now.base_sha256 != then.base_sha256 else []
+    sentences += _lora_differences(now.loras, then.loras)
+    alike = ("pipeline", "steps", "true_cfg_scale", "negative_prompt", "sigmas")
+    here, there = now.environment, then.environment
+    machine = [name for name in Environment.__dataclass_fields__ if name not in {"key", "flags"}]
+    kernels = ("isa", "threads")  # of the key; its versions are whole in the environment
+    sides = [
+        ("", {name: getattr(now, name) for name in alike}, {name: getattr(then, name) for name in alike}),
+        ("scheduler ", now.scheduler, then.scheduler),
+        ("the case's ", asdict(now.case), asdict(then.case)),
+        ("", {name: getattr(here, name) for name in machine}, {name: getattr(there, name) for name in machine}),
+        ("", {name: getattr(here.key, name) for name in kernels}, {name: getattr(there.key, name) for name in kernels}),
+        ("", here.flags, there.flags),
+    ]
+    for what, new, old in sides:
+        sentences += [
+            f"{what}{name} is {new.get(name)}, was {old.get(name)}"
+            for name in [*new, *(name for name in old if name not in new)]
+            if new.get(name) != old.get(name)
+        ]
+    return sentences
+
+
+def _lora_differences(now: Iterable[records.MergedLora], then: Iterable[records.MergedLora]) -> list[str]:
+    after, before = {lora.name: lora for lora in now}, {lora.name: lora for lora in then}
+    sentences = [f"LoRA {name} is new" for name in after if name not in before]
+    sentences += [f"LoRA {name} is gone" for name in before if name not in after]
+    for name, new in after.items():
+        old = before.get(name, new)
+        if old.sha256 != new.sha256:
+            sentences.append(f"LoRA {name} is {_place(new)}, was {_place(old)}")
+        if old.scale != new.scale:
+            sentences.append(f"LoRA {name} has scale {new.scale:g}, had {old.scale:g}")
+    return sentences
+
+
+def _place(lora: records.MergedLora) -> str:
+    at = f"{lora.repo_id}@{(lora.revision or '')[:12]}" if lora.repo_id else str(lora.path)
+    return f"{at}/{lora.filename} ({lora.sha256[:12]})"

@@ -9,90 +9,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 from lora_fuse.errors import BadGolden, BadSource, Rerun
 from lora_fuse.machine import FileRecord, files
 from lora_fuse.pictures import environment, picture
-from lora_fuse.recipe import records
+from lora_fuse.recipe import Lock, Recipe, paths, records
+from lora_fuse.regression.candidates import SCHEMA, Candidate, Provenance, digest
 from lora_fuse.regression.verdicts import Golden
-
-SCHEMA = 1
-Environment: TypeAlias = environment.Environment  # a field's name hides the module where records are parsed
-
-
-@dataclass(frozen=True, slots=True)
-class CaseRecord:
-    """What was asked for; `images` are the sha256 of the input pictures by path, sizes in pixels or the pipeline's."""
-
-    name: str
-    prompt: str
-    seed: int
-    images: dict[str, str]
-    height: int | None
-    width: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Provenance:
-    """Everything that a picture came from.
-
-    Attributes:
-        recipe: its name.
-        base: what a person would call it, ``repo@commit`` or a path.
-        base_sha256: of the list of the base's files, their sizes and sha256.
-        loras: as they went into the merge, with commit, sha256 and scale.
-        manifest_sha256: of the manifest of the merge, so of every byte of it.
-        pipeline: diffusers' class.
-        case: what was asked for.
-        steps: of denoising.
-        true_cfg_scale: 1.0 is without guidance.
-        negative_prompt: unused without guidance.
-        scheduler: the settings that the recipe gives; empty where it keeps the base's.
-        sigmas: that were visited.
-        environment: where, with which versions and flags.
-        tool: what made it.
-    """
-
-    recipe: str
-    base: str
-    base_sha256: str
-    loras: tuple[records.MergedLora, ...]
-    manifest_sha256: str
-    pipeline: str
-    case: CaseRecord
-    steps: int
-    true_cfg_scale: float
-    negative_prompt: str | None
-    scheduler: dict[str, bool | int | float | str | None]
-    sigmas: tuple[float, ...]
-    environment: Environment
-    tool: records.Tool
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A picture of the last run: its sha256 as a PNG file, whether merged and unfused agree, and what it came from.
-
-    `floor` is the case's noise floor, by metric; a PSNR that is infinite is left out.
-    """
-
-    sha256: str
-    agrees: bool
-    reasons: tuple[str, ...]
-    floor: dict[str, float]
-    provenance: Provenance
-
-
-@dataclass(frozen=True, slots=True)
-class Candidates:
-    """What a run leaves for approval, by case."""
-
-    schema: int
-    manifest_sha256: str
-    cases: dict[str, Candidate]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +55,17 @@ class Goldens:
     def __init__(self, folder: Path) -> None:
         """`folder` has a folder for each key; it need not exist."""
         self._folder = folder
+
+    @staticmethod
+    def of(recipe: Recipe, base: Lock) -> Goldens:
+        """Find a recipe's goldens.
+
+        Raises:
+            BadGolden: they were approved for another base than `base`, the one that is locked.
+        """
+        goldens = Goldens(paths.GOLDEN / recipe.name)
+        goldens.refuse_other_base(str(base.repo_id or base.path), base.files)
+        return goldens
 
     def records(self, key: environment.Key, case: str | None = None) -> Iterator[tuple[Path, GoldenRecord]]:
         """Every golden of a key, or of one of its cases: the picture's path and its record, checked.
@@ -234,11 +170,6 @@ def pictures_of(approved: Mapping[str, Iterable[Approved]]) -> dict[str, list[Go
     return {case: [one.golden for one in found] for case, found in approved.items()}
 
 
-def digest(files: Mapping[str, FileRecord]) -> str:
-    """The sha256 of a list of files, their sizes and sha256."""
-    return hashlib.sha256(records.to_json(dict(files)).encode()).hexdigest()
-
-
 def check_picture(picture: bytes, candidate: Candidate) -> None:
     """Refuse a PNG file that is not the candidate's.
 
@@ -250,49 +181,6 @@ def check_picture(picture: bytes, candidate: Candidate) -> None:
             f"the picture of {candidate.provenance.case.name} is not the one that was judged; nothing was approved",
             rerun=Rerun("regress", force=True),
         )
-
-
-def differences(now: Provenance, then: Provenance) -> list[str]:
-    """What is not as it was when a golden was approved, a sentence each: what a changed picture can come from."""
-    sentences = [f"the base is {now.base}, and was {then.base}"] if now.base_sha256 != then.base_sha256 else []
-    sentences += _lora_differences(now.loras, then.loras)
-    alike = ("pipeline", "steps", "true_cfg_scale", "negative_prompt", "sigmas")
-    here, there = now.environment, then.environment
-    machine = [name for name in Environment.__dataclass_fields__ if name not in {"key", "flags"}]
-    kernels = ("isa", "threads")  # of the key; its versions are whole in the environment
-    sides = [
-        ("", {name: getattr(now, name) for name in alike}, {name: getattr(then, name) for name in alike}),
-        ("scheduler ", now.scheduler, then.scheduler),
-        ("the case's ", asdict(now.case), asdict(then.case)),
-        ("", {name: getattr(here, name) for name in machine}, {name: getattr(there, name) for name in machine}),
-        ("", {name: getattr(here.key, name) for name in kernels}, {name: getattr(there.key, name) for name in kernels}),
-        ("", here.flags, there.flags),
-    ]
-    for what, new, old in sides:
-        sentences += [
-            f"{what}{name} is {new.get(name)}, was {old.get(name)}"
-            for name in [*new, *(name for name in old if name not in new)]
-            if new.get(name) != old.get(name)
-        ]
-    return sentences
-
-
-def _lora_differences(now: Iterable[records.MergedLora], then: Iterable[records.MergedLora]) -> list[str]:
-    after, before = {lora.name: lora for lora in now}, {lora.name: lora for lora in then}
-    sentences = [f"LoRA {name} is new" for name in after if name not in before]
-    sentences += [f"LoRA {name} is gone" for name in before if name not in after]
-    for name, new in after.items():
-        old = before.get(name, new)
-        if old.sha256 != new.sha256:
-            sentences.append(f"LoRA {name} is {_place(new)}, was {_place(old)}")
-        if old.scale != new.scale:
-            sentences.append(f"LoRA {name} has scale {new.scale:g}, had {old.scale:g}")
-    return sentences
-
-
-def _place(lora: records.MergedLora) -> str:
-    at = f"{lora.repo_id}@{(lora.revision or '')[:12]}" if lora.repo_id else str(lora.path)
-    return f"{at}/{lora.filename} ({lora.sha256[:12]})"
 
 
 def _read_record(path: Path) -> GoldenRecord:

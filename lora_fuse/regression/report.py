@@ -155,7 +155,7 @@ def report_html(report: Report) -> str:
 
 def _gates(report: Report) -> list[_Gate]:
     weights, total = report.weights, len(report.cases)
-    apart = [case.result.subject.name for case in report.cases if not case.result.agrees]
+    apart = [case.result.case.name for case in report.cases if not case.result.agrees]
     verdicts = [str(case.result.verdict) for case in report.cases]
     near = sum(verdict in ("exact", "drift") for verdict in verdicts)
     unknown = sum(verdict in ("no-golden", "review") for verdict in verdicts)
@@ -181,7 +181,7 @@ def _changed(cases: Sequence[CaseReport]) -> list[tuple[str, str]] | None:
     found: dict[str, list[str]] = {}
     for case in known:
         for sentence in case.changed or ():
-            found.setdefault(sentence, []).append(case.result.subject.name)
+            found.setdefault(sentence, []).append(case.result.case.name)
     everywhere = len(known)
     return (
         [(sentence, "" if len(names) == everywhere else ", ".join(names)) for sentence, names in found.items()]

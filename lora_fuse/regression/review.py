@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from lora_fuse.checkpoint import blocks
 from lora_fuse.models import pair_warnings
-from lora_fuse.pictures import Setup, encode, metrics, picture, render
+from lora_fuse.pictures import encode, metrics, pairs, picture, render
 from lora_fuse.recipe import Manifest, records
+from lora_fuse.regression.candidates import Candidate, Candidates, Provenance, differences
 from lora_fuse.regression.case_judgement import JudgedPair
-from lora_fuse.regression.goldens import Approved, Candidate, Candidates, Provenance, differences
+from lora_fuse.regression.goldens import Approved
 from lora_fuse.regression.report import (
     Baseline,
     BlockChange,
@@ -22,7 +24,9 @@ from lora_fuse.regression.report import (
     WeightsCheck,
     case_names,
 )
-from lora_fuse.regression.verdicts import Rules, Scalar, flat_metrics, worst
+from lora_fuse.regression.verdicts import CaseResult, Rules, worst
+
+Scalar: TypeAlias = float | int | bool | str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,35 @@ class Judged:
     found: Candidates
     metrics: dict[str, Scalar]
     approved: Mapping[str, Sequence[Approved]]
+
+
+def flat_metrics(results: Iterable[CaseResult]) -> dict[str, Scalar]:
+    """The judged cases as `metrics.json` has them: `passed`, `verdict`, and one level of dotted keys per case.
+
+    ``{case}.verdict``, ``{case}.reasons`` and, for the pairs ``golden``, ``unfused`` and ``floor``,
+    ``{case}.golden.psnr_db`` and so on. Every case has every key (null where nothing was measured, or where the PSNR
+    is infinite), so that a difference between two runs shows.
+    """
+    listed = list(results)
+    overall = worst(result.verdict for result in listed)
+    flat: dict[str, Scalar] = {"passed": overall.passed, "verdict": overall.value}
+    for result in listed:
+        name = result.case.name
+        flat[f"{name}.verdict"] = result.verdict.value
+        flat[f"{name}.reasons"] = " ".join(result.reasons)
+        flat[f"{name}.agrees"] = result.agrees
+        flat[f"{name}.over_floor"] = _json_number(result.over_floor)
+        for pair, comparison in (("golden", result.vs_golden), ("unfused", result.vs_unfused), ("floor", result.floor)):
+            for metric in metrics.METRICS:
+                value = None if comparison is None else comparison.values.get(metric)
+                flat[f"{name}.{pair}.{metric}"] = _json_number(value)
+            flat[f"{name}.{pair}.identical"] = comparison is not None and comparison.identical
+    return flat
+
+
+def _json_number(value: float | None) -> float | None:
+    """JSON has neither infinity nor NaN."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def run_metrics(judged: Sequence[JudgedPair], found: Candidates, scale: float) -> dict[str, Scalar]:
@@ -63,7 +96,7 @@ def case_rows(metrics: Mapping[str, Scalar]) -> list[dict[str, Scalar]]:
     return rows
 
 
-def review(judged: Judged, verify: Mapping[str, Any], rules: Rules, setup: Setup, next_step: str) -> Report:
+def review(judged: Judged, verify: Mapping[str, Any], rules: Rules, setup: pairs.Setup, next_step: str) -> Report:
     """The report of one run.
 
     Args:
@@ -84,14 +117,13 @@ def review(judged: Judged, verify: Mapping[str, Any], rules: Rules, setup: Setup
         warnings=tuple(pair_warnings(*judged.manifest.pair)),
         rules=rules,
         cases=tuple(
-            _case(one, judged.found.cases[one.name], judged.approved.get(one.name, ()), setup.baseline)
-            for one in judged.cases
+            _case(one, judged.found.cases[one.name], judged.approved.get(one.name, ()), setup) for one in judged.cases
         ),
         heat_top=metrics.HEAT_TOP,
     )
 
 
-def _built_from(manifest: Manifest, setup: Setup, sigmas: tuple[float, ...]) -> BuiltFrom:
+def _built_from(manifest: Manifest, setup: pairs.Setup, sigmas: tuple[float, ...]) -> BuiltFrom:
     shift = {
         key: setup.scheduler[key] for key in ("base_shift", "max_shift", "shift_terminal") if key in setup.scheduler
     }
@@ -134,9 +166,7 @@ def _environment(provenance: Provenance) -> dict[str, str]:
     return shown
 
 
-def _case(
-    case: JudgedPair, candidate: Candidate, approved: Sequence[Approved], baseline: render.Sampling | None
-) -> CaseReport:
+def _case(case: JudgedPair, candidate: Candidate, approved: Sequence[Approved], setup: pairs.Setup) -> CaseReport:
     merged = case.pair.merged
     golden = case.result.golden
     others = {"golden": golden, "unfused": case.pair.unfused}
@@ -154,7 +184,7 @@ def _case(
         },
         cost=_cost(case),
         changed=None if record is None else tuple(differences(candidate.provenance, record.provenance)),
-        baseline=_baseline(case, baseline),
+        baseline=_baseline(case, setup),
     )
 
 
@@ -168,8 +198,9 @@ def _cost(case: JudgedPair) -> str:
     return ", ".join([*parts, f"{cost.peak_host_bytes / 2**30:.2f} GiB of host memory"])
 
 
-def _baseline(case: JudgedPair, sampling: render.Sampling | None) -> Baseline | None:
+def _baseline(case: JudgedPair, setup: pairs.Setup) -> Baseline | None:
     alone = case.pair.baseline
+    sampling = setup.baseline
     if alone is None or sampling is None:
         return None
     times = (alone.cost.seconds, case.pair.merged.cost.seconds)

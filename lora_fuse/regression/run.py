@@ -10,22 +10,22 @@ from typing import Any
 from lora_fuse.errors import Rerun
 from lora_fuse.fusion import read_manifest
 from lora_fuse.machine import files
-from lora_fuse.pictures import Setup, environment, pairs
-from lora_fuse.recipe import Artifacts, Lock, Recipe, paths, records
+from lora_fuse.pictures import environment, pairs
+from lora_fuse.recipe import Artifacts, Recipe, records
 from lora_fuse.regression.candidates import candidates
 from lora_fuse.regression.case_judgement import judge_pairs, save_pictures
-from lora_fuse.regression.goldens import Approved, Goldens, pictures_of
+from lora_fuse.regression.goldens import Approved, pictures_of
 from lora_fuse.regression.report import next_step, report_html
 from lora_fuse.regression.review import Judged, block_changes, case_rows, review, run_metrics
-from lora_fuse.regression.verdicts import Limits, Rules
+from lora_fuse.regression.verdicts import Rules
 
 
 def judge(
     params: Recipe,
     at: Artifacts,
-    setup: Setup,
+    setup: pairs.Setup,
     here: environment.Environment,
-    pairs: Sequence[pairs.Pair],
+    rendered: Sequence[pairs.Pair],
     approved: Mapping[str, Sequence[Approved]],
 ) -> Judged:
     """Compare every pair with each other and with the goldens, and measure.
@@ -35,10 +35,10 @@ def judge(
         at: where its merge lies.
         setup: how it was rendered.
         here: on what.
-        pairs: what was rendered.
+        rendered: both sides of every case.
         approved: the goldens by case.
     """
-    cases = judge_pairs(pairs, pictures_of(approved), rules_of(params))
+    cases = judge_pairs(rendered, pictures_of(approved), Rules.of(params))
     manifest, manifest_sha256 = read_manifest(at.manifest)
     found = candidates(cases, manifest, manifest_sha256, setup, here)
     return Judged(manifest, cases, found, run_metrics(cases, found, params.fuse.scale), approved)
@@ -47,7 +47,7 @@ def judge(
 def write_regression(
     params: Recipe,
     at: Artifacts,
-    setup: Setup,
+    setup: pairs.Setup,
     judged: Judged,
     verify: Mapping[str, Any],
     command: Callable[[Rerun], str],
@@ -60,22 +60,4 @@ def write_regression(
     for path, content in contents:
         files.replace_text(path, json.dumps(content, indent=2) + "\n")
     then = next_step(judged.metrics) if verify["passed"] else Rerun("fuse", force=True)
-    files.replace_text(at.report, report_html(review(judged, verify, rules_of(params), setup, command(then))))
-
-
-def rules_of(params: Recipe) -> Rules:
-    """What the pictures are held to."""
-    regress, sigmas = params.regress, params.sampling.sigmas
-    limits = (Limits(regress.unfused.bounds), Limits(regress.golden.bounds))
-    return Rules(*limits, regress.over_floor, None if sigmas is None else tuple(sigmas))
-
-
-def goldens_of(params: Recipe, base: Lock) -> Goldens:
-    """The recipe's approved pictures, for the base that is pinned.
-
-    Raises:
-        BadGolden: they were approved for another base.
-    """
-    goldens = Goldens(paths.GOLDEN / params.name)
-    goldens.refuse_other_base(str(base.repo_id or base.path), base.files)
-    return goldens
+    files.replace_text(at.report, report_html(review(judged, verify, Rules.of(params), setup, command(then))))

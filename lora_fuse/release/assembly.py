@@ -9,9 +9,9 @@ from lora_fuse.exports import words
 from lora_fuse.fusion import read_manifest
 from lora_fuse.hub import Addition, payload
 from lora_fuse.machine import FileRecord
-from lora_fuse.pictures import asked
+from lora_fuse.pictures import Case
 from lora_fuse.recipe import Artifacts, Manifest, Recipe, checkout, paths, records
-from lora_fuse.regression import decide, goldens
+from lora_fuse.regression import candidates, decide
 from lora_fuse.release import evidence as shown
 from lora_fuse.release.block_plot import block_plot
 from lora_fuse.release.bom import ModelFacts, bom_json
@@ -36,9 +36,9 @@ def contents_of(
     Raises:
         PublishRefused: pictures or exports are those of another merge.
     """
-    cases, exports = asked.cases_of(params), _exports(params, at, manifest_sha256)
+    cases, exports = Case.of(params), _exports(params, at, manifest_sha256)
     usage = Usage(params.base.pipeline, **params.sampling.usage, condition_area=params.base.condition_area)
-    found = records.from_json(goldens.Candidates, paths.read_text(at.candidates, "regress"), str(at.candidates))
+    found = records.from_json(candidates.Candidates, paths.read_text(at.candidates, "regress"), str(at.candidates))
     pictures = shown.pictures(cases, found, manifest_sha256, at.images)
     blocks = [(row["block"], row["relative_norm"]) for row in paths.read_rows(at.blocks, "regress")]
     evidence = shown.evidence(metrics, cases, shown.PLOT if blocks else None)

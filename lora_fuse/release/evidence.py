@@ -9,7 +9,7 @@ from typing import Any
 from lora_fuse.errors import PublishRefused, Rerun
 from lora_fuse.hub import Addition
 from lora_fuse.pictures import Case
-from lora_fuse.regression import goldens, report
+from lora_fuse.regression import candidates, report
 from lora_fuse.release.bom import Measured
 from lora_fuse.release.card import Evidence, ShownCase
 from lora_fuse.release.contents import addition
@@ -32,7 +32,7 @@ def evidence(metrics: Mapping[str, Any], cases: Sequence[Case], plot: str | None
 
 
 def pictures(
-    cases: Sequence[Case], found: goldens.Candidates, manifest_sha256: str, images: Path
+    cases: Sequence[Case], found: candidates.Candidates, manifest_sha256: str, images: Path
 ) -> dict[str, Addition]:
     """The merged pictures and what they were made from, by their paths in the repository.
 

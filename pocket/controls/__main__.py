@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None, rules: verdicts.Rules | None = 
 
 def _said(outcome: Outcome) -> list[str]:
     """What the gates said of a control that is not as it should be."""
-    pictures = [f"{result.subject.name}: {reason}" for result in outcome.results for reason in result.reasons]
+    pictures = [f"{result.case.name}: {reason}" for result in outcome.results for reason in result.reasons]
     return [*outcome.problems[:3], *pictures] or ["no gate saw anything"]
 
 

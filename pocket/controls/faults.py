@@ -69,7 +69,7 @@ def _terminal_kept(rig: Rig) -> Mapping[str, object]:
 
 
 def _eight_steps(rig: Rig, _: Path) -> Built:
-    return Built(rig.right, rig.render(rig.load(rig.right), sampling=replace(rig.setup.sampling, steps=8)))
+    return Built(rig.right, rig.render(rig.load(rig.right), steps=8))
 
 
 def _next_seed(rig: Rig, _: Path) -> Built:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,9 +15,9 @@ from lora_fuse.checkpoint import open_checkpoint
 from lora_fuse.fusion import FuseJob, Plan, make_plan
 from lora_fuse.lora import LoraInput, Selection
 from lora_fuse.models import COMPONENT
-from lora_fuse.pictures import Case, asked, environment, pairs, picture, render
+from lora_fuse.pictures import Case, environment, pairs, picture, render
 from lora_fuse.recipe import Recipe
-from lora_fuse.regression import case_judgement, rules_of, verdicts
+from lora_fuse.regression import case_judgement, verdicts
 from lora_fuse.verification import Expectation, verify_merge
 from pocket.controls.control import Built, Control, Outcome
 from stages.config import load
@@ -33,8 +34,8 @@ class Rig:
 
     def __init__(self, rules: verdicts.Rules | None = None, recipe: str = RECIPE) -> None:
         self.params: Recipe = load([f"recipe={recipe}"])
-        self.setup, self.cases = asked.setup_of(self.params), asked.cases_of(self.params)
-        self.rules = rules or rules_of(self.params)
+        self.setup, self.cases = pairs.Setup.of(self.params), Case.of(self.params)
+        self.rules = rules or verdicts.Rules.of(self.params)
         self.base = Path(str(self.params.base.path))
         self.loras = self.base.parent / "lora"
         self.lora = self.loras / self.params.loras[NAME].filename
@@ -88,13 +89,11 @@ class Rig:
         return render.load_pipeline(folder, self.setup.pipeline, dtype=self.setup.dtype, shared=self.shared)
 
     def render(
-        self, pipe: render.Pipeline, cases: Sequence[Case] | None = None, sampling: render.Sampling | None = None
+        self, pipe: render.Pipeline, cases: Sequence[Case] | None = None, steps: int | None = None
     ) -> list[picture.Rendered]:
-        """One picture a case, by default the recipe's."""
-        placement = self.setup.placement
-        return pairs.render_all(
-            pipe, self.cases if cases is None else cases, sampling or self.setup.sampling, placement
-        )
+        """One picture a case, by default the recipe's cases in the recipe's steps."""
+        sampling = self.setup.sampling if steps is None else replace(self.setup.sampling, steps=steps)
+        return pairs.render_all(pipe, self.cases if cases is None else cases, sampling, self.setup.placement)
 
     def built(self, folder: Path, *, same_files: bool = True) -> Built:
         """A merged repository, loaded and rendered as the recipe says."""
@@ -137,7 +136,7 @@ class Rig:
 
     def _beyond_golden(self, result: verdicts.CaseResult) -> list[str]:
         if result.vs_golden is None:
-            return [f"{result.subject.name} was not compared with its golden."]
+            return [f"{result.case.name} was not compared with its golden."]
         return verdicts.beyond(result.vs_golden, result.golden_limits, "the golden")
 
 

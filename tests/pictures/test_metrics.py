@@ -18,8 +18,6 @@ from lora_fuse.pictures.metrics import (
     METRICS,
     changed_share,
     heat_map,
-    is_finite,
-    is_flat,
     latents_l2,
     max_abs,
     mean_abs,
@@ -166,27 +164,6 @@ def test_pictures_of_different_sizes_are_refused_with_both_sizes(metric: str) ->
 def test_what_is_no_picture_is_refused(other: Levels) -> None:
     with pytest.raises(ValueError, match=r"a picture is uint8 \(height, width, 3\)"):
         psnr_db(other, other)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_one_number_that_is_not_finite_is_enough(value: float) -> None:
-    values = np.zeros((4, 4))
-    assert is_finite(values)
-    values[2, 3] = value
-    assert not is_finite(values)
-
-
-def test_a_single_colour_is_flat_also_when_its_channels_differ_and_with_faint_noise() -> None:
-    colour = plain(0, 32, 32) + np.array([90, 20, 200], dtype=np.uint8)
-    noise = np.random.default_rng(0).integers(0, 5, colour.shape, dtype=np.uint8)
-    assert is_flat(colour)
-    assert is_flat(colour + noise)
-
-
-def test_contrast_in_one_channel_is_not_flat() -> None:
-    picture = plain(100)
-    picture[:2, :, 1] = 120
-    assert not is_flat(picture)
 
 
 def of(*values: float) -> Latents:

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from lora_fuse.errors import OutOfMemory, RenderFailed
+from lora_fuse.pictures.cases import Case, Sampling
 from lora_fuse.pictures.pairs import render_all
 from lora_fuse.pictures.placement import PLACEMENTS, advice, place
-from lora_fuse.pictures.render import Case, Pipeline, Sampling, load_pipeline
+from lora_fuse.pictures.render import Pipeline, load_pipeline
 from lora_fuse.recipe.sections import Placement
 
 POCKET = Path(__file__).resolve().parents[2] / "pocket"

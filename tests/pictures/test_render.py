@@ -17,20 +17,11 @@ from safetensors.torch import load_file, save_file
 from lora_fuse.errors import NoDevice, RenderFailed
 from lora_fuse.fusion import device as devices
 from lora_fuse.fusion.device import fuse_device, resolve_device
+from lora_fuse.pictures.cases import Case, Sampling
 from lora_fuse.pictures.metrics import psnr_db
 from lora_fuse.pictures.picture import Rendered
-from lora_fuse.pictures.render import (
-    Case,
-    LoraSpec,
-    Pipeline,
-    Sampling,
-    condition_area,
-    load_loras,
-    load_pipeline,
-    make_scheduler,
-    render,
-    shared_components,
-)
+from lora_fuse.pictures.render import Pipeline, condition_area, load_pipeline, make_scheduler, render, shared_components
+from lora_fuse.pictures.unfused_lora import LoraSpec, load_loras
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,7 +11,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from lora_fuse.pictures.render import PICTURES, Case, open_picture
+from lora_fuse.pictures.cases import Case
+from lora_fuse.pictures.render import PICTURES, open_picture
 from lora_fuse.recipe.recipe import Recipe
 from stages.config import compose
 

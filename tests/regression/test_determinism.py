@@ -26,7 +26,8 @@ from lora_fuse.pictures.environment import environment, make_deterministic
 make_deterministic(2)
 from lora_fuse.pictures.noise_floor import jitter
 from lora_fuse.pictures.pairs import render_all
-from lora_fuse.pictures.render import Case, Sampling, load_pipeline
+from lora_fuse.pictures.cases import Case, Sampling
+from lora_fuse.pictures.render import load_pipeline
 import torch
 pipe = load_pipeline(Path(sys.argv[1]), "QwenImagePipeline", dtype="float32")
 cases = [Case("cat", "a purple cat with a red hat", seed, (), 128, 96) for seed in (0, 1)]

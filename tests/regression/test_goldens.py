@@ -13,7 +13,8 @@ import pytest
 from lora_fuse.errors import BadGolden, Rerun
 from lora_fuse.pictures.environment import Environment
 from lora_fuse.recipe.records import Tool, to_json
-from lora_fuse.regression.goldens import CaseRecord, Goldens, Provenance, differences
+from lora_fuse.regression.candidates import CaseRecord, Provenance, differences
+from lora_fuse.regression.goldens import Goldens
 from tests.support.approved import APPROVAL, ENVIRONMENT, KEY, LORA, PROVENANCE, candidate, picture, png
 
 NEAR = replace(KEY, torch="2.12")

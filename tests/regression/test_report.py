@@ -16,16 +16,17 @@ import numpy as np
 import pytest
 
 from lora_fuse.pictures import encode
+from lora_fuse.pictures.cases import Case, Sampling
 from lora_fuse.pictures.cost import Cost
 from lora_fuse.pictures.encode import Encoded
 from lora_fuse.pictures.metrics import heat_map
 from lora_fuse.pictures.pages import SLIDER
 from lora_fuse.pictures.pairs import Pair, Setup
 from lora_fuse.pictures.picture import Latents, Levels, Picture, Rendered
-from lora_fuse.pictures.render import Case, Sampling
 from lora_fuse.recipe.records import Lock, Manifest, Tool
-from lora_fuse.regression.case_judgement import JudgedPair
-from lora_fuse.regression.goldens import Approved, Candidate, Candidates, GoldenRecord
+from lora_fuse.regression.candidates import Candidate, Candidates
+from lora_fuse.regression.case_judgement import JudgedPair, examine
+from lora_fuse.regression.goldens import Approved, GoldenRecord
 from lora_fuse.regression.report import (
     MEANINGS,
     Baseline,
@@ -38,18 +39,8 @@ from lora_fuse.regression.report import (
     report_html,
     summary_text,
 )
-from lora_fuse.regression.review import Judged, block_changes, case_rows, review, run_metrics
-from lora_fuse.regression.verdicts import (
-    CaseResult,
-    Golden,
-    Limits,
-    Rules,
-    Subject,
-    Verdict,
-    examine,
-    flat_metrics,
-    worst,
-)
+from lora_fuse.regression.review import Judged, block_changes, case_rows, flat_metrics, review, run_metrics
+from lora_fuse.regression.verdicts import CaseResult, Golden, Limits, Rules, Verdict, worst
 from tests.support.approved import APPROVAL, PROVENANCE, candidate
 
 LIMITS = Limits({"psnr_db": 40, "max_abs": 8})
@@ -84,7 +75,7 @@ def judged(
     """A case whose sides are the same picture, and their latents that many times the floor apart."""
     goldens = () if golden is None else (Golden(golden, name=f"{name}.png", elsewhere=elsewhere),)
     sides = [Picture(merged, latents=latents(noise)) for noise in (0.001 * over, 0.0, 0.001)]
-    result = examine(Subject(name, prompt, seed=7), sides[0], sides[1], goldens, rules, sides[2])
+    result = examine(Case(name, prompt, seed=7), sides[0], sides[1], goldens, rules, sides[2])
     others = {"golden": golden, "unfused": merged}
     return CaseReport(
         result,
@@ -234,7 +225,7 @@ def test_cases_of_one_verdict_keep_their_order() -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [NO_GOLDEN, REGRESSION, REVIEW, RESIZED, APART], ids=lambda case: case.result.subject.name
+    "case", [NO_GOLDEN, REGRESSION, REVIEW, RESIZED, APART], ids=lambda case: case.result.case.name
 )
 def test_every_reason_is_on_the_page(case: CaseReport) -> None:
     page = html.unescape(report_html(page_of(EXACT, case)))
@@ -328,7 +319,7 @@ def test_where_nothing_changed_the_page_says_so_and_without_a_golden_it_says_not
         (NO_GOLDEN, 0, ["unfused"]),
         (RESIZED, 0, ["unfused"]),
     ],
-    ids=lambda case: case.result.subject.name if isinstance(case, CaseReport) else "",
+    ids=lambda case: case.result.case.name if isinstance(case, CaseReport) else "",
 )
 def test_slider_and_maps_are_there_for_pictures_of_one_size(case: CaseReport, slider: int, maps: list[str]) -> None:
     page = report_html(page_of(case))
@@ -370,7 +361,7 @@ def test_a_block_s_change_is_the_largest_of_its_weights_and_blocks_are_in_the_mo
 def test_a_picture_of_another_size_is_shown_without_numbers() -> None:
     other = np.zeros((8, 8, 3), dtype=np.uint8)
     other[:4] = 200
-    result = examine(Subject("small", "", 0), Picture(other), Picture(scene()), [], RULES)
+    result = examine(Case("small", "", 0), Picture(other), Picture(scene()), [], RULES)
     assert "8x8" in report_html(page_of(CaseReport(result, (), encoded(other), encoded(scene()), None)))
 
 
@@ -427,7 +418,7 @@ def run_of(merged: Levels, golden: Levels | None) -> Judged:
     goldens = [] if golden is None else [Golden(golden, name="good.png")]
     pair = Pair(Case("good", "x", 0), side(0.001), side(0.0), side(0.001), "diffusers")
     sides = [Picture(merged, latents=one.latents) for one in (pair.merged, pair.unfused, pair.floor)]
-    result = examine(Subject("good", "x", 0), sides[0], sides[1], goldens, RULES, sides[2])
+    result = examine(Case("good", "x", 0), sides[0], sides[1], goldens, RULES, sides[2])
     found: Candidate = candidate(encode.png(merged), "good")
     then = dataclasses.replace(PROVENANCE, loras=(dataclasses.replace(PROVENANCE.loras[0], scale=0.9),))
     approved = [Approved(one, GoldenRecord(1, "f" * 64, {}, APPROVAL, then)) for one in goldens]

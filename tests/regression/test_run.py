@@ -22,17 +22,17 @@ from lora_fuse.fusion.plan import Plan, make_plan
 from lora_fuse.lora.inputs import Selection
 from lora_fuse.lora.updates import LoraInput
 from lora_fuse.machine.files import hash_file
+from lora_fuse.pictures.cases import Case, Sampling
 from lora_fuse.pictures.environment import environment
 from lora_fuse.pictures.metrics import METRICS, latents_l2
 from lora_fuse.pictures.noise_floor import jitter
 from lora_fuse.pictures.pairs import Pair, Setup, check_cases, render_all, render_pairs
 from lora_fuse.pictures.picture import levels_of
-from lora_fuse.pictures.render import Case, Sampling, load_pipeline, make_scheduler, render
+from lora_fuse.pictures.render import load_pipeline, make_scheduler, render
 from lora_fuse.pictures.unfused_lora import DIFFUSERS, attach, attach_differences
 from lora_fuse.recipe.records import Lock, Manifest, MergedLora, Tool, from_json, to_json
-from lora_fuse.regression.candidates import candidates
+from lora_fuse.regression.candidates import Candidates, candidates
 from lora_fuse.regression.case_judgement import judge_pairs, save_pictures
-from lora_fuse.regression.goldens import Candidates
 from lora_fuse.regression.verdicts import Golden, Limits, Rules, Verdict
 from stages.config import compose
 

@@ -12,27 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lora_fuse.pictures.cases import Case
 from lora_fuse.pictures.metrics import METRICS
 from lora_fuse.pictures.picture import Latents, Levels, Picture
-from lora_fuse.regression.verdicts import (
-    CaseResult,
-    Comparison,
-    Golden,
-    Limits,
-    Rules,
-    Subject,
-    Verdict,
-    beyond,
-    compare,
-    examine,
-    flat_metrics,
-    worst,
-)
+from lora_fuse.regression.case_judgement import examine
+from lora_fuse.regression.review import flat_metrics
+from lora_fuse.regression.verdicts import CaseResult, Comparison, Golden, Limits, Rules, Verdict, beyond, compare, worst
 
 UNFUSED = Limits({"psnr_db": 38, "max_abs": 64})
 GOLDEN = Limits({"psnr_db": 50, "max_abs": 8})
 RULES = Rules(UNFUSED, GOLDEN)
-SUBJECT = Subject("rabbit", "make it purple", seed=0)
+CASE = Case("rabbit", "make it purple", seed=0)
 SIGMAS = (1.0, 0.9, 0.75, 0.5)
 
 
@@ -86,7 +76,7 @@ def look(
             goldens = (Golden(golden, name="rabbit.png"),)
         case _:
             goldens = golden
-    return examine(SUBJECT, Picture(merged, nonfinite), Picture(other), goldens, rules)
+    return examine(CASE, Picture(merged, nonfinite), Picture(other), goldens, rules)
 
 
 def test_the_golden_itself_is_exact() -> None:
@@ -214,7 +204,7 @@ def with_floor(
     merged: Latents | None, floor: Latents | None, over_floor: float | None = 2.0, golden: Levels | None = None
 ) -> CaseResult:
     return examine(
-        SUBJECT,
+        CASE,
         Picture(scene(), latents=merged),
         Picture(scene(), latents=latents()),
         [Golden(scene() if golden is None else golden, name="rabbit.png")],
@@ -269,7 +259,7 @@ def test_a_floor_that_was_not_measured_is_a_regression_where_the_recipe_asks_for
 def visited(merged: tuple[float, ...], unfused: tuple[float, ...] | None = None) -> CaseResult:
     other = Picture(scene(), sigmas=merged if unfused is None else unfused)
     return examine(
-        SUBJECT,
+        CASE,
         Picture(scene(), sigmas=merged),
         other,
         [Golden(scene(), name="rabbit.png")],
@@ -341,7 +331,7 @@ def test_one_nan_is_invalid_though_the_levels_match() -> None:
 def test_a_wrong_size_is_invalid_and_both_sizes_are_named(which: str) -> None:
     small = scene(0, 32, 48)
     result = examine(
-        Subject("rabbit", "", 0, (48, 32) if which == "asked" else None),
+        Case("rabbit", "", 0, (), *((32, 48) if which == "asked" else (None, None))),
         Picture(scene()),
         Picture(small if which == "unfused" else scene()),
         [Golden(scene(), name="rabbit.png")],
@@ -354,8 +344,8 @@ def test_a_wrong_size_is_invalid_and_both_sizes_are_named(which: str) -> None:
 
 def test_the_size_that_was_asked_for_is_width_by_height() -> None:
     wide = scene(0, 32, 48)
-    subject = Subject("rabbit", "", 0, (48, 32))
-    result = examine(subject, Picture(wide), Picture(wide), [Golden(wide, name="rabbit.png")], RULES)
+    case = Case("rabbit", "", 0, (), 32, 48)
+    result = examine(case, Picture(wide), Picture(wide), [Golden(wide, name="rabbit.png")], RULES)
     assert (result.verdict, result.facts.size) == (Verdict.EXACT, (48, 32))
 
 
@@ -407,7 +397,7 @@ def in_noise(merged: Levels, floor: Picture, times: float | None) -> CaseResult:
     latents = np.ones(8, np.float32)
     side, other = (Picture(levels, latents=latents * scale) for levels, scale in ((merged, 1.01), (scene(), 1)))
     moved = Picture(floor.levels, latents=latents * 1.01)
-    return examine(SUBJECT, side, other, (), Rules(UNFUSED, GOLDEN, times), moved)
+    return examine(CASE, side, other, (), Rules(UNFUSED, GOLDEN, times), moved)
 
 
 def test_no_limit_is_tighter_than_twice_the_noise_floor() -> None:
@@ -428,4 +418,4 @@ def test_a_golden_brings_the_floor_of_its_own_run() -> None:
     latents = np.ones(8, np.float32)
     for golden, verdict in ((quiet, Verdict.REGRESSION), (loud, Verdict.DRIFT)):
         merged = Picture(apart, latents=latents)
-        assert examine(SUBJECT, merged, merged, [golden], rules, merged).verdict is verdict
+        assert examine(CASE, merged, merged, [golden], rules, merged).verdict is verdict

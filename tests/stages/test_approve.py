@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from lora_fuse.recipe.records import Tool, from_json, to_json
-from lora_fuse.regression.goldens import Candidate, Candidates, GoldenRecord, Goldens
+from lora_fuse.regression.candidates import Candidate, Candidates
+from lora_fuse.regression.goldens import GoldenRecord, Goldens
 from tests.support.approved import KEY, LORA, PROVENANCE, candidate, picture, png
 
 ROOT = Path(__file__).resolve().parents[2]

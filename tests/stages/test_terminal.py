@@ -18,7 +18,7 @@ from lora_fuse.cli import main
 from lora_fuse.machine import progress as rates
 from lora_fuse.machine.console import Console, painted
 from lora_fuse.machine.progress import byte_progress, estimate, human_bytes, human_rate, human_seconds, log, silence
-from lora_fuse.pictures.render import Sampling
+from lora_fuse.pictures.cases import Sampling
 from lora_fuse.pictures.render_progress import Task, passes, watching
 from tests.support import tiny
 

@@ -17,13 +17,13 @@ from lora_fuse.pictures.picture import Levels, Picture
 from lora_fuse.studies.sweep import pins
 from lora_fuse.studies.sweep.baseline import baseline
 from lora_fuse.studies.sweep.curves import HEIGHT, WIDTH, curve
-from lora_fuse.studies.sweep.measures import clipped_share, detail_levels, noise_levels, own_comb_db
 from lora_fuse.studies.sweep.numbers import against_baseline, broken, curves, failed, mean_of, worse_than_base
 from lora_fuse.studies.sweep.points import MERGED, Point, clear_leftovers, key_of
 from lora_fuse.studies.sweep.points import METRICS as NUMBERS
 from lora_fuse.studies.sweep.recommendation import Recommendation, Tried, largest_undamaged, nearest_to_teacher
 from lora_fuse.studies.sweep.running import SweepProgress, run
 from lora_fuse.studies.sweep.sheet import Column, Row, Sheet, sheet_html, sheet_json, sheet_markdown
+from tests.support.drawn import smooth
 
 
 def tried(distances: dict[float, float], **more: Any) -> list[Tried]:
@@ -106,29 +106,9 @@ def test_without_a_teacher_the_largest_undamaged_scale_is_taken() -> None:
     assert largest_undamaged(points[3:], steps=40).label is None
 
 
-def smooth(size: int = 128) -> Levels:
-    ramp = np.linspace(40, 200, size)
-    return np.repeat((ramp[:, None] + ramp[None, :])[..., None] / 2, 3, axis=-1).round().astype(np.uint8)
-
-
 def noisy(sigma: float) -> Levels:
     noise = np.random.default_rng(0).normal(0, sigma, (128, 128, 3))
     return np.clip(smooth() + noise, 0, 255).astype(np.uint8)
-
-
-def test_what_a_picture_says_of_itself() -> None:
-    assert noise_levels(noisy(10)) == pytest.approx(10, rel=0.1)
-    assert noise_levels(smooth()) < 1
-    assert clipped_share(smooth()) == 0
-    burnt = smooth()
-    burnt[:64] = 255
-    assert clipped_share(burnt) == 0.5
-    grid = noisy(1)
-    grid[::16] += 8
-    assert own_comb_db(grid) > own_comb_db(noisy(1)) + 3
-    assert detail_levels(smooth()) > 5 * detail_levels((smooth() // 16 + 100).astype(np.uint8))
-    with pytest.raises(ValueError, match="2x2"):
-        noise_levels(smooth()[:2, :2])
 
 
 def numbers(merged: Levels, alone: Levels, **more: Any) -> dict[str, Any]:
@@ -320,9 +300,9 @@ def test_a_disk_that_is_too_small_is_refused_with_both_numbers(tmp_path: Path, m
 
 
 def test_the_base_is_rendered_once_and_again_if_a_picture_is_not_as_it_was(tmp_path: Path) -> None:
+    from lora_fuse.pictures.cases import Case
     from lora_fuse.pictures.cost import Cost
     from lora_fuse.pictures.picture import Rendered
-    from lora_fuse.pictures.render import Case
 
     rendered: list[int] = []
 

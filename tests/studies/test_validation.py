@@ -24,7 +24,7 @@ from lora_fuse.machine.files import FileRecord
 from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.records import Lock
 from lora_fuse.regression.goldens import Goldens
-from lora_fuse.studies.validation.effect import Effect, clipped, effect, gain, noise_sigma
+from lora_fuse.studies.validation.effect import Effect, effect, gain
 from lora_fuse.studies.validation.evidence import Bounds, CaseEvidence, Cause, Judgement, Outcome
 from lora_fuse.studies.validation.files import FileComparison, compare_files
 from lora_fuse.studies.validation.judgement import judge
@@ -225,14 +225,6 @@ def test_effect_and_gain_are_those_of_plain_vectors() -> None:
         effect(plain, current, np.zeros((2, 2), np.float32))
 
 
-def test_noise_is_measured_in_levels() -> None:
-    ramp = np.repeat(np.arange(128, dtype=np.float64)[None, :, None], 128, axis=0).repeat(3, axis=2) + 60
-    noisy = ramp + np.random.default_rng(0).normal(0, 5, (128, 128, 1))
-    assert noise_sigma(ramp.astype(np.uint8)) == pytest.approx(0, abs=0.01)
-    assert noise_sigma(noisy.round().clip(0, 255).astype(np.uint8)) == pytest.approx(5, rel=0.05)
-    assert clipped(np.array([[[0, 255, 7]]], np.uint8)) == pytest.approx(2 / 3)
-
-
 def decided(case: CaseEvidence = CASE, files: FileComparison | None = FILES, asked: float = 1.0) -> Judgement:
     return judge([case], files, [], BOUNDS, asked)
 
@@ -303,7 +295,7 @@ def test_a_case_in_which_the_current_version_does_not_save_steps_asks_for_nothin
 
 
 def test_a_drawn_grid_is_seen_and_the_picture_alone_is_not() -> None:
-    from lora_fuse.pictures.metrics import comb_db
+    from lora_fuse.pictures.damage import comb_db
 
     picture = np.random.default_rng(0).integers(60, 180, (128, 128, 3)).astype(np.uint8)
     assert comb_db(grid(picture, 8), picture) > BOUNDS.comb_db

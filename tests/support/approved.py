@@ -12,7 +12,8 @@ from lora_fuse.pictures import encode
 from lora_fuse.pictures.environment import FLAGS, Environment, Key
 from lora_fuse.pictures.picture import Levels
 from lora_fuse.recipe.records import MergedLora, Tool
-from lora_fuse.regression.goldens import Approval, Candidate, CaseRecord, Provenance
+from lora_fuse.regression.candidates import Candidate, CaseRecord, Provenance
+from lora_fuse.regression.goldens import Approval
 
 KEY = Key("cpu", "x86_64-avx2", 2, "float32", "2.13", "0.42")
 LORA = MergedLora("lightning", 1.0, "a" * 64, "l.safetensors", "owner/lora", None, "b" * 40)

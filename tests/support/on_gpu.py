@@ -9,8 +9,8 @@ from lora_fuse.checkpoint.shards import open_checkpoint
 from lora_fuse.fusion.merge import write_merged
 from lora_fuse.fusion.plan import Plan, make_plan
 from lora_fuse.lora.updates import LoraInput
+from lora_fuse.pictures.cases import Case, Sampling
 from lora_fuse.pictures.pairs import Setup
-from lora_fuse.pictures.render import Case, Sampling
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "pocket/model"

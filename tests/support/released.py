@@ -12,16 +12,15 @@ from PIL import Image
 
 from lora_fuse.fusion.manifest import read_manifest
 from lora_fuse.machine.files import replace_text
-from lora_fuse.pictures.asked import cases_of
+from lora_fuse.pictures.cases import Case
 from lora_fuse.pictures.encode import png
 from lora_fuse.pictures.environment import environment
 from lora_fuse.pictures.metrics import METRICS
 from lora_fuse.pictures.picture import levels_of
-from lora_fuse.pictures.render import Case
 from lora_fuse.recipe.paths import HERE as at  # noqa: N811
 from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.records import to_json
-from lora_fuse.regression.goldens import Candidate, Candidates, CaseRecord, Provenance
+from lora_fuse.regression.candidates import Candidate, Candidates, CaseRecord, Provenance
 from stages.config import compose
 from stages.download import download
 from stages.fuse import fuse
@@ -70,7 +69,7 @@ def leave_regression(params: Recipe) -> None:
     at.images.mkdir(parents=True)
     metrics: dict[str, object] = {"passed": True, "verdict": "exact", "environment": "cpu-test"}
     found = {}
-    for number, case in enumerate(cases_of(params)):
+    for number, case in enumerate(Case.of(params)):
         picture = png(levels_of(Image.new("RGB", (48, 32), (40 * number, 90, 200))))
         (at.images / f"{case.name}.merged.png").write_bytes(picture)
         found[case.name] = candidate(case, picture, params, manifest_sha256)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_fuse.fusion import plan_of
 from lora_fuse.machine import files, staging
-from lora_fuse.pictures import Case, asked, environment, picture
+from lora_fuse.pictures import Case, environment, pairs, picture
 from lora_fuse.recipe import Artifacts, hf_cache, paths, sections
-from lora_fuse.regression import case_judgement, goldens_of, judge
+from lora_fuse.regression import case_judgement, goldens, judge
 from lora_fuse.studies.sweep.baseline import baseline
 from lora_fuse.studies.sweep.contact import Entry, Headings, make_sheet
 from lora_fuse.studies.sweep.numbers import against_baseline, describe, failed
@@ -35,9 +35,10 @@ class Builder:
         """The pictures of the base alone, by case."""
         params, key = planned.asked.params, key_of(planned.alone)
         if key not in self._alone:
-            cases, base = asked.cases_of(params), hf_cache.locate(planned.base)
-            setup, sampling = asked.setup_of(params), asked.baseline_of(params)
-            make = lambda: self._renderer.alone(base, cases, setup, sampling)  # noqa: E731
+            cases = Case.of(params)
+            base = hf_cache.locate(planned.base)
+            setup = pairs.Setup.of(params, baseline=True)
+            make = lambda: self._renderer.alone(base, cases, setup)  # noqa: E731
             self._alone[key] = baseline(self.folder / "baseline" / key[:16], cases, make)
         return self._alone[key]
 
@@ -65,14 +66,14 @@ class Builder:
         plan, alone = plan_of(planned.base, planned.loras, params), self.alone(planned)
         self.merge(params, at, planned.base, planned.loras)
         environment.make_deterministic(params.regress.threads, on_gpu=params.regress.placement != "cpu")
-        cases, setup = asked.cases_of(params), replace(asked.setup_of(params), baseline=None)
+        cases, setup = Case.of(params), pairs.Setup.of(params, baseline=False)
         here = environment.environment(setup.placement, setup.dtype)
-        approved = goldens_of(params, planned.base).for_run(here.key, [case.name for case in cases])
-        pairs = self._renderer.pairs(at.merged, plan, cases, setup)
-        judged = judge(params, at, setup, here, pairs, approved)
+        approved = goldens.Goldens.of(params, planned.base).for_run(here.key, [case.name for case in cases])
+        rendered = self._renderer.sides(at.merged, plan, cases, setup)
+        judged = judge(params, at, setup, here, rendered, approved)
         metrics = judged.metrics
         metrics["weights_passed"] = json.loads(at.verify.read_text(encoding="utf-8"))["passed"]
-        for pair in pairs:
+        for pair in rendered:
             metrics |= against_baseline(pair.case.name, pair.merged, alone[pair.case.name])
         case_judgement.save_pictures(judged.cases, planned.point.folder / IMAGES)
         files.replace_text(planned.point.folder / METRICS, json.dumps(metrics, indent=2) + "\n")
@@ -90,7 +91,7 @@ def sheet_of(plan: Plan, refused: Mapping[Point, str], builder: Builder, command
         steps = (params.sampling.steps, params.base.sampling.steps)
         facts = (point, planned.series, params.fuse.scale, *steps, len(params.loras))
         entries.append(Entry(*facts, refused=refused.get(point)))
-        cases |= {case.name: case for case in asked.cases_of(params)}
+        cases |= {case.name: case for case in Case.of(params)}
         alone |= builder.alone(planned) if planned in done else {}
     every = [planned.asked.params for planned in plan.points]
     headings = Headings(

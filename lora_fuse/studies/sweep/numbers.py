@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, geometric_mean
 from typing import Any
 
-from lora_fuse.pictures import metrics, picture
-from lora_fuse.regression import report, verdicts
-from lora_fuse.studies.sweep.measures import MEASURES, measure
+from lora_fuse.pictures import damage, metrics, picture
+from lora_fuse.regression import report, review, verdicts
 from lora_fuse.studies.sweep.recommendation import NEAREST_BY, SECOND_BY
 
 # What is damage, by the base's own picture: words, how many times its value, and how much above that.
@@ -50,7 +49,7 @@ def title_of(key: str) -> str:
     return OWN[name]
 
 
-def against_baseline(case: str, merged: picture.Picture, alone: picture.Picture) -> dict[str, verdicts.Scalar]:
+def against_baseline(case: str, merged: picture.Picture, alone: picture.Picture) -> dict[str, review.Scalar]:
     """The keys that a sweep adds to a case.
 
     Args:
@@ -59,11 +58,11 @@ def against_baseline(case: str, merged: picture.Picture, alone: picture.Picture)
         alone: from the base alone.
     """
     same_size = merged.levels.shape == alone.levels.shape
-    sound = not alone.nonfinite and not metrics.is_flat(alone.levels)
+    sound = not alone.nonfinite and not damage.is_flat(alone.levels)
     compared = verdicts.compare(merged, alone) if same_size and sound else None
-    found: dict[str, verdicts.Scalar] = {f"{case}.baseline.{name}": _value(compared, name) for name in metrics.METRICS}
+    found: dict[str, review.Scalar] = {f"{case}.baseline.{name}": _value(compared, name) for name in metrics.METRICS}
     for key, side in (("damage", merged), ("baseline_damage", alone)):
-        found |= {f"{case}.{key}.{name}": value for name, value in measure(side.levels).items()}
+        found |= {f"{case}.{key}.{name}": measure(side.levels) for name, measure in damage.MEASURES.items()}
     return found
 
 
@@ -131,7 +130,7 @@ def worse_than_base(metrics: Mapping[str, Any]) -> tuple[str, ...]:
     """Where the pictures are more clipped, noisier, more of a grid or more washed out than the base's, as sentences."""
     found = []
     for case in report.case_names(metrics):
-        for name in MEASURES:
+        for name in damage.MEASURES:
             words, times, more = DAMAGE[name]
             value, alone = (metrics[f"{case}.{side}.{name}"] for side in ("damage", "baseline_damage"))
             bound = alone * times + more
@@ -144,7 +143,7 @@ def worse_than_base(metrics: Mapping[str, Any]) -> tuple[str, ...]:
 def curves(points: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
     """A number for each point, the mean over the cases, by the key that it has after the case's name."""
     ranked = [*DECIDING, *(name for name in metrics.METRICS if name not in DECIDING)]  # what decides comes first
-    keys = [f"baseline.{name}" for name in ranked] + [f"damage.{name}" for name in MEASURES]
+    keys = [f"baseline.{name}" for name in ranked] + [f"damage.{name}" for name in damage.MEASURES]
     keys += ["over_floor", "golden.psnr_db"]
     found = {key: [mean_of(point, key) for point in points] for key in keys}
     return {key: values for key, values in found.items() if any(value is not None for value in values)}

@@ -13,7 +13,7 @@ from lora_fuse.errors import LoraFuseError, Refused
 from lora_fuse.hub import sizes as source_sizes
 from lora_fuse.machine import files, progress
 from lora_fuse.models import COMPONENT
-from lora_fuse.pictures import asked, environment, pairs
+from lora_fuse.pictures import Case, environment, pairs
 from lora_fuse.recipe import Lock, Recipe, checkout, paths
 from lora_fuse.regression import goldens
 from lora_fuse.studies.sweep.pins import SourceLocks, check_room
@@ -87,7 +87,7 @@ def plan_sweep(swept: Sequence[SweptParams], folder: Path, *, keep: bool) -> Pla
     """
     for one in swept:
         environment.check_gpu(one.params.regress.placement)
-        pairs.check_cases(asked.cases_of(one.params), asked.setup_of(one.params))
+        pairs.check_cases(Case.of(one.params), pairs.Setup.of(one.params))
     with waiting(folder / "locks.json"):
         pins = SourceLocks(folder / "locks.json", _known_locks(), swept[0].params.download)
         fetched, merged = _need(swept, pins)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_fuse.fusion import Plan
-from lora_fuse.pictures import Case, Setup, pairs, picture, render
+from lora_fuse.pictures import Case, pairs, picture, render
 
 
 @dataclass(slots=True)
@@ -21,20 +21,18 @@ class Renderer:
     _of: tuple[object, ...] = ()
     _parts: Mapping[str, object] = field(default_factory=dict)
 
-    def alone(
-        self, base: Path, cases: Sequence[Case], setup: Setup, sampling: render.Sampling
-    ) -> list[picture.Rendered]:
-        """Render every case from the base without a LoRA, with its own scheduler.
+    def alone(self, base: Path, cases: Sequence[Case], setup: pairs.Setup) -> list[picture.Rendered]:
+        """Render every case from the base without a LoRA, with its own scheduler and the settings of `setup.baseline`.
 
         Raises:
             RenderFailed: see `lora_fuse.pictures.pairs.render_pairs`.
         """
         pipe = render.load_pipeline(base, setup.pipeline, dtype=setup.dtype, shared=self._shared(base, setup))
-        rendered = pairs.render_all(pipe, cases, sampling, setup.placement)
+        rendered = pairs.render_all(pipe, cases, setup.baseline or setup.sampling, setup.placement)
         pairs.drop_transformer(pipe)
         return rendered
 
-    def pairs(self, merged: Path, plan: Plan, cases: Sequence[Case], setup: Setup) -> list[pairs.Pair]:
+    def sides(self, merged: Path, plan: Plan, cases: Sequence[Case], setup: pairs.Setup) -> list[pairs.Pair]:
         """Render every case from both sides, see `lora_fuse.pictures.pairs.render_pairs`.
 
         Raises:
@@ -42,7 +40,7 @@ class Renderer:
         """
         return pairs.render_pairs(merged, plan, cases, setup, shared=self._shared(plan.checkpoint.root, setup))
 
-    def _shared(self, base: Path, setup: Setup) -> Mapping[str, object]:
+    def _shared(self, base: Path, setup: pairs.Setup) -> Mapping[str, object]:
         of = (base, setup.pipeline, setup.dtype, setup.placement)
         if of != self._of:
             self._parts = {}  # the memory of the last ones first

@@ -17,9 +17,6 @@ from lora_fuse.pictures import metrics
 if TYPE_CHECKING:
     from lora_fuse.pictures import picture
 
-# Second differences in both directions: what is smooth, and straight edges, cancel (Immerkaer 1996).
-_LAPLACIAN = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], dtype=np.float64)
-
 
 @dataclass(frozen=True, slots=True)
 class Effect:
@@ -67,19 +64,3 @@ def gain(picture: picture.Latents, plain: picture.Latents, teacher: picture.Late
     """
     way = metrics.latents_l2(plain, teacher)
     return 1 - metrics.latents_l2(picture, teacher) / way if way else math.nan
-
-
-def noise_sigma(picture: picture.Levels) -> float:
-    """Standard deviation of the noise in a picture, in levels of 255.
-
-    Immerkaer 1996, "Fast noise variance estimation": ``sqrt(pi / 2) / 6`` times the mean of ``|picture * L|``.
-    """
-    from scipy.ndimage import convolve
-
-    grey = picture.mean(axis=-1, dtype=np.float64)
-    return float(math.sqrt(math.pi / 2) / 6 * np.abs(convolve(grey, _LAPLACIAN))[1:-1, 1:-1].mean())
-
-
-def clipped(picture: picture.Levels) -> float:
-    """The share of values, 0 to 1, that are black or full: what a LoRA that is too strong drives pictures to."""
-    return float(((picture == 0) | (picture == metrics.PEAK)).mean())

@@ -207,9 +207,7 @@ def strip(one: Measured) -> picture.Levels:
     small = [encode.thumbnail(each.levels, THUMBNAIL) for each in shown]
     height = max(len(levels) for levels in small)
     # White below the lower ones, and 4 columns of white after all but the last.
-    padded = [
-        np.pad(levels, ((0, height - len(levels)), (0, GAP), (0, 0)), constant_values=metrics.PEAK) for levels in small
-    ]
+    padded = [np.pad(levels, ((0, height - len(levels)), (0, GAP), (0, 0)), constant_values=255) for levels in small]
     return np.concatenate(padded, axis=1)[:, :-GAP]
 
 

@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 
 from lora_fuse.fusion import Plan
-from lora_fuse.pictures import Case, Setup, metrics, pairs, picture, render, render_progress
+from lora_fuse.pictures import Case, damage, metrics, pairs, picture, render, render_progress
 from lora_fuse.regression import case_judgement, verdicts
-from lora_fuse.studies.validation.effect import effect, gain, noise_sigma
+from lora_fuse.studies.validation.effect import effect, gain
 from lora_fuse.studies.validation.evidence import CaseEvidence
 
 
@@ -46,7 +46,7 @@ class Versions:
     current: Plan | None
 
 
-def task_of(name: str, cases: int, setup: Setup, *, current: bool) -> render_progress.Task:
+def task_of(name: str, cases: int, setup: pairs.Setup, *, current: bool) -> render_progress.Task:
     """How much there is to render."""
     more = (setup.sampling, setup.sampling) if current else (setup.sampling,)
     return render_progress.Task(name, cases, (*setup.sides, *more))
@@ -56,7 +56,7 @@ def render_sides(
     merged: Path,
     versions: Versions,
     cases: Sequence[Case],
-    setup: Setup,
+    setup: pairs.Setup,
     watch: render_progress.Watch,
 ) -> list[Sides]:
     """Render every case from every side.
@@ -88,7 +88,7 @@ def render_sides(
 def _render_beside(
     base: Path,
     cases: Sequence[Case],
-    setup: Setup,
+    setup: pairs.Setup,
     shared: Mapping[str, object],
     watch: render_progress.Watch,
     plan: Plan | None,
@@ -146,7 +146,7 @@ def _evidence(side: Sides, result: verdicts.CaseResult) -> CaseEvidence:
         current_gain=None
         if teacher is None or current is None
         else gain(current.latents, plain.latents, teacher.latents),
-        noise=noise_sigma(new.levels),
-        noise_beside=max(noise_sigma(one.levels) for one in others),
-        comb_db=min(metrics.comb_db(new.levels, other) for other in before) if not faults else 0.0,
+        noise=damage.noise_levels(new.levels),
+        noise_beside=max(damage.noise_levels(one.levels) for one in others),
+        comb_db=min(damage.comb_db(new.levels, other) for other in before) if not faults else 0.0,
     )

@@ -13,9 +13,9 @@ from lora_fuse.fusion import Plan, make_plan, plan_of
 from lora_fuse.lora import open_lora
 from lora_fuse.machine import Console, files, staging
 from lora_fuse.models import COMPONENT
-from lora_fuse.pictures import asked, encode, environment, pairs, render_progress
+from lora_fuse.pictures import Case, encode, environment, pairs, render_progress
 from lora_fuse.recipe import Artifacts, Lock, Recipe, hf_cache, paths
-from lora_fuse.regression import goldens, goldens_of, rules_of
+from lora_fuse.regression import goldens, verdicts
 from lora_fuse.studies.validation.evidence import Cause, Judgement, Outcome, bounds_of
 from lora_fuse.studies.validation.files import FileFacts, compare_files, facts_of
 from lora_fuse.studies.validation.judgement import judge, refused
@@ -92,7 +92,7 @@ class Trial:
 
     def check(self) -> None:
         """Refuse what cannot end well, and remove the pages of the last validation, which are not this one's."""
-        pairs.check_cases(asked.cases_of(self.params), asked.setup_of(self.params))
+        pairs.check_cases(Case.of(self.params), pairs.Setup.of(self.params))
         for name in PAGES:
             (VALIDATION / name).unlink(missing_ok=True)
         staging.remove(VALIDATION / THUMBNAILS)
@@ -100,7 +100,7 @@ class Trial:
     def judge(self, here: environment.Environment, console: Console) -> Validation:
         """Fetch, fuse, verify, render and decide."""
         base = lock_base(self.params)
-        approved = goldens_of(self.params, base).for_run(here.key, list(self.params.regress.cases))
+        approved = goldens.Goldens.of(self.params, base).for_run(here.key, list(self.params.regress.cases))
         new = lock_loras(self.candidate, fresh=self.name if self.request.lora else None)
         current = self._current(approved)
         name = self.name or next(iter(sorted(new.locks)))
@@ -119,13 +119,13 @@ class Trial:
             make_plan(checkpoint, others.inputs, selection) if others.locks else None,
             None if current is None else make_plan(checkpoint, current.inputs, selection),
         )
-        cases = asked.cases_of(self.params)
-        setup = replace(asked.setup_of(self.params), baseline=asked.baseline_of(self.params) if self.teacher else None)
+        cases = Case.of(self.params)
+        setup = pairs.Setup.of(self.params, baseline=self.teacher)
         task = task_of(f"validate {self.params.name} {here.key}", len(cases), setup, current=current is not None)
         console.will("validate", f"{task}, on {here.key}{task.estimate}")
         with render_progress.watching(task) as watch:
             sides = render_sides(BUILD.merged, versions, cases, setup, watch)
-        measured = measure(sides, goldens.pictures_of(approved), rules_of(self.params))
+        measured = measure(sides, goldens.pictures_of(approved), verdicts.Rules.of(self.params))
         files = None
         if current is not None and name in current.locks and self.name is not None:
             files = compare_files(current.path(name), new.path(name), hf_cache.locate(base), COMPONENT)
@@ -135,11 +135,11 @@ class Trial:
         judgement = judge(evidence, files, warnings, bounds_of(self.params), wanted)
         return replace(said(judgement), files=files, cases=tuple(measured))
 
-    def _current(self, goldens: Mapping[str, list[goldens.Approved]]) -> Version | None:
+    def _current(self, approved: Mapping[str, list[goldens.Approved]]) -> Version | None:
         """What is in use: the recipe's LoRAs, or where these are judged themselves, what was approved."""
         if self.request.lora is not None or self.request.scale is not None:
             return lock_loras(self.params)
-        return approved_version(self.params, goldens)
+        return approved_version(self.params, approved)
 
     def _build(self, base: Lock, new: Version, console: Console) -> Plan:
         """Fuse and verify beside the current build.

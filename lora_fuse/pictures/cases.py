@@ -1,0 +1,67 @@
+"""Pictures to make, and the settings to make them with, as a recipe has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from lora_fuse.recipe import Recipe
+
+Images = TypeVar("Images")
+
+
+@dataclass(frozen=True, slots=True)
+class CaseOf(Generic[Images]):
+    """One picture to make.
+
+    Attributes:
+        name: in the recipe.
+        prompt: text.
+        seed: of the noise.
+        images: input pictures: their paths, or in a record their sha256 by path.
+        height: pixels; None leaves it to the pipeline.
+        width: likewise.
+    """
+
+    name: str
+    prompt: str
+    seed: int
+    images: Images
+    height: int | None = None
+    width: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Case(CaseOf[tuple[Path, ...]]):
+    """One picture to make, its input pictures by path."""
+
+    images: tuple[Path, ...] = ()
+
+    @staticmethod
+    def of(recipe: Recipe) -> list[Case]:
+        """List a recipe's cases."""
+        cases = recipe.regress.cases.items()
+        return [Case(name, c.prompt, c.seed, tuple(map(Path, c.images)), c.height, c.width) for name, c in cases]
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Width and height in pixels; None unless both are given."""
+        return (self.width, self.height) if self.width and self.height else None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """The arguments of a pipeline's call that all cases share.
+
+    Attributes:
+        steps: of denoising.
+        true_cfg_scale: 1.0 turns guidance, and with it the negative prompt, off.
+        negative_prompt: None goes without.
+        condition_area: pixels, see `lora_fuse.pictures.render.condition_area`.
+    """
+
+    steps: int
+    true_cfg_scale: float
+    negative_prompt: str | None
+    condition_area: int | None = None

@@ -1,0 +1,13 @@
+"""Pictures whose damage is known: none."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lora_fuse.pictures.picture import Levels
+
+
+def smooth(size: int = 128) -> Levels:
+    """A slope from dark to bright."""
+    ramp = np.linspace(40, 200, size)
+    return np.repeat((ramp[:, None] + ramp[None, :])[..., None] / 2, 3, axis=-1).round().astype(np.uint8)
