@@ -45,7 +45,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bin_(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def commands(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The commands of an environment that has the wheel, what it depends on, and nothing else."""
     folder = tmp_path_factory.mktemp("core")
     venv.create(folder, with_pip=False)
@@ -68,22 +68,30 @@ def test_the_wheel_holds_the_library_alone_and_whole(wheel: Path) -> None:
     assert {"__init__.pyi", "py.typed", "report.html.j2", "style.css"} <= {name.name for name in names}
 
 
-def test_the_core_is_light(bin_: Path) -> None:
-    (site,) = bin_.parent.glob("lib/python3*/site-packages")
+def test_the_core_is_light(commands: Path) -> None:
+    (site,) = commands.parent.glob("lib/python3*/site-packages")
     size = sum(path.lstat().st_blocks * 512 for path in site.rglob("*"))
     print(f"site-packages: {size / 1e6:.0f} MB")
     assert size < LARGEST
     absent = {library for libraries in EXTRAS.values() for library in libraries} - {"packaging"}  # lazy-loader's too
     code = "import sys; from importlib.util import find_spec; print([name for name in sys.argv[1:] if find_spec(name)])"
-    assert run(bin_ / "python", "-c", code, *sorted(absent), "stages", "pocket").stdout == "[]\n"
+    assert run(commands / "python", "-c", code, *sorted(absent), "stages", "pocket").stdout == "[]\n"
 
 
 @pytest.fixture
 def lora(tmp_path: Path) -> Path:
-    return tiny.write_lora(tmp_path / "l.safetensors", tiny.lora_tensors())
+    """A plain LoRA, of a bias too."""
+    bias = {"transformer.transformer_blocks.0.attn.to_q.lora_B.bias": np.ones(24, np.float32)}
+    return tiny.write_lora(tmp_path / "l.safetensors", tiny.lora_tensors("diffusers") | bias)
 
 
-def test_the_core_inspects_plans_fuses_and_verifies(bin_: Path, tmp_path: Path, lora: Path) -> None:
+def fuse_with_torch(base: Path, out: Path, lora: Path, scale: float) -> None:
+    """Fuse in the environment of the tests."""
+    arguments = map(str, ["fuse", base, out, "--lora", lora, "--scale", scale])
+    subprocess.run([sys.executable, "-m", "lora_fuse", *arguments], cwd=ROOT, capture_output=True, check=True)
+
+
+def test_the_core_inspects_plans_fuses_and_verifies(commands: Path, tmp_path: Path, lora: Path) -> None:
     base, out = tiny.write_pipeline(tmp_path / "base", tiny.weights()), tmp_path / "out"
     for command in (
         ("inspect", lora),
@@ -91,15 +99,14 @@ def test_the_core_inspects_plans_fuses_and_verifies(bin_: Path, tmp_path: Path, 
         ("fuse", base, out, "--lora", lora, "--scale", 0.8),
         ("verify", out, base, "--lora", lora, "--scale", 0.8, "--rows", "all"),
     ):
-        done = run(bin_ / "lora-fuse", *command)
+        done = run(commands / "lora-fuse", *command)
         assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert done.stdout.endswith("verify: passed\n")
     (out / "lora_fuse.json").write_bytes((tmp_path / "out.manifest.json").read_bytes())
-    assert run(bin_ / "lora-fuse", "verify", out).stdout.endswith("download: passed\n")
-    wrong = run(bin_ / "lora-fuse", "verify", out, base, "--lora", lora, "--scale", 0.7)
+    assert run(commands / "lora-fuse", "verify", out).stdout.endswith("download: passed\n")
+    wrong = run(commands / "lora-fuse", "verify", out, base, "--lora", lora, "--scale", 0.7)
     assert wrong.returncode == 1
-    again = ["fuse", base, tmp_path / "here", "--lora", lora, "--scale", "0.8"]
-    subprocess.run([sys.executable, "-m", "lora_fuse", *map(str, again)], cwd=ROOT, capture_output=True, check=True)
+    fuse_with_torch(base, tmp_path / "here", lora, 0.8)
     assert {path.name: path.read_bytes() for path in (out / "transformer").iterdir()} == {
         path.name: path.read_bytes() for path in (tmp_path / "here/transformer").iterdir()
     }
@@ -117,13 +124,13 @@ def loha_tensors() -> dict[str, tiny.Array]:
     [("plan", "float32"), ("plan", "LoHa"), ("fuse", "float32"), ("fuse", "LoHa"), ("fuse", "cuda")],
 )
 def test_a_fuse_that_needs_torch_is_refused_and_leaves_nothing(
-    bin_: Path, tmp_path: Path, command: str, kind: str
+    commands: Path, tmp_path: Path, command: str, kind: str
 ) -> None:
     base = tiny.write_pipeline(tmp_path / "base", tiny.weights(np.float32 if kind == "float32" else tiny.BF16))
     lora = tiny.write_lora(tmp_path / "l.safetensors", loha_tensors() if kind == "LoHa" else tiny.lora_tensors())
     before = sorted(tmp_path.rglob("*"))
     out = [tmp_path / "out", "--device", "cuda" if kind == "cuda" else "auto"] if command == "fuse" else []
-    refused = run(bin_ / "lora-fuse", command, base, *out, "--lora", lora)
+    refused = run(commands / "lora-fuse", command, base, *out, "--lora", lora)
     assert refused.returncode == 2
     (line,) = refused.stderr.splitlines()
     assert line.startswith("error: ")
@@ -132,20 +139,28 @@ def test_a_fuse_that_needs_torch_is_refused_and_leaves_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_sum_that_may_be_too_large_is_refused_and_leaves_nothing(bin_: Path, tmp_path: Path, lora: Path) -> None:
+def test_the_core_verifies_what_it_does_not_fuse(commands: Path, tmp_path: Path) -> None:
+    base = tiny.write_component(tmp_path / "base", tiny.weights(np.float32))
+    lora, out = tiny.write_lora(tmp_path / "l.safetensors", loha_tensors()), tmp_path / "out"
+    fuse_with_torch(base, out, lora, 1.0)
+    for scale, code in ((1.0, 0), (0.9, 1)):
+        assert run(commands / "lora-fuse", "verify", out, base, "--lora", lora, "--scale", scale).returncode == code
+
+
+def test_a_sum_that_may_be_too_large_is_refused_and_leaves_nothing(commands: Path, tmp_path: Path, lora: Path) -> None:
     weights = {name: np.full_like(values, 3e4) for name, values in tiny.weights(np.float16).items()}
     base = tiny.write_component(tmp_path / "base", weights)
-    refused = run(bin_ / "lora-fuse", "fuse", base, tmp_path / "out", "--lora", lora)
+    refused = run(commands / "lora-fuse", "fuse", base, tmp_path / "out", "--lora", lora)
     assert refused.returncode == 2
     (line,) = refused.stderr.splitlines()
     assert line.endswith("needs torch, which is not installed: pip install 'lora-fuse[torch]'")
     assert {path.name for path in tmp_path.iterdir()} <= {"base", "l.safetensors", ".out.lock"}
 
 
-def test_a_signature_is_refused_before_anything_is_read(bin_: Path, tmp_path: Path) -> None:
+def test_a_signature_is_refused_before_anything_is_read(commands: Path, tmp_path: Path) -> None:
     (tmp_path / "lora_fuse.json").write_text("{}")
     (tmp_path / "key.pub").write_text("a key")
-    refused = run(bin_ / "lora-fuse", "verify", tmp_path, "--public-key", tmp_path / "key.pub")
+    refused = run(commands / "lora-fuse", "verify", tmp_path, "--public-key", tmp_path / "key.pub")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr == (
         "error: a signature needs model_signing, which is not installed: pip install 'lora-fuse[sign]'\n"
@@ -159,16 +174,16 @@ def test_a_signature_is_refused_before_anything_is_read(bin_: Path, tmp_path: Pa
         ("lora_fuse.fusion", "device.resolve_device('cuda')", "torch"),
     ],
 )
-def test_a_caller_of_the_library_is_told_the_extra(bin_: Path, module: str, call: str, extra: str) -> None:
+def test_a_caller_of_the_library_is_told_the_extra(commands: Path, module: str, call: str, extra: str) -> None:
     name = call.partition(".")[0]
     code = f"from {module} import {name}\nfrom lora_fuse.errors import MissingExtra\ntry: {call}\n"
     code += "except MissingExtra as error: print(error)"
-    assert f"pip install 'lora-fuse[{extra}]'" in run(bin_ / "python", "-c", code).stdout
+    assert f"pip install 'lora-fuse[{extra}]'" in run(commands / "python", "-c", code).stdout
 
 
-def test_a_stage_names_its_extra(bin_: Path) -> None:
+def test_a_stage_names_its_extra(commands: Path) -> None:
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import stages.gate"
-    refused = run(bin_ / "python", "-c", code)
+    refused = run(commands / "python", "-c", code)
     assert refused.returncode == 2
     assert refused.stderr == "error: a stage needs hydra, which is not installed: pip install 'lora-fuse[pipeline]'\n"
 
