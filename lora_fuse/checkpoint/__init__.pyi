@@ -1,11 +1,12 @@
 from . import blocks as blocks
-from . import header as header
+from . import dtypes as dtypes
 from . import repository_files as repository_files
 from .diffusers_layout import diffusers_files as diffusers_files
+from .header import Header as Header
 from .header import TensorInfo as TensorInfo
+from .header import pack_header as pack_header
 from .shards import PROVENANCE as PROVENANCE
 from .shards import Checkpoint as Checkpoint
-from .shards import Kind as Kind
 from .shards import Shard as Shard
 from .shards import open_checkpoint as open_checkpoint
 from .shards import read_header as read_header

@@ -7,7 +7,7 @@ A shard that we merge has the base shard's entries in its order, and one more en
 Invariant of a `Header`: tensors are in file order, do not overlap, leave no hole and end where the file ends. What is
 accepted here the reference implementation reads, and as the same tensors. It refuses less: a key that stands in a
 header twice, a field that the format does not have (its meaning would be lost in a merge), an entry that is a list, a
-dtype that is not in `DTYPE_BYTES`, a shape that no array can have.
+dtype that is not in `DTYPES`, a shape that no array can have.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import json
 import math
 import struct
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lora_fuse.checkpoint.dtypes import DTYPES
 from lora_fuse.errors import BadCheckpoint
 
 PREFIX = 8  # bytes of the length before the JSON
@@ -27,11 +29,6 @@ MAX_DIMENSIONS = 64  # numpy's limit
 MAX_NUMBER = 2**64 - 1  # as the reference reads a shape or an offset
 MAX_SIZE = 2**63 - 1  # bytes of a tensor, as numpy and torch count them
 FIELDS = ("dtype", "shape", "data_offsets")
-
-DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +62,24 @@ class Header:
             BadCheckpoint: there is no room for the entry below the limit of the reference implementation.
         """
         entries = json.loads(self.raw[PREFIX:].decode())
-        metadata = {**self.metadata, name: value}
-        entries = {"__metadata__": metadata} | {key: entry for key, entry in entries.items() if key != "__metadata__"}
-        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % PREFIX)
-        if len(text) > MAX_HEADER:
-            raise BadCheckpoint(
-                f"with the entry {name!r} the header of {len(self.tensors)} tensors would be {len(text)} bytes, and "
-                f"safetensors reads {MAX_HEADER}; split the file into shards"
-            )
-        return struct.pack("<Q", len(text)) + text
+        entries.pop("__metadata__", None)
+        return pack_header(entries, {**self.metadata, name: value})
+
+
+def pack_header(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
+    """Length prefix and JSON of tensors in the order given, padded to 8 bytes as the format's own.
+
+    Raises:
+        BadCheckpoint: it would be larger than the reference implementation reads.
+    """
+    text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % PREFIX)
+    if len(text) > MAX_HEADER:
+        raise BadCheckpoint(
+            f"with the metadata {', '.join(map(repr, metadata))} the header of {len(entries)} tensors would be "
+            f"{len(text)} bytes, and safetensors reads {MAX_HEADER}; split the file into shards"
+        )
+    return struct.pack("<Q", len(text)) + text
 
 
 def header_length(prefix: bytes, file_size: int, where: str) -> int:
@@ -159,16 +164,17 @@ def _tensor(name: str, entry: Any, data_start: int, where: str) -> TensorInfo:
             f"{where}: the header entry of {name!r} has a shape or offset that is no natural number of 64 bits, or "
             "not two offsets; fetch it again"
         )
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise BadCheckpoint(f"{where}: {name!r} has the dtype {dtype!r}; known are {', '.join(DTYPE_BYTES)}")
-    if len(shape) > MAX_DIMENSIONS or math.prod(n or 1 for n in shape) * DTYPE_BYTES[dtype] > MAX_SIZE:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise BadCheckpoint(f"{where}: {name!r} has the dtype {dtype!r}; known are {', '.join(DTYPES)}")
+    item = DTYPES[dtype].nbytes
+    if len(shape) > MAX_DIMENSIONS or math.prod(n or 1 for n in shape) * item > MAX_SIZE:
         raise BadCheckpoint(
             f"{where}: {name!r} has a shape of {len(shape)} dimensions that no array can have; fetch it again"
         )
     start, end = offsets
-    if end - start != math.prod(shape) * DTYPE_BYTES[dtype]:
+    if end - start != math.prod(shape) * item:
         raise BadCheckpoint(
-            f"{where}: {name!r} is {dtype} {shape}, {math.prod(shape) * DTYPE_BYTES[dtype]} bytes, "
+            f"{where}: {name!r} is {dtype} {shape}, {math.prod(shape) * item} bytes, "
             f"but its data_offsets span {end - start}; fetch it again"
         )
     return TensorInfo(name, dtype, tuple(shape), data_start + start, data_start + end)

@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from lora_fuse.checkpoint.header import PREFIX, Header, TensorInfo, header_length, parse_header
 from lora_fuse.checkpoint.repository_files import TEXT_SUFFIXES
@@ -25,12 +24,7 @@ PROVENANCE = "lora_fuse"  # the metadata entry of a fused shard: what was fused,
 KEPT_SUFFIXES = TEXT_SUFFIXES | {".safetensors"}
 
 
-class Kind(StrEnum):
-    """What a base is."""
-
-    PIPELINE = "pipeline"
-    COMPONENT = "component"
-    FILE = "file"
+Kind = Literal["pipeline", "component", "file"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +53,7 @@ class Checkpoint:
 
     def locate(self, relative: str) -> Path:
         """The file on disk behind a POSIX path of this base."""
-        return self.root if self.kind is Kind.FILE else self.root / relative
+        return self.root if self.kind == "file" else self.root / relative
 
 
 def read_header(path: Path) -> Header:
@@ -95,16 +89,14 @@ def open_checkpoint(
         BadCheckpoint: there is nothing there, or its index and shards contradict each other.
     """
     if root.is_file():
-        return Checkpoint(root, Kind.FILE, (Shard(root, root.name, read_header(root)),), (), label=label)
-    if (root / "model_index.json").is_file():
-        kind, prefix = Kind.PIPELINE, f"{component}/"
-    elif (root / "config.json").is_file():
-        kind, prefix = Kind.COMPONENT, ""
-    else:
+        return Checkpoint(root, "file", (Shard(root, root.name, read_header(root)),), (), label=label)
+    kind: Kind = "pipeline" if (root / "model_index.json").is_file() else "component"
+    if kind == "component" and not (root / "config.json").is_file():
         raise BadCheckpoint(
             f"{root} is no base: expected a folder with model_index.json (a pipeline) or config.json (a component), "
             "or one .safetensors file"
         )
+    prefix = f"{component}/" if kind == "pipeline" else ""
     names = sorted(files) if files is not None else _kept_files(root)
     shards = _component_shards(root, prefix, names)
     taken = {shard.relative for shard in shards}

@@ -12,13 +12,11 @@ are aligned), then by name.
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_fuse.checkpoint import Checkpoint, Shard, TensorInfo, header
+from lora_fuse.checkpoint import Checkpoint, Shard, TensorInfo, dtypes, pack_header
 from lora_fuse.errors import BadCheckpoint
 from lora_fuse.machine import FileRecord, HashingWriter
 
@@ -90,23 +88,17 @@ def _tensors(checkpoint: Checkpoint) -> list[tuple[TensorInfo, Shard | None]]:
     ]
     flags = [flag for setting, flag in layout.flags.items() if checkpoint.config.get(setting)]
     named += [(TensorInfo(layout.prefix + flag, "F32", (0,), 0, 0), None) for flag in flags]
-    return sorted(named, key=lambda pair: (-header.DTYPE_BYTES[pair[0].dtype], pair[0].name))
+    return sorted(named, key=lambda pair: (-dtypes.DTYPES[pair[0].dtype].nbytes, pair[0].name))
 
 
 def _header(tensors: list[tuple[TensorInfo, Shard | None]], metadata: Mapping[str, str]) -> bytes:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt", **dict(sorted(metadata.items()))}}
+    entries = {}
     at = 0
     for tensor, _ in tensors:
-        entry = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
-        entries[tensor.name] = entry
+        offsets = [at, at + tensor.nbytes]
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
         at += tensor.nbytes
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % header.PREFIX)
-    if len(text) > header.MAX_HEADER:
-        raise BadCheckpoint(
-            f"the header of one file would be {len(text)} bytes, and safetensors reads {header.MAX_HEADER}"
-        )
-    return struct.pack("<Q", len(text)) + text
+    return pack_header(entries, {"format": "pt", **dict(sorted(metadata.items()))})
 
 
 def _read(tensor: TensorInfo, shard: Shard | None) -> Iterator[bytes]:

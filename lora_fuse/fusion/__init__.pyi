@@ -8,4 +8,3 @@ from .plan import Plan as Plan
 from .plan import Target as Target
 from .plan import make_plan as make_plan
 from .plan import plan_of as plan_of
-from .torch_adder import TORCH_DTYPES as TORCH_DTYPES

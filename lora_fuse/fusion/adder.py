@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from lora_fuse.checkpoint import dtypes
 from lora_fuse.errors import naming_extras
 from lora_fuse.fusion.cpu_adder import Stacked, TooLarge, stackable
 from lora_fuse.fusion.pieces import BUFFER, row_pieces
@@ -83,13 +84,13 @@ def read_differences(target: Target) -> list[deltas.Difference]:
 
 def _rows_of(target: Target) -> Iterator[tuple[int, torch.Tensor]]:
     """A target's rows as the base has them, in float64, block by block."""
-    from lora_fuse.fusion.torch_adder import TORCH_DTYPES, as_rows
+    from lora_fuse.fusion.torch_adder import as_rows
 
     at, memory = target.tensor.start, direct_io.block_memory(BUFFER)
     with direct_io.open_shard(target.shard.path) as source:
         for piece in row_pieces(target):
             data = direct_io.read_exactly(source, memory, at, piece.nbytes)
-            yield piece.first_row, as_rows(data, TORCH_DTYPES[target.tensor.dtype], _columns(target)).double()
+            yield piece.first_row, as_rows(data, dtypes.DTYPES[target.tensor.dtype].torch, _columns(target)).double()
             at += piece.nbytes
 
 

@@ -11,17 +11,13 @@ import threading
 from collections.abc import Sequence
 from fractions import Fraction
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from lora_fuse.checkpoint import dtypes
 from lora_fuse.fusion.cpu_kernel import ADD, UNIT, Factors, largest
 from lora_fuse.lora import deltas, exact
 
-KINDS: dict[str, tuple[exact.FloatFormat, npt.DTypeLike]] = {
-    "BF16": (exact.BFLOAT16, ml_dtypes.bfloat16),
-    "F16": (exact.FLOAT16, np.float16),
-}
 BLOCK = 1 << 19  # values of a product at a time: 2 MB
 LARGE = 2.0**60  # the product of two numbers below it is far from float32's largest
 SPARE = 4.0  # how far below the format's largest number a sum must be sure to stay
@@ -41,8 +37,10 @@ class Stacked:
     """
 
     def __init__(self, parts: Sequence[deltas.LowRank], dtype: str) -> None:
-        """Stack the parts that `stackable` allows, for weights of a dtype of `KINDS`."""
-        self._parts, (self._kind, self._dtype) = tuple(parts), KINDS[dtype]
+        """Stack the parts that `stackable` allows, for weights of a dtype of `dtypes.SIXTEEN_BIT`."""
+        self._parts = tuple(parts)
+        self._kind = dtypes.SIXTEEN_BIT[dtype]
+        self._dtype = dtypes.DTYPES[dtype].numpy
         self._size = sum(one.size for one in parts)
         self._roundings = 2 + sum(one.roundings + 1 for one in parts)
         a = np.concatenate([one.factor * one.matrix.a for one in parts], axis=1)
@@ -111,7 +109,7 @@ def _scratch(shape: tuple[int, ...]) -> tuple[npt.NDArray[np.float32], npt.NDArr
 def stackable(differences: Sequence[deltas.Difference], dtype: str) -> list[deltas.LowRank] | None:
     """The same differences, where each is a product whose sum `Stacked` can take, for weights of a dtype."""
     fit = [one for one in differences if isinstance(one, deltas.LowRank) and _is_small_product(one)]
-    return fit if dtype in KINDS and len(fit) == len(differences) else None
+    return fit if dtype in dtypes.SIXTEEN_BIT and len(fit) == len(differences) else None
 
 
 def _is_small_product(one: deltas.LowRank) -> bool:

@@ -18,7 +18,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from lora_fuse.lora import exact
+from lora_fuse.checkpoint import dtypes
 
 UNIT = 2.0**-24  # half a unit in the last place of float32, relative
 
@@ -114,7 +114,7 @@ def _inner_product(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> np
     return total
 
 
-def adder(kind: exact.FloatFormat) -> Callable[..., int]:
+def adder(kind: dtypes.FloatFormat) -> Callable[..., int]:
     """Compile the loop for one format of 16 bits: with its constants in it, it is twice as fast as with variables.
 
     An example in bfloat16, whose numbers around 1 are 1, 1 + 2**-7, 1 + 2**-6. The weight is 1, the rank 1, the
@@ -127,11 +127,11 @@ def adder(kind: exact.FloatFormat) -> Callable[..., int]:
     - ``d = 2**-4 * 2**-4``: the sum is half-way exactly. float64 is undecided too; fractions say 1, which is even.
     """
     precision, bias = kind.precision, kind.bias
-    dropped = U32(exact.FLOAT32.precision - precision)
-    scale, back = F32(2.0 ** (exact.FLOAT32.bias - bias)), F32(2.0 ** (bias - exact.FLOAT32.bias))
+    dropped = U32(dtypes.FLOAT32.precision - precision)
+    scale, back = F32(2.0 ** (dtypes.FLOAT32.bias - bias)), F32(2.0 ** (bias - dtypes.FLOAT32.bias))
     smallest = F32(kind.smallest_normal)
     # float32 has the same exponents: no number of the format is too small for `nearest_even`
-    same_exponents = bias == exact.FLOAT32.bias
+    same_exponents = bias == dtypes.FLOAT32.bias
 
     def add(
         bits: npt.NDArray[np.uint16],
@@ -192,4 +192,4 @@ def adder(kind: exact.FloatFormat) -> Callable[..., int]:
     return compiled()(add)
 
 
-ADD = {kind: adder(kind) for kind in (exact.BFLOAT16, exact.FLOAT16)}
+ADD = {kind: adder(kind) for kind in dtypes.SIXTEEN_BIT.values()}

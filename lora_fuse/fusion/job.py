@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_fuse.checkpoint import Kind, diffusers_files
+from lora_fuse.checkpoint import diffusers_files
 from lora_fuse.errors import BadConfig
 from lora_fuse.fusion.device import fuse_device
 from lora_fuse.fusion.manifest import build_manifest, manifest_path, write_manifest
@@ -65,7 +65,7 @@ class FuseJob:
             BadCheckpoint: the base's own configuration cannot be read.
         """
         base = plan.checkpoint
-        if scheduler and base.kind is not Kind.PIPELINE:
+        if scheduler and base.kind != "pipeline":
             raise BadConfig(f"--scheduler is for a pipeline, and {base.root} is a {base.kind}; leave it out")
         generated = {}
         if pipeline or scheduler:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from threadpoolctl import threadpool_limits
 
-from lora_fuse.checkpoint import PROVENANCE, Checkpoint, Kind, Shard
+from lora_fuse.checkpoint import PROVENANCE, Checkpoint, Shard
 from lora_fuse.errors import BadCheckpoint, BadLora, NoSpace, Refused
 from lora_fuse.fusion.plan import Plan
 from lora_fuse.fusion.stream import FuseOptions, Progress, Stopped, fuse_shard
@@ -68,7 +68,7 @@ def write_merged(
                 if _identity(path) != before:
                     raise BadLora(f"{path} changed while it was read; run again when nothing writes to it")
             new = place.files
-            if plan.checkpoint.kind is Kind.FILE:
+            if plan.checkpoint.kind == "file":
                 ((name, record),) = written.items()
                 new, written = new / name, {out.name: record}
             staging.replace_atomically(new, out)

@@ -7,13 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
-from lora_fuse.checkpoint import PROVENANCE, Checkpoint, Shard, TensorInfo, open_checkpoint
+from lora_fuse.checkpoint import PROVENANCE, Checkpoint, Shard, TensorInfo, dtypes, open_checkpoint
 from lora_fuse.errors import BadCheckpoint, BadScale, require
 from lora_fuse.lora import Algorithm, LoraFile, LoraInput, Selection, Update, match_targets, open_lora
 from lora_fuse.models import COMPONENT
 from lora_fuse.recipe import Lock, Recipe, hf_cache, paths
-
-ROUNDABLE = ("BF16", "F16", "F32", "F64")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +141,10 @@ def _targets(checkpoint: Checkpoint, terms: dict[str, list[Term]]) -> dict[str, 
         for name, tensor in shard.header.tensors.items():
             if name not in terms:
                 continue
-            if tensor.dtype not in ROUNDABLE:
+            if tensor.dtype not in dtypes.ROUNDABLE:
                 raise BadCheckpoint(
                     f"{shard.path}: the target {name!r} is {tensor.dtype}, which cannot be rounded to; "
-                    f"use a base in {', '.join(ROUNDABLE)}"
+                    f"use a base in {', '.join(dtypes.ROUNDABLE)}"
                 )
             targets[name] = Target(tensor, shard, tuple(terms[name]))
     return targets
@@ -154,7 +152,7 @@ def _targets(checkpoint: Checkpoint, terms: dict[str, list[Term]]) -> dict[str, 
 
 def _beyond_plain(target: Target) -> str | None:
     """The first thing about a target that only torch can add; None for plain LoRAs and weights of 16 bits."""
-    if target.tensor.dtype not in ("BF16", "F16"):
+    if target.tensor.dtype not in dtypes.SIXTEEN_BIT:
         return f"{target.shard.path}: a fuse into {target.tensor.dtype} weights, as {target.tensor.name!r} is,"
     for term in target.terms:
         if term.update.algorithm != str(Algorithm.LORA):

@@ -8,10 +8,9 @@ from contextlib import contextmanager
 
 import torch
 
+from lora_fuse.checkpoint import dtypes
 from lora_fuse.fusion.torch_sums import fuse_rows
 from lora_fuse.lora import deltas
-
-TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 _of_thread = threading.local()
 
@@ -21,7 +20,9 @@ class TorchSum:
 
     def __init__(self, differences: Sequence[deltas.Difference], dtype: str, columns: int, device: str) -> None:
         """Differences of a weight of a safetensors dtype; a square root is taken on the CPU, the same everywhere."""
-        self._differences, self._dtype, self._columns = differences, TORCH_DTYPES[dtype], columns
+        self._differences = differences
+        self._dtype = dtypes.DTYPES[dtype].torch
+        self._columns = columns
         rooted = any(isinstance(one, deltas.Decomposed) for one in differences)
         self._device = torch.device("cpu" if rooted else device)
 

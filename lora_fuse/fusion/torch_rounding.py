@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from lora_fuse.checkpoint import dtypes
 from lora_fuse.fusion.scratch import scratch
-from lora_fuse.lora import exact
 
-FLOAT_FORMATS = {torch.bfloat16: exact.BFLOAT16, torch.float16: exact.FLOAT16, torch.float32: exact.FLOAT32}
+FLOAT_FORMATS = {dtypes.DTYPES[name].torch: kind for name, kind in dtypes.ROUNDABLE.items()}
 
 
 def round_most(values: torch.Tensor, error: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,7 +48,7 @@ def _near_a_tie(near: torch.Tensor, error: float, dtype: torch.dtype) -> torch.T
     float32 and for `error`; a value so small that this is not enough counts as near. Both tests end in a negative
     number, for torch compares four times as slowly as it subtracts.
     """
-    dropped, window = exact.FLOAT32.precision - FLOAT_FORMATS[dtype].precision, 2
+    dropped, window = dtypes.FLOAT32.precision - FLOAT_FORMATS[dtype].precision, 2
     mask, tie = (1 << dropped) - 1, 1 << (dropped - 1)
     bits = near.view(torch.int32)
     distance, size = (scratch(name, bits.shape, torch.int32, bits.device) for name in ("distance", "size"))

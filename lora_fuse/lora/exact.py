@@ -3,40 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
 
-
-@dataclass(frozen=True, slots=True)
-class FloatFormat:
-    """A binary floating-point format: bits of the significand, the hidden one included, and of the exponent."""
-
-    precision: int
-    exponent_bits: int
-
-    @property
-    def bias(self) -> int:
-        """The largest exponent, and what is added to one."""
-        return (1 << (self.exponent_bits - 1)) - 1
-
-    @property
-    def smallest_normal(self) -> float:
-        """Below it a number has fewer bits."""
-        return math.ldexp(1.0, 1 - self.bias)
-
-    @property
-    def largest(self) -> float:
-        """The largest finite number."""
-        return math.ldexp(2 - 2.0 ** (1 - self.precision), self.bias)
+from lora_fuse.checkpoint import dtypes
 
 
-BFLOAT16, FLOAT16, FLOAT32 = FloatFormat(8, 8), FloatFormat(11, 5), FloatFormat(24, 8)
-
-
-def nearest(exact: Fraction, kind: FloatFormat) -> float:
+def nearest(exact: Fraction, kind: dtypes.FloatFormat) -> float:
     """The number of a format that is nearest to a fraction, ties to even; infinity where it is too large."""
     size = abs(exact)
     if not size:

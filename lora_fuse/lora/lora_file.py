@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from lora_fuse.checkpoint import TensorInfo, header, read_header
+from lora_fuse.checkpoint import Header, TensorInfo, dtypes, read_header
 from lora_fuse.errors import BadCheckpoint, BadLora
 from lora_fuse.lora.adapter_config import AdapterConfig, parse_adapter_config
 from lora_fuse.lora.updates import Update, parse_lora
 from lora_fuse.machine import files
 
-NUMPY_DTYPES: dict[str, npt.DTypeLike] = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-}
-SCALAR_DTYPES: dict[str, npt.DTypeLike] = NUMPY_DTYPES | {
-    "I8": np.int8, "U8": np.uint8, "I16": np.int16, "U16": np.uint16,
-    "I32": np.int32, "U32": np.uint32, "I64": np.int64, "U64": np.uint64,
-}  # fmt: skip
+INTEGERS = {name for name, dtype in dtypes.DTYPES.items() if not dtype.is_float and name != "BOOL"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +28,7 @@ class LoraFile:
     """
 
     path: Path
-    header: header.Header
+    header: Header
     updates: tuple[Update, ...]
     sha256: str
     config_sha256: str | None = None
@@ -49,9 +39,9 @@ class LoraFile:
         return {role: _read(self.path, tensor).astype(np.float64) for role, tensor in tensors.items()}
 
 
-def _read(path: Path, tensor: TensorInfo, dtypes: Mapping[str, npt.DTypeLike] = NUMPY_DTYPES) -> npt.NDArray[Any]:
-    if tensor.dtype not in dtypes:
-        raise BadLora(f"{path}: {tensor.name!r} is {tensor.dtype}; a LoRA holds {', '.join(NUMPY_DTYPES)}")
+def _read(path: Path, tensor: TensorInfo, allowed: Collection[str] = dtypes.ROUNDABLE) -> npt.NDArray[Any]:
+    if tensor.dtype not in allowed:
+        raise BadLora(f"{path}: {tensor.name!r} is {tensor.dtype}; a LoRA holds {', '.join(dtypes.ROUNDABLE)}")
     try:
         with path.open("rb") as file:
             file.seek(tensor.start)
@@ -60,7 +50,7 @@ def _read(path: Path, tensor: TensorInfo, dtypes: Mapping[str, npt.DTypeLike] = 
         raise BadLora(f"{path} cannot be read ({error.strerror}); check the disk or fetch it again") from error
     if len(data) < tensor.nbytes:
         raise BadLora(f"{path} ended {tensor.nbytes - len(data)} bytes early: it changed while it was read")
-    return np.frombuffer(data, dtype=dtypes[tensor.dtype]).reshape(tensor.shape)
+    return np.frombuffer(data, dtype=dtypes.DTYPES[tensor.dtype].numpy).reshape(tensor.shape)
 
 
 def open_lora(path: Path) -> LoraFile:
@@ -103,7 +93,7 @@ def _open_peft_folder(folder: Path) -> tuple[AdapterConfig, Path, str]:
 
 
 def _scalar(path: Path, tensor: TensorInfo) -> float:
-    values = _read(path, tensor, SCALAR_DTYPES)
+    values = _read(path, tensor, INTEGERS | set(dtypes.ROUNDABLE))
     if values.size != 1:
         raise BadLora(f"{path}: {tensor.name!r} has the shape {list(tensor.shape)}; an alpha is one number")
     return float(values.reshape(-1)[0])

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_fuse.checkpoint import dtypes
 from lora_fuse.errors import OutOfMemory
 from lora_fuse.fusion import Plan
 from lora_fuse.pictures.cases import Case, Sampling
@@ -162,8 +163,6 @@ def render_references(
     """
     import torch
 
-    from lora_fuse.fusion import TORCH_DTYPES
-
     base = plan.checkpoint.root
     watch = watch or Watch()
     watch.loads("the base")
@@ -179,8 +178,8 @@ def render_references(
     by = attach_beside(pipe, plan)
     unfused = render_all(pipe, cases, setup.sampling, setup.placement, side="unfused", watch=watch)
     stored = {target.tensor.dtype for target in plan.targets.values()}
-    dtypes = [getattr(torch, setup.dtype), *(TORCH_DTYPES[dtype] for dtype in stored)]
-    jitter(pipe.transformer, plan.targets, dtypes)
+    rounded_to = [getattr(torch, setup.dtype), *(dtypes.DTYPES[name].torch for name in stored)]
+    jitter(pipe.transformer, plan.targets, rounded_to)
     floor = render_all(pipe, cases, setup.sampling, setup.placement, side="floor", watch=watch)
     drop_transformer(pipe)
     return References(unfused, floor, alone, by)

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
 
-from lora_fuse.checkpoint import header
+from lora_fuse.checkpoint import dtypes
 from lora_fuse.lora import LoraInput, Selection
 
 Array = npt.NDArray[Any]
@@ -56,7 +56,8 @@ class Weights:
     def nbytes(self, name: str) -> int:
         """Size of a tensor's data in bytes."""
         part = self._handles[name].get_slice(name)
-        return math.prod(map(int, part.get_shape())) * header.DTYPE_BYTES.get(part.get_dtype(), 1)
+        dtype = dtypes.DTYPES.get(part.get_dtype())
+        return math.prod(map(int, part.get_shape())) * (dtype.nbytes if dtype else 1)
 
     def same(self, other: Weights, name: str) -> bool:
         """Whether a tensor has the dtype, the shape and the bytes that it has there; read in blocks."""

@@ -22,7 +22,8 @@ from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.numpy import save, save_file
 
 from lora_fuse.checkpoint import header as header_module
-from lora_fuse.checkpoint.header import DTYPE_BYTES, Header, parse_header
+from lora_fuse.checkpoint.dtypes import DTYPES
+from lora_fuse.checkpoint.header import Header, parse_header
 from lora_fuse.checkpoint.shards import read_header
 from lora_fuse.errors import BadCheckpoint
 
@@ -368,7 +369,7 @@ def test_an_unusual_header_is_read_as_safetensors_reads_it(file: Path, entries: 
 
 
 def test_every_known_dtype_is_one_of_safetensors() -> None:
-    for dtype, size in DTYPE_BYTES.items():
+    for dtype, size in ((name, kind.nbytes) for name, kind in DTYPES.items()):
         blob = packed({"a": {"dtype": dtype, "shape": [2], "data_offsets": [0, 2 * size]}}, bytes(2 * size))
         assert reference(blob) == {"a": (dtype, (2,), bytes(2 * size))}
 

@@ -12,11 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_fuse.fusion.cpu_adder import KINDS, Stacked, TooLarge, stackable
+from lora_fuse.checkpoint.dtypes import BFLOAT16, SIXTEEN_BIT
+from lora_fuse.fusion.cpu_adder import Stacked, TooLarge, stackable
 from lora_fuse.fusion.cpu_kernel import ADD, UNIT, error_bound, nearest_even
 from lora_fuse.fusion.torch_sums import fuse_rows
 from lora_fuse.lora.deltas import Hadamard, LowRank, Matrix, NotFinite
-from lora_fuse.lora.exact import BFLOAT16, inner_product, nearest
+from lora_fuse.lora.exact import inner_product, nearest
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16}
 NUMPY: dict[str, npt.DTypeLike] = {"BF16": ml_dtypes.bfloat16, "F16": np.float16}
@@ -40,7 +41,7 @@ def slow(weights: npt.NDArray[np.generic], parts: list[LowRank], dtype: str, fir
     return rows.view(torch.uint16).numpy()
 
 
-@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 @pytest.mark.parametrize("columns", [1, 7, 64, 131])
 @pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0])
 def test_the_bytes_are_those_of_the_slow_way(dtype: str, columns: int, size: float) -> None:
@@ -75,7 +76,7 @@ def test_every_value_is_the_exact_sum_rounded(data: st.DataObject, dtype: str) -
     for i in range(rows):
         for j in range(columns):
             exact = sum((one.exact(i, j) for one in parts), Fraction(float(weights[i, j])))
-            assert float(merged[i, j]) == nearest(exact, KINDS[dtype][0]), exact
+            assert float(merged[i, j]) == nearest(exact, SIXTEEN_BIT[dtype]), exact
 
 
 def test_a_tie_that_float64_gets_wrong_is_settled_in_integers() -> None:
@@ -134,14 +135,14 @@ def test_float32_alone_would_be_wrong() -> None:
     assert np.array_equal(quick(weights, parts, "BF16"), slow(weights, parts, "BF16"))
 
 
-@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 def test_what_is_not_finite_is_refused_and_what_may_be_too_large_is_handed_on(dtype: str) -> None:
     weights = np.ones((2, 2), NUMPY[dtype])
     for broken in (np.nan, np.inf, -np.inf):
         weights[1, 1] = broken
         with pytest.raises(NotFinite, match="the base holds NaN or infinity"):
             quick(weights, [product(1, 2, 2, 1)], dtype)
-    weights[1, 1] = KINDS[dtype][0].largest / 3
+    weights[1, 1] = SIXTEEN_BIT[dtype].largest / 3
     before = weights.tobytes()
     with pytest.raises(TooLarge):
         Stacked([product(1, 2, 2, 1)], dtype).add(weights.view(np.uint16), 0)

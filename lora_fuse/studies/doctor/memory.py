@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lora_fuse.checkpoint import header, read_header
+from lora_fuse.checkpoint import dtypes, read_header
 from lora_fuse.machine import progress
 from lora_fuse.studies.doctor.finding import Finding, fail, ok, warn
 from lora_fuse.studies.doctor.stock import Stock
 
-SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a value, by torch's name
-FLOATS = frozenset(name for name in header.DTYPE_BYTES if "F" in name)
 BETTER = ("cuda", "balanced", "model_offload", "group_offload", "cpu")  # placements, the fastest first
 
 
@@ -23,8 +21,9 @@ def weights(stock: Stock, dtype: str) -> tuple[dict[str, int], bool]:
     exact = not any(name in stock.missing for names in stock.weights.values() for name in names)
     if not exact:
         return {part: sum(stock.sizes[name] for name in names) for part, names in stock.weights.items()}, False
+    sizes = {known.array_name: known.nbytes for known in dtypes.DTYPES.values()}
     return {
-        part: sum(_in_memory(stock.root / name, SIZES[dtype]) for name in names)
+        part: sum(_in_memory(stock.root / name, sizes[dtype]) for name in names)
         for part, names in stock.weights.items()
     }, True
 
@@ -32,8 +31,8 @@ def weights(stock: Stock, dtype: str) -> tuple[dict[str, int], bool]:
 def _in_memory(path: Path, size: int) -> int:
     total = 0
     for tensor in read_header(path).tensors.values():
-        stored = header.DTYPE_BYTES[tensor.dtype]
-        total += tensor.nbytes // stored * (size if tensor.dtype in FLOATS else stored)
+        stored = dtypes.DTYPES[tensor.dtype]
+        total += tensor.nbytes // stored.nbytes * (size if stored.is_float else stored.nbytes)
     return total
 
 

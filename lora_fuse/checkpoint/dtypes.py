@@ -1,0 +1,93 @@
+"""The dtypes of safetensors files, a row each: size, name elsewhere, and of a float the format to round sums to."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class FloatFormat:
+    """A binary floating-point format: bits of the significand, the hidden one included, and of the exponent."""
+
+    precision: int
+    exponent_bits: int
+
+    @property
+    def bias(self) -> int:
+        """The largest exponent, and what is added to one."""
+        return (1 << (self.exponent_bits - 1)) - 1
+
+    @property
+    def smallest_normal(self) -> float:
+        """Below it a number has fewer bits."""
+        return math.ldexp(1.0, 1 - self.bias)
+
+    @property
+    def largest(self) -> float:
+        """The largest finite number."""
+        return math.ldexp(2 - 2.0 ** (1 - self.precision), self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """A dtype: its name in a header, bytes of a value, its name in numpy (with ml_dtypes) and in torch.
+
+    `float_format` is None for integers, and for the floats of 8 bits: no sum is rounded to those.
+    """
+
+    name: str
+    nbytes: int
+    array_name: str
+    float_format: FloatFormat | None = None
+
+    @property
+    def is_float(self) -> bool:
+        """Whether a value is a floating-point number."""
+        return "F" in self.name
+
+    @property
+    def numpy(self) -> np.dtype[np.generic]:
+        """The dtype in numpy."""
+        import ml_dtypes  # noqa: F401 - registers bfloat16 and the floats of 8 bits
+        import numpy as np
+
+        return np.dtype(self.array_name)
+
+    @property
+    def torch(self) -> torch.dtype:
+        """The dtype in torch."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.array_name)
+        return dtype
+
+
+FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = FloatFormat(11, 5), FloatFormat(8, 8), FloatFormat(24, 8), FloatFormat(53, 11)
+DTYPES = {
+    dtype.name: dtype
+    for dtype in (
+        DType("BOOL", 1, "bool"),
+        DType("U8", 1, "uint8"),
+        DType("I8", 1, "int8"),
+        DType("F8_E4M3", 1, "float8_e4m3fn"),
+        DType("F8_E5M2", 1, "float8_e5m2"),
+        DType("I16", 2, "int16"),
+        DType("U16", 2, "uint16"),
+        DType("F16", 2, "float16", FLOAT16),
+        DType("BF16", 2, "bfloat16", BFLOAT16),
+        DType("I32", 4, "int32"),
+        DType("U32", 4, "uint32"),
+        DType("F32", 4, "float32", FLOAT32),
+        DType("I64", 8, "int64"),
+        DType("U64", 8, "uint64"),
+        DType("F64", 8, "float64", FLOAT64),
+    )
+}
+ROUNDABLE = {name: dtype.float_format for name, dtype in DTYPES.items() if dtype.float_format is not None}
+SIXTEEN_BIT = {name: kind for name, kind in ROUNDABLE.items() if DTYPES[name].nbytes == 2}
