@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_fuse.errors import RenderFailed
-from lora_fuse.fusion import Plan, Target, read_differences
 from lora_fuse.lora import Algorithm, deltas
 from lora_fuse.pictures.render import Pipeline, one_line
 
 if TYPE_CHECKING:
     import torch
+
+    from lora_fuse.fusion import Plan, Target
 
 DIFFUSERS = "diffusers"
 
@@ -118,6 +119,8 @@ class _Beside:
     """A forward hook that adds the output of the same module with its differences as parameters."""
 
     def __init__(self, targets: Mapping[str, Target]) -> None:
+        from lora_fuse.fusion import read_differences  # numba's import takes a second
+
         self._differences = {name: read_differences(target) for name, target in targets.items()}
         self._inside = False
 

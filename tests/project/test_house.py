@@ -192,6 +192,14 @@ def test_start_up_imports_nothing_heavy(module: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("module", ["stages.publish", "stages.approve", "stages.verify"])
+def test_what_adds_nothing_does_without_numba(module: str) -> None:
+    """Its import takes most of a second, and so it would of the process that publishes."""
+    code = f"import sys, {module}; print('numba' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_a_plain_fuse_on_a_cpu_does_without_torch(tmp_path: Path) -> None:
     """Its import takes seconds."""
     tiny.write_component(tmp_path / "base", tiny.weights())
