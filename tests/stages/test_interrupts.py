@@ -22,9 +22,9 @@ from tests.support.downloads import (
     fetched,
     leftovers,
     processes,
-    until,
 )
 from tests.support.merges import hashes, left, run, start, write_base, write_lora
+from tests.support.waiting import until
 from tests.support.workspace import Workspace, ran
 
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}

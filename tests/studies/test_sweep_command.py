@@ -8,8 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from stages.config.sweeps import expand
 from stages.sweep import sweep
 from tests.hub_server import LoopbackHub
 from tests.support.repositories import PIPELINE
+from tests.support.waiting import until
 from tests.support.workspace import METRICS as RUN_METRICS
 from tests.support.workspace import Workspace
 
@@ -80,14 +79,6 @@ def ended(process: subprocess.Popen[str], code: int) -> tuple[dict[str, Any], st
     out, said = process.communicate(timeout=LONGEST)
     assert process.returncode == code, said
     return json.loads(out.splitlines()[-1]) if out else {}, said
-
-
-def wait_for(what: Callable[[], object], process: subprocess.Popen[str] | None = None, *, every: float = 0.05) -> None:
-    end = time.monotonic() + LONGEST
-    while not what():
-        assert time.monotonic() < end
-        assert process is None or process.poll() is None, "it ended before"
-        time.sleep(every)
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +166,7 @@ def test_interrupted_and_killed_sweeps_go_on_where_they_were_also_in_two_process
 
     scales = "fuse.scale=0.7,0.9,1.1"
     first = project.start(scales)
-    wait_for(new, first)
+    until(new, first)
     first.send_signal(signal.SIGINT)
     _, said = ended(first, 130)
     assert "1 of 3 points are done and stay; go on with the rest: python -m stages.sweep fuse.scale=0.7,0.9,1.1" in said
@@ -183,7 +174,7 @@ def test_interrupted_and_killed_sweeps_go_on_where_they_were_also_in_two_process
     record = project.root / SWEPT / "points" / one / "point.json"
     written = record.stat().st_mtime_ns
     second = project.start(scales)
-    wait_for(lambda: any((path.parent / "merged").is_dir() for path in project.checkpoints()), second)
+    until(lambda: any((path.parent / "merged").is_dir() for path in project.checkpoints()), second)
     second.kill()
     second.communicate()
     assert project.checkpoints()
@@ -284,7 +275,7 @@ def test_a_queue_of_dvc_gives_a_table_with_the_same_names(workspace: Workspace) 
 
     try:
         quietly("dvc", "queue", "start", "-j", "2")
-        wait_for(idle, every=3)  # asking costs the workers a core for a second
+        until(idle, every=3)  # asking costs the workers a core for a second
     finally:
         quietly("dvc", "queue", "stop", "--kill")
     shown = json.loads(workspace.run("dvc", "exp", "show", "--json").stdout)

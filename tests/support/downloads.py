@@ -8,8 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -102,13 +100,6 @@ def fetched(hub: LoopbackHub) -> list[Call]:
 
 def leftovers() -> list[Path]:
     return list(Path(os.environ["HF_HOME"]).rglob("*.incomplete"))
-
-
-def until(true: Callable[[], object], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
 
 
 def processes(word: str) -> list[str]:

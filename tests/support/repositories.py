@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 from safetensors.numpy import save
+
+from lora_fuse.errors import BadSource, Refused
+from lora_fuse.hub.locks import lock_base
+from lora_fuse.machine.files import FileRecord
+from lora_fuse.recipe.records import Lock
+from tests.support.tiny import on_hub
 
 BASE, LORA = "bob/base", "bob/lora"
 NOWHERE = "http://127.0.0.1:9"  # the discard port: nobody listens
@@ -66,3 +75,25 @@ def write(root: Path, files: dict[str, bytes]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     return root
+
+
+def records(files: dict[str, bytes]) -> dict[str, FileRecord]:
+    return {name: FileRecord(len(data), hashlib.sha256(data).hexdigest()) for name, data in sorted(files.items())}
+
+
+def lock(previous: Lock | None = None, revision: str = "main", *, offline: bool = False) -> Lock:
+    return lock_base(on_hub(BASE, revision), previous=previous, offline=offline)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+def refusal(work: Callable[[], object], kind: type[Refused] = BadSource) -> str:
+    with pytest.raises(kind) as caught:
+        work()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
