@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -112,12 +111,11 @@ def _selection(options: argparse.Namespace) -> Selection:
 
 
 def _scheduler(options: argparse.Namespace) -> dict[str, object]:
+    from lora_fuse.machine import files
+
     if options.scheduler is None:
         return {}
-    try:
-        settings = json.loads(options.scheduler.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadConfig(f"--scheduler {options.scheduler} is not readable JSON: {error}") from error
+    settings = files.read_json(options.scheduler, dict, lambda message: BadConfig(f"--scheduler {message}"))
     return {key: value for key, value in settings.items() if not key.startswith("_")}
 
 

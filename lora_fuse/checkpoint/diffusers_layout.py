@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lora_fuse.errors import BadCheckpoint
+from lora_fuse.machine import files
 
 MODEL_INDEX = "model_index.json"
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
@@ -25,24 +26,18 @@ def diffusers_files(base: Path, *, pipeline: str | None, scheduler: Mapping[str,
     Raises:
         BadCheckpoint: the base's own files cannot be read as JSON.
     """
-    files = {}
+    generated = {}
     index = _read(base / MODEL_INDEX)
     if pipeline is not None and index.get("_class_name") != pipeline:
-        files[MODEL_INDEX] = _dump({**index, "_class_name": pipeline})
+        generated[MODEL_INDEX] = _dump({**index, "_class_name": pipeline})
     if scheduler:
         own = {key: value for key, value in _read(base / SCHEDULER_CONFIG).items() if key.startswith("_")}
-        files[SCHEDULER_CONFIG] = _dump({**own, **scheduler})
-    return files
+        generated[SCHEDULER_CONFIG] = _dump({**own, **scheduler})
+    return generated
 
 
 def _read(path: Path) -> dict[str, object]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadCheckpoint(f"{path} is not readable JSON ({error}); fetch the base again") from error
-    if not isinstance(content, dict):
-        raise BadCheckpoint(f"{path} holds a {type(content).__name__}, not a mapping; fetch the base again")
-    return content
+    return files.read_json(path, dict, BadCheckpoint, "fetch the base again")
 
 
 def _dump(content: Mapping[str, object]) -> bytes:

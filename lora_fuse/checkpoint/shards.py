@@ -6,7 +6,6 @@ Only headers are read here, so opening a 57 GB base takes milliseconds.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -15,6 +14,7 @@ from typing import Any, Literal
 from lora_fuse.checkpoint.header import PREFIX, Header, TensorInfo, header_length, parse_header
 from lora_fuse.checkpoint.repository_files import TEXT_SUFFIXES
 from lora_fuse.errors import BadCheckpoint
+from lora_fuse.machine import files
 
 INDEX_SUFFIX = ".safetensors.index.json"
 PROVENANCE = "lora_fuse"  # the metadata entry of a fused shard: what was fused, as JSON
@@ -105,15 +105,7 @@ def open_checkpoint(
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise BadCheckpoint(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise BadCheckpoint(f"{path} holds a {type(config).__name__}, not a mapping; fetch the base again")
-    return config
+    return files.read_json(path, dict, BadCheckpoint, "fetch the base again") if path.exists() else {}
 
 
 def _kept_files(root: Path) -> list[str]:
@@ -136,10 +128,9 @@ def _component_shards(root: Path, prefix: str, names: list[str]) -> tuple[Shard,
 
 
 def _indexed_shards(root: Path, index: str) -> tuple[Shard, ...]:
-    try:
-        weight_map: dict[str, str] = json.loads((root / index).read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadCheckpoint(f"{root / index} is no shard index: it has no weight_map ({error})") from error
+    weight_map = files.read_json(root / index, dict, BadCheckpoint, "fetch the base again").get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise BadCheckpoint(f"{root / index} is no shard index: it has no weight_map; fetch the base again")
     folder = PurePosixPath(index).parent
     shards = []
     for filename in sorted(set(weight_map.values())):

@@ -5,18 +5,16 @@ Invariant: a file is there whole or not at all, and its bytes depend on nothing 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_fuse.checkpoint import Checkpoint
-from lora_fuse.errors import BadConfig, NoSpace
+from lora_fuse.errors import BadConfig
 from lora_fuse.exports.single_file import single_file_size, write_single_file
-from lora_fuse.machine import FileRecord
+from lora_fuse.machine import FileRecord, space
 
 Progress = Callable[[int], None]
-SPARE = 1 << 20  # bytes that are left free
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +79,9 @@ def export(
         NoSpace: the disk has less room than the files need; nothing was written.
     """
     chosen = {_format(one).place.format(name): _format(one) for one in formats}
-    need = export_size(checkpoint, formats, metadata)
+    need = export_size(checkpoint, formats, metadata) + space.SPARE if chosen else 0
     out.mkdir(parents=True, exist_ok=True)
-    if need and (free := shutil.disk_usage(out).free) < need + SPARE:
-        raise NoSpace(
-            f"{out} has {free / 1e9:.2f} GB free and the exports need {need / 1e9:.2f} GB; "
-            "make room, or take a format out of export.formats"
-        )
+    space.require(out, need, "the export", "make room, or take a format out of export.formats")
     records = {}
     for place, one in sorted(chosen.items()):
         target = out / place

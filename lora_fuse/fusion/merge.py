@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 from threadpoolctl import threadpool_limits
 
 from lora_fuse.checkpoint import PROVENANCE, Checkpoint, Shard
-from lora_fuse.errors import BadCheckpoint, BadLora, NoSpace, Refused
+from lora_fuse.errors import BadCheckpoint, BadLora, Refused
 from lora_fuse.fusion.plan import Plan
 from lora_fuse.fusion.stream import FuseOptions, Progress, Stopped, fuse_shard
 from lora_fuse.machine import FileRecord, direct_io, files, space, staging
@@ -188,14 +187,8 @@ def _check_places(checkpoint: Checkpoint, out: Path) -> None:
 
 
 def _check_space(plan: Plan, out: Path, untouched: files.Untouched) -> None:
-    there = files.nearest_folder(out)
     need = bytes_to_write(plan) + bytes_to_copy(plan, out, untouched) + space.SPARE
-    free = shutil.disk_usage(there).free
-    if free < need:
-        raise NoSpace(
-            f"{there} has {free / 1e9:.2f} GB free and the merged checkpoint needs {need / 1e9:.2f} GB; "
-            "make room or write OUT on another disk"
-        )
+    space.require(files.nearest_folder(out), need, "the merged checkpoint", "make room, or write OUT on another disk")
 
 
 def _stat(path: Path) -> os.stat_result:

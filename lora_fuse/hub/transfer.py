@@ -180,7 +180,7 @@ class _Watch:
             self._be_patient(time.monotonic() - moved)
 
     def _plan(self, files: list[tuple[str, int, bool]]) -> None:
-        plan = space.TransferPlan(self.order.label, tuple(space.Planned(*file) for file in files), hf_cache.cache_dir())
+        plan = space.TransferPlan(self.order.label, tuple(files), hf_cache.cache_dir())
         self.progress.plan(plan, silent=self.order.again)
         plan.check()
 

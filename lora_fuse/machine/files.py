@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
+Content = TypeVar("Content")
 Untouched = Literal["auto", "reflink", "hardlink", "copy"]
 FICLONE = 0x40049409  # linux/fs.h
 
@@ -38,6 +41,23 @@ def total_size(place: Path) -> int:
     """Bytes of a file, or of all the files in a folder."""
     files = place.rglob("*") if place.is_dir() else [place]
     return sum(path.stat().st_size for path in files if path.is_file())
+
+
+def read_json(path: Path, kind: type[Content], error: Callable[[str], Exception], remedy: str = "") -> Content:
+    """Read a JSON file that holds a `kind`, ``dict`` or ``list``.
+
+    Raises:
+        error: the file cannot be read, is not JSON or holds something else; made of a message that ends with `remedy`.
+    """
+    ending = f"; {remedy}" if remedy else ""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as reason:
+        raise error(f"{path} is not readable JSON ({reason}){ending}") from reason
+    if not isinstance(content, kind):
+        expected = "mapping" if kind is dict else kind.__name__
+        raise error(f"{path} holds a {type(content).__name__}, not a {expected}{ending}")
+    return content
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lora_fuse.machine.files import replace_text
+from lora_fuse.machine.files import read_json, replace_text
 
 EVERY = 10.0  # seconds between plain lines
 SHORTEST = 2.0  # seconds: a shorter run measures the start, not the rate
@@ -167,7 +167,6 @@ def remember(work: str, amount: float, seconds: float) -> None:
 
 def _rates() -> dict[str, object]:
     try:
-        found = json.loads(rates_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(rates_file(), dict, OSError)
+    except OSError:
         return {}
-    return found if isinstance(found, dict) else {}

@@ -7,36 +7,27 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_fuse.errors import NoSpace
+from lora_fuse.machine.files import nearest_folder
 from lora_fuse.machine.progress import human_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from pathlib import Path
 
 SPARE = 64 << 20  # bytes to leave free: directories, the manifest, other programs
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
-    """One file: its size in bytes, and whether it has to be fetched (or lies in the cache already)."""
-
-    name: str
-    size: int
-    fetch: bool
-
-
-@dataclass(frozen=True, slots=True)
 class TransferPlan:
-    """All files of one transfer into a cache."""
+    """All files of one transfer into a cache: name, size in bytes, and whether it has to be fetched, of each."""
 
     label: str
-    files: tuple[Planned, ...]
+    files: tuple[tuple[str, int, bool], ...]
     cache: Path
 
     @property
     def to_fetch(self) -> int:
         """Bytes that are not here yet."""
-        return sum(file.size for file in self.files if file.fetch)
+        return sum(size for _, size, fetch in self.files if fetch)
 
     @property
     def free(self) -> int:
@@ -44,7 +35,8 @@ class TransferPlan:
         return free_bytes(self.cache)
 
     def __str__(self) -> str:
-        total, cached = sum(file.size for file in self.files), sum(not file.fetch for file in self.files)
+        total = sum(size for _, size, _ in self.files)
+        cached = sum(not fetch for _, _, fetch in self.files)
         here = f"{cached} here already, " if cached else ""
         return (
             f"{len(self.files)} files, {human_bytes(total)} from {self.label}: {here}"
@@ -57,15 +49,29 @@ class TransferPlan:
         Raises:
             NoSpace: it has less than is to be fetched.
         """
-        if self.to_fetch > self.free:
-            raise NoSpace(
-                f"{self.label} needs {human_bytes(self.to_fetch)} ({self.to_fetch} bytes), and the disk of "
-                f"{self.cache} has {human_bytes(self.free)} ({self.free} bytes) free; make room, or set HF_HUB_CACHE "
-                "to a larger disk"
-            )
+        require(self.cache, self.to_fetch, self.label, "make room, or set HF_HUB_CACHE to a larger disk")
 
 
 def free_bytes(path: Path) -> int:
     """Bytes that are free where a folder is, or will be."""
-    there: Iterable[Path] = (path, *path.parents)
-    return next(shutil.disk_usage(folder).free for folder in there if folder.exists())
+    return shutil.disk_usage(nearest_folder(path)).free
+
+
+def require(path: Path, nbytes: int, purpose: str, remedy: str) -> None:
+    """Refuse what a disk has no room for.
+
+    Args:
+        path: a folder on the disk, or one that will be.
+        nbytes: bytes that are needed.
+        purpose: what they are for, the subject of the message.
+        remedy: the way out, the end of the message.
+
+    Raises:
+        NoSpace: the disk has less; the message says both numbers, also in bytes, as they may round to the same.
+    """
+    free = free_bytes(path)
+    if nbytes > free:
+        raise NoSpace(
+            f"{purpose} needs {human_bytes(nbytes)} ({nbytes} bytes), and the disk of {path} has {human_bytes(free)} "
+            f"({free} bytes) free; {remedy}"
+        )

@@ -5,9 +5,9 @@ A variant's are those of variants/dvc.yaml.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -131,7 +131,7 @@ def read_object(path: Path, stage: str) -> dict[str, Any]:
     Raises:
         BadSource: it is not there, or no JSON object.
     """
-    content: dict[str, Any] = _read_json(path, stage, dict, "mapping")
+    content: dict[str, Any] = _read_json(path, stage, dict)
     return content
 
 
@@ -141,19 +141,14 @@ def read_rows(path: Path, stage: str) -> list[dict[str, Any]]:
     Raises:
         BadSource: it is not there, or no JSON list.
     """
-    content: list[dict[str, Any]] = _read_json(path, stage, list, "list")
+    content: list[dict[str, Any]] = _read_json(path, stage, list)
     return content
 
 
-def _read_json(path: Path, stage: str, kind: type, called: str) -> Any:
-    again = Rerun(stage, force=True)
-    try:
-        content = json.loads(read_text(path, stage))
-    except ValueError as error:
-        raise BadSource(f"{path} is not JSON ({error})", rerun=again) from error
-    if not isinstance(content, kind):
-        raise BadSource(f"{path} holds a {type(content).__name__}, not a {called}", rerun=again)
-    return content
+def _read_json(path: Path, stage: str, kind: type) -> Any:
+    if not path.exists():
+        raise BadSource(f"{path} is not there", rerun=Rerun(stage))
+    return files.read_json(path, kind, partial(BadSource, rerun=Rerun(stage, force=True)))
 
 
 def lora_inputs(loras: Mapping[str, Lock], recipe: Recipe) -> list[LoraInput]:

@@ -8,7 +8,6 @@ lies closer to the float64 sum. A mistake in one is not repeated in the other.
 from __future__ import annotations
 
 import filecmp
-import json
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -271,9 +270,9 @@ def _check_files(
 
 def _check_json(path: Path, wanted: Mapping[str, object], found: Verification) -> None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        found.problem(f"{path.name} cannot be read: {error}")
+        content = files.read_json(path, dict, BadCheckpoint)
+    except BadCheckpoint as error:
+        found.problem(str(error))
         return
     for key, value in wanted.items():
         if content.get(key) != value:

@@ -62,6 +62,9 @@ def test_a_shard_outside_its_folder_is_refused(base: Path) -> None:
 
 def test_an_index_that_does_not_parse_is_refused(base: Path) -> None:
     (base / INDEX).write_text("{")
+    with pytest.raises(BadCheckpoint, match=r"index\.json is not readable JSON"):
+        open_checkpoint(base)
+    (base / INDEX).write_text("{}")
     with pytest.raises(BadCheckpoint, match="weight_map"):
         open_checkpoint(base)
 

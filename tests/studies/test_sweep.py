@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lora_fuse.errors import BadLora, NoSpace
+from lora_fuse.machine import space
 from lora_fuse.machine.staging import exclusive
 from lora_fuse.pictures.metrics import METRICS
 from lora_fuse.pictures.picture import Levels, Picture
@@ -293,7 +294,7 @@ def test_what_killed_processes_left_is_removed_and_what_is_kept_stays(tmp_path: 
 
 def test_a_disk_that_is_too_small_is_refused_with_both_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(pins, "free_bytes", lambda _: 99)
+    monkeypatch.setattr(space, "free_bytes", lambda _: 99)
     pins.check_room(40, 59, tmp_path)
     with pytest.raises(NoSpace, match=r"100 bytes.*99 bytes"):
         pins.check_room(40, 60, tmp_path)

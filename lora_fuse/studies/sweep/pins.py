@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_fuse import hub
-from lora_fuse.errors import NoSpace
 from lora_fuse.hub import sizes as source_sizes
 from lora_fuse.machine import files, progress, space
 from lora_fuse.recipe import Lock, Source, hf_cache, records, sections
@@ -85,10 +84,10 @@ def check_room(to_fetch: int, to_write: int, folder: Path) -> None:
     if len({files.nearest_folder(place).stat().st_dev for place in needs}) == 1:
         needs = {folder: to_fetch + to_write}
     for place, need in needs.items():
-        free = space.free_bytes(place)
-        if need > free:
-            raise NoSpace(
-                f"the sweep needs {progress.human_bytes(need)} ({need} bytes) on the disk of {place}, which has "
-                f"{progress.human_bytes(free)} ({free} bytes) free: {progress.human_bytes(to_fetch)} to fetch and "
-                f"{progress.human_bytes(to_write)} of merged checkpoints; make room, or sweep without --keep"
-            )
+        space.require(
+            place,
+            need,
+            "the sweep",
+            f"{progress.human_bytes(to_fetch)} of it are fetched and {progress.human_bytes(to_write)} are merged "
+            "checkpoints: make room, or sweep without --keep",
+        )
