@@ -142,7 +142,7 @@ def test_another_file_of_a_locked_repository_comes_from_the_same_commit(hub: Loo
     before = lock_lora(on_hub(LORA), "a.safetensors", previous=None)
     hub.push(LORA, {"b.safetensors": weights(3)})
     assert lock_lora(on_hub(LORA), "b.safetensors", previous=before) == Lock(
-        LORA, None, None, commit.oid, records({"b.safetensors": weights(2)})
+        LORA, None, "main", commit.oid, records({"b.safetensors": weights(2)})
     )
 
 
