@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 from lora_fuse.errors import Rerun
 from lora_fuse.machine import PLAIN, Console, files
-from lora_fuse.recipe import Artifacts, Recipe, paths, records
+from lora_fuse.recipe import Artifacts, Recipe, paths
 from lora_fuse.studies.catalog import Places, Wanted, WantedLora, catalog_html, catalog_json, catalog_markdown, gather
 from stages.config.variants import Build, read_compiled
 from stages.run import command, run_stage
@@ -41,7 +39,7 @@ def wanted(params: Recipe, build: Build, at: Artifacts) -> Wanted:
         base=params.base,
         pipeline=params.base.pipeline,
         loras={n: WantedLora(lora, lora.filename, params.fuse.scale_of(n)) for n, lora in params.loras.items()},
-        selection=None if selection.everything else records.Selected(**asdict(selection)),
+        selection=None if selection.everything else selection,
         scheduler=params.scheduler_config,
         cases={name: case.prompt for name, case in params.regress.cases.items()},
         repo_id=params.publish.repo_id,

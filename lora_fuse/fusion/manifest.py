@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from lora_fuse.errors import BadSource, Rerun
@@ -49,7 +49,7 @@ def build_manifest(
         base=base,
         loras=tuple(merged),
         scale=recipe.fuse.scale if recipe else plan.inputs[0].scale,
-        selection=None if plan.selection.everything else records.Selected(**asdict(plan.selection)),
+        selection=None if plan.selection.everything else plan.selection,
         targets=len(plan.targets),
         files=files,
         tool=checkout.this_tool(),

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import Field, TypeAdapter, ValidationError
 
 from lora_fuse.errors import BadSource
+from lora_fuse.lora import Selection
 from lora_fuse.machine import FileRecord
 
 SCHEMA = 1
@@ -121,15 +122,6 @@ class MergedLora:
 
 
 @dataclass(frozen=True, slots=True)
-class Selected:
-    """The patterns by which modules were chosen and scaled, see `lora_fuse.lora.inputs`."""
-
-    only: tuple[str, ...]
-    skip: tuple[str, ...]
-    scales: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
 class Tool:
     """The builder: package version, git commit of the checkout (if it is one), and True if that was modified."""
 
@@ -162,7 +154,7 @@ class Manifest:
     targets: int
     files: dict[str, MergedFile]
     tool: Tool
-    selection: Selected | None = None
+    selection: Selection | None = None
 
     @property
     def pair(self) -> tuple[str | None, list[tuple[str | None, str | None]]]:

@@ -12,8 +12,9 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
+from lora_fuse.lora.inputs import Selection
 from lora_fuse.machine.files import FileRecord
-from lora_fuse.recipe.records import License, Lock, Manifest, MergedFile, MergedLora, Selected, Tool
+from lora_fuse.recipe.records import License, Lock, Manifest, MergedFile, MergedLora, Tool
 from lora_fuse.recipe.stated_licence import read_license
 from lora_fuse.release.card import Evidence, ShownCase, ShownExport, Usage, model_card
 from lora_fuse.release.licences import SETTING, resolve_licence
@@ -150,7 +151,7 @@ def test_local_parts_are_named_as_the_command_line_wants_them() -> None:
 
 
 def test_the_selection_is_part_of_the_way_to_rebuild() -> None:
-    chosen = Selected(("*.attn.*",), ("*.0.*",), {"*.1.*": 0.5})
+    chosen = Selection(("*.attn.*",), ("*.0.*",), {"*.1.*": 0.5})
     text = card(replace(MANIFEST, selection=chosen))
     for option in ("--only '*.attn.*'", "--skip '*.0.*'", "--module-scale '*.1.*=0.5'", "--scheduler"):
         assert option in text

@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from lora_fuse.errors import BadLora, BadSource, Refused
 from lora_fuse.machine.space import free_bytes
 from lora_fuse.pictures.environment import Key
+from lora_fuse.recipe.paths import Artifacts
+from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.sections import Source
 from lora_fuse.studies.doctor import access, disk, memory, pictures, software
-from lora_fuse.studies.doctor.examination import ExaminedRecipe, _places
+from lora_fuse.studies.doctor.examination import _places
 from lora_fuse.studies.doctor.finding import Finding, Status, fail, ok, table, verdict, warn
 from lora_fuse.studies.doctor.stock import base_stock, lora_stock
 from tests.hub_server import LoopbackHub
@@ -45,26 +48,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def recipe(base: Source, out: Path, **changes: Any) -> ExaminedRecipe:
-    held: dict[str, Any] = {
-        "name": "r",
-        "base": base,
-        "loras": {},
-        "locks": (None, {}),
-        "scale": 1.0,
-        "cases": ("photo",),
-        "placement": "cpu",
-        "dtype": "float32",
-        "threads": 2,
-        "device": "auto",
-        "untouched": "auto",
-        "exports": 0,
-        "publishes": False,
-        "merged": out / "merged",
-        "manifest": out / "merged.manifest.json",
-        "goldens": out / "golden/r",
-    }
-    return ExaminedRecipe(**(held | changes))
+def recipe(base: Source) -> Recipe:
+    """The one of params.yaml with another base."""
+    tree = yaml.safe_load((ROOT / "params.yaml").read_text())
+    return Recipe.parse(tree | {"base": tree["base"] | base.model_dump()}, "test")
+
+
+def places(base: Source, out: Path) -> list[Finding]:
+    return list(_places(recipe(base), Artifacts(out), {"base": base_stock(base, None)}))
 
 
 def named(findings: list[Finding], name: str) -> Finding:
@@ -126,17 +117,15 @@ def test_a_merge_needs_room_beside_the_last_one(small_disk: Path) -> None:
     write(base, PIPELINE | {"transformer/model-1-of-2.safetensors": bytes(5_000_000)})
     (out / "merged").mkdir(parents=True)
     (out / "merged/model.safetensors").write_bytes(bytes(9_000_000))
-    wanted = recipe(in_folder(base), out)
-    stocks = {"base": base_stock(wanted.base, None)}
-    found = named(list(_places(wanted, stocks)), "disk")
+    found = named(places(in_folder(base), out), "disk")
     assert found.status is Status.FAIL
     assert f"{out / 'merged'} holds 9.00MB until the new merge is whole" in found.found
     assert "72.1MB beside it" in found.needed  # 5 MB, and the 64 MiB that a merge leaves free
     assert f"or remove {out / 'merged'} first" in found.remedy
     shutil.rmtree(out / "merged")
-    assert named(list(_places(wanted, stocks)), "disk").status is Status.OK
+    assert named(places(in_folder(base), out), "disk").status is Status.OK
     (small_disk / "filler").write_bytes(bytes(9_000_000))
-    short = named(list(_places(wanted, stocks)), "disk")
+    short = named(places(in_folder(base), out), "disk")
     assert (short.status, "make room for" in short.remedy) == (Status.FAIL, True)
 
 
@@ -146,12 +135,12 @@ def test_what_is_fetched_and_what_is_merged_are_added_up_on_one_disk(
     monkeypatch.setenv("HF_HUB_CACHE", str(small_disk / "hub"))
     shard = "transformer/model-1-of-2.safetensors"
     hub.push(BASE, PIPELINE | {shard: bytes(6_000_000)})
-    wanted = recipe(on_hub(BASE), small_disk)
-    stocks = {"base": base_stock(wanted.base, None)}
     free = free_bytes(small_disk)
-    assert stocks["base"].to_fetch == sum(map(len, PIPELINE.values())) - len(PIPELINE[shard]) + 6_000_000
+    assert (
+        base_stock(on_hub(BASE), None).to_fetch == sum(map(len, PIPELINE.values())) - len(PIPELINE[shard]) + 6_000_000
+    )
     (small_disk / "filler").write_bytes(bytes(free - (67_108_864 + 6_001_000)))  # each of them alone would fit
-    found = named(list(_places(wanted, stocks)), "disk")
+    found = named(places(on_hub(BASE), small_disk), "disk")
     assert (found.status, "on the same disk" in found.needed) == (Status.FAIL, True)
 
 
@@ -163,8 +152,7 @@ def test_a_merge_that_is_of_this_recipe_already_is_only_a_warning() -> None:
 
 def test_disks_that_share_no_blocks_make_the_rest_a_copy(small_disk: Path, tmp_path: Path) -> None:
     write(small_disk / "base", PIPELINE | {"vae/model.safetensors": bytes(5_000_000)})
-    wanted = recipe(in_folder(small_disk / "base"), tmp_path)
-    findings = list(_places(wanted, {"base": base_stock(wanted.base, None)}))
+    findings = places(in_folder(small_disk / "base"), tmp_path)
     sharing = named(findings, "sharing")
     assert (sharing.status, "5.00MB are copied" in sharing.found, "tmpfs" in sharing.found) == (Status.WARN, True, True)
     assert "copies of the rest" in named(findings, "disk").needed

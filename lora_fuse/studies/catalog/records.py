@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from lora_fuse.lora import Selection
 from lora_fuse.pictures import encode
-from lora_fuse.recipe import Source, records
+from lora_fuse.recipe import Source
 
 State = Literal["built", "stale", "incomplete", "not built", "unreadable"]
 
@@ -35,7 +36,7 @@ class Wanted:
     base: Source
     pipeline: str
     loras: Mapping[str, WantedLora]
-    selection: records.Selected | None
+    selection: Selection | None
     scheduler: Mapping[str, object]
     cases: Mapping[str, str]
     repo_id: str | None

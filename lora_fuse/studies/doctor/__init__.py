@@ -1,4 +1,4 @@
-"""Whether a recipe fits a machine, asked before anything is fetched or written; each check is a `Finding`.
+"""Checks that a recipe fits a machine, before anything is fetched or written; each gives a `Finding`.
 
 Checks are functions of what was read, so that they can be given any reading; `examination` reads, and asks them all.
 """

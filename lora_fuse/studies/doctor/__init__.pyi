@@ -1,4 +1,3 @@
-from .examination import ExaminedRecipe as ExaminedRecipe
 from .examination import examine as examine
 from .finding import Finding as Finding
 from .finding import Status as Status

@@ -1,4 +1,4 @@
-"""Whether the Hub answers, and what the token may do; it is never shown."""
+"""Checks of the Hub: that it answers, and that the token may do what the recipe needs; the token is never shown."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ WRITE = "repo.write"  # the Hub's name of the scope
 
 
 def reach(refusals: Mapping[str, Refused], missing: int, *, used: bool) -> Finding:
-    """Whether the Hub can be had, from what asking it for the sources came to.
+    """Check that the Hub answers, from the results of asking it for the sources.
 
     Args:
-        refusals: by source, those that could not be known.
-        missing: files that are not here.
-        used: whether the recipe names a repository at all.
+        refusals: by source, the error of each that could not be known.
+        missing: number of files that are not here.
+        used: True if the recipe names a repository at all.
     """
     if not used:
         return ok("Hub", "not needed: base and LoRAs are local folders")
@@ -35,11 +35,11 @@ def reach(refusals: Mapping[str, Refused], missing: int, *, used: bool) -> Findi
 
 
 def token(*, needed: bool, publishes: bool) -> Finding:
-    """Whose token `HF_TOKEN` is and what it may do, asked of the Hub.
+    """Ask the Hub for the owner and the rights of `HF_TOKEN`.
 
     Args:
-        needed: whether something is to be fetched.
-        publishes: whether the recipe publishes.
+        needed: True if something is to be fetched.
+        publishes: True if the recipe publishes.
     """
     if client.token() is None:
         if publishes:
@@ -57,11 +57,12 @@ def token(*, needed: bool, publishes: bool) -> Finding:
 
 
 def rights(account: Mapping[str, Any], *, publishes: bool) -> Finding:
-    """What the Hub's answer about a token (``/api/whoami-v2``) means for a recipe."""
-    held = account.get("auth", {}).get("accessToken", {})
-    role, scoped = held.get("role", "unknown"), held.get("fineGrained", {}).get("scoped", [])
-    scopes = {scope for one in scoped for scope in one.get("permissions", [])}
-    said = f"HF_TOKEN is {account.get('name')}'s, role {role}" + (f": {', '.join(sorted(scopes))}" if scopes else "")
+    """Compare the rights of a token, as the Hub states them (``/api/whoami-v2``), with what a recipe needs."""
+    access = account.get("auth", {}).get("accessToken", {})
+    role = access.get("role", "unknown")
+    entities = access.get("fineGrained", {}).get("scoped", [])
+    scopes = sorted({scope for entity in entities for scope in entity.get("permissions", [])})
+    owner = f"HF_TOKEN is {account.get('name')}'s, role {role}" + (f": {', '.join(scopes)}" if scopes else "")
     if publishes and not (role == "write" or WRITE in scopes):
-        return fail("token", said, "the right to write, for publish", f"use a token with the role write or {WRITE}")
-    return ok("token", said)
+        return fail("token", owner, "the right to write, for publish", f"use a token with the role write or {WRITE}")
+    return ok("token", owner)

@@ -1,4 +1,4 @@
-"""Room on the disks, and what their filesystems can do."""
+"""Checks of the disks: their room, and the abilities of their filesystems."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from lora_fuse.studies.doctor.finding import Finding, fail, ok, warn
 
 
 def room(name: str, where: Path, free: int, need: int, parts: str) -> Finding:
-    """Whether what will be written has room.
+    """Check that files have room.
 
     Args:
         name: of the finding.
-        where: the folder it will be in.
+        where: the folder that they will be in.
         free: bytes.
         need: bytes.
-        parts: what they are, in words.
+        parts: what makes up `need`, in words.
     """
+    found = f"{progress.human_bytes(free)} free at {where}"
     needed = f"{progress.human_bytes(need)} ({parts})"
     if free >= need:
-        return ok(name, f"{progress.human_bytes(free)} free at {where}", needed)
-    short = f"make room for {progress.human_bytes(need - free)} more, or use a larger disk"
-    return fail(name, f"{progress.human_bytes(free)} free at {where}", needed, short)
+        return ok(name, found, needed)
+    return fail(name, found, needed, f"make room for {progress.human_bytes(need - free)} more, or use a larger disk")
 
 
 def rebuild(name: str, where: Path, free: int, need: int, held: int, *, same: bool) -> Finding:
-    """Whether a merge has room beside the last one, which stays until the new one is whole.
+    """Check that a merge has room beside the last one, which stays until the new one is whole.
 
     Args:
         name: of the finding.
@@ -36,36 +36,36 @@ def rebuild(name: str, where: Path, free: int, need: int, held: int, *, same: bo
         free: bytes, with the last merge where it is.
         need: bytes of the new one.
         held: bytes that the last one would give back, were it removed.
-        same: whether the last one is of this recipe as it is, so that it need not be built again.
+        same: True if the last one is of this recipe as it is, so that it need not be built again.
     """
-    has, holds = progress.human_bytes(free), progress.human_bytes(held)
-    found = f"{has} free, and {where} holds {holds} until the new merge is whole"
+    room = f"{progress.human_bytes(free)} free, and {where} holds {progress.human_bytes(held)}"
+    found = f"{room} until the new merge is whole"
+    needed = f"{progress.human_bytes(need)} beside it"
     if free >= need:
-        return ok(name, found, f"{progress.human_bytes(need)} beside it")
+        return ok(name, found, needed)
     remedy = f"make room for {progress.human_bytes(need - free)} more"
     if free + held >= need:
         remedy += f", or remove {where} first: it is made again"
     if same:
-        return warn(name, found, f"{progress.human_bytes(need)} beside it, if it is built again", remedy)
-    return fail(name, found, f"{progress.human_bytes(need)} beside it", remedy)
+        return warn(name, found, f"{needed}, if it is built again", remedy)
+    return fail(name, found, needed, remedy)
 
 
 def writable(name: str, folder: Path) -> Finding:
-    """Whether files can be made in a folder, or in the nearest one above that is there; tried with one."""
+    """Try to make a file in a folder, or in the nearest one above that is there."""
     there = files.nearest_folder(folder)
     probe = there / f".probe-{os.getpid()}"
     try:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        return fail(
-            name, f"{there} cannot be written ({error.strerror})", "", "give yourself the right, or use another"
-        )
+        found = f"{there} cannot be written ({error.strerror})"
+        return fail(name, found, "", "give yourself the right, or use another")
     return ok(name, f"{there} can be written")
 
 
 def locks(folder: Path) -> Finding:
-    """Whether flock(2) keeps a second run out; some network filesystems let everybody in."""
+    """Try that flock(2) keeps a second run out; some network filesystems let everybody in."""
     probe = files.nearest_folder(folder) / f".probe-{os.getpid()}.lock"
     try:
         with probe.open("w") as one, probe.open("w") as other:
@@ -83,19 +83,18 @@ def locks(folder: Path) -> Finding:
 
 
 def sharing(link: files.Untouched, rest: int, kinds: str) -> Finding:
-    """How files that the LoRAs do not change get from the base into the merge.
+    """Check that base and merge can share the files that the LoRAs do not change.
 
     Args:
-        link: the best that works.
+        link: the best way that works.
         rest: bytes of those files.
         kinds: the filesystems' types.
     """
     if link != "copy" or not rest:
         return ok("sharing", f"{link} works between base and merge ({kinds})")
     remedy = "put the base's cache (HF_HUB_CACHE) on the disk of artifacts/ to save them"
-    return warn(
-        "sharing", f"base and merge cannot share files ({kinds}): {progress.human_bytes(rest)} are copied", "", remedy
-    )
+    found = f"base and merge cannot share files ({kinds}): {progress.human_bytes(rest)} are copied"
+    return warn("sharing", found, "", remedy)
 
 
 def filesystem(path: Path) -> str:

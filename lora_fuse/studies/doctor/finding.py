@@ -1,7 +1,8 @@
-"""What a check found, and how it is shown. Pure."""
+"""The result of a check, and its text. Pure."""
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from enum import StrEnum
 
 
 class Status(StrEnum):
-    """What a finding means for the build: nothing, something to know, or that it will not run."""
+    """The meaning of a finding for the build: nothing, something to know, or that it will not run."""
 
     OK = "ok"
     WARN = "warn"
@@ -21,10 +22,10 @@ class Finding:
     """One check.
 
     Attributes:
-        name: what was looked at, in a word or two.
-        status: what it means.
-        found: what is there.
-        needed: what the recipe needs; empty if that goes without saying.
+        name: the thing that was checked, in a word or two.
+        status: its meaning for the build.
+        found: the state of the machine.
+        needed: the recipe's need; empty if that goes without saying.
         remedy: the way out, of a finding that is not ok.
     """
 
@@ -52,30 +53,25 @@ def warn(name: str, found: str, needed: str = "", remedy: str = "") -> Finding:
 
 
 def fail(name: str, found: str, needed: str = "", remedy: str = "") -> Finding:
-    """It will not run."""
+    """The build will not run."""
     return Finding(name, Status.FAIL, found, needed, remedy)
 
 
 def table(findings: Sequence[Finding], width: int | None = None) -> list[str]:
     """A line for each finding, its columns aligned; with `width`, wrapped to so many characters below its column."""
-    longest = max((len(one.name) for one in findings), default=0)
+    longest = max((len(finding.name) for finding in findings), default=0)
     lines = []
-    for one in findings:
-        head = f"{one.status:<4}  {one.name:<{longest}}  "
-        if width is None:
-            lines.append(head + one.text)
-        else:
-            after = " " * len(head)
-            lines.append(
-                textwrap.fill(one.text, max(width, len(head) + 20), initial_indent=head, subsequent_indent=after)
-            )
+    for finding in findings:
+        head = f"{finding.status:<4}  {finding.name:<{longest}}  "
+        fits = sys.maxsize if width is None else max(width, len(head) + 20)
+        lines.append(textwrap.fill(finding.text, fits, initial_indent=head, subsequent_indent=" " * len(head)))
     return lines
 
 
 def verdict(recipe: str, findings: Sequence[Finding]) -> str:
-    """A sentence."""
-    failed = [one.name for one in findings if one.status is Status.FAIL]
-    warned = [one.name for one in findings if one.status is Status.WARN]
+    """The answer in a sentence."""
+    failed = [finding.name for finding in findings if finding.status is Status.FAIL]
+    warned = [finding.name for finding in findings if finding.status is Status.WARN]
     if failed:
         return f"FAIL: {recipe} will not build here: {', '.join(failed)}"
     return f"ok: {recipe} fits this machine" + (f"; look at: {', '.join(warned)}" if warned else "")

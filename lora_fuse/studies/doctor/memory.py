@@ -1,4 +1,4 @@
-"""Whether a pipeline's weights fit the memory of the machine and of its GPUs; pictures take some on top of it."""
+"""Checks that a pipeline's weights fit the memory of the machine and of its GPUs; pictures take some on top of it."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ BETTER = ("cuda", "balanced", "model_offload", "group_offload", "cpu")  # placem
 
 
 def weights(stock: Stock, dtype: str) -> tuple[dict[str, int], bool]:
-    """Bytes in memory of each component's weights, and whether that is exact.
+    """Bytes in memory of each component's weights, and True if that is exact.
 
-    Where the files are here their headers say so; before that they are taken to be stored in the dtype of the pictures.
+    The headers of files that are here tell; other files are taken to be stored in the dtype of the pictures.
     """
     exact = not any(name in stock.missing for names in stock.weights.values() for name in names)
-    if not exact:
-        return {part: sum(stock.sizes[name] for name in names) for part, names in stock.weights.items()}, False
     sizes = {known.array_name: known.nbytes for known in dtypes.DTYPES.values()}
-    return {
-        part: sum(_in_memory(stock.root / name, sizes[dtype]) for name in names)
-        for part, names in stock.weights.items()
-    }, True
+
+    def size(name: str) -> int:
+        return _in_memory(stock.root / name, sizes[dtype]) if exact else stock.sizes[name]
+
+    return {part: sum(map(size, names)) for part, names in stock.weights.items()}, exact
 
 
 def _in_memory(path: Path, size: int) -> int:
@@ -37,8 +36,9 @@ def _in_memory(path: Path, size: int) -> int:
 
 
 def fits(placement: str, parts: Mapping[str, int], gpus: Sequence[int]) -> bool:
-    """Whether weights fit GPUs of so many free bytes."""
-    total, largest = sum(parts.values()), max(parts.values(), default=0)
+    """True if weights fit GPUs of so many free bytes."""
+    total = sum(parts.values())
+    largest = max(parts.values(), default=0)
     match placement:
         case "cuda":
             return bool(gpus) and total <= gpus[0]
@@ -52,7 +52,7 @@ def fits(placement: str, parts: Mapping[str, int], gpus: Sequence[int]) -> bool:
 
 
 def gpu(placement: str, parts: Mapping[str, int], gpus: Sequence[int], dtype: str) -> Finding:
-    """Whether a placement fits the GPUs.
+    """Check that a placement fits the GPUs.
 
     Args:
         placement: `regress.placement`.
@@ -66,38 +66,36 @@ def gpu(placement: str, parts: Mapping[str, int], gpus: Sequence[int], dtype: st
     free = " + ".join(map(progress.human_bytes, gpus))
     if not parts and gpus:
         return warn("GPU", f"{free} free", "", "what is needed is not known, as the base's size is unknown")
-    total, (name, largest) = sum(parts.values()), max(parts.items(), key=lambda part: part[1], default=("", 0))
+    name, largest = max(parts.items(), key=lambda part: part[1], default=("", 0))
     needed = {
         "model_offload": f"{progress.human_bytes(largest)} ({name}, the largest part, in {dtype})",
         "group_offload": "a GPU, for a layer at a time",
-    }.get(placement, f"{progress.human_bytes(total)} (all parts in {dtype})")
+    }.get(placement, f"{progress.human_bytes(sum(parts.values()))} (all parts in {dtype})")
     needed = needed if parts else "a GPU, of a size that is not known yet,"
     if fits(placement, parts, gpus):
         return ok("GPU", f"{free} free", f"{needed} and room for the pictures with regress.placement {placement}")
     best = next(one for one in BETTER if fits(one, parts, gpus) and (one != "balanced" or len(gpus) > 1))
-    needed, remedy = f"{needed} with regress.placement {placement}", f"set regress.placement={best}"
+    needed = f"{needed} with regress.placement {placement}"
+    remedy = f"set regress.placement={best}"
     if not gpus:
         return fail("GPU", "torch finds none", needed, f"{remedy}, or install a CUDA build of torch and a driver")
     return fail("GPU", f"{free} free", needed, remedy)
 
 
 def ram(parts: Mapping[str, int], total: int, available: int, dtype: str) -> Finding:
-    """Whether a pipeline can be loaded: every placement begins with it in the machine's memory.
+    """Check that a pipeline can be loaded: every placement begins with it in the machine's memory.
 
     Args:
         parts: bytes of weights by component.
         total: bytes of memory that processes here may have.
-        available: bytes of it that nobody uses.
+        available: bytes of it that are free.
         dtype: of the weights.
     """
     need = sum(parts.values())
-    found, needed = (
-        f"{progress.human_bytes(available)} of {progress.human_bytes(total)} free",
-        f"{progress.human_bytes(need)} (weights in {dtype})",
-    )
+    found = f"{progress.human_bytes(available)} of {progress.human_bytes(total)} free"
+    needed = f"{progress.human_bytes(need)} (weights in {dtype})"
     if need > total:
-        remedy = "use a larger machine; fuse and verify need no more than 1GB"
-        return fail("memory", found, needed, remedy)
+        return fail("memory", found, needed, "use a larger machine; fuse and verify need no more than 1GB")
     if need > available:
         return warn("memory", found, needed, "end other programs before regress")
     return ok("memory", found, needed)
@@ -108,16 +106,18 @@ def memory() -> tuple[int, int]:
     import psutil
 
     host = psutil.virtual_memory()
-    total, available = host.total, host.available
+    total = host.total
+    available = host.available
     for limit, used in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
     ):
         try:
-            allowed, taken = int(Path(limit).read_text(encoding="ascii")), int(Path(used).read_text(encoding="ascii"))
+            allowed, taken = (int(Path(path).read_text(encoding="ascii")) for path in (limit, used))
         except (OSError, ValueError):  # no such control group, or "max"
             continue
-        total, available = min(total, allowed), min(available, max(allowed - taken, 0))
+        total = min(total, allowed)
+        available = min(available, max(allowed - taken, 0))
     return total, available
 
 

@@ -1,4 +1,4 @@
-"""Whether there are approved pictures that this machine's can be compared with."""
+"""Checks that there are approved pictures that this machine's can be compared with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_fuse.studies.doctor.finding import Finding, fail, ok, warn
 
 
 def approved_pictures(folder: Path, cases: Sequence[str], key: environment.Key) -> Finding:
-    """What the gate will find for pictures of a key.
+    """Predict what the gate will find for pictures of a key.
 
     Args:
         folder: of the recipe's goldens.
@@ -20,18 +20,18 @@ def approved_pictures(folder: Path, cases: Sequence[str], key: environment.Key) 
         key: this machine's.
     """
     try:
-        found = goldens.Goldens(folder).for_run(key, cases)
+        approved = goldens.Goldens(folder).for_run(key, cases)
     except BadGolden as refusal:
         return fail("goldens", str(refusal))
-    own = [case for case, approved in found.items() if any(not one.golden.elsewhere for one in approved)]
-    near = [case for case, approved in found.items() if approved and case not in own]
-    said = f"{len(own)} of {len(cases)} cases approved for {key}"
+    own = [case for case, kept in approved.items() if any(not picture.golden.elsewhere for picture in kept)]
+    near = [case for case, kept in approved.items() if kept and case not in own]
+    found = f"{len(own)} of {len(cases)} cases approved for {key}"
     if len(own) == len(cases):
-        return ok("goldens", said)
+        return ok("goldens", found)
     remedy = "look at the report of the build, then approve its pictures"
     code = "3 (no-golden)" if len(own) + len(near) < len(cases) else "4 (review)"
     more = f", {len(near)} for a machine much like it" if near else ""
-    return warn("goldens", f"{said}{more}: gate will exit with {code}", "", remedy)
+    return warn("goldens", f"{found}{more}: gate will exit with {code}", "", remedy)
 
 
 def key_here(placement: str, dtype: str, threads: int | None) -> environment.Key | None:

@@ -30,7 +30,7 @@ def requirements(pyproject: Path) -> tuple[str, list[str]]:
 
 
 def python(needed: str, found: str = platform.python_version()) -> Finding:
-    """Whether Python is of a version that the project is for."""
+    """Check the version of Python."""
     from packaging.specifiers import SpecifierSet
 
     if SpecifierSet(needed).contains(found, prereleases=True):
@@ -39,35 +39,37 @@ def python(needed: str, found: str = platform.python_version()) -> Finding:
 
 
 def packages(needed: Sequence[str]) -> Finding:
-    """Whether every package is there in a version that the project is for."""
+    """Check that every package is there, in a version of the project's range."""
     from packaging.requirements import Requirement
 
-    held, wrong = {}, []
+    versions: dict[str, str] = {}
+    wrong: list[str] = []
     for requirement in map(Requirement, needed):
         if requirement.name == "lora-fuse" or (requirement.marker is not None and not requirement.marker.evaluate()):
             continue
         try:
-            held[requirement.name] = version(requirement.name)
+            versions[requirement.name] = version(requirement.name)
         except PackageNotFoundError:
             wrong.append(f"{requirement.name} is not installed (needs {requirement.specifier or 'any'})")
             continue
-        if not requirement.specifier.contains(held[requirement.name], prereleases=True):
-            wrong.append(f"{requirement.name} {held[requirement.name]} (needs {requirement.specifier})")
+        if not requirement.specifier.contains(versions[requirement.name], prereleases=True):
+            wrong.append(f"{requirement.name} {versions[requirement.name]} (needs {requirement.specifier})")
     if wrong:
         return fail("packages", ", ".join(wrong), "", INSTALL)
-    shown = ", ".join(f"{name} {held[name]}" for name in SHOWN if name in held)
-    return ok("packages", f"all {len(held)} within pyproject's ranges: {shown}")
+    shown = ", ".join(f"{name} {versions[name]}" for name in SHOWN if name in versions)
+    return ok("packages", f"all {len(versions)} within pyproject's ranges: {shown}")
 
 
 def command(name: str, remedy: str) -> Finding:
-    """Whether a command is on PATH."""
+    """Check that a command is on PATH."""
     found = shutil.which(name)
     return ok(name, found) if found else fail(name, "not on PATH", "", remedy)
 
 
 def determinism(environ: Mapping[str, str], *, on_gpu: bool) -> Finding:
-    """Whether the environment leaves `regress` what it sets for the same bits twice."""
-    name, workspace = "determinism", environ.get("CUBLAS_WORKSPACE_CONFIG")
+    """Check that the environment overrides nothing that `regress` sets for the same bits twice."""
+    name = "determinism"
+    workspace = environ.get("CUBLAS_WORKSPACE_CONFIG")
     if on_gpu and workspace not in (None, *WORKSPACES):
         found = f"CUBLAS_WORKSPACE_CONFIG is {workspace}"
         return fail(name, found, " or ".join(WORKSPACES), "unset it: regress sets it itself")

@@ -1,4 +1,4 @@
-"""How large the sources of a recipe are and how much of them is here: by a lock, a folder, or the Hub's list."""
+"""Sizes of the sources of a recipe, and how much of them is here: by a lock, a folder, or the Hub's list."""
 
 from __future__ import annotations
 
