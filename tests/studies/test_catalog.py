@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_fuse.pictures.encode import Encoded
-from lora_fuse.studies.catalog import Entry, catalog_html, catalog_json, catalog_markdown
+from lora_fuse.studies.catalog import CatalogEntry, catalog_html, catalog_json, catalog_markdown
+from lora_fuse.studies.catalog.entry import CasePicture, Publication, Size, Step
 from lora_fuse.studies.catalog.page import summary
-from lora_fuse.studies.catalog.records import CasePicture, Publication, Size, Step
 
 HOSTILE = '<script>alert("1")</script>|`&'
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PUBLISHED = Publication("team/soft", COMMIT, "v1", "https://hub.example/team/soft", ())
-ENTRY = Entry(
+ENTRY = CatalogEntry(
     name="soft",
     recipe="edit",
     state="built",
@@ -41,7 +41,7 @@ ENTRY = Entry(
     ),
     publication=PUBLISHED,
 )
-UNBUILT = Entry(
+UNBUILT = CatalogEntry(
     "new", "edit", "not built", (), "dvc repro it", "P", Step("base", "owner/base", "main"), ENTRY.loras, None, None
 )
 

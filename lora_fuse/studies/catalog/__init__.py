@@ -1,4 +1,4 @@
-"""The catalog of variants: what each is made of, whether it is built and right, what it looks like, where it is."""
+"""The catalog of variants: lineage, state, verdict, pictures and place of each."""
 
 import lazy_loader
 

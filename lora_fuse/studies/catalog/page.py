@@ -14,12 +14,12 @@ from typing import Any
 
 from lora_fuse.machine import progress
 from lora_fuse.pictures import pages
-from lora_fuse.studies.catalog.records import Entry
+from lora_fuse.studies.catalog.entry import CatalogEntry
 
 SCHEMA = 1
 
 
-def catalog_html(entries: Sequence[Entry]) -> str:
+def catalog_html(entries: Sequence[CatalogEntry]) -> str:
     """The page; pictures are in it."""
     filters: dict[str, Callable[..., object]] = {
         "bytes": progress.human_bytes,
@@ -31,7 +31,7 @@ def catalog_html(entries: Sequence[Entry]) -> str:
     )
 
 
-def catalog_markdown(entries: Sequence[Entry], folder: Path) -> str:
+def catalog_markdown(entries: Sequence[CatalogEntry], folder: Path) -> str:
     """The same to read in a terminal or on a code host.
 
     Args:
@@ -41,69 +41,69 @@ def catalog_markdown(entries: Sequence[Entry], folder: Path) -> str:
     rows = [("variant", "state", "verdict", "LoRAs", "size", "published")]
     rows += [
         (
-            one.name,
-            one.state,
-            one.verdict or "–",  # noqa: RUF001
-            ", ".join(f"{lora.name} at {lora.scale:g}" for lora in one.loras),
-            progress.human_bytes(one.size.total) if one.size else "–",  # noqa: RUF001
-            _published(one),
+            entry.name,
+            entry.state,
+            entry.verdict or "–",  # noqa: RUF001
+            ", ".join(f"{lora.name} at {lora.scale:g}" for lora in entry.loras),
+            progress.human_bytes(entry.size.total) if entry.size else "–",  # noqa: RUF001
+            _published(entry),
         )
-        for one in entries
+        for entry in entries
     ]
     table = [f"| {' | '.join(map(_cell, row))} |" for row in rows]
     table.insert(1, "|---" * len(rows[0]) + "|")
-    sections = [_section(one, folder) for one in entries]
+    sections = [_section(entry, folder) for entry in entries]
     return "\n".join(["# Variants", "", summary(entries), "", *table, "", *sections])
 
 
-def _section(one: Entry, folder: Path) -> str:
-    lines = [f"## {one.name}", "", f"- recipe {one.recipe}, {one.pipeline}", f"- base {_code(one.base.label)}"]
-    for lora in one.loras:
+def _section(entry: CatalogEntry, folder: Path) -> str:
+    lines = [f"## {entry.name}", "", f"- recipe {entry.recipe}, {entry.pipeline}", f"- base {_code(entry.base.label)}"]
+    for lora in entry.loras:
         sha256 = f", sha256 {_code(lora.sha256)}" if lora.sha256 else ""
         lines.append(f"- LoRA {lora.name}: {_code(f'{lora.label}/{lora.file}')} at scale {lora.scale:g}{sha256}")
-    if one.size:
-        lines.append(f"- {progress.human_bytes(one.size.total)}, {sharing(one)}; {one.targets} weights changed")
-    if one.verdict:
-        lines.append(f"- {one.verdict} on {one.environment}, {one.judged}")
-    if one.publication:
-        tag = f", tag {one.publication.tag}" if one.publication.tag else ""
-        lines.append(f"- published as {_code(f'{one.publication.repo_id}@{one.publication.commit}')}{tag}")
-    lines += [f"- {note}" for note in (*one.notes, *(one.publication.notes if one.publication else ()))]
-    lines += [f"- next: {_code(one.command)}"] if one.command else []
+    if entry.size:
+        lines.append(f"- {progress.human_bytes(entry.size.total)}, {sharing(entry)}; {entry.targets} weights changed")
+    if entry.verdict:
+        lines.append(f"- {entry.verdict} on {entry.environment}, {entry.judged}")
+    if entry.publication:
+        tag = f", tag {entry.publication.tag}" if entry.publication.tag else ""
+        lines.append(f"- published as {_code(f'{entry.publication.repo_id}@{entry.publication.commit}')}{tag}")
+    lines += [f"- {note}" for note in (*entry.notes, *(entry.publication.notes if entry.publication else ()))]
+    lines += [f"- next: {_code(entry.command)}"] if entry.command else []
     pictures = [
-        f"![{one.name}, {shown.case}]({os.path.relpath(shown.path, folder)})"
-        for shown in one.pictures
+        f"![{entry.name}, {shown.case}]({os.path.relpath(shown.path, folder)})"
+        for shown in entry.pictures
         if shown.thumbnail
     ]
     return "\n".join([*lines, "", *([" ".join(pictures), ""] if pictures else [])])
 
 
-def catalog_json(entries: Sequence[Entry]) -> str:
-    """The same for a program: `lora_fuse.studies.catalog.records.Entry` without the thumbnails."""
-    return json.dumps({"schema": SCHEMA, "variants": [_plain(one) for one in entries]}, indent=2) + "\n"
+def catalog_json(entries: Sequence[CatalogEntry]) -> str:
+    """The same for a program: `lora_fuse.studies.catalog.entry.CatalogEntry` without the thumbnails."""
+    return json.dumps({"schema": SCHEMA, "variants": [_plain(entry) for entry in entries]}, indent=2) + "\n"
 
 
-def _plain(one: Entry) -> dict[str, Any]:
-    content = asdict(one)
+def _plain(entry: CatalogEntry) -> dict[str, Any]:
+    content = asdict(entry)
     for picture in content["pictures"]:
         del picture["thumbnail"]
         picture["path"] = picture["path"].as_posix()
-    return content | {"report": one.report.as_posix() if one.report else None}
+    return content | {"report": entry.report.as_posix() if entry.report else None}
 
 
-def summary(entries: Sequence[Entry]) -> str:
-    """How many variants there are, in which states."""
-    states = [one.state for one in entries]
+def summary(entries: Sequence[CatalogEntry]) -> str:
+    """The number of variants, in all and by state."""
+    states = [entry.state for entry in entries]
     counts = [f"{states.count(state)} {state}" for state in dict.fromkeys(sorted(states))]
-    passed = sum(bool(one.passed) for one in entries if one.state == "built")
-    published = sum(one.publication is not None for one in entries)
+    passed = sum(bool(entry.passed) for entry in entries if entry.state == "built")
+    published = sum(entry.publication is not None for entry in entries)
     total = f"{len(entries)} {'variant' if len(entries) == 1 else 'variants'}"
     return f"{total}: {', '.join(counts) or 'none'}; {passed} passed as built, {published} published."
 
 
-def sharing(one: Entry) -> str:
-    """How much of the merged repository is the base's."""
-    size = one.size
+def sharing(entry: CatalogEntry) -> str:
+    """The share of the merged repository that is the base's, in bytes."""
+    size = entry.size
     if size is None:
         return ""
     linked = (
@@ -112,11 +112,11 @@ def sharing(one: Entry) -> str:
     return f"{progress.human_bytes(size.from_base)} of it are the base's{linked}"
 
 
-def _published(one: Entry) -> str:
-    if one.publication is None:
-        return f"not yet: {one.repo_id}" if one.repo_id else "not to be"
-    older = " (older)" if one.publication.notes else ""
-    return f"{one.publication.repo_id}, {one.publication.tag or one.publication.commit[:12]}{older}"
+def _published(entry: CatalogEntry) -> str:
+    if entry.publication is None:
+        return f"not yet: {entry.repo_id}" if entry.repo_id else "not to be"
+    older = " (older)" if entry.publication.notes else ""
+    return f"{entry.publication.repo_id}, {entry.publication.tag or entry.publication.commit[:12]}{older}"
 
 
 def _cell(text: str) -> str:
@@ -128,5 +128,5 @@ def _code(text: str) -> str:
 
 
 def _web(url: str | None) -> bool:
-    """Whether it is an address to follow, and no script."""
+    """True of an address to follow, and of no script."""
     return bool(url and url.startswith(("https://", "http://")))

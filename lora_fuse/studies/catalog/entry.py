@@ -1,63 +1,14 @@
-"""What the catalog knows of a variant: as it is wanted, where its results lie, and as it is found."""
+"""A variant in the catalog: its lineage, verdict, size, pictures and place on the Hub."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from lora_fuse.lora import Selection
 from lora_fuse.pictures import encode
-from lora_fuse.recipe import Source
 
 State = Literal["built", "stale", "incomplete", "not built", "unreadable"]
-
-
-@dataclass(frozen=True, slots=True)
-class WantedLora:
-    """A LoRA as the configuration has it: where it is from, its file there, and the scale that is applied."""
-
-    source: Source
-    filename: str
-    scale: float
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """A variant as the configuration has it.
-
-    `selection` is None where every module is fused, `scheduler` empty where the base's own is kept; `cases` are the
-    prompts by case. `build` and `publish` are commands; without `publish` it is not to be published.
-    """
-
-    name: str
-    recipe: str
-    base: Source
-    pipeline: str
-    loras: Mapping[str, WantedLora]
-    selection: Selection | None
-    scheduler: Mapping[str, object]
-    cases: Mapping[str, str]
-    repo_id: str | None
-    tag: str | None
-    build: str
-    publish: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """Where the results of a variant's stages lie, if they are there."""
-
-    base_lock: Path
-    lora_lock: Path
-    merged: Path
-    manifest: Path
-    verify: Path
-    metrics: Path
-    images: Path
-    report: Path
-    receipt: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +66,7 @@ class CasePicture:
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """What was published where; `notes` say how that differs from what is built or asked for now."""
+    """A publication; `notes` say how it differs from what is built or asked for now."""
 
     repo_id: str
     commit: str
@@ -125,11 +76,11 @@ class Publication:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class CatalogEntry:
     """A variant as it is found.
 
-    `notes` say what is missing or stale; `judged` is when the pictures were (UTC, ISO 8601); `command` comes next, if
-    anything does. `targets` are the weights that were changed, `weights` whether they were verified.
+    `notes` say what is missing or stale; `judged` is the time of the verdict (UTC, ISO 8601); `command` comes next, if
+    anything does. `targets` is the number of changed weights, `weights` True if they were verified.
     """
 
     name: str
