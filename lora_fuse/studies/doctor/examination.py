@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from lora_fuse.errors import BadSource, NoDevice, Refused
-from lora_fuse.fusion import read_manifest
+from lora_fuse.fusion import read_manifest, resolve_device
 from lora_fuse.machine import files, progress, space
 from lora_fuse.models import COMPONENT
 from lora_fuse.recipe import Artifacts, Recipe, hf_cache, paths
@@ -142,8 +142,6 @@ def _is_of(recipe: Recipe, at: Artifacts) -> bool:
 
 
 def _machine(recipe: Recipe, base: Stock | None) -> Iterator[Finding]:
-    from lora_fuse.fusion import device
-
     regress = recipe.regress
     parts: dict[str, int] = {}
     dtype: str = regress.dtype
@@ -155,6 +153,6 @@ def _machine(recipe: Recipe, base: Stock | None) -> Iterator[Finding]:
         yield memory.ram(parts, *memory.memory(), dtype)
     yield memory.gpu(regress.placement, parts, memory.gpu_memory(), dtype)
     try:
-        yield ok("fuse", f"on {device.resolve_device(recipe.fuse.device)}")
+        yield ok("fuse", f"on {resolve_device(recipe.fuse.device)}")
     except NoDevice as refusal:
         yield fail("fuse", str(refusal))
