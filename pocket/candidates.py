@@ -24,6 +24,7 @@ from stages.validate import judged, requested
 
 LORA = Path("pocket/lora/pocket-lightning-4steps-v2.safetensors")
 FOLDER = Path("build/candidates")
+RECIPE = "pocket_photo"  # its photograph sees more than any drawing
 SAME, CHANGED = "same pictures as the current version", "changed as expected, needs a reviewer"
 HEADS = 5  # of pocket's transformer, pocket/model/transformer/config.json
 
@@ -186,7 +187,7 @@ def main() -> int:
     parser.add_argument(
         "--markdown", type=Path, metavar="FILE", help="with --judge, put the table between FILE's markers"
     )
-    parser.add_argument("--recipe", default="pocket", help="with --judge; pocket_cuda renders on a GPU in bfloat16")
+    parser.add_argument("--recipe", default=RECIPE, help="with --judge; pocket_cuda renders on a GPU in bfloat16")
     given = parser.parse_args()
     if not given.judge:
         for path in write(given.folder).values():

@@ -22,7 +22,7 @@ from lora_fuse.verification import Expectation, verify_merge
 from pocket.controls.control import Built, Control, Outcome
 from stages.config import load
 
-RECIPE = "pocket"
+RECIPE = "pocket_photo"  # its photograph sees more than any drawing
 NAME = "lightning"  # of the LoRA in the recipe
 
 

@@ -427,7 +427,7 @@ def test_everything_is_published_once_and_again_is_nothing_new(build: Build, hub
     publish(params)
     manifest, _ = read_manifest(at.manifest)
     beside = {"README.md", LIST, SIGNATURE, PROVENANCE, BOM, "images/blocks.png", "diffusion_models/pocket.safetensors"}
-    beside |= {f"images/{case}{kind}.png" for case in ("rabbit", "photo") for kind in ("", ".input")}
+    beside |= {f"images/{case}{kind}.png" for case in ("rabbit", "hat") for kind in ("", ".input")}
     head = hub.registry.repos[REPO].head
     assert head.tree.keys() == {*manifest.files, *beside, ".gitattributes"}
     publish(params)

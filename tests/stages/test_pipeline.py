@@ -30,7 +30,7 @@ def test_the_run_passes_and_says_so(workspace: Workspace) -> None:
     assert 0 < metrics["rabbit.over_floor"] < 2
     summary = workspace.stage("summary")
     assert "artifacts/regression/report.html" in summary
-    assert all(case in summary for case in ("rabbit", "photo"))
+    assert all(case in summary for case in ("rabbit", "hat"))
 
 
 def test_a_build_leaves_the_checkout_clean_but_for_the_lock(workspace: Workspace) -> None:
@@ -206,7 +206,7 @@ def test_publish_then_build_from_the_hub(workspace: Workspace, hub: LoopbackHub)
     manifest = workspace.read("artifacts/merged.manifest.json")
     assert (receipt["status"], receipt["private"]) == ("published", True)
     listed = {*manifest["files"], "README.md", "lora_fuse.json", "provenance.json", "bom.cdx.json"}
-    pictures = {f"images/{name}.png" for name in ("blocks", "photo", "photo.input", "rabbit", "rabbit.input")}
+    pictures = {f"images/{name}.png" for name in ("blocks", "hat", "hat.input", "rabbit", "rabbit.input")}
     assert receipt["files"].keys() == listed | pictures
     assert "hf_write" not in (workspace.root / "artifacts/publish.json").read_text()
 

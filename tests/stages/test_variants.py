@@ -229,7 +229,7 @@ def test_the_catalog_shows_what_each_variant_is_made_of_and_what_it_came_to(chec
         files = [path for path in merged.rglob("*") if path.is_file()]
         linked = sum(path.stat().st_size for path in files if path.stat().st_nlink > 1)
         assert (entry["size"]["total"], entry["size"]["hard_linked"]) == (sum(p.stat().st_size for p in files), linked)
-        assert [one["verdict"] for one in entry["pictures"]] == [metrics["photo.verdict"], metrics["rabbit.verdict"]]
+        assert [one["verdict"] for one in entry["pictures"]] == [metrics["hat.verdict"], metrics["rabbit.verdict"]]
     assert entries["pocket_soft"]["recipe"] == "pocket"
     page = (checkout.root / "artifacts/catalog/catalog.html").read_text()
     assert page.count("data:image/webp;base64,") == 4

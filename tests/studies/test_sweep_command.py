@@ -29,7 +29,7 @@ from tests.support.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parents[2]
 LONGEST = 300.0  # seconds that anything is waited for
-QUICK = ("~regress.cases.photo", "base.sampling.steps=6", "loras.lightning.path=loras")
+QUICK = ("~regress.cases.hat", "base.sampling.steps=6", "loras.lightning.path=loras")
 LORA = "pocket-lightning-4steps-v2.safetensors"
 SWEPT = "artifacts/sweep"
 
@@ -267,7 +267,7 @@ def test_a_queue_of_dvc_gives_a_table_with_the_same_names(workspace: Workspace) 
             check=True,
         )
 
-    quick = ["-S", "~regress.cases.photo", "-S", "regress.threads=1"]
+    quick = ["-S", "~regress.cases.hat", "-S", "regress.threads=1"]
     quietly("dvc", "exp", "run", "--queue", "-S", "fuse.scale=0.6,0.8", *quick, "regress")
 
     def idle() -> bool:

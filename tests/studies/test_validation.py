@@ -38,7 +38,7 @@ from tests.support.tiny import in_folder
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = "pocket/lora/pocket-lightning-4steps-v1.safetensors"
 CURRENT = "pocket/lora/pocket-lightning-4steps-v2.safetensors"
-ONE_CASE = ("recipe=pocket", "~regress.cases.photo")
+ONE_CASE = ("recipe=pocket", "~regress.cases.hat")
 BOUNDS = Bounds(alignment=0.5, strength=1.5, gain_kept=0.5, noise=2.0, comb_db=6.0, over_floor=2.0)
 CASE = CaseEvidence(
     name="rabbit",
