@@ -18,7 +18,18 @@ EXTRAS = {
     "hub": ("httpx2", "huggingface_hub", "yaml"),
     "pipeline": (
         *("PIL", "accelerate", "cyclonedx", "diffusers", "flip_evaluator", "hydra", "jinja2", "junitparser"),
-        *("omegaconf", "packageurl", "packaging", "peft", "psutil", "scipy", "skimage", "ssimulacra2", "transformers"),
+        *(
+            "omegaconf",
+            "packageurl",
+            "packaging",
+            "peft",
+            "psutil",
+            "scipy",
+            "skimage",
+            "ssimulacra2",
+            "tabulate",
+            "transformers",
+        ),
     ),
     "sign": ("OpenSSL", "cryptography", "model_signing", "sigstore"),
 }

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from lora_fuse.machine import PLAIN, Console
 from lora_fuse.recipe import Artifacts, Recipe, paths
-from lora_fuse.regression import decide
+from lora_fuse.regression import gate as decisions
 from stages.run import command, run_stage
 
 
 def gate(_: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:
     """Print the decision; its exit code is the pipeline's."""
-    decision = decide(paths.read_object(at.verify, "verify"), paths.read_object(at.metrics, "regress"), at)
+    decision = decisions.decide(paths.read_object(at.verify, "verify"), paths.read_object(at.metrics, "regress"), at)
     code, sentence = decision.code, f"{decision.reason}; next: {command(decision.then, at)}"
     if code:
         console.wrong("gate", sentence)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_fuse.machine import PLAIN, Console
 from lora_fuse.recipe import Artifacts, Recipe, paths
-from lora_fuse.regression import report
+from lora_fuse.regression import gate
 from stages.run import command, run_stage
 
 
@@ -14,7 +14,7 @@ def summary(_: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> 
     if console.as_json:
         console.done("summary", facts=metrics)
     else:
-        print(report.summary_text(metrics, str(at.report), command(report.next_step(metrics), at)))
+        print(gate.summary_text(metrics, str(at.report), command(gate.next_step(metrics), at)))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What a picture cost: seconds, steps per second, peak memory of the GPUs and of the process."""
+"""The cost of a picture: seconds, steps per second, peak memory of the GPUs and of the process."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ class Meter:
         self._start = self._now()
 
     def step(self) -> None:
-        """A denoising step has ended."""
+        """Note that a denoising step has ended."""
         self._steps.append(self._now())
 
     def stop(self) -> Cost:
-        """What it came to."""
+        """Stop, and return the time and memory since the start."""
         import torch
 
         seconds = self._now() - self._start
-        count, gpus = len(self._steps) - 1, self._gpus
+        count = len(self._steps) - 1
         return Cost(
             seconds=seconds,
             steps_per_s=count / (self._steps[-1] - self._steps[0]) if count > 0 else None,
-            peak_gpu_bytes=sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus) if gpus else None,
+            peak_gpu_bytes=sum(torch.cuda.max_memory_allocated(gpu) for gpu in self._gpus) if self._gpus else None,
             peak_host_bytes=_host_peak(),
         )
 

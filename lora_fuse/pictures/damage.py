@@ -19,11 +19,12 @@ PEAK = 255
 # A picture that failed as a whole (NaN painted black, an empty decode) has no contrast: 0 to 2 levels where the
 # dullest rendered pictures had more than 10.
 FLAT_STD = 3.0
-SHORTEST_PERIOD, LONGEST_PERIOD = 8, 64  # pixels, of a grid: a patch of the transformers is 16
+SHORTEST_PERIOD = 8  # pixels, of a grid: a patch of the transformers is 16
+LONGEST_PERIOD = 64
 
 
 def is_flat(picture: Levels) -> bool:
-    """Whether the picture is one colour: no channel has a standard deviation above `FLAT_STD` levels."""
+    """True for a picture of one colour: no channel has a standard deviation above `FLAT_STD` levels."""
     return bool((picture.reshape(-1, picture.shape[-1]).std(axis=0, dtype=np.float64) <= FLAT_STD).all())
 
 
@@ -63,7 +64,7 @@ def own_comb_db(picture: Levels) -> float:
 
 
 def comb_db(a: Levels, b: Levels) -> float:
-    """How far the difference's spectrum stands out at the harmonics of one period, in dB: a grid shows as a comb.
+    """The prominence of the harmonics of one period in the spectrum of ``a - b``, in dB: a grid shows as a comb.
 
     A faint grid, as a wrong 8-bit scale leaves it at every patch, is ordinary drift to every metric of pixels. For each
     axis and each period of 8 to 64 pixels, the mean level (dB) of the harmonics over the median of their neighbours;

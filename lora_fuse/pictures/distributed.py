@@ -51,14 +51,14 @@ class DistributedRenderer:
             )
         if self._on_gpu:
             take_gpu(self.here.local)
-        self._companions = launch.PeerWatcher()
+        self._peers = launch.PeerWatcher()
 
     def __str__(self) -> str:
-        """How the work is shared, as the end of a sentence."""
+        """The share of this process, as the end of a sentence."""
         return "" if self.here.is_alone else f" by this process, one of {self.here.count}"
 
     def share(self, cases: int) -> int:
-        """How many of so many cases this process renders at most: the first has one more than others, if any has."""
+        """The most cases that a process renders of so many; the first process gets that many."""
         return -(-cases // self.here.count)
 
     def render(self, cases: Sequence[T], key: str, render: Callable[[Sequence[T]], list[R]]) -> list[R] | None:
@@ -91,13 +91,13 @@ class DistributedRenderer:
             shares = gather_object([share])
         except RuntimeError as error:  # gloo's word for a connection that was closed
             raise ProcessLost(launch.LOST) from error
-        self._companions.part()
+        self._peers.part()
         state.destroy_process_group()
-        check_devices([(one, gpu) for one, gpu, _ in shares])
+        check_devices([(environment, gpu) for environment, gpu, _ in shares])
         return [result for _, _, results in shares for result in results] if state.is_main_process else None
 
     def _gpu(self) -> str | None:
-        """Which GPU this process has, by a name that no other in the world has."""
+        """A name of this process's GPU that no other GPU in the world has; None on the CPU."""
         if not self._on_gpu:
             return None
         import torch
@@ -127,7 +127,8 @@ def check_devices(found: Sequence[tuple[str, str | None]]) -> None:
     Raises:
         NoDevice: two have the same GPU, or they are on different kinds of machine.
     """
-    keys, gpus = sorted({key for key, _ in found}), [gpu for _, gpu in found if gpu is not None]
+    keys = sorted({key for key, _ in found})
+    gpus = [gpu for _, gpu in found if gpu is not None]
     if len(keys) > 1:
         raise NoDevice(f"the processes are on different kinds of machine, {' and '.join(keys)}: use one kind")
     for gpu in gpus:

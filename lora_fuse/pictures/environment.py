@@ -1,4 +1,4 @@
-"""Where pictures are made, how that is made to give the same bits twice, and which goldens may be compared with it.
+"""The environment that pictures are made in: described, made deterministic, and named by the key of its goldens.
 
 torch is imported inside the functions: what it reads from the environment has to be set before.
 """
@@ -31,7 +31,7 @@ FLAGS = {
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What goldens are kept apart by: pictures of one key are compared, others can only be looked at.
+    """The name that goldens are filed under: pictures of one key are compared, others can only be looked at.
 
     Attributes:
         device: "cpu" or "cuda".
@@ -50,12 +50,12 @@ class Key:
     diffusers: str
 
     def __str__(self) -> str:
-        """As folders are called: ``cpu-x86_64-avx2-2threads-float32-torch2.13-diffusers0.42``."""
+        """The folder's name: ``cpu-x86_64-avx2-2threads-float32-torch2.13-diffusers0.42``."""
         threads = f"-{self.threads}threads" if self.threads else ""
         return f"{self.device}-{self.isa}{threads}-{self.dtype}-torch{self.torch}-diffusers{self.diffusers}"
 
     def differences(self, other: Key) -> list[str]:
-        """What is not the same in `other`, as "torch 2.13, there 2.12"."""
+        """List the parts that differ in `other`, as "torch 2.13, there 2.12"."""
         return [
             f"{name} {getattr(self, name)}, there {getattr(other, name)}"
             for name in self.__dataclass_fields__
@@ -89,7 +89,7 @@ class Environment:
 
 
 def make_deterministic(threads: int | None = None, *, on_gpu: bool = False) -> None:
-    """The same seed gives the same picture twice; call it before torch has done any work in the process.
+    """Let the same seed give the same picture twice; call it before torch has done any work in the process.
 
     Kernels without a deterministic form raise instead of varying. TF32 and autotuning are off. One attention backend
     is pinned: on a GPU the memory-efficient one, which every CUDA build has and which takes masks; on the CPU its own
@@ -99,7 +99,7 @@ def make_deterministic(threads: int | None = None, *, on_gpu: bool = False) -> N
 
     Args:
         threads: intra-op threads; None leaves torch's choice, the number of cores.
-        on_gpu: whether the pictures are made there.
+        on_gpu: True for pictures that are made on a GPU.
     """
     pins = _CUDA_PINS | (_X86_PINS if platform.machine().lower() in {"x86_64", "amd64"} else {})
     for name, value in pins.items():
@@ -157,9 +157,11 @@ def environment(placement: str, dtype: str) -> Environment:
     torch_version = str(torch.__version__)
     if device == "cuda":
         isa = "sm{}{}".format(*torch.cuda.get_device_capability())
-        name, threads = torch.cuda.get_device_name(), 0
+        name = torch.cuda.get_device_name()
+        threads = 0
     else:
-        name, threads = platform.machine(), torch.get_num_threads()
+        name = platform.machine()
+        threads = torch.get_num_threads()
         isa = f"{name}-{torch.backends.cpu.get_cpu_capability().lower()}"
     key = Key(device, isa, threads, dtype, _minor(torch_version), _minor(versions["diffusers"]))
     return Environment(
@@ -176,7 +178,7 @@ def environment(placement: str, dtype: str) -> Environment:
 
 
 def _driver() -> str | None:
-    """NVIDIA's driver, as its kernel module tells it."""
+    """Version of NVIDIA's driver, from its kernel module."""
     try:
         words = Path("/proc/driver/nvidia/version").read_text(encoding="ascii").split()
     except OSError:

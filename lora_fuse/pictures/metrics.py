@@ -1,6 +1,6 @@
-"""What can be measured on a picture, or between two: one function each, of arrays only.
+"""Distances between two pictures: one function each, of arrays only.
 
-A picture is `Levels`: uint8, (height, width, 3), 0 to 255. A new regression metric is a function here, a row in
+A picture is `picture.Levels`. A new regression metric is a function here, a row in
 `METRICS` and a key of `lora_fuse.recipe.recipe.LimitParams`, whose value `conf/` gives: null decides nothing.
 Every function of two pictures is symmetric but for `ssimulacra2`, and for identical ones gives the best value there is.
 The libraries that measure are imported where they are used: a report that is only read needs none of them.
@@ -154,11 +154,11 @@ class Metric:
 
     @property
     def higher_is_nearer(self) -> bool:
-        """Whether a greater value means a smaller distance: so it is where the best value is not 0."""
+        """True where a greater value means a smaller distance: where the best value is not 0."""
         return self.best > 0
 
     def holds(self, value: float, bound: float) -> bool:
-        """Whether a value is within a bound; a NaN is within none."""
+        """True for a value within a bound; a NaN is within none."""
         return value >= bound if self.higher_is_nearer else value <= bound
 
     def loosened(self, bound: float, floor: float, times: float) -> float:
@@ -199,7 +199,7 @@ _HEAT = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 
 
 
 def heat_map(a: Levels, b: Levels) -> Levels:
-    """Where two pictures differ, and how much: black is equal, then purple, red, orange and yellow for 64 levels.
+    """Paint the differences of two pictures: black is equal, then purple, red, orange and yellow for 64 levels.
 
     The largest difference of any channel, on a logarithmic scale, so that one level is seen too. What a person looks
     at, not what is judged. The colours are five of matplotlib's "inferno".

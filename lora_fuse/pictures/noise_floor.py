@@ -36,7 +36,8 @@ def jitter(model: torch.nn.Module, names: Iterable[str], dtypes: Iterable[torch.
 
     wanted = set(names)
     coarsest = max((torch.finfo(dtype) for dtype in dtypes), key=lambda info: info.eps)
-    bits, lowest = round(-math.log2(coarsest.eps)), round(math.log2(coarsest.smallest_normal))
+    bits = round(-math.log2(coarsest.eps))
+    lowest = round(math.log2(coarsest.smallest_normal))
     generators: dict[torch.device, torch.Generator] = {}
     parameters = {
         name.replace(".base_layer", ""): one for name, one in model.named_parameters()

@@ -10,7 +10,9 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_fuse.checkpoint import dtypes
 from lora_fuse.errors import OutOfMemory
@@ -32,12 +34,15 @@ from lora_fuse.pictures.render_progress import Watch
 from lora_fuse.pictures.unfused_lora import attach
 from lora_fuse.recipe import Recipe
 
+if TYPE_CHECKING:
+    import torch
+
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What the sides share: pipeline class, sampling, scheduler settings (empty: the folder's own), placement, dtype.
+    """Settings of all sides: pipeline class, sampling, scheduler (empty: the folder's own), placement, dtype.
 
-    `baseline` is how the base alone is run; None leaves that side out.
+    `baseline` is the sampling of the base alone; None leaves that side out.
     """
 
     pipeline: str
@@ -64,7 +69,7 @@ class Setup:
 
     @property
     def sides(self) -> tuple[Sampling, ...]:
-        """How each side is sampled: merged, unfused, the noise floor, and the base alone if it is asked for."""
+        """Sampling of each side: merged, unfused, the noise floor, and the base alone if it is asked for."""
         return (*[self.sampling] * 3, *([self.baseline] if self.baseline else []))
 
 
@@ -72,8 +77,8 @@ class Setup:
 class Pair:
     """One case, rendered from the merged checkpoint and from base + LoRA, and what belongs to it.
 
-    `floor` is base + LoRA again with weights moved by one rounding; `unfused_by` says who put the LoRA beside the base,
-    see `lora_fuse.pictures.unfused_lora`; `baseline` is the base alone.
+    `floor` is base + LoRA again with weights moved by one rounding; `unfused_by` is what `unfused_lora.attach`
+    returned; `baseline` is the base alone.
     """
 
     case: Case
@@ -86,7 +91,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class References:
-    """What a merge is compared with, of the same run: a picture per case, and who attached the LoRA."""
+    """Pictures of one run that a merge is compared with, one a case and side; `unfused_by` as in `Pair`."""
 
     unfused: list[Rendered]
     floor: list[Rendered]
@@ -135,7 +140,7 @@ def render_pairs(
 
 
 def pair_up(cases: Sequence[Case], merged: Sequence[Rendered], references: References) -> list[Pair]:
-    """Each case's merged picture and what it is compared with; all in the order of the cases."""
+    """Join each case's merged picture with its references; all are in the order of the cases."""
     sides = zip(cases, merged, references.unfused, references.floor, references.baseline, strict=True)
     by = references.unfused_by
     return [Pair(case, one, unfused, floor, by, alone) for case, one, unfused, floor, alone in sides]
@@ -155,34 +160,38 @@ def render_references(
         cases: see `render_pairs`.
         setup: see `render_pairs`.
         shared: parts of the merged pipeline.
-        watch: is told of what is rendered.
+        watch: shows the progress.
 
     Raises:
         RenderFailed: see `render_pairs`.
         OutOfMemory: see `render_pairs`.
     """
-    import torch
-
-    base = plan.checkpoint.root
     watch = watch or Watch()
     watch.loads("the base")
-    pipe = load_pipeline(base, setup.pipeline, dtype=setup.dtype, shared=shared)
+    load = partial(load_pipeline, plan.checkpoint.root, setup.pipeline, dtype=setup.dtype)
+    pipe = load(shared=shared)
     alone: Sequence[Rendered | None] = [None] * len(cases)
     if setup.baseline is not None:  # as its authors run it: no LoRA, its own scheduler, steps and CFG
         alone = render_all(pipe, cases, setup.baseline, setup.placement, side="base alone", watch=watch)
         shared = shared_components(pipe)
         drop_transformer(pipe)
-        pipe = load_pipeline(base, setup.pipeline, dtype=setup.dtype, shared=shared)
+        pipe = load(shared=shared)
     if setup.scheduler:
         pipe.register_modules(scheduler=make_scheduler(setup.scheduler))
     by = attach_beside(pipe, plan)
     unfused = render_all(pipe, cases, setup.sampling, setup.placement, side="unfused", watch=watch)
-    stored = {target.tensor.dtype for target in plan.targets.values()}
-    rounded_to = [getattr(torch, setup.dtype), *(dtypes.DTYPES[name].torch for name in stored)]
-    jitter(pipe.transformer, plan.targets, rounded_to)
+    jitter(pipe.transformer, plan.targets, _rounded_to(plan, setup))
     floor = render_all(pipe, cases, setup.sampling, setup.placement, side="floor", watch=watch)
     drop_transformer(pipe)
     return References(unfused, floor, alone, by)
+
+
+def _rounded_to(plan: Plan, setup: Setup) -> list[torch.dtype]:
+    """The dtypes that the changed weights are rounded to, in memory and on disk."""
+    import torch
+
+    stored = {target.tensor.dtype for target in plan.targets.values()}
+    return [getattr(torch, setup.dtype), *(dtypes.DTYPES[name].torch for name in stored)]
 
 
 def attach_beside(pipe: Pipeline, plan: Plan) -> str:
@@ -213,8 +222,8 @@ def render_all(
         cases: what to make.
         sampling: how to make it.
         placement: see `lora_fuse.pictures.placement`.
-        side: what `watch` is told that this is.
-        watch: is told of what is rendered.
+        side: its name in the progress.
+        watch: shows the progress.
 
     Raises:
         RenderFailed: it cannot be run.

@@ -1,4 +1,4 @@
-"""Where a pipeline's parts lie while it runs: a model larger than the card is offloaded or spread by its libraries.
+"""Placement of a pipeline's parts while it runs: a model larger than the card is offloaded or spread by its libraries.
 
 A placement is a function of one part (a `torch.nn.Module`), but for `model_offload`, which needs them all: it moves one
 part at a time to the GPU, in the pipeline's own order.
@@ -50,7 +50,7 @@ def place(pipe: Pipeline, placement: str) -> None:
 
 
 def advice(placement: str) -> str:
-    """What to try when memory is short."""
+    """Name the placement to try when memory is short, as the end of a sentence."""
     return f"with regress.placement {placement}: set it to {_NEXT[placement]}"
 
 

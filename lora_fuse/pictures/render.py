@@ -12,12 +12,13 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from lora_fuse.errors import OutOfMemory, RenderFailed
 from lora_fuse.pictures.cases import Case, Sampling
 from lora_fuse.pictures.cost import Meter
-from lora_fuse.pictures.picture import Picture, Rendered, read_levels
+from lora_fuse.pictures.picture import Levels, Picture, Rendered, read_levels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -163,7 +164,8 @@ def render(pipe: Pipeline, case: Case, sampling: Sampling, on_step: Callable[[],
     import torch
 
     arguments = _pictures(type(pipe).__name__, case) | _size(case)
-    meter, final = Meter(), []
+    meter = Meter()
+    final = []
 
     def after_step(_: Pipeline, step: int, __: object, tensors: dict[str, Any]) -> dict[str, Any]:
         meter.step()
@@ -187,11 +189,14 @@ def render(pipe: Pipeline, case: Case, sampling: Sampling, on_step: Callable[[],
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(f"case {case.name} does not fit the GPU's memory") from error
     cost = meter.stop()
-    values = output.images[0]  # (height, width, 3) float32 in [0, 1]
+    levels, nonfinite = _to_levels(output.images[0])
+    return Rendered(levels, nonfinite, sigmas=tuple(pipe.scheduler.sigmas.tolist()), latents=final[0], cost=cost)
+
+
+def _to_levels(values: npt.NDArray[np.float32]) -> tuple[Levels, int]:
+    """Round a picture, (height, width, 3) in [0, 1], and count its values that are not finite, which become 0."""
     finite = np.isfinite(values)
-    levels = (np.where(finite, values, 0.0) * 255).round().astype(np.uint8)
-    sigmas = tuple(pipe.scheduler.sigmas.tolist())
-    return Rendered(levels, int((~finite).sum()), sigmas=sigmas, latents=final[0], cost=cost)
+    return (np.where(finite, values, 0.0) * 255).round().astype(np.uint8), int((~finite).sum())
 
 
 def _pictures(pipeline: str, case: Case) -> dict[str, object]:
@@ -202,10 +207,10 @@ def _pictures(pipeline: str, case: Case) -> dict[str, object]:
 
 
 def check_pictures(pipeline: str, case: Case) -> None:
-    """Whether a pipeline takes as many input pictures as a case has.
+    """Refuse a case whose number of input pictures the pipeline does not take.
 
     Raises:
-        RenderFailed: it does not, or the pipeline is unknown.
+        RenderFailed: the number is wrong, or the pipeline is unknown.
     """
     check_pipeline(pipeline)
     allowed = PICTURES[pipeline]

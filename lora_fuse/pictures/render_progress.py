@@ -1,4 +1,4 @@
-"""Shows which picture is being made, how fast, and how long the rest will take, guessed from those that are done."""
+"""Shows the picture that is being made, the pace, and the time left, estimated from the pictures that are done."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def passes(sampling: Sampling) -> int:
-    """How often a picture calls the transformer, which is nearly all of its work: twice a step with guidance."""
+    """Calls of the transformer for a picture, nearly all of its work: two a step with guidance."""
     return sampling.steps * _per_step(sampling)
 
 
@@ -26,7 +26,7 @@ def _per_step(sampling: Sampling) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What is to be rendered: every case once for each side.
+    """Pictures to render: every case once for each side.
 
     Attributes:
         name: what a rate is remembered by, see `machine.progress`.
@@ -40,12 +40,12 @@ class Task:
 
     @property
     def stage(self) -> str:
-        """Who renders: the first word of the name."""
+        """The stage that renders: the first word of the name."""
         return self.name.partition(" ")[0]
 
     @property
     def pictures(self) -> int:
-        """How many there will be."""
+        """Number of pictures."""
         return self.cases * len(self.sides)
 
     @property
@@ -58,18 +58,18 @@ class Task:
 
     @property
     def estimate(self) -> str:
-        """How long it will take, as the end of a sentence."""
+        """The estimated time, as the end of a sentence."""
         return progress.estimate(self.name, self.work, in_bytes=False)
 
     def took(self, seconds: float) -> str:
-        """What it came to."""
+        """Sum up a task that took so many seconds."""
         took = progress.human_seconds(seconds)
         return f"{self.pictures} pictures in {took}, {seconds / self.pictures:.1f} s each with loading"
 
 
 @dataclass(slots=True)
 class Watch:
-    """Is told by those who render what they do, and says it.
+    """Turns what a renderer reports into sentences with the pace and the time left.
 
     Attributes:
         task: what will be rendered, if that is known.
@@ -96,7 +96,8 @@ class Watch:
         """
         of = f"/{self.task.pictures}" if self.task else ""
         label = f"picture {self._made + 1}{of}, {case} {side}"
-        self._picture, step = progress.Stopwatch(), 0
+        self._picture = progress.Stopwatch()
+        step = 0
         self.say(label, self._done)
 
         def after_step() -> None:
@@ -109,11 +110,12 @@ class Watch:
         self._made += 1
         self._done += passes(sampling)
         self._seconds += self._picture.seconds
-        took, self._picture = progress.human_seconds(self._picture.seconds), progress.Stopwatch()
+        took = progress.human_seconds(self._picture.seconds)
+        self._picture = progress.Stopwatch()
         self.say(f"{label}, {took}{self._left()}", self._done)
 
     def _left(self) -> str:
-        """What is left, as the end of a sentence; before the first picture is done nothing is known."""
+        """The time that is left, as the end of a sentence; empty until the first picture is done."""
         if not self._done or self.task is None or self._done >= self.task.work:
             return ""
         left = (self.task.work - self._done) * self._seconds / self._done - self._picture.seconds

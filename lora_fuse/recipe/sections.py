@@ -77,7 +77,7 @@ class SamplingParams(Section):
 
     @property
     def usage(self) -> dict[str, Any]:
-        """The arguments of the pipeline's call, by the names of `lora_fuse.pictures.render.Sampling`."""
+        """The arguments of the pipeline's call, by the names of `lora_fuse.pictures.cases.Sampling`."""
         return self.model_dump(include=set(SamplingParams.model_fields))
 
 

@@ -1,10 +1,9 @@
 from . import approval as approval
 from . import candidates as candidates
 from . import case_judgement as case_judgement
+from . import gate as gate
 from . import goldens as goldens
-from . import report as report
 from . import review as review
 from . import verdicts as verdicts
-from .gate import decide as decide
 from .run import judge as judge
 from .run import write_regression as write_regression

@@ -1,4 +1,4 @@
-"""What may become a golden: the very picture that was judged, of right weights, that a commit would give again."""
+"""Conditions of a golden: the very picture that was judged, of right weights, that a commit would give again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run leaves for approval: every merged picture's sha256 and everything that it came from."""
+"""Candidates for approval: every merged picture's sha256 and everything that it came from."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """What a run leaves for approval, by case."""
+    """The pictures of a run that may be approved, by case."""
 
     schema: int
     manifest_sha256: str
@@ -147,11 +147,12 @@ def digest(files: Mapping[str, FileRecord]) -> str:
 
 
 def differences(now: Provenance, then: Provenance) -> list[str]:
-    """What is not as it was when a golden was approved, a sentence each: what a changed picture can come from."""
+    """List what has changed since a golden was approved, and so may have changed its picture, a sentence each."""
     sentences = [f"the base is {now.base}, and was {then.base}"] if now.base_sha256 != then.base_sha256 else []
     sentences += _lora_differences(now.loras, then.loras)
     alike = ("pipeline", "steps", "true_cfg_scale", "negative_prompt", "sigmas")
-    here, there = now.environment, then.environment
+    here = now.environment
+    there = then.environment
     machine = [name for name in Environment.__dataclass_fields__ if name not in {"key", "flags"}]
     kernels = ("isa", "threads")  # of the key; its versions are whole in the environment
     sides = [
@@ -172,7 +173,8 @@ def differences(now: Provenance, then: Provenance) -> list[str]:
 
 
 def _lora_differences(now: Iterable[records.MergedLora], then: Iterable[records.MergedLora]) -> list[str]:
-    after, before = {lora.name: lora for lora in now}, {lora.name: lora for lora in then}
+    after = {lora.name: lora for lora in now}
+    before = {lora.name: lora for lora in then}
     sentences = [f"LoRA {name} is new" for name in after if name not in before]
     sentences += [f"LoRA {name} is gone" for name in before if name not in after]
     for name, new in after.items():

@@ -107,7 +107,7 @@ def _nearest_golden(merged: picture.Picture, goldens: Sequence[Golden]) -> tuple
 
 
 def _disagreement(result: CaseResult, rules: Rules) -> list[str]:
-    """What separates merged and unfused."""
+    """Sentences on what separates merged and unfused."""
     if result.vs_unfused is None:
         return ["The merged picture was not compared with the unfused one."]
     sentences = beyond(result.vs_unfused, result.unfused_limits, "the unfused picture of this run")
@@ -125,7 +125,8 @@ def _disagreement(result: CaseResult, rules: Rules) -> list[str]:
 
 def _against_golden(result: CaseResult, apart: Sequence[str]) -> tuple[Verdict, list[str]]:
     """The verdict of a case whose pictures are sound; `apart` is what separates merged and unfused."""
-    golden, compared = result.golden, result.vs_golden
+    golden = result.golden
+    compared = result.vs_golden
     here = golden is not None and golden.elsewhere is None
     broken = [] if golden is None else _beyond_golden(result, golden, compared)
     if apart or (here and broken):
@@ -145,8 +146,8 @@ def _against_golden(result: CaseResult, apart: Sequence[str]) -> tuple[Verdict, 
 def _beyond_golden(result: CaseResult, golden: Golden, compared: Comparison | None) -> list[str]:
     if compared is not None:
         return beyond(compared, result.golden_limits, "the golden")
-    (width, height), picture = golden.size, result.facts.size
-    return [f"The golden {golden.name} is {width}x{height}, and the merged picture {picture[0]}x{picture[1]}."]
+    size = "{}x{}".format
+    return [f"The golden {golden.name} is {size(*golden.size)}, and the merged picture {size(*result.facts.size)}."]
 
 
 def _faults(facts: Mapping[str, Facts]) -> list[str]:

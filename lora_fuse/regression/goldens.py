@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_fuse.errors import BadGolden, BadSource, Rerun
@@ -22,7 +22,7 @@ from lora_fuse.regression.verdicts import Golden
 
 @dataclass(frozen=True, slots=True)
 class Approval:
-    """Who found a picture right, when (UTC, ISO 8601), why, and the sha256 of the goldens that it took the place of."""
+    """Person, time (UTC, ISO 8601) and reason of an approval, and the sha256 of the goldens that it replaced."""
 
     by: str
     at: str
@@ -138,31 +138,28 @@ class Goldens:
             BadGolden: the picture is not the candidate's, or see `records`.
         """
         check_picture(picture, candidate)
-        case, key = candidate.provenance.case.name, candidate.provenance.environment.key
+        case = candidate.provenance.case.name
+        key = candidate.provenance.environment.key
         present = list(self.records(key, case))
         for path, record in present:
             if record.sha256 == candidate.sha256 and (beside or len(present) == 1):
                 return path  # approved already, for a reason that stands
         taken = {path.stem for path, _ in present} if beside else set()
         numbered = (f"{case}.{number}" if number > 1 else case for number in range(1, len(taken) + 2))
-        name = next(name for name in numbered if name not in taken)
+        golden = self._folder / str(key) / f"{next(name for name in numbered if name not in taken)}.png"
         replaced = () if beside else tuple(record.sha256 for _, record in present)
-        folder = self._folder / str(key)
-        folder.mkdir(parents=True, exist_ok=True)
-        record = GoldenRecord(
-            SCHEMA,
-            candidate.sha256,
-            candidate.floor,
-            Approval(approval.by, approval.at, approval.reason, replaced),
-            candidate.provenance,
-        )
-        files.replace_bytes(folder / f"{name}.png", picture)
-        files.replace_text(folder / f"{name}.json", records.to_json(record))
+        self._write(golden, picture, candidate, replace(approval, replaces=replaced))
         for path, _ in [] if beside else present:
-            if path.stem != name:
+            if path != golden:
                 path.unlink()
                 path.with_suffix(".json").unlink()
-        return folder / f"{name}.png"
+        return golden
+
+    def _write(self, path: Path, picture: bytes, candidate: Candidate, approval: Approval) -> None:
+        record = GoldenRecord(SCHEMA, candidate.sha256, candidate.floor, approval, candidate.provenance)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.replace_bytes(path, picture)
+        files.replace_text(path.with_suffix(".json"), records.to_json(record))
 
 
 def pictures_of(approved: Mapping[str, Iterable[Approved]]) -> dict[str, list[Golden]]:
@@ -204,7 +201,8 @@ def _checked(picture: Path, record: Path) -> tuple[Path, GoldenRecord]:
             f"the golden {picture} has sha256 {held}, and {found.sha256} was approved",
             rerun=_restoring(picture),
         )
-    key, case = str(found.provenance.environment.key), found.provenance.case.name
+    key = str(found.provenance.environment.key)
+    case = found.provenance.case.name
     if (picture.parent.name, picture.stem.partition(".")[0]) != (key, case):
         raise BadGolden(f"the golden {picture} was approved as {key}/{case}; put it back, or approve a run")
     return picture, found

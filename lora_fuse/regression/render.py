@@ -1,4 +1,4 @@
-"""Where published model cards find `condition_area`; new ones import it from `lora_fuse`."""
+"""Re-export of `condition_area`, which published model cards import from here; new ones import it from `lora_fuse`."""
 
 from lora_fuse.pictures import render
 

@@ -1,4 +1,4 @@
-"""The report of a regression run: one HTML file to look at, and a few lines for the terminal.
+"""The report of a regression run: one HTML file to look at.
 
 The HTML holds its pictures, styles and the dozen lines of script that move its sliders, and asks the network for
 nothing: it can be mailed, kept as a CI artifact and opened in ten years. Failures come first. Nothing is decided here:
@@ -9,24 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lora_fuse.errors import Rerun
 from lora_fuse.pictures import pages
+from lora_fuse.regression.gate import MEANINGS
 
 if TYPE_CHECKING:
     from lora_fuse.pictures import encode, metrics
     from lora_fuse.regression.verdicts import CaseResult, Comparison, Limits, Rules, Verdict
-
-# What a verdict means to somebody who never read the documentation.
-MEANINGS: Mapping[str, str] = {
-    "exact": "every picture is the approved one, bit for bit",
-    "drift": "not every picture is the approved one bit for bit, and all are within their limits",
-    "review": "there is a case that was approved in another environment only, and is within the limits of that picture",
-    "no-golden": "there is a case without an approved picture",
-    "regression": "there is a picture outside its limits",
-    "invalid": "there is a broken picture: not finite, flat or of the wrong size",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +31,7 @@ class LoraRow:
 
 @dataclass(frozen=True, slots=True)
 class BuiltFrom:
-    """What was merged and how it was run; `sigmas` are those that the merged pipeline visited."""
+    """Sources and settings of a merge; `sigmas` are those that the merged pipeline visited."""
 
     base: str
     loras: tuple[LoraRow, ...]
@@ -54,7 +44,7 @@ class BuiltFrom:
 
 @dataclass(frozen=True, slots=True)
 class BlockChange:
-    """How much the LoRAs change a block: the largest relative norm of the difference of any of its weights."""
+    """The largest relative norm of the change of any of a block's weights."""
 
     block: str
     relative_norm: float
@@ -62,7 +52,7 @@ class BlockChange:
 
 @dataclass(frozen=True, slots=True)
 class WeightsCheck:
-    """What the weights' own check found: the merge derived again, independently, row by row."""
+    """Result of the weights' own check: the merge derived again, independently, row by row."""
 
     passed: bool
     targets: int
@@ -84,7 +74,7 @@ class Baseline:
 
     @property
     def ratio(self) -> float:
-        """How many times as long the base takes."""
+        """Time of the base over that of the merged checkpoint."""
         return self.seconds / self.merged_seconds
 
 
@@ -154,7 +144,8 @@ def report_html(report: Report) -> str:
 
 
 def _gates(report: Report) -> list[_Gate]:
-    weights, total = report.weights, len(report.cases)
+    weights = report.weights
+    total = len(report.cases)
     apart = [case.result.case.name for case in report.cases if not case.result.agrees]
     verdicts = [str(case.result.verdict) for case in report.cases]
     near = sum(verdict in ("exact", "drift") for verdict in verdicts)
@@ -176,7 +167,7 @@ def _gates(report: Report) -> list[_Gate]:
 
 
 def _changed(cases: Sequence[CaseReport]) -> list[tuple[str, str]] | None:
-    """What is not as it was approved, and in which cases; None if no case has a golden."""
+    """Changes since the approval, each with its cases unless it is all of them; None if no case has a golden."""
     known = [case for case in cases if case.changed is not None]
     found: dict[str, list[str]] = {}
     for case in known:
@@ -188,75 +179,6 @@ def _changed(cases: Sequence[CaseReport]) -> list[tuple[str, str]] | None:
         if known
         else None
     )
-
-
-def next_step(metrics: Mapping[str, Any]) -> Rerun:
-    """The step that comes after a run, from what `metrics.json` says of it."""
-    match metrics["verdict"]:
-        case "exact" | "drift":
-            return Rerun("publish")
-        case "review" | "no-golden":
-            return Rerun("approve")
-    names = case_names(metrics)
-    changed = [name for name in names if metrics[f"{name}.verdict"] == "regression"]
-    if metrics["verdict"] == "regression" and all(metrics[f"{name}.agrees"] for name in names):
-        return Rerun("approve", cases=tuple(changed))
-    return Rerun("verify", settings=(f"recipe={metrics['recipe']}", "verify.rows=all"))
-
-
-def summary_text(metrics: Mapping[str, Any], report_path: str, then: str) -> str:
-    """A table of the cases and the verdict, aligned for a terminal, without colours.
-
-    Args:
-        metrics: the content of `metrics.json`, as `verdicts.flat_metrics` makes it.
-        report_path: where the page is.
-        then: the command that comes next.
-    """
-    names = case_names(metrics)
-    rows = [("case", "verdict", "PSNR to golden", "max diff", "PSNR to unfused", "max diff", "over floor", "seconds")]
-    for name in names:
-        pairs = [text for pair in ("golden", "unfused") for text in _flat_pair(metrics, f"{name}.{pair}")]
-        more = [
-            _number(metrics.get(f"{name}.{key}"), digits) for key, digits in (("over_floor", ".2f"), ("seconds", ".2f"))
-        ]
-        rows.append((name, metrics[f"{name}.verdict"], *pairs, *more))
-    lines = _aligned(rows)
-    for name in names:
-        if metrics[f"{name}.verdict"] != "exact":
-            lines.append(f"{name}: {metrics[f'{name}.reasons']}")
-    passed = "passed" if metrics["passed"] else "FAILED"
-    verdict = metrics["verdict"]
-    ending = [f"{passed}, {verdict}: {MEANINGS[verdict]}", f"report: {report_path}", f"next: {then}"]
-    return "\n".join([*lines, "", *ending])
-
-
-def case_names(metrics: Mapping[str, Any]) -> list[str]:
-    """The cases of a `metrics.json`, in its order."""
-    return [key.removesuffix(".verdict") for key in metrics if key.endswith(".verdict")]
-
-
-def _flat_pair(metrics: Mapping[str, Any], pair: str) -> tuple[str, str]:
-    if metrics[f"{pair}.max_abs"] is None:
-        return "-", "-"
-    psnr = "identical" if metrics[f"{pair}.identical"] else f"{metrics[f'{pair}.psnr_db']:.2f} dB"
-    return psnr, f"{metrics[f'{pair}.max_abs']:g}"
-
-
-def _number(value: float | None, digits: str) -> str:
-    return "-" if value is None else f"{value:{digits}}"
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Columns two spaces apart: words to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if at < 2 else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return lines
 
 
 @dataclass(frozen=True, slots=True)

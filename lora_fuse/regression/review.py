@@ -13,6 +13,7 @@ from lora_fuse.pictures import encode, metrics, pairs, picture, render
 from lora_fuse.recipe import Manifest, records
 from lora_fuse.regression.candidates import Candidate, Candidates, Provenance, differences
 from lora_fuse.regression.case_judgement import JudgedPair
+from lora_fuse.regression.gate import case_names
 from lora_fuse.regression.goldens import Approved
 from lora_fuse.regression.report import (
     Baseline,
@@ -22,7 +23,6 @@ from lora_fuse.regression.report import (
     LoraRow,
     Report,
     WeightsCheck,
-    case_names,
 )
 from lora_fuse.regression.verdicts import CaseResult, Rules, worst
 
@@ -31,7 +31,7 @@ Scalar: TypeAlias = float | int | bool | str | None
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """What a run came to, and all that it is of."""
+    """The judged cases of a run, with the records that they are of."""
 
     manifest: Manifest
     cases: list[JudgedPair]
@@ -157,7 +157,8 @@ def block_changes(changes: Mapping[str, Mapping[str, float]]) -> tuple[BlockChan
 
 
 def _environment(provenance: Provenance) -> dict[str, str]:
-    here, tool = provenance.environment, provenance.tool
+    here = provenance.environment
+    tool = provenance.tool
     shown = {"goldens of": str(here.key), "device": here.device_name, "placement": here.placement}
     shown |= {name: text for name, text in (("driver", here.driver), ("CUDA", here.cuda)) if text is not None}
     shown |= {name: getattr(here, name) for name in ("torch", "diffusers", "transformers", "python")}

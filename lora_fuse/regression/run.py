@@ -14,8 +14,9 @@ from lora_fuse.pictures import environment, pairs
 from lora_fuse.recipe import Artifacts, Recipe, records
 from lora_fuse.regression.candidates import candidates
 from lora_fuse.regression.case_judgement import judge_pairs, save_pictures
+from lora_fuse.regression.gate import next_step
 from lora_fuse.regression.goldens import Approved, pictures_of
-from lora_fuse.regression.report import next_step, report_html
+from lora_fuse.regression.report import report_html
 from lora_fuse.regression.review import Judged, block_changes, case_rows, review, run_metrics
 from lora_fuse.regression.verdicts import Rules
 

@@ -31,7 +31,7 @@ FLOAT32_NOISE = 1e-5
 
 
 class Verdict(StrEnum):
-    """What is said of a case, from best to worst.
+    """Verdicts on a case, from best to worst.
 
     A regression ranks above a missing golden: approving new goldens must not be the way out of a regression.
     """
@@ -50,7 +50,7 @@ class Verdict(StrEnum):
 
     @property
     def passed(self) -> bool:
-        """Whether it lets a build through."""
+        """True for a verdict that lets a build through."""
         return self in {Verdict.EXACT, Verdict.DRIFT}
 
 
@@ -61,7 +61,7 @@ def worst(verdicts: Iterable[Verdict]) -> Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How far two pictures may be apart: a bound for each metric that decides, by its name in `metrics.METRICS`.
+    """Bounds on the distance of two pictures, for each metric that decides, by its name in `metrics.METRICS`.
 
     The values and what they separate are in `conf/regress/`. No metric sees everything: PSNR sees a change of the whole
     picture and misses a small patch, the worst block sees the patch, only the comb sees a faint grid.
@@ -87,7 +87,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What a case is held to.
+    """Limits that a case is held to.
 
     Attributes:
         unfused: limits of merged against unfused.
@@ -131,13 +131,13 @@ class Comparison:
 
     @property
     def identical(self) -> bool:
-        """Whether every level is the same."""
+        """True where every level is the same."""
         return math.isinf(self.values["psnr_db"])
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What is true of a picture by itself; `nonfinite` counts the values that were NaN or infinite before rounding."""
+    """Facts of a picture by itself; `nonfinite` counts the values that were NaN or infinite before rounding."""
 
     size: Size
     nonfinite: int
@@ -172,7 +172,7 @@ class CaseResult:
 
     @property
     def over_floor(self) -> float | None:
-        """How many times the noise floor the latents of merged and unfused are apart."""
+        """Distance of the latents of merged and unfused, in noise floors; None where it was not measured."""
         if self.vs_unfused is None or self.floor is None or "latents_l2" not in self.floor.values:
             return None
         apart = self.vs_unfused.values.get("latents_l2", math.nan)
@@ -200,7 +200,8 @@ def beyond(comparison: Comparison, limits: Limits, other: str) -> list[str]:
     """A sentence for each limit that does not hold; a NaN holds none."""
     sentences = []
     for name, bound in limits.bounds.items():
-        metric, value = metrics.METRICS[name], comparison.values[name]
+        metric = metrics.METRICS[name]
+        value = comparison.values[name]
         if not metric.holds(value, bound):
             side = "below" if metric.higher_is_nearer else "above"
             title = metric.title[0].upper() + metric.title[1:]

@@ -11,7 +11,7 @@ from lora_fuse.hub import Addition, payload
 from lora_fuse.machine import FileRecord
 from lora_fuse.pictures import Case
 from lora_fuse.recipe import Artifacts, Manifest, Recipe, checkout, paths, records
-from lora_fuse.regression import candidates, decide
+from lora_fuse.regression import candidates, gate
 from lora_fuse.release import evidence as shown
 from lora_fuse.release.block_plot import block_plot
 from lora_fuse.release.bom import ModelFacts, bom_json
@@ -70,7 +70,7 @@ def checked_release(params: Recipe, at: Artifacts) -> tuple[Manifest, str, dict[
     """
     manifest, manifest_sha256 = read_manifest(at.manifest)
     verify, metrics = paths.read_object(at.verify, "verify"), paths.read_object(at.metrics, "regress")
-    decision = decide(verify, metrics, at)
+    decision = gate.decide(verify, metrics, at)
     if decision.code:
         raise PublishRefused(f"the gate is not passed: {decision.reason}", rerun=decision.then)
     if verify["manifest_sha256"] != manifest_sha256:

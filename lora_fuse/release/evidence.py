@@ -9,7 +9,7 @@ from typing import Any
 from lora_fuse.errors import PublishRefused, Rerun
 from lora_fuse.hub import Addition
 from lora_fuse.pictures import Case
-from lora_fuse.regression import candidates, report
+from lora_fuse.regression import candidates, gate
 from lora_fuse.release.bom import Measured
 from lora_fuse.release.card import Evidence, ShownCase
 from lora_fuse.release.contents import addition
@@ -23,11 +23,11 @@ def evidence(metrics: Mapping[str, Any], cases: Sequence[Case], plot: str | None
     """The run as the card shows it.
 
     Args:
-        metrics: the content of `metrics.json`, as `lora_fuse.regression.verdicts.flat_metrics` makes it.
+        metrics: the content of `metrics.json`, as `lora_fuse.regression.review.flat_metrics` makes it.
         cases: that were rendered.
         plot: path of the picture of the blocks in the repository.
     """
-    verdict = f"{metrics['verdict']}: {report.MEANINGS[metrics['verdict']]}."
+    verdict = f"{metrics['verdict']}: {gate.MEANINGS[metrics['verdict']]}."
     return Evidence(verdict, metrics["environment"], tuple(_shown(case, metrics) for case in cases), plot)
 
 

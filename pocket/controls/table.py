@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tabulate import tabulate
+
 from lora_fuse.machine import files
 from lora_fuse.pictures import metrics
 from pocket.controls.control import GATES, GOLDEN, UNFUSED, WEIGHTS, Outcome
@@ -52,12 +54,9 @@ def _worst(values: Sequence[float | None], choose: Callable[[list[float]], float
 def aligned(outcomes: Sequence[Outcome], title: str) -> str:
     """A table for a terminal."""
     rows = [(title, *HEAD[1:]), *(row(outcome) for outcome in outcomes)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    figures = range(HEAD.index("PSNR unfused"), len(HEAD) - 1)
-    lines = (
-        "  ".join(f"{cell:{'>' if i in figures else '<'}{widths[i]}}" for i, cell in enumerate(cells)) for cells in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
+    figures = HEAD[HEAD.index("PSNR unfused") : -1]
+    columns = ["right" if name in figures else "left" for name in HEAD]
+    return str(tabulate(rows, tablefmt="plain", colalign=columns, disable_numparse=True))
 
 
 def markdown(outcomes: Sequence[Outcome], title: str) -> str:

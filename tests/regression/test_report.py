@@ -26,9 +26,9 @@ from lora_fuse.pictures.picture import Latents, Levels, Picture, Rendered
 from lora_fuse.recipe.records import Lock, Manifest, Tool
 from lora_fuse.regression.candidates import Candidate, Candidates
 from lora_fuse.regression.case_judgement import JudgedPair, examine
+from lora_fuse.regression.gate import MEANINGS, summary_text
 from lora_fuse.regression.goldens import Approved, GoldenRecord
 from lora_fuse.regression.report import (
-    MEANINGS,
     Baseline,
     BlockChange,
     BuiltFrom,
@@ -37,7 +37,6 @@ from lora_fuse.regression.report import (
     Report,
     WeightsCheck,
     report_html,
-    summary_text,
 )
 from lora_fuse.regression.review import Judged, block_changes, case_rows, flat_metrics, review, run_metrics
 from lora_fuse.regression.verdicts import CaseResult, Golden, Limits, Rules, Verdict, worst

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from lora_fuse.regression.gate import EXIT_CODES, decide
-from lora_fuse.regression.report import MEANINGS, next_step
+from lora_fuse.regression.gate import EXIT_CODES, MEANINGS, decide, next_step
 from lora_fuse.regression.verdicts import Verdict
 from stages.run import command
 

@@ -14,7 +14,7 @@ import yaml
 
 from lora_fuse.machine.console import Console
 from lora_fuse.recipe.paths import HERE
-from lora_fuse.regression.report import MEANINGS
+from lora_fuse.regression.gate import MEANINGS
 from stages.catalog import catalog
 from stages.config import load
 from stages.config.__main__ import main

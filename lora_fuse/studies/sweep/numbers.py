@@ -12,7 +12,7 @@ from statistics import fmean, geometric_mean
 from typing import Any
 
 from lora_fuse.pictures import damage, metrics, picture
-from lora_fuse.regression import report, review, verdicts
+from lora_fuse.regression import gate, review, verdicts
 from lora_fuse.studies.sweep.recommendation import NEAREST_BY, SECOND_BY
 
 # What is damage, by the base's own picture: words, how many times its value, and how much above that.
@@ -78,7 +78,7 @@ def mean_of(metrics: Mapping[str, Any], key: str) -> float | None:
     the model cannot do it, does not outvote those that the scale decides.
     """
     found = by_case(metrics, key)
-    if not found or len(found) < len(report.case_names(metrics)):
+    if not found or len(found) < len(gate.case_names(metrics)):
         return None
     if key.rpartition(".")[2] in RATIOS:
         return geometric_mean([max(value, SMALLEST) for value in found.values()])
@@ -87,7 +87,7 @@ def mean_of(metrics: Mapping[str, Any], key: str) -> float | None:
 
 def by_case(metrics: Mapping[str, Any], key: str) -> dict[str, float]:
     """``{case}.{key}`` of every case that has such a number."""
-    values = {case: metrics.get(f"{case}.{key}") for case in report.case_names(metrics)}
+    values = {case: metrics.get(f"{case}.{key}") for case in gate.case_names(metrics)}
     return {case: float(value) for case, value in values.items() if isinstance(value, int | float)}
 
 
@@ -103,7 +103,7 @@ def broken(metrics: Mapping[str, Any]) -> tuple[str, ...]:
     Not being the golden is no fault here: that is of another scale.
     """
     found = [] if metrics["weights_passed"] else ["The merged weights are wrong."]
-    cases = report.case_names(metrics)
+    cases = gate.case_names(metrics)
     return (*found, *(f"{case}: {metrics[f'{case}.reasons']}" for case in cases if not metrics[f"{case}.agrees"]))
 
 
@@ -122,14 +122,14 @@ def failed(metrics: Mapping[str, Any]) -> bool:
 
     A picture that is broken on both sides is what the scale does, and a finding.
     """
-    apart = [case for case in report.case_names(metrics) if not metrics[f"{case}.agrees"]]
+    apart = [case for case in gate.case_names(metrics) if not metrics[f"{case}.agrees"]]
     return not metrics["weights_passed"] or any(metrics[f"{case}.verdict"] != "invalid" for case in apart)
 
 
 def worse_than_base(metrics: Mapping[str, Any]) -> tuple[str, ...]:
     """Where the pictures are more clipped, noisier, more of a grid or more washed out than the base's, as sentences."""
     found = []
-    for case in report.case_names(metrics):
+    for case in gate.case_names(metrics):
         for name in damage.MEASURES:
             words, times, more = DAMAGE[name]
             value, alone = (metrics[f"{case}.{side}.{name}"] for side in ("damage", "baseline_damage"))
