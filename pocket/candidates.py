@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from lora_fuse.machine import Console, interrupts
-from lora_fuse.studies.validation import Validation
+from lora_fuse.studies.validation import ValidationReport
 from pocket.controls.files import Tensors, copy_of, without_alpha
 from pocket.controls.table import between_markers
 from stages.config import load
@@ -157,7 +157,7 @@ def judge(folder: Path, recipe: str) -> tuple[list[tuple[str, ...]], int]:
     return rows, right
 
 
-def _row(name: str, validation: Validation, mark: str) -> tuple[str, ...]:
+def _row(name: str, validation: ValidationReport, mark: str) -> tuple[str, ...]:
     cases, files = [one.evidence for one in validation.cases], validation.files
     effects = [case.effect for case in cases if case.effect is not None]
     return (

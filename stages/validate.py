@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from lora_fuse.machine import Console, staging
 from lora_fuse.pictures import environment
-from lora_fuse.studies.validation import BUILD, VALIDATION, Outcome, Request, Trial, Validation
+from lora_fuse.studies.validation import BUILD, VALIDATION, Outcome, Request, Validation, ValidationReport
 from stages.config import load
 from stages.merging import merge
 from stages.run import command, parse, run
@@ -26,25 +26,25 @@ def validate(request: Request, console: Console) -> int:
     return judged(request, console).exit_code
 
 
-def judged(request: Request, console: Console) -> Validation:
-    """The same; all that was found."""
+def judged(request: Request, console: Console) -> ValidationReport:
+    """Validate, and return all that was found."""
     with staging.exclusive(VALIDATION):
-        params = load(request.overrides)
-        trial = Trial.of(request, params, merge, command)
-        trial.check()
-        console.will("validate", trial.intent)
-        settings = params.regress
-        environment.make_deterministic(settings.threads, on_gpu=settings.placement != "cpu")
+        recipe = load(request.overrides)
+        validation = Validation.of(request, recipe, merge, command)
+        validation.check()
+        console.will("validate", validation.intent)
+        regress = recipe.regress
+        environment.make_deterministic(regress.threads, on_gpu=regress.placement != "cpu")
         try:
-            validation = trial.judge(environment.environment(settings.placement, settings.dtype), console)
+            report = validation.judge(environment.environment(regress.placement, regress.dtype), console)
         finally:
             if not request.keep:
                 staging.remove(BUILD.root)
-        lines, facts = trial.write(validation)
-        if validation.judgement.outcome is Outcome.BROKEN:
+        lines, facts = validation.write(report)
+        if report.judgement.outcome is Outcome.BROKEN:
             console.wrong("validate", lines.pop(0))
         console.done("validate", *lines, facts=facts)
-        return validation
+        return report
 
 
 def requested(lora: str | None, name: str | None, scale: float | None, keep: bool, overrides: Sequence[str]) -> Request:

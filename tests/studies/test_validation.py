@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from lora_fuse.errors import BadConfig, BadGolden, BadSource
@@ -25,9 +26,9 @@ from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.records import Lock
 from lora_fuse.regression.goldens import Goldens
 from lora_fuse.studies.validation.effect import Effect, effect, gain
-from lora_fuse.studies.validation.evidence import Bounds, CaseEvidence, Cause, Judgement, Outcome
-from lora_fuse.studies.validation.files import FileComparison, compare_files
+from lora_fuse.studies.validation.file_comparison import FileComparison, compare_files
 from lora_fuse.studies.validation.judgement import judge
+from lora_fuse.studies.validation.outcome import CaseEvidence, Cause, Judgement, Outcome
 from lora_fuse.studies.validation.versions import Version, candidate, misfits, parse_lora
 from pocket.candidates import for_another_base, write
 from pocket.controls.pictures import grid
@@ -39,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GOOD = "pocket/lora/pocket-lightning-4steps-v1.safetensors"
 CURRENT = "pocket/lora/pocket-lightning-4steps-v2.safetensors"
 ONE_CASE = ("recipe=pocket", "~regress.cases.hat")
-BOUNDS = Bounds(alignment=0.5, strength=1.5, gain_kept=0.5, noise=2.0, comb_db=6.0, over_floor=2.0)
+RECIPE = Recipe.parse(yaml.safe_load((ROOT / "params.yaml").read_text()), "params.yaml")  # its bounds
 CASE = CaseEvidence(
     name="rabbit",
     faults=(),
@@ -226,7 +227,7 @@ def test_effect_and_gain_are_those_of_plain_vectors() -> None:
 
 
 def decided(case: CaseEvidence = CASE, files: FileComparison | None = FILES, asked: float = 1.0) -> Judgement:
-    return judge([case], files, [], BOUNDS, asked)
+    return judge([case], files, [], RECIPE, asked)
 
 
 def test_a_version_that_nothing_speaks_against_is_changed_or_the_same() -> None:
@@ -270,7 +271,7 @@ def test_the_same_differences_at_another_size_are_a_wrong_scale_unless_it_was_as
 
 
 def test_a_known_wrong_pair_is_a_wrong_base() -> None:
-    found = judge([CASE], FILES, ["x was made for y"], BOUNDS)
+    found = judge([CASE], FILES, ["x was made for y"], RECIPE)
     assert (found.cause, found.reason) == (Cause.BASE, "x was made for y")
 
 
@@ -290,15 +291,15 @@ def test_a_pair_that_the_recipe_makes_on_purpose_is_not_held_against_its_next_ve
 
 def test_a_case_in_which_the_current_version_does_not_save_steps_asks_for_nothing() -> None:
     weak = replace(CASE, name="photo", gain=-1.0, current_gain=0.1)
-    assert judge([CASE, weak], FILES, [], BOUNDS).outcome is Outcome.CHANGED
-    assert judge([replace(CASE, gain=0.1, current_gain=None, effect=None)], None, [], BOUNDS).cause is Cause.WORSE
+    assert judge([CASE, weak], FILES, [], RECIPE).outcome is Outcome.CHANGED
+    assert judge([replace(CASE, gain=0.1, current_gain=None, effect=None)], None, [], RECIPE).cause is Cause.WORSE
 
 
 def test_a_drawn_grid_is_seen_and_the_picture_alone_is_not() -> None:
     from lora_fuse.pictures.damage import comb_db
 
     picture = np.random.default_rng(0).integers(60, 180, (128, 128, 3)).astype(np.uint8)
-    assert comb_db(grid(picture, 8), picture) > BOUNDS.comb_db
+    assert comb_db(grid(picture, 8), picture) > RECIPE.validation.comb_db
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""Is a new version of a LoRA a good one: it has to change pictures, so no golden can say it.
+"""Judges a new version of a LoRA: it has to change pictures, so no golden can tell if it is a good one.
 
-`files` compares the two files, `effect` what they do to pictures; `sides` renders and measures, which gives the
-`evidence`; `questions` are asked of it, and `judgement` decides. `report` and `junit` show it.
+`file_comparison` compares the two files, `effect` their effects on pictures; `sides` renders and measures the evidence;
+`questions` are asked of it, and `judgement` decides. `validation_report` and `junit` show it.
 """
 
 import lazy_loader

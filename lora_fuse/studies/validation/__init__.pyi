@@ -1,6 +1,6 @@
-from .evidence import Outcome as Outcome
-from .report import Validation as Validation
-from .trial import BUILD as BUILD
-from .trial import VALIDATION as VALIDATION
-from .trial import Request as Request
-from .trial import Trial as Trial
+from .outcome import Outcome as Outcome
+from .validation import BUILD as BUILD
+from .validation import VALIDATION as VALIDATION
+from .validation import Request as Request
+from .validation import Validation as Validation
+from .validation_report import ValidationReport as ValidationReport

@@ -1,4 +1,4 @@
-"""What a LoRA does to a picture, as numbers: of arrays only.
+"""The effect of a LoRA on a picture, as numbers: of arrays only.
 
 Same seed and few steps: the latents of two runs lie in one space, and what a LoRA does to them is a vector there, the
 difference to the same run without it. Two versions of a LoRA that are meant for the same thing point the same way.
@@ -50,12 +50,13 @@ def effect(new: picture.Latents, current: picture.Latents, plain: picture.Latent
     size = float(np.linalg.norm(c))
     if size == 0:
         return None
-    product, own = float(n @ c), float(np.linalg.norm(n))
+    product = float(n @ c)
+    own = float(np.linalg.norm(n))
     return Effect(product / (own * size) if own else 0.0, product / size**2)
 
 
 def gain(picture: picture.Latents, plain: picture.Latents, teacher: picture.Latents) -> float:
-    """How much of the way from the base in few steps to the base in all of its steps is gone: 1 is there, 0 none.
+    """The share that is gone of the way from the base in few steps to the base in all of its steps: 1 is all of it.
 
     ``1 - |picture - teacher| / |plain - teacher|``; below 0 the LoRA leads away. For LoRAs that save steps.
 

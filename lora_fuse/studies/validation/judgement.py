@@ -11,51 +11,57 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lora_fuse.studies.validation.evidence import Bounds, CaseEvidence, Cause, Finding, Judgement, Outcome
+from lora_fuse.recipe import Recipe
+from lora_fuse.studies.validation.outcome import Answer, CaseEvidence, Cause, Judgement, Outcome
 from lora_fuse.studies.validation.questions import acts, clean, fits, in_floors, kept, sound, strong
 
 if TYPE_CHECKING:
-    from lora_fuse.studies.validation.files import FileComparison
+    from lora_fuse.studies.validation.file_comparison import FileComparison
+
+
+OVER_FLOOR = 2.0  # where a recipe leaves it open: a right merge comes to at most 1.7 (docs/regression.md)
 
 
 def refused(cause: Cause, sentence: str) -> Judgement:
-    """A file that cannot be fused at all."""
-    finding = Finding("Does the file fit the base?", "no", "", False, cause, sentence)
-    return Judgement(Outcome.BROKEN, cause, sentence, (finding,))
+    """The judgement of a file that cannot be fused at all."""
+    answer = Answer("Does the file fit the base?", "no", "", False, cause, sentence)
+    return Judgement(Outcome.BROKEN, cause, sentence, (answer,))
 
 
 def judge(
     cases: Sequence[CaseEvidence],
     files: FileComparison | None,
     warnings: Sequence[str],
-    bounds: Bounds,
+    recipe: Recipe,
     asked: float = 1.0,
 ) -> Judgement:
     """Decide on a new version.
 
     Args:
-        cases: what was measured, at least one.
+        cases: the measurements of at least one case.
         files: the two files; None without a current version.
-        warnings: what is known of the pair of base and LoRA, see `lora_fuse.models.families.pair_warnings`.
-        bounds: what it is held to.
-        asked: how many times the current scale was asked for.
+        warnings: facts against the pair of base and LoRA, see `lora_fuse.models.families.pair_warnings`.
+        recipe: its `validation` has the bounds.
+        asked: the scale that was asked for, over the current one.
     """
-    findings = [
+    bounds = recipe.validation
+    over_floor = recipe.regress.over_floor or OVER_FLOOR
+    answers = (
         *sound(cases),
-        acts(cases, bounds),
+        acts(cases, over_floor),
         *strong(cases, files, bounds, asked),
         *fits(cases, warnings, bounds),
         *clean(cases, bounds),
         *kept(cases, bounds),
-    ]
-    broken = next((finding for finding in findings if not finding.holds), None)
+    )
+    broken = next((answer for answer in answers if not answer.holds), None)
     if broken is not None:
-        return Judgement(Outcome.BROKEN, broken.cause, broken.sentence, tuple(findings))
+        return Judgement(Outcome.BROKEN, broken.cause, broken.sentence, answers)
     times = max((in_floors(case.changed, case.floor) for case in cases), default=math.inf)
-    if times <= bounds.over_floor:
+    if times <= over_floor:
         reason = f"The pictures are the current version's: within {times:.2g} times the noise floor of this run."
-        return Judgement(Outcome.SAME, None, reason, tuple(findings))
-    return Judgement(Outcome.CHANGED, None, _change(cases), tuple(findings))
+        return Judgement(Outcome.SAME, None, reason, answers)
+    return Judgement(Outcome.CHANGED, None, _change(cases), answers)
 
 
 def _change(cases: Sequence[CaseEvidence]) -> str:

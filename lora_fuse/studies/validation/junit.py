@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from lora_fuse.studies.validation.evidence import Outcome
-from lora_fuse.studies.validation.report import Validation
+from lora_fuse.studies.validation.outcome import Outcome
+from lora_fuse.studies.validation.validation_report import ValidationReport
 
 
-def junit_xml(validation: Validation) -> str:
+def junit_xml(validation: ValidationReport) -> str:
     """The XML file. A version that a person has to look at has a skipped test; a broken one has failures."""
     from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite
 
     suite = TestSuite(f"validate {validation.recipe}")
-    for name, value in (
-        ("lora", validation.new.label),
-        ("sha256", validation.new.sha256),
-        ("verdict", validation.verdict),
-    ):
-        suite.add_property(name, value)
-    for finding in validation.judgement.findings:
-        case = TestCase(finding.question, f"lora_fuse.validation.{validation.recipe}")
-        if not finding.holds:
-            failure = Failure(finding.sentence or finding.measured, str(finding.cause))
-            failure.text = f"measured {finding.measured}, limit {finding.limit}"
+    suite.add_property("lora", validation.new.label)
+    suite.add_property("sha256", validation.new.sha256)
+    suite.add_property("verdict", validation.verdict)
+    for answer in validation.judgement.findings:
+        case = TestCase(answer.question, f"lora_fuse.validation.{validation.recipe}")
+        if not answer.holds:
+            failure = Failure(answer.sentence or answer.measured, str(answer.cause))
+            failure.text = f"measured {answer.measured}, limit {answer.limit}"
             case.result = [failure]
         suite.add_testcase(case)
     if validation.judgement.outcome is Outcome.CHANGED:

@@ -7,125 +7,112 @@ from collections.abc import Sequence
 from statistics import fmean, median
 from typing import TYPE_CHECKING
 
-from lora_fuse.studies.validation.evidence import Bounds, CaseEvidence, Cause, Finding
+from lora_fuse.recipe import sections
+from lora_fuse.studies.validation.outcome import Answer, CaseEvidence, Cause
 
 if TYPE_CHECKING:
-    from lora_fuse.studies.validation.files import FileComparison
+    from lora_fuse.studies.validation.file_comparison import FileComparison
 
 SAME_DIRECTION = 0.99  # cosine from which on two files hold the same differences, only stronger or weaker
 SAME_STRENGTH = 1.05  # how much stronger or weaker those may be
 WORKS = 0.2  # gain from which on a LoRA saves steps in a case; where the current one does not, nothing is to be lost
 
 
-def sound(cases: Sequence[CaseEvidence]) -> list[Finding]:
-    """Sound pictures, and a merge that does what the LoRA does."""
+def sound(cases: Sequence[CaseEvidence]) -> list[Answer]:
+    """Ask for sound pictures, and a merge that does what the LoRA does."""
     faults = [f"{case.name}: {fault}" for case in cases for fault in case.faults]
     apart = [f"{case.name}: {reason}" for case in cases for reason in case.apart]
+    unharmed = f"{sum(not case.faults for case in cases)} of {len(cases)}"
+    agreeing = f"in {sum(not case.apart for case in cases)} of {len(cases)} cases"
     return [
-        Finding(
-            "Are the pictures sound?",
-            f"{sum(not case.faults for case in cases)} of {len(cases)}",
-            "all",
-            not faults,
-            Cause.INVALID,
-            " ".join(faults[:1]),
-        ),
-        Finding(
-            "Does the merge do what the LoRA does?",
-            f"in {sum(not case.apart for case in cases)} of {len(cases)} cases",
-            "all",
-            not apart,
-            Cause.MERGE,
-            " ".join(apart[:1]),
-        ),
+        Answer("Are the pictures sound?", unharmed, "all", not faults, Cause.INVALID, " ".join(faults[:1])),
+        Answer("Does the merge do what the LoRA does?", agreeing, "all", not apart, Cause.MERGE, " ".join(apart[:1])),
     ]
 
 
-def acts(cases: Sequence[CaseEvidence], bounds: Bounds) -> Finding:
-    """An effect at all."""
+def acts(cases: Sequence[CaseEvidence], over_floor: float) -> Answer:
+    """Ask for an effect at all: larger than `over_floor` times the noise floor."""
     times = max(in_floors(case.moved, case.floor) for case in cases)
     sentence = (
         "The LoRA has no effect: without it the pictures are the same"
         f"{f', at most {times:.2g} times the noise floor apart' if times else ''}. Are its factors zero, or the scale?"
     )
-    return Finding(
-        "Does it do anything?",
-        "nothing at all" if times == 0 else f"{_round(times)} times the noise floor",
-        f"> {bounds.over_floor:g}",
-        times > bounds.over_floor,
-        Cause.NO_EFFECT,
-        sentence,
-    )
+    measured = "nothing at all" if times == 0 else f"{_round(times)} times the noise floor"
+    holds = times > over_floor
+    return Answer("Does it do anything?", measured, f"> {over_floor:g}", holds, Cause.NO_EFFECT, sentence)
 
 
-def strong(cases: Sequence[CaseEvidence], files: FileComparison | None, bounds: Bounds, asked: float) -> list[Finding]:
-    """As strong as the current version, in the file and in pictures.
+def strong(
+    cases: Sequence[CaseEvidence], files: FileComparison | None, bounds: sections.ValidationParams, asked: float
+) -> list[Answer]:
+    """Ask for the strength of the current version, in the file and in pictures.
 
-    Files are held to it only where they hold the same differences: two trainings may differ in size and do the same. A
+    Files are compared only where they hold the same differences: two trainings may differ in size and do the same. A
     scale that was asked for may make up for the file, or be meant.
     """
-    findings = []
-    alike = files is not None and files.ratio is not None and abs(files.cosine or 0) >= SAME_DIRECTION
-    if files is not None and files.ratio is not None and files.cosine is not None and alike:
+    answers = []
+    if files and files.ratio is not None and files.cosine is not None and abs(files.cosine) >= SAME_DIRECTION:
         ratio = math.copysign(files.ratio, files.cosine)
         sentence = (
             f"The file is wrong by a factor: it holds the current version's differences {ratio:.3g} times as large "
             f"(cosine {files.cosine:.3f}). Is alpha missing or ignored? It would be as strong at {1 / ratio:.3g} "
             "times the current scale."
         )
-        holds = any(1 / SAME_STRENGTH <= one <= SAME_STRENGTH for one in (ratio, ratio * asked))
-        limit = f"{1 / SAME_STRENGTH:.2f} to {SAME_STRENGTH:.2f} times"
-        findings.append(
-            Finding("Are the same differences as large?", f"{ratio:.3g} times", limit, holds, Cause.SCALE, sentence)
+        answers.append(
+            _as_strong(
+                "Are the same differences as large?", (ratio, ratio * asked), SAME_STRENGTH, f"{ratio:.3g}", sentence
+            )
         )
     effects = [case.effect for case in cases if case.effect is not None]
-    if effects and median(one.alignment for one in effects) >= bounds.alignment:
-        strength = median(one.strength for one in effects)
+    if effects and median(effect.alignment for effect in effects) >= bounds.alignment:
+        strength = median(effect.strength for effect in effects)
         sentence = (
             f"It acts {strength:.2g} times as strongly on pictures as the current version, in the same direction: "
             "the scale is wrong."
         )
-        holds = any(1 / bounds.strength <= one <= bounds.strength for one in (strength, strength / asked))
-        limit = f"{1 / bounds.strength:.2f} to {bounds.strength:.2f} times"
-        findings.append(
-            Finding("Does it act as strongly?", f"{strength:.2f} times", limit, holds, Cause.SCALE, sentence)
+        answers.append(
+            _as_strong(
+                "Does it act as strongly?", (strength, strength / asked), bounds.strength, f"{strength:.2f}", sentence
+            )
         )
-    return findings
+    return answers
 
 
-def fits(cases: Sequence[CaseEvidence], warnings: Sequence[str], bounds: Bounds) -> list[Finding]:
-    """A LoRA for this base, as far as is known and as far as its effect shows."""
-    findings = []
+def _as_strong(question: str, ratios: tuple[float, float], times: float, measured: str, sentence: str) -> Answer:
+    """The answer to a question about strength: one of the ratios has to be at most `times` from 1."""
+    holds = any(1 / times <= ratio <= times for ratio in ratios)
+    limit = f"{1 / times:.2f} to {times:.2f} times"
+    return Answer(question, f"{measured} times", limit, holds, Cause.SCALE, sentence)
+
+
+def fits(cases: Sequence[CaseEvidence], warnings: Sequence[str], bounds: sections.ValidationParams) -> list[Answer]:
+    """Ask for a LoRA of this base, as far as is known and as far as its effect shows."""
+    answers = []
     if warnings:
-        findings.append(Finding("Is it known to be for this base?", "no", "", False, Cause.BASE, warnings[0]))
+        answers.append(Answer("Is it known to be for this base?", "no", "", False, Cause.BASE, warnings[0]))
     effects = [case.effect for case in cases if case.effect is not None]
     if effects:
-        aligned, strength = (median(getattr(one, name) for one in effects) for name in ("alignment", "strength"))
+        aligned = median(effect.alignment for effect in effects)
+        strength = median(effect.strength for effect in effects)
         sentence = (
             f"It does not do on this base what the current version does: the cosine of the effects is {aligned:.2f}, "
             f"and {max(strength, 0.0):.0%} of the current effect is there. It was made for another base, or for "
             "something else."
         )
-        findings.append(
-            Finding(
-                "Does it do the same kind of thing?",
-                f"cosine {aligned:.2f}",
-                f">= {bounds.alignment:g}",
-                aligned >= bounds.alignment,
-                Cause.BASE,
-                sentence,
-            )
-        )
-    return findings
+        question = "Does it do the same kind of thing?"
+        limit = f">= {bounds.alignment:g}"
+        holds = aligned >= bounds.alignment
+        answers.append(Answer(question, f"cosine {aligned:.2f}", limit, holds, Cause.BASE, sentence))
+    return answers
 
 
-def clean(cases: Sequence[CaseEvidence], bounds: Bounds) -> list[Finding]:
-    """Neither noise nor a grid that was not there before."""
+def clean(cases: Sequence[CaseEvidence], bounds: sections.ValidationParams) -> list[Answer]:
+    """Ask for neither noise nor a grid that was not there before."""
     noisy = max(cases, key=lambda case: in_floors(case.noise, max(case.noise_beside, 1e-9)))
     noise = noisy.noise / max(noisy.noise_beside, 1e-9)
     combed = max(cases, key=lambda case: case.comb_db)
     return [
-        Finding(
+        Answer(
             "Are the pictures free of noise?",
             f"{noise:.2f} times the noisiest other picture ({noisy.name})",
             f"<= {bounds.noise:g}",
@@ -134,7 +121,7 @@ def clean(cases: Sequence[CaseEvidence], bounds: Bounds) -> list[Finding]:
             f"{noisy.name} is noisy: {noisy.noise:.2g} levels, the noisiest other picture of the case has "
             f"{noisy.noise_beside:.2g}.",
         ),
-        Finding(
+        Answer(
             "Are they free of a grid?",
             f"comb {combed.comb_db:.1f} dB ({combed.name})",
             f"<= {bounds.comb_db:g} dB",
@@ -145,25 +132,27 @@ def clean(cases: Sequence[CaseEvidence], bounds: Bounds) -> list[Finding]:
     ]
 
 
-def kept(cases: Sequence[CaseEvidence], bounds: Bounds) -> list[Finding]:
-    """For a LoRA that saves steps; where the current version does not work, nothing is to be kept."""
-    counted = [case for case in cases if case.gain is not None]
-    pairs = [(case.gain, case.current_gain) for case in counted if case.current_gain is not None]
-    working = [(new, old) for new, old in pairs if new is not None and old >= WORKS]
-    if not counted or (pairs and not working):
+def kept(cases: Sequence[CaseEvidence], bounds: sections.ValidationParams) -> list[Answer]:
+    """Ask a LoRA that saves steps for its gain; where the current version has none, nothing is to be kept."""
+    gains = [case.gain for case in cases if case.gain is not None]
+    both = [(case.gain, case.current_gain) for case in cases if case.gain is not None and case.current_gain is not None]
+    working = [(new, old) for new, old in both if old >= WORKS]
+    if not gains or (both and not working):
         return []
-    if not pairs:
-        new, least = fmean(case.gain for case in counted if case.gain is not None), WORKS
-        limit, beside = f">= {least:g}", ""
-    else:
-        new, old = fmean(one for one, _ in working), fmean(one for _, one in working)
-        least, limit = bounds.gain_kept * old, f">= {bounds.gain_kept * old:.2f} (the current one's is {old:.2f})"
+    new = fmean(gain for gain, _ in working) if working else fmean(gains)
+    least = WORKS
+    limit = f">= {least:g}"
+    beside = ""
+    if working:
+        old = fmean(gain for _, gain in working)
+        least = bounds.gain_kept * old
+        limit = f">= {least:.2f} (the current one's is {old:.2f})"
         beside = f", the current version's {old:.2f}"
     sentence = (
         f"It does not save steps: its pictures are {new:.2f} of the way from the base in few steps to the base in all "
         f"of its own{beside}."
     )
-    return [Finding("Does it still save steps?", f"gain {new:.2f}", limit, new >= least, Cause.WORSE, sentence)]
+    return [Answer("Does it still save steps?", f"gain {new:.2f}", limit, new >= least, Cause.WORSE, sentence)]
 
 
 def _round(value: float) -> str:
@@ -172,5 +161,7 @@ def _round(value: float) -> str:
 
 
 def in_floors(value: float | None, floor: float) -> float:
-    """How many times the floor; without a current version, infinitely many."""
-    return math.inf if value is None else value / floor if floor else (0.0 if value == 0 else math.inf)
+    """A value over the noise floor; without a current version, infinite."""
+    if value is None or (floor == 0 and value != 0):
+        return math.inf
+    return value / floor if floor else 0.0

@@ -1,4 +1,4 @@
-"""Renders what a new version of a LoRA is judged by, in one process, and measures it.
+"""Renders the pictures that a new version of a LoRA is judged by, in one process, and measures them.
 
 Six sides of every case: the new version merged, and unfused with its noise floor; the current version; neither; and for
 a LoRA that saves steps the base alone at its own settings, its teacher.
@@ -15,7 +15,7 @@ from lora_fuse.fusion import Plan
 from lora_fuse.pictures import Case, damage, metrics, pairs, picture, render, render_progress
 from lora_fuse.regression import case_judgement, verdicts
 from lora_fuse.studies.validation.effect import effect, gain
-from lora_fuse.studies.validation.evidence import CaseEvidence
+from lora_fuse.studies.validation.outcome import CaseEvidence
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Sides:
 
 @dataclass(frozen=True, slots=True)
 class Versions:
-    """What is fused: the new version; the recipe's other LoRAs alone; the current one. None where there is none."""
+    """Plans of the new version, of the recipe's other LoRAs alone, and of the current one; None where there is none."""
 
     new: Plan
     others: Plan | None
@@ -47,9 +47,9 @@ class Versions:
 
 
 def task_of(name: str, cases: int, setup: pairs.Setup, *, current: bool) -> render_progress.Task:
-    """How much there is to render."""
-    more = (setup.sampling, setup.sampling) if current else (setup.sampling,)
-    return render_progress.Task(name, cases, (*setup.sides, *more))
+    """The amount to render, for the progress."""
+    beside = 2 if current else 1
+    return render_progress.Task(name, cases, (*setup.sides, *[setup.sampling] * beside))
 
 
 def render_sides(
@@ -63,10 +63,10 @@ def render_sides(
 
     Args:
         merged: the new version's merged repository.
-        versions: what is fused.
-        cases: what to render.
-        setup: how; its `baseline` says how the teacher is run, None leaves it out.
-        watch: is told of what is rendered.
+        versions: the plans of the sides.
+        cases: the pictures to make.
+        setup: their settings; `baseline` are the teacher's, None leaves it out.
+        watch: notes the progress.
 
     Raises:
         RenderFailed: a side cannot be loaded or run.
@@ -107,8 +107,8 @@ def _render_beside(
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """The sides of a case, what the regression says of the merge, and what the judgement goes by."""
+class MeasuredCase:
+    """The sides of a case, the regression's result for the merge, and the evidence for the judgement."""
 
     sides: Sides
     result: verdicts.CaseResult
@@ -117,23 +117,27 @@ class Measured:
 
 def measure(
     sides: Sequence[Sides], goldens: Mapping[str, Sequence[verdicts.Golden]], rules: verdicts.Rules
-) -> list[Measured]:
+) -> list[MeasuredCase]:
     """Compare every side that a judgement asks for.
 
     Args:
-        sides: what was rendered.
+        sides: the rendered pictures.
         goldens: approved pictures by case, to show how far the new ones are; they decide nothing.
         rules: the recipe's, for merged against unfused.
     """
     judged = case_judgement.judge_pairs([side.pair for side in sides], goldens, rules)
-    return [Measured(side, one.result, _evidence(side, one.result)) for side, one in zip(sides, judged, strict=True)]
+    results = [pair.result for pair in judged]
+    return [MeasuredCase(side, result, _evidence(side, result)) for side, result in zip(sides, results, strict=True)]
 
 
 def _evidence(side: Sides, result: verdicts.CaseResult) -> CaseEvidence:
-    new, plain, current, teacher = side.pair.merged, side.plain, side.current, side.teacher
+    new = side.pair.merged
+    plain = side.plain
+    current = side.current
+    teacher = side.teacher
     faults = tuple(result.reasons) if result.verdict == "invalid" else ()
-    others = [one for one in (plain, current, teacher) if one is not None]
-    before = [one.levels for one in (plain, current) if one is not None]
+    before = [plain.levels] if current is None else [plain.levels, current.levels]
+    others = before if teacher is None else [*before, teacher.levels]
     return CaseEvidence(
         name=side.name,
         faults=faults,
@@ -143,10 +147,8 @@ def _evidence(side: Sides, result: verdicts.CaseResult) -> CaseEvidence:
         floor=max(metrics.latents_l2(side.pair.floor.latents, side.pair.unfused.latents), verdicts.FLOAT32_NOISE),
         effect=None if current is None else effect(new.latents, current.latents, plain.latents),
         gain=None if teacher is None else gain(new.latents, plain.latents, teacher.latents),
-        current_gain=None
-        if teacher is None or current is None
-        else gain(current.latents, plain.latents, teacher.latents),
+        current_gain=gain(current.latents, plain.latents, teacher.latents) if current and teacher else None,
         noise=damage.noise_levels(new.levels),
-        noise_beside=max(damage.noise_levels(one.levels) for one in others),
+        noise_beside=max(damage.noise_levels(levels) for levels in others),
         comb_db=min(damage.comb_db(new.levels, other) for other in before) if not faults else 0.0,
     )

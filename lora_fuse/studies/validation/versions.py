@@ -32,41 +32,41 @@ def parse_lora(text: str) -> dict[str, str | None]:
         return {"repo_id": None, "path": path.parent.as_posix(), "revision": None, "filename": path.name}
     if path.is_dir():
         return {"repo_id": None, "path": path.as_posix(), "revision": None, "filename": "."}
-    found = REPOSITORY.fullmatch(text)
-    if found is None:
+    named = REPOSITORY.fullmatch(text)
+    if named is None:
         raise BadConfig(
             f"the LoRA {text!r} is neither a file or folder here nor owner/name[@revision]:file; name one of them"
         )
-    revision = found["revision"] or "main"
-    return {"repo_id": found["repo"], "path": None, "revision": revision, "filename": found["file"]}
+    revision = named["revision"] or "main"
+    return {"repo_id": named["repo"], "path": None, "revision": revision, "filename": named["file"]}
 
 
-def replaced(params: Recipe, lora: str, name: str | None) -> str:
+def replaced(recipe: Recipe, lora: str, name: str | None) -> str:
     """The name of the recipe's LoRA that another takes the place of.
 
     Raises:
         BadConfig: there are several and none is named, or none has that name.
     """
-    names = sorted(params.loras)
+    names = sorted(recipe.loras)
     if name is None and len(names) == 1:
         return names[0]
     if name not in names:
         raise BadConfig(
-            f"recipe {params.name} has the LoRAs {', '.join(names)}, and {'none is chosen' if name is None else name}; "
+            f"recipe {recipe.name} has the LoRAs {', '.join(names)}, and {'none is chosen' if name is None else name}; "
             f"say which one {lora} takes the place of: --name {names[0]}"
         )
     return name
 
 
-def candidate(params: Recipe, lora: str | None, name: str | None, scale: float | None) -> Recipe:
+def candidate(recipe: Recipe, lora: str | None, name: str | None, scale: float | None) -> Recipe:
     """The recipe with the new LoRA in it.
 
     Raises:
         BadConfig: see `parse_lora` and `replaced`, or the scale is none.
     """
-    tree: dict[str, Any] = params.model_dump()
+    tree: dict[str, Any] = recipe.model_dump()
     if lora is not None:
-        tree["loras"][replaced(params, lora, name)] = parse_lora(lora)
+        tree["loras"][replaced(recipe, lora, name)] = parse_lora(lora)
     if scale is not None:
         tree["fuse"]["scale"] = scale
     return Recipe.parse(tree, "the candidate")
@@ -81,21 +81,21 @@ class Version:
 
     @property
     def inputs(self) -> list[LoraInput]:
-        """As the library fuses them."""
+        """The same as inputs of a fuse."""
         return [LoraInput(name, self.path(name), self.scales[name]) for name in sorted(self.locks)]
 
     def path(self, name: str) -> Path:
-        """Where one of them lies."""
+        """The path of one of them."""
         return hf_cache.locate(self.locks[name]) / self.locks[name].lora_name
 
     def label(self, name: str) -> str:
-        """What a person would call it."""
+        """Its name for a person."""
         lock = self.locks[name]
         return f"{lock.label}{':' if lock.repo_id else '/'}{lock.lora_name}"
 
 
 def misfits(base: Lock, new: Version, current: Version | None, name: str) -> list[str]:
-    """What is known against the pair of base and new LoRA; nothing where it is known against the current pair as well.
+    """Facts against the pair of base and new LoRA; none where they are against the current pair as well.
 
     A recipe may pair them on purpose, and its next version is no worse for it.
     """
@@ -107,12 +107,12 @@ def misfits(base: Lock, new: Version, current: Version | None, name: str) -> lis
     return [] if against(before) else against(new.locks[name])
 
 
-def lock_base(params: Recipe) -> Lock:
+def lock_base(recipe: Recipe) -> Lock:
     """The recipe's base, at the commit of the current build where that has one."""
-    return hub.lock_base(params.base, previous=paths.HERE.earlier_locks()[0], transfer=params.download)
+    return hub.lock_base(recipe.base, previous=paths.HERE.earlier_locks()[0], transfer=recipe.download)
 
 
-def lock_loras(params: Recipe, fresh: str | None = None) -> Version:
+def lock_loras(recipe: Recipe, fresh: str | None = None) -> Version:
     """The recipe's LoRAs, each at the commit of the current build, but for the one that is `fresh`."""
     _, before = paths.HERE.earlier_locks()
     locks = {
@@ -120,26 +120,26 @@ def lock_loras(params: Recipe, fresh: str | None = None) -> Version:
             lora,
             lora.filename,
             previous=None if name == fresh else before.get(name),
-            transfer=params.download,
+            transfer=recipe.download,
         )
-        for name, lora in sorted(params.loras.items())
+        for name, lora in sorted(recipe.loras.items())
     }
-    return Version(locks, {name: params.fuse.scale_of(name) for name in locks})
+    return Version(locks, {name: recipe.fuse.scale_of(name) for name in locks})
 
 
-def approved_version(params: Recipe, approved: Mapping[str, list[goldens.Approved]]) -> Version | None:
+def approved_version(recipe: Recipe, approved: Mapping[str, list[goldens.Approved]]) -> Version | None:
     """The LoRAs that the goldens were approved with; None if there are none, or a file is not what it was then."""
-    records = [one.record.provenance for found in approved.values() for one in found]
-    if not records:
+    first = next((picture.record.provenance for pictures in approved.values() for picture in pictures), None)
+    if first is None:
         return None
     locks = {}
-    for lora in records[0].loras:
+    for lora in first.loras:
         try:
             source = Source(repo_id=lora.repo_id, path=lora.path, revision=lora.revision)
-            lock = hub.lock_lora(source, str(lora.filename), previous=None, transfer=params.download)
+            lock = hub.lock_lora(source, str(lora.filename), previous=None, transfer=recipe.download)
         except (BadSource, ValueError):  # it is gone, or the record names no place
             return None
         if lora.sha256 not in {record.sha256 for record in lock.files.values()}:
             return None
         locks[lora.name] = lock
-    return Version(locks, {lora.name: lora.scale for lora in records[0].loras})
+    return Version(locks, {lora.name: lora.scale for lora in first.loras})

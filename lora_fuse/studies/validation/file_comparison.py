@@ -1,4 +1,4 @@
-"""Two versions of a LoRA, compared as files: what they hold, and how their differences lie to each other.
+"""Two versions of a LoRA, compared as files: their content, and the norms and angles of their differences.
 
 The differences are taken row by row, for as many rows of each weight as a verification looks at, by the code that
 verifies a merge (`lora_fuse.verification.expectation`): every format and algorithm is compared in the same way.
@@ -29,7 +29,7 @@ ROWS = 16  # of each weight
 
 @dataclass(frozen=True, slots=True)
 class FileFacts:
-    """What a file holds, in words: how many modules of which algorithm and key format, rank, alpha and dtype."""
+    """A file's content in words: numbers of modules by algorithm and key format, rank, alpha and dtype."""
 
     label: str
     sha256: str
@@ -38,8 +38,8 @@ class FileFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class BlockChange:
-    """One block of the model: how large the difference is to the weights, for both, and the cosine between the two."""
+class BlockDifference:
+    """One block of the model: norm of the difference over that of the weights, for both, and the cosine of the two."""
 
     block: str
     current: float
@@ -65,10 +65,14 @@ class _Sums:
         size = math.sqrt(self.current * self.new)
         return self.product / size if size else None
 
+    def over_base(self, square: float) -> float:
+        """The norm whose square is given, over the base's."""
+        return math.sqrt(square / self.base) if self.base else 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class FileComparison:
-    """How the new file lies to the current one, each at its own factor and scale 1.
+    """The new file beside the current one, each at its own factor and scale 1.
 
     Attributes:
         both: weights that both change.
@@ -88,7 +92,7 @@ class FileComparison:
     lowest: float
     highest: float
     cosine: float | None
-    blocks: tuple[BlockChange, ...] = field(default_factory=tuple)
+    blocks: tuple[BlockDifference, ...] = field(default_factory=tuple)
 
 
 def facts_of(lora: LoraFile, label: str) -> FileFacts:
@@ -103,8 +107,8 @@ def facts_of(lora: LoraFile, label: str) -> FileFacts:
 def _words(update: Update) -> str:
     if update.rank is None or update.alpha is None:
         return f"{update.algorithm}, keys {update.format.name}"
-    told = f"{update.algorithm}, keys {update.format.name}, rank {update.rank}"
-    return f"{told}, alpha {update.alpha:g} (factor {update.factor:g})"
+    kind = f"{update.algorithm}, keys {update.format.name}, rank {update.rank}"
+    return f"{kind}, alpha {update.alpha:g} (factor {update.factor:g})"
 
 
 def compare_files(current: Path, new: Path, base: Path, component: str, rows: int = ROWS) -> FileComparison:
@@ -152,24 +156,16 @@ def _measure(name: str, base: Weights, before: list[Delta], after: list[Delta], 
         weight = base.rows(name, block).reshape(len(block), -1).astype(np.float64)
         whole = partial(base.tensor, name)
         current, new = (sum((d.rows(block, whole) for d in side), np.zeros(weight.shape)) for side in (before, after))
-        sums.add(
-            _Sums(
-                *(float((a * b).sum()) for a, b in ((weight, weight), (current, current), (new, new), (current, new)))
-            )
-        )
+        pairs = ((weight, weight), (current, current), (new, new), (current, new))
+        sums.add(_Sums(*(float((a * b).sum()) for a, b in pairs)))
     return sums
 
 
-def _by_block(sums: Mapping[str, _Sums]) -> tuple[BlockChange, ...]:
+def _by_block(sums: Mapping[str, _Sums]) -> tuple[BlockDifference, ...]:
     by_block: dict[str, _Sums] = {}
-    for name, found in sums.items():
-        by_block.setdefault(blocks.block_of(name), _Sums()).add(found)
+    for name, own in sums.items():
+        by_block.setdefault(blocks.block_of(name), _Sums()).add(own)
+    ordered = [(block, by_block[block]) for block in blocks.in_order(by_block)]
     return tuple(
-        BlockChange(
-            block,
-            math.sqrt(by_block[block].current / by_block[block].base) if by_block[block].base else 0.0,
-            math.sqrt(by_block[block].new / by_block[block].base) if by_block[block].base else 0.0,
-            by_block[block].cosine,
-        )
-        for block in blocks.in_order(by_block)
+        BlockDifference(block, own.over_base(own.current), own.over_base(own.new), own.cosine) for block, own in ordered
     )

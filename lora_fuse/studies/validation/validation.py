@@ -1,4 +1,4 @@
-"""A validation: what was asked, how it is built and judged, what is written."""
+"""A validation from the request to the written pages: fetch, fuse, verify, render, judge."""
 
 from __future__ import annotations
 
@@ -16,13 +16,19 @@ from lora_fuse.models import COMPONENT
 from lora_fuse.pictures import Case, encode, environment, pairs, render_progress
 from lora_fuse.recipe import Artifacts, Lock, Recipe, hf_cache, paths
 from lora_fuse.regression import goldens, verdicts
-from lora_fuse.studies.validation.evidence import Cause, Judgement, Outcome, bounds_of
-from lora_fuse.studies.validation.files import FileFacts, compare_files, facts_of
+from lora_fuse.studies.validation.file_comparison import FileFacts, compare_files, facts_of
 from lora_fuse.studies.validation.judgement import judge, refused
 from lora_fuse.studies.validation.junit import junit_xml
-from lora_fuse.studies.validation.report import Validation, strip, summary, validation_html, validation_md
-from lora_fuse.studies.validation.report import facts as validation_facts
+from lora_fuse.studies.validation.outcome import Cause, Judgement, Outcome
 from lora_fuse.studies.validation.sides import Versions, measure, render_sides, task_of
+from lora_fuse.studies.validation.validation_report import (
+    ValidationReport,
+    strip,
+    summary,
+    validation_html,
+    validation_md,
+)
+from lora_fuse.studies.validation.validation_report import facts as report_facts
 from lora_fuse.studies.validation.versions import (
     Version,
     approved_version,
@@ -41,7 +47,7 @@ THUMBNAILS = "thumbnails"
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked for on the command line, and the command that asks for it; `overrides` as of any stage."""
+    """A request on the command line, and the command that repeats it; `overrides` as of any stage."""
 
     lora: str | None
     name: str | None
@@ -52,94 +58,95 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
-    """A recipe, and what it is with the new LoRA."""
+class Validation:
+    """The judgement of a LoRA: the recipe as it is, and as a candidate with the new LoRA."""
 
     request: Request
-    params: Recipe
+    recipe: Recipe
     candidate: Recipe
     name: str | None  # of the LoRA that is judged; None for all of the recipe
     merge: paths.Merge
     command: Callable[[Rerun], str]  # of a step, as it is typed
 
     @staticmethod
-    def of(request: Request, params: Recipe, merge: paths.Merge, command: Callable[[Rerun], str]) -> Trial:
+    def of(request: Request, recipe: Recipe, merge: paths.Merge, command: Callable[[Rerun], str]) -> Validation:
         """Put the two together, before anything is fetched.
 
         Raises:
             BadConfig: the LoRA, its name or the scale cannot be used.
         """
-        new = candidate(params, request.lora, request.name, request.scale)
-        names = sorted(params.loras)
+        new = candidate(recipe, request.lora, request.name, request.scale)
+        names = sorted(recipe.loras)
         alone = names[0] if len(names) == 1 else None
-        name = alone if request.lora is None else replaced(params, request.lora, request.name)
-        return Trial(request, params, new, name, merge, command)
+        name = alone if request.lora is None else replaced(recipe, request.lora, request.name)
+        return Validation(request, recipe, new, name, merge, command)
 
     @property
     def intent(self) -> str:
-        """What is about to be done, in a sentence."""
-        cases, what = len(self.params.regress.cases), self.request.lora or "what the recipe names"
-        return (
-            f"{what} in recipe {self.params.name} at scale {self.candidate.fuse.scale:g}, built in {BUILD.root}; "
-            f"{cases} cases from {6 if self.teacher else 5} sides each"
-        )
+        """The work to come, in a sentence."""
+        lora = self.request.lora or "what the recipe names"
+        sides = f"{len(self.recipe.regress.cases)} cases from {6 if self.teacher else 5} sides each"
+        scale = self.candidate.fuse.scale
+        return f"{lora} in recipe {self.recipe.name} at scale {scale:g}, built in {BUILD.root}; {sides}"
 
     @property
     def teacher(self) -> bool:
-        """Whether the base alone is rendered too: if the LoRA saves steps."""
-        saves = self.params.sampling.steps < self.params.base.sampling.steps
-        return self.params.validation.teacher and saves
+        """True if the base alone is rendered too: for a LoRA that saves steps."""
+        saves = self.recipe.sampling.steps < self.recipe.base.sampling.steps
+        return self.recipe.validation.teacher and saves
 
     def check(self) -> None:
         """Refuse what cannot end well, and remove the pages of the last validation, which are not this one's."""
-        pairs.check_cases(Case.of(self.params), pairs.Setup.of(self.params))
+        pairs.check_cases(Case.of(self.recipe), pairs.Setup.of(self.recipe))
         for name in PAGES:
             (VALIDATION / name).unlink(missing_ok=True)
         staging.remove(VALIDATION / THUMBNAILS)
 
-    def judge(self, here: environment.Environment, console: Console) -> Validation:
+    def judge(self, here: environment.Environment, console: Console) -> ValidationReport:
         """Fetch, fuse, verify, render and decide."""
-        base = lock_base(self.params)
-        approved = goldens.Goldens.of(self.params, base).for_run(here.key, list(self.params.regress.cases))
+        base = lock_base(self.recipe)
+        approved = goldens.Goldens.of(self.recipe, base).for_run(here.key, list(self.recipe.regress.cases))
         new = lock_loras(self.candidate, fresh=self.name if self.request.lora else None)
         current = self._current(approved)
         name = self.name or next(iter(sorted(new.locks)))
-        said = partial(self._validation, base, new, current, name, str(here.key))
+        report = partial(self._report, base, new, current, name, str(here.key))
         try:
             plan = self._build(base, new, console)
         except (UnmatchedTargets, ShapeMismatch) as error:
-            return said(refused(Cause.BASE, str(error)))
+            return report(refused(Cause.BASE, str(error)))
         except BadLora as error:
-            return said(refused(Cause.UNUSABLE, str(error)))
-        checkpoint = plan.checkpoint
-        others = Version({key: lock for key, lock in new.locks.items() if key != self.name and self.name}, new.scales)
-        selection = self.candidate.fuse.selection
-        versions = Versions(
-            plan,
-            make_plan(checkpoint, others.inputs, selection) if others.locks else None,
-            None if current is None else make_plan(checkpoint, current.inputs, selection),
-        )
-        cases = Case.of(self.params)
-        setup = pairs.Setup.of(self.params, baseline=self.teacher)
-        task = task_of(f"validate {self.params.name} {here.key}", len(cases), setup, current=current is not None)
+            return report(refused(Cause.UNUSABLE, str(error)))
+        versions = self._versions(plan, new, current)
+        cases = Case.of(self.recipe)
+        setup = pairs.Setup.of(self.recipe, baseline=self.teacher)
+        task = task_of(f"validate {self.recipe.name} {here.key}", len(cases), setup, current=current is not None)
         console.will("validate", f"{task}, on {here.key}{task.estimate}")
         with render_progress.watching(task) as watch:
             sides = render_sides(BUILD.merged, versions, cases, setup, watch)
-        measured = measure(sides, goldens.pictures_of(approved), verdicts.Rules.of(self.params))
+        measured = measure(sides, goldens.pictures_of(approved), verdicts.Rules.of(self.recipe))
         files = None
         if current is not None and name in current.locks and self.name is not None:
             files = compare_files(current.path(name), new.path(name), hf_cache.locate(base), COMPONENT)
         warnings = misfits(base, new, current, name)
         wanted = new.scales[name] / current.scales[name] if current and current.scales.get(name) else 1.0
-        evidence = [one.evidence for one in measured]
-        judgement = judge(evidence, files, warnings, bounds_of(self.params), wanted)
-        return replace(said(judgement), files=files, cases=tuple(measured))
+        judgement = judge([case.evidence for case in measured], files, warnings, self.recipe, wanted)
+        return replace(report(judgement), files=files, cases=tuple(measured))
+
+    def _versions(self, plan: Plan, new: Version, current: Version | None) -> Versions:
+        """The plans of all sides: of the new version, of the LoRAs beside it alone, of the current version."""
+        beside = [lora for lora in new.inputs if self.name not in (None, lora.name)]
+        selection = self.candidate.fuse.selection
+        return Versions(
+            plan,
+            make_plan(plan.checkpoint, beside, selection) if beside else None,
+            make_plan(plan.checkpoint, current.inputs, selection) if current else None,
+        )
 
     def _current(self, approved: Mapping[str, list[goldens.Approved]]) -> Version | None:
-        """What is in use: the recipe's LoRAs, or where these are judged themselves, what was approved."""
+        """The LoRAs in use: the recipe's, or where these are judged themselves, the approved ones."""
         if self.request.lora is not None or self.request.scale is not None:
-            return lock_loras(self.params)
-        return approved_version(self.params, approved)
+            return lock_loras(self.recipe)
+        return approved_version(self.recipe, approved)
 
     def _build(self, base: Lock, new: Version, console: Console) -> Plan:
         """Fuse and verify beside the current build.
@@ -150,26 +157,24 @@ class Trial:
         """
         plan = plan_of(base, new.locks, self.candidate)
         self.merge(self.candidate, BUILD, base, new.locks)
-        found = paths.read_object(BUILD.verify, "verify")
-        if not found["passed"]:
-            raise CheckFailed(f"the merged weights are wrong: {found['problems'][0]}; see {BUILD.verify}")
-        console.will("validate", f"fused and verified: {found['targets']} weights")
+        verified = paths.read_object(BUILD.verify, "verify")
+        if not verified["passed"]:
+            raise CheckFailed(f"the merged weights are wrong: {verified['problems'][0]}; see {BUILD.verify}")
+        console.will("validate", f"fused and verified: {verified['targets']} weights")
         return plan
 
-    def _validation(
+    def _report(
         self, base: Lock, new: Version, current: Version | None, name: str, where: str, judgement: Judgement
-    ) -> Validation:
-        before = None
-        if current is not None and name in current.locks:
-            before = _facts(current, name)
-        return Validation(
-            recipe=self.params.name,
+    ) -> ValidationReport:
+        before = current if current is not None and name in current.locks else None
+        return ValidationReport(
+            recipe=self.recipe.name,
             base=base.label,
             lora=name if self.name else None,
-            scale=(new.scales[name], None if before is None or current is None else current.scales[name]),
+            scale=(new.scales[name], None if before is None else before.scales[name]),
             judgement=judgement,
             new=_facts(new, name),
-            current=before,
+            current=None if before is None else _facts(before, name),
             files=None,
             environment=where,
             next_step=self._next(judgement, new, name),
@@ -182,7 +187,8 @@ class Trial:
                 return "nothing to do: either version gives these pictures"
             case Outcome.BROKEN:
                 return "keep the current version; the page shows what is wrong"
-        build, approve = self.command(Rerun("build")), self.command(Rerun("approve"))
+        build = self.command(Rerun("build"))
+        approve = self.command(Rerun("approve"))
         if self.request.lora is None and self.request.scale is None:
             return f"{build}, then {approve}"
         lock = new.locks[name]
@@ -198,23 +204,26 @@ class Trial:
         """The scale that goes into the recipe as well, as a part of a sentence."""
         return "" if self.request.scale is None else f" and fuse.scale: {self.request.scale:g}"
 
-    def write(self, validation: Validation) -> tuple[list[str], dict[str, Any]]:
-        """Write the pages; what the terminal says at the end."""
-        paths = {}
-        for one in validation.cases:
-            paths[one.sides.name] = f"{THUMBNAILS}/{one.sides.name}.png"
+    def write(self, report: ValidationReport) -> tuple[list[str], dict[str, Any]]:
+        """Write the pages.
+
+        Returns:
+            The last lines for the terminal, and the facts for ``--json``.
+        """
+        thumbnails = {case.sides.name: f"{THUMBNAILS}/{case.sides.name}.png" for case in report.cases}
+        for case in report.cases:
             (VALIDATION / THUMBNAILS).mkdir(parents=True, exist_ok=True)
-            files.replace_bytes(VALIDATION / paths[one.sides.name], encode.png(strip(one)))
-        facts = validation_facts(validation)
+            files.replace_bytes(VALIDATION / thumbnails[case.sides.name], encode.png(strip(case)))
+        facts = report_facts(report)
         texts = (
-            validation_md(validation, paths),
-            validation_html(validation),
+            validation_md(report, thumbnails),
+            validation_html(report),
             json.dumps(facts, indent=2) + "\n",
-            junit_xml(validation),
+            junit_xml(report),
         )
         for page, text in zip(PAGES, texts, strict=True):
             files.replace_text(VALIDATION / page, text)
-        return summary(validation, [str(VALIDATION / "validation.html")]), facts
+        return summary(report, [str(VALIDATION / "validation.html")]), facts
 
 
 def _facts(version: Version, name: str) -> FileFacts:

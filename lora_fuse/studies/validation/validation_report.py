@@ -1,4 +1,4 @@
-"""What a validation came to, for a pull request, for a browser, for a program: the verdict first."""
+"""The report of a validation for a pull request, for a browser, for a program: the verdict first."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 
 from lora_fuse.pictures import encode, metrics, pages, picture, render
 from lora_fuse.regression import verdicts
-from lora_fuse.studies.validation.evidence import Judgement, Outcome
-from lora_fuse.studies.validation.files import FileComparison, FileFacts
-from lora_fuse.studies.validation.sides import Measured
+from lora_fuse.studies.validation.file_comparison import FileComparison, FileFacts
+from lora_fuse.studies.validation.outcome import Judgement, Outcome
+from lora_fuse.studies.validation.sides import MeasuredCase
 
 THUMBNAIL = 256  # pixels of the longer side
 GAP = 4  # pixels between two thumbnails
@@ -27,22 +27,22 @@ WORDS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Validation:
-    """A judged version, and what it was judged by.
+class ValidationReport:
+    """A judged version, and the evidence.
 
     Attributes:
         recipe: its name.
-        base: what a person would call the base.
+        base: the base's name for a person.
         lora: the recipe's name for the LoRA, None if the whole recipe is judged.
         scale: the scale that was applied, the current one's beside it.
-        judgement: what is said.
+        judgement: outcome, reason and answers.
         new: the file.
         current: the file in use, None if there is none.
-        files: how the two lie to each other.
-        cases: what was rendered and measured; empty if the file could not be fused.
-        environment: where, in words.
-        next_step: what to do now, one line.
-        command: that makes this page again.
+        files: the comparison of the two.
+        cases: pictures and measurements; empty if the file could not be fused.
+        environment: the machine's key.
+        next_step: the next thing to do, one line.
+        command: the command that makes this page again.
     """
 
     recipe: str
@@ -56,13 +56,13 @@ class Validation:
     environment: str
     next_step: str
     command: str
-    cases: tuple[Measured, ...] = field(default_factory=tuple)
+    cases: tuple[MeasuredCase, ...] = field(default_factory=tuple)
 
     @property
     def verdict(self) -> str:
         """The outcome in words, with its cause."""
-        words, cause = WORDS[self.judgement.outcome], self.judgement.cause
-        return words if cause is None else f"{words}: {cause}"
+        words = WORDS[self.judgement.outcome]
+        return words if self.judgement.cause is None else f"{words}: {self.judgement.cause}"
 
     @property
     def exit_code(self) -> int:
@@ -71,15 +71,7 @@ class Validation:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """A case in the table: texts by column."""
-
-    name: str
-    cells: Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Shown:
+class CaseView:
     """A case's pictures as a page shows them."""
 
     name: str
@@ -96,41 +88,34 @@ class Shown:
     cells: Mapping[str, str]
 
 
-def rows(validation: Validation) -> list[Row]:
-    """The table of the cases: to the current version, to the floor, to the golden, and what the LoRA does."""
-    return [Row(one.sides.name, _cells(one)) for one in validation.cases]
-
-
-def _cells(one: Measured) -> dict[str, str]:
-    beside, evidence = to_current(one), one.evidence
-    cells = {
-        f"{metrics.METRICS[name].title} to current": "-"
-        if beside is None
-        else metrics.METRICS[name].text(beside.values[name])
-        for name in SHOWN
-    }
-    golden = one.result.vs_golden
+def _cells(case: MeasuredCase) -> dict[str, str]:
+    """The texts of a case by column: distances to the current version, the floor and the golden, and the effect."""
+    evidence = case.evidence
     acts = evidence.effect
-    cells |= {
-        "merged to unfused, over the floor": _number(one.result.over_floor, ".2f", " x"),
+    beside = to_current(case)
+    return {
+        **{f"{metrics.METRICS[name].title} to current": _metric(beside, name) for name in SHOWN},
+        "merged to unfused, over the floor": _number(case.result.over_floor, ".2f", " x"),
         "moved by the LoRA, over the floor": _times(evidence.moved, evidence.floor),
         "alignment": "-" if acts is None else f"{acts.alignment:.2f}",
         "strength": "-" if acts is None else f"{acts.strength:.2f}",
         "gain": _number(evidence.gain, ".2f"),
         "current gain": _number(evidence.current_gain, ".2f"),
-        "PSNR to golden": "-" if golden is None else metrics.METRICS["psnr_db"].text(golden.values["psnr_db"]),
+        "PSNR to golden": _metric(case.result.vs_golden, "psnr_db"),
         "noise": f"{evidence.noise:.2f}",
         "comb": f"{evidence.comb_db:.1f} dB",
     }
-    return cells
 
 
-def to_current(one: Measured) -> verdicts.Comparison | None:
+def to_current(case: MeasuredCase) -> verdicts.Comparison | None:
     """The new picture beside the current one; None without one, or of another size."""
-    if one.sides.current is None:
-        return None
-    new = one.sides.pair.merged
-    return verdicts.compare(new, one.sides.current) if new.size == one.sides.current.size else None
+    new = case.sides.pair.merged
+    current = case.sides.current
+    return None if current is None or new.size != current.size else verdicts.compare(new, current)
+
+
+def _metric(compared: verdicts.Comparison | None, name: str) -> str:
+    return "-" if compared is None else metrics.METRICS[name].text(compared.values[name])
 
 
 def _number(value: float | None, digits: str, unit: str = "") -> str:
@@ -141,46 +126,46 @@ def _times(value: float, floor: float) -> str:
     return f"{value / floor:,.0f} x" if value >= 10 * floor else f"{value / floor:.2f} x"
 
 
-def validation_md(validation: Validation, thumbnails: Mapping[str, str]) -> str:
+def validation_md(validation: ValidationReport, thumbnails: Mapping[str, str]) -> str:
     """The page for a pull request, in GitHub's Markdown.
 
     Args:
-        validation: what to show.
+        validation: the report.
         thumbnails: by case, the path of its strip of pictures from where the page lies.
     """
-    table = rows(validation)
+    table = {case.sides.name: _cells(case) for case in validation.cases}
     return pages.render_page(
         "lora_fuse.studies.validation",
         "validation.md.j2",
         v=validation,
-        rows=table,
-        columns=list(table[0].cells) if table else [],
+        table=table,
+        columns=next(iter(table.values()), {}),
         thumbnails=thumbnails,
         cell=_cell,
     )
 
 
 def _cell(text: object) -> str:
-    """What stands in a cell of a Markdown table: no bar and no line end may break it, no markup is meant."""
+    """The text of a cell in a Markdown table: no bar and no line end may break it, no markup is meant."""
     return str(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
-def validation_html(validation: Validation) -> str:
+def validation_html(validation: ValidationReport) -> str:
     """The page for a browser: current, new and unfused side by side, a slider, what changed."""
     return pages.render_page(
         "lora_fuse.studies.validation",
         "validation.html.j2",
         v=validation,
-        rows=rows(validation),
-        cases=[_shown(one) for one in validation.cases],
+        cases=[_shown(case) for case in validation.cases],
     )
 
 
-def _shown(one: Measured) -> Shown:
-    sides, case = one.sides, one.sides.pair.case
+def _shown(measured: MeasuredCase) -> CaseView:
+    sides = measured.sides
+    case = sides.pair.case
     new = sides.pair.merged
     current = sides.current
-    return Shown(
+    return CaseView(
         case.name,
         case.prompt,
         case.seed,
@@ -192,14 +177,15 @@ def _shown(one: Measured) -> Shown:
         encode.encoded(sides.plain),
         None if sides.teacher is None else encode.encoded(sides.teacher),
         None if current is None or current.size != new.size else encode.encoded(_heat(new, current)),
-        _cells(one),
+        _cells(measured),
     )
 
 
-def strip(one: Measured) -> picture.Levels:
+def strip(measured: MeasuredCase) -> picture.Levels:
     """Input, current, new and their difference side by side, small: a thumbnail for a page that takes no data."""
-    case, sides = one.sides.pair.case, one.sides
-    new, current = sides.pair.merged, sides.current
+    case = measured.sides.pair.case
+    new = measured.sides.pair.merged
+    current = measured.sides.current
     shown = [render.open_picture(path, case) for path in case.images[:1]]
     shown += [new] if current is None else [current, new]
     if current is not None and current.size == new.size:
@@ -215,7 +201,7 @@ def _heat(new: picture.Picture, current: picture.Picture) -> picture.Picture:
     return picture.Picture(metrics.heat_map(new.levels, current.levels))
 
 
-def facts(validation: Validation) -> dict[str, Any]:
+def facts(validation: ValidationReport) -> dict[str, Any]:
     """The same for a program: `validation.json`."""
     judgement = validation.judgement
     return {
@@ -231,8 +217,8 @@ def facts(validation: Validation) -> dict[str, Any]:
         "current_sha256": None if validation.current is None else validation.current.sha256,
         "scale": validation.scale[0],
         "environment": validation.environment,
-        "findings": [asdict(finding) for finding in judgement.findings],
-        "cases": {one.sides.name: _finite(asdict(one.evidence)) for one in validation.cases},
+        "findings": [asdict(answer) for answer in judgement.findings],
+        "cases": {case.sides.name: _finite(asdict(case.evidence)) for case in validation.cases},
     }
 
 
@@ -243,8 +229,8 @@ def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def summary(validation: Validation, pages: Sequence[str]) -> list[str]:
-    """What the terminal says at the end, three lines."""
+def summary(validation: ValidationReport, pages: Sequence[str]) -> list[str]:
+    """The last three lines on the terminal."""
     return [
         f"{validation.verdict}: {validation.judgement.reason}",
         f"see {', '.join(pages)}",

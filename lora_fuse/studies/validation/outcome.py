@@ -1,0 +1,87 @@
+"""A judgement of a new version: the measured values, the answers to the questions, the outcome. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lora_fuse.studies.validation.effect import Effect
+
+
+class Outcome(StrEnum):
+    """The three outcomes of a judgement."""
+
+    SAME = "same"  # its pictures are the current ones
+    CHANGED = "changed"  # other pictures, and nothing speaks against them: a person has to look
+    BROKEN = "broken"
+
+
+class Cause(StrEnum):
+    """The reasons for which a new version is broken."""
+
+    BASE = "wrong base"
+    UNUSABLE = "unusable file"
+    INVALID = "broken picture"
+    MERGE = "wrong merge"
+    NO_EFFECT = "no effect"
+    SCALE = "wrong scale"
+    NOISE = "noise"
+    GRID = "grid"
+    WORSE = "worse pictures"
+
+
+@dataclass(frozen=True, slots=True)
+class CaseEvidence:
+    """Measurements of one case; None where there is nothing to compare with.
+
+    Attributes:
+        name: of the case.
+        faults: reasons why the picture cannot be compared: not finite, flat, of another size.
+        apart: differences between merged and unfused, in the regression's words.
+        moved: latents of merged to the run without the LoRA, relative L2.
+        changed: latents of merged to the current version's, relative L2.
+        floor: the noise floor of the latents.
+        effect: see `lora_fuse.studies.validation.effect`.
+        gain: the new version's.
+        current_gain: the current one's.
+        noise: of the new picture, in levels.
+        noise_beside: the largest of the other pictures of the case.
+        comb_db: of a grid, see `lora_fuse.recipe.sections.ValidationParams`.
+    """
+
+    name: str
+    faults: tuple[str, ...]
+    apart: tuple[str, ...]
+    moved: float
+    changed: float | None
+    floor: float
+    effect: Effect | None
+    gain: float | None
+    current_gain: float | None
+    noise: float
+    noise_beside: float
+    comb_db: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A question's answer: the measured value, its limit, and the cause to name if the limit does not hold."""
+
+    question: str
+    measured: str
+    limit: str
+    holds: bool
+    cause: Cause
+    sentence: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """The outcome for a new version, the reason, and the answer to every question."""
+
+    outcome: Outcome
+    cause: Cause | None
+    reason: str
+    findings: tuple[Answer, ...]
