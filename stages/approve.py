@@ -14,7 +14,7 @@ from pathlib import Path
 from lora_fuse.errors import BadConfig
 from lora_fuse.machine import PLAIN, Console, staging
 from lora_fuse.recipe import Artifacts, checkout, paths, records
-from lora_fuse.regression import approval, candidates, goldens
+from lora_fuse.regression import approval, candidates, goldens, run_record
 from stages.config import check_declared, load
 from stages.run import next_commands, parse, run
 
@@ -26,17 +26,20 @@ def approve(reason: str, only: list[str], add: bool, at: Artifacts = paths.HERE,
         known = ", ".join(found.cases)
         raise BadConfig(f"a --reason and known cases are needed: got {reason!r} and {only}, of {known}")
     chosen = {name: found.cases[name] for name in only or found.cases}
-    provenance = next(iter(chosen.values())).provenance
+    recipe = next(iter(chosen.values())).provenance.recipe
+    run = records.from_json(run_record.RunRecord, paths.read_text(at.run, "regress", force=True), str(at.run))
     approval.check_weights(found.manifest_sha256, chosen, paths.read_object(at.verify, "verify"), at.verify)
-    approval.check_repeatable(provenance, Path.cwd())
-    approval.check_asked(chosen, *check_declared(provenance.recipe, at.variant).asked)
-    pictures, approved = approval.read_pictures(at.images, chosen), goldens.Goldens(paths.GOLDEN / provenance.recipe)
+    approval.check_repeatable(run, found.manifest_sha256, Path.cwd())
+    approval.check_asked(chosen, *check_declared(recipe, at.variant).asked)
+    pictures = approval.read_pictures(at.images, chosen)
+    approved = goldens.Goldens(paths.GOLDEN / recipe)
     signed = goldens.Approval(
         checkout.this_person(Path.cwd()), datetime.now(UTC).isoformat(timespec="seconds"), reason.strip(), ()
     )
     written: list[str] = []
     try:
-        written.extend(str(approved.approve(pictures[name], one, signed, beside=add)) for name, one in chosen.items())
+        for name, one in chosen.items():
+            written.append(str(approved.approve(pictures[name], one, run, signed, beside=add)))
     finally:  # if one is refused, those before it are approved
         console.done("approved", *written, facts={"goldens": written})
     return 0

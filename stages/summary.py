@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_fuse.machine import PLAIN, Console
 from lora_fuse.recipe import Artifacts, Recipe, paths
-from lora_fuse.regression import gate
+from lora_fuse.regression import gate, run_record
 from stages.run import command, run_stage
 
 
@@ -14,7 +14,9 @@ def summary(_: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> 
     if console.as_json:
         console.done("summary", facts=metrics)
     else:
-        print(gate.summary_text(metrics, str(at.report), command(gate.next_step(metrics), at)))
+        run = run_record.read_run(at, metrics["manifest_sha256"])
+        then = command(gate.next_step(metrics), at)
+        print(gate.summary_text(metrics, run, str(at.report), then))
     return 0
 
 

@@ -59,6 +59,7 @@ class Artifacts:
     images = _Below("regression/images")  # the run's pictures
     candidates = _Below("regression/candidates.json")  # the records of the pictures, for an approval
     metrics = _Below("regression/metrics.json")  # flat numbers and verdicts
+    run = _Below("regression/run.json")  # by whom, where and when they were rendered: no out of the stage
     cases = _Below("regression/cases.json")  # the same, a row for each case
     blocks = _Below("regression/blocks.json")  # how much the LoRAs change each block
     report = _Below("regression/report.html")  # the page to look at
@@ -113,16 +114,16 @@ HERE = Artifacts()
 Merge: TypeAlias = Callable[[Recipe, Artifacts, Lock, Mapping[str, Lock]], None]
 
 
-def read_text(path: Path, stage: str) -> str:
+def read_text(path: Path, stage: str, *, force: bool = False) -> str:
     """The text of another stage's result.
 
     Raises:
-        BadSource: it is not there; the error names the stage that makes it.
+        BadSource: it is not there; the stage that makes it has to run, by `force` although nothing changed.
     """
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise BadSource(f"{path} is not there", rerun=Rerun(stage)) from error
+        raise BadSource(f"{path} is not there", rerun=Rerun(stage, force=force)) from error
 
 
 def read_object(path: Path, stage: str) -> dict[str, Any]:

@@ -163,6 +163,14 @@ class Manifest:
         return base, [(lora.repo_id, lora.filename) for lora in self.loras]
 
 
+def rounded(value: float) -> float:
+    """A measured number as records have it, to nine significant digits.
+
+    Processors whose libraries add in another order end in other bits; the record of what they measured is the same.
+    """
+    return float(f"{value:.9g}")
+
+
 def to_json(record: object) -> str:
     """A record as indented JSON with a final newline."""
     adapter = TypeAdapter(type(record))

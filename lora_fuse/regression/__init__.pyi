@@ -4,6 +4,7 @@ from . import case_judgement as case_judgement
 from . import gate as gate
 from . import goldens as goldens
 from . import review as review
+from . import run_record as run_record
 from . import verdicts as verdicts
 from .run import judge as judge
 from .run import write_regression as write_regression

@@ -8,8 +8,9 @@ from typing import Any
 
 from lora_fuse.errors import BadGolden, CheckFailed, Rerun
 from lora_fuse.recipe import checkout
-from lora_fuse.regression.candidates import Candidate, Provenance
+from lora_fuse.regression.candidates import Candidate
 from lora_fuse.regression.goldens import check_picture
+from lora_fuse.regression.run_record import RunRecord
 
 AGAIN = Rerun("regress", force=True)
 
@@ -62,25 +63,28 @@ def _settings(scales: Mapping[str, float], steps: int) -> str:
     return f"{loras or 'no LoRA'} in {steps} steps"
 
 
-def check_repeatable(provenance: Provenance, root: Path) -> None:
+def check_repeatable(run: RunRecord, manifest_sha256: str, root: Path) -> None:
     """Refuse pictures that no commit would give again.
 
     Args:
-        provenance: of any of them.
+        run: that they are of.
+        manifest_sha256: of the merge that they are of.
         root: of the checkout.
 
     Raises:
         CheckFailed: no commit would.
     """
+    if run.manifest_sha256 != manifest_sha256:
+        raise CheckFailed("the run's record is of another merge; nothing was approved", rerun=AGAIN)
     modified = checkout.modified_files(root)
-    if modified is None or provenance.tool.git is None:
+    if modified is None or run.tool.git is None:
         raise CheckFailed("this is no git checkout, so nothing says what made these pictures; nothing was approved")
     if modified:
         more = f" and {len(modified) - 1} more" if len(modified) > 1 else ""
         raise CheckFailed(f"no commit has {modified[0]}{more}: commit, render again; nothing was approved", rerun=AGAIN)
-    if provenance.tool.dirty:
+    if run.tool.dirty:
         raise CheckFailed(
-            f"these pictures were made by a modified checkout of {provenance.tool.git[:12]}; nothing was approved",
+            f"these pictures were made by a modified checkout of {run.tool.git[:12]}; nothing was approved",
             rerun=AGAIN,
         )
 

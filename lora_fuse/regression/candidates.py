@@ -7,16 +7,16 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from lora_fuse.machine import FileRecord, files
-from lora_fuse.pictures import Case, CaseOf, environment, pairs
-from lora_fuse.recipe import Manifest, checkout, records
+from lora_fuse.pictures import Case, CaseOf, pairs
+from lora_fuse.recipe import Manifest, records
 from lora_fuse.regression.case_judgement import JudgedPair
+from lora_fuse.regression.run_record import Environment, RunRecord
 from lora_fuse.regression.verdicts import Comparison
 
 SCHEMA = 1
-Environment: TypeAlias = environment.Environment  # a field's name hides the module where records are parsed
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +27,8 @@ class CaseRecord(CaseOf[dict[str, str]]):
 
 
 @dataclass(frozen=True, slots=True)
-class Provenance:
-    """Everything that a picture came from.
+class PictureInputs:
+    """All that a picture depends on, but for who makes it and on what machine.
 
     Attributes:
         recipe: its name.
@@ -43,8 +43,6 @@ class Provenance:
         negative_prompt: unused without guidance.
         scheduler: the settings that the recipe gives; empty where it keeps the base's.
         sigmas: that were visited.
-        environment: where, with which versions and flags.
-        tool: what made it.
     """
 
     recipe: str
@@ -59,8 +57,20 @@ class Provenance:
     negative_prompt: str | None
     scheduler: dict[str, bool | int | float | str | None]
     sigmas: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance(PictureInputs):
+    """Everything that a picture came from; `environment` has versions and flags, `tool` the commit."""
+
     environment: Environment
     tool: records.Tool
+
+    @classmethod
+    def of(cls, inputs: PictureInputs, run: RunRecord) -> Provenance:
+        """A picture's inputs, and who made it where."""
+        given = {name: getattr(inputs, name) for name in PictureInputs.__dataclass_fields__}
+        return cls(**given, environment=run.environment, tool=run.tool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +84,7 @@ class Candidate:
     agrees: bool
     reasons: tuple[str, ...]
     floor: dict[str, float]
-    provenance: Provenance
+    provenance: PictureInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +97,7 @@ class Candidates:
 
 
 def candidates(
-    judged: Sequence[JudgedPair], manifest: Manifest, manifest_sha256: str, setup: pairs.Setup, here: Environment
+    judged: Sequence[JudgedPair], manifest: Manifest, manifest_sha256: str, setup: pairs.Setup
 ) -> Candidates:
     """The record of a run's merged pictures."""
     return Candidates(
@@ -99,7 +109,7 @@ def candidates(
                 agrees=one.result.agrees,
                 reasons=one.result.reasons,
                 floor=_finite(one.result.floor),
-                provenance=_provenance(one, manifest, manifest_sha256, setup, here),
+                provenance=_inputs(one, manifest, manifest_sha256, setup),
             )
             for one in judged
         },
@@ -107,14 +117,14 @@ def candidates(
 
 
 def _finite(floor: Comparison | None) -> dict[str, float]:
-    return {} if floor is None else {name: value for name, value in floor.values.items() if math.isfinite(value)}
+    if floor is None:
+        return {}
+    return {name: records.rounded(value) for name, value in floor.values.items() if math.isfinite(value)}
 
 
-def _provenance(
-    one: JudgedPair, manifest: Manifest, manifest_sha256: str, setup: pairs.Setup, here: Environment
-) -> Provenance:
+def _inputs(one: JudgedPair, manifest: Manifest, manifest_sha256: str, setup: pairs.Setup) -> PictureInputs:
     base = manifest.base
-    return Provenance(
+    return PictureInputs(
         recipe=manifest.recipe or "merge",
         base=base.label if base else "unknown",
         base_sha256=digest(base.files if base else {}),
@@ -127,8 +137,6 @@ def _provenance(
         negative_prompt=setup.sampling.negative_prompt,
         scheduler=_plain(setup.scheduler),
         sigmas=one.pair.merged.sigmas,
-        environment=here,
-        tool=checkout.this_tool(),
     )
 
 

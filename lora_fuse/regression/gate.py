@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_fuse.errors import Rerun
 from lora_fuse.recipe import Artifacts, paths
+from lora_fuse.regression.run_record import RunRecord
 
 EXIT_CODES = {"exact": 0, "drift": 0, "review": 4, "no-golden": 3, "regression": 1, "invalid": 1}
 
@@ -58,11 +59,12 @@ def next_step(metrics: Mapping[str, Any]) -> Rerun:
     return Rerun("verify", settings=(f"recipe={metrics['recipe']}", "verify.rows=all"))
 
 
-def summary_text(metrics: Mapping[str, Any], report_path: str, then: str) -> str:
+def summary_text(metrics: Mapping[str, Any], run: RunRecord | None, report_path: str, then: str) -> str:
     """A table of the cases and the verdict, aligned for a terminal, without colours.
 
     Args:
         metrics: the content of `metrics.json`, as `review.flat_metrics` makes it.
+        run: its record, if it is of these pictures and on this machine.
         report_path: where the page is.
         then: the command that comes next.
     """
@@ -72,9 +74,8 @@ def summary_text(metrics: Mapping[str, Any], report_path: str, then: str) -> str
     rows = [("case", "verdict", "PSNR to golden", "max diff", "PSNR to unfused", "max diff", "over floor", "seconds")]
     for name in names:
         pairs = [text for pair in ("golden", "unfused") for text in _flat_pair(metrics, f"{name}.{pair}")]
-        more = [
-            _number(metrics.get(f"{name}.{key}"), digits) for key, digits in (("over_floor", ".2f"), ("seconds", ".2f"))
-        ]
+        seconds = None if run is None else run.costs[name]["seconds"]
+        more = [_number(metrics[f"{name}.over_floor"], ".2f"), _number(seconds, ".2f")]
         rows.append((name, metrics[f"{name}.verdict"], *pairs, *more))
     columns = ("left", "left", *["right"] * 6)
     lines = tabulate(rows, tablefmt="plain", colalign=columns, disable_numparse=True).splitlines()

@@ -17,6 +17,7 @@ from lora_fuse.machine import FileRecord, files
 from lora_fuse.pictures import environment, picture
 from lora_fuse.recipe import Lock, Recipe, paths, records
 from lora_fuse.regression.candidates import SCHEMA, Candidate, Provenance, digest
+from lora_fuse.regression.run_record import RunRecord
 from lora_fuse.regression.verdicts import Golden
 
 
@@ -122,12 +123,15 @@ class Goldens:
         nearest = run.nearest(others.values())
         return [] if nearest is None else self._of_key(nearest, run, case)
 
-    def approve(self, picture: bytes, candidate: Candidate, approval: Approval, *, beside: bool = False) -> Path:
+    def approve(
+        self, picture: bytes, candidate: Candidate, run: RunRecord, approval: Approval, *, beside: bool = False
+    ) -> Path:
         """Make a candidate a golden of its key.
 
         Args:
             picture: the PNG file.
             candidate: what it is.
+            run: who made it where.
             approval: who, when and why; what it replaces is filled in.
             beside: keep the case's other goldens; without it they are removed.
 
@@ -139,7 +143,7 @@ class Goldens:
         """
         check_picture(picture, candidate)
         case = candidate.provenance.case.name
-        key = candidate.provenance.environment.key
+        key = run.environment.key
         present = list(self.records(key, case))
         for path, record in present:
             if record.sha256 == candidate.sha256 and (beside or len(present) == 1):
@@ -148,15 +152,16 @@ class Goldens:
         numbered = (f"{case}.{number}" if number > 1 else case for number in range(1, len(taken) + 2))
         golden = self._folder / str(key) / f"{next(name for name in numbered if name not in taken)}.png"
         replaced = () if beside else tuple(record.sha256 for _, record in present)
-        self._write(golden, picture, candidate, replace(approval, replaces=replaced))
+        self._write(golden, picture, candidate, run, replace(approval, replaces=replaced))
         for path, _ in [] if beside else present:
             if path != golden:
                 path.unlink()
                 path.with_suffix(".json").unlink()
         return golden
 
-    def _write(self, path: Path, picture: bytes, candidate: Candidate, approval: Approval) -> None:
-        record = GoldenRecord(SCHEMA, candidate.sha256, candidate.floor, approval, candidate.provenance)
+    def _write(self, path: Path, picture: bytes, candidate: Candidate, run: RunRecord, approval: Approval) -> None:
+        provenance = Provenance.of(candidate.provenance, run)
+        record = GoldenRecord(SCHEMA, candidate.sha256, candidate.floor, approval, provenance)
         path.parent.mkdir(parents=True, exist_ok=True)
         files.replace_bytes(path, picture)
         files.replace_text(path.with_suffix(".json"), records.to_json(record))

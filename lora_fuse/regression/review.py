@@ -11,7 +11,7 @@ from lora_fuse.checkpoint import blocks
 from lora_fuse.models import pair_warnings
 from lora_fuse.pictures import encode, metrics, pairs, picture, render
 from lora_fuse.recipe import Manifest, records
-from lora_fuse.regression.candidates import Candidate, Candidates, Provenance, differences
+from lora_fuse.regression.candidates import Candidates, Provenance, differences
 from lora_fuse.regression.case_judgement import JudgedPair
 from lora_fuse.regression.gate import case_names
 from lora_fuse.regression.goldens import Approved
@@ -24,6 +24,7 @@ from lora_fuse.regression.report import (
     Report,
     WeightsCheck,
 )
+from lora_fuse.regression.run_record import RunRecord
 from lora_fuse.regression.verdicts import CaseResult, Rules, worst
 
 Scalar: TypeAlias = float | int | bool | str | None
@@ -36,6 +37,7 @@ class Judged:
     manifest: Manifest
     cases: list[JudgedPair]
     found: Candidates
+    run: RunRecord
     metrics: dict[str, Scalar]
     approved: Mapping[str, Sequence[Approved]]
 
@@ -66,24 +68,21 @@ def flat_metrics(results: Iterable[CaseResult]) -> dict[str, Scalar]:
 
 def _json_number(value: float | None) -> float | None:
     """JSON has neither infinity nor NaN."""
-    return value if value is not None and math.isfinite(value) else None
+    return records.rounded(value) if value is not None and math.isfinite(value) else None
 
 
-def run_metrics(judged: Sequence[JudgedPair], found: Candidates, scale: float) -> dict[str, Scalar]:
-    """The content of `metrics.json`: what was measured and decided, what it cost, and of what.
+def run_metrics(judged: Sequence[JudgedPair], run: RunRecord, recipe: str, scale: float) -> dict[str, Scalar]:
+    """The content of `metrics.json`: what was measured and decided, and of what.
 
     Args:
         judged: every case.
-        found: the candidates' records.
+        run: its record.
+        recipe: its name.
         scale: the recipe's.
     """
-    metrics = flat_metrics(one.result for one in judged)
-    for one in judged:
-        cost = one.pair.merged.cost
-        metrics |= {f"{one.name}.{name}": getattr(cost, name) for name in cost.__dataclass_fields__}
-    provenance = next(iter(found.cases.values())).provenance
-    metrics |= {"recipe": provenance.recipe, "scale": scale, "environment": str(provenance.environment.key)}
-    return metrics | {"unfused_by": judged[0].pair.unfused_by, "manifest_sha256": found.manifest_sha256}
+    found = flat_metrics(one.result for one in judged)
+    found |= {"recipe": recipe, "scale": scale, "environment": str(run.environment.key)}
+    return found | {"unfused_by": judged[0].pair.unfused_by, "manifest_sha256": run.manifest_sha256}
 
 
 def case_rows(metrics: Mapping[str, Scalar]) -> list[dict[str, Scalar]]:
@@ -113,11 +112,12 @@ def review(judged: Judged, verify: Mapping[str, Any], rules: Rules, setup: pairs
         next_step=next_step,
         built_from=_built_from(judged.manifest, setup, first.sigmas),
         weights=_weights(verify),
-        environment={**_environment(first), "LoRA unfused by": judged.cases[0].pair.unfused_by},
+        environment={**_environment(judged.run), "LoRA unfused by": judged.cases[0].pair.unfused_by},
         warnings=tuple(pair_warnings(*judged.manifest.pair)),
         rules=rules,
         cases=tuple(
-            _case(one, judged.found.cases[one.name], judged.approved.get(one.name, ()), setup) for one in judged.cases
+            _case(one, Provenance.of(judged.found.cases[one.name].provenance, judged.run), judged, setup)
+            for one in judged.cases
         ),
         heat_top=metrics.HEAT_TOP,
     )
@@ -156,9 +156,9 @@ def block_changes(changes: Mapping[str, Mapping[str, float]]) -> tuple[BlockChan
     return tuple(BlockChange(block, largest[block]) for block in blocks.in_order(largest))
 
 
-def _environment(provenance: Provenance) -> dict[str, str]:
-    here = provenance.environment
-    tool = provenance.tool
+def _environment(run: RunRecord) -> dict[str, str]:
+    here = run.environment
+    tool = run.tool
     shown = {"goldens of": str(here.key), "device": here.device_name, "placement": here.placement}
     shown |= {name: text for name, text in (("driver", here.driver), ("CUDA", here.cuda)) if text is not None}
     shown |= {name: getattr(here, name) for name in ("torch", "diffusers", "transformers", "python")}
@@ -167,7 +167,8 @@ def _environment(provenance: Provenance) -> dict[str, str]:
     return shown
 
 
-def _case(case: JudgedPair, candidate: Candidate, approved: Sequence[Approved], setup: pairs.Setup) -> CaseReport:
+def _case(case: JudgedPair, provenance: Provenance, judged: Judged, setup: pairs.Setup) -> CaseReport:
+    approved = judged.approved.get(case.name, ())
     merged = case.pair.merged
     golden = case.result.golden
     others = {"golden": golden, "unfused": case.pair.unfused}
@@ -184,7 +185,7 @@ def _case(case: JudgedPair, candidate: Candidate, approved: Sequence[Approved], 
             if other is not None and other.size == merged.size
         },
         cost=_cost(case),
-        changed=None if record is None else tuple(differences(candidate.provenance, record.provenance)),
+        changed=None if record is None else tuple(differences(provenance, record.provenance)),
         baseline=_baseline(case, setup),
     )
 

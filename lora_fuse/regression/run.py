@@ -18,6 +18,7 @@ from lora_fuse.regression.gate import next_step
 from lora_fuse.regression.goldens import Approved, pictures_of
 from lora_fuse.regression.report import report_html
 from lora_fuse.regression.review import Judged, block_changes, case_rows, review, run_metrics
+from lora_fuse.regression.run_record import RunRecord
 from lora_fuse.regression.verdicts import Rules
 
 
@@ -41,8 +42,10 @@ def judge(
     """
     cases = judge_pairs(rendered, pictures_of(approved), Rules.of(params))
     manifest, manifest_sha256 = read_manifest(at.manifest)
-    found = candidates(cases, manifest, manifest_sha256, setup, here)
-    return Judged(manifest, cases, found, run_metrics(cases, found, params.fuse.scale), approved)
+    found = candidates(cases, manifest, manifest_sha256, setup)
+    run = RunRecord.of(manifest_sha256, here, {one.name: one.pair.merged for one in cases})
+    measured = run_metrics(cases, run, params.name, params.fuse.scale)
+    return Judged(manifest, cases, found, run, measured, approved)
 
 
 def write_regression(
@@ -53,9 +56,10 @@ def write_regression(
     verify: Mapping[str, Any],
     command: Callable[[Rerun], str],
 ) -> None:
-    """Write the pictures, the candidates, the metrics, the plots' data and the report."""
+    """Write the pictures, the candidates, the metrics, the plots' data, the run's record and the report."""
     save_pictures(judged.cases, at.images)
     files.replace_text(at.candidates, records.to_json(judged.found))
+    files.replace_text(at.run, records.to_json(judged.run))
     blocks = [asdict(block) for block in block_changes(verify["changes"])]
     contents = ((at.metrics, judged.metrics), (at.cases, case_rows(judged.metrics)), (at.blocks, blocks))
     for path, content in contents:

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from lora_fuse.errors import BadCheckpoint
 from lora_fuse.lora import LoraInput, Selection
 from lora_fuse.machine import files, progress
+from lora_fuse.recipe import records
 from lora_fuse.verification.expectation import Array, Delta, Weights, read_expected
 
 SLACK = 1 + 1e-9  # float64 sums taken in another order differ by about 1e-16 of the value
@@ -218,7 +219,7 @@ class _Tally:
 
     def change(self) -> Change:
         norm = math.sqrt(self.added / self.base) if self.base else math.inf if self.added else 0.0
-        return Change(norm, self.same / max(self.seen, 1))
+        return Change(records.rounded(norm), records.rounded(self.same / max(self.seen, 1)))
 
 
 def row_blocks(name: str, total: int, rows: int | None) -> Iterator[npt.NDArray[np.int64]]:

@@ -15,14 +15,15 @@ from lora_fuse.pictures.environment import Environment
 from lora_fuse.recipe.records import Tool, to_json
 from lora_fuse.regression.candidates import CaseRecord, Provenance, differences
 from lora_fuse.regression.goldens import Goldens
-from tests.support.approved import APPROVAL, ENVIRONMENT, KEY, LORA, PROVENANCE, candidate, picture, png
+from tests.support.approved import APPROVAL, ENVIRONMENT, KEY, LORA, PROVENANCE, candidate, picture, png, run_record
 
 NEAR = replace(KEY, torch="2.12")
 FAR = replace(KEY, torch="2.11", isa="x86_64-default", threads=8)
 
 
 def approve(goldens: Goldens, seed: int = 0, *, beside: bool = False, **about: Any) -> Path:
-    return goldens.approve(png(seed), candidate(png(seed), **about), APPROVAL, beside=beside)
+    run = run_record(about.pop("key", KEY))
+    return goldens.approve(png(seed), candidate(png(seed), **about), run, APPROVAL, beside=beside)
 
 
 def names(root: Path) -> list[str]:
@@ -110,7 +111,7 @@ def test_a_record_that_is_none_is_refused(held: tuple[Goldens, Path], content: b
 
 def test_a_golden_that_is_no_picture_is_refused(tmp_path: Path) -> None:
     goldens, pointer = Goldens(tmp_path), b"version https://git-lfs.github.com/spec/v1\n"
-    goldens.approve(pointer, candidate(pointer), APPROVAL)
+    goldens.approve(pointer, candidate(pointer), run_record(), APPROVAL)
     assert "is no picture" in refusal(goldens)
 
 
@@ -180,7 +181,7 @@ def test_a_picture_that_is_not_the_judged_one_is_refused_and_nothing_written(
     judged, changed = candidate(png(1)), bytearray(png(1))
     changed[-1] ^= 1
     with pytest.raises(BadGolden, match="the picture of rabbit is not the one that was judged"):
-        goldens.approve(bytes(changed), judged, APPROVAL, beside=beside)
+        goldens.approve(bytes(changed), judged, run_record(), APPROVAL, beside=beside)
     assert path.read_bytes() == png()
     assert len(names(tmp_path)) == 2
 

@@ -33,6 +33,7 @@ from lora_fuse.pictures.unfused_lora import DIFFUSERS, attach, attach_difference
 from lora_fuse.recipe.records import Lock, Manifest, MergedLora, Tool, from_json, to_json
 from lora_fuse.regression.candidates import Candidates, candidates
 from lora_fuse.regression.case_judgement import judge_pairs, save_pictures
+from lora_fuse.regression.run_record import RunRecord
 from lora_fuse.regression.verdicts import Golden, Limits, Rules, Verdict
 from stages.config import compose
 
@@ -132,7 +133,7 @@ def test_what_a_run_leaves_for_approval_names_all_that_its_pictures_came_from(
     monkeypatch.chdir(ROOT)
     recipe = Recipe(Lock(None, "pocket/model", None, None, {}), (MergedLora("l", 1.0, "a" * 64),))
     judged = judge_pairs(pairs, {}, RULES)
-    found = candidates(judged, recipe.manifest, "m" * 64, setup, environment("cpu", "float32"))
+    found = candidates(judged, recipe.manifest, "m" * 64, setup)
     assert from_json(Candidates, to_json(found), "") == found
     save_pictures(judged, tmp_path / "images")
     for pair in pairs:
@@ -143,8 +144,10 @@ def test_what_a_run_leaves_for_approval_names_all_that_its_pictures_came_from(
         assert (provenance.base, provenance.loras) == ("pocket/model", recipe.loras)
         assert provenance.scheduler == dict(setup.scheduler)
         assert (provenance.case.prompt, provenance.case.seed) == (pair.case.prompt, pair.case.seed)
-        assert provenance.environment.key == environment("cpu", "float32").key
-        assert provenance.tool.git is not None
+    run = RunRecord.of("m" * 64, environment("cpu", "float32"), {one.name: one.pair.merged for one in judged})
+    assert from_json(RunRecord, to_json(run), "") == run
+    assert (run.environment.key, list(run.costs)) == (environment("cpu", "float32").key, list(found.cases))
+    assert run.tool.git is not None
 
 
 @dataclass(frozen=True)

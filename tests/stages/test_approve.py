@@ -18,7 +18,8 @@ import pytest
 from lora_fuse.recipe.records import Tool, from_json, to_json
 from lora_fuse.regression.candidates import Candidate, Candidates
 from lora_fuse.regression.goldens import GoldenRecord, Goldens
-from tests.support.approved import KEY, LORA, PROVENANCE, candidate, picture, png
+from lora_fuse.regression.run_record import RunRecord
+from tests.support.approved import KEY, LORA, PROVENANCE, candidate, picture, png, run_record
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = ("a", "b")
@@ -28,6 +29,8 @@ IDENTITY = {
     for role in ("AUTHOR", "COMMITTER")
     for what, value in {"NAME": "A Person", "EMAIL": "a@example.org"}.items()
 }
+
+RUN = "artifacts/regression/run.json"
 
 
 class Run:
@@ -59,12 +62,16 @@ class Run:
         for number, name in enumerate(CASES):
             (self.images / f"{name}.merged.png").write_bytes(png(seed + number))
         self.leave({name: candidate(png(seed + number), name) for number, name in enumerate(CASES)})
+        self.record_run(run_record())
         self.write(
             "regression/metrics.json",
             {"passed": False, "verdict": "no-golden", "recipe": "pocket", "manifest_sha256": "m"}
             | {f"{name}.verdict": "no-golden" for name in CASES}
             | {f"{name}.agrees": True for name in CASES},
         )
+
+    def record_run(self, run: RunRecord) -> None:
+        (self.root / RUN).write_text(to_json(run))
 
     def leave(self, cases: dict[str, Candidate], manifest_sha256: str = "m") -> None:
         self.candidates.write_text(to_json(Candidates(1, manifest_sha256, cases)))
@@ -156,11 +163,7 @@ def change(**changes: Any) -> Callable[[Run], None]:
 
 
 def tool(git: str | None, dirty: bool | None) -> Callable[[Run], None]:
-    def of(run: Run) -> None:
-        cases = {name: candidate(png(n), name, tool=Tool("0.1.0", git, dirty)) for n, name in enumerate(CASES)}
-        run.leave(cases)
-
-    return of
+    return lambda run: run.record_run(run_record(tool=Tool("0.1.0", git, dirty)))
 
 
 def tamper(run: Run) -> None:
@@ -191,6 +194,8 @@ REFUSED: dict[str, tuple[Callable[[Run], None], int, str]] = {
     "a picture that was changed": (tamper, 2, "the picture of b is not the one that was judged"),
     "a picture that is gone": (lambda run: (run.images / "b.merged.png").unlink(), 2, "b.merged.png cannot be read"),
     "no run": (lambda run: run.candidates.unlink(), 2, "dvc repro regress"),
+    "no record of the run": (lambda run: (run.root / RUN).unlink(), 2, "run.json is not there; next: dvc repro -f"),
+    "the record of another run": (lambda run: run.record_run(run_record(manifest_sha256="o")), 1, "of another merge"),
     "half a record": (lambda run: void(run.candidates.write_text("{")), 2, "candidates.json is not a Candidates"),
 }
 
