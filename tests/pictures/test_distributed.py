@@ -120,7 +120,7 @@ def test_a_lost_process_is_one_error_and_leaves_the_last_results(workspace: Work
 
 SHARED = """
 import sys, time
-from lora_fuse.cli import guarded
+from lora_fuse.machine.interrupts import guarded
 from lora_fuse.errors import OutOfMemory
 from lora_fuse.pictures.distributed import DistributedRenderer
 

@@ -6,28 +6,16 @@ import base64
 import dataclasses
 import hashlib
 import html
-import json
 import re
-from collections.abc import Sequence
-from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lora_fuse.pictures import encode
-from lora_fuse.pictures.cases import Case, Sampling
-from lora_fuse.pictures.cost import Cost
-from lora_fuse.pictures.encode import Encoded
-from lora_fuse.pictures.metrics import heat_map
+from lora_fuse.pictures.cases import Case
 from lora_fuse.pictures.pages import SLIDER
-from lora_fuse.pictures.pairs import Pair, Setup
-from lora_fuse.pictures.picture import Latents, Levels, Picture, Rendered
-from lora_fuse.recipe.records import Lock, Manifest, Tool
-from lora_fuse.regression.candidates import Candidate, Candidates
-from lora_fuse.regression.case_judgement import JudgedPair, examine
+from lora_fuse.pictures.picture import Picture
+from lora_fuse.regression.case_judgement import examine
 from lora_fuse.regression.gate import MEANINGS, summary_text
-from lora_fuse.regression.goldens import Approved, GoldenRecord
 from lora_fuse.regression.report import (
     Baseline,
     BlockChange,
@@ -38,106 +26,24 @@ from lora_fuse.regression.report import (
     WeightsCheck,
     report_html,
 )
-from lora_fuse.regression.review import Judged, block_changes, case_rows, flat_metrics, review, run_metrics
-from lora_fuse.regression.verdicts import CaseResult, Golden, Limits, Rules, Verdict, worst
-from tests.support.approved import APPROVAL, PROVENANCE, candidate, run_record
-
-LIMITS = Limits({"psnr_db": 40, "max_abs": 8})
-RULES = Rules(LIMITS, LIMITS)
-SHA = "ab" * 32
-HOSTILE = '<script>alert(1)</script> & "quoted" \' <img src=x onerror=alert(1)>'
-
-
-def scene(seed: int = 0, height: int = 16, width: int = 24) -> Levels:
-    return np.random.default_rng(seed).integers(60, 190, (height, width, 3), dtype=np.uint8)
-
-
-def latents(noise: float) -> Latents:
-    return (1 + noise * np.random.default_rng(0).standard_normal(256)).astype(np.float32)
-
-
-def encoded(picture: Levels) -> Encoded:
-    return Encoded(encode.png(picture))
-
-
-def judged(
-    name: str,
-    merged: Levels,
-    golden: Levels | None,
-    prompt: str = "make it purple",
-    *,
-    elsewhere: str | None = None,
-    changed: Sequence[str] = (),
-    over: float = 1.0,
-    rules: Rules = RULES,
-) -> CaseReport:
-    """A case whose sides are the same picture, and their latents that many times the floor apart."""
-    goldens = () if golden is None else (Golden(golden, name=f"{name}.png", elsewhere=elsewhere),)
-    sides = [Picture(merged, latents=latents(noise)) for noise in (0.001 * over, 0.0, 0.001)]
-    result = examine(Case(name, prompt, seed=7), sides[0], sides[1], goldens, rules, sides[2])
-    others = {"golden": golden, "unfused": merged}
-    return CaseReport(
-        result,
-        (encoded(scene(9)),),
-        encoded(merged),
-        encoded(merged),
-        None if golden is None else encoded(golden),
-        {n: encoded(heat_map(merged, o)) for n, o in others.items() if o is not None and o.shape == merged.shape},
-        "0.42 s, 9.50 steps/s",
-        None if golden is None else tuple(changed),
-    )
-
-
-def page_of(*cases: CaseReport) -> Report:
-    return Report(
-        recipe="pocket",
-        verdict=worst(case.result.verdict for case in cases),
-        next_step="dvc repro what-is-next",
-        built_from=BuiltFrom(
-            base="owner/base@0123",
-            loras=(LoraRow("lightning", "owner/lora@4567", SHA, 0.5),),
-            pipeline="QwenImageEditPipeline",
-            steps=4,
-            true_cfg_scale=1.0,
-            scheduler_shift="exponential, base and max shift 1.0986",
-            sigmas=(1.0, 0.9, 0.75, 0.5, 0.0),
-        ),
-        weights=WeightsCheck(True, 840, 13440, 5_000_000, (), (BlockChange("0", 0.02), BlockChange("1", 0.04))),
-        environment={"device": "cpu", "torch": "2.13.0+cpu"},
-        warnings=("the LoRA was made for another base",),
-        rules=RULES,
-        cases=cases,
-    )
-
-
-EXACT = judged("good", scene(), scene())
-NO_GOLDEN = judged("fresh", scene(), None)
-REGRESSION = judged("bad", scene(1), scene())
-REVIEW = judged("near", scene(), scene(), elsewhere="cpu-arm64 (isa there)", changed=("torch is 2.13, was 2.12",))
-RESIZED = judged("larger", scene(), scene(0, 32, 48))
-APART = judged("apart", scene(), scene(), over=3, rules=dataclasses.replace(RULES, over_floor=2.0))
-
-
-class Tags(HTMLParser):
-    """Collects every tag with its attributes, and the text."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.open: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
-        if tag not in {"meta", "img", "br", "input"}:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
+from lora_fuse.regression.verdicts import Verdict
+from tests.support.reports import (
+    APART,
+    EXACT,
+    HOSTILE,
+    NO_GOLDEN,
+    REGRESSION,
+    RESIZED,
+    REVIEW,
+    RULES,
+    SHA,
+    Tags,
+    encoded,
+    judged,
+    metrics_of,
+    page_of,
+    scene,
+)
 
 
 def test_the_page_asks_the_network_for_nothing() -> None:
@@ -350,23 +256,11 @@ def test_the_change_of_every_block_is_a_bar_and_the_largest_the_highest() -> Non
     assert 'class="bars"' not in report_html(dataclasses.replace(page_of(EXACT), weights=none))
 
 
-def test_a_block_s_change_is_the_largest_of_its_weights_and_blocks_are_in_the_model_s_order() -> None:
-    names = {"blocks.10.a": 0.3, "blocks.2.a": 0.1, "blocks.2.b.weight": 0.2, "proj_out.weight": 0.4}
-    changes = {name: {"relative_norm": norm} for name, norm in names.items()}
-    found = [(block.block, block.relative_norm) for block in block_changes(changes)]
-    assert found == [("2", 0.2), ("10", 0.3), ("proj_out", 0.4)]
-
-
 def test_a_picture_of_another_size_is_shown_without_numbers() -> None:
     other = np.zeros((8, 8, 3), dtype=np.uint8)
     other[:4] = 200
     result = examine(Case("small", "", 0), Picture(other), Picture(scene()), [], RULES)
     assert "8x8" in report_html(page_of(CaseReport(result, (), encoded(other), encoded(scene()), None)))
-
-
-def metrics_of(*cases: CaseReport) -> dict[str, object]:
-    results: list[CaseResult] = [case.result for case in cases]
-    return {**flat_metrics(results), "recipe": "pocket"}
 
 
 def test_the_summary_names_every_case_its_verdict_and_the_report() -> None:
@@ -403,67 +297,3 @@ def test_the_base_alone_is_shown_with_both_times_and_their_ratio() -> None:
 
 def test_every_verdict_has_a_meaning() -> None:
     assert set(MEANINGS) == {verdict.value for verdict in Verdict}
-
-
-# From a run to its report
-
-
-def run_of(merged: Levels, golden: Levels | None) -> Judged:
-    """A case of a run, its candidate and its golden, approved when the LoRA had another scale."""
-
-    def side(noise: float) -> Rendered:
-        return Rendered(merged, sigmas=(1.0, 0.5, 0.0), latents=latents(noise), cost=Cost(0.5, 8.0, None, 2**30))
-
-    goldens = [] if golden is None else [Golden(golden, name="good.png")]
-    pair = Pair(Case("good", "x", 0), side(0.001), side(0.0), side(0.001), "diffusers")
-    sides = [Picture(merged, latents=one.latents) for one in (pair.merged, pair.unfused, pair.floor)]
-    result = examine(Case("good", "x", 0), sides[0], sides[1], goldens, RULES, sides[2])
-    found: Candidate = candidate(encode.png(merged), "good")
-    then = dataclasses.replace(PROVENANCE, loras=(dataclasses.replace(PROVENANCE.loras[0], scale=0.9),))
-    approved = [Approved(one, GoldenRecord(1, "f" * 64, {}, APPROVAL, then)) for one in goldens]
-    cases, record = [JudgedPair(pair, result)], Candidates(1, "m", {"good": found})
-    run = run_record()
-    metrics = run_metrics(cases, run, "pocket", 1.0)
-    return Judged(MANIFEST, cases, record, run, metrics, {"good": approved})
-
-
-MANIFEST = Manifest(1, "pocket", Lock(None, "p", None, None, {}), PROVENANCE.loras, 1.0, 1, {}, Tool("0.1.0"))
-VERIFY = {"passed": True, "targets": 1, "rows_checked": 1, "rows_total": 1, "problems": [], "changes": {}}
-NEXT = "the next step"
-SETUP = Setup("QwenImagePipeline", Sampling(2, 1.0, " "), {"base_shift": 1.1}, "cpu", "float32")
-
-
-def test_a_run_s_page_says_what_it_cost_what_comes_next_and_what_changed() -> None:
-    judged = run_of(scene(), scene())
-    page = report_html(review(judged, VERIFY, RULES, SETUP, NEXT))
-    text = html.unescape(page)
-    assert "LoRA lightning has scale 1, had 0.9" in text
-    assert "0.50 s, 8.00 steps/s, 1.00 GiB of host memory" in text
-    assert f"next: {NEXT}" in text
-    assert str(PROVENANCE.environment.key) in text
-    assert "base_shift 1.1" in text
-
-
-def test_a_large_picture_is_shown_smaller_in_bytes_and_the_same_in_size() -> None:
-    judged = run_of(scene(0, 520, 24), None)
-    report = review(judged, VERIFY, RULES, SETUP, NEXT)
-    assert report.cases[0].merged.kind == "image/webp"
-    assert "data:image/webp;base64," in report_html(report)
-    assert (report.cases[0].golden, report.cases[0].changed) == (None, None)
-
-
-def test_a_run_s_metrics_are_flat_json_without_what_it_took_and_rows_for_plots() -> None:
-    metrics = run_of(scene(), scene()).metrics
-    assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
-    assert not [key for key in metrics if key.startswith("good.") and "seconds" in key]
-    assert (metrics["recipe"], metrics["environment"]) == ("pocket", str(PROVENANCE.environment.key))
-    (row,) = case_rows(metrics)
-    assert (row["case"], row["verdict"]) == ("good", "exact")
-    assert row["over_floor"] == pytest.approx(1)
-
-
-def test_the_page_names_no_file_of_this_machine() -> None:
-    judged = run_of(scene(), scene())
-    page = report_html(review(judged, VERIFY, RULES, SETUP, NEXT))
-    assert str(Path.cwd()) not in page
-    assert str(Path.home()) not in page or str(Path.home()) == "/"

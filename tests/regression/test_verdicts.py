@@ -4,34 +4,27 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from itertools import pairwise
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_fuse.pictures.cases import Case
 from lora_fuse.pictures.metrics import METRICS
-from lora_fuse.pictures.picture import Latents, Levels, Picture
-from lora_fuse.regression.case_judgement import examine
 from lora_fuse.regression.review import flat_metrics
-from lora_fuse.regression.verdicts import CaseResult, Comparison, Golden, Limits, Rules, Verdict, beyond, compare, worst
-
-UNFUSED = Limits({"psnr_db": 38, "max_abs": 64})
-GOLDEN = Limits({"psnr_db": 50, "max_abs": 8})
-RULES = Rules(UNFUSED, GOLDEN)
-CASE = Case("rabbit", "make it purple", seed=0)
-SIGMAS = (1.0, 0.9, 0.75, 0.5)
-
-
-def scene(seed: int = 0, height: int = 64, width: int = 64) -> Levels:
-    """A picture with contrast that no change below pushes over the edge of the range."""
-    return np.random.default_rng(seed).integers(60, 190, (height, width, 3), dtype=np.uint8)
-
-
-SAME = compare(Picture(scene()), Picture(scene()))
+from lora_fuse.regression.verdicts import Comparison, Golden, Limits, Rules, Verdict, beyond, worst
+from tests.support.judgements import (
+    GOLDEN,
+    RULES,
+    SAME,
+    UNFUSED,
+    brighter,
+    latents,
+    look,
+    noisy,
+    scene,
+    with_floor,
+)
 
 
 def apart(psnr_db: float, max_abs: float) -> Comparison:
@@ -47,36 +40,6 @@ comparisons = st.builds(apart, st.just(math.inf) | st.floats(0, 120), st.integer
 limits = st.builds(limited, st.floats(0, 100), st.integers(0, 255))
 shifts = st.integers(0, 60)
 seldom = settings(deadline=None, max_examples=40)  # two comparisons each take a moment
-
-
-def noisy(picture: Levels, levels: int) -> Levels:
-    noise = np.random.default_rng(1).integers(-levels, levels + 1, picture.shape)
-    return (picture + noise).astype(np.uint8)
-
-
-def brighter(levels: int) -> Levels:
-    """The scene, every second row moved by as many levels."""
-    picture = scene()
-    picture[::2] += np.uint8(levels)
-    return picture
-
-
-def look(
-    merged: Levels,
-    unfused: Levels | None = None,
-    golden: Levels | Sequence[Golden] | None = None,
-    nonfinite: int = 0,
-    rules: Rules = RULES,
-) -> CaseResult:
-    other = merged if unfused is None else unfused
-    match golden:
-        case None:
-            goldens: Sequence[Golden] = ()
-        case np.ndarray():
-            goldens = (Golden(golden, name="rabbit.png"),)
-        case _:
-            goldens = golden
-    return examine(CASE, Picture(merged, nonfinite), Picture(other), goldens, rules)
 
 
 def test_the_golden_itself_is_exact() -> None:
@@ -147,206 +110,7 @@ def test_a_value_that_is_no_number_is_within_no_limit(name: str) -> None:
     assert len(beyond(values, Limits({name: 0.0}), "the golden")) == 1
 
 
-# Goldens of this environment and of others
-
-
-ELSEWHERE = "cpu-arm64-neon (isa there)"
-
-
-def test_within_the_limits_of_a_golden_of_another_environment_a_person_has_to_look() -> None:
-    for merged in (scene(), brighter(1)):
-        result = look(merged, golden=[Golden(scene(), name="rabbit.png", elsewhere=ELSEWHERE)])
-        assert (result.verdict, result.verdict.passed, result.agrees) == (Verdict.REVIEW, False, True)
-        assert ELSEWHERE in result.reasons[0]
-
-
-def test_beyond_the_limits_of_a_golden_of_another_environment_there_is_none() -> None:
-    result = look(brighter(30), golden=[Golden(scene(), name="rabbit.png", elsewhere=ELSEWHERE)])
-    assert (result.verdict, result.agrees) == (Verdict.NO_GOLDEN, True)
-    assert ELSEWHERE in result.reasons[0]
-    assert any("largest difference to the golden is 30 levels" in reason.lower() for reason in result.reasons[1:])
-
-
-@pytest.mark.parametrize("order", [1, -1])
-def test_of_several_goldens_the_nearest_decides(order: int) -> None:
-    goldens = [Golden(brighter(shift), name=f"{shift}.png") for shift in (40, 1, 20)][::order]
-    result = look(scene(), golden=goldens)
-    assert result.golden is not None
-    assert (result.verdict, result.golden.name) == (Verdict.DRIFT, "1.png")
-    assert result.vs_golden == compare(Picture(scene()), Picture(brighter(1)))
-    assert look(brighter(20), golden=goldens).verdict is Verdict.EXACT
-    assert look(scene(3), golden=goldens).verdict is Verdict.REGRESSION
-
-
-def test_a_golden_of_another_size_counts_only_where_there_is_no_other() -> None:
-    small = Golden(scene(0, 32, 48), name="small.png")
-    assert look(scene(), golden=[small, Golden(scene(), name="same.png")]).verdict is Verdict.EXACT
-
-
-def test_a_golden_of_another_size_is_a_regression_that_can_be_approved_anew() -> None:
-    result = look(scene(), golden=scene(0, 32, 48))
-    assert (result.verdict, result.agrees, result.vs_golden) == (Verdict.REGRESSION, True, None)
-    assert all(size in result.reasons[0] for size in ("64x64", "48x32", "rabbit.png"))
-    other = look(scene(), golden=[Golden(scene(0, 32, 48), name="rabbit.png", elsewhere=ELSEWHERE)])
-    assert (other.verdict, other.agrees) == (Verdict.NO_GOLDEN, True)
-
-
-# The noise floor
-
-
-def latents(noise: float = 0.0, seed: int = 1) -> Latents:
-    rng = np.random.default_rng(0)
-    base = rng.standard_normal((4, 64)).astype(np.float32)
-    return (base + noise * np.random.default_rng(seed).standard_normal(base.shape)).astype(np.float32)
-
-
-def with_floor(
-    merged: Latents | None, floor: Latents | None, over_floor: float | None = 2.0, golden: Levels | None = None
-) -> CaseResult:
-    return examine(
-        CASE,
-        Picture(scene(), latents=merged),
-        Picture(scene(), latents=latents()),
-        [Golden(scene() if golden is None else golden, name="rabbit.png")],
-        Rules(UNFUSED, GOLDEN, over_floor),
-        None if floor is None else Picture(scene(), latents=floor),
-    )
-
-
-def test_latents_of_three_times_the_floor_are_a_regression_though_the_picture_is_the_golden() -> None:
-    result = with_floor(latents(0.03), latents(0.01))
-    assert result.over_floor == pytest.approx(3, rel=1e-3)
-    assert (result.verdict, result.agrees) == (Verdict.REGRESSION, False)
-    assert "3 times the noise floor" in result.reasons[0]
-    assert "above 2 times" in result.reasons[0]
-
-
-@pytest.mark.parametrize(("noise", "over_floor"), [(0.01, 2.0), (0.0, 2.0), (0.03, 4.0), (0.03, None)])
-def test_latents_within_the_times_of_the_floor_pass(noise: float, over_floor: float | None) -> None:
-    result = with_floor(latents(noise), latents(0.01), over_floor)
-    assert (result.verdict, result.agrees) == (Verdict.EXACT, True)
-
-
-def test_a_floor_below_what_float32_can_tell_is_no_floor_to_be_judged_by() -> None:
-    result = with_floor(latents(1e-6), latents())
-    assert result.over_floor is not None
-    assert result.over_floor < 1
-    assert result.verdict is Verdict.EXACT
-    assert with_floor(latents(1e-3), latents()).verdict is Verdict.REGRESSION
-
-
-@pytest.mark.parametrize("broken", ["merged", "floor"])
-def test_latents_that_are_no_numbers_hold_nothing(broken: str) -> None:
-    nan = latents()
-    nan[1, 2] = math.nan
-    result = with_floor(nan if broken == "merged" else latents(), nan if broken == "floor" else latents(0.01))
-    assert (result.verdict, result.agrees) == (Verdict.REGRESSION, False)
-    json.dumps(flat_metrics([result]), allow_nan=False)
-
-
-@pytest.mark.parametrize("missing", ["floor", "merged"])
-def test_a_floor_that_was_not_measured_is_a_regression_where_the_recipe_asks_for_it(missing: str) -> None:
-    merged, floor = (None if missing == name else latents() for name in ("merged", "floor"))
-    result = with_floor(merged, floor)
-    assert result.verdict is Verdict.REGRESSION
-    assert ("regress.over_floor" in result.reasons[0]) == (missing == "floor")
-    assert with_floor(merged, floor, over_floor=None).verdict is Verdict.EXACT
-
-
-# Sigmas
-
-
-def visited(merged: tuple[float, ...], unfused: tuple[float, ...] | None = None) -> CaseResult:
-    other = Picture(scene(), sigmas=merged if unfused is None else unfused)
-    return examine(
-        CASE,
-        Picture(scene(), sigmas=merged),
-        other,
-        [Golden(scene(), name="rabbit.png")],
-        Rules(UNFUSED, GOLDEN, sigmas=SIGMAS),
-    )
-
-
-def test_the_recipe_s_sigmas_and_their_rounding_pass() -> None:
-    assert visited((*SIGMAS, 0.0)).verdict is Verdict.EXACT
-    assert visited((1.0, 0.90000004, 0.75, 0.49999, 0.0)).verdict is Verdict.EXACT
-    assert look(scene(), golden=scene()).verdict is Verdict.EXACT  # left open
-
-
-@pytest.mark.parametrize(
-    ("wrong", "shown"),
-    [
-        ((1.0, 0.9, 0.75, 0.48, 0.0), "1, 0.9, 0.75, 0.48"),
-        ((1.0, 0.9, 0.75, 0.0), "1, 0.9, 0.75"),
-        ((1.0, 0.9, 0.75, 0.5, 0.3, 0.0), "1, 0.9, 0.75, 0.5, 0.3"),
-        ((math.nan, 0.9, 0.75, 0.5, 0.0), "nan, 0.9, 0.75, 0.5"),
-    ],
-)
-def test_other_sigmas_are_a_regression_that_names_both_lists(wrong: tuple[float, ...], shown: str) -> None:
-    for merged, unfused in ((wrong, (*SIGMAS, 0.0)), ((*SIGMAS, 0.0), wrong)):
-        result = visited(merged, unfused)
-        assert (result.verdict, result.agrees) == (Verdict.REGRESSION, False)
-        assert f"visited the sigmas {shown}, the recipe's are 1, 0.9, 0.75, 0.5." in result.reasons[0]
-
-
 # Pictures
-
-
-def test_a_change_as_of_a_wrong_scale_regresses() -> None:
-    """The LoRA's effect at half strength: a smooth change of some levels all over the picture."""
-    effect = np.linspace(0, 40, 64)[None, :, None]
-    full, half = ((scene() + effect * share).astype(np.uint8) for share in (1.0, 0.5))
-    result = look(half, unfused=full, golden=full)
-    assert result.verdict is Verdict.REGRESSION
-    assert any("the unfused picture of this run" in reason for reason in result.reasons)
-
-
-def test_a_small_patch_regresses_though_its_psnr_is_high() -> None:
-    patched = scene(0, 512, 512)
-    patched[100:104, 100:104] += 60
-    result = look(patched, golden=scene(0, 512, 512))
-    assert result.vs_golden is not None
-    assert (result.vs_golden.values["psnr_db"] or 0) > 45
-    assert result.verdict is Verdict.REGRESSION
-
-
-def test_a_flat_picture_is_invalid_even_if_the_unfused_and_the_golden_are_as_flat() -> None:
-    flat = np.full((64, 64, 3), 128, dtype=np.uint8)
-    result = look(flat, golden=flat)
-    assert result.verdict is Verdict.INVALID
-    assert (len(result.reasons), result.agrees) == (2, False)
-
-
-def test_a_broken_unfused_picture_is_invalid_too() -> None:
-    assert look(scene(), unfused=np.zeros((64, 64, 3), dtype=np.uint8)).verdict is Verdict.INVALID
-
-
-def test_one_nan_is_invalid_though_the_levels_match() -> None:
-    result = look(scene(), golden=scene(), nonfinite=1)
-    assert result.verdict is Verdict.INVALID
-    assert "1 of 12288 values" in result.reasons[0]
-
-
-@pytest.mark.parametrize("which", ["unfused", "asked"])
-def test_a_wrong_size_is_invalid_and_both_sizes_are_named(which: str) -> None:
-    small = scene(0, 32, 48)
-    result = examine(
-        Case("rabbit", "", 0, (), *((32, 48) if which == "asked" else (None, None))),
-        Picture(scene()),
-        Picture(small if which == "unfused" else scene()),
-        [Golden(scene(), name="rabbit.png")],
-        RULES,
-    )
-    assert (result.verdict, result.agrees) == (Verdict.INVALID, False)
-    assert "64x64" in result.reasons[0]
-    assert "48x32" in result.reasons[0]
-
-
-def test_the_size_that_was_asked_for_is_width_by_height() -> None:
-    wide = scene(0, 32, 48)
-    case = Case("rabbit", "", 0, (), 32, 48)
-    result = examine(case, Picture(wide), Picture(wide), [Golden(wide, name="rabbit.png")], RULES)
-    assert (result.verdict, result.facts.size) == (Verdict.EXACT, (48, 32))
 
 
 def test_verdicts_rank_from_exact_to_invalid_and_the_worst_speaks_for_all() -> None:
@@ -380,42 +144,3 @@ def test_metrics_are_flat_json_without_infinities_and_have_the_same_keys_for_eve
     assert (with_golden["rabbit.golden.identical"], without["rabbit.golden.identical"]) == (True, False)
     assert (without["rabbit.unfused.max_abs"], without["rabbit.golden.max_abs"]) == (0, None)
     assert "approved" in str(without["rabbit.reasons"])
-
-
-def test_what_is_judged_is_what_was_measured() -> None:
-    merged, golden = noisy(scene(), 2), scene()
-    result = look(merged, golden=golden)
-    assert result.vs_golden == compare(Picture(merged), Picture(golden))
-    assert result.vs_unfused == SAME
-
-
-NOISY = Picture(noisy(scene(), 20))  # about 27 dB from the scene
-
-
-def in_noise(merged: Levels, floor: Picture, times: float | None) -> CaseResult:
-    """Limits of 38 dB and 64 levels, where rounding alone does what `floor` shows."""
-    latents = np.ones(8, np.float32)
-    side, other = (Picture(levels, latents=latents * scale) for levels, scale in ((merged, 1.01), (scene(), 1)))
-    moved = Picture(floor.levels, latents=latents * 1.01)
-    return examine(CASE, side, other, (), Rules(UNFUSED, GOLDEN, times), moved)
-
-
-def test_no_limit_is_tighter_than_twice_the_noise_floor() -> None:
-    chaotic = (scene() + np.random.default_rng(2).integers(-20, 21, scene().shape)).astype(np.uint8)
-    assert in_noise(chaotic, NOISY, 2.0).agrees
-    assert not in_noise(chaotic, NOISY, None).agrees
-    assert not in_noise(chaotic, Picture(noisy(scene(), 1)), 2.0).agrees  # of a quiet floor no limit is moved
-
-
-def test_beyond_twice_the_floor_a_noisy_case_is_a_regression_as_well() -> None:
-    assert in_noise(noisy(scene(), 55), NOISY, 2.0).verdict is Verdict.REGRESSION
-
-
-def test_a_golden_brings_the_floor_of_its_own_run() -> None:
-    apart = noisy(scene(), 8)
-    quiet, loud = (Golden(scene(), name="g.png", floor={"psnr_db": psnr, "max_abs": 8.0}) for psnr in (80.0, 35.0))
-    rules = Rules(UNFUSED, GOLDEN, 2.0)
-    latents = np.ones(8, np.float32)
-    for golden, verdict in ((quiet, Verdict.REGRESSION), (loud, Verdict.DRIFT)):
-        merged = Picture(apart, latents=latents)
-        assert examine(CASE, merged, merged, [golden], rules, merged).verdict is verdict

@@ -4,65 +4,26 @@ from __future__ import annotations
 
 import ast
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import pytest
-import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from lora_fuse.lora.inputs import Selection
-from lora_fuse.machine.files import FileRecord
-from lora_fuse.recipe.records import License, Lock, Manifest, MergedFile, MergedLora, Tool
-from lora_fuse.recipe.stated_licence import read_license
-from lora_fuse.release.card import Evidence, ShownCase, ShownExport, Usage, model_card
-from lora_fuse.release.licences import SETTING, resolve_licence
-
-COMMIT, SHA256 = "c" * 40, "5" * 64
-APACHE, MIT = License("apache-2.0"), License("mit")
-BASE = Lock("owner/base", None, "main", COMMIT, {"model_index.json": FileRecord(2, SHA256)}, APACHE)
-LORA = MergedLora(
-    "lightning", 0.8, SHA256, "lightning.safetensors", repo_id="other/lora", revision="d" * 40, license=APACHE
+from lora_fuse.recipe.records import Tool
+from lora_fuse.release.card import ShownExport, Usage, model_card
+from lora_fuse.release.licences import resolve_licence
+from tests.support.cards import (
+    BASE,
+    COMMIT,
+    EVIDENCE,
+    LORA,
+    MANIFEST,
+    RABBIT,
+    SHA256,
+    card,
+    front_matter,
 )
-FILES = {
-    "vae/model.safetensors": MergedFile(5, SHA256, "base"),
-    "transformer/one.safetensors": MergedFile(5, "f" * 64, "fused"),
-    "scheduler/scheduler_config.json": MergedFile(5, SHA256, "generated"),
-}
-RABBIT = ShownCase(
-    name="rabbit",
-    prompt="Make it | purple, *please*",
-    seed=7,
-    height=128,
-    width=None,
-    verdict="exact",
-    to_golden="identical",
-    to_unfused="61.5 dB",
-    over_floor="0.93",
-    picture="images/rabbit.png",
-    inputs=("images/rabbit.input.png",),
-)
-EVIDENCE = Evidence("passed: every picture is the approved one", "cpu-somewhere", (RABBIT,), "images/blocks.png")
-MANIFEST = Manifest(1, "edit_4steps", BASE, (LORA,), 0.8, 720, FILES, Tool("1.2.3", "abc1234", dirty=False))
-
-
-def card(
-    manifest: Manifest = MANIFEST,
-    repo_id: str | None = "alice/edit",
-    evidence: Evidence = Evidence("passed"),  # noqa: B008 (frozen)
-    licence: str | None = None,
-    **changes: Any,
-) -> str:
-    usage = replace(Usage("QwenImageEditPipeline", 4, 1.0, " ", None), **changes)
-    settled = resolve_licence(manifest, licence)
-    return model_card(manifest, usage=usage, evidence=evidence, licence=settled, repo_id=repo_id)
-
-
-def front_matter(text: str) -> dict[str, Any]:
-    _, head, _ = text.split("---\n", 2)
-    content: dict[str, Any] = yaml.safe_load(head)
-    return content
 
 
 def snippet(text: str) -> str:
@@ -215,114 +176,3 @@ def test_exports_are_listed_with_their_sha256() -> None:
     settled = resolve_licence(MANIFEST)
     text = model_card(MANIFEST, usage=usage, evidence=EVIDENCE, licence=settled, repo_id="alice/edit", exports=[export])
     assert f"| `diffusion_models/x.safetensors` | one file | `{'e' * 64}` |" in text
-
-
-# ---------------------------------------------------------------- licences
-
-
-def merge_of(*stated: License | None) -> Manifest:
-    base, *loras = stated
-    parts = tuple(replace(LORA, license=one, repo_id=f"other/lora{n}") for n, one in enumerate(loras))
-    return replace(MANIFEST, base=replace(BASE, license=base), loras=parts)
-
-
-OPENRAIL = License("openrail++")
-FLUX = License("other", "flux-1-dev", "https://example.org/LICENSE")
-
-
-@pytest.mark.parametrize(
-    ("parts", "settled"),
-    [
-        ((APACHE, APACHE), "apache-2.0"),
-        ((MIT, APACHE), "apache-2.0"),
-        ((License("cc0-1.0"), MIT), "mit"),
-        ((MIT, License("bsd-3-clause"), License("cc0-1.0")), "bsd-3-clause"),
-        ((OPENRAIL, OPENRAIL), "openrail++"),
-        ((License("gpl-3.0"), License("gpl-3.0")), "gpl-3.0"),
-        ((FLUX, FLUX), "other"),
-    ],
-    ids=str,
-)
-def test_licences_that_go_together(parts: tuple[License, ...], settled: str) -> None:
-    found = resolve_licence(merge_of(*parts))
-    assert (found.license.id, found.problem) == (settled, None)
-
-
-@pytest.mark.parametrize(
-    ("parts", "words"),
-    [
-        ((APACHE, OPENRAIL), ["owner/base is under apache-2.0", "other/lora0 under openrail++"]),
-        ((OPENRAIL, License("creativeml-openrail-m")), ["openrail++", "creativeml-openrail-m"]),
-        ((License("gpl-3.0"), APACHE), ["gpl-3.0", "apache-2.0"]),
-        ((APACHE, FLUX), ["apache-2.0", "flux-1-dev"]),
-        ((FLUX, replace(FLUX, link="https://example.org/other")), ["flux-1-dev", "other/lora0"]),
-        ((License("cc-by-nd-4.0"), License("cc-by-nd-4.0")), ["forbids derivatives"]),
-        ((APACHE, None), ["other/lora0 states no licence", "owner/base: apache-2.0"]),
-        ((None, APACHE), ["owner/base states no licence", "other/lora0: apache-2.0"]),
-        ((APACHE, License("unknown")), ["unknown", "names no text"]),
-        ((License("other"), License("other")), ["names no text"]),
-        ((APACHE, License("other", "apache-2.0, mit")), ["apache-2.0, mit", "names no text"]),
-    ],
-    ids=str,
-)
-def test_licences_that_do_not_are_named_with_the_setting_that_states_one(
-    parts: tuple[License | None, ...], words: list[str]
-) -> None:
-    found = resolve_licence(merge_of(*parts))
-    assert found.license.id == "other"
-    for word in (*words, SETTING):
-        assert word in str(found.problem)
-    assert "\n" not in str(found.problem)
-    by_hand = resolve_licence(merge_of(*parts), "mit")
-    assert (by_hand.license, by_hand.problem) == (License("mit", origin="by hand"), None)
-
-
-def test_a_card_of_an_unsettled_licence_says_other_and_warns() -> None:
-    text = card(merge_of(APACHE, OPENRAIL))
-    assert (front_matter(text)["license"], front_matter(text)["license_name"]) == ("other", "unknown")
-    assert "**Warning:** the licence of this merge is not settled" in text
-    assert "| openrail++ |" in text
-    stated = card(merge_of(APACHE, OPENRAIL), licence="openrail")
-    assert front_matter(stated)["license"] == "openrail"
-    assert "stated by hand" in stated
-    assert "Warning" not in stated
-
-
-def test_the_name_and_link_of_another_licence_are_in_the_front_matter() -> None:
-    data = front_matter(card(merge_of(FLUX, FLUX)))
-    assert (data["license"], data["license_name"], data["license_link"]) == ("other", FLUX.name, FLUX.link)
-
-
-PROJECT = Path(__file__).resolve().parents[2]
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({}, None),
-        ({"README.md": "# no front matter\nlicense: mit\n"}, None),
-        ({"README.md": "---\nlicense: MIT\n---\n# x\n"}, License("mit", origin="front matter")),
-        ({"README.md": "---\nlicense: [apache-2.0]\n---\n"}, License("apache-2.0", origin="front matter")),
-        (
-            {"README.md": "---\nlicense: [apache-2.0, mit]\n---\n"},
-            License("other", "apache-2.0, mit", None, "front matter"),
-        ),
-        (
-            {"README.md": "---\nlicense: [\n---\n", "LICENSE": "CC0 1.0 Universal\n"},
-            License("cc0-1.0", origin="licence file"),
-        ),
-        ({"LICENSE.txt": (PROJECT / "LICENSE").read_text()}, License("apache-2.0", origin="licence file")),
-        ({"LICENSE": "Do what you like on Mondays."}, License("other", "LICENSE", None, "licence file")),
-    ],
-    ids=["nothing", "text", "front matter", "list of one", "list of two", "broken", "apache", "own"],
-)
-def test_a_local_folder_states_its_licence(tmp_path: Path, files: dict[str, str], expected: License | None) -> None:
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    assert read_license(tmp_path) == expected
-
-
-def test_pocket_states_its_licence() -> None:
-    assert [read_license(PROJECT / f"pocket/{part}") for part in ("model", "lora")] == [
-        License("apache-2.0", origin="front matter")
-    ] * 2

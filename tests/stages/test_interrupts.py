@@ -120,7 +120,7 @@ def test_ctrl_c_under_dvc_ends_the_stage_and_the_next_repro_goes_on_with_it(tmp_
 def test_a_stage_that_is_interrupted_says_so_to_programs_too(tmp_path: Path) -> None:
     code = """if True:
         import os, signal, sys
-        from stages.config import run_stage
+        from stages.run import run_stage
         sys.argv = ["stages/fuse.py", "--json"]
         run_stage(lambda *_: os.kill(os.getpid(), signal.SIGTERM), kept="all is kept")
     """

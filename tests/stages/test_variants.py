@@ -132,7 +132,7 @@ def test_a_stage_of_a_variant_takes_its_parameters_and_names_its_commands(checko
         asked = checkout.stage("gate", "--variant", "pocket_soft", code=3)
     finally:
         path.write_bytes(text)
-    assert missing.endswith("run the stage that makes it: dvc repro variants/dvc.yaml:regress@pocket_soft\n")
+    assert missing.endswith("next: dvc repro variants/dvc.yaml:regress@pocket_soft\n")
     assert 'next: python -m stages.approve --variant pocket_soft --reason "…"' in asked
 
 

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from lora_fuse.machine import space
 from lora_fuse.pictures.metrics import METRICS
 from lora_fuse.recipe.hf_cache import cache_dir
 from lora_fuse.recipe.paths import Artifacts
-from lora_fuse.studies.sweep import pins
 from stages.config.sweeps import expand
 from stages.sweep import sweep
 from tests.hub_server import LoopbackHub
@@ -232,7 +232,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     from lora_fuse.errors import NoSpace
 
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(pins, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr(space, "free_bytes", lambda _: 1000)
     with pytest.raises(NoSpace, match="1000 bytes"):
         sweep(expand(["fuse.scale=0.8,1.0"]), Artifacts(tmp_path / "sweep"))
     assert not list(tmp_path.glob("sweep/points/*"))
@@ -247,7 +247,7 @@ def test_a_disk_without_room_for_base_and_point_is_refused_before_anything_is_fe
     hub.push("bob/base", PIPELINE)
     total = sum(map(len, PIPELINE.values()))
     transformer = sum(len(data) for name, data in PIPELINE.items() if name.startswith("transformer/"))
-    monkeypatch.setattr(pins, "free_bytes", lambda _: total + transformer - 1)
+    monkeypatch.setattr(space, "free_bytes", lambda _: total + transformer - 1)
     swept = expand(["fuse.scale=0.8,1.0", "base.repo_id=bob/base", "base.path=null", "base.revision=main"])
     with pytest.raises(NoSpace, match=rf"{total + transformer} bytes.*{total + transformer - 1} bytes"):
         sweep(swept, Artifacts(tmp_path / "sweep"))

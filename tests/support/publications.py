@@ -27,13 +27,10 @@ from tests.support.waiting import until
 ROOT = Path(__file__).resolve().parents[2]
 
 REPO = "alice/merged"
-
 SHARDS = [f"transformer/model-{number}.safetensors" for number in range(1, 5)]
 
 VOCABULARY = "tokenizer/spiece.model"
-
 SIZE = 200_000  # bytes of a shard
-
 XORBS, PUTS, COMMIT, MERGE, TAG = (
     r"POST /cas/\w+/xorbs/",
     "PUT /_lfs/",
@@ -43,9 +40,7 @@ XORBS, PUTS, COMMIT, MERGE, TAG = (
 )
 
 PICTURES = 5  # large files by their name: two cases with their inputs, and the plot of the blocks
-
 BOUND = 90.0  # seconds that no run may take
-
 ONE_BY_ONE = """
 from lora_fuse.hub import publisher
 publisher.BATCH = 1

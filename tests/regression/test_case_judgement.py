@@ -1,0 +1,163 @@
+"""Laws of the judgement of a case: by its goldens, by the sigmas that were visited, by the pictures themselves."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from lora_fuse.pictures.cases import Case
+from lora_fuse.pictures.picture import Picture
+from lora_fuse.regression.case_judgement import examine
+from lora_fuse.regression.verdicts import CaseResult, Golden, Rules, Verdict, compare
+from tests.support.judgements import (
+    CASE,
+    GOLDEN,
+    RULES,
+    SAME,
+    UNFUSED,
+    brighter,
+    look,
+    noisy,
+    scene,
+)
+
+SIGMAS = (1.0, 0.9, 0.75, 0.5)
+
+ELSEWHERE = "cpu-arm64-neon (isa there)"
+
+
+def test_within_the_limits_of_a_golden_of_another_environment_a_person_has_to_look() -> None:
+    for merged in (scene(), brighter(1)):
+        result = look(merged, golden=[Golden(scene(), name="rabbit.png", elsewhere=ELSEWHERE)])
+        assert (result.verdict, result.verdict.passed, result.agrees) == (Verdict.REVIEW, False, True)
+        assert ELSEWHERE in result.reasons[0]
+
+
+def test_beyond_the_limits_of_a_golden_of_another_environment_there_is_none() -> None:
+    result = look(brighter(30), golden=[Golden(scene(), name="rabbit.png", elsewhere=ELSEWHERE)])
+    assert (result.verdict, result.agrees) == (Verdict.NO_GOLDEN, True)
+    assert ELSEWHERE in result.reasons[0]
+    assert any("largest difference to the golden is 30 levels" in reason.lower() for reason in result.reasons[1:])
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_several_goldens_the_nearest_decides(order: int) -> None:
+    goldens = [Golden(brighter(shift), name=f"{shift}.png") for shift in (40, 1, 20)][::order]
+    result = look(scene(), golden=goldens)
+    assert result.golden is not None
+    assert (result.verdict, result.golden.name) == (Verdict.DRIFT, "1.png")
+    assert result.vs_golden == compare(Picture(scene()), Picture(brighter(1)))
+    assert look(brighter(20), golden=goldens).verdict is Verdict.EXACT
+    assert look(scene(3), golden=goldens).verdict is Verdict.REGRESSION
+
+
+def test_a_golden_of_another_size_counts_only_where_there_is_no_other() -> None:
+    small = Golden(scene(0, 32, 48), name="small.png")
+    assert look(scene(), golden=[small, Golden(scene(), name="same.png")]).verdict is Verdict.EXACT
+
+
+def test_a_golden_of_another_size_is_a_regression_that_can_be_approved_anew() -> None:
+    result = look(scene(), golden=scene(0, 32, 48))
+    assert (result.verdict, result.agrees, result.vs_golden) == (Verdict.REGRESSION, True, None)
+    assert all(size in result.reasons[0] for size in ("64x64", "48x32", "rabbit.png"))
+    other = look(scene(), golden=[Golden(scene(0, 32, 48), name="rabbit.png", elsewhere=ELSEWHERE)])
+    assert (other.verdict, other.agrees) == (Verdict.NO_GOLDEN, True)
+
+
+def visited(merged: tuple[float, ...], unfused: tuple[float, ...] | None = None) -> CaseResult:
+    other = Picture(scene(), sigmas=merged if unfused is None else unfused)
+    return examine(
+        CASE,
+        Picture(scene(), sigmas=merged),
+        other,
+        [Golden(scene(), name="rabbit.png")],
+        Rules(UNFUSED, GOLDEN, sigmas=SIGMAS),
+    )
+
+
+def test_the_recipe_s_sigmas_and_their_rounding_pass() -> None:
+    assert visited((*SIGMAS, 0.0)).verdict is Verdict.EXACT
+    assert visited((1.0, 0.90000004, 0.75, 0.49999, 0.0)).verdict is Verdict.EXACT
+    assert look(scene(), golden=scene()).verdict is Verdict.EXACT  # left open
+
+
+@pytest.mark.parametrize(
+    ("wrong", "shown"),
+    [
+        ((1.0, 0.9, 0.75, 0.48, 0.0), "1, 0.9, 0.75, 0.48"),
+        ((1.0, 0.9, 0.75, 0.0), "1, 0.9, 0.75"),
+        ((1.0, 0.9, 0.75, 0.5, 0.3, 0.0), "1, 0.9, 0.75, 0.5, 0.3"),
+        ((math.nan, 0.9, 0.75, 0.5, 0.0), "nan, 0.9, 0.75, 0.5"),
+    ],
+)
+def test_other_sigmas_are_a_regression_that_names_both_lists(wrong: tuple[float, ...], shown: str) -> None:
+    for merged, unfused in ((wrong, (*SIGMAS, 0.0)), ((*SIGMAS, 0.0), wrong)):
+        result = visited(merged, unfused)
+        assert (result.verdict, result.agrees) == (Verdict.REGRESSION, False)
+        assert f"visited the sigmas {shown}, the recipe's are 1, 0.9, 0.75, 0.5." in result.reasons[0]
+
+
+def test_a_change_as_of_a_wrong_scale_regresses() -> None:
+    """The LoRA's effect at half strength: a smooth change of some levels all over the picture."""
+    effect = np.linspace(0, 40, 64)[None, :, None]
+    full, half = ((scene() + effect * share).astype(np.uint8) for share in (1.0, 0.5))
+    result = look(half, unfused=full, golden=full)
+    assert result.verdict is Verdict.REGRESSION
+    assert any("the unfused picture of this run" in reason for reason in result.reasons)
+
+
+def test_a_small_patch_regresses_though_its_psnr_is_high() -> None:
+    patched = scene(0, 512, 512)
+    patched[100:104, 100:104] += 60
+    result = look(patched, golden=scene(0, 512, 512))
+    assert result.vs_golden is not None
+    assert (result.vs_golden.values["psnr_db"] or 0) > 45
+    assert result.verdict is Verdict.REGRESSION
+
+
+def test_a_flat_picture_is_invalid_even_if_the_unfused_and_the_golden_are_as_flat() -> None:
+    flat = np.full((64, 64, 3), 128, dtype=np.uint8)
+    result = look(flat, golden=flat)
+    assert result.verdict is Verdict.INVALID
+    assert (len(result.reasons), result.agrees) == (2, False)
+
+
+def test_a_broken_unfused_picture_is_invalid_too() -> None:
+    assert look(scene(), unfused=np.zeros((64, 64, 3), dtype=np.uint8)).verdict is Verdict.INVALID
+
+
+def test_one_nan_is_invalid_though_the_levels_match() -> None:
+    result = look(scene(), golden=scene(), nonfinite=1)
+    assert result.verdict is Verdict.INVALID
+    assert "1 of 12288 values" in result.reasons[0]
+
+
+@pytest.mark.parametrize("which", ["unfused", "asked"])
+def test_a_wrong_size_is_invalid_and_both_sizes_are_named(which: str) -> None:
+    small = scene(0, 32, 48)
+    result = examine(
+        Case("rabbit", "", 0, (), *((32, 48) if which == "asked" else (None, None))),
+        Picture(scene()),
+        Picture(small if which == "unfused" else scene()),
+        [Golden(scene(), name="rabbit.png")],
+        RULES,
+    )
+    assert (result.verdict, result.agrees) == (Verdict.INVALID, False)
+    assert "64x64" in result.reasons[0]
+    assert "48x32" in result.reasons[0]
+
+
+def test_the_size_that_was_asked_for_is_width_by_height() -> None:
+    wide = scene(0, 32, 48)
+    case = Case("rabbit", "", 0, (), 32, 48)
+    result = examine(case, Picture(wide), Picture(wide), [Golden(wide, name="rabbit.png")], RULES)
+    assert (result.verdict, result.facts.size) == (Verdict.EXACT, (48, 32))
+
+
+def test_what_is_judged_is_what_was_measured() -> None:
+    merged, golden = noisy(scene(), 2), scene()
+    result = look(merged, golden=golden)
+    assert result.vs_golden == compare(Picture(merged), Picture(golden))
+    assert result.vs_unfused == SAME

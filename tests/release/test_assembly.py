@@ -1,0 +1,84 @@
+"""What is published beside the weights: everything, once, of this very merge, and no path of this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lora_fuse.errors import PublishRefused
+from lora_fuse.fusion.manifest import read_manifest
+from lora_fuse.recipe.paths import HERE as at  # noqa: N811
+from lora_fuse.release.contents import BOM, LIST, PROVENANCE
+from lora_fuse.release.signing import SIGNATURE
+from stages.export import export_formats
+from stages.publish import publish
+from tests.hub_server import LoopbackHub
+from tests.support.released import REPO, Project
+from tests.support.releases import (
+    LORA_FILE,
+    Build,
+    flip,
+    tiny_base,
+    tiny_lora,
+)
+
+
+def test_everything_is_published_once_and_again_is_nothing_new(build: Build, hub: LoopbackHub, key: Path) -> None:
+    project = build()
+    params = project.params(f"publish.signing.key={key}", "export.formats=[single_file]")
+    export_formats(params)
+    publish(params)
+    manifest, _ = read_manifest(at.manifest)
+    beside = {"README.md", LIST, SIGNATURE, PROVENANCE, BOM, "images/blocks.png", "diffusion_models/pocket.safetensors"}
+    beside |= {f"images/{case}{kind}.png" for case in ("rabbit", "hat") for kind in ("", ".input")}
+    head = hub.registry.repos[REPO].head
+    assert head.tree.keys() == {*manifest.files, *beside, ".gitattributes"}
+    publish(params)
+    assert hub.registry.repos[REPO].head.oid == head.oid
+    assert not [path for path in Path("artifacts").iterdir() if path.name.startswith(".release")]
+
+
+def test_no_path_of_this_machine_is_published(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "project").mkdir()
+    base, lora = tiny_base(tmp_path / "secret/base", "mit"), tiny_lora(tmp_path / "secret/lora", "mit")
+    overrides = [f"base.path={base}", f"loras.lightning.path={lora}", f"loras.lightning.filename={LORA_FILE}"]
+    project = Project(tmp_path / "project", monkeypatch, overrides)
+    project.build()
+    publish(project.params())
+    for name in hub.registry.repos[REPO].head.tree:
+        assert b"secret" not in hub.read(REPO, name), name
+
+
+def test_pictures_that_were_changed_or_are_of_another_merge_are_refused(build: Build, hub: LoopbackHub) -> None:
+    project = build()
+    picture = at.images / "rabbit.merged.png"
+    content = picture.read_bytes()
+    Image.new("RGB", (48, 32)).save(picture)
+    with pytest.raises(PublishRefused, match=r"rabbit\.merged\.png is not the picture that was judged"):
+        publish(project.params())
+    picture.write_bytes(content)
+    text = at.candidates.read_text()
+    at.candidates.write_text(text.replace(json.loads(text)["manifest_sha256"], "5" * 64))
+    with pytest.raises(PublishRefused, match="of another merge"):
+        publish(project.params())
+    assert REPO not in hub.registry.repos
+
+
+def test_exports_of_another_merge_or_that_were_changed_are_refused(build: Build, hub: LoopbackHub) -> None:
+    project = build()
+    params = project.params("export.formats=[single_file]")
+    export_formats(params)
+    exported = at.exported / "diffusion_models/pocket.safetensors"
+    flip(exported)
+    with pytest.raises(PublishRefused, match=r"pocket\.safetensors is not what the manifest says"):
+        publish(params)
+    text = at.exports.read_text()
+    at.exports.write_text(text.replace(json.loads(text)["manifest_sha256"], "5" * 64))
+    with pytest.raises(PublishRefused, match=r"export\.json is of another merge"):
+        publish(params)
+    assert REPO not in hub.registry.repos

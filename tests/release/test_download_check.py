@@ -1,0 +1,185 @@
+"""A download is checked file by file, by its list, its signature, and its base and LoRA."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from huggingface_hub import snapshot_download
+
+from lora_fuse.release.contents import BOM, LIST, PROVENANCE
+from lora_fuse.release.signing import SIGNATURE
+from stages.publish import publish
+from tests.hub_server import LoopbackHub
+from tests.support.released import REPO, Project
+from tests.support.releases import (
+    LORA_FILE,
+    WEIGHTS,
+    flip,
+    on_the_hub,
+    private_key,
+    public_key,
+    tiny_base,
+    tiny_lora,
+    verify,
+)
+
+
+@pytest.fixture(scope="module")
+def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A signed repository as users have it: `plain` files, and `links` in the Hub client's cache.
+
+    `signing.pem` is the key.
+    """
+    root = tmp_path_factory.mktemp("downloads")
+    (root / "project").mkdir()
+    with pytest.MonkeyPatch.context() as patch, LoopbackHub(root / "hub").run() as hub:
+        for name, value in (("ENDPOINT", hub.url), ("HOME", str(root / "home")), ("TOKEN", "hf_write")):
+            patch.setenv(f"HF_{name}", value)
+        project = Project(root / "project", patch, on_the_hub(hub, root, "apache-2.0", "mit"))
+        project.build()
+        assert publish(project.params(f"publish.signing.key={private_key(root / 'signing.pem')}")) == 0
+        snapshot_download(REPO, endpoint=hub.url, token="hf_write", local_dir=root / "plain")  # noqa: S106
+        snapshot_download(REPO, endpoint=hub.url, token="hf_write", cache_dir=root / "links")  # noqa: S106
+    return root
+
+
+@pytest.fixture
+def signed(downloads: Path, tmp_path: Path) -> Path:
+    """A copy of the plain files, to be damaged."""
+    return Path(shutil.copytree(downloads / "plain", tmp_path / "fetched"))
+
+
+@pytest.fixture
+def signing_key(downloads: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(downloads / "signing.pem", tmp_path / "owner.pem"))
+
+
+def test_a_download_is_right_by_its_list_and_its_signature(signed: Path, signing_key: Path) -> None:
+    assert (signed / ".cache").is_dir()  # the client's own
+    assert verify(signed) == 0
+    assert verify(signed, "--public-key", public_key(signing_key)) == 0
+
+
+def test_the_links_of_the_client_s_cache_are_as_good(downloads: Path, signing_key: Path) -> None:
+    (folder,) = downloads.glob("links/models--alice--merged/snapshots/*")
+    assert (folder / WEIGHTS).is_symlink()
+    assert verify(folder, "--public-key", public_key(signing_key)) == 0
+
+
+def test_the_library_s_own_command_accepts_the_signature(signed: Path, signing_key: Path) -> None:
+    shutil.rmtree(signed / ".cache")
+    command = [sys.executable, "-m", "model_signing", "verify", "key", signed, "--signature", signed / SIGNATURE]
+    arguments = [*map(str, command), "--public_key", str(public_key(signing_key))]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert "Verification succeeded" in done.stdout, done.stderr
+
+
+def test_the_merge_of_a_download_is_checked_with_base_and_lora(signed: Path, tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "b", "mit")
+    lora = tiny_lora(tmp_path / "l", "mit") / LORA_FILE
+    assert verify(signed, base, "--lora", lora, "--scale", "1.0", "--rows", "all") == 0
+    assert verify(signed, base, "--lora", lora, "--scale", "0.5") == 1
+
+
+PUBLISHED = (WEIGHTS, "README.md", "model_index.json", "images/rabbit.png", "images/blocks.png", PROVENANCE, BOM)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_flipped_byte_is_found_with_and_without_a_key(
+    signed: Path, signing_key: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flip(signed / name)
+    assert verify(signed) == 1
+    assert f"problem: {name}: sha256" in capsys.readouterr().err
+    assert verify(signed, "--public-key", public_key(signing_key)) == 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda root: (root / WEIGHTS).unlink(), f"{WEIGHTS}: it cannot be read"),
+        (lambda root: (root / "transformer/more.safetensors").write_bytes(b"x"), "more.safetensors is not in"),
+        (lambda root: (root / "run.py").write_text("x"), "run.py is not in"),
+        (lambda root: (root / LIST).write_text("{}"), f"{LIST} is no list of files"),
+        (lambda root: (root / LIST).write_bytes(b"\xff"), f"{LIST} is no list of files"),
+        (lambda root: (root / LIST).write_text('"../'.join((root / LIST).read_text().rsplit('"vae/', 1))), "leads out"),
+    ],
+    ids=["missing", "more weights", "code", "empty list", "no text", "outside"],
+)
+def test_other_files_than_the_list_s_are_found(
+    signed: Path, damage: Callable[[Path], object], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(signed)
+    assert verify(signed) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_a_notice_that_somebody_adds_is_noted_and_does_no_harm(
+    signed: Path, signing_key: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (signed / "LICENSE").write_text("Apache")
+    assert verify(signed, "--public-key", public_key(signing_key)) == 0
+    assert "note: LICENSE is not in" in capsys.readouterr().out
+
+
+def test_a_list_that_was_changed_with_its_file_is_found_by_the_signature_only(signed: Path, signing_key: Path) -> None:
+    was = json.loads((signed / LIST).read_text())["files"][WEIGHTS]["sha256"]
+    flip(signed / WEIGHTS)
+    from lora_fuse.machine.files import hash_file
+
+    (signed / LIST).write_text((signed / LIST).read_text().replace(was, hash_file(signed / WEIGHTS).sha256))
+    assert verify(signed) == 0
+    assert verify(signed, "--public-key", public_key(signing_key)) == 1
+
+
+def test_a_signature_by_another_key_is_found(signed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = public_key(private_key(tmp_path / "other.pem"))
+    assert verify(signed, "--public-key", other) == 1
+    assert f"{SIGNATURE} is no signature of these files by the key of {other}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"junk", b"\xff", None], ids=str)
+def test_a_broken_or_missing_signature_is_found(signed: Path, signing_key: Path, content: bytes | None) -> None:
+    if content is None:
+        (signed / SIGNATURE).unlink()
+    else:
+        (signed / SIGNATURE).write_bytes(content)
+    assert verify(signed) == 0
+    assert verify(signed, "--public-key", public_key(signing_key)) == 1
+
+
+@pytest.mark.parametrize("kind", ["missing", "private", "junk"])
+def test_what_is_no_public_key_is_refused(
+    signed: Path, signing_key: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "junk").write_text("junk")
+    path = {"missing": tmp_path / "nowhere", "private": signing_key, "junk": tmp_path / "junk"}[kind]
+    assert verify(signed, "--public-key", path) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(path) in line
+    assert signing_key.read_text().splitlines()[1] not in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["somewhere"],
+        ["somewhere", "base"],
+        ["somewhere", "--lora", "l"],
+        ["somewhere", "--identity", "me"],
+        ["somewhere", "--identity", "me", "--issuer", "url", "--public-key", "k"],
+    ],
+    ids=["no list", "base alone", "lora alone", "identity alone", "two"],
+)
+def test_what_cannot_be_checked_is_refused_in_one_line(
+    tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "somewhere").mkdir()
+    assert verify(tmp_path / arguments[0], *arguments[1:]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1

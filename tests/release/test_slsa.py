@@ -1,0 +1,87 @@
+"""The statement of provenance: in-toto's, with every file and source."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from google.protobuf import json_format
+from in_toto_attestation.predicates.provenance.v1 import provenance_pb2
+from in_toto_attestation.v1 import statement_pb2
+from in_toto_attestation.v1.statement import Statement
+
+from lora_fuse.fusion.manifest import read_manifest
+from lora_fuse.recipe import checkout as provenance
+from lora_fuse.recipe.paths import HERE as at  # noqa: N811
+from lora_fuse.release.contents import PROVENANCE
+from lora_fuse.release.slsa import provenance_json, purl
+from stages.publish import publish
+from tests.hub_server import LoopbackHub
+from tests.support.released import REPO
+from tests.support.releases import (
+    LORA_FILE,
+    Build,
+)
+
+
+def test_the_statement_is_in_toto_s_and_names_every_file_and_source(build: Build, hub: LoopbackHub) -> None:
+    project = build()
+    publish(project.params())
+    text = hub.read(REPO, PROVENANCE).decode()
+    message = json_format.Parse(text, statement_pb2.Statement())  # of an unknown field an error
+    Statement.copy_from_pb(message).validate()
+    assert message.predicate_type == "https://slsa.dev/provenance/v1"
+    found = json_format.ParseDict(json.loads(text)["predicate"], provenance_pb2.Provenance())
+    manifest, _ = read_manifest(at.manifest)
+    assert {one.name: one.digest["sha256"] for one in message.subject} == {
+        name: file.sha256 for name, file in manifest.files.items()
+    }
+    base, (lora,) = manifest.base, manifest.loras
+    assert base is not None
+    dependencies = {one.uri: dict(one.digest) for one in found.build_definition.resolved_dependencies}
+    assert dependencies == {
+        purl("carol/base", base.revision): {"gitCommit": base.revision},
+        **{purl("carol/base", base.revision, name): {"sha256": file.sha256} for name, file in base.files.items()},
+        purl("dave/lora", lora.revision): {"gitCommit": lora.revision},
+        purl("dave/lora", lora.revision, LORA_FILE): {"sha256": lora.sha256},
+    }
+    parameters = json_format.MessageToDict(found.build_definition.external_parameters)
+    assert parameters["fuse"]["scale"] == 1.0
+    assert parameters["base"]["repo_id"] == "carol/base"
+    assert manifest.tool.git
+    assert found.run_details.builder.id.endswith(f"@{manifest.tool.git}")
+
+
+def test_local_sources_are_dependencies_without_an_address(build: Build) -> None:
+    build()
+    manifest, _ = read_manifest(at.manifest)
+    assert manifest.base is not None
+    local = replace(
+        manifest,
+        base=replace(manifest.base, repo_id=None, path="somewhere", revision=None),
+        loras=tuple(replace(lora, repo_id=None, path="else", revision=None) for lora in manifest.loras),
+    )
+    text = provenance_json(local, {}, parameters={}, repository=None)
+    found = json.loads(text)["predicate"]["buildDefinition"]["resolvedDependencies"]
+    assert {one["name"].split("/")[0] for one in found} == {"base", "lora"}
+    assert all(one.keys() == {"name", "digest"} for one in found)
+    assert "somewhere" not in text
+
+
+@pytest.mark.parametrize(
+    ("remote", "said"),
+    [
+        ("https://me:s3cret@example.org/owner/name.git", "https://example.org/owner/name"),
+        ("git@example.org:owner/name.git", "https://example.org/owner/name"),
+        ("ssh://git@example.org/owner/name", "ssh://example.org/owner/name"),
+        ("/home/me/name", None),
+        ("file:///home/me/name", None),
+        (None, None),
+    ],
+)
+def test_the_builder_s_repository_has_no_password_in_it(
+    monkeypatch: pytest.MonkeyPatch, remote: str | None, said: str | None
+) -> None:
+    monkeypatch.setattr(provenance, "_git", lambda *_: remote)
+    assert provenance.this_repository() == said
