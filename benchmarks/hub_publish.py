@@ -78,9 +78,7 @@ def _write(path: Path, size: int, seed: int) -> records.MergedFile:
 
 
 def _publish(hub: LoopbackHub, merged: Path, hashed: dict[str, records.MergedFile], label: str) -> tuple[float, int]:
-    manifest = Manifest(
-        1, "benchmark", None, (records.MergedLora("lora", 1.0, "5" * 64),), 1.0, 1, hashed, records.Tool("0")
-    )
+    manifest = Manifest(1, "benchmark", None, (records.MergedLora("lora", 1.0, "5" * 64),), 1.0, 1, hashed)
     before, begun = hub.uploaded(), time.perf_counter()
     publish(merged, manifest, "---\nlibrary_name: diffusers\n---\n", repo_id="alice/benchmark", message="benchmark")
     seconds, sent = time.perf_counter() - begun, hub.uploaded() - before

@@ -12,7 +12,7 @@ from lora_fuse import hub
 from lora_fuse.errors import PublishRefused
 from lora_fuse.fusion import read_manifest
 from lora_fuse.machine import PLAIN, Console, progress
-from lora_fuse.recipe import Artifacts, Recipe, paths
+from lora_fuse.recipe import Artifacts, Recipe, checkout, paths
 from lora_fuse.release import checked_release
 from stages.run import run_stage
 
@@ -37,7 +37,7 @@ def publish(params: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN
         raise PublishRefused("publish.enabled is true and publish.repo_id is null; name the repository: owner/name")
     else:
         manifest, card, beside = checked_release(params, at)
-        title = f"{manifest.recipe}, scale {manifest.scale:g}, by lora-fuse {manifest.tool.version}"
+        title = f"{manifest.recipe}, scale {manifest.scale:g}, by lora-fuse {checkout.this_version()}"
         size = sum(file.size for file in manifest.files.values())
         console.will("publish", f"{len(manifest.files)} files, {progress.human_bytes(size)}, to {wanted.repo_id}")
         to = partial(hub.publish, repo_id=wanted.repo_id, private=wanted.private, tag=wanted.tag)

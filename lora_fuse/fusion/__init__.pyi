@@ -3,6 +3,7 @@ from .device import resolve_device as resolve_device
 from .job import Fused as Fused
 from .job import FuseJob as FuseJob
 from .manifest import check_files as check_files
+from .manifest import read_build as read_build
 from .manifest import read_manifest as read_manifest
 from .plan import Plan as Plan
 from .plan import Target as Target

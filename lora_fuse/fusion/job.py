@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 from lora_fuse.checkpoint import diffusers_files
 from lora_fuse.errors import BadConfig
 from lora_fuse.fusion.device import fuse_device
-from lora_fuse.fusion.manifest import build_manifest, manifest_path, write_manifest
+from lora_fuse.fusion.manifest import build_manifest, build_path, manifest_path, write_manifest
 from lora_fuse.fusion.merge import bytes_to_copy, bytes_to_write, write_merged
 from lora_fuse.fusion.plan import Plan
 from lora_fuse.machine import files, progress
-from lora_fuse.recipe import Lock, Manifest, Recipe
+from lora_fuse.recipe import Lock, Manifest, Recipe, checkout, records
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,5 +104,19 @@ class FuseJob:
                 untouched=self.untouched,
             )
         manifest = build_manifest(self.plan, merged, recipe=recipe, base=base, loras=loras)
-        write_manifest(manifest_path(self.out), manifest)
-        return Fused(manifest, nbytes, clock.seconds)
+        manifest_sha256 = write_manifest(manifest_path(self.out), manifest)
+        fused = Fused(manifest, nbytes, clock.seconds)
+        self._record(fused, manifest_sha256)
+        return fused
+
+    def _record(self, fused: Fused, manifest_sha256: str) -> None:
+        build = records.BuildRecord(
+            schema=records.SCHEMA,
+            manifest_sha256=manifest_sha256,
+            tool=checkout.this_tool(),
+            finished=datetime.now(UTC).isoformat(timespec="seconds"),
+            device=self.device,
+            bytes_written=fused.bytes_written,
+            seconds=round(fused.seconds, 3),
+        )
+        files.replace_text(build_path(manifest_path(self.out)), records.to_json(build))

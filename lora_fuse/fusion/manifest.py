@@ -10,7 +10,7 @@ from pathlib import Path
 from lora_fuse.errors import BadSource, Rerun
 from lora_fuse.fusion.plan import Plan
 from lora_fuse.machine import files
-from lora_fuse.recipe import Lock, Manifest, Recipe, checkout, records
+from lora_fuse.recipe import Lock, Manifest, Recipe, records
 
 
 def manifest_path(merged: Path) -> Path:
@@ -52,13 +52,35 @@ def build_manifest(
         selection=None if plan.selection.everything else plan.selection,
         targets=len(plan.targets),
         files=files,
-        tool=checkout.this_tool(),
     )
 
 
-def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Write the manifest, whole or not at all."""
-    files.replace_text(path, records.to_json(manifest))
+def write_manifest(path: Path, manifest: Manifest) -> str:
+    """Write the manifest, whole or not at all; returns the sha256 of its text."""
+    text = records.to_json(manifest)
+    files.replace_text(path, text)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def build_path(manifest: Path) -> Path:
+    """Where the record of a build lies: beside the manifest of what it wrote."""
+    return manifest.with_name(manifest.name.replace(".manifest.", ".build."))
+
+
+def read_build(manifest: Path, manifest_sha256: str) -> records.BuildRecord:
+    """Read the record of the build that wrote a manifest's files.
+
+    Raises:
+        BadSource: there is none, or it is of another merge.
+    """
+    path = build_path(manifest)
+    again = Rerun("fuse", force=True)
+    if not path.exists():
+        raise BadSource(f"{path} is not there, so nothing says who built this", rerun=again)
+    build = records.read(records.BuildRecord, path)
+    if build.manifest_sha256 != manifest_sha256:
+        raise BadSource(f"{path} is of another merge than {manifest}", rerun=again)
+    return build
 
 
 def read_manifest(path: Path) -> tuple[Manifest, str]:

@@ -153,7 +153,6 @@ class Manifest:
     scale: float
     targets: int
     files: dict[str, MergedFile]
-    tool: Tool
     selection: Selection | None = None
 
     @property
@@ -161,6 +160,22 @@ class Manifest:
         """Base and LoRAs as `models.pair_warnings` takes them."""
         base = self.base.repo_id if self.base else None
         return base, [(lora.repo_id, lora.filename) for lora in self.loras]
+
+
+@dataclass(frozen=True, slots=True)
+class BuildRecord:
+    """Who wrote a merge, when (UTC, ISO 8601), on which device, in how many seconds.
+
+    It lies beside the manifest of those bytes and is no part of it: the same merge is written elsewhere, by others.
+    """
+
+    schema: int
+    manifest_sha256: str
+    tool: Tool
+    finished: str
+    device: str
+    bytes_written: int
+    seconds: float
 
 
 def rounded(value: float) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 from lora_fuse.errors import PublishRefused, Rerun
 from lora_fuse.exports import words
-from lora_fuse.fusion import read_manifest
+from lora_fuse.fusion import read_build, read_manifest
 from lora_fuse.hub import Addition, payload
 from lora_fuse.machine import FileRecord
 from lora_fuse.pictures import Case
@@ -43,9 +43,13 @@ def contents_of(
     blocks = [(row["block"], row["relative_norm"]) for row in paths.read_rows(at.blocks, "regress")]
     evidence = shown.evidence(metrics, cases, shown.PLOT if blocks else None)
     repo_id, listed = params.publish.repo_id, [ShownExport(name, words(name), r.sha256) for name, r in exports.items()]
-    card = model_card(manifest, usage=usage, evidence=evidence, licence=licence, repo_id=repo_id, exports=listed)
+    tool = read_build(at.manifest, manifest_sha256).tool
+    card = model_card(
+        manifest, usage=usage, evidence=evidence, licence=licence, tool=tool, repo_id=repo_id, exports=listed
+    )
     parameters = public_parameters(params.model_dump(include=SECTIONS))
-    statement = provenance_json(manifest, exports, parameters=parameters, repository=checkout.this_repository())
+    repository = checkout.this_repository()
+    statement = provenance_json(manifest, exports, parameters=parameters, tool=tool, repository=repository)
     model = ModelFacts(repo_id or params.name, licence.license, usage, shown.measured(metrics, cases))
     bom = bom_json(manifest, manifest_sha256, exports, model)
     texts = {payload.CARD: card.encode(), PROVENANCE: statement.encode(), BOM: bom.encode()}

@@ -187,6 +187,7 @@ def model_card(
     usage: Usage,
     evidence: Evidence,
     licence: MergeLicence,
+    tool: records.Tool,
     repo_id: str | None,
     exports: Sequence[ShownExport] = (),
 ) -> str:
@@ -197,6 +198,7 @@ def model_card(
         usage: how it is meant to be run.
         evidence: what was checked, and the pictures.
         licence: that it is published under.
+        tool: what wrote the merge.
         repo_id: where it is published; None for a folder.
         exports: what it holds in other formats.
     """
@@ -223,7 +225,7 @@ def model_card(
         exports=exports,
         verify=_verify(repo_id),
         rebuild=_rebuild(manifest, repo_id),
-        version=manifest.tool.version + (f" (git {manifest.tool.git})" if manifest.tool.git else ""),
+        version=tool.version + (f" (git {tool.git})" if tool.git else ""),
         fused=[(name, file.sha256) for name, file in sorted(manifest.files.items()) if file.origin == "fused"],
     )
     return client.card_text(_front_matter(manifest, usage, licence.license), text)

@@ -87,6 +87,7 @@ def provenance_json(
     exports: Mapping[str, FileRecord],
     *,
     parameters: Mapping[str, Any],
+    tool: records.Tool,
     repository: str | None,
 ) -> str:
     """The content of `provenance.json`.
@@ -95,10 +96,10 @@ def provenance_json(
         manifest: of the merge; its files are the subjects.
         exports: the merge in other formats, subjects as well.
         parameters: of the recipe, by section.
+        tool: what wrote the merge.
         repository: address of the repository that the tool was run from; None where that is unknown.
     """
     files: Mapping[str, FileRecord | records.MergedFile] = {**manifest.files, **exports}
-    tool = manifest.tool
     commit = f"@{tool.git}" if tool.git else ""
     internal = {"version": tool.version, "modified": bool(tool.dirty)}
     return records.to_json(

@@ -17,7 +17,7 @@ from lora_fuse.hub import lock_lora
 from lora_fuse.lora.updates import LoraInput
 from lora_fuse.machine.files import FileRecord
 from lora_fuse.recipe.checkout import this_tool
-from lora_fuse.recipe.records import Lock, Manifest, MergedFile, MergedLora, Tool, from_json, to_json
+from lora_fuse.recipe.records import Lock, Manifest, MergedFile, MergedLora, from_json, to_json
 from lora_fuse.recipe.sections import Source
 from tests.support import tiny
 from tests.support.tiny import in_folder
@@ -30,7 +30,6 @@ MANIFEST = Manifest(
     scale=0.8,
     targets=3,
     files={"a.json": MergedFile(2, "00", "base"), "t/w.safetensors": MergedFile(4, "22", "fused")},
-    tool=Tool("0.1.0", "d" * 40, True),
 )
 
 

@@ -15,7 +15,7 @@ import pytest
 from lora_fuse.errors import PublishRefused
 from lora_fuse.hub import Receipt, lock_lora, publish
 from lora_fuse.machine.files import FileRecord
-from lora_fuse.recipe.records import Manifest, MergedFile, MergedLora, Tool, from_json, to_json
+from lora_fuse.recipe.records import Manifest, MergedFile, MergedLora, from_json, to_json
 from tests.hub_server import Fault, LoopbackHub
 from tests.support.tiny import on_hub
 
@@ -43,7 +43,7 @@ def merged(tmp_path: Path) -> Path:
 def manifest(**changed: MergedFile) -> Manifest:
     files = {name: MergedFile(len(data), hashlib.sha256(data).hexdigest(), "fused") for name, data in FILES.items()}
     lora = MergedLora("lightning", 1.0, "5" * 64)
-    return Manifest(1, "pocket", None, (lora,), 1.0, 12, files | changed, Tool("1.2.3"))
+    return Manifest(1, "pocket", None, (lora,), 1.0, 12, files | changed)
 
 
 def push(merged: Path, what: Manifest | None = None, **changes: Any) -> Receipt:

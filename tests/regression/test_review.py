@@ -14,7 +14,7 @@ from lora_fuse.pictures.cases import Case, Sampling
 from lora_fuse.pictures.cost import Cost
 from lora_fuse.pictures.pairs import Pair, Setup
 from lora_fuse.pictures.picture import Levels, Picture, Rendered
-from lora_fuse.recipe.records import Lock, Manifest, Tool
+from lora_fuse.recipe.records import Lock, Manifest
 from lora_fuse.regression.candidates import Candidate, Candidates
 from lora_fuse.regression.case_judgement import JudgedPair, examine
 from lora_fuse.regression.goldens import Approved, GoldenRecord
@@ -57,7 +57,7 @@ def run_of(merged: Levels, golden: Levels | None) -> Judged:
     return Judged(MANIFEST, cases, record, run, metrics, {"good": approved})
 
 
-MANIFEST = Manifest(1, "pocket", Lock(None, "p", None, None, {}), PROVENANCE.loras, 1.0, 1, {}, Tool("0.1.0"))
+MANIFEST = Manifest(1, "pocket", Lock(None, "p", None, None, {}), PROVENANCE.loras, 1.0, 1, {})
 
 VERIFY = {"passed": True, "targets": 1, "rows_checked": 1, "rows_total": 1, "problems": [], "changes": {}}
 

@@ -30,7 +30,7 @@ from lora_fuse.pictures.pairs import Pair, Setup, check_cases, render_all, rende
 from lora_fuse.pictures.picture import levels_of
 from lora_fuse.pictures.render import load_pipeline, make_scheduler, render
 from lora_fuse.pictures.unfused_lora import DIFFUSERS, attach, attach_differences
-from lora_fuse.recipe.records import Lock, Manifest, MergedLora, Tool, from_json, to_json
+from lora_fuse.recipe.records import Lock, Manifest, MergedLora, from_json, to_json
 from lora_fuse.regression.candidates import Candidates, candidates
 from lora_fuse.regression.case_judgement import judge_pairs, save_pictures
 from lora_fuse.regression.run_record import RunRecord
@@ -159,7 +159,7 @@ class Recipe:
 
     @property
     def manifest(self) -> Manifest:
-        return Manifest(1, "pocket", self.base, self.loras, 1.0, 60, {}, Tool("0.1.0"))
+        return Manifest(1, "pocket", self.base, self.loras, 1.0, 60, {})
 
 
 @pytest.mark.parametrize(("scale", "own_scheduler"), [(0.9, False), (0.0, False), (2.0, False), (1.0, True)])

@@ -10,20 +10,9 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from lora_fuse.lora.inputs import Selection
-from lora_fuse.recipe.records import Tool
 from lora_fuse.release.card import ShownExport, Usage, model_card
 from lora_fuse.release.licences import resolve_licence
-from tests.support.cards import (
-    BASE,
-    COMMIT,
-    EVIDENCE,
-    LORA,
-    MANIFEST,
-    RABBIT,
-    SHA256,
-    card,
-    front_matter,
-)
+from tests.support.cards import BASE, COMMIT, EVIDENCE, LORA, MANIFEST, RABBIT, SHA256, TOOL, card, front_matter
 
 
 def snippet(text: str) -> str:
@@ -106,7 +95,7 @@ def test_commits_hash_scale_verdict_and_the_way_to_rebuild_are_there() -> None:
 
 def test_local_parts_are_named_as_the_command_line_wants_them() -> None:
     lora = replace(LORA, repo_id=None, revision=None)
-    text = card(replace(MANIFEST, recipe=None, base=None, loras=(lora,), tool=Tool("1.2.3")), repo_id=None)
+    text = card(replace(MANIFEST, recipe=None, base=None, loras=(lora,)), repo_id=None)
     assert "python -m lora_fuse fuse BASE OUT --lora lightning.safetensors --scale 0.8" in text
     assert text.splitlines()[text.splitlines().index("---", 1) + 2] == "# merged"
 
@@ -174,5 +163,7 @@ def test_exports_are_listed_with_their_sha256() -> None:
     export = ShownExport("diffusion_models/x.safetensors", "one file", "e" * 64)
     usage = Usage("QwenImageEditPipeline", 4, 1.0, " ", None)
     settled = resolve_licence(MANIFEST)
-    text = model_card(MANIFEST, usage=usage, evidence=EVIDENCE, licence=settled, repo_id="alice/edit", exports=[export])
+    text = model_card(
+        MANIFEST, usage=usage, evidence=EVIDENCE, licence=settled, tool=TOOL, repo_id="alice/edit", exports=[export]
+    )
     assert f"| `diffusion_models/x.safetensors` | one file | `{'e' * 64}` |" in text

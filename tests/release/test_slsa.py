@@ -13,6 +13,7 @@ from in_toto_attestation.v1.statement import Statement
 
 from lora_fuse.fusion.manifest import read_manifest
 from lora_fuse.recipe import checkout as provenance
+from lora_fuse.recipe.checkout import this_tool
 from lora_fuse.recipe.paths import HERE as at  # noqa: N811
 from lora_fuse.release.contents import PROVENANCE
 from lora_fuse.release.slsa import provenance_json, purl
@@ -49,8 +50,9 @@ def test_the_statement_is_in_toto_s_and_names_every_file_and_source(build: Build
     parameters = json_format.MessageToDict(found.build_definition.external_parameters)
     assert parameters["fuse"]["scale"] == 1.0
     assert parameters["base"]["repo_id"] == "carol/base"
-    assert manifest.tool.git
-    assert found.run_details.builder.id.endswith(f"@{manifest.tool.git}")
+    tool = this_tool()
+    assert tool.git
+    assert found.run_details.builder.id.endswith(f"@{tool.git}")
 
 
 def test_local_sources_are_dependencies_without_an_address(build: Build) -> None:
@@ -62,7 +64,7 @@ def test_local_sources_are_dependencies_without_an_address(build: Build) -> None
         base=replace(manifest.base, repo_id=None, path="somewhere", revision=None),
         loras=tuple(replace(lora, repo_id=None, path="else", revision=None) for lora in manifest.loras),
     )
-    text = provenance_json(local, {}, parameters={}, repository=None)
+    text = provenance_json(local, {}, parameters={}, tool=this_tool(), repository=None)
     found = json.loads(text)["predicate"]["buildDefinition"]["resolvedDependencies"]
     assert {one["name"].split("/")[0] for one in found} == {"base", "lora"}
     assert all(one.keys() == {"name", "digest"} for one in found)

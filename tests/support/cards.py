@@ -44,7 +44,8 @@ RABBIT = ShownCase(
 
 EVIDENCE = Evidence("passed: every picture is the approved one", "cpu-somewhere", (RABBIT,), "images/blocks.png")
 
-MANIFEST = Manifest(1, "edit_4steps", BASE, (LORA,), 0.8, 720, FILES, Tool("1.2.3", "abc1234", dirty=False))
+MANIFEST = Manifest(1, "edit_4steps", BASE, (LORA,), 0.8, 720, FILES)
+TOOL = Tool("1.2.3", "abc1234", dirty=False)
 
 
 def card(
@@ -56,7 +57,7 @@ def card(
 ) -> str:
     usage = replace(Usage("QwenImageEditPipeline", 4, 1.0, " ", None), **changes)
     settled = resolve_licence(manifest, licence)
-    return model_card(manifest, usage=usage, evidence=evidence, licence=settled, repo_id=repo_id)
+    return model_card(manifest, usage=usage, evidence=evidence, licence=settled, tool=TOOL, repo_id=repo_id)
 
 
 def front_matter(text: str) -> dict[str, Any]:

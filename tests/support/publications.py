@@ -18,7 +18,7 @@ import yaml
 
 from lora_fuse.hub import Receipt
 from lora_fuse.recipe.recipe import Recipe
-from lora_fuse.recipe.records import Manifest, MergedFile, MergedLora, Tool, from_json, to_json
+from lora_fuse.recipe.records import Manifest, MergedFile, MergedLora, from_json, to_json
 from tests.hub_server import LoopbackHub, Repo
 from tests.hub_server.routes import LFS_SUFFIXES
 from tests.support.released import leave_regression
@@ -70,7 +70,7 @@ class Place:
             path.write_bytes(content)
             records[name] = MergedFile(len(content), hashlib.sha256(content).hexdigest(), "fused")
         lora = MergedLora("lightning", 1.0, "5" * 64)
-        text = to_json(Manifest(1, "pocket", None, (lora,), 1.0, 12, records, Tool("1.2.3")))
+        text = to_json(Manifest(1, "pocket", None, (lora,), 1.0, 12, records))
         (self.root / "artifacts/merged.manifest.json").write_text(text)
         same = {"passed": True, "manifest_sha256": hashlib.sha256(text.encode()).hexdigest()}
         (self.root / "artifacts/verify.json").write_text(json.dumps({**same, "problem_count": 0}))

@@ -14,13 +14,12 @@ from lora_fuse.fusion.manifest import read_manifest
 from lora_fuse.machine.files import replace_text
 from lora_fuse.pictures.cases import Case
 from lora_fuse.pictures.encode import png
-from lora_fuse.pictures.environment import environment
 from lora_fuse.pictures.metrics import METRICS
 from lora_fuse.pictures.picture import levels_of
 from lora_fuse.recipe.paths import HERE as at  # noqa: N811
 from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.records import to_json
-from lora_fuse.regression.candidates import Candidate, Candidates, CaseRecord, Provenance
+from lora_fuse.regression.candidates import Candidate, Candidates, CaseRecord, PictureInputs
 from stages.config import compose
 from stages.download import download
 from stages.fuse import fuse
@@ -88,9 +87,7 @@ def candidate(case: Case, picture: bytes, params: Recipe, manifest_sha256: str) 
     """The record of a picture."""
     import hashlib
 
-    from lora_fuse.recipe.checkout import this_tool
-
-    provenance = Provenance(
+    inputs = PictureInputs(
         recipe=params.name,
         base="base",
         base_sha256="5" * 64,
@@ -103,7 +100,5 @@ def candidate(case: Case, picture: bytes, params: Recipe, manifest_sha256: str) 
         negative_prompt=params.sampling.negative_prompt,
         scheduler={},
         sigmas=(1.0, 0.0),
-        environment=environment("cpu", "float32"),
-        tool=this_tool(),
     )
-    return Candidate(hashlib.sha256(picture).hexdigest(), True, (), {}, provenance)
+    return Candidate(hashlib.sha256(picture).hexdigest(), True, (), {}, inputs)
