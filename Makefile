@@ -43,8 +43,10 @@ check: $(READY)
 	mypy
 	python -m stages.config --check
 
+# Two workers a core (tests/conftest.py), since many tests wait. The order is that of the collection, longest first;
+# loadgroup keeps the tests together that share a fixture, and lets the others go to whichever worker is free.
 test: check
-	pytest -n 2 --dist loadfile
+	pytest -n auto --dist loadgroup --no-loadscope-reorder
 
 # LORA=owner/name[@revision]:file RECIPE=name SCALE=1.0, each may be left out. Make ends with 2 whatever the code of a
 # failure is; 4, changed and to be looked at, is none.

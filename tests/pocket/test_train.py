@@ -24,13 +24,13 @@ FEW = {
 }  # fmt: skip
 
 
-def train(folder: Path, *more: str, code: int = 0, **changes: object) -> str:
+def train(folder: Path) -> str:
     """Run the command as a user would, but for the compiler, which would take minutes."""
-    settings = [part for key, value in {**FEW, **changes}.items() for part in ("--set", f"{key}={value}")]
+    settings = [part for key, value in FEW.items() for part in ("--set", f"{key}={value}")]
     command = [sys.executable, "-m", "pocket.train", "--work", str(folder / "work"), "--out", str(folder), *settings]
     env = {**os.environ, "TORCH_COMPILE_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, *more], capture_output=True, text=True, check=False, env=env)
-    assert done.returncode == code, done.stdout + done.stderr
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
@@ -55,10 +55,11 @@ def test_a_second_run_trains_nothing_and_a_lost_phase_is_done_again_to_the_same_
     assert {path.name: path.read_bytes() for path in (trained / "lora").iterdir()} == before
 
 
-def test_a_work_folder_of_another_recipe_is_refused(trained: Path) -> None:
-    message = train(trained, base_steps=9, code=2)
-    assert "was begun with base_steps=8, not 9: give another --work" in message
-    assert "Traceback" not in message
+def test_a_work_folder_of_another_recipe_is_refused(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = [part for key, value in {**FEW, "base_steps": 9}.items() for part in ("--set", f"{key}={value}")]
+    with pytest.raises(SystemExit, match="2"):
+        main(["--work", str(trained / "work"), "--out", str(trained), *settings])
+    assert "was begun with base_steps=8, not 9: give another --work" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("change", "message"), [("steps=1", "the recipe has seed"), ("seed=x", "valid integer")])
