@@ -20,7 +20,6 @@ from lora_fuse.machine import interrupts
 
 if TYPE_CHECKING:
     from lora_fuse import LoraInput, Plan, Selection
-    from lora_fuse.lora import Update
     from lora_fuse.release import Trusted
 
 
@@ -121,21 +120,14 @@ def _scheduler(options: argparse.Namespace) -> dict[str, object]:
 
 def _inspect(options: argparse.Namespace) -> int:
     lora = lora_fuse.open_lora(options.lora)
-    print(f"{lora.path}: {len(lora.header.tensors)} keys, {len(lora.updates)} modules, sha256 {lora.sha256}")
-    for line, count in sorted(Counter(_describe(update) for update in lora.updates).items()):
+    print(f"{lora.path}: {len(lora.header.tensors)} keys, {len(lora.deltas)} modules, sha256 {lora.sha256}")
+    for line, count in sorted(Counter(delta.description for delta in lora.deltas).items()):
         print(f"  {line}: {count} modules")
     dtypes = Counter(tensor.dtype for tensor in lora.header.tensors.values())
     print("  dtypes: " + ", ".join(f"{dtype} x {count}" for dtype, count in sorted(dtypes.items())))
-    for update in lora.updates:
-        print(f"  {update.module}.{update.part}  {'x'.join(map(str, update.shape))}")
+    for delta in lora.deltas:
+        print(f"  {delta.module}.{delta.part}  {'x'.join(map(str, delta.shape))}")
     return 0
-
-
-def _describe(update: Update) -> str:
-    told = f"{update.algorithm}, keys {update.format.name}"
-    if update.rank is not None:
-        told += f", rank {update.rank}, alpha {update.alpha:g} (factor {update.factor:g})"
-    return told
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -48,7 +48,7 @@ class DType:
 
     @property
     def is_float(self) -> bool:
-        """Whether a value is a floating-point number."""
+        """True where a value is a floating-point number."""
         return "F" in self.name
 
     @property
@@ -68,7 +68,10 @@ class DType:
         return dtype
 
 
-FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = FloatFormat(11, 5), FloatFormat(8, 8), FloatFormat(24, 8), FloatFormat(53, 11)
+FLOAT16 = FloatFormat(11, 5)
+BFLOAT16 = FloatFormat(8, 8)
+FLOAT32 = FloatFormat(24, 8)
+FLOAT64 = FloatFormat(53, 11)
 DTYPES = {
     dtype.name: dtype
     for dtype in (

@@ -33,7 +33,7 @@ FIELDS = ("dtype", "shape", "data_offsets")
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies in its file: `start` (included) to `end` (not included), in bytes of the file."""
+    """The place of one tensor in its file: from byte `start` (included) to byte `end` (not included)."""
 
     name: str
     dtype: str

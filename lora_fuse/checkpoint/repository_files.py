@@ -1,4 +1,4 @@
-"""Which files of a diffusers pipeline repository are worth having. Pure: names and parsed JSON in, names out.
+"""The files of a diffusers pipeline repository that are worth having. Pure: names and parsed JSON in, names out.
 
 Invariant: a name that is not on the list is never taken, so a repository cannot slip in a pickle or a script.
 """
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 MODEL_INDEX = "model_index.json"
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # a PEFT folder's, by PEFT
+# the files of a PEFT folder, as PEFT names them
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TEXT_SUFFIXES = frozenset({".json", ".txt", ".jinja", ".model"})
 PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
 # A second dot before the suffix marks a variant (`model.fp16.safetensors`), which is not taken.
@@ -24,12 +26,12 @@ _PLAIN_INDEX = re.compile(r"[^./]+\.safetensors\.index\.json")
 
 
 def is_pickle(path: str) -> bool:
-    """Whether the name is that of a pickle, which can run code when it is loaded."""
+    """True for the name of a pickle, which can run code when it is loaded."""
     return PurePosixPath(path).suffix.lower() in PICKLE_SUFFIXES
 
 
 def is_plain_weights(filename: str) -> bool:
-    """Whether it is a safetensors file, and not a variant's."""
+    """True for a safetensors file that is not a variant's."""
     return _PLAIN_WEIGHTS.fullmatch(filename) is not None
 
 
@@ -53,7 +55,7 @@ def folder_files(component: str, names: Iterable[str]) -> list[str]:
 
 
 def text_files(component: str, names: Iterable[str], label: str) -> list[str]:
-    """What describes a component: configs, vocabularies, templates and the index of its safetensors shards.
+    """The texts of a component: configs, vocabularies, templates and the index of its safetensors shards.
 
     Raises:
         BadSource: the component has no file at all.
@@ -66,7 +68,7 @@ def text_files(component: str, names: Iterable[str], label: str) -> list[str]:
 
 
 def is_index(path: str) -> bool:
-    """Whether it is the index of safetensors shards, and not of a variant's or a pickle's."""
+    """True for the index of safetensors shards that are not a variant's or a pickle's."""
     return _PLAIN_INDEX.fullmatch(PurePosixPath(path).name) is not None
 
 
@@ -79,7 +81,8 @@ def indexed_weights(index: str, content: object, names: Iterable[str], label: st
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadSource(f"{index} of {label} is no shard index: it has no weight_map; get a good copy")
-    held, shards = set(names), []
+    held = set(names)
+    shards = []
     for filename in sorted(set(map(str, weight_map.values()))):
         shard = (PurePosixPath(index).parent / filename).as_posix()
         if not _PLAIN_WEIGHTS.fullmatch(filename):
@@ -128,7 +131,8 @@ def lora_files(name: str, names: Iterable[str], label: str) -> list[str]:
         BadLora: it is no safetensors file, and no PEFT folder with one.
         BadSource: there is nothing of that name.
     """
-    path, known = PurePosixPath(name), set(names)
+    path = PurePosixPath(name)
+    known = set(names)
     if path.suffix == ".safetensors":
         return [name]
     below = sorted(other for other in known if path in PurePosixPath(other).parents)

@@ -18,11 +18,11 @@ Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Format:
+class ExportFormat:
     """One format.
 
-    `place` is the path of its file in the repository, with the model's name for ``{}``; `size` tells its bytes before
-    it is written; `write` writes it and tells how many more bytes are done.
+    `place` is the path of its file in the repository, with the model's name for ``{}``; `size` gives its bytes before
+    it is written; `write` writes it and calls its last argument with the number of bytes just written.
     """
 
     words: str
@@ -31,8 +31,8 @@ class Format:
     write: Callable[[Checkpoint, Path, Mapping[str, str], Progress], FileRecord]
 
 
-FORMATS: Mapping[str, Format] = {
-    "single_file": Format(
+FORMATS: Mapping[str, ExportFormat] = {
+    "single_file": ExportFormat(
         "the transformer in one file, with ComfyUI's keys",
         "diffusion_models/{}.safetensors",  # the folder of ComfyUI that it goes into
         single_file_size,
@@ -68,7 +68,7 @@ def export(
         formats: names of `FORMATS`.
         name: of the model, part of file names.
         metadata: what the files say of themselves.
-        progress: is told how many more bytes are done.
+        progress: called with the number of bytes just written.
 
     Returns:
         Every file by its POSIX path below `out`.
@@ -98,7 +98,7 @@ def export(
     return records
 
 
-def _format(name: str) -> Format:
+def _format(name: str) -> ExportFormat:
     if name not in FORMATS:
         raise BadConfig(f"export.formats names {name!r}; known are {', '.join(FORMATS)}")
     return FORMATS[name]

@@ -25,7 +25,7 @@ BLOCK = 8 << 20  # bytes read at once
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How ComfyUI names the tensors of a transformer class.
+    """ComfyUI's names for the tensors of a transformer class.
 
     `flags` are empty tensors that stand for a setting of `config.json` that is true.
     """
@@ -42,13 +42,13 @@ LAYOUTS: Mapping[str, Layout] = {
 def write_single_file(
     checkpoint: Checkpoint, path: Path, metadata: Mapping[str, str], progress: Callable[[int], None]
 ) -> FileRecord:
-    """Write `path`.
+    """Write the merged transformer to one file.
 
     Args:
         checkpoint: the merged one.
         path: the new file.
         metadata: what its header says of it.
-        progress: is told how many more bytes are written.
+        progress: called with the number of bytes just written.
 
     Raises:
         BadCheckpoint: ComfyUI's names of such a model are not known, or a shard is not what its header says.
@@ -63,7 +63,7 @@ def write_single_file(
 
 
 def single_file_size(checkpoint: Checkpoint, metadata: Mapping[str, str]) -> int:
-    """Bytes of that file.
+    """Size in bytes of the file that `write_single_file` writes.
 
     Raises:
         BadCheckpoint: see `write_single_file`.

@@ -1,4 +1,4 @@
-from .adder import read_differences as read_differences
+from .adder import read_deltas as read_deltas
 from .device import resolve_device as resolve_device
 from .job import Fused as Fused
 from .job import FuseJob as FuseJob

@@ -1,4 +1,4 @@
-"""What is added to a target: its LoRAs' tensors are read, and the quickest way to add them is chosen.
+"""The choice of the fastest adder for a target, whose LoRA tensors are read here.
 
 torch is imported where it is needed: its import takes longer than the fuse of a small model.
 """
@@ -16,7 +16,7 @@ from lora_fuse.errors import naming_extras
 from lora_fuse.fusion.cpu_adder import Stacked, TooLarge, stackable
 from lora_fuse.fusion.pieces import BUFFER, row_pieces
 from lora_fuse.fusion.plan import Target
-from lora_fuse.lora import deltas
+from lora_fuse.lora import Decomposed, Delta
 from lora_fuse.machine import direct_io
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Adder(Protocol):
-    """Adds the differences of one target to rows of it."""
+    """A way to add the deltas of one target to rows of it."""
 
     def add(self, data: memoryview, first: int) -> None:
         """Overwrite the weight's rows in `data`, from number `first` on, with the merged ones.
@@ -35,58 +35,58 @@ class Adder(Protocol):
 
 
 class CpuAdder:
-    """The way of `lowrank`; where a sum may be too large for the dtype, torch finds out whether it is."""
+    """The adder for plain LoRAs on a CPU; where a sum may be too large for the dtype, torch decides whether it is."""
 
-    def __init__(self, target: Target, differences: list[deltas.Difference], stacked: Stacked) -> None:
-        self._target, self._differences, self._stacked = target, differences, stacked
+    def __init__(self, target: Target, deltas: list[Delta], stacked: Stacked) -> None:
+        self._target = target
+        self._deltas = deltas
+        self._stacked = stacked
 
     def add(self, data: memoryview, first: int) -> None:
         """See `Adder`."""
         try:
             self._stacked.add(np.frombuffer(data, np.uint16).reshape(-1, _columns(self._target)), first)
         except TooLarge:
-            torch_sum(self._target, self._differences, "cpu").add(data, first)
+            torch_sum(self._target, self._deltas, "cpu").add(data, first)
 
 
 def read_sum(target: Target, device: str) -> Adder:
-    """What is added to a target, which is read once; `device` is ``cpu`` or ``cuda``."""
-    differences = read_differences(target)
-    products = stackable(differences, target.tensor.dtype) if device == "cpu" else None
+    """Read the deltas of a target and choose their adder; `device` is ``cpu`` or ``cuda``."""
+    deltas = read_deltas(target)
+    products = stackable(deltas, target.tensor.dtype) if device == "cpu" else None
     if products:
-        return CpuAdder(target, differences, Stacked(products, target.tensor.dtype))
-    return torch_sum(target, differences, device)
+        return CpuAdder(target, deltas, Stacked(products, target.tensor.dtype))
+    return torch_sum(target, deltas, device)
 
 
-def torch_sum(target: Target, differences: list[deltas.Difference], device: str) -> Adder:
-    """Any differences, by torch."""
+def torch_sum(target: Target, deltas: list[Delta], device: str) -> Adder:
+    """The adder for any deltas, on any device."""
     with naming_extras(f"{target.shard.path}: a sum as large as those of {target.tensor.name!r}"):
         from lora_fuse.fusion.torch_adder import TorchSum
 
-    return TorchSum(differences, target.tensor.dtype, _columns(target), device)
+    return TorchSum(deltas, target.tensor.dtype, _columns(target), device)
 
 
-def read_differences(target: Target) -> list[deltas.Difference]:
-    """The differences of all terms; those that need to know the whole weight have seen it.
+def read_deltas(target: Target) -> list[Delta]:
+    """Read the deltas of a target; DoRA by column has measured the whole weight then.
 
     Raises:
         BadCheckpoint: the base shard ended early.
     """
-    found = [
-        deltas.difference(term.update.format.algorithm, term.lora.read(term.update), term.update.factor, term.scale)
-        for term in target.terms
-    ]
+    found = [scaled.read() for scaled in target.deltas]
     for one in found:
-        if isinstance(one, deltas.Decomposed) and one.by_column:
+        if isinstance(one, Decomposed) and one.by_column:
             for first, rows in _rows_of(target):
                 one.measure(rows, first)
     return found
 
 
 def _rows_of(target: Target) -> Iterator[tuple[int, torch.Tensor]]:
-    """A target's rows as the base has them, in float64, block by block."""
+    """Read a target's rows from the base, in float64, block by block."""
     from lora_fuse.fusion.torch_adder import as_rows
 
-    at, memory = target.tensor.start, direct_io.block_memory(BUFFER)
+    at = target.tensor.start
+    memory = direct_io.block_memory(BUFFER)
     with direct_io.open_shard(target.shard.path) as source:
         for piece in row_pieces(target):
             data = direct_io.read_exactly(source, memory, at, piece.nbytes)

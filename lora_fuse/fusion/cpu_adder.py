@@ -1,6 +1,6 @@
 """Plain LoRAs into 16-bit weights on a CPU: float32 where that decides the rounding, float64 where not, else integers.
 
-The bytes are those of `fusion`, which sums every difference for every dtype and device: the exact sum, rounded once.
+The bytes are those of `fusion`, which sums every delta for every dtype and device: the exact sum, rounded once.
 A CPU multiplies in float32 at twice the speed, and what follows is one pass here, where torch would take many.
 """
 
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from lora_fuse.checkpoint import dtypes
 from lora_fuse.fusion.cpu_kernel import ADD, UNIT, Factors, largest
-from lora_fuse.lora import deltas, exact
+from lora_fuse.lora import Delta, LowRank, NotFinite, exact
 
 BLOCK = 1 << 19  # values of a product at a time: 2 MB
 LARGE = 2.0**60  # the product of two numbers below it is far from float32's largest
@@ -36,7 +36,7 @@ class Stacked:
     the inequality of Cauchy and Schwarz; factors rounded to float32 count as two roundings more.
     """
 
-    def __init__(self, parts: Sequence[deltas.LowRank], dtype: str) -> None:
+    def __init__(self, parts: Sequence[LowRank], dtype: str) -> None:
         """Stack the parts that `stackable` allows, for weights of a dtype of `dtypes.SIXTEEN_BIT`."""
         self._parts = tuple(parts)
         self._kind = dtypes.SIXTEEN_BIT[dtype]
@@ -45,7 +45,8 @@ class Stacked:
         self._roundings = 2 + sum(one.roundings + 1 for one in parts)
         a = np.concatenate([one.factor * one.matrix.a for one in parts], axis=1)
         b = np.concatenate([one.matrix.b for one in parts if one.matrix.b is not None], axis=0)
-        rank, largest_factor = len(b), max(np.abs(a).max(initial=0), np.abs(b).max(initial=0))
+        rank = len(b)
+        largest_factor = max(np.abs(a).max(initial=0), np.abs(b).max(initial=0))
         self._product = a.astype(np.float32), b.astype(np.float32)
         self._factors = Factors(
             a=a,
@@ -69,7 +70,7 @@ class Stacked:
         """
         top = self._as_float(largest(weights))
         if not np.isfinite(top):
-            raise deltas.NotFinite("the base holds NaN or infinity")
+            raise NotFinite("the base holds NaN or infinity")
         reach = top + self._size
         if reach >= self._kind.largest / SPARE:
             raise TooLarge
@@ -102,16 +103,18 @@ def _scratch(shape: tuple[int, ...]) -> tuple[npt.NDArray[np.float32], npt.NDArr
     """Memory of this thread's own, for a product and for the numbers of its values: fresh pages would cost time."""
     size = math.prod(shape)
     if not hasattr(_memory, "product") or len(_memory.product) < size:
-        _memory.product, _memory.left = np.empty(size, np.float32), np.empty(size, np.int64)
+        _memory.product = np.empty(size, np.float32)
+        _memory.left = np.empty(size, np.int64)
     return _memory.product[:size].reshape(shape), _memory.left[:size]
 
 
-def stackable(differences: Sequence[deltas.Difference], dtype: str) -> list[deltas.LowRank] | None:
-    """The same differences, where each is a product whose sum `Stacked` can take, for weights of a dtype."""
-    fit = [one for one in differences if isinstance(one, deltas.LowRank) and _is_small_product(one)]
-    return fit if dtype in dtypes.SIXTEEN_BIT and len(fit) == len(differences) else None
+def stackable(deltas: Sequence[Delta], dtype: str) -> list[LowRank] | None:
+    """The same deltas, where each is a product whose sum `Stacked` can take, for weights of a dtype."""
+    fit = [one for one in deltas if isinstance(one, LowRank) and _is_small_product(one)]
+    return fit if dtype in dtypes.SIXTEEN_BIT and len(fit) == len(deltas) else None
 
 
-def _is_small_product(one: deltas.LowRank) -> bool:
-    a, b = one.matrix.a, one.matrix.b
+def _is_small_product(one: LowRank) -> bool:
+    a = one.matrix.a
+    b = one.matrix.b
     return b is not None and max(abs(one.factor), 1) * np.abs(a).max(initial=0) < LARGE > np.abs(b).max(initial=0)

@@ -12,7 +12,7 @@ The compiled code is kept beside this file, or in the user's cache; the first us
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numba
 import numpy as np
@@ -22,7 +22,13 @@ from lora_fuse.checkpoint import dtypes
 
 UNIT = 2.0**-24  # half a unit in the last place of float32, relative
 
-F32, U16, U32, U64 = np.float32, np.uint16, np.uint32, np.uint64  # numba widens what is not converted
+# numba widens what is not converted
+F32 = np.float32
+U16 = np.uint16
+U32 = np.uint32
+U64 = np.uint64
+Bits: TypeAlias = npt.NDArray[np.uint16]
+Float32s: TypeAlias = npt.NDArray[np.float32]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -114,11 +120,31 @@ def _inner_product(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> np
     return total
 
 
-def adder(kind: dtypes.FloatFormat) -> Callable[..., int]:
+class AddRows(Protocol):
+    """Overwrite weights by their sum with a product, rounded once, as far as float64 decides it.
+
+    Args:
+        bits: (n, m), the weights.
+        product: (n, m), their part of ``a @ b.T`` in float32.
+        first: the row of `factors.a` that belongs to their first row.
+        factors: of the whole product.
+        left: (n * m,), is given the flat numbers of the weights that stay as they were, undecided by float64.
+
+    Returns:
+        Their count; or -1 where a product is further off than float32 allows.
+    """
+
+    def __call__(
+        self, bits: Bits, product: Float32s, first: int, factors: Factors, left: npt.NDArray[np.int64], /
+    ) -> int:
+        """See the class."""
+
+
+def adder(kind: dtypes.FloatFormat) -> AddRows:
     """Compile the loop for one format of 16 bits: with its constants in it, it is twice as fast as with variables.
 
     An example in bfloat16, whose numbers around 1 are 1, 1 + 2**-7, 1 + 2**-6. The weight is 1, the rank 1, the
-    bound some 4 units of roundoff, 2.4e-7:
+    bound 4 units of roundoff, 2.4e-7:
 
     - ``d = 2**-3 * 2**-3``: `near` is 1 + 2**-6. Both ends round to 1 + 2**-6, which is the result.
     - ``d = 2**-4 * (2**-4 + 2**-26)``: `near` is 1 + 2**-8, half-way between 1 and 1 + 2**-7, as float32 has no room
@@ -126,49 +152,33 @@ def adder(kind: dtypes.FloatFormat) -> Callable[..., int]:
       2**-30 and a bound below 2**-49, round to 1 + 2**-7: that is the result.
     - ``d = 2**-4 * 2**-4``: the sum is half-way exactly. float64 is undecided too; fractions say 1, which is even.
     """
-    precision, bias = kind.precision, kind.bias
-    dropped = U32(dtypes.FLOAT32.precision - precision)
-    scale, back = F32(2.0 ** (dtypes.FLOAT32.bias - bias)), F32(2.0 ** (bias - dtypes.FLOAT32.bias))
+    dropped = U32(dtypes.FLOAT32.precision - kind.precision)
+    scale = F32(2.0 ** (dtypes.FLOAT32.bias - kind.bias))
+    back = F32(1 / scale)
     smallest = F32(kind.smallest_normal)
-    # float32 has the same exponents: no number of the format is too small for `nearest_even`
-    same_exponents = bias == dtypes.FLOAT32.bias
+    same_exponents = kind.bias == dtypes.FLOAT32.bias  # as float32: no number is too small for `nearest_even`
+    precision = kind.precision
+    bias = kind.bias
 
-    def add(
-        bits: npt.NDArray[np.uint16],
-        product: npt.NDArray[np.float32],
-        first: int,
-        factors: Factors,
-        left: npt.NDArray[np.int64],
-    ) -> int:
-        """Overwrite weights by their sum with a product, rounded once, as far as float64 decides it.
-
-        Args:
-            bits: (n, m), the weights.
-            product: (n, m), their part of ``a @ b.T`` in float32.
-            first: the row of `factors.a` that belongs to their first row.
-            factors: of the whole product.
-            left: (n * m,), is given the flat numbers of the weights that stay as they were, undecided by float64.
-
-        Returns:
-            Their count; or -1 where a product is further off than float32 allows.
-        """
+    def add(bits: Bits, product: Float32s, first: int, factors: Factors, left: npt.NDArray[np.int64]) -> int:
         n, m = bits.shape
-        merged, undecided = np.empty(m, U16), np.zeros((m + 3) // 4 * 4, U16)
+        merged = np.empty(m, U16)
+        undecided = np.zeros((m + 3) // 4 * 4, U16)
         four_undecided = undecided.view(U64)  # they are few: four at a time
-        column_length, lost = factors.column_length, factors.lost
+        column_length = factors.column_length
         count = 0
         for i in range(n):
-            weights, added = bits[i], product[i]
-            row_error, a = factors.row_error[first + i], factors.a[first + i]
+            weights = bits[i]
+            added = product[i]
+            row_error = factors.row_error[first + i]
             for j in range(m):
                 near = F32(weight_of(weights[j], dropped, scale) + added[j])
-                bound = error_bound(near, row_error, column_length[j], lost)
-                low, high = F32(F32(near - bound) * back), F32(F32(near + bound) * back)
-                below, above = nearest_even(low, dropped), nearest_even(high, dropped)
-                sign = U32(U32(low.view(U32) >> U32(16)) & U32(0x8000))
-                merged[j] = U16(U32(below & U32(0x7FFF)) | sign)
-                differ = U32(below ^ above)
+                bound = error_bound(near, row_error, column_length[j], factors.lost)
+                low = F32(F32(near - bound) * back)
+                below = nearest_even(low, dropped)
+                differ = U32(below ^ nearest_even(F32(F32(near + bound) * back), dropped))
                 undecided[j] = U16(differ) if same_exponents else U16(differ | U32(abs(near) < smallest))
+                merged[j] = U16(U32(below & U32(0x7FFF)) | U32(U32(low.view(U32) >> U32(16)) & U32(0x8000)))
             for k in range(four_undecided.shape[0]):
                 if four_undecided[k] == 0:
                     continue
@@ -176,16 +186,16 @@ def adder(kind: dtypes.FloatFormat) -> Callable[..., int]:
                     if undecided[j] == 0:
                         continue
                     weight = weight_of(weights[j], dropped, scale)
-                    total = np.float64(weight) + _inner_product(a, factors.b[j])
+                    total = np.float64(weight) + _inner_product(factors.a[first + i], factors.b[j])
                     near = F32(weight + added[j])
-                    if not abs(total - near) <= error_bound(near, row_error, column_length[j], lost):
+                    if not abs(total - near) <= error_bound(near, row_error, column_length[j], factors.lost):
                         return -1
                     merged[j] = nearest_even_of_float64(total - factors.error, precision, bias)
                     if merged[j] != nearest_even_of_float64(total + factors.error, precision, bias):
                         merged[j] = weights[j]
                         left[count] = i * m + j
                         count += 1
-            for j in range(m):
+            for j in range(m):  # numba's assignment of a slice takes several times as long
                 weights[j] = merged[j]
         return count
 

@@ -1,4 +1,4 @@
-"""Which device a fuse runs on.
+"""The device that a fuse runs on.
 
 torch is imported inside the functions: naming a device must not cost a second of start-up.
 """
@@ -50,7 +50,7 @@ def fuse_device(requested: str, plain: bool) -> str:
 
     Args:
         requested: "auto", "cpu" or "cuda".
-        plain: whether all that is added are plain LoRAs, to weights of 16 bits.
+        plain: True where only plain LoRAs are added, to weights of 16 bits.
 
     Raises:
         NoDevice: see `resolve_device`.

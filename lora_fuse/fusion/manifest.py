@@ -14,7 +14,7 @@ from lora_fuse.recipe import Lock, Manifest, Recipe, records
 
 
 def manifest_path(merged: Path) -> Path:
-    """Where the manifest of `merged` lies: beside it, so that `merged` holds only what is published."""
+    """The path of a merge's manifest: beside it, so that `merged` holds only what is published."""
     return merged.with_name(f"{merged.name}.manifest.json")
 
 
@@ -26,7 +26,7 @@ def build_manifest(
     base: Lock | None = None,
     loras: Mapping[str, Lock] | None = None,
 ) -> Manifest:
-    """The manifest of a merge that was just written.
+    """Build the manifest of a merge that was just written.
 
     Args:
         plan: what was fused.
@@ -84,7 +84,7 @@ def read_build(manifest: Path, manifest_sha256: str) -> records.BuildRecord:
 
 
 def read_manifest(path: Path) -> tuple[Manifest, str]:
-    """A manifest and the sha256 of its text, which stands for these very bytes in later checks.
+    """Read a manifest and the sha256 of its text, which stands for these very bytes in later checks.
 
     Raises:
         BadSource: there is none, or it is not a manifest.
@@ -97,7 +97,7 @@ def read_manifest(path: Path) -> tuple[Manifest, str]:
 
 
 def check_files(manifest: Manifest, merged: Path) -> list[str]:
-    """Compare the files on disk with the manifest by name and size; one sentence for each difference.
+    """Compare the files on disk with the manifest by name and size; one sentence for each delta.
 
     Content is not hashed here: the engine hashed it while it was written, and publishing hashes what it sends.
     """
@@ -109,7 +109,8 @@ def check_files(manifest: Manifest, merged: Path) -> list[str]:
         f"{name} is in {merged} and not in the manifest" for name in sorted(held.keys() - manifest.files.keys())
     ]
     for name in sorted(held.keys() & manifest.files.keys()):
-        size, wanted = held[name].stat().st_size, manifest.files[name].size
+        size = held[name].stat().st_size
+        wanted = manifest.files[name].size
         if size != wanted:
             problems.append(f"{name} has {size} bytes, the manifest says {wanted}")
     return problems

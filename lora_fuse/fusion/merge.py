@@ -40,7 +40,7 @@ def write_merged(
         device: ``cpu`` or ``cuda``; the bytes do not depend on it.
         generated: files of a pipeline whose content is given here instead of the base's, by POSIX path.
         known: the base's files whose sha256 is known already (a lock's), so that they are not hashed again.
-        progress: is told how many more bytes are done, from any thread.
+        progress: called with the number of bytes just written, from any thread.
         untouched: how weights that do not change are taken over.
 
     Returns:
@@ -69,7 +69,8 @@ def write_merged(
             new = place.files
             if plan.checkpoint.kind == "file":
                 ((name, record),) = written.items()
-                new, written = new / name, {out.name: record}
+                new = new / name
+                written = {out.name: record}
             staging.replace_atomically(new, out)
     except OSError as error:
         raise Refused(f"cannot write {out}: {error.strerror} ({error.filename or out}); it is as it was") from error
@@ -112,7 +113,7 @@ def _fused_size(shard: Shard, provenance: str) -> int:
 def _fuse_shards(
     plan: Plan, place: staging.StagingFolder, way: FuseOptions, shards: Mapping[str, _Identity], progress: Progress
 ) -> dict[str, records.MergedFile]:
-    """The shards that change, several at a time; those that a killed run has finished are not made again."""
+    """Fuse the shards that change, several at a time; those that a killed run has finished are not made again."""
     done = place.keep_finished([shard.relative for shard in plan.fused_shards])
 
     def fuse(shard: Shard) -> FileRecord:
@@ -151,7 +152,7 @@ def _place_others(
     untouched: files.Untouched,
     placed: Callable[[str], None],
 ) -> dict[str, records.MergedFile]:
-    """What is the base's as it is, and what is generated; `placed` is told each of the base's files."""
+    """Place the base's unchanged files and the generated ones; `placed` is called with each of the base's."""
     written = {}
     fused = {shard.relative for shard in plan.fused_shards}
     same = [shard.relative for shard in plan.checkpoint.shards if shard.relative not in fused]
@@ -174,7 +175,8 @@ def _take_over(source: Path, target: Path, how: files.Untouched) -> None:
 
 
 def _check_places(checkpoint: Checkpoint, out: Path) -> None:
-    base, place = checkpoint.root.resolve(), out.resolve()
+    base = checkpoint.root.resolve()
+    place = out.resolve()
     if place == base or base in place.parents or place in base.parents:
         raise Refused(f"OUT {out} and BASE {checkpoint.root} overlap; write the merged checkpoint somewhere else")
     if (

@@ -1,4 +1,4 @@
-"""What a fuse would do, worked out from headers alone: every target, every shape, every refusal. Writes nothing."""
+"""The plan of a fuse, worked out from headers alone: every target, every shape, every refusal. Writes nothing."""
 
 from __future__ import annotations
 
@@ -9,18 +9,35 @@ from dataclasses import asdict, dataclass, field
 
 from lora_fuse.checkpoint import PROVENANCE, Checkpoint, Shard, TensorInfo, dtypes, open_checkpoint
 from lora_fuse.errors import BadCheckpoint, BadScale, require
-from lora_fuse.lora import Algorithm, LoraFile, LoraInput, Selection, Update, match_targets, open_lora
+from lora_fuse.lora import (
+    Delta,
+    LoraDelta,
+    LoraFile,
+    LoraInput,
+    Selection,
+    make_delta,
+    match_targets,
+    open_lora,
+)
 from lora_fuse.models import COMPONENT
 from lora_fuse.recipe import Lock, Recipe, hf_cache, paths
 
 
 @dataclass(frozen=True, slots=True)
-class Term:
-    """One LoRA's part in one parameter, at the scale that the user gives."""
+class ScaledDelta:
+    """One LoRA's delta of one parameter, at the scale that the user gives."""
 
     lora: LoraFile
-    update: Update
+    delta: LoraDelta
     scale: float
+
+    def read(self) -> Delta:
+        """Read its tensors.
+
+        Raises:
+            BadLora: the file cannot be read, or ended early.
+        """
+        return make_delta(self.delta.format.algorithm, self.lora.read(self.delta), self.delta.factor, self.scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +46,7 @@ class Target:
 
     tensor: TensorInfo
     shard: Shard
-    terms: tuple[Term, ...]
+    deltas: tuple[ScaledDelta, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +71,12 @@ class Plan:
 
     @property
     def plain(self) -> bool:
-        """Whether only plain LoRAs are added, and only to weights of 16 bits: what is quickest."""
+        """True where only plain LoRAs are added, and only to weights of 16 bits: the fastest case."""
         return all(_beyond_plain(target) is None for target in self.targets.values())
 
     @property
     def provenance(self) -> str:
-        """What a fused shard's header says about its making, as JSON: the same wherever and whenever it is made."""
+        """The entry in a fused shard's header, as JSON: base, LoRAs and scales, the same wherever it is made."""
         loras = [
             {"sha256": lora.sha256, "scale": given.scale, **_config(lora)}
             for given, lora in sorted(zip(self.inputs, self.loras, strict=True), key=_order)
@@ -70,7 +87,7 @@ class Plan:
     @property
     def modules(self) -> int:
         """Modules in the LoRA files, summed over files: what has to be fused."""
-        return sum(len(lora.updates) for lora in self.loras)
+        return sum(len(lora.deltas) for lora in self.loras)
 
 
 def make_plan(checkpoint: Checkpoint, inputs: Sequence[LoraInput], selection: Selection | None = None) -> Plan:
@@ -92,13 +109,13 @@ def make_plan(checkpoint: Checkpoint, inputs: Sequence[LoraInput], selection: Se
             raise BadScale(f"the scale of {given.name} is {given.scale}, not a finite number; 1.0 is the usual one")
     loras = tuple(open_lora(given.path) for given in inputs)
     weights = checkpoint.tensors()
-    terms: dict[str, list[Term]] = {}
+    deltas: dict[str, list[ScaledDelta]] = {}
     for given, lora in sorted(zip(inputs, loras, strict=True), key=_order):
-        for name, update in match_targets(lora.updates, weights, str(lora.path)).items():
-            terms.setdefault(name, []).append(Term(lora, update, given.scale * (chosen.share(name) or 0.0)))
-    chosen.check(terms)
-    skipped = tuple(sorted(name for name in terms if chosen.share(name) is None))
-    kept = {name: found for name, found in terms.items() if name not in skipped}
+        for name, delta in match_targets(lora.deltas, weights, str(lora.path)).items():
+            deltas.setdefault(name, []).append(ScaledDelta(lora, delta, given.scale * (chosen.share(name) or 0.0)))
+    chosen.check(deltas)
+    skipped = tuple(sorted(name for name in deltas if chosen.share(name) is None))
+    kept = {name: scaled for name, scaled in deltas.items() if name not in skipped}
     targets = _targets(checkpoint, kept)
     if (beyond := next(filter(None, map(_beyond_plain, targets.values())), None)) is not None:
         require("torch", beyond)
@@ -106,13 +123,13 @@ def make_plan(checkpoint: Checkpoint, inputs: Sequence[LoraInput], selection: Se
 
 
 def plan_of(base: Lock, loras: Mapping[str, Lock], params: Recipe) -> Plan:
-    """The pinned LoRAs against the pinned base, as the recipe chooses and scales them."""
+    """Match the pinned LoRAs against the pinned base, as the recipe chooses and scales them."""
     checkpoint = open_checkpoint(hf_cache.locate(base), COMPONENT, base.files, base.label if base.repo_id else None)
     return make_plan(checkpoint, paths.lora_inputs(loras, params), params.fuse.selection)
 
 
 def _refuse_unfit(checkpoint: Checkpoint) -> None:
-    """A base whose weights are not the plain ones that a LoRA was trained for."""
+    """Refuse a base that is merged or quantised: a LoRA was trained for the plain weights."""
     for shard in checkpoint.shards:
         if PROVENANCE in shard.header.metadata:
             raise BadCheckpoint(
@@ -131,22 +148,22 @@ def _order(pair: tuple[LoraInput, LoraFile]) -> tuple[str, str, float]:
 
 
 def _config(lora: LoraFile) -> dict[str, str]:
-    """What else the bytes depend on: the configuration of a PEFT folder."""
+    """The sha256 of a PEFT folder's configuration, on which the bytes depend too."""
     return {} if lora.config_sha256 is None else {"config_sha256": lora.config_sha256}
 
 
-def _targets(checkpoint: Checkpoint, terms: dict[str, list[Term]]) -> dict[str, Target]:
+def _targets(checkpoint: Checkpoint, deltas: dict[str, list[ScaledDelta]]) -> dict[str, Target]:
     targets = {}
     for shard in checkpoint.shards:
         for name, tensor in shard.header.tensors.items():
-            if name not in terms:
+            if name not in deltas:
                 continue
             if tensor.dtype not in dtypes.ROUNDABLE:
                 raise BadCheckpoint(
                     f"{shard.path}: the target {name!r} is {tensor.dtype}, which cannot be rounded to; "
                     f"use a base in {', '.join(dtypes.ROUNDABLE)}"
                 )
-            targets[name] = Target(tensor, shard, tuple(terms[name]))
+            targets[name] = Target(tensor, shard, tuple(deltas[name]))
     return targets
 
 
@@ -154,7 +171,7 @@ def _beyond_plain(target: Target) -> str | None:
     """The first thing about a target that only torch can add; None for plain LoRAs and weights of 16 bits."""
     if target.tensor.dtype not in dtypes.SIXTEEN_BIT:
         return f"{target.shard.path}: a fuse into {target.tensor.dtype} weights, as {target.tensor.name!r} is,"
-    for term in target.terms:
-        if term.update.algorithm != str(Algorithm.LORA):
-            return f"{term.lora.path}: a fuse of {term.update.algorithm}, as for {target.tensor.name!r},"
+    for scaled in target.deltas:
+        if not scaled.delta.is_plain:
+            return f"{scaled.lora.path}: a fuse of {scaled.delta.algorithm}, as for {target.tensor.name!r},"
     return None

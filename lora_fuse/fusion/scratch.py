@@ -16,7 +16,8 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
     held: dict[Any, torch.Tensor] = _memory.__dict__
     key = (name, shape, dtype, device)
     if key not in held:
-        count, whole = math.prod(shape), (name, dtype, device)
+        count = math.prod(shape)
+        whole = (name, dtype, device)
         if whole not in held or held[whole].numel() < count:
             held[whole] = torch.empty(count, dtype=dtype, device=device)
         held[key] = held[whole][:count].view(shape)

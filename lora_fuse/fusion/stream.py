@@ -1,4 +1,4 @@
-"""Carries out a `Plan` on one shard: read, add, hash and write, piece by piece, in buffers that are used again.
+"""The fuse of one shard as a stream: read, add, hash and write, piece by piece, in buffers that are used again.
 
 A fused shard has the base shard's tensors at the same offsets, so only the bytes of targets differ, and its header says
 what was fused. One thread reads ahead, others hash and write behind, and the arithmetic between them is spread over
@@ -22,13 +22,13 @@ from lora_fuse.errors import BadCheckpoint
 from lora_fuse.fusion.adder import Adder, read_sum
 from lora_fuse.fusion.pieces import BUFFER, pieces
 from lora_fuse.fusion.plan import Target
-from lora_fuse.lora import deltas
+from lora_fuse.lora import NotFinite
 from lora_fuse.machine import FileRecord, HashingWriter, direct_io
 
 WORKERS = 4  # at most, of a shard: a single thread hashes it, and more are not needed to keep that one busy
 SHARDS = 3  # at a time, at most: each has buffers of its own, some 200 MB
 
-Progress = Callable[[int], None]  # is told how many more bytes are done, from any thread
+Progress = Callable[[int], None]  # called with the number of bytes just written, from any thread
 
 
 @dataclass(slots=True)
@@ -40,12 +40,12 @@ class Buffer:
 
 
 class Stopped(Exception):
-    """Another shard failed, or the user has had enough."""
+    """Another shard failed, or the run was interrupted."""
 
 
 @dataclass(frozen=True, slots=True)
 class FuseOptions:
-    """How to fuse: on ``cpu`` or ``cuda``, and whether to write past the cache. The bytes do not depend on it."""
+    """Options that the bytes do not depend on: the device, writing past the cache, and an event that stops the run."""
 
     device: str
     direct: bool
@@ -53,12 +53,12 @@ class FuseOptions:
 
     @property
     def shards(self) -> int:
-        """How many at a time."""
+        """The number of shards that are fused at a time."""
         return max(1, min(_cores() // WORKERS, SHARDS))
 
     @property
     def workers(self) -> int:
-        """Threads that add to one shard."""
+        """The number of threads that add to one shard."""
         return min(_cores(), WORKERS)
 
 
@@ -103,7 +103,7 @@ def fuse_shard(
 
 
 class _Sums:
-    """What is added to the target at hand; the pieces of one target come one after another."""
+    """The adder of the target at hand; the pieces of one target come one after another."""
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -119,7 +119,7 @@ def _add(target: Target, added: Adder, first: int, read: Future[memoryview]) -> 
     data = read.result()
     try:
         added.add(data, first)
-    except deltas.NotFinite as error:
+    except NotFinite as error:
         raise BadCheckpoint(f"{target.shard.path}: {target.tensor.name!r}: {error}; nothing was written") from error
     return data
 

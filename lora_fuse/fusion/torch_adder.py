@@ -1,4 +1,4 @@
-"""Any difference added to weights of any dtype by torch, on the CPU or on a GPU."""
+"""Any delta added to weights of any dtype by torch, on the CPU or on a GPU."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 
 from lora_fuse.checkpoint import dtypes
 from lora_fuse.fusion.torch_sums import fuse_rows
-from lora_fuse.lora import deltas
+from lora_fuse.lora import Decomposed, Delta
 
 _of_thread = threading.local()
 
 
 class TorchSum:
-    """The differences of one weight."""
+    """The deltas of one weight."""
 
-    def __init__(self, differences: Sequence[deltas.Difference], dtype: str, columns: int, device: str) -> None:
+    def __init__(self, deltas: Sequence[Delta], dtype: str, columns: int, device: str) -> None:
         """Differences of a weight of a safetensors dtype; a square root is taken on the CPU, the same everywhere."""
-        self._differences = differences
+        self._deltas = deltas
         self._dtype = dtypes.DTYPES[dtype].torch
         self._columns = columns
-        rooted = any(isinstance(one, deltas.Decomposed) for one in differences)
+        rooted = any(isinstance(one, Decomposed) for one in deltas)
         self._device = torch.device("cpu" if rooted else device)
 
     def add(self, data: memoryview, first: int) -> None:
@@ -35,13 +35,13 @@ class TorchSum:
         torch.set_num_threads(1)  # of this thread: its threads would spin against those of the other pieces
         rows = as_rows(data, self._dtype, self._columns)
         if self._device.type == "cpu":
-            fuse_rows(rows, self._differences, first)
+            fuse_rows(rows, self._deltas, first)
             return
         if not hasattr(_of_thread, "stream"):  # one piece is carried over while another is summed
             _of_thread.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         with torch.cuda.stream(_of_thread.stream):
             moved = rows.to(self._device, non_blocking=True)
-            fuse_rows(moved, self._differences, first)
+            fuse_rows(moved, self._deltas, first)
             rows.copy_(moved, non_blocking=True)
             _of_thread.stream.synchronize()
 

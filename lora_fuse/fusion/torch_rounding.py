@@ -12,7 +12,7 @@ FLOAT_FORMATS = {dtypes.DTYPES[name].torch: kind for name, kind in dtypes.ROUNDA
 
 
 def round_most(values: torch.Tensor, error: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round values by way of the fastest conversion, and tell which of them it may have led astray.
+    """Round values by way of the fastest conversion, and list those that it may have rounded wrongly.
 
     Args:
         values: float64, contiguous, any shape.
@@ -25,19 +25,21 @@ def round_most(values: torch.Tensor, error: float, dtype: torch.dtype) -> tuple[
     """
     near = scratch("near", values.shape, torch.float32, values.device).copy_(values)
     if dtype == torch.float32:
-        low, high = (values - error).to(dtype), (values + error).to(dtype)
+        low = (values - error).to(dtype)
+        high = (values + error).to(dtype)
         return near, _negative((low == high).view(-1).to(torch.int32) - 1)
     return near, _near_a_tie(near.view(-1), error, dtype)
 
 
 def round_doubtful(values: torch.Tensor, error: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round values with one rounding, and tell which of them the error leaves undecided.
+    """Round values with one rounding, and list those that the error leaves undecided.
 
     Rounding is monotone: where ``value - error`` and ``value + error`` become the same number, so does the exact value.
 
     Args and returns are those of `round_most`, but that the first thing returned has `dtype`.
     """
-    low, high = narrow(values - error, dtype), narrow(values + error, dtype)
+    low = narrow(values - error, dtype)
+    high = narrow(values + error, dtype)
     return low, (low != high).nonzero().view(-1)
 
 
@@ -48,8 +50,10 @@ def _near_a_tie(near: torch.Tensor, error: float, dtype: torch.dtype) -> torch.T
     float32 and for `error`; a value so small that this is not enough counts as near. Both tests end in a negative
     number, for torch compares four times as slowly as it subtracts.
     """
-    dropped, window = dtypes.FLOAT32.precision - FLOAT_FORMATS[dtype].precision, 2
-    mask, tie = (1 << dropped) - 1, 1 << (dropped - 1)
+    dropped = dtypes.FLOAT32.precision - FLOAT_FORMATS[dtype].precision
+    window = 2
+    mask = (1 << dropped) - 1
+    tie = 1 << (dropped - 1)
     bits = near.view(torch.int32)
     distance, size = (scratch(name, bits.shape, torch.int32, bits.device) for name in ("distance", "size"))
     torch.add(bits, tie + window, out=distance)  # modulo the mask the same as minus the tie
@@ -61,7 +65,7 @@ def _near_a_tie(near: torch.Tensor, error: float, dtype: torch.dtype) -> torch.T
 
 
 def _negative(numbers: torch.Tensor) -> torch.Tensor:
-    """Where a vector is negative; on the CPU numpy finds that several times as fast as torch."""
+    """Indices of a vector's negative values; on the CPU numpy finds them several times as fast as torch."""
     if numbers.device.type == "cpu":
         return torch.from_numpy(np.flatnonzero(numbers.numpy() < 0))
     return (numbers < 0).nonzero().view(-1)
@@ -76,6 +80,7 @@ def narrow(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     near = values.to(torch.float32)
     if dtype == torch.float32:
         return near
-    wide, bits = near.double(), near.view(torch.int32)
+    wide = near.double()
+    bits = near.view(torch.int32)
     towards_zero = torch.where(wide.abs() > values.abs(), bits - 1, bits)
     return torch.where(wide == values, bits, towards_zero | 1).view(torch.float32).to(dtype)

@@ -16,20 +16,20 @@ import torch
 
 from lora_fuse.fusion.scratch import scratch
 from lora_fuse.fusion.torch_rounding import FLOAT_FORMATS, round_doubtful, round_most
-from lora_fuse.lora import deltas, exact
+from lora_fuse.lora import Delta, NotFinite, exact
 
 BLOCK = (512, 1024)  # rows and columns that are summed at a time on a CPU: 4 MB in float64
 
 
-def fuse_rows(rows: torch.Tensor, differences: Sequence[deltas.Difference], first: int = 0) -> None:
-    """Add differences to some rows of a weight, in place.
+def fuse_rows(rows: torch.Tensor, deltas: Sequence[Delta], first: int = 0) -> None:
+    """Add deltas to some rows of a weight, in place.
 
-    The result is exact but for a difference that has a root in it (DoRA), whose float64 sum is rounded, and for float64
+    The result is exact but for a delta that has a root in it (DoRA), whose float64 sum is rounded, and for float64
     weights, which get the float64 sum.
 
     Args:
         rows: (n, columns), the weight's rows in its own dtype; overwritten.
-        differences: of the whole weight.
+        deltas: of the whole weight.
         first: the number of the first row.
 
     Raises:
@@ -38,17 +38,17 @@ def fuse_rows(rows: torch.Tensor, differences: Sequence[deltas.Difference], firs
     low, high = torch.aminmax(rows)
     reach = max(-float(low), float(high))
     if not math.isfinite(reach):
-        raise deltas.NotFinite("the base holds NaN or infinity")
-    reach += sum(one.size for one in differences)
-    operations = 2 + sum(one.roundings + 1 for one in differences)
+        raise NotFinite("the base holds NaN or infinity")
+    reach += sum(one.size for one in deltas)
+    operations = 2 + sum(one.roundings + 1 for one in deltas)
     error = 2.0**-52 * operations * reach if math.isfinite(reach) else 0.0
     doubts = [
-        _fuse_block(block, differences, row, column, first, error)
+        _fuse_block(block, deltas, row, column, first, error)
         for row, column, block in _blocks(rows, whole_rows=not math.isfinite(reach))
     ]
-    _settle(rows, _Doubts(*(torch.cat(parts) for parts in zip(*doubts, strict=True))), differences, first, error)
+    _settle(rows, _Doubts(*(torch.cat(parts) for parts in zip(*doubts, strict=True))), deltas, first, error)
     if not reach < torch.finfo(rows.dtype).max and not bool(torch.isfinite(rows).all()):
-        raise deltas.NotFinite(f"a sum is too large for {rows.dtype}")
+        raise NotFinite(f"a sum is too large for {rows.dtype}")
 
 
 def _blocks(rows: torch.Tensor, whole_rows: bool) -> Iterator[tuple[int, int, torch.Tensor]]:
@@ -73,30 +73,32 @@ class _Doubts(NamedTuple):
 
 
 def _fuse_block(
-    block: torch.Tensor, differences: Sequence[deltas.Difference], row: int, column: int, first: int, error: float
+    block: torch.Tensor, deltas: Sequence[Delta], row: int, column: int, first: int, error: float
 ) -> _Doubts:
     total = scratch("total", block.shape, torch.float64, block.device).copy_(block)
     weight = total.clone() if error == 0 else total
-    for one in differences:
+    for one in deltas:
         one.add_to(total, weight, first + row, column)
     if block.dtype == torch.float64:
-        near, doubtful = total, torch.empty(0, dtype=torch.int64, device=block.device)
+        near = total
+        doubtful = torch.empty(0, dtype=torch.int64, device=block.device)
     else:
         near, doubtful = round_most(total, error, block.dtype)
-    i, j = doubtful // block.shape[1], doubtful % block.shape[1]
+    i = doubtful // block.shape[1]
+    j = doubtful % block.shape[1]
     doubts = _Doubts(row + i, column + j, block[i, j], total[i, j])
     block.copy_(near)
     return doubts
 
 
-def _settle(
-    rows: torch.Tensor, doubts: _Doubts, differences: Sequence[deltas.Difference], first: int, error: float
-) -> None:
+def _settle(rows: torch.Tensor, doubts: _Doubts, deltas: Sequence[Delta], first: int, error: float) -> None:
     if not len(doubts.row):
         return
     merged, undecided = round_doubtful(doubts.total, error, rows.dtype)
     for number in undecided.tolist():
-        row, column, weight = (int(doubts.row[number]), int(doubts.column[number]), float(doubts.weight[number]))
-        parts = (one.exact(first + row, column) for one in differences)
+        row = int(doubts.row[number])
+        column = int(doubts.column[number])
+        weight = float(doubts.weight[number])
+        parts = (one.exact(first + row, column) for one in deltas)
         merged[number] = exact.nearest(sum(parts, Fraction(weight)), FLOAT_FORMATS[rows.dtype])
     rows[doubts.row, doubts.column] = merged

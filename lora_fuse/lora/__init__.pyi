@@ -1,9 +1,12 @@
-from . import deltas as deltas
 from . import exact as exact
+from .deltas import Decomposed as Decomposed
+from .deltas import Delta as Delta
+from .deltas import LowRank as LowRank
+from .deltas import NotFinite as NotFinite
+from .deltas import make_delta as make_delta
+from .inputs import LoraInput as LoraInput
 from .inputs import Selection as Selection
-from .key_formats import Algorithm as Algorithm
+from .key_parser import LoraDelta as LoraDelta
 from .lora_file import LoraFile as LoraFile
 from .lora_file import open_lora as open_lora
 from .matcher import match_targets as match_targets
-from .updates import LoraInput as LoraInput
-from .updates import Update as Update

@@ -37,7 +37,7 @@ class AdapterConfig:
         return float(rank) if alpha is None else float(alpha)
 
     def factor(self, alpha: float, rank: int) -> float:
-        """What a low-rank product is multiplied by: alpha / rank, or alpha / sqrt(rank) with `use_rslora`.
+        """The factor of a low-rank product: alpha / rank, or alpha / sqrt(rank) with `use_rslora`.
 
         Sources: Hu et al. 2021, arXiv:2106.09685, section 4.1; Kalajdzievski 2023, arXiv:2312.03732.
         """

@@ -1,8 +1,8 @@
-"""The arithmetic of an update: factors in, rows of the difference out, in float64; and any one value exactly. Pure.
+"""The arithmetic of a delta: factors in, rows of it out, in float64; and any one value exactly. Pure.
 
-torch is imported where it computes: plain LoRAs in 16 bits do without (see `lowrank`), and its import takes seconds.
+torch is imported where it computes: its import takes seconds, and plain LoRAs in 16 bits do without it.
 
-`difference` builds what an algorithm of `key_formats` means. A row of the weight is an output feature; the other
+`make_delta` builds the delta of an algorithm of `key_formats`. A row of the weight is an output feature; the other
 dimensions of a convolution are flattened behind it. Each formula is multiplied by the file's own factor and the scale.
 """
 
@@ -31,8 +31,8 @@ class NotFinite(ValueError):
     """A weight holds NaN or infinity, or would after the sum."""
 
 
-class Difference(Protocol):
-    """What is added to a weight.
+class Delta(Protocol):
+    """A matrix that is added to a weight.
 
     `size` bounds the sum of the absolute values that any element is a sum of, `roundings` the roundings that a float64
     evaluation makes on the way; together they bound its error. `size` is infinite where the formula has a root in it.
@@ -60,10 +60,12 @@ class Matrix:
 
     def __post_init__(self) -> None:
         if self.b is None:
-            self.size, self.roundings = float(np.abs(self.a).max(initial=0)), 0
+            self.size = float(np.abs(self.a).max(initial=0))
+            self.roundings = 0
             return
         rows, columns = (np.sqrt((m * m).sum(axis)).max(initial=0) for m, axis in ((self.a, 1), (self.b, 0)))
-        self.size, self.roundings = float(rows * columns), len(self.b) + 1  # Cauchy and Schwarz
+        self.size = float(rows * columns)
+        self.roundings = len(self.b) + 1  # Cauchy and Schwarz
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -73,7 +75,8 @@ class Matrix:
     def part(self, like: torch.Tensor, row: int, column: int) -> torch.Tensor:
         """The part that begins at a row and a column and is as large as `like`, float64."""
         a, *b = self._on(like.device)
-        rows, columns = slice(row, row + like.shape[0]), slice(column, column + like.shape[1])
+        rows = slice(row, row + like.shape[0])
+        columns = slice(column, column + like.shape[1])
         return a[rows] @ b[0][:, columns] if b else a[rows, columns]
 
     def values(self) -> Array:
@@ -89,7 +92,8 @@ class Matrix:
     def add_to(self, total: torch.Tensor, row: int, column: int, factor: float) -> None:
         """Add ``factor * part`` to `total`."""
         a, *b = self._on(total.device)
-        rows, columns = slice(row, row + total.shape[0]), slice(column, column + total.shape[1])
+        rows = slice(row, row + total.shape[0])
+        columns = slice(column, column + total.shape[1])
         if b:
             total.addmm_(a[rows], b[0][:, columns], alpha=factor)
         else:
@@ -105,19 +109,21 @@ class Matrix:
 
 
 class LowRank:
-    """``factor * matrix``: LoRA (Hu et al. 2021, arXiv:2106.09685, section 4.1), or a whole difference."""
+    """``factor * matrix``: LoRA (Hu et al. 2021, arXiv:2106.09685, section 4.1), or a whole delta."""
 
     def __init__(self, matrix: Matrix, factor: float) -> None:
-        self.matrix, self.factor = matrix, factor
-        self.size, self.roundings = abs(factor) * matrix.size, matrix.roundings + 2
+        self.matrix = matrix
+        self.factor = factor
+        self.size = abs(factor) * matrix.size
+        self.roundings = matrix.roundings + 2
 
     def add_to(self, total: torch.Tensor, weight: torch.Tensor, row: int, column: int) -> None:
-        """See `Difference`."""
+        """See `Delta`."""
         del weight
         self.matrix.add_to(total, row, column, self.factor)
 
     def exact(self, row: int, column: int) -> Fraction:
-        """See `Difference`."""
+        """See `Delta`."""
         return Fraction(self.factor) * self.matrix.exact(row, column)
 
 
@@ -125,17 +131,19 @@ class Hadamard:
     """``factor * left * right``, element by element: LoHa (Hyeon-Woo et al. 2021, arXiv:2108.06098, section 2.2)."""
 
     def __init__(self, left: Matrix, right: Matrix, factor: float) -> None:
-        self.left, self.right, self.factor = left, right, factor
+        self.left = left
+        self.right = right
+        self.factor = factor
         self.size = abs(factor) * left.size * right.size
         self.roundings = left.roundings + right.roundings + 3
 
     def add_to(self, total: torch.Tensor, weight: torch.Tensor, row: int, column: int) -> None:
-        """See `Difference`."""
+        """See `Delta`."""
         del weight
         total.addcmul_(*(side.part(total, row, column) for side in (self.left, self.right)), value=self.factor)
 
     def exact(self, row: int, column: int) -> Fraction:
-        """See `Difference`."""
+        """See `Delta`."""
         return Fraction(self.factor) * self.left.exact(row, column) * self.right.exact(row, column)
 
 
@@ -143,13 +151,15 @@ class Kronecker:
     """``factor * left (x) right``: LoKr (Yeh et al. 2023, arXiv:2309.14859, section 3.2)."""
 
     def __init__(self, left: Matrix, right: Matrix, factor: float) -> None:
-        self.left, self.right, self.factor = left, right, factor
+        self.left = left
+        self.right = right
+        self.factor = factor
         self.size = abs(factor) * left.size * right.size
         self.roundings = left.roundings + right.roundings + 3
         self._values = [np.ascontiguousarray(side.values()) for side in (left, right)]
 
     def add_to(self, total: torch.Tensor, weight: torch.Tensor, row: int, column: int) -> None:
-        """See `Difference`."""
+        """See `Delta`."""
         import torch
 
         del weight
@@ -161,24 +171,27 @@ class Kronecker:
         total.addcmul_(*parts, value=self.factor)
 
     def exact(self, row: int, column: int) -> Fraction:
-        """See `Difference`."""
+        """See `Delta`."""
         rows, columns = self.right.shape
         left = self.left.exact(row // rows, column // columns)
         return Fraction(self.factor) * left * self.right.exact(row % rows, column % columns)
 
 
 class Decomposed:
-    """DoRA: each row, or column, of base + difference is given a length of its own.
+    """DoRA: each row, or column, of base + delta is given a length of its own.
 
     Source: Liu et al. 2024, arXiv:2402.09353, section 4.1. As PEFT writes it (`lora_magnitude_vector`), the scale is
     inside: ``m * (W + s D) / |W + s D|``, peft/tuners/lora/dora.py. As LyCORIS writes it (`dora_scale`), it is outside:
     ``W + s * (m * (W + D) / |W + D| - W)``, lycoris/functional/general.py and ComfyUI's weight_decompose.
     """
 
-    def __init__(self, inner: Difference, magnitude: Array, scale: float, by_column: bool) -> None:
-        self.inner, self.scale, self.by_column = inner, scale, by_column
+    def __init__(self, inner: Delta, magnitude: Array, scale: float, by_column: bool) -> None:
+        self.inner = inner
+        self.scale = scale
+        self.by_column = by_column
         self.magnitude = np.ascontiguousarray(magnitude.reshape(-1))
-        self.size, self.roundings = math.inf, 0
+        self.size = math.inf
+        self.roundings = 0
         self.lengths: torch.Tensor | None = None  # of columns: `measure` fills it
 
     def measure(self, weight: torch.Tensor, first: int) -> None:
@@ -187,10 +200,11 @@ class Decomposed:
         self.lengths = squares if self.lengths is None else self.lengths + squares
 
     def add_to(self, total: torch.Tensor, weight: torch.Tensor, row: int, column: int) -> None:
-        """See `Difference`; for whole rows only, and by column, `measure` comes first."""
+        """See `Delta`; for whole rows only, and by column, `measure` comes first."""
         import torch
 
-        moved, magnitude = self._moved(weight, row, column), torch.from_numpy(self.magnitude)
+        moved = self._moved(weight, row, column)
+        magnitude = torch.from_numpy(self.magnitude)
         if self.by_column:
             if self.lengths is None:
                 raise RuntimeError("measure() comes first")
@@ -203,7 +217,7 @@ class Decomposed:
         total.add_(moved.sub_(weight), alpha=self.scale)
 
     def exact(self, row: int, column: int) -> Fraction:
-        """There is a root in it."""
+        """Not possible: the formula has a root in it."""
         raise NotImplementedError
 
     def _moved(self, weight: torch.Tensor, row: int, column: int) -> torch.Tensor:
@@ -212,11 +226,11 @@ class Decomposed:
         return moved
 
 
-def difference(algorithm: Algorithm, tensors: Tensors, factor: float, scale: float) -> Difference:
-    """What an update adds.
+def make_delta(algorithm: Algorithm, tensors: Tensors, factor: float, scale: float) -> Delta:
+    """Build the delta that a LoRA's tensors mean.
 
     Args:
-        algorithm: how.
+        algorithm: of the tensors, see `key_formats`.
         tensors: float64, by role.
         factor: the file's own, made of alpha and rank.
         scale: the user's.
@@ -229,12 +243,13 @@ def difference(algorithm: Algorithm, tensors: Tensors, factor: float, scale: flo
     return _plain(algorithm, tensors, factor * scale)
 
 
-def _plain(algorithm: Algorithm, tensors: Tensors, factor: float) -> Difference:
+def _plain(algorithm: Algorithm, tensors: Tensors, factor: float) -> Delta:
     match algorithm:
         case Algorithm.LORA if "up bias" in tensors:
             return LowRank(Matrix(tensors["up bias"].reshape(-1, 1), np.ones((1, 1))), factor)
         case Algorithm.LORA:
-            up, down = _flat(tensors["up"]), tensors["down"]
+            up = _flat(tensors["up"])
+            down = tensors["down"]
             if "mid" in tensors:  # Tucker: the kernel between the two, lycoris/modules/locon.py
                 down = np.einsum("ijkl,jr->irkl", tensors["mid"], _flat(down))
             return LowRank(Matrix(up, _flat(down)), factor)
@@ -250,9 +265,11 @@ def _side(tensors: Tensors, n: int) -> Matrix:
     """One of the two matrices of LoHa or LoKr; with a Tucker core ``t[i, j] * a[i] * b[j]`` (lycoris, tucker)."""
     if f"w{n}" in tensors:
         return Matrix(_flat(tensors[f"w{n}"]))
-    a, b = tensors[f"w{n}_a"], tensors[f"w{n}_b"]
+    a = tensors[f"w{n}_a"]
+    b = tensors[f"w{n}_b"]
     if f"t{n}" in tensors:
-        a, b = a.T, np.einsum("ijkl,jr->irkl", tensors[f"t{n}"], b)
+        a = a.T
+        b = np.einsum("ijkl,jr->irkl", tensors[f"t{n}"], b)
     return Matrix(np.ascontiguousarray(a), _flat(b))
 
 

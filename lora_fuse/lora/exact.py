@@ -27,7 +27,8 @@ def nearest(exact: Fraction, kind: dtypes.FloatFormat) -> float:
 
 def inner_product(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> Fraction:
     """``sum_i x_i * y_i`` in integers: fractions would look for common divisors at every step."""
-    (m, e), (n, f) = np.frexp(x), np.frexp(y)
+    m, e = np.frexp(x)
+    n, f = np.frexp(y)
     powers = (e.astype(np.int64) + f).tolist()
     lowest = min(powers, default=0)
     whole = zip(*(np.ldexp(part, 53).astype(np.int64).tolist() for part in (m, n)), powers, strict=True)

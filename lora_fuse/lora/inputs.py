@@ -1,4 +1,4 @@
-"""Which targets are fused, and at what share of the scale: patterns on the base's module names. Pure."""
+"""The LoRAs that are given, and a selection of targets by patterns on the base's module names. Pure."""
 
 from __future__ import annotations
 
@@ -6,8 +6,18 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 from lora_fuse.errors import BadConfig, BadScale
+
+
+@dataclass(frozen=True, slots=True)
+class LoraInput:
+    """A LoRA to fuse and the scale to fuse it at; `name` is what the recipe calls it."""
+
+    name: str
+    path: Path
+    scale: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +39,11 @@ class Selection:
 
     @property
     def everything(self) -> bool:
-        """Whether nothing is left out and nothing scaled."""
+        """True where nothing is left out and nothing is scaled."""
         return not (self.only or self.skip or self.scales)
 
     def share(self, parameter: str) -> float | None:
-        """What the scale is multiplied by for a parameter of the base; None where it is left as it is."""
+        """The factor of the scale for a parameter of the base; None where the parameter is left as it is."""
         module = parameter.rpartition(".")[0]
         if self.only and not _matches(module, self.only):
             return None

@@ -1,6 +1,6 @@
-"""How trainers name the parts of an update. Pure: a key in, module and role out.
+"""The names that trainers give to the tensors of a delta. Pure: a key in, module and role out.
 
-One row of `FORMATS` is one way to write an update; one row of `PREFIXES` is what a trainer puts before module names.
+One row of `FORMATS` is one way to write a delta; one row of `PREFIXES` is what a trainer puts before module names.
 Nothing else in the library knows a key.
 """
 
@@ -13,17 +13,17 @@ from enum import StrEnum
 
 
 class Algorithm(StrEnum):
-    """How the difference of a weight is computed from the tensors of a file; see `lora_fuse.lora.deltas`."""
+    """The formula of a delta of a weight; see `lora_fuse.lora.deltas`."""
 
     LORA = "LoRA"
     LOHA = "LoHa"
     LOKR = "LoKr"
-    FULL = "full difference"
+    FULL = "full delta"
 
 
 @dataclass(frozen=True, slots=True)
-class Format:
-    """What follows a module's name and a dot, as a regular expression, by the role of the tensor."""
+class KeyFormat:
+    """A way to write keys: by a tensor's role, a regular expression for what follows the module's name and a dot."""
 
     name: str
     algorithm: Algorithm
@@ -31,42 +31,42 @@ class Format:
 
 
 FORMATS = (
-    Format(
+    KeyFormat(
         "lora_down/lora_up",  # kohya-ss/sd-scripts, lightx2v, LyCORIS (lora_mid: its Tucker convolutions)
         Algorithm.LORA,
         {"down": r"lora_down\.weight", "up": r"lora_up\.weight", "mid": r"lora_mid\.weight"},
     ),
-    Format(
+    KeyFormat(
         "lora_A/lora_B",  # huggingface/peft and diffusers; `lora_B.bias` is PEFT's lora_bias
         Algorithm.LORA,
         {"down": r"lora_A\.weight", "up": r"lora_B\.weight", "up bias": r"lora_B\.bias"},
     ),
-    Format(
+    KeyFormat(
         "lora_A/lora_B of a named adapter",  # a PEFT model's own state dict, DiffSynth-Studio
         Algorithm.LORA,
         {"down": r"lora_A\.[^.]+\.weight", "up": r"lora_B\.[^.]+\.weight", "up bias": r"lora_B\.[^.]+\.bias"},
     ),
-    Format("lora_A/lora_B without .weight", Algorithm.LORA, {"down": r"lora_A", "up": r"lora_B"}),
-    Format("lora.down/lora.up", Algorithm.LORA, {"down": r"lora\.down\.weight", "up": r"lora\.up\.weight"}),
-    Format(
+    KeyFormat("lora_A/lora_B without .weight", Algorithm.LORA, {"down": r"lora_A", "up": r"lora_B"}),
+    KeyFormat("lora.down/lora.up", Algorithm.LORA, {"down": r"lora\.down\.weight", "up": r"lora\.up\.weight"}),
+    KeyFormat(
         "lora_linear_layer",  # diffusers before it used PEFT
         Algorithm.LORA,
         {"down": r"lora_linear_layer\.down\.weight", "up": r"lora_linear_layer\.up\.weight"},
     ),
-    Format(
+    KeyFormat(
         "LoHa",  # LyCORIS, modules/loha.py
         Algorithm.LOHA,
         {name: f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     ),
-    Format(
+    KeyFormat(
         "LoKr",  # LyCORIS, modules/lokr.py
         Algorithm.LOKR,
         {name: f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
     ),
-    Format("diff", Algorithm.FULL, {"diff": r"diff", "diff bias": r"diff_b"}),  # LyCORIS, modules/full.py; ComfyUI
+    KeyFormat("diff", Algorithm.FULL, {"diff": r"diff", "diff bias": r"diff_b"}),  # LyCORIS, modules/full.py; ComfyUI
 )
 
-# What goes with an update of any format.
+# Tensors that go with a delta of any format.
 SHARED = {
     "alpha": r"alpha",
     "dora_scale": r"dora_scale",  # DoRA as LyCORIS and kohya write it
@@ -106,7 +106,7 @@ _ROLES = tuple(
 ) + tuple((re.compile(rf"(?P<module>.+?)\.{ending}"), None, role) for role, ending in SHARED.items())
 
 
-def read_key(key: str) -> tuple[str, Format | None, str] | None:
+def read_key(key: str) -> tuple[str, KeyFormat | None, str] | None:
     """Module, format (None for what goes with any) and role of a key; None if it is of no known format."""
     for pattern, format_, role in _ROLES:
         if match := pattern.fullmatch(key):

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from lora_fuse.checkpoint import Header, TensorInfo, dtypes, read_header
 from lora_fuse.errors import BadCheckpoint, BadLora
 from lora_fuse.lora.adapter_config import AdapterConfig, parse_adapter_config
-from lora_fuse.lora.updates import Update, parse_lora
+from lora_fuse.lora.key_parser import LoraDelta, parse_lora
 from lora_fuse.machine import files
 
 INTEGERS = {name for name, dtype in dtypes.DTYPES.items() if not dtype.is_float and name != "BOOL"}
@@ -22,20 +22,20 @@ INTEGERS = {name for name, dtype in dtypes.DTYPES.items() if not dtype.is_float 
 
 @dataclass(frozen=True, slots=True)
 class LoraFile:
-    """An opened LoRA: its header, the updates that it holds, and the sha256 of the whole file.
+    """An opened LoRA: its header, the deltas that it holds, and the sha256 of the whole file.
 
     Of a PEFT folder that is its weights' file, and `config_sha256` is of its `adapter_config.json`.
     """
 
     path: Path
     header: Header
-    updates: tuple[Update, ...]
+    deltas: tuple[LoraDelta, ...]
     sha256: str
     config_sha256: str | None = None
 
-    def read(self, update: Update) -> dict[str, npt.NDArray[np.float64]]:
-        """The tensors of an update by role, widened to float64 (exact for every dtype that a LoRA may have)."""
-        tensors = {role: self.header.tensors[key] for role, key in update.keys.items()}
+    def read(self, delta: LoraDelta) -> dict[str, npt.NDArray[np.float64]]:
+        """The tensors of a delta by role, widened to float64 (exact for every dtype that a LoRA may have)."""
+        tensors = {role: self.header.tensors[key] for role, key in delta.keys.items()}
         return {role: _read(self.path, tensor).astype(np.float64) for role, tensor in tensors.items()}
 
 
@@ -59,7 +59,9 @@ def open_lora(path: Path) -> LoraFile:
     Raises:
         BadLora: it is missing, is not safetensors, is truncated, holds NaN, or its keys do not add up.
     """
-    config, file, config_sha256 = AdapterConfig(), path, None
+    config = AdapterConfig()
+    file = path
+    config_sha256 = None
     if path.is_dir():
         config, file, config_sha256 = _open_peft_folder(path)
     if file.suffix != ".safetensors":
@@ -71,16 +73,17 @@ def open_lora(path: Path) -> LoraFile:
     if "lora_adapter_metadata" in header.metadata:
         config = parse_adapter_config(header.metadata["lora_adapter_metadata"], f"{file} (lora_adapter_metadata)")
     alphas = {name: _scalar(file, tensor) for name, tensor in header.tensors.items() if name.endswith(".alpha")}
-    updates = parse_lora(header.tensors, alphas, config, str(file))
-    for update in updates:
-        for key in update.keys.values():
+    deltas = parse_lora(header.tensors, alphas, config, str(file))
+    for delta in deltas:
+        for key in delta.keys.values():
             if not np.isfinite(_read(file, header.tensors[key])).all():
                 raise BadLora(f"{file}: {key!r} holds NaN or infinity; the file is broken, fetch or train it again")
-    return LoraFile(file, header, updates, files.hash_file(file).sha256, config_sha256)
+    return LoraFile(file, header, deltas, files.hash_file(file).sha256, config_sha256)
 
 
 def _open_peft_folder(folder: Path) -> tuple[AdapterConfig, Path, str]:
-    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    config = folder / "adapter_config.json"
+    weights = folder / "adapter_model.safetensors"
     for needed in (config, weights):
         if not needed.is_file():
             raise BadLora(f"{folder} is no PEFT folder: it has no {needed.name}; give the .safetensors file itself")

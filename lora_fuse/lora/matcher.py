@@ -1,4 +1,4 @@
-"""Which parameter of the base an update means, by the base's own names. Pure: no table of models."""
+"""The match of a delta to a parameter of the base, by the base's own names. Pure: no table of models."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from collections.abc import Iterable, Mapping
 from lora_fuse.checkpoint import TensorInfo
 from lora_fuse.errors import BadLora, ShapeMismatch, UnmatchedTargets
 from lora_fuse.lora.key_formats import flat_spellings, spellings
-from lora_fuse.lora.updates import SHOWN, Update
+from lora_fuse.lora.key_parser import SHOWN, LoraDelta
 
 
-def match_targets(updates: Iterable[Update], weights: Mapping[str, TensorInfo], where: str) -> dict[str, Update]:
-    """Find the parameter that each update changes.
+def match_targets(deltas: Iterable[LoraDelta], weights: Mapping[str, TensorInfo], where: str) -> dict[str, LoraDelta]:
+    """Find the parameter that each delta changes.
 
     Args:
-        updates: of one file.
+        deltas: of one file.
         weights: the base's tensors by name.
         where: what to call the file in an error.
 
     Returns:
-        The updates by the name of the base tensor that they change.
+        The deltas by the name of the base tensor that they change.
 
     Raises:
         UnmatchedTargets: a module is not in the base.
-        ShapeMismatch: an update does not fit its parameter.
-        BadLora: two updates mean the same parameter, or a name could mean two modules of the base.
+        ShapeMismatch: a delta does not fit its parameter.
+        BadLora: two deltas mean the same parameter, or a name could mean two modules of the base.
     """
     flat = _flattened(weights)
-    found: dict[str, Update] = {}
+    found: dict[str, LoraDelta] = {}
     missing: list[str] = []
-    for update in updates:
-        name = _parameter(update, weights, flat, where)
+    for delta in deltas:
+        name = _parameter(delta, weights, flat, where)
         if name is None:
-            missing.append(f"{update.module}.{update.part}")
+            missing.append(f"{delta.module}.{delta.part}")
             continue
         if name in found:
-            raise BadLora(f"{where}: {found[name].module!r} and {update.module!r} both mean the base's {name!r}")
-        _check_fit(update, weights[name], where)
-        found[name] = update
+            raise BadLora(f"{where}: {found[name].module!r} and {delta.module!r} both mean the base's {name!r}")
+        _check_fit(delta, weights[name], where)
+        found[name] = delta
     if missing:
         raise UnmatchedTargets(_missing_message(missing, len(found), weights, where))
     return found
@@ -55,28 +55,29 @@ def _flattened(weights: Mapping[str, TensorInfo]) -> dict[str, list[str]]:
 
 
 def _parameter(
-    update: Update, weights: Mapping[str, TensorInfo], flat: Mapping[str, list[str]], where: str
+    delta: LoraDelta, weights: Mapping[str, TensorInfo], flat: Mapping[str, list[str]], where: str
 ) -> str | None:
-    dotted = (f"{module}.{update.part}" for module in spellings(update.module))
+    dotted = (f"{module}.{delta.part}" for module in spellings(delta.module))
     if (name := next((name for name in dotted if name in weights), None)) is not None:
         return name
-    for spelling in flat_spellings(update.module):
+    for spelling in flat_spellings(delta.module):
         modules = sorted(flat.get(spelling, []))
         if len(modules) > 1:
             raise BadLora(
-                f"{where}: {update.module!r} could mean {' or '.join(map(repr, modules))} of the base; "
+                f"{where}: {delta.module!r} could mean {' or '.join(map(repr, modules))} of the base; "
                 "export the LoRA with dotted names"
             )
-        if modules and f"{modules[0]}.{update.part}" in weights:
-            return f"{modules[0]}.{update.part}"
+        if modules and f"{modules[0]}.{delta.part}" in weights:
+            return f"{modules[0]}.{delta.part}"
     return None
 
 
-def _check_fit(update: Update, weight: TensorInfo, where: str) -> None:
-    rows, columns = weight.shape[0] if weight.shape else 1, math.prod(weight.shape[1:])
-    if (rows, columns) != update.shape:
+def _check_fit(delta: LoraDelta, weight: TensorInfo, where: str) -> None:
+    rows = weight.shape[0] if weight.shape else 1
+    columns = math.prod(weight.shape[1:])
+    if (rows, columns) != delta.shape:
         raise ShapeMismatch(
-            f"{where}: {update.module!r} gives a {'x'.join(map(str, update.shape))} update, and the base's "
+            f"{where}: {delta.module!r} gives a {'x'.join(map(str, delta.shape))} delta, and the base's "
             f"{weight.name!r} is {'x'.join(map(str, weight.shape))}; this LoRA was made for another base"
         )
 

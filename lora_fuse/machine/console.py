@@ -1,4 +1,4 @@
-"""What is said on a terminal, in one way: results to stdout, all else to stderr, a word of it in colour.
+"""The terminal: results go to stdout, all else to stderr, a line's first word in colour.
 
 Colour: https://no-color.org, and `FORCE_COLOR` against it.
 """
@@ -12,7 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TextIO
 
-GOOD, DOUBTFUL, BAD = 32, 33, 31  # green, yellow, red (ECMA-48, SGR)
+# green, yellow, red (ECMA-48, SGR)
+GOOD = 32
+DOUBTFUL = 33
+BAD = 31
 _KINDS = {
     GOOD: ("ok", "passed", "exact", "drift"),
     DOUBTFUL: ("warn", "warning", "review", "no-golden"),
@@ -22,7 +25,7 @@ _OF_WORD = {word: colour for colour, words in _KINDS.items() for word in words}
 
 
 def has_colour(stream: TextIO) -> bool:
-    """Whether colour is wanted on a stream."""
+    """True where a stream takes colour."""
     if os.environ.get("NO_COLOR"):
         return False
     return bool(os.environ.get("FORCE_COLOR")) or (stream.isatty() and os.environ.get("TERM") != "dumb")
@@ -39,13 +42,13 @@ def painted(line: str, stream: TextIO) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Console:
-    """Where a stage's words go: results to stdout, all else to stderr.
+    """The output of a stage: results to stdout, all else to stderr.
 
     Attributes:
-        quiet: says nothing but warnings and what is wrong.
-        as_json: the result is one JSON object instead of lines.
-        variant: whose stages speak, which are called ``gate@VARIANT``; None for the main build.
-        alone: nothing that runs the stages one after another is around, so the command that comes next is said.
+        quiet: print warnings and problems only.
+        as_json: print the result as one JSON object instead of lines.
+        variant: the variant whose stages print, under names like ``gate@VARIANT``; None for the main build.
+        alone: True where nothing runs the stages one after another, so that the next command is printed.
     """
 
     quiet: bool = False
@@ -61,26 +64,26 @@ class Console:
         return {} if self.variant is None else {"variant": self.variant}
 
     def will(self, stage: str, sentence: str) -> None:
-        """Say what is about to be done."""
+        """Print what is about to be done."""
         if not self.quiet:
             print(f"{self._name(stage)}: {sentence}", file=sys.stderr, flush=True)
 
     def warn(self, sentence: str) -> None:
-        """Say what may be a mistake."""
+        """Print a warning of what may be a mistake."""
         print(painted(f"warning: {sentence}", sys.stderr), file=sys.stderr, flush=True)
 
     def wrong(self, stage: str, sentence: str) -> None:
-        """Say what a check found."""
+        """Print a problem that a check found."""
         print(f"{self._name(stage)}: {painted(sentence, sys.stderr)}", file=sys.stderr, flush=True)
 
     def done(self, stage: str, *lines: str, facts: Mapping[str, object], then: str | None = None) -> None:
-        """Say what was done.
+        """Print what was done.
 
         Args:
             stage: its name.
             lines: for a person.
             facts: for a program, JSON values by name.
-            then: the command that comes next; said where the stage runs alone.
+            then: the next command; printed where the stage runs alone.
         """
         if self.as_json:
             print(json.dumps({"stage": stage, **self._whose, **facts}), flush=True)
@@ -90,7 +93,7 @@ class Console:
             print("".join(said), end="", flush=True)
 
     def failed(self, stage: str, code: int, sentence: str) -> None:
-        """Say to a program that the stage was refused; a person is told by `interrupts.guarded`."""
+        """Print a refusal for a program; `interrupts.guarded` prints it for a person."""
         if self.as_json:
             print(json.dumps({"stage": stage, **self._whose, "code": code, "error": sentence}), flush=True)
 

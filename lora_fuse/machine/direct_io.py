@@ -33,7 +33,7 @@ def block_memory(nbytes: int) -> memoryview:
 
 
 def too_large_to_cache(nbytes: int) -> bool:
-    """Whether so much more to write would make the kernel write at once: see `dirty_background_ratio` in its docs."""
+    """True where so many bytes to write would make the kernel write at once (`dirty_background_ratio` in its docs)."""
     try:
         share = int(Path("/proc/sys/vm/dirty_background_ratio").read_text()) / 100
         (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
@@ -96,7 +96,8 @@ class Writer(_File):
 
     def write(self, memory: memoryview, nbytes: int) -> None:
         """Append the first `nbytes` of `memory`: whole blocks but for the last time, or the cache is used."""
-        done, whole = 0, nbytes // BLOCK * BLOCK
+        done = 0
+        whole = nbytes // BLOCK * BLOCK
         if self._direct is not None and self._size % BLOCK == 0:
             with suppress(OSError):  # what a direct write cannot do, a plain one does, or says why not
                 done = os.pwrite(self._direct, memory[:whole], self._size)

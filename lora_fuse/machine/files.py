@@ -66,7 +66,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """`replace_text`, of bytes."""
+    """As `replace_text`, with bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(content)
@@ -96,12 +96,13 @@ def take_over(source: Path, target: Path, how: Untouched) -> None:
 
 
 def link_between(source: Path, target: Path) -> Untouched:
-    """How files in one folder can be taken over into another, tried with a file of a block that goes again.
+    """Try out how files of one folder can be taken over into another, with a file of one block that is removed again.
 
     Raises:
         OSError: one of the folders cannot be written.
     """
-    old, new = source / f".probe-{os.getpid()}", target / f".probe-{os.getpid()}.new"
+    old = source / f".probe-{os.getpid()}"
+    new = target / f".probe-{os.getpid()}.new"
     try:
         old.write_bytes(bytes(4096))
         if _reflink(old, new):

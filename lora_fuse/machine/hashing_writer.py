@@ -32,11 +32,14 @@ class HashingWriter:
 
     def __init__(self, path: Path, progress: Callable[[int], None], direct: bool) -> None:
         """Open `path` anew; `progress` is told how many more bytes are written, `direct` writes past the cache."""
-        self._writer, self._progress = Writer(path, direct), progress
-        self._digest, self._size = hashlib.sha256(), 0
+        self._writer = Writer(path, direct)
+        self._progress = progress
+        self._digest = hashlib.sha256()
+        self._size = 0
         self._windows = cycle([_Window() for _ in range(WINDOWS)])
         self._window = next(self._windows)
-        self._hashing, self._writing = ThreadPoolExecutor(1, "hash"), ThreadPoolExecutor(1, "write")
+        self._hashing = ThreadPoolExecutor(1, "hash")
+        self._writing = ThreadPoolExecutor(1, "write")
 
     def __enter__(self) -> Self:
         return self
@@ -62,7 +65,8 @@ class HashingWriter:
                 self._send()
 
     def _send(self) -> None:
-        window, nbytes = self._window, self._window.filled
+        window = self._window
+        nbytes = self._window.filled
         self._size += nbytes
         hashing = self._hashing.submit(self._digest.update, window.memory[:nbytes])
         window.busy = (hashing, self._writing.submit(self._write, window.memory, nbytes))
@@ -77,7 +81,8 @@ class HashingWriter:
     def _wait(window: _Window) -> None:
         for future in window.busy:
             future.result()
-        window.filled, window.busy = 0, ()
+        window.filled = 0
+        window.busy = ()
 
     def finish(self) -> FileRecord:
         """Write what is left; the file is whole then.

@@ -1,4 +1,4 @@
-"""What ends a run from outside: Ctrl-C and a polite kill both unwind it, so that what has to be cleaned up is."""
+"""Signals that end a run: Ctrl-C and SIGTERM both unwind it, so that it cleans up."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Within it SIGTERM unwinds as Ctrl-C does, unless somebody has other plans for it."""
+    """Let SIGTERM unwind as Ctrl-C does, unless it has another handler."""
     mine = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     if mine:
         signal.signal(signal.SIGTERM, _terminate)
@@ -44,11 +44,11 @@ def _terminate(_: int, __: FrameType | None) -> None:
 def guarded(work: Callable[[], int], kept: str = "earlier results are as they were; run it again") -> int:
     """Run `work`; an error raised on purpose becomes one line on stderr and its exit code.
 
-    Of the processes of a launch, only the first that fails says so.
+    Of the processes of a launch, only the first that fails prints its error.
 
     Args:
         work: gives its exit code.
-        kept: what is said after Ctrl-C or SIGTERM: what is left, and how to go on.
+        kept: printed after Ctrl-C or SIGTERM: what is left, and how to go on.
     """
     try:
         with stoppable():

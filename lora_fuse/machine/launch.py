@@ -1,4 +1,4 @@
-"""Which one this process is of those that a launcher (`accelerate launch`, torchrun) started together.
+"""The place of this process among those that a launcher (`accelerate launch`, torchrun) started together.
 
 Read from the environment that every process of a launch has; nothing is imported for it, and without a launcher a
 process is the only one.
@@ -26,25 +26,25 @@ class Process:
 
     @property
     def is_first(self) -> bool:
-        """Whether it judges, writes and speaks for all."""
+        """True for the process that judges, writes and prints for all."""
         return self.rank == 0
 
     @property
     def is_alone(self) -> bool:
-        """Whether there is no other."""
+        """True where there is no other process."""
         return self.count == 1
 
 
 def this_process() -> Process:
-    """Which one this is. Clusters set ``WORLD_SIZE`` for their own ends; only a launcher sets ``LOCAL_RANK`` too."""
+    """Read this process's ranks. Clusters set ``WORLD_SIZE`` for their own ends; a launcher sets ``LOCAL_RANK`` too."""
     given = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
     return Process(*map(int, given)) if all(one.isdecimal() for one in given) else Process()
 
 
 def is_first_to_fail() -> bool:
-    """Whether no other process of this machine and launch has asked before: one error of a run is enough.
+    """True for the first process of this machine and launch that asks: one error line of a run is enough.
 
-    The launcher names each process a file for its error, all below one folder of the launch; there the first one
+    The launcher gives each process a file for its error, all below one folder of the launch, where the first one
     leaves a mark. Without it, the first process of the machine speaks.
     """
     here = this_process()
@@ -74,7 +74,7 @@ class PeerWatcher:
         threading.Thread(target=self._wait, daemon=True).start()
 
     def part(self) -> None:
-        """The others are not needed any more: from now on end as any process does, without a word."""
+        """End from now on as any process does, without a word: the others are not needed any more."""
         self._done = True
 
     def _wait(self) -> None:

@@ -46,7 +46,7 @@ def human_rate(count: float, seconds: float) -> str:
 
 
 def estimate(work: str, count: float, *, in_bytes: bool = True) -> str:
-    """How long so much will take, as the end of a sentence; empty if nothing like it was measured here yet."""
+    """Estimate the duration of some work, as the end of a sentence; empty if nothing like it was measured here yet."""
     per_second = rate(work)
     if per_second is None or count / per_second < 1:
         return ""
@@ -55,20 +55,20 @@ def estimate(work: str, count: float, *, in_bytes: bool = True) -> str:
 
 
 class Stopwatch:
-    """Runs from its making on."""
+    """A clock that starts when it is made."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
 
     @property
     def seconds(self) -> float:
-        """Since it was made."""
+        """Seconds since it was made."""
         return time.monotonic() - self._start
 
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Within it, nothing is shown and nothing told; warnings and errors are no progress."""
+    """Suppress progress bars and lines; warnings and errors are no progress."""
     token = _silent.set(True)
     try:
         yield
@@ -77,12 +77,12 @@ def silence() -> Iterator[None]:
 
 
 def is_silent() -> bool:
-    """Whether this is within `silence`."""
+    """True within `silence`."""
     return _silent.get()
 
 
 def log(line: str) -> None:
-    """Say a line on stderr that is good to know and nothing more."""
+    """Print a line to stderr that is good to know and nothing more."""
     if not is_silent():
         print(line, file=sys.stderr, flush=True)
 
@@ -124,7 +124,9 @@ def bar(label: str, total: float, **how: object) -> tqdm[None]:
 
 class _Lines:
     def __init__(self, label: str, total: int) -> None:
-        self._label, self._total, self._done = label, total, 0
+        self._label = label
+        self._total = total
+        self._done = 0
         self._start = self._shown = time.monotonic()
         self._lock = threading.Lock()
 
@@ -148,7 +150,7 @@ class _Lines:
 
 
 def rates_file() -> Path:
-    """Where the rates are."""
+    """The path of the file with the rates."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lora-fuse", "rates.json").expanduser()
 
 

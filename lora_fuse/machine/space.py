@@ -1,4 +1,4 @@
-"""What a transfer will take, said and checked before it begins. Pure but for asking how much of a disk is free."""
+"""The room on a disk: counted and required before anything is written."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TransferPlan:
 
     @property
     def to_fetch(self) -> int:
-        """Bytes that are not here yet."""
+        """Bytes that are not in the cache yet."""
         return sum(size for _, size, fetch in self.files if fetch)
 
     @property

@@ -1,4 +1,4 @@
-"""Where a merge is prepared, and how it takes the place of the last one: whole, at once, whenever the process dies.
+"""A folder in which a merge is prepared until it takes the place of the last one: whole, at once, even if it is killed.
 
 Beside ``out`` lies a hidden folder, named after everything that its bytes depend on. A run that is killed leaves it,
 and the next one with the same inputs goes on with the files that are finished there.
@@ -19,7 +19,8 @@ from pathlib import Path
 from lora_fuse.errors import Busy
 from lora_fuse.machine.files import FileRecord, hash_file, replace_text
 
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+AT_FDCWD = -100
+RENAME_EXCHANGE = 2  # linux/fcntl.h, linux/fs.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +31,11 @@ class StagingFolder:
 
     @property
     def files(self) -> Path:
-        """Below it, files lie as they will below ``out``."""
+        """The folder in which files lie as they will below ``out``."""
         return self.folder / "files"
 
     def place(self, name: str) -> Path:
-        """Where to write a file; its folder is there."""
+        """The path to write a file to; its folder is made."""
         path = self.files / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
@@ -44,7 +45,7 @@ class StagingFolder:
         replace_text(self._mark(name), json.dumps(asdict(record)))
 
     def keep_finished(self, names: Iterable[str]) -> dict[str, FileRecord]:
-        """Those of the files that an earlier run finished and that still have their hash; all others are removed."""
+        """Keep the files that an earlier run finished and that still have their hash; remove all others."""
         kept = {name: record for name in names if (record := self._finished(name)) is not None}
         for path in self.files.rglob("*"):
             if not path.is_dir() and path.relative_to(self.files).as_posix() not in kept:
@@ -90,7 +91,7 @@ def staging_folder(out: Path, key: str) -> Iterator[StagingFolder]:
 
 @contextmanager
 def exclusive(out: Path) -> Iterator[None]:
-    """Hold `out` alone; only processes that ask here are kept out, and a killed one keeps out nobody.
+    """Hold `out` alone. Only processes that ask here are kept out; the lock of a killed one is free at once.
 
     Raises:
         Busy: another process holds it.

@@ -1,4 +1,4 @@
-"""What is known of model families and of pairs of base and LoRA."""
+"""The model families that are known, and the pairs of base and LoRA that do not fit."""
 
 import lazy_loader
 

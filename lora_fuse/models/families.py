@@ -1,4 +1,4 @@
-"""The model families that recipes name: one row each. What a shape cannot tell, a row here does."""
+"""The model families that recipes name: one row each, with what the shapes of weights cannot tell."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_fuse.errors import RenderFailed
-from lora_fuse.lora import Algorithm, deltas
+from lora_fuse.lora import Decomposed, Delta
 from lora_fuse.pictures.render import Pipeline, one_line
 
 if TYPE_CHECKING:
@@ -57,8 +57,7 @@ def attach(pipe: Pipeline, plan: Plan) -> str:
 def _beyond_diffusers(plan: Plan) -> str | None:
     if not plan.selection.everything:
         return "the recipe leaves modules out or scales them"
-    algorithms = {update.algorithm for lora in plan.loras for update in lora.updates}
-    if others := algorithms - {str(Algorithm.LORA)}:
+    if others := {delta.algorithm for lora in plan.loras for delta in lora.deltas if not delta.is_plain}:
         return f"diffusers does not read {', '.join(sorted(others))}"
     return None
 
@@ -116,12 +115,12 @@ def attach_differences(model: torch.nn.Module, targets: Mapping[str, Target]) ->
 
 
 class _Beside:
-    """A forward hook that adds the output of the same module with its differences as parameters."""
+    """A forward hook that adds the output of the same module with its deltas as parameters."""
 
     def __init__(self, targets: Mapping[str, Target]) -> None:
-        from lora_fuse.fusion import read_differences  # numba's import takes a second
+        from lora_fuse.fusion import read_deltas  # numba's import takes a second
 
-        self._differences = {name: read_differences(target) for name, target in targets.items()}
+        self._differences = {name: read_deltas(target) for name, target in targets.items()}
         self._inside = False
 
     def __call__(self, module: torch.nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> torch.Tensor | None:
@@ -141,13 +140,13 @@ class _Beside:
         return output + added
 
 
-def _as_parameter(parameter: torch.Tensor, differences: Sequence[deltas.Difference]) -> torch.Tensor:
+def _as_parameter(parameter: torch.Tensor, deltas: Sequence[Delta]) -> torch.Tensor:
     import torch
 
-    on_cpu = any(isinstance(one, deltas.Decomposed) for one in differences)
+    on_cpu = any(isinstance(one, Decomposed) for one in deltas)
     weight = parameter.detach().to("cpu" if on_cpu else parameter.device, torch.float64)
     weight = weight.reshape(len(weight), -1)
     total = torch.zeros_like(weight)
-    for one in differences:
+    for one in deltas:
         one.add_to(total, weight, 0, 0)
     return total.view(parameter.shape).to(parameter)

@@ -1,4 +1,4 @@
-from .expectation import Delta as Delta
+from .expectation import ExpectedDelta as ExpectedDelta
 from .expectation import Weights as Weights
 from .expectation import read_expected as read_expected
 from .rederivation import Expectation as Expectation

@@ -1,4 +1,4 @@
-"""What LoRA files should add to which weights, read and matched independently of the engine, for verification.
+"""The deltas that LoRA files should add to weights, read and matched independently of the engine.
 
 safetensors reads the files, numpy holds the factors, and a module means the weight whose dotted name is the longest
 tail of its key. Nothing is refused here: what does not add up is listed, and fails the verification.
@@ -60,7 +60,7 @@ class Weights:
         return math.prod(map(int, part.get_shape())) * (dtype.nbytes if dtype else 1)
 
     def same(self, other: Weights, name: str) -> bool:
-        """Whether a tensor has the dtype, the shape and the bytes that it has there; read in blocks."""
+        """True where a tensor has the same dtype, shape and bytes in both; read in blocks."""
         ours, theirs = (side._handles[name].get_slice(name) for side in (self, other))
         if (ours.get_dtype(), ours.get_shape()) != (theirs.get_dtype(), theirs.get_shape()):
             return False
@@ -86,7 +86,7 @@ def _bytes(values: Array) -> npt.NDArray[np.uint8]:
 
 
 @dataclass(frozen=True, slots=True)
-class Delta:
+class ExpectedDelta:
     """One file's part in one parameter: tensors by role, the file's factor and the user's scale."""
 
     parts: Mapping[str, Array]
@@ -94,7 +94,7 @@ class Delta:
     scale: float
 
     def rows(self, block: npt.NDArray[np.int64], base: Callable[[], Array]) -> Wide:
-        """What is added to some rows, float64 (n, columns); `base` gives the whole parameter where it is needed."""
+        """The delta of some rows, float64 (n, columns); `base` gives the whole parameter where it is needed."""
         if "dora" not in self.parts:
             return self._plain(block) * (self.factor * self.scale)
         weight = np.asarray(base()).astype(np.float64)
@@ -133,7 +133,8 @@ def _two(parts: Mapping[str, Wide], kind: str, n: int) -> Wide:
     """One of the two matrices that LoHa and LoKr are made of."""
     if f"{kind}_w{n}" in parts:
         return _matrix(parts[f"{kind}_w{n}"])
-    a, b = parts[f"{kind}_w{n}_a"], parts[f"{kind}_w{n}_b"]
+    a = parts[f"{kind}_w{n}_a"]
+    b = parts[f"{kind}_w{n}_b"]
     if f"{kind}_t{n}" in parts:
         core = np.tensordot(a, parts[f"{kind}_t{n}"], (0, 0))  # out, rank, height, width
         return _matrix(np.tensordot(core, b, (1, 0)).transpose(0, 3, 1, 2))
@@ -144,7 +145,7 @@ def _two(parts: Mapping[str, Wide], kind: str, n: int) -> Wide:
 class Expected:
     """All deltas by the name of the base parameter, the number of updates in the files, and what did not add up."""
 
-    deltas: dict[str, list[Delta]] = field(default_factory=dict)
+    deltas: dict[str, list[ExpectedDelta]] = field(default_factory=dict)
     modules: int = 0
     problems: list[str] = field(default_factory=list)
 
@@ -168,7 +169,7 @@ def read_expected(loras: Sequence[LoraInput], base: Weights, selection: Selectio
                 found.problems.append(f"{given.name}: {module} of the file has no {kind} in the base, or lacks a part")
                 continue
             if (share := selection.share(name)) is not None:
-                delta = Delta(parts, _factor(module, parts, config), given.scale * share)
+                delta = ExpectedDelta(parts, _factor(module, parts, config), given.scale * share)
                 found.deltas.setdefault(name, []).append(delta)
     return found
 
@@ -182,14 +183,16 @@ def _grouped_keys(given: LoraInput, found: Expected) -> dict[tuple[str, str], di
             if match is None:
                 found.problems.append(f"{given.name}: the key {key} is of no known kind")
                 continue
-            part, value = match["part"], np.asarray(handle.get_tensor(key))
+            part = match["part"]
+            value = np.asarray(handle.get_tensor(key))
             if match["bias"] or part == "diff_b":
                 groups.setdefault((match["module"], "bias"), {})["diff"] = value
                 continue
             parts = groups.setdefault((match["module"], "weight"), {})
             part = "down" if part in DOWN else "up" if part in UP else part
             if part in {"dora_scale", "lora_magnitude_vector"}:
-                parts["peft"], part = part != "dora_scale", "dora"  # type: ignore[assignment]
+                parts["peft"] = np.array(part != "dora_scale")
+                part = "dora"
             parts[part] = value
     for (module, kind), parts in groups.items():
         weight = groups.get((module, "weight"), {})
@@ -205,7 +208,7 @@ def _complete(parts: Mapping[str, Array]) -> bool:
 
 
 def _factor(module: str, parts: Mapping[str, Array], config: Mapping[str, Any]) -> float:
-    """What the file multiplies its product by: alpha / rank, or alpha / sqrt(rank) with `use_rslora`."""
+    """The file's own factor of its product: alpha / rank, or alpha / sqrt(rank) with `use_rslora`."""
     rows_are_rank = next(
         (name for name in ("down", "of", "hada_w1_b", "lokr_w1_b", "lokr_w2_b") if name in parts), None
     )

@@ -1,8 +1,8 @@
 """An independent re-derivation of a merge: other code, other libraries, another way to judge rounding.
 
 The engine streams bytes by its own header reader and computes in torch. Here safetensors itself reads, numpy computes,
-`expected` finds the modules in its own way, and a value is right if it is *nearest*: no neighbour in the weight's dtype
-lies closer to the float64 sum. A mistake in one is not repeated in the other.
+`expectation` finds the modules in its own way, and a value is right if it is *nearest*: no neighbour in the weight's
+dtype lies closer to the float64 sum. A mistake in one is not repeated in the other.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lora_fuse.errors import BadCheckpoint
 from lora_fuse.lora import LoraInput, Selection
 from lora_fuse.machine import files, progress
 from lora_fuse.recipe import records
-from lora_fuse.verification.expectation import Array, Delta, Weights, read_expected
+from lora_fuse.verification.expectation import Array, ExpectedDelta, Weights, read_expected
 
 SLACK = 1 + 1e-9  # float64 sums taken in another order differ by about 1e-16 of the value
 SHOWN = 20  # problems that are spelled out; the rest is counted
@@ -31,7 +31,7 @@ SHOWN = 20  # problems that are spelled out; the rest is counted
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """How much a target was changed, over the rows that were looked at.
+    """The change of a target, over the rows that were looked at.
 
     `relative_norm` is the norm of the difference over that of the base's weights (Frobenius), `unchanged` the share of
     the weights that rounding left as they were.
@@ -43,7 +43,7 @@ class Change:
 
 @dataclass(slots=True)
 class Verification:
-    """What was checked and what was wrong. `problems` empty means that the merge is right as far as was looked.
+    """The result of a verification. Empty `problems` mean that the merge is right as far as was looked.
 
     `notes` are no failures: a target whose difference is zero, which a real LoRA can have, and one whose difference is
     larger than the weight itself, which is rarely meant.
@@ -62,7 +62,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing was wrong."""
+        """True where nothing was wrong."""
         return not self.problem_count
 
     def problem(self, text: str) -> None:
@@ -74,7 +74,7 @@ class Verification:
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """What the merged repository's generated files should say; None or empty is not looked at.
+    """The expected content of the merged repository's generated files; None or empty is not looked at.
 
     `beside` are POSIX paths that are no part of the merge, see `lora_fuse.release.download_check`.
     """
@@ -113,12 +113,15 @@ def verify_merge(
         progress.byte_progress("verify", files.total_size(merged), at_least=progress.FEW) as advance,
         ExitStack() as stack,
     ):
-        base_files, merged_files = weight_files(base, component), weight_files(merged, component)
+        base_files = weight_files(base, component)
+        merged_files = weight_files(merged, component)
         if [file.name for file in base_files] != [file.name for file in merged_files] and base.is_dir():
             found.problem(f"shards differ: base {_names(base_files)}, merged {_names(merged_files)}")
-        ours, theirs = Weights(merged_files, stack), Weights(base_files, stack)
+        ours = Weights(merged_files, stack)
+        theirs = Weights(base_files, stack)
         expected_sum = read_expected(loras, theirs, selection or Selection())
-        found.modules, found.targets = expected_sum.modules, len(expected_sum.deltas)
+        found.modules = expected_sum.modules
+        found.targets = len(expected_sum.deltas)
         for problem in expected_sum.problems:
             found.problem(problem)
         _check_tensors(ours, theirs, expected_sum.deltas, rows, found, advance)
@@ -149,7 +152,7 @@ def _names(paths: Sequence[Path]) -> str:
 def _check_tensors(
     merged: Weights,
     base: Weights,
-    deltas: Mapping[str, list[Delta]],
+    deltas: Mapping[str, list[ExpectedDelta]],
     rows: int | None,
     found: Verification,
     advance: Callable[[int], None],
@@ -167,7 +170,7 @@ def _check_tensors(
 
 
 def _check_target(
-    name: str, merged: Weights, base: Weights, deltas: Sequence[Delta], rows: int | None, found: Verification
+    name: str, merged: Weights, base: Weights, deltas: Sequence[ExpectedDelta], rows: int | None, found: Verification
 ) -> None:
     total = base.shape(name)[0]
     if merged.shape(name) != base.shape(name):
@@ -232,7 +235,7 @@ def row_blocks(name: str, total: int, rows: int | None) -> Iterator[npt.NDArray[
 
 
 def is_nearest(values: Array, exact: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
-    """Whether each value is the one of its dtype nearest to `exact`: no further than half-way to either neighbour."""
+    """True for each value that is the nearest of its dtype to `exact`: no further than half-way to either neighbour."""
     wide = values.astype(np.float64)
     infinity = np.array(np.inf, dtype=values.dtype)
     up = np.nextafter(values, infinity).astype(np.float64)

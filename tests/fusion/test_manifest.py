@@ -14,7 +14,7 @@ from lora_fuse.errors import BadCheckpoint, BadSource, Rerun
 from lora_fuse.fusion.manifest import build_manifest, check_files, read_manifest, write_manifest
 from lora_fuse.fusion.plan import make_plan
 from lora_fuse.hub import lock_lora
-from lora_fuse.lora.updates import LoraInput
+from lora_fuse.lora.inputs import LoraInput
 from lora_fuse.machine.files import FileRecord
 from lora_fuse.recipe.checkout import this_tool
 from lora_fuse.recipe.records import Lock, Manifest, MergedFile, MergedLora, from_json, to_json

@@ -23,7 +23,7 @@ from lora_fuse.fusion import stream as engine
 from lora_fuse.fusion import torch_sums as fusion
 from lora_fuse.fusion.merge import write_merged
 from lora_fuse.fusion.plan import make_plan
-from lora_fuse.lora.updates import LoraInput
+from lora_fuse.lora.inputs import LoraInput
 from lora_fuse.machine.files import Untouched, take_over
 from lora_fuse.recipe.records import MergedFile
 from tests.support import tiny

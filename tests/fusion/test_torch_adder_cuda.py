@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from lora_fuse.checkpoint.shards import open_checkpoint
 from lora_fuse.fusion.merge import write_merged
 from lora_fuse.fusion.plan import make_plan
-from lora_fuse.lora.updates import LoraInput
+from lora_fuse.lora.inputs import LoraInput
 from tests.support.algorithms import ALGORITHMS, convolutions
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lora_fuse.fusion import torch_sums as fusion
 from lora_fuse.fusion.torch_rounding import FLOAT_FORMATS, narrow, round_doubtful, round_most
 from lora_fuse.fusion.torch_sums import fuse_rows
-from lora_fuse.lora.deltas import Difference, Hadamard, Kronecker, LowRank, Matrix, NotFinite
+from lora_fuse.lora.deltas import Delta, Hadamard, Kronecker, LowRank, Matrix, NotFinite
 from lora_fuse.lora.exact import nearest as nearest_of
 
 NUMPY: dict[torch.dtype, npt.DTypeLike] = {
@@ -177,7 +177,7 @@ def test_far_from_a_tie_nothing_is_doubted() -> None:
 def test_the_sum_does_not_depend_on_the_blocks(block: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(3)
     parts = [rng.standard_normal(shape) / 8 for shape in ((6, 2), (2, 8), (6, 2), (2, 8), (2, 4), (3, 2), (6, 8))]
-    differences: list[Difference] = [
+    differences: list[Delta] = [
         LowRank(Matrix(*parts[:2]), 0.3),
         Hadamard(Matrix(*parts[:2]), Matrix(*parts[2:4]), 0.7),
         Kronecker(Matrix(parts[4]), Matrix(parts[5]), 0.2),

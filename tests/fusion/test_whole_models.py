@@ -17,8 +17,8 @@ from lora_fuse.checkpoint.header import TensorInfo
 from lora_fuse.checkpoint.shards import open_checkpoint
 from lora_fuse.fusion.torch_rounding import narrow
 from lora_fuse.lora.adapter_config import AdapterConfig
+from lora_fuse.lora.key_parser import parse_lora
 from lora_fuse.lora.matcher import match_targets
-from lora_fuse.lora.updates import parse_lora
 from tests.support.key_styles import STYLES, fused
 
 Weights = dict[str, torch.Tensor]

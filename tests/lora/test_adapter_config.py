@@ -19,7 +19,7 @@ def test_a_peft_configuration_scales_as_peft_does(tmp_path: Path, extra: dict[st
     tiny.write_lora(folder / "adapter_model.safetensors", tiny.lora_tensors("peft", alpha=None))
     (folder / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 6, **extra}))
     factors = {
-        u.module.removeprefix("base_model.model.transformer_blocks.0."): u.factor for u in open_lora(folder).updates
+        u.module.removeprefix("base_model.model.transformer_blocks.0."): u.factor for u in open_lora(folder).deltas
     }
     usual = 6 / 2 if extra.get("use_rslora") else 6 / 4
     assert factors["img_mlp.net.0.proj"] == usual
@@ -33,7 +33,7 @@ def test_a_rank_that_the_configuration_denies_is_refused(tmp_path: Path) -> None
     with pytest.raises(ShapeMismatch, match=r"have rank 4, and .* says 8"):
         open_lora(tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"rank_pattern": {"attn.to_q|to_out.0|proj": 4}}))
-    assert {update.rank for update in open_lora(tmp_path).updates} == {4}
+    assert {update.rank for update in open_lora(tmp_path).deltas} == {4}
 
 
 @pytest.mark.parametrize(

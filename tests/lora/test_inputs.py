@@ -13,8 +13,7 @@ from lora_fuse.errors import BadCheckpoint, BadConfig, BadScale
 from lora_fuse.fusion.manifest import build_manifest
 from lora_fuse.fusion.merge import write_merged
 from lora_fuse.fusion.plan import Plan, make_plan
-from lora_fuse.lora.inputs import Selection
-from lora_fuse.lora.updates import LoraInput
+from lora_fuse.lora.inputs import LoraInput, Selection
 from lora_fuse.verification.rederivation import Expectation, Verification, verify_merge
 from tests.support import tiny
 

@@ -111,9 +111,9 @@ def test_every_key_of_a_lightning_lora_belongs_to_a_target_and_alpha_is_half_the
 def test_the_style_lora_has_the_keys_and_the_scaling_of_diffusers() -> None:
     lora = open_lora(POCKET / "lora" / STYLE)
     names = {f"transformer.transformer_blocks.{block}.{target}" for block in range(BLOCKS) for target in style.TARGETS}
-    assert {update.module for update in lora.updates} == names
-    assert {(update.rank, update.alpha) for update in lora.updates} == {(4, 8.0)}
-    assert all(update.keys["down"].endswith(".lora_A.weight") for update in lora.updates)
+    assert {update.module for update in lora.deltas} == names
+    assert {(update.rank, update.alpha) for update in lora.deltas} == {(4, 8.0)}
+    assert all(update.keys["down"].endswith(".lora_A.weight") for update in lora.deltas)
 
 
 def test_only_the_targets_that_nobody_reads_have_no_delta() -> None:

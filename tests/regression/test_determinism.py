@@ -13,7 +13,7 @@ from lora_fuse.checkpoint.diffusers_layout import diffusers_files
 from lora_fuse.checkpoint.shards import open_checkpoint
 from lora_fuse.fusion.merge import write_merged
 from lora_fuse.fusion.plan import make_plan
-from lora_fuse.lora.updates import LoraInput
+from lora_fuse.lora.inputs import LoraInput
 from stages.config import compose
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,8 +19,7 @@ from lora_fuse.checkpoint.shards import open_checkpoint
 from lora_fuse.errors import RenderFailed
 from lora_fuse.fusion.merge import write_merged
 from lora_fuse.fusion.plan import Plan, make_plan
-from lora_fuse.lora.inputs import Selection
-from lora_fuse.lora.updates import LoraInput
+from lora_fuse.lora.inputs import LoraInput, Selection
 from lora_fuse.machine.files import hash_file
 from lora_fuse.pictures.cases import Case, Sampling
 from lora_fuse.pictures.environment import environment

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from lora_fuse.checkpoint.shards import open_checkpoint
 from lora_fuse.fusion.merge import write_merged
 from lora_fuse.fusion.plan import make_plan
-from lora_fuse.lora.updates import LoraInput
+from lora_fuse.lora.inputs import LoraInput
 from lora_fuse.verification.rederivation import Expectation, verify_merge
 from tests.support import tiny
 from tests.support.algorithms import Tensors

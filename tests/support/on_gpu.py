@@ -8,7 +8,7 @@ from lora_fuse.checkpoint.diffusers_layout import diffusers_files
 from lora_fuse.checkpoint.shards import open_checkpoint
 from lora_fuse.fusion.merge import write_merged
 from lora_fuse.fusion.plan import Plan, make_plan
-from lora_fuse.lora.updates import LoraInput
+from lora_fuse.lora.inputs import LoraInput
 from lora_fuse.pictures.cases import Case, Sampling
 from lora_fuse.pictures.pairs import Setup
 

@@ -15,7 +15,7 @@ from lora_fuse.checkpoint.diffusers_layout import diffusers_files
 from lora_fuse.checkpoint.shards import open_checkpoint
 from lora_fuse.fusion.merge import write_merged
 from lora_fuse.fusion.plan import make_plan
-from lora_fuse.lora.updates import LoraInput
+from lora_fuse.lora.inputs import LoraInput
 from lora_fuse.verification import expectation as expected
 from lora_fuse.verification.rederivation import Expectation, Verification, is_nearest, verify_merge
 from tests.support import tiny

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_fuse.checkpoint import blocks
-from lora_fuse.lora import LoraFile, LoraInput, Selection, Update
+from lora_fuse.lora import LoraFile, LoraInput, Selection
 from lora_fuse.verification import row_blocks, weight_files
 
 if TYPE_CHECKING:
-    from lora_fuse.verification import Delta, Weights
+    from lora_fuse.verification import ExpectedDelta, Weights
 
 ROWS = 16  # of each weight
 
@@ -97,18 +97,11 @@ class FileComparison:
 
 def facts_of(lora: LoraFile, label: str) -> FileFacts:
     """A file in a few lines, the commonest first."""
-    counted = Counter(_words(update) for update in lora.updates)
+    counted = Counter(delta.description for delta in lora.deltas)
     dtypes = Counter(tensor.dtype for tensor in lora.header.tensors.values())
     lines = [f"{count} x {words}" for words, count in counted.most_common()]
     lines.append("stored as " + ", ".join(f"{dtype} ({count} tensors)" for dtype, count in sorted(dtypes.items())))
-    return FileFacts(label, lora.sha256, len(lora.updates), tuple(lines))
-
-
-def _words(update: Update) -> str:
-    if update.rank is None or update.alpha is None:
-        return f"{update.algorithm}, keys {update.format.name}"
-    kind = f"{update.algorithm}, keys {update.format.name}, rank {update.rank}"
-    return f"{kind}, alpha {update.alpha:g} (factor {update.factor:g})"
+    return FileFacts(label, lora.sha256, len(lora.deltas), tuple(lines))
 
 
 def compare_files(current: Path, new: Path, base: Path, component: str, rows: int = ROWS) -> FileComparison:
@@ -150,7 +143,7 @@ def compare_files(current: Path, new: Path, base: Path, component: str, rows: in
     )
 
 
-def _measure(name: str, base: Weights, before: list[Delta], after: list[Delta], rows: int) -> _Sums:
+def _measure(name: str, base: Weights, before: list[ExpectedDelta], after: list[ExpectedDelta], rows: int) -> _Sums:
     sums = _Sums()
     for block in row_blocks(name, base.shape(name)[0], rows):
         weight = base.rows(name, block).reshape(len(block), -1).astype(np.float64)

@@ -26,32 +26,32 @@ def opened(tmp_path: Path, tensors: dict[str, tiny.Array], metadata: dict[str, s
 @pytest.mark.parametrize("style", ["lightning", "diffusers", "peft"])
 def test_every_style_finds_the_same_targets(tmp_path: Path, style: str) -> None:
     lora = opened(tmp_path, tiny.lora_tensors(style))
-    targets = match_targets(lora.updates, base_names(), "f")
+    targets = match_targets(lora.deltas, base_names(), "f")
     assert len(targets) == tiny.BLOCKS * len(tiny.LINEARS)
     assert {update.factor for update in targets.values()} == {0.5}
 
 
 def test_alpha_absent_means_alpha_is_rank(tmp_path: Path) -> None:
-    assert {update.alpha for update in opened(tmp_path, tiny.lora_tensors(alpha=None)).updates} == {4.0}
+    assert {update.alpha for update in opened(tmp_path, tiny.lora_tensors(alpha=None)).deltas} == {4.0}
 
 
 def test_alpha_may_have_one_element_or_no_dimension(tmp_path: Path) -> None:
     tensors = tiny.lora_tensors()
     key = next(key for key in tensors if key.endswith(".alpha"))
     tensors[key] = np.array([3.0], dtype=np.float16)
-    assert {update.alpha for update in opened(tmp_path, tensors).updates} == {2.0, 3.0}
+    assert {update.alpha for update in opened(tmp_path, tensors).deltas} == {2.0, 3.0}
 
 
 def test_alpha_outside_the_tensors_counts(tmp_path: Path) -> None:
     tensors = tiny.lora_tensors("diffusers", alpha=None)
     metadata = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 12, "transformer.r": 4})}
-    assert {update.alpha for update in opened(tmp_path, tensors, metadata).updates} == {12.0}
+    assert {update.alpha for update in opened(tmp_path, tensors, metadata).deltas} == {12.0}
 
 
 def test_a_peft_folder_gives_its_alpha(tmp_path: Path) -> None:
     tiny.write_lora(tmp_path / "adapter_model.safetensors", tiny.lora_tensors("peft", alpha=None))
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 6}))
-    assert {update.alpha for update in open_lora(tmp_path).updates} == {6.0}
+    assert {update.alpha for update in open_lora(tmp_path).deltas} == {6.0}
 
 
 @pytest.mark.parametrize("entry", [{"fan_in_fan_out": True}, {"use_qalora": True}, {"peft_type": "LOHA"}])
@@ -101,13 +101,13 @@ def test_a_module_that_the_base_lacks_is_refused_with_the_nearest_name(tmp_path:
         UnmatchedTargets,
         match=r"3 of 6 modules .*'transformer_blocks\.7\..*nearest.*'transformer_blocks\.1\.",
     ):
-        match_targets(lora.updates, base_names(), "f")
+        match_targets(lora.deltas, base_names(), "f")
 
 
 def test_one_weight_named_twice_is_refused(tmp_path: Path) -> None:
     both = {**tiny.lora_tensors(), **tiny.lora_tensors("diffusers")}
     with pytest.raises(BadLora, match="both mean"):
-        match_targets(opened(tmp_path, both).updates, base_names(), "f")
+        match_targets(opened(tmp_path, both).deltas, base_names(), "f")
 
 
 def test_factors_that_do_not_fit_are_refused_with_both_shapes(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_factors_that_do_not_fit_are_refused_with_both_shapes(tmp_path: Path) ->
     tensors = {**tiny.lora_tensors(), f"{key}.lora_up.weight": np.ones((25, 4), np.float32)}
     lora = opened(tmp_path, tensors)
     with pytest.raises(ShapeMismatch, match=r"25x16 .* is 24x16"):
-        match_targets(lora.updates, base_names(), "f")
+        match_targets(lora.deltas, base_names(), "f")
     tensors[f"{key}.lora_up.weight"] = np.ones((24, 3), np.float32)
     with pytest.raises(ShapeMismatch, match=r"do not fit: down \[4, 16\], up \[24, 3\]"):
         opened(tmp_path, tensors)

@@ -1,4 +1,4 @@
-"""What a LoRA file means: which keys make an update of which module. Pure: names, shapes and scalars in, updates out.
+"""The meaning of a LoRA file's keys: the delta of each module. Pure: names, shapes and scalars in, deltas out.
 
 Every key is consumed, or the file is refused. `key_formats` knows the names, `deltas` the arithmetic.
 """
@@ -9,39 +9,29 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from lora_fuse.checkpoint import TensorInfo
 from lora_fuse.errors import BadLora, ShapeMismatch
 from lora_fuse.lora.adapter_config import AdapterConfig
-from lora_fuse.lora.key_formats import FORMATS, Algorithm, Format, other_component, read_key
+from lora_fuse.lora.key_formats import FORMATS, Algorithm, KeyFormat, other_component, read_key
 
 SHOWN = 3  # offenders that an error names
 Roles = dict[str, TensorInfo]
 
 
 @dataclass(frozen=True, slots=True)
-class LoraInput:
-    """A LoRA to fuse and the scale to fuse it at; `name` is what the recipe calls it."""
+class LoraDelta:
+    """One parameter's delta in a LoRA file, under the names of the file.
 
-    name: str
-    path: Path
-    scale: float
-
-
-@dataclass(frozen=True, slots=True)
-class Update:
-    """What a file adds to one parameter of one module, as the file names it.
-
-    `keys` are the tensors' names by role (see `key_formats`), `shape` the rows and columns of the difference as
+    `keys` are the tensors' names by role (see `key_formats`), `shape` the rows and columns of the delta as
     a matrix. The product of the tensors is multiplied by `factor`, which is made of `alpha` and `rank`; both are None
     where the algorithm has none.
     """
 
     module: str
     part: Literal["weight", "bias"]
-    format: Format
+    format: KeyFormat
     keys: Mapping[str, str]
     shape: tuple[int, int]
     rank: int | None = None
@@ -50,9 +40,22 @@ class Update:
 
     @property
     def algorithm(self) -> str:
-        """What the difference is, in words."""
+        """The algorithm's name, with DoRA or without."""
         dora = "dora_scale" in self.keys or "magnitude" in self.keys
         return f"{self.format.algorithm} with DoRA" if dora else str(self.format.algorithm)
+
+    @property
+    def is_plain(self) -> bool:
+        """True for a low-rank product and nothing more."""
+        return self.algorithm == str(Algorithm.LORA)
+
+    @property
+    def description(self) -> str:
+        """Algorithm, key format, rank and alpha, for a reader."""
+        text = f"{self.algorithm}, keys {self.format.name}"
+        if self.rank is None or self.alpha is None:
+            return text
+        return f"{text}, rank {self.rank}, alpha {self.alpha:g} (factor {self.factor:g})"
 
 
 @dataclass(slots=True)
@@ -65,8 +68,8 @@ class _Module:
 
 def parse_lora(
     tensors: Mapping[str, TensorInfo], alphas: Mapping[str, float], config: AdapterConfig, where: str
-) -> tuple[Update, ...]:
-    """Group a file's keys into updates, every key exactly once.
+) -> tuple[LoraDelta, ...]:
+    """Group a file's keys into deltas, every key exactly once.
 
     Args:
         tensors: the file's header.
@@ -80,18 +83,18 @@ def parse_lora(
     """
     if not tensors:
         raise BadLora(f"{where} is empty: it has no tensors")
-    updates: list[Update] = []
+    deltas: list[LoraDelta] = []
     lone: list[str] = []
     for name, module in _modules(tensors, where).items():
         reader = _Reader(name, module, alphas, config, where)
-        updates += reader.updates()
+        deltas += reader.deltas()
         lone += reader.left()
     if lone:
         raise BadLora(
             f"{where}: {len(lone)} of {len(tensors)} keys have no partner ({_first(lone)}); "
             "the file is incomplete, fetch or export it again"
         )
-    return tuple(sorted(updates, key=lambda update: (update.module, update.part)))
+    return tuple(sorted(deltas, key=lambda delta: (delta.module, delta.part)))
 
 
 def _modules(tensors: Mapping[str, TensorInfo], where: str) -> dict[str, _Module]:
@@ -131,10 +134,14 @@ class _Reader:
     def __init__(
         self, name: str, module: _Module, alphas: Mapping[str, float], config: AdapterConfig, where: str
     ) -> None:
-        self.name, self.module, self.alphas, self.config, self.where = name, module, alphas, config, where
+        self.name = name
+        self.module = module
+        self.alphas = alphas
+        self.config = config
+        self.where = where
 
-    def updates(self) -> Iterator[Update]:
-        """The updates of the module: of its weight, of its bias, or of both."""
+    def deltas(self) -> Iterator[LoraDelta]:
+        """The deltas of the module: of its weight, of its bias, or of both."""
         for row in FORMATS:
             roles = self.module.rows.get(row.name, {})
             match row.algorithm:
@@ -148,13 +155,15 @@ class _Reader:
                     yield from self._full(row, roles)
 
     def left(self) -> list[str]:
-        """The keys that no update took."""
+        """The keys that no delta took."""
         rows = [*self.module.rows.values(), self.module.shared]
         return [tensor.name for roles in rows for tensor in roles.values()]
 
-    def _lora(self, row: Format, roles: Roles) -> Iterator[Update]:
+    def _lora(self, row: KeyFormat, roles: Roles) -> Iterator[LoraDelta]:
         taken = _take(roles, "down", "up", "mid")
-        down, up, mid = taken["down"], taken["up"], taken.get("mid")
+        down = taken["down"]
+        up = taken["up"]
+        mid = taken.get("mid")
         rank = down.shape[0] if down.shape else 0
         fits = len(down.shape) >= 2 and up.shape[1:] == (rank, *[1] * (len(up.shape) - 2)) and rank
         kernel: tuple[int, ...] = ()
@@ -165,15 +174,15 @@ class _Reader:
             raise self._mismatch(taken, "[out, rank] times [rank, in]")
         shape = (up.shape[0], math.prod(down.shape[1:]) * math.prod(kernel))
         bias = roles.pop("up bias", None)
-        update = self._scaled(row, taken, shape, rank)
-        yield update
+        delta = self._scaled(row, taken, shape, rank)
+        yield delta
         if bias is not None:
             if bias.shape != (shape[0],):
                 raise self._mismatch({"bias": bias, "up": up}, "a bias of [out]")
             keys = {"up bias": bias.name}
-            yield Update(self.name, "bias", row, keys, (shape[0], 1), rank, update.alpha, update.factor)
+            yield LoraDelta(self.name, "bias", row, keys, (shape[0], 1), rank, delta.alpha, delta.factor)
 
-    def _loha(self, row: Format, roles: Roles) -> Update:
+    def _loha(self, row: KeyFormat, roles: Roles) -> LoraDelta:
         taken = _take(roles, "w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")
         if ("t1" in taken) != ("t2" in taken):
             raise self._mismatch(taken, "hada_t1 and hada_t2 together")
@@ -182,9 +191,10 @@ class _Reader:
             raise self._mismatch(taken, "two products of one shape")
         return self._scaled(row, taken, *shapes[0])
 
-    def _lokr(self, row: Format, roles: Roles) -> Update:
+    def _lokr(self, row: KeyFormat, roles: Roles) -> LoraDelta:
         taken = _take(roles, "w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
-        sides, ranks = [], set()
+        sides = []
+        ranks = set()
         for n in (1, 2):
             if f"w{n}" in taken:
                 whole = taken[f"w{n}"].shape
@@ -202,7 +212,9 @@ class _Reader:
 
     def _product(self, taken: Roles, a: str, b: str, core: str) -> tuple[tuple[int, int], int]:
         """Shape and rank of ``a @ b``; with a Tucker core of ``core[i, j] * a[i] * b[j]``."""
-        left, right, middle = taken[a].shape, taken[b].shape, taken[core].shape if core in taken else None
+        left = taken[a].shape
+        right = taken[b].shape
+        middle = taken[core].shape if core in taken else None
         if len(left) != 2 or len(right) < 2:
             raise self._mismatch(taken, "matrices")
         if middle is None:
@@ -213,7 +225,7 @@ class _Reader:
             raise self._mismatch(taken, "a core of [rank, rank, height, width]")
         return (left[1], right[1] * math.prod(middle[2:])), right[0]
 
-    def _full(self, row: Format, roles: Roles) -> Iterator[Update]:
+    def _full(self, row: KeyFormat, roles: Roles) -> Iterator[LoraDelta]:
         for role, part in (("diff", "weight"), ("diff bias", "bias")):
             tensor = roles.pop(role, None)
             if tensor is None:
@@ -224,13 +236,13 @@ class _Reader:
             keys = {"diff": tensor.name}
             if part == "weight":
                 keys |= self._take_magnitude(shape)
-            yield Update(self.name, "weight" if part == "weight" else "bias", row, keys, shape)
+            yield LoraDelta(self.name, "weight" if part == "weight" else "bias", row, keys, shape)
 
-    def _scaled(self, row: Format, taken: Roles, shape: tuple[int, int], rank: int | None) -> Update:
+    def _scaled(self, row: KeyFormat, taken: Roles, shape: tuple[int, int], rank: int | None) -> LoraDelta:
         keys = {role: tensor.name for role, tensor in taken.items()} | self._take_magnitude(shape)
         own = self.module.shared.pop("alpha", None)
         if rank is None:  # LoKr of two whole matrices: LyCORIS and its readers do not apply an alpha there
-            return Update(self.name, "weight", row, keys, shape)
+            return LoraDelta(self.name, "weight", row, keys, shape)
         told = self.config.rank_of(self.name)
         if told is not None and told != rank:
             raise ShapeMismatch(
@@ -242,7 +254,7 @@ class _Reader:
             raise BadLora(
                 f"{self.where}: the alpha of {self.name!r} is {alpha}, not a finite number; the file is broken"
             )
-        return Update(self.name, "weight", row, keys, shape, rank, alpha, self.config.factor(alpha, rank))
+        return LoraDelta(self.name, "weight", row, keys, shape, rank, alpha, self.config.factor(alpha, rank))
 
     def _take_magnitude(self, shape: tuple[int, int]) -> dict[str, str]:
         taken = _take(self.module.shared, "dora_scale", "magnitude")
