@@ -9,12 +9,10 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_fuse.errors import RenderFailed
-from lora_fuse.lora import Decomposed, Delta
+from lora_fuse.lora import Decomposed, Delta, LoraInput
 from lora_fuse.pictures.render import Pipeline, one_line
 
 if TYPE_CHECKING:
@@ -25,15 +23,6 @@ if TYPE_CHECKING:
 DIFFUSERS = "diffusers"
 
 
-@dataclass(frozen=True, slots=True)
-class LoraSpec:
-    """A LoRA file for the transformer and the scale at which it acts."""
-
-    name: str
-    path: Path
-    scale: float
-
-
 def attach(pipe: Pipeline, plan: Plan) -> str:
     """Let the LoRAs of a plan act in a pipeline of its base.
 
@@ -42,9 +31,8 @@ def attach(pipe: Pipeline, plan: Plan) -> str:
     """
     reason = _beyond_diffusers(plan)
     if reason is None:
-        specs = [LoraSpec(lora.name, lora.path, lora.scale) for lora in plan.inputs]
         try:
-            load_loras(pipe, specs, plan.modules)
+            load_loras(pipe, plan.inputs, plan.modules)
         except RenderFailed as error:
             reason = str(error)
             pipe.unload_lora_weights()
@@ -62,7 +50,7 @@ def _beyond_diffusers(plan: Plan) -> str | None:
     return None
 
 
-def load_loras(pipe: Pipeline, loras: Sequence[LoraSpec], expected_modules: int) -> int:
+def load_loras(pipe: Pipeline, loras: Sequence[LoraInput], expected_modules: int) -> int:
     """Attach LoRAs, unfused, and check that they arrived: diffusers may load no layer at all and only warn.
 
     Args:
@@ -91,7 +79,7 @@ def load_loras(pipe: Pipeline, loras: Sequence[LoraSpec], expected_modules: int)
     return attached
 
 
-def _load_lora(pipe: Pipeline, lora: LoraSpec, adapter: str) -> None:
+def _load_lora(pipe: Pipeline, lora: LoraInput, adapter: str) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second LoRA is what is meant

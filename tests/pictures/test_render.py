@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from lora_fuse.errors import NoDevice, RenderFailed
 from lora_fuse.fusion import device as devices
 from lora_fuse.fusion.device import fuse_device, resolve_device
+from lora_fuse.lora.inputs import LoraInput
 from lora_fuse.pictures.cases import Case, Sampling
 from lora_fuse.pictures.metrics import psnr_db
 from lora_fuse.pictures.picture import Rendered
 from lora_fuse.pictures.render import Pipeline, condition_area, load_pipeline, make_scheduler, render, shared_components
-from lora_fuse.pictures.unfused_lora import LoraSpec, load_loras
+from lora_fuse.pictures.unfused_lora import load_loras
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,8 +78,8 @@ def lightning(pipe: Pipeline) -> Pipeline:
     return pipe
 
 
-def spec(scale: float = 1.0, path: Path = LORA) -> LoraSpec:
-    return LoraSpec("lightning", path, scale)
+def spec(scale: float = 1.0, path: Path = LORA) -> LoraInput:
+    return LoraInput("lightning", path, scale)
 
 
 def fuse(pipe: Pipeline, factor: float) -> None:
@@ -182,7 +183,7 @@ def test_a_tenth_of_the_scale_shows(edit: Pipeline, text: Pipeline) -> None:
 
 def test_two_loras_act_together(edit: Pipeline, text: Pipeline) -> None:
     halves = sibling(edit, "QwenImagePipeline")
-    names = [LoraSpec("v1.0", LORA, 0.25), LoraSpec("v1.0", LORA, 0.75)]
+    names = [LoraInput("v1.0", LORA, 0.25), LoraInput("v1.0", LORA, 0.75)]
     assert load_loras(halves, names, 2 * MODULES) == 2 * MODULES
     load_loras(text, [spec()], MODULES)
     assert psnr_db(render(halves, TEXT, FOUR_STEPS).levels, render(text, TEXT, FOUR_STEPS).levels) > 70
