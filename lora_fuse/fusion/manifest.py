@@ -63,7 +63,7 @@ def write_manifest(path: Path, manifest: Manifest) -> str:
 
 
 def build_path(manifest: Path) -> Path:
-    """Where the record of a build lies: beside the manifest of what it wrote."""
+    """The path of a build's record: beside the manifest of what it wrote."""
     return manifest.with_name(manifest.name.replace(".manifest.", ".build."))
 
 
@@ -97,7 +97,7 @@ def read_manifest(path: Path) -> tuple[Manifest, str]:
 
 
 def check_files(manifest: Manifest, merged: Path) -> list[str]:
-    """Compare the files on disk with the manifest by name and size; one sentence for each delta.
+    """Compare the files on disk with the manifest by name and size; one sentence for each difference.
 
     Content is not hashed here: the engine hashed it while it was written, and publishing hashes what it sends.
     """

@@ -164,7 +164,7 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class BuildRecord:
-    """Who wrote a merge, when (UTC, ISO 8601), on which device, in how many seconds.
+    """The writer of a merge, its time (UTC, ISO 8601), its device and its duration in seconds.
 
     It lies beside the manifest of those bytes and is no part of it: the same merge is written elsewhere, by others.
     """

@@ -21,7 +21,7 @@ Environment: TypeAlias = environment.Environment  # a field's name hides the mod
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """Who rendered the pictures of a run, where, when (UTC, ISO 8601), and what each cost.
+    """The renderer of a run's pictures, the place, the time (UTC, ISO 8601), and the cost of each.
 
     `costs` are by case, see `lora_fuse.pictures.cost.Cost`.
     """
