@@ -24,7 +24,6 @@ EXTRAS = {
             "packaging",
             "peft",
             "psutil",
-            "scipy",
             "skimage",
             "ssimulacra2",
             "tabulate",

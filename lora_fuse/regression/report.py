@@ -9,37 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_fuse.pictures import pages
 from lora_fuse.regression.gate import MEANINGS
 
 if TYPE_CHECKING:
-    from lora_fuse.pictures import encode, metrics
+    from lora_fuse.pictures import encode, metrics, pairs
+    from lora_fuse.recipe import Manifest
     from lora_fuse.regression.verdicts import CaseResult, Comparison, Limits, Rules, Verdict
-
-
-@dataclass(frozen=True, slots=True)
-class LoraRow:
-    """A LoRA as it went into the merge; `label` says where it is from, `sha256` is of its file."""
-
-    name: str
-    label: str
-    sha256: str
-    scale: float
-
-
-@dataclass(frozen=True, slots=True)
-class BuiltFrom:
-    """Sources and settings of a merge; `sigmas` are those that the merged pipeline visited."""
-
-    base: str
-    loras: tuple[LoraRow, ...]
-    pipeline: str
-    steps: int
-    true_cfg_scale: float
-    scheduler_shift: str
-    sigmas: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +26,6 @@ class BlockChange:
 
     block: str
     relative_norm: float
-
-
-@dataclass(frozen=True, slots=True)
-class WeightsCheck:
-    """Result of the weights' own check: the merge derived again, independently, row by row."""
-
-    passed: bool
-    targets: int
-    rows_checked: int
-    rows_total: int
-    problems: tuple[str, ...]
-    blocks: tuple[BlockChange, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +67,30 @@ class CaseReport:
 class Report:
     """Everything that the page shows.
 
-    `next_step` is a command; `environment` is shown in its own order; `warnings` are shown loudly; `heat_top` is the
-    difference, in levels, from which on a heat map is brightest.
+    Attributes:
+        recipe: its name.
+        verdict: of the run.
+        next_step: a command.
+        manifest: of the merge.
+        setup: of both sides.
+        sigmas: that the merged pipeline visited.
+        verify: content of `verify.json`.
+        blocks: largest changes, in the model's order.
+        environment: shown in its own order.
+        warnings: shown loudly.
+        rules: that the cases were held to.
+        cases: in the recipe's order.
+        heat_top: levels from which on a heat map is brightest.
     """
 
     recipe: str
     verdict: Verdict
     next_step: str
-    built_from: BuiltFrom
-    weights: WeightsCheck
+    manifest: Manifest
+    setup: pairs.Setup
+    sigmas: tuple[float, ...]
+    verify: Mapping[str, Any]
+    blocks: tuple[BlockChange, ...]
     environment: Mapping[str, str]
     warnings: tuple[str, ...]
     rules: Rules
@@ -144,15 +125,17 @@ def report_html(report: Report) -> str:
 
 
 def _gates(report: Report) -> list[_Gate]:
-    weights = report.weights
+    verify = report.verify
     total = len(report.cases)
     apart = [case.result.case.name for case in report.cases if not case.result.agrees]
     verdicts = [str(case.result.verdict) for case in report.cases]
     near = sum(verdict in ("exact", "drift") for verdict in verdicts)
     unknown = sum(verdict in ("no-golden", "review") for verdict in verdicts)
-    checked = f"{weights.targets:,} weights derived again, {weights.rows_checked:,} of {weights.rows_total:,} rows"
+    checked = (
+        f"{verify['targets']:,} weights derived again, {verify['rows_checked']:,} of {verify['rows_total']:,} rows"
+    )
     return [
-        _Gate("Weights", "passed" if weights.passed else "failed", f"{checked}."),
+        _Gate("Weights", "passed" if verify["passed"] else "failed", f"{checked}."),
         _Gate(
             "Merged = base + LoRA",
             "failed" if apart else "passed",

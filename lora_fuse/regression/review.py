@@ -18,11 +18,8 @@ from lora_fuse.regression.goldens import Approved
 from lora_fuse.regression.report import (
     Baseline,
     BlockChange,
-    BuiltFrom,
     CaseReport,
-    LoraRow,
     Report,
-    WeightsCheck,
 )
 from lora_fuse.regression.run_record import RunRecord
 from lora_fuse.regression.verdicts import CaseResult, Rules, worst
@@ -110,8 +107,11 @@ def review(judged: Judged, verify: Mapping[str, Any], rules: Rules, setup: pairs
         recipe=first.recipe,
         verdict=worst(case.result.verdict for case in judged.cases),
         next_step=next_step,
-        built_from=_built_from(judged.manifest, setup, first.sigmas),
-        weights=_weights(verify),
+        manifest=judged.manifest,
+        setup=setup,
+        sigmas=first.sigmas,
+        verify=verify,
+        blocks=block_changes(verify["changes"]),
         environment={**_environment(judged.run), "LoRA unfused by": judged.cases[0].pair.unfused_by},
         warnings=tuple(pair_warnings(*judged.manifest.pair)),
         rules=rules,
@@ -121,30 +121,6 @@ def review(judged: Judged, verify: Mapping[str, Any], rules: Rules, setup: pairs
         ),
         heat_top=metrics.HEAT_TOP,
     )
-
-
-def _built_from(manifest: Manifest, setup: pairs.Setup, sigmas: tuple[float, ...]) -> BuiltFrom:
-    shift = {
-        key: setup.scheduler[key] for key in ("base_shift", "max_shift", "shift_terminal") if key in setup.scheduler
-    }
-    return BuiltFrom(
-        base=manifest.base.label if manifest.base else "unknown",
-        loras=tuple(LoraRow(lora.name, _place(lora), lora.sha256, lora.scale) for lora in manifest.loras),
-        pipeline=setup.pipeline,
-        steps=setup.sampling.steps,
-        true_cfg_scale=setup.sampling.true_cfg_scale,
-        scheduler_shift=", ".join(f"{key} {value}" for key, value in shift.items()) or "the base's own",
-        sigmas=sigmas,
-    )
-
-
-def _place(lora: records.MergedLora) -> str:
-    return f"{lora.repo_id}@{lora.revision}/{lora.filename}" if lora.repo_id else f"{lora.path}/{lora.filename}"
-
-
-def _weights(verify: Mapping[str, Any]) -> WeightsCheck:
-    counts = (verify["targets"], verify["rows_checked"], verify["rows_total"])
-    return WeightsCheck(verify["passed"], *counts, tuple(verify["problems"]), block_changes(verify["changes"]))
 
 
 def block_changes(changes: Mapping[str, Mapping[str, float]]) -> tuple[BlockChange, ...]:

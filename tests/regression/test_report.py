@@ -14,16 +14,14 @@ import pytest
 from lora_fuse.pictures.cases import Case
 from lora_fuse.pictures.pages import SLIDER
 from lora_fuse.pictures.picture import Picture
+from lora_fuse.recipe.records import Lock, MergedLora
 from lora_fuse.regression.case_judgement import examine
 from lora_fuse.regression.gate import MEANINGS, summary_text
 from lora_fuse.regression.report import (
     Baseline,
     BlockChange,
-    BuiltFrom,
     CaseReport,
-    LoraRow,
     Report,
-    WeightsCheck,
     report_html,
 )
 from lora_fuse.regression.verdicts import Verdict
@@ -31,11 +29,13 @@ from tests.support.reports import (
     APART,
     EXACT,
     HOSTILE,
+    MANIFEST,
     NO_GOLDEN,
     REGRESSION,
     RESIZED,
     REVIEW,
     RULES,
+    SETUP,
     SHA,
     Tags,
     encoded,
@@ -90,10 +90,16 @@ def test_the_script_is_there_once_and_is_the_one_that_the_policy_allows() -> Non
 
 def hostile() -> Report:
     case = judged(HOSTILE, scene(), scene(1), prompt=HOSTILE, elsewhere=HOSTILE, changed=(HOSTILE,))
-    built = BuiltFrom(HOSTILE, (LoraRow(HOSTILE, HOSTILE, HOSTILE, 1.0),), HOSTILE, 4, 1.0, HOSTILE, (1.0, 0.0))
-    weights = WeightsCheck(False, 1, 1, 1, (HOSTILE,), (BlockChange(HOSTILE, 0.1),))
+    lora = MergedLora(HOSTILE, 1.0, HOSTILE, HOSTILE, None, HOSTILE)
     report = dataclasses.replace(page_of(case), recipe=HOSTILE, warnings=(HOSTILE,), environment={HOSTILE: HOSTILE})
-    return dataclasses.replace(report, built_from=built, weights=weights, next_step=HOSTILE)
+    return dataclasses.replace(
+        report,
+        manifest=dataclasses.replace(MANIFEST, base=Lock(None, HOSTILE, None, None, {}), loras=(lora,)),
+        setup=dataclasses.replace(SETUP, pipeline=HOSTILE, scheduler={"base_shift": HOSTILE}),
+        verify={**report.verify, "passed": False, "problems": [HOSTILE]},
+        blocks=(BlockChange(HOSTILE, 0.1),),
+        next_step=HOSTILE,
+    )
 
 
 def test_what_others_wrote_is_text_and_never_markup() -> None:
@@ -160,8 +166,8 @@ def test_what_it_was_built_from_and_the_warnings_are_on_the_page() -> None:
 
 
 def test_wrong_weights_are_said_loudly_with_their_problems() -> None:
-    wrong = WeightsCheck(False, 840, 13440, 5_000_000, ("attn.to_q: row 3 differs",))
-    page = report_html(dataclasses.replace(page_of(EXACT), weights=wrong))
+    wrong = {**page_of(EXACT).verify, "passed": False, "problems": ["attn.to_q: row 3 differs"]}
+    page = report_html(dataclasses.replace(page_of(EXACT), verify=wrong))
     assert "The merged weights are wrong" in page
     assert "attn.to_q: row 3 differs" in page
     assert "wrong" not in report_html(page_of(EXACT))
@@ -170,7 +176,7 @@ def test_wrong_weights_are_said_loudly_with_their_problems() -> None:
 def tiles(*cases: CaseReport, weights: bool = True) -> list[tuple[str, str, str]]:
     """Title, answer and sentence of the three gates."""
     report = page_of(*cases)
-    report = dataclasses.replace(report, weights=dataclasses.replace(report.weights, passed=weights))
+    report = dataclasses.replace(report, verify={**report.verify, "passed": weights})
     (section,) = re.findall(r'<section class="gates">(.*?)</section>', report_html(report), re.DOTALL)
     return re.findall(r'<span>(.*?)</span><span class="badge .*?">(.*?)</span></h3><p>(.*?)</p>', section)
 
@@ -250,10 +256,9 @@ def test_the_change_of_every_block_is_a_bar_and_the_largest_the_highest() -> Non
     page = report_html(page_of(EXACT))
     bars = re.findall(r'<span style="height: ([\d.]+)%" title="(.*?)"></span>', page)
     assert bars == [("50.0", "0: 0.02"), ("100.0", "1: 0.04")]
-    still = dataclasses.replace(page_of(EXACT).weights, blocks=(BlockChange("0", 0.0),))
-    assert 'style="height: 0.0%"' in report_html(dataclasses.replace(page_of(EXACT), weights=still))
-    none = dataclasses.replace(page_of(EXACT).weights, blocks=())
-    assert 'class="bars"' not in report_html(dataclasses.replace(page_of(EXACT), weights=none))
+    still = dataclasses.replace(page_of(EXACT), blocks=(BlockChange("0", 0.0),))
+    assert 'style="height: 0.0%"' in report_html(still)
+    assert 'class="bars"' not in report_html(dataclasses.replace(page_of(EXACT), blocks=()))
 
 
 def test_a_picture_of_another_size_is_shown_without_numbers() -> None:

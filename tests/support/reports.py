@@ -9,18 +9,17 @@ from html.parser import HTMLParser
 import numpy as np
 
 from lora_fuse.pictures import encode
-from lora_fuse.pictures.cases import Case
+from lora_fuse.pictures.cases import Case, Sampling
 from lora_fuse.pictures.encode import Encoded
 from lora_fuse.pictures.metrics import heat_map
+from lora_fuse.pictures.pairs import Setup
 from lora_fuse.pictures.picture import Latents, Levels, Picture
+from lora_fuse.recipe.records import Lock, Manifest, MergedLora
 from lora_fuse.regression.case_judgement import examine
 from lora_fuse.regression.report import (
     BlockChange,
-    BuiltFrom,
     CaseReport,
-    LoraRow,
     Report,
-    WeightsCheck,
 )
 from lora_fuse.regression.review import flat_metrics
 from lora_fuse.regression.verdicts import CaseResult, Golden, Limits, Rules, worst
@@ -30,6 +29,9 @@ LIMITS = Limits({"psnr_db": 40, "max_abs": 8})
 RULES = Rules(LIMITS, LIMITS)
 
 SHA = "ab" * 32
+LORA = MergedLora("lightning", 0.5, SHA, "l.safetensors", "owner/lora", None, "4567")
+MANIFEST = Manifest(1, "pocket", Lock("owner/base", None, None, "0123", {}), (LORA,), 1.0, 1, {})
+SETUP = Setup("QwenImageEditPipeline", Sampling(4, 1.0, " "), {"base_shift": 1.1}, "cpu", "float32")
 HOSTILE = '<script>alert(1)</script> & "quoted" \' <img src=x onerror=alert(1)>'
 
 
@@ -78,16 +80,11 @@ def page_of(*cases: CaseReport) -> Report:
         recipe="pocket",
         verdict=worst(case.result.verdict for case in cases),
         next_step="dvc repro what-is-next",
-        built_from=BuiltFrom(
-            base="owner/base@0123",
-            loras=(LoraRow("lightning", "owner/lora@4567", SHA, 0.5),),
-            pipeline="QwenImageEditPipeline",
-            steps=4,
-            true_cfg_scale=1.0,
-            scheduler_shift="exponential, base and max shift 1.0986",
-            sigmas=(1.0, 0.9, 0.75, 0.5, 0.0),
-        ),
-        weights=WeightsCheck(True, 840, 13440, 5_000_000, (), (BlockChange("0", 0.02), BlockChange("1", 0.04))),
+        manifest=MANIFEST,
+        setup=SETUP,
+        sigmas=(1.0, 0.9, 0.75, 0.5, 0.0),
+        verify={"passed": True, "targets": 840, "rows_checked": 13440, "rows_total": 5_000_000, "problems": []},
+        blocks=(BlockChange("0", 0.02), BlockChange("1", 0.04)),
         environment={"device": "cpu", "torch": "2.13.0+cpu"},
         warnings=("the LoRA was made for another base",),
         rules=RULES,
