@@ -1,4 +1,4 @@
-"""What is published beside a merged checkpoint: card, licences, provenance, bill of materials, signature."""
+"""Release of a merged checkpoint: card, licences, provenance, bill of materials, signature, and their check."""
 
 import lazy_loader
 

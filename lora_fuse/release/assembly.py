@@ -1,4 +1,4 @@
-"""What the stages left, as the card, the provenance and the bill of materials want it."""
+"""Release of a build: the results of its stages put together as card, provenance and bill of materials."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from lora_fuse.machine import FileRecord
 from lora_fuse.pictures import Case
 from lora_fuse.recipe import Artifacts, Manifest, Recipe, checkout, paths, records
 from lora_fuse.regression import candidates, gate
-from lora_fuse.release import evidence as shown
 from lora_fuse.release.block_plot import block_plot
 from lora_fuse.release.bom import ModelFacts, bom_json
 from lora_fuse.release.card import ShownExport, Usage, model_card
 from lora_fuse.release.contents import BOM, PROVENANCE, Contents, public_parameters, write_release
 from lora_fuse.release.licences import MergeLicence, resolve_licence
+from lora_fuse.release.regression_evidence import PLOT, judged_pictures, performance_metrics, shown_evidence
 from lora_fuse.release.slsa import provenance_json
 
-SECTIONS = {"name", "base", "loras", "fuse", "scheduler", "sampling", "export"}  # what the result depends on
+SECTIONS = {"name", "base", "loras", "fuse", "scheduler", "sampling", "export"}  # the result depends on these
 
 
 def contents_of(
@@ -31,18 +31,20 @@ def contents_of(
     metrics: dict[str, Any],
     licence: MergeLicence,
 ) -> Contents:
-    """Everything that is published beside the merged checkpoint, the card among it.
+    """The files that are published beside the merged checkpoint, the card among them.
 
     Raises:
         PublishRefused: pictures or exports are those of another merge.
     """
-    cases, exports = Case.of(params), _exports(params, at, manifest_sha256)
+    cases = Case.of(params)
+    exports = _exports(params, at, manifest_sha256)
     usage = Usage(params.base.pipeline, **params.sampling.usage, condition_area=params.base.condition_area)
-    found = records.from_json(candidates.Candidates, paths.read_text(at.candidates, "regress"), str(at.candidates))
-    pictures = shown.pictures(cases, found, manifest_sha256, at.images)
+    judged = records.from_json(candidates.Candidates, paths.read_text(at.candidates, "regress"), str(at.candidates))
+    pictures = judged_pictures(cases, judged, manifest_sha256, at.images)
     blocks = [(row["block"], row["relative_norm"]) for row in paths.read_rows(at.blocks, "regress")]
-    evidence = shown.evidence(metrics, cases, shown.PLOT if blocks else None)
-    repo_id, listed = params.publish.repo_id, [ShownExport(name, words(name), r.sha256) for name, r in exports.items()]
+    evidence = shown_evidence(metrics, cases, PLOT if blocks else None)
+    repo_id = params.publish.repo_id
+    listed = [ShownExport(name, words(name), record.sha256) for name, record in exports.items()]
     tool = read_build(at.manifest, manifest_sha256).tool
     card = model_card(
         manifest, usage=usage, evidence=evidence, licence=licence, tool=tool, repo_id=repo_id, exports=listed
@@ -50,30 +52,31 @@ def contents_of(
     parameters = public_parameters(params.model_dump(include=SECTIONS))
     repository = checkout.this_repository()
     statement = provenance_json(manifest, exports, parameters=parameters, tool=tool, repository=repository)
-    model = ModelFacts(repo_id or params.name, licence.license, usage, shown.measured(metrics, cases))
+    model = ModelFacts(repo_id or params.name, licence.license, usage, performance_metrics(metrics, cases))
     bom = bom_json(manifest, manifest_sha256, exports, model)
     texts = {payload.CARD: card.encode(), PROVENANCE: statement.encode(), BOM: bom.encode()}
-    texts |= {shown.PLOT: block_plot(blocks)} if blocks else {}
+    texts |= {PLOT: block_plot(blocks)} if blocks else {}
     return Contents(texts, pictures | {name: (at.exported / name, record) for name, record in exports.items()})
 
 
 def _exports(params: Recipe, at: Artifacts, manifest_sha256: str) -> dict[str, FileRecord]:
     if not params.export.formats:
         return {}
-    found = records.from_json(records.Exports, paths.read_text(at.exports, "export"), str(at.exports))
-    if found.manifest_sha256 != manifest_sha256:
+    record = records.from_json(records.Exports, paths.read_text(at.exports, "export"), str(at.exports))
+    if record.manifest_sha256 != manifest_sha256:
         raise PublishRefused(f"{at.exports} is of another merge", rerun=Rerun("export"))
-    return found.files
+    return record.files
 
 
 def checked_release(params: Recipe, at: Artifacts) -> tuple[Manifest, str, dict[str, Addition]]:
-    """The manifest, the card and what else is published, if `verify` and `gate` passed for these very bytes.
+    """The manifest, the card and the other files to publish, if `verify` and `gate` passed for these very bytes.
 
     Raises:
-        PublishRefused: they did not, or the licence is not settled and the repository would be public.
+        PublishRefused: `verify` or `gate` did not, or the licence is not settled and the repository would be public.
     """
     manifest, manifest_sha256 = read_manifest(at.manifest)
-    verify, metrics = paths.read_object(at.verify, "verify"), paths.read_object(at.metrics, "regress")
+    verify = paths.read_object(at.verify, "verify")
+    metrics = paths.read_object(at.metrics, "regress")
     decision = gate.decide(verify, metrics, at)
     if decision.code:
         raise PublishRefused(f"the gate is not passed: {decision.reason}", rerun=decision.then)

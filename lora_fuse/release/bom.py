@@ -1,11 +1,11 @@
-"""A merge as a CycloneDX 1.6 bill of materials: the model, what it was made of, its files.
+"""Bill of materials of a merge in CycloneDX 1.6: the model, the base and LoRAs that it was made of, their files.
 
 Format: cyclonedx.org/docs/1.6/json, a machine-learning BOM (cyclonedx.org/capabilities/mlbom). The library
 (cyclonedx-python-lib) writes and orders it; it has no class for a model card yet, so `modelCard` is put into its JSON,
 and a test holds the whole against the schema.
 
-Invariant: the same merge gives the same text. The serial number is made from the manifest's sha256,
-and there is no time.
+Invariant: the same merge gives the same text. The serial number is made from the manifest's sha256, and no time is
+written.
 """
 
 from __future__ import annotations
@@ -22,25 +22,14 @@ from lora_fuse.release.card import Usage
 from lora_fuse.release.slsa import purl
 
 if TYPE_CHECKING:
+    from cyclonedx.model import HashType
     from cyclonedx.model.component import Component
-
-# The Hub's licence ids in SPDX's spelling, where they differ in more than the case.
-SPDX = {
-    "apache-2.0": "Apache-2.0",
-    "mit": "MIT",
-    "isc": "ISC",
-    "zlib": "Zlib",
-    "unlicense": "Unlicense",
-    "cc0-1.0": "CC0-1.0",
-    "bsd-2-clause": "BSD-2-Clause",
-    "bsd-3-clause": "BSD-3-Clause",
-    "bsd-3-clause-clear": "BSD-3-Clause-Clear",
-}
+    from cyclonedx.model.license import DisjunctiveLicense
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """A figure of the regression: what it is, of which case, its value."""
+class PerformanceMetric:
+    """A figure of the regression: its name, the case that it was measured on, its value."""
 
     metric: str
     case: str
@@ -49,12 +38,19 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What the model is called, the licence it is published under, how it is meant to be run, what was measured."""
+    """Facts on a model that no manifest states.
+
+    Attributes:
+        name: of the model.
+        licence: that it is published under.
+        usage: settings that it is meant to be run with.
+        metrics: figures of its regression.
+    """
 
     name: str
     licence: License
     usage: Usage
-    measured: tuple[Measured, ...] = ()
+    metrics: tuple[PerformanceMetric, ...] = ()
 
 
 def bom_json(manifest: Manifest, manifest_sha256: str, exports: Mapping[str, FileRecord], facts: ModelFacts) -> str:
@@ -64,63 +60,60 @@ def bom_json(manifest: Manifest, manifest_sha256: str, exports: Mapping[str, Fil
         manifest: of the merge.
         manifest_sha256: of the manifest's text; makes the serial number.
         exports: the merge in other formats.
-        facts: what no manifest says.
+        facts: of the model.
     """
     from cyclonedx.model.bom import Bom
     from cyclonedx.model.component import Component, ComponentType, Pedigree
     from cyclonedx.output.json import JsonV1Dot6
 
     files: Mapping[str, FileRecord | records.MergedFile] = {**manifest.files, **exports}
-    model = Component(
+    ancestors = [_base(manifest.base)] if manifest.base else []
+    ancestors += [_lora(number, lora) for number, lora in enumerate(manifest.loras, start=1)]
+    bom = Bom(serial_number=uuid5(NAMESPACE_URL, f"urn:lora-fuse:manifest:{manifest_sha256}"))
+    bom.metadata.component = Component(
         name=facts.name,
         type=ComponentType.MACHINE_LEARNING_MODEL,
         bom_ref="model",
         version=manifest_sha256[:12],
         licenses=_licences(facts.licence),
         components=[_file(path, file.sha256, "model") for path, file in files.items()],
-        pedigree=Pedigree(
-            ancestors=[
-                *([_base(manifest.base)] if manifest.base else []),
-                *(_lora(number, lora) for number, lora in enumerate(manifest.loras, start=1)),
-            ],
-            notes=_notes(manifest),
-        ),
+        pedigree=Pedigree(ancestors=ancestors, notes=_notes(manifest)),
     )
-    bom = Bom(serial_number=uuid5(NAMESPACE_URL, f"urn:lora-fuse:manifest:{manifest_sha256}"))
-    bom.metadata.component = model
     content = json.loads(JsonV1Dot6(bom).output_as_string())
     del content["metadata"]["timestamp"]
-    content["metadata"]["component"]["modelCard"] = _model_card(facts.usage, facts.measured)
+    content["metadata"]["component"]["modelCard"] = _model_card(facts)
     return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def _file(path: str, sha256: str, owner: str) -> Component:
-    from cyclonedx.model import HashAlgorithm, HashType
     from cyclonedx.model.component import Component, ComponentType
 
-    hashes = [HashType(alg=HashAlgorithm.SHA_256, content=sha256)]
-    return Component(name=path, type=ComponentType.FILE, bom_ref=f"{owner}/{path}", hashes=hashes)
+    return Component(name=path, type=ComponentType.FILE, bom_ref=f"{owner}/{path}", hashes=_hashes(sha256))
+
+
+def _hashes(sha256: str) -> list[HashType]:
+    from cyclonedx.model import HashAlgorithm, HashType
+
+    return [HashType(alg=HashAlgorithm.SHA_256, content=sha256)]
 
 
 def _base(base: Lock) -> Component:
     from cyclonedx.model.component import Component, ComponentType
-    from packageurl import PackageURL
 
     return Component(
         name=base.repo_id or "base",
         type=ComponentType.MACHINE_LEARNING_MODEL,
         bom_ref="base",
         version=base.revision,
-        purl=PackageURL.from_string(purl(base.repo_id, base.revision)) if base.repo_id else None,
+        purl=purl(base.repo_id, base.revision) if base.repo_id else None,
         licenses=_licences(base.license),
         components=[_file(path, file.sha256, "base") for path, file in base.files.items()],
     )
 
 
 def _lora(number: int, lora: records.MergedLora) -> Component:
-    from cyclonedx.model import HashAlgorithm, HashType, Property
+    from cyclonedx.model import Property
     from cyclonedx.model.component import Component, ComponentType
-    from packageurl import PackageURL
 
     file = lora.filename or f"{lora.name}.safetensors"
     return Component(
@@ -128,22 +121,24 @@ def _lora(number: int, lora: records.MergedLora) -> Component:
         type=ComponentType.MACHINE_LEARNING_MODEL,
         bom_ref=f"lora-{number}",
         version=lora.revision,
-        purl=PackageURL.from_string(purl(lora.repo_id, lora.revision, file)) if lora.repo_id else None,
+        purl=purl(lora.repo_id, lora.revision, file) if lora.repo_id else None,
         licenses=_licences(lora.license),
-        hashes=[HashType(alg=HashAlgorithm.SHA_256, content=lora.sha256)],
+        hashes=_hashes(lora.sha256),
         properties=[Property(name="lora-fuse:scale", value=repr(lora.scale))],
     )
 
 
-def _licences(stated: License | None) -> list[Any]:
+def _licences(stated: License | None) -> list[DisjunctiveLicense]:
+    """The licence by its SPDX id, which the Hub writes in lower case, or by its name where SPDX has none."""
     from cyclonedx.model import XsUri
     from cyclonedx.model.license import DisjunctiveLicense
+    from cyclonedx.spdx import fixup_id
 
     if stated is None:
         return []
     url = XsUri(stated.link) if stated.link else None
-    known = SPDX.get(stated.id)
-    return [DisjunctiveLicense(id=known, url=url) if known else DisjunctiveLicense(name=stated.label, url=url)]
+    spdx = fixup_id(stated.id)
+    return [DisjunctiveLicense(id=spdx, url=url) if spdx else DisjunctiveLicense(name=stated.label, url=url)]
 
 
 def _notes(manifest: Manifest) -> str:
@@ -151,9 +146,11 @@ def _notes(manifest: Manifest) -> str:
     return f"The LoRAs ({scales}) are added to {manifest.targets} weights of the base, each sum rounded once."
 
 
-def _model_card(usage: Usage, measured: tuple[Measured, ...]) -> dict[str, Any]:
+def _model_card(facts: ModelFacts) -> dict[str, Any]:
+    usage = facts.usage
     inputs = ["text", "image"] if usage.edits else ["text"]
     settings = f"Run with exactly {usage.steps} steps at true_cfg_scale {usage.true_cfg_scale:g} and its own scheduler."
+    figures = [{"type": item.metric, "value": f"{item.value:g}", "slice": item.case} for item in facts.metrics]
     return {
         "modelParameters": {
             "task": usage.task,
@@ -162,10 +159,6 @@ def _model_card(usage: Usage, measured: tuple[Measured, ...]) -> dict[str, Any]:
             "inputs": [{"format": name} for name in inputs],
             "outputs": [{"format": "image"}],
         },
-        "quantitativeAnalysis": {
-            "performanceMetrics": [
-                {"type": one.metric, "value": f"{one.value:g}", "slice": one.case} for one in measured
-            ],
-        },
+        "quantitativeAnalysis": {"performanceMetrics": figures},
         "considerations": {"technicalLimitations": [settings]},
     }

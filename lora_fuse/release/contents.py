@@ -1,4 +1,4 @@
-"""What a published repository holds beside the merged checkpoint: card, pictures, provenance, a list, a signature.
+"""Files of a published repository beside the merged checkpoint: card, pictures, provenance, a list, a signature.
 
 The list, `lora_fuse.json`, is the manifest with every other file of the repository in it, so that a download can be
 checked file by file; the signature, `model.sig`, is over all of them and the list. `download_check` checks both.
@@ -30,7 +30,7 @@ BOM = "bom.cdx.json"
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What goes beside the merged checkpoint, by POSIX path: `texts` made now, `files` that lie somewhere already."""
+    """Files beside the merged checkpoint, by POSIX path: `texts` made now, `files` that lie somewhere already."""
 
     texts: Mapping[str, bytes]
     files: Mapping[str, Addition]
@@ -39,13 +39,13 @@ class Contents:
 def write_release(
     folder: Path, merged: Path, manifest: Manifest, contents: Contents, signer: sections.Signer | None
 ) -> dict[str, Addition]:
-    """Write to `folder` what is made now, and list and sign everything.
+    """Write the texts to `folder`, and list and sign everything.
 
     Args:
-        folder: for texts, list and signature; what else is in it goes, but for the signature of the last time.
+        folder: for texts, list and signature; it is emptied before, but for a signature that still holds.
         merged: the merged checkpoint.
         manifest: its manifest.
-        contents: what goes beside it.
+        contents: the files beside it.
         signer: None leaves it unsigned.
 
     Returns:
@@ -55,7 +55,8 @@ def write_release(
         PublishRefused: two files have the same path.
         BadKey: the signer cannot sign.
     """
-    before = _read(folder / SIGNATURE)
+    signature = folder / SIGNATURE
+    before = signature.read_bytes() if signature.is_file() else None
     shutil.rmtree(folder, ignore_errors=True)
     additions = dict(contents.files)
     for name, content in contents.texts.items():
@@ -73,35 +74,27 @@ def write_release(
 
 def listed(manifest: Manifest, additions: Mapping[str, Addition]) -> Manifest:
     """The manifest as it is published: with every file of the repository, and no path of this machine."""
-    more = {
+    generated = {
         name: records.MergedFile(record.size, record.sha256, "generated") for name, (_, record) in additions.items()
     }
     base = manifest.base and replace(manifest.base, path=_last(manifest.base.path))
     loras = tuple(replace(lora, path=_last(lora.path)) for lora in manifest.loras)
-    return replace(manifest, base=base, loras=loras, files=dict(sorted({**manifest.files, **more}.items())))
+    return replace(manifest, base=base, loras=loras, files=dict(sorted({**manifest.files, **generated}.items())))
 
 
 def public_parameters(sections: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe's parameters without paths of this machine: of each `path`, only the last name is left."""
-    return {
-        key: public_parameters(value)
-        if isinstance(value, Mapping)
-        else _last(value)
-        if key == "path" and isinstance(value, str)
-        else value
-        for key, value in sections.items()
-    }
+    public: dict[str, Any] = {}
+    for key, value in sections.items():
+        if isinstance(value, Mapping):
+            public[key] = public_parameters(value)
+        else:
+            public[key] = _last(value) if key == "path" and isinstance(value, str) else value
+    return public
 
 
 def _last(path: str | None) -> str | None:
     return None if path is None else PurePath(path).name
-
-
-def _read(path: Path) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return None
 
 
 def _written(folder: Path, name: str, content: bytes) -> dict[str, Addition]:
@@ -120,8 +113,3 @@ def _link(root: Path, files: Mapping[str, Path]) -> None:
     for name, path in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).symlink_to(path.resolve())
-
-
-def addition(path: Path) -> Addition:
-    """A file that lies somewhere already."""
-    return path, files.hash_file(path)

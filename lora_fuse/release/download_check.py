@@ -1,4 +1,4 @@
-"""A published repository checked after its download: every file against its list, the list against the signature.
+"""Check of a published repository after its download: every file against its list, the list against the signature.
 
 `lora_fuse.json` says what every byte should be, and `model.sig` who says so. Without a signature the list is only as
 good as where it came from.
@@ -13,23 +13,27 @@ from typing import Literal
 
 from lora_fuse.errors import BadSource, CheckFailed, Refused, require
 from lora_fuse.hub import sources
-from lora_fuse.machine import FileRecord
 from lora_fuse.recipe import Manifest, records
 from lora_fuse.release.contents import LIST
 from lora_fuse.release.signing import SIGNATURE, Trusted, check
 
-# What the Hub, git and the Hub's client put beside a repository's files.
+# Files and folders that the Hub, git and the Hub's client put beside a repository's own.
 HOUSEKEEPING = (".cache", ".git", ".gitattributes", ".gitignore", ".huggingface")
-# What people may add to a repository: no library loads it.
+# Files that people may add to a repository: no library loads them.
 READ_BY_PEOPLE = frozenset({".md", ".png", ".jpg", ".jpeg", ".webp", ".gif", ".svg", ".pdf"})
 NOTICES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
 
 
 @dataclass(slots=True)
 class Published:
-    """What was found: `problems` empty means that it is what was published, as far as was looked.
+    """Result of a check.
 
-    `beside` are the paths that are not part of the merge.
+    Attributes:
+        files: how many are listed.
+        signature: state of `model.sig`.
+        problems: empty if the folder is as it was published, as far as it was checked.
+        notes: remarks that are no problem.
+        beside: paths that are not part of the merge.
     """
 
     files: int = 0
@@ -40,7 +44,7 @@ class Published:
 
 
 def is_published(folder: Path) -> bool:
-    """Whether a folder has the list of a published repository."""
+    """The folder has the list of a published repository."""
     return (folder / LIST).is_file()
 
 
@@ -49,11 +53,11 @@ def check_published(folder: Path, trusted: Trusted | None) -> Published:
 
     Args:
         folder: as it was downloaded; links, as in the Hub client's cache, are followed.
-        trusted: whose signature it has to have; None does not look at one.
+        trusted: the signer; None does not check a signature.
 
     Raises:
-        Refused: it has no list, or the public key cannot be used.
-        MissingExtra: it has to be signed, and what checks signatures is not installed.
+        Refused: there is no list, or the public key cannot be used.
+        MissingExtra: a signature is to be checked, and the library for that is not installed.
     """
     if trusted is not None:
         require("model_signing", "a signature")
@@ -62,54 +66,54 @@ def check_published(folder: Path, trusted: Trusted | None) -> Published:
             f"{folder} has no {LIST}, which a published repository has; to check a merge, name its base and LoRAs: "
             "verify MERGED BASE --lora F --scale S"
         )
-    found = Published()
+    result = Published()
     try:
         manifest = records.from_json(Manifest, (folder / LIST).read_text(encoding="utf-8"), str(folder / LIST))
     except (BadSource, UnicodeDecodeError) as error:
-        found.problems.append(f"{LIST} is no list of files: {str(error).partition(';')[0]}")
-        return found
-    found.files = len(manifest.files)
-    _check_listed(folder, manifest, found)
-    held = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-    kept = {name for name in held if name.partition("/")[0] in HOUSEKEEPING}
-    extra = sorted(held - kept - {LIST, SIGNATURE} - manifest.files.keys())
+        result.problems.append(f"{LIST} is no list of files: {str(error).partition(';')[0]}")
+        return result
+    result.files = len(manifest.files)
+    _check_listed(folder, manifest, result)
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    housekeeping = {name for name in names if name.partition("/")[0] in HOUSEKEEPING}
+    extra = sorted(names - housekeeping - {LIST, SIGNATURE} - manifest.files.keys())
     harmless = [name for name in extra if _is_read_by_people(name)]
-    found.problems += [f"{name} is not in {LIST}, so nobody published it" for name in extra if name not in harmless]
-    found.notes += [f"{name} is not in {LIST}" for name in harmless]
-    made = [name for name, file in manifest.files.items() if file.origin == "generated"]
-    found.beside = frozenset([*made, *extra, *kept, LIST, SIGNATURE])
-    _check_signature(folder, trusted, extra, found)
-    return found
+    result.problems += [f"{name} is not in {LIST}, so nobody published it" for name in extra if name not in harmless]
+    result.notes += [f"{name} is not in {LIST}" for name in harmless]
+    generated = [name for name, file in manifest.files.items() if file.origin == "generated"]
+    result.beside = frozenset([*generated, *extra, *housekeeping, LIST, SIGNATURE])
+    _check_signature(folder, trusted, extra, result)
+    return result
 
 
-def _check_listed(folder: Path, manifest: Manifest, found: Published) -> None:
+def _check_listed(folder: Path, manifest: Manifest, result: Published) -> None:
     with sources.hashing(sum(file.size for file in manifest.files.values())) as advance:
         for name, file in sorted(manifest.files.items()):
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts:
-                found.problems.append(f"{name} in {LIST} leads out of the folder")
+                result.problems.append(f"{name} in {LIST} leads out of the folder")
                 continue
-            got = sources.examine(folder / name, sources.ExpectedFile(file.size, file.sha256), advance)
-            if not isinstance(got, FileRecord):
-                found.problems.append(f"{name}: {got}")
+            difference = sources.examine(folder / name, sources.ExpectedFile(file.size, file.sha256), advance)
+            if isinstance(difference, str):
+                result.problems.append(f"{name}: {difference}")
 
 
-def _check_signature(folder: Path, trusted: Trusted | None, extra: Iterable[str], found: Published) -> None:
-    there = (folder / SIGNATURE).is_file()
+def _check_signature(folder: Path, trusted: Trusted | None, extra: Iterable[str], result: Published) -> None:
+    is_signed = (folder / SIGNATURE).is_file()
     if trusted is None:
-        if there:
-            found.notes.append(f"{SIGNATURE} was not checked: give --public-key FILE, or --identity and --issuer")
+        if is_signed:
+            result.notes.append(f"{SIGNATURE} was not checked: give --public-key FILE, or --identity and --issuer")
         return
-    if not there:
-        found.signature = "missing"
-        found.problems.append(f"{SIGNATURE} is not there, and a signature is asked for")
+    if not is_signed:
+        result.signature = "missing"
+        result.problems.append(f"{SIGNATURE} is not there, and a signature is asked for")
         return
     try:
         check(folder, trusted, unsigned=extra)
-        found.signature = "right"
+        result.signature = "right"
     except CheckFailed as error:
-        found.signature = "wrong"
-        found.problems.append(str(error))
+        result.signature = "wrong"
+        result.problems.append(str(error))
 
 
 def _is_read_by_people(name: str) -> bool:

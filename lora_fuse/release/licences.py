@@ -1,8 +1,8 @@
-"""Licences: which a source states, and under which a merge of several may be published. Pure: words in, words out.
+"""Licence of a merge, from those that its sources state. Pure: words in, words out.
 
 A merge is a derivative of all its parts, and a licence is not inherited: the merge needs one that all of them allow.
-The table below answers the plain cases only. What it does not answer is unknown, and a person has to say it
-(`publish.license`). It is no legal advice.
+The tables below answer the plain cases only. Every other case is unknown, and a person has to state the licence
+(`publish.license`). This is no legal advice.
 """
 
 from __future__ import annotations
@@ -33,15 +33,17 @@ NO_DERIVATIVES = frozenset({"cc-by-nd-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0"
 UNKNOWN = frozenset({"unknown", "other"})  # ids that name no text
 
 SETTING = "publish.license"
-OTHER = License("other")
+WAY_OUT = f"state the licence of the merge by hand, {SETTING}: ID in conf/config.yaml, or publish privately"
 
 
 @dataclass(frozen=True, slots=True)
 class MergeLicence:
     """The licence of a merge.
 
-    `problem` is a sentence on why it may not be published for everybody, None if it may; `license` is then ``other``.
-    `notices` are the licences of the parts by what a person would call these, as they say themselves.
+    Attributes:
+        license: that it may be published under; ``other`` if there is a problem.
+        problem: a sentence on why it may not be published for everybody; None if it may.
+        notices: the licences of the parts as they state them, by the parts' names.
     """
 
     license: License
@@ -53,49 +55,41 @@ def resolve_licence(manifest: Manifest, by_hand: str | None = None) -> MergeLice
     """The licence under which a merge may be published.
 
     Args:
-        manifest: of the merge; base and LoRAs say what their sources stated when they were downloaded.
-        by_hand: the id that somebody states; the table is not asked then.
+        manifest: of the merge, with the licences that base and LoRAs stated when they were downloaded.
+        by_hand: the id that somebody states; the tables are not asked then.
     """
-    parts = [("the base" if manifest.base is None else manifest.base.repo_id or "the base", _of_base(manifest))]
+    base = manifest.base
+    parts = [((base and base.repo_id) or "the base", base.license if base else None)]
     parts += [(lora.repo_id or f"LoRA {lora.name}", lora.license) for lora in manifest.loras]
-    notices = {part: "no licence stated" if found is None else found.label for part, found in parts}
+    notices = {part: stated.label if stated else "no licence stated" for part, stated in parts}
     if by_hand is not None:
         return MergeLicence(License(by_hand, origin="by hand"), None, notices)
-    found = [(part, stated) for part, stated in parts if stated is not None]
     for part, stated in parts:
-        if stated is None or (stated.id in UNKNOWN and not (stated.name and stated.link)):
-            said = "states no licence" if stated is None else f"states {stated.label}, which names no text"
-            return MergeLicence(OTHER, f"{part} {said} (known: {_list(notices)}); {_way_out()}", notices)
-        if stated.id in NO_DERIVATIVES:
-            return MergeLicence(OTHER, f"{part} is under {stated.id}, which forbids derivatives; {_way_out()}", notices)
-    if len({_text(stated) for _, stated in found}) == 1:
-        return MergeLicence(found[0][1], None, notices)
-    if all(stated.id in PERMISSIVE for _, stated in found):
-        return MergeLicence(
-            max((stated for _, stated in found), key=lambda one: PERMISSIVE.index(one.id)), None, notices
-        )
-    first = found[0]
-    other = next(pair for pair in found if _text(pair[1]) != _text(first[1]))
-    return MergeLicence(
-        OTHER,
-        f"{first[0]} is under {first[1].label} and {other[0]} under {other[1].label}, which are not known to go "
-        f"together; {_way_out()}",
-        notices,
-    )
+        if problem := _own_problem(stated, notices):
+            return MergeLicence(License("other"), f"{part} {problem}; {WAY_OUT}", notices)
+    known = [(part, stated) for part, stated in parts if stated is not None]
+    first, licence = known[0]
+    others = [(part, stated) for part, stated in known if _text(stated) != _text(licence)]
+    if not others:
+        return MergeLicence(licence, None, notices)
+    if all(stated.id in PERMISSIVE for _, stated in known):
+        strictest = max((stated for _, stated in known), key=lambda stated: PERMISSIVE.index(stated.id))
+        return MergeLicence(strictest, None, notices)
+    part, stated = others[0]
+    problem = f"{first} is under {licence.label} and {part} under {stated.label}, which are not known to go together"
+    return MergeLicence(License("other"), f"{problem}; {WAY_OUT}", notices)
 
 
-def _of_base(manifest: Manifest) -> License | None:
-    return manifest.base.license if manifest.base else None
+def _own_problem(stated: License | None, notices: Mapping[str, str]) -> str | None:
+    """The problem that a part's licence is by itself, whatever the others have."""
+    known = ", ".join(f"{part}: {label}" for part, label in notices.items())
+    if stated is None:
+        return f"states no licence (known: {known})"
+    if stated.id in UNKNOWN and not (stated.name and stated.link):
+        return f"states {stated.label}, which names no text (known: {known})"
+    return f"is under {stated.id}, which forbids derivatives" if stated.id in NO_DERIVATIVES else None
 
 
 def _text(stated: License) -> tuple[str | None, ...]:
-    """What tells a licence's text from another."""
+    """The fields that tell a licence's text from another."""
     return (stated.id, stated.name, stated.link) if stated.id == "other" else (stated.id,)
-
-
-def _list(notices: Mapping[str, str]) -> str:
-    return ", ".join(f"{part}: {label}" for part, label in notices.items())
-
-
-def _way_out() -> str:
-    return f"state the licence of the merge by hand, {SETTING}: ID in conf/config.yaml, or publish privately"

@@ -12,24 +12,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_fuse.errors import BadKey, CheckFailed, naming_extras
 from lora_fuse.recipe import sections
 
-if TYPE_CHECKING:
-    from types import ModuleType
-
 SIGNATURE = "model.sig"
 IGNORED = (SIGNATURE, ".cache")  # itself, and what the Hub's client puts into a folder that it fills
 CURVES = "P-256, P-384 or P-521"
-# What the library and those below it raise of a key or a signature that they cannot use; it has no class of its own.
+# Errors of the library and those below it about a key or a signature that they cannot use; it has no class of its own.
 UNUSABLE = (OSError, ValueError, TypeError, KeyError, AttributeError)
 
 
 @dataclass(frozen=True, slots=True)
 class Trusted:
-    """Whose signature counts: that of a public key, or of an identity by the OpenID issuer that vouches for it."""
+    """The signer that counts: a public key, or an identity with the OpenID issuer that vouches for it."""
 
     key: Path | None = None
     identity: str | None = None
@@ -60,39 +57,40 @@ def sign(folder: Path, signer: sections.Signer) -> bytes:
 def keep_or_sign(folder: Path, signer: sections.Signer, before: bytes | None) -> bytes:
     """The signature of the last time if it is one of these very files by this key, or else a new one.
 
-    So publishing again what is published already changes nothing.
+    So a checkpoint that is published again changes nothing.
 
     Raises:
         BadKey: see `sign`.
     """
     if before is None or signer.key is None:
         return sign(folder, signer)
-    held, public = folder / SIGNATURE, folder.with_name(f"{folder.name}.public-key.pem")
+    signature = folder / SIGNATURE
+    public = folder.with_name(f"{folder.name}.public-key.pem")
     try:
-        held.write_bytes(before)
+        signature.write_bytes(before)
         public.write_bytes(_public_key(signer.key))
         check(folder, Trusted(public))
     except CheckFailed:
-        held.unlink()
+        signature.unlink()
         return sign(folder, signer)
     finally:
         public.unlink(missing_ok=True)
-        held.unlink(missing_ok=True)
+        signature.unlink(missing_ok=True)
     return before
 
 
 def check(folder: Path, trusted: Trusted, unsigned: Iterable[str] = ()) -> None:
-    """Whether `model.sig` in a folder is a signature of every file in it.
+    """Check that `model.sig` in a folder is a signature of every file in it.
 
     Args:
         folder: with `model.sig`.
-        trusted: whose signature it has to be.
+        trusted: the signer that it has to be by.
         unsigned: paths that need not be signed.
 
     Raises:
         BadKey: the public key cannot be used.
         MissingExtra: `model_signing` is not installed.
-        CheckFailed: it is no signature, one by somebody else, or of other files.
+        CheckFailed: `model.sig` is no signature, one by somebody else, or of other files.
     """
     verifying = _library("verifying")
     from cryptography.exceptions import InvalidSignature
@@ -109,8 +107,8 @@ def check(folder: Path, trusted: Trusted, unsigned: Iterable[str] = ()) -> None:
     try:
         config.verify(folder, folder / SIGNATURE)
     except (*UNUSABLE, InvalidSignature, SigstoreError) as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise CheckFailed(f"{SIGNATURE} is no signature of these files by {_whom(trusted)}: {said}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckFailed(f"{SIGNATURE} is no signature of these files by {_whom(trusted)}: {reason}") from error
 
 
 def _whom(trusted: Trusted) -> str:
@@ -119,19 +117,12 @@ def _whom(trusted: Trusted) -> str:
 
 def _library(name: str) -> Any:
     with naming_extras("a signature"):
-        import model_signing.hashing
-        import model_signing.signing
-        import model_signing.verifying
-    modules: dict[str, ModuleType] = {
-        "hashing": model_signing.hashing,
-        "signing": model_signing.signing,
-        "verifying": model_signing.verifying,
-    }
-    return modules[name]
+        import model_signing
+    return getattr(model_signing, name)
 
 
 def _hashing(unsigned: Iterable[str]) -> Any:
-    """Every file by its sha256; a folder of the Hub's cache consists of links."""
+    """Configuration that hashes every file by its sha256; a folder of the Hub's cache consists of links."""
     config = _library("hashing").Config()
     return config.set_allow_symlinks(True).set_ignored_paths(paths=[*IGNORED, *unsigned])
 
@@ -142,20 +133,20 @@ def _with_key(config: Any, key: Path) -> Any:
     except FileNotFoundError as error:
         raise BadKey(f"the signing key {key} is not there; name a file, or set publish.signing.key to null") from error
     except UNUSABLE:
-        # What the libraries say of it is kept to themselves: it could have parts of the key in it.
+        # The libraries' own message is not passed on: it could have parts of the key in it.
         raise BadKey(f"{key} is no private key on {CURVES} in PEM without a password; name the file of one") from None
 
 
 def _keyless(config: Any, folder: Path, target: Path) -> None:
-    """An identity of this machine (a CI job's), or one that a browser asks for."""
+    """Sign by an identity of this machine (a CI job's), or one that a browser asks for."""
     from sigstore.errors import Error as SigstoreError
     from sigstore.oidc import IssuerError
 
     try:
         config.use_sigstore_signer(use_ambient_credentials=True).sign(folder, target)
     except (SigstoreError, IssuerError, OSError, ValueError, RuntimeError) as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise BadKey(f"Sigstore gave no signature: {said}; sign with a key, publish.signing.key") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BadKey(f"Sigstore gave no signature: {reason}; sign with a key, publish.signing.key") from error
 
 
 def _public_key(key: Path) -> bytes:

@@ -10,6 +10,7 @@ from google.protobuf import json_format
 from in_toto_attestation.predicates.provenance.v1 import provenance_pb2
 from in_toto_attestation.v1 import statement_pb2
 from in_toto_attestation.v1.statement import Statement
+from packageurl import PackageURL
 
 from lora_fuse.fusion.manifest import read_manifest
 from lora_fuse.recipe import checkout as provenance
@@ -40,7 +41,8 @@ def test_the_statement_is_in_toto_s_and_names_every_file_and_source(build: Build
     }
     base, (lora,) = manifest.base, manifest.loras
     assert base is not None
-    dependencies = {one.uri: dict(one.digest) for one in found.build_definition.resolved_dependencies}
+    resolved = found.build_definition.resolved_dependencies
+    dependencies = {PackageURL.from_string(one.uri): dict(one.digest) for one in resolved}
     assert dependencies == {
         purl("carol/base", base.revision): {"gitCommit": base.revision},
         **{purl("carol/base", base.revision, name): {"sha256": file.sha256} for name, file in base.files.items()},

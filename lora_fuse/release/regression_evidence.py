@@ -1,4 +1,4 @@
-"""What a run of the regression has to show others: the merged pictures, the table, figures for a bill of materials."""
+"""Evidence of a regression for a release: the merged pictures, the card's table, figures for a bill of materials."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 from lora_fuse.errors import PublishRefused, Rerun
 from lora_fuse.hub import Addition
+from lora_fuse.machine import files
 from lora_fuse.pictures import Case
 from lora_fuse.regression import candidates, gate
-from lora_fuse.release.bom import Measured
+from lora_fuse.release.bom import PerformanceMetric
 from lora_fuse.release.card import Evidence, ShownCase
-from lora_fuse.release.contents import addition
 
 AGAIN = Rerun("regress", force=True)
 PLOT = "images/blocks.png"
 FIGURES = ("golden.psnr_db", "unfused.psnr_db", "over_floor")
 
 
-def evidence(metrics: Mapping[str, Any], cases: Sequence[Case], plot: str | None = PLOT) -> Evidence:
-    """The run as the card shows it.
+def shown_evidence(metrics: Mapping[str, Any], cases: Sequence[Case], plot: str | None = PLOT) -> Evidence:
+    """A run of the regression as the card shows it.
 
     Args:
         metrics: the content of `metrics.json`, as `lora_fuse.regression.review.flat_metrics` makes it.
@@ -31,36 +31,36 @@ def evidence(metrics: Mapping[str, Any], cases: Sequence[Case], plot: str | None
     return Evidence(verdict, metrics["environment"], tuple(_shown(case, metrics) for case in cases), plot)
 
 
-def pictures(
-    cases: Sequence[Case], found: candidates.Candidates, manifest_sha256: str, images: Path
+def judged_pictures(
+    cases: Sequence[Case], judged: candidates.Candidates, manifest_sha256: str, images: Path
 ) -> dict[str, Addition]:
-    """The merged pictures and what they were made from, by their paths in the repository.
+    """The merged pictures and the input pictures of their cases, by their paths in the repository.
 
     Args:
         cases: that were rendered.
-        found: the record of the run's pictures.
+        judged: the record of the run's pictures.
         manifest_sha256: of the merge that is published.
         images: the folder of the run's pictures.
 
     Raises:
         PublishRefused: a picture is of another merge, or is not the one that was judged.
     """
-    if found.manifest_sha256 != manifest_sha256:
+    if judged.manifest_sha256 != manifest_sha256:
         raise PublishRefused("the run's pictures are of another merge", rerun=AGAIN)
-    made = {}
+    pictures = {}
     for case in cases:
-        one = _picture(images / f"{case.name}.merged.png")
-        if case.name not in found.cases or one[1].sha256 != found.cases[case.name].sha256:
-            raise PublishRefused(f"{one[0]} is not the picture that was judged", rerun=AGAIN)
-        made[f"images/{case.name}.png"] = one
-        made |= {name: _picture(path) for name, path in zip(_inputs(case), case.images, strict=True)}
-    return made
+        path, record = _picture(images / f"{case.name}.merged.png")
+        if case.name not in judged.cases or record.sha256 != judged.cases[case.name].sha256:
+            raise PublishRefused(f"{path} is not the picture that was judged", rerun=AGAIN)
+        pictures[f"images/{case.name}.png"] = (path, record)
+        pictures |= {name: _picture(path) for name, path in zip(_inputs(case), case.images, strict=True)}
+    return pictures
 
 
-def measured(metrics: Mapping[str, Any], cases: Sequence[Case]) -> tuple[Measured, ...]:
-    """Figures of the run; what is infinite or was not measured is left out."""
+def performance_metrics(metrics: Mapping[str, Any], cases: Sequence[Case]) -> tuple[PerformanceMetric, ...]:
+    """Figures of the run; those that are infinite or were not measured are left out."""
     figures = [(name, case.name, metrics.get(f"{case.name}.{name}")) for case in cases for name in FIGURES]
-    return tuple(Measured(name, case, value) for name, case, value in figures if value is not None)
+    return tuple(PerformanceMetric(name, case, value) for name, case, value in figures if value is not None)
 
 
 def _shown(case: Case, metrics: Mapping[str, Any]) -> ShownCase:
@@ -91,7 +91,7 @@ def _inputs(case: Case) -> tuple[str, ...]:
 
 def _picture(path: Path) -> Addition:
     try:
-        return addition(path)
+        return path, files.hash_file(path)
     except OSError as error:
         raise PublishRefused(f"{path} cannot be read ({error.strerror})", rerun=AGAIN) from error
 
