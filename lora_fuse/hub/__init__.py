@@ -1,15 +1,15 @@
-"""Bases and LoRAs pinned: a Hub repository at a commit, or a local folder, with every file's sha256.
+"""Transfers from and to a Hub: bases and LoRAs pinned and fetched, a merged checkpoint published.
 
-The Hub client trusts its cache and the wire, so a lock is only ever made from bytes that were read back,
-hashed here and compared with what the Hub says of them.
+The Hub client trusts its cache and the wire, so a lock is only ever made from bytes that were read back, hashed here
+and compared with the Hub's list of them.
 
-Imports run one way: `sizes` → `locks` → `repository` → `transfer` → (`process`, `room`, `leftovers`) → `failures` →
-`client`.
-`child` is what runs in the process in which the client itself transfers files; nothing imports it.
+Imports run one way. Download: `locks`, `sizes` → `repository` → `transfer` → `leftovers`. Publication: `publisher` →
+`pull_request` → `remote`, `payload`. Both: → `worker_process` → `retry` → `error_texts` → `client`. `worker` is the
+process in which the client itself transfers; nothing imports it.
 
 Invariants: no pickle is ever fetched; a lock that exists keeps its commit, however far its branch moves, unless it
-is told to move; what is locked and whole on this machine needs no network; the token comes from `HF_TOKEN` and nowhere
-else; nothing waits for ever.
+is told to move; a source that is locked and whole on this machine needs no network; the token comes from `HF_TOKEN`
+and nowhere else; nothing waits for ever.
 """
 
 import lazy_loader

@@ -1,10 +1,8 @@
-"""The Hub client as the environment sets it up at each call, and where its cache keeps things."""
+"""The Hub client as the environment sets it up at each call."""
 
 from __future__ import annotations
 
 import os
-import sys
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from lora_fuse.errors import naming_extras
@@ -28,12 +26,12 @@ def token() -> str | None:
 
 
 def is_offline() -> bool:
-    """Whether `HF_HUB_OFFLINE` forbids the network."""
+    """`HF_HUB_OFFLINE` or `TRANSFORMERS_OFFLINE` forbids the network."""
     return _is_on("HF_HUB_OFFLINE") or _is_on("TRANSFORMERS_OFFLINE")
 
 
 def is_without_xet() -> bool:
-    """Whether `HF_HUB_DISABLE_XET` keeps transfers to plain HTTP."""
+    """`HF_HUB_DISABLE_XET` keeps transfers to plain HTTP."""
     return _is_on("HF_HUB_DISABLE_XET")
 
 
@@ -49,15 +47,8 @@ def client() -> HfApi:
     return HfApi(endpoint=endpoint(), token=token() or False, library_name="lora-fuse")
 
 
-def bars_on_a_terminal() -> AbstractContextManager[object]:
-    """Let the client show its progress bars on a terminal only."""
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    return nullcontext() if sys.stderr.isatty() else disable_progress_bars()
-
-
 def card_text(front_matter: Mapping[str, Any], body: str) -> str:
-    """A model card: front matter and Markdown, by the Hub's own reader, which refuses what it cannot use."""
+    """A model card of front matter and Markdown, made by the Hub's own class, which refuses what it cannot use."""
     from huggingface_hub import ModelCard, ModelCardData
 
     data = ModelCardData(**front_matter)

@@ -1,4 +1,4 @@
-"""What the Hub client raises, told to a person: what, why, and the way out, in one line."""
+"""Texts for the errors of the Hub client: the fact, the reason and the way out, in one line."""
 
 from __future__ import annotations
 
@@ -13,8 +13,17 @@ from lora_fuse.recipe import hf_cache
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-READ, WRITE = "repo.content.read", "repo.write"  # scopes of fine-grained tokens, by the Hub's names
+# Scopes of fine-grained tokens, by the Hub's names.
+READ = "repo.content.read"
+WRITE = "repo.write"
 IN_TROUBLE = frozenset({408, 429, 500, 502, 503, 504})  # the same request may work in a moment
+
+
+def client_exceptions() -> tuple[type[Exception], ...]:
+    """The classes that the client raises: Xet raises RuntimeError, an ill-formed name ValueError."""
+    from httpx2 import HTTPError  # the client's HTTP library, whose errors it lets through
+
+    return (HTTPError, OSError, RuntimeError, ValueError)
 
 
 @contextmanager
@@ -23,14 +32,11 @@ def client_errors(what: str, repo_id: str, refusal: type[Refused]) -> Iterator[N
 
     Raises:
         NoSpace: the disk of the cache is full.
-        Refused: anything else, as the class `refusal`.
+        Refused: as the class `refusal`, for every other error.
     """
-    from httpx2 import HTTPError  # the client's HTTP library, whose errors it lets through
-
     try:
         yield
-    # Xet raises plain RuntimeError, an ill-formed name ValueError; the rest is HTTPError or OSError.
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+    except client_exceptions() as error:
         if is_full_disk(error):
             raise NoSpace(f"{what}: {full_disk()}") from error
         scope = READ if issubclass(refusal, BadSource) else WRITE
@@ -38,27 +44,27 @@ def client_errors(what: str, repo_id: str, refusal: type[Refused]) -> Iterator[N
 
 
 def full_disk() -> str:
-    """What is said when the disk filled up on the way."""
+    """The text for a disk that filled up on the way."""
     return f"the disk of {hf_cache.cache_dir()} is full; make room, or set HF_HUB_CACHE to a larger disk, and run again"
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether an error of the client, or of Xet, which only has words for it, means a full disk."""
+    """True for a full disk, which Xet reports in words only."""
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether the same request may work in a moment: the Hub is in trouble, or the connection broke."""
+    """True if the same request may work in a moment: the Hub is in trouble, or the connection broke."""
     from httpx2 import TransportError
-    from huggingface_hub import errors
+    from huggingface_hub.errors import HfHubHTTPError
 
-    if isinstance(error, errors.HfHubHTTPError):
+    if isinstance(error, HfHubHTTPError):
         return error.response.status_code in IN_TROUBLE
-    return isinstance(error, TransportError) and not isinstance(error, errors.OfflineModeIsEnabled)
+    return isinstance(error, TransportError)
 
 
 def cause(error: BaseException) -> BaseException:
-    """The reason for an error: "not in the cache either" and its like hide it."""
+    """The reason for an error, which the client hides behind "not in the cache either" and its like."""
     from huggingface_hub import errors
 
     hiding = (errors.LocalEntryNotFoundError, errors.DryRunError, ValueError)
@@ -71,13 +77,14 @@ def explain(error: BaseException, repo_id: str, scope: str = READ) -> str:
     """The reason for an error and the way out.
 
     Args:
-        error: what the client raised.
+        error: as the client raised it.
         repo_id: the repository that it was about.
-        scope: what a token needs for it.
+        scope: the right that a token needs for the call.
     """
     from huggingface_hub import errors
 
-    error, page = cause(error), f"{endpoint()}/{repo_id}"
+    error = cause(error)
+    page = f"{endpoint()}/{repo_id}"
     give = f"give HF_TOKEN the scope {scope} for it" if token() else "set HF_TOKEN"
     gated = (
         f"give HF_TOKEN the right to read gated repositories, at {endpoint()}/settings/tokens"
@@ -106,9 +113,9 @@ def explain(error: BaseException, repo_id: str, scope: str = READ) -> str:
 def _status(error: Exception, first: str, scope: str) -> str:
     status: int = error.response.status_code  # type: ignore[attr-defined]
     message = getattr(error, "server_message", None) or first
-    known = {
+    ways_out = {
         401: "renew HF_TOKEN" if token() else "set HF_TOKEN",
         403: f"give HF_TOKEN the right to do this (scope {scope}), at {endpoint()}/settings/tokens",
         412: "somebody else was faster, run again",
     }
-    return f"{endpoint()} answered {status} ({message}); {known.get(status, 'try again later')}"
+    return f"{endpoint()} answered {status} ({message}); {ways_out.get(status, 'try again later')}"

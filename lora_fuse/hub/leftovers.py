@@ -1,4 +1,4 @@
-"""What killed transfers leave in the Hub client's cache: `ETAG.RANDOM.incomplete`, which nothing takes up again."""
+"""Leftovers of killed transfers in the Hub client's cache: `ETAG.RANDOM.incomplete`, which nothing takes up again."""
 
 from __future__ import annotations
 
@@ -13,13 +13,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def incomplete(repo_id: str) -> list[Path]:
-    """The files of transfers that are under way, or that were killed."""
-    return sorted((hf_cache.repository_folder(repo_id) / "blobs").glob("*.incomplete"))
-
-
 def remove_leftovers(repo_id: str, before: float) -> int:
-    """Remove what killed transfers left of a repository's files; what a live process works on stays.
+    """Remove incomplete files of a repository that no live process works on.
 
     The client holds a lock on a file (by its ETag) while it is fetched, so an incomplete file whose lock is free
     belongs to nobody.
@@ -32,21 +27,21 @@ def remove_leftovers(repo_id: str, before: float) -> int:
         The bytes that were freed.
     """
     freed = 0
-    for path in incomplete(repo_id):
-        with _lock(hf_cache.locks_folder(repo_id) / f"{path.name.partition('.')[0]}.lock") as mine:
+    for path in sorted((hf_cache.repository_folder(repo_id) / "blobs").glob("*.incomplete")):
+        with _lock(hf_cache.locks_folder(repo_id) / f"{path.name.partition('.')[0]}.lock") as is_free:
             try:
-                found = path.stat()
-                if mine and found.st_mtime < before:
+                info = path.stat()
+                if is_free and info.st_mtime < before:
                     path.unlink()
-                    freed += found.st_size
+                    freed += info.st_size
             except FileNotFoundError:
-                continue  # whoever it belonged to has finished it
+                continue  # its process has finished it
     return freed
 
 
 @contextmanager
 def _lock(path: Path) -> Iterator[bool]:
-    """Whether nobody holds the client's lock, which is then held here meanwhile."""
+    """Hold the client's lock if nobody else does; yields whether that is so."""
     try:
         file = path.open("r+b")
     except FileNotFoundError:

@@ -1,11 +1,11 @@
-"""Locks made, kept, moved and located. What is in one was read back from this machine and hashed."""
+"""Locks made, kept and moved. Every record in a lock was read back from this machine and hashed."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import BadLora, BadSource, Rerun
@@ -31,6 +31,14 @@ if TYPE_CHECKING:
 DEFAULT_TRANSFER = sections.DownloadParams(workers=8, stall_seconds=60.0)
 
 
+class _Pin(NamedTuple):
+    """Choices of a lock: no network, the commit of now, and the limits of a fetch."""
+
+    offline: bool
+    update: bool
+    transfer: sections.DownloadParams
+
+
 def lock_base(
     source: Source,
     *,
@@ -45,18 +53,18 @@ def lock_base(
     safetensors weights: the shards that an index names, or the one file. Variants (fp16, …) stay behind.
 
     Args:
-        source: where it is.
+        source: of the base.
         previous: the lock of the last run; the same repository and revision keep its commit.
         offline: use no network, as with `HF_HUB_OFFLINE`: a repository must be locked and here already.
         update: take the commit that the revision means now, whatever is locked.
-        transfer: how to fetch.
+        transfer: parallel files and the time limit of a fetch.
 
     Raises:
         BadSource: the source cannot be had, is no such pipeline, has weights only as pickles, or sends other
             bytes than its Hub promises, twice.
         NoSpace: the disk has no room for it.
     """
-    return _lock(source, _Pin(previous, offline, update), transfer, take_pipeline)
+    return _lock(source, previous, _Pin(offline or is_offline(), update, transfer), take_pipeline)
 
 
 def lock_lora(
@@ -76,11 +84,11 @@ def lock_lora(
             the source itself).
         previous: the lock of the last run, as for `lock_base`.
         offline: use no network, as for `lock_base`.
-        update: take what the revision means now, as for `lock_base`.
-        transfer: how to fetch.
+        update: take the commit that the revision means now, as for `lock_base`.
+        transfer: as for `lock_base`.
 
     Raises:
-        BadLora: it is neither.
+        BadLora: `filename` is neither.
         BadSource: as in `lock_base`.
         NoSpace: as in `lock_base`.
     """
@@ -95,7 +103,8 @@ def lock_lora(
     name = path.as_posix()
     if previous is not None and previous.lora_name != name:
         previous = replace(previous, files={})  # another file of the same repository: its commit stays
-    return _lock(source, _Pin(previous, offline, update), transfer, lambda b: take_lora(b, name))
+    pin = _Pin(offline or is_offline(), update, transfer)
+    return _lock(source, previous, pin, lambda taken: take_lora(taken, name))
 
 
 def verify_files(root: Path, files: Mapping[str, FileRecord]) -> None:
@@ -106,45 +115,47 @@ def verify_files(root: Path, files: Mapping[str, FileRecord]) -> None:
     """
     with hashing(sum(record.size for record in files.values())) as advance:
         for name, record in sorted(files.items()):
-            found = examine(root / name, ExpectedFile(record.size, record.sha256), advance)
-            if isinstance(found, str):
+            result = examine(root / name, ExpectedFile(record.size, record.sha256), advance)
+            if isinstance(result, str):
                 raise BadSource(
-                    f"{name} in {root} is not what was locked: {found}; run the download stage",
+                    f"{name} in {root} is not what was locked: {result}; run the download stage",
                     rerun=Rerun("download", force=True),
                 )
 
 
 def will_lock(sources: Sequence[Source], previous: Sequence[Lock]) -> str:
-    """What making the locks will do, as a sentence."""
-    same = {(lock.repo_id, lock.path): lock for lock in previous}
-    held = [lock for source in sources if (lock := same.get((source.repo_id, source.path))) is not None]
-    size = sum(lock.size for lock in held)
-    known = f", {progress.human_bytes(size)} locked before" if held else ""
+    """A sentence on the work that making the locks will be."""
+    earlier = {(lock.repo_id, lock.path): lock for lock in previous}
+    kept = [lock for source in sources if (lock := earlier.get((source.repo_id, source.path))) is not None]
+    size = sum(lock.size for lock in kept)
+    known = f", {progress.human_bytes(size)} locked before" if kept else ""
     names = ", ".join(dict.fromkeys(source.label for source in sources))
     return f"{names}{known}: what is not here is fetched, and all of it hashed{progress.estimate('hash', size)}"
 
 
 def checked(locks: Sequence[Lock]) -> str:
-    """What is in locks that were just made, as a sentence."""
+    """A sentence on locks that were just made: labels, number of files, bytes."""
     names = ", ".join(dict.fromkeys(lock.label for lock in locks))
-    files, size = sum(len(lock.files) for lock in locks), sum(lock.size for lock in locks)
+    files = sum(len(lock.files) for lock in locks)
+    size = sum(lock.size for lock in locks)
     return f"{names}: {files} files, {progress.human_bytes(size)}, every sha256 checked"
 
 
 def changes(before: Lock, after: Lock) -> list[str]:
-    """What an update changed, as sentences; the first says what happened to the commit."""
+    """Changes by an update, a sentence each; the first is about the commit."""
     asked = f"{after.repo_id} {after.requested or 'main'}"
     if before.revision == after.revision:
         return [f"{asked}: still {after.revision}"]
-    old, new = before.files, after.files
+    old = before.files
+    new = after.files
     kinds = {
         "added": sorted(new.keys() - old.keys()),
         "removed": sorted(old.keys() - new.keys()),
         "changed": sorted(name for name in new.keys() & old.keys() if new[name] != old[name]),
     }
     counts = ", ".join(f"{len(names)} {kind}" for kind, names in kinds.items())
-    said = [f"{asked}: {before.revision} -> {after.revision}: {counts}"]
-    return said + [f"  {kind} {name}" for kind, names in kinds.items() for name in names]
+    first = f"{asked}: {before.revision} -> {after.revision}: {counts}"
+    return [first, *(f"  {kind} {name}" for kind, names in kinds.items() for name in names)]
 
 
 def moved(pairs: Iterable[tuple[Lock | None, Lock]]) -> list[str]:
@@ -156,20 +167,9 @@ def moved(pairs: Iterable[tuple[Lock | None, Lock]]) -> list[str]:
     return lines
 
 
-class _Pin:
-    """What was locked, and whether that may or must change."""
-
-    def __init__(self, previous: Lock | None, offline: bool, update: bool) -> None:
-        self.previous, self.offline, self.update = previous, offline or is_offline(), update
-
-    def of(self, source: Source) -> Lock | None:
-        """The lock, if it is of the same source and revision."""
-        kept, asked = self.previous, (source.repo_id, source.path, source.revision)
-        return kept if kept and asked == (kept.repo_id, kept.path, kept.requested) else None
-
-
-def _lock(source: Source, pin: _Pin, how: sections.DownloadParams, take: Callable[[VerifiedFiles], None]) -> Lock:
-    kept = pin.of(source)
+def _lock(source: Source, previous: Lock | None, pin: _Pin, take: Callable[[VerifiedFiles], None]) -> Lock:
+    asked = (source.repo_id, source.path, source.revision)
+    kept = previous if previous and asked == (previous.repo_id, previous.path, previous.requested) else None
     opening: AbstractContextManager[FileSource]
     if source.repo_id is None:
         opening = nullcontext(open_folder(Path(str(source.path))))
@@ -183,15 +183,14 @@ def _lock(source: Source, pin: _Pin, how: sections.DownloadParams, take: Callabl
         )
     else:
         pinned = kept.revision if kept and not pin.update else source.revision
-        opening = open_repository(source.repo_id, pinned, how)
-    with opening as shelf:
-        basket = VerifiedFiles(shelf)
-        take(basket)
-    records = dict(sorted(basket.records.items()))
-    if kept and kept.repo_id and kept.revision == basket.shelf.commit:
+        opening = open_repository(source.repo_id, pinned, pin.transfer)
+    with opening as files:
+        taken = VerifiedFiles(files)
+        take(taken)
+    records = dict(sorted(taken.records.items()))
+    if kept and kept.repo_id and kept.revision == files.commit:
         _refuse_other_bytes(records, kept)
-    shelf = basket.shelf
-    return Lock(source.repo_id, source.path, source.revision, shelf.commit, records, shelf.license)
+    return Lock(source.repo_id, source.path, source.revision, files.commit, records, files.license)
 
 
 def _is_whole(lock: Lock, *, complain: bool) -> bool:
@@ -206,7 +205,8 @@ def _is_whole(lock: Lock, *, complain: bool) -> bool:
 
 def _refuse_other_bytes(records: Mapping[str, FileRecord], kept: Lock) -> None:
     for name in sorted(records.keys() & kept.files.keys()):
-        got, locked = records[name].sha256, kept.files[name].sha256
+        got = records[name].sha256
+        locked = kept.files[name].sha256
         if got != locked:
             raise BadSource(
                 f"{name} of {kept.label}: the Hub sends sha256 {got}, the lock says {locked}; "

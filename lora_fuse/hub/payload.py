@@ -1,4 +1,7 @@
-"""What may be sent: the manifest's files, found as it says, and the card. Anything else in the folder is refused."""
+"""The files of a publication: the manifest's, hashed and compared, the card, and those beside them.
+
+Anything else in the merged folder is refused.
+"""
 
 from __future__ import annotations
 
@@ -19,47 +22,47 @@ if TYPE_CHECKING:
     from lora_fuse.recipe import Manifest
 
 CARD = "README.md"
-Addition = tuple[Path, FileRecord]  # a file beside the manifest's: where it lies, and what it has to be
+Addition = tuple[Path, FileRecord]  # a file beside the manifest's: its path here, and the record it must match
 
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """What is published, by POSIX path: where each file lies, and its size and sha256."""
+    """Files to publish, by POSIX path: the path of each on this machine, and its size and sha256."""
 
     paths: Mapping[str, Path]
     files: Mapping[str, FileRecord]
 
-    def differences(self, there: Mapping[str, ExpectedFile]) -> dict[str, str]:
-        """What is not there as it is here, with a few words on how it differs."""
-        found = {name: self._difference(name, there.get(name)) for name in self.files}
-        return {name: words for name, words in found.items() if words}
+    def differences(self, remote: Mapping[str, ExpectedFile]) -> dict[str, str]:
+        """Files that a repository does not have as they are here, each with a few words on how it differs."""
+        differences = {name: self._difference(name, remote.get(name)) for name in self.files}
+        return {name: words for name, words in differences.items() if words}
 
-    def _difference(self, name: str, there: ExpectedFile | None) -> str | None:
+    def _difference(self, name: str, remote: ExpectedFile | None) -> str | None:
         record = self.files[name]
-        if there is None:
+        if remote is None:
             return "is not there"
-        if there.sha256:
-            same = (there.size, there.sha256) == (record.size, record.sha256)
-            return None if same else f"has sha256 {there.sha256} there, {record.sha256} here"
-        found = examine(self.paths[name], there, lambda _: None)  # git knows it by another hash
-        return f"differs: {found} there" if isinstance(found, str) else None
+        if remote.sha256:
+            same = (remote.size, remote.sha256) == (record.size, record.sha256)
+            return None if same else f"has sha256 {remote.sha256} there, {record.sha256} here"
+        result = examine(self.paths[name], remote, lambda _: None)  # git knows it by another hash
+        return f"differs: {result} there" if isinstance(result, str) else None
 
-    def strangers(self, there: Mapping[str, ExpectedFile]) -> dict[str, ExpectedFile]:
-        """The files there that are not ours."""
-        return {name: promise for name, promise in there.items() if name not in self.files}
+    def strangers(self, remote: Mapping[str, ExpectedFile]) -> dict[str, ExpectedFile]:
+        """The files of a repository that are not the payload's."""
+        return {name: file for name, file in remote.items() if name not in self.files}
 
 
 @contextmanager
 def open_payload(
     merged: Path, manifest: Manifest, card: str, beside: Mapping[str, Addition] | None = None
 ) -> Iterator[Payload]:
-    """Check and hash what is to be sent; it can be sent until the block ends.
+    """Check and hash the files to publish; they can be sent until the block ends.
 
     Args:
         merged: the folder that holds the manifest's files, and nothing else.
-        manifest: what is sent.
+        manifest: of the merge.
         card: README.md.
-        beside: files beside these, by POSIX path: where each lies, and what it has to be.
+        beside: files beside these, by POSIX path.
 
     Raises:
         PublishRefused: the folder holds something that the manifest does not name, or a link; a file is a pickle,
@@ -75,7 +78,8 @@ def open_payload(
             _refuse_pickle(name)
             if name in paths:
                 raise PublishRefused(f"{name} is both in the manifest and beside it; fuse again")
-            paths[name], expected[name] = path, record
+            paths[name] = path
+            expected[name] = record
         yield Payload(paths, _hashed(paths, expected))
 
 
@@ -83,7 +87,7 @@ def refuse_unnamed(merged: Path, manifest: Manifest) -> None:
     """Refuse a folder that holds more than the manifest names, or anything that is not a plain file.
 
     Raises:
-        PublishRefused: see above; the message names the first of them.
+        PublishRefused: there is such a file; the message names the first.
     """
     for path in sorted(merged.rglob("*")):
         name = path.relative_to(merged).as_posix()
@@ -102,8 +106,9 @@ def refuse_unnamed(merged: Path, manifest: Manifest) -> None:
 
 
 def _named(merged: Path, manifest: Manifest) -> dict[str, Path]:
-    """The manifest's files by their POSIX path; only what lies in `merged` itself is sent."""
-    root, paths = merged.resolve(), {}
+    """The manifest's files by their POSIX path, each inside `merged`."""
+    root = merged.resolve()
+    paths = {}
     for name in sorted(manifest.files):
         path = merged / name
         pure = PurePosixPath(name)
@@ -122,13 +127,13 @@ def _refuse_pickle(name: str) -> None:
 
 
 def _hashed(paths: Mapping[str, Path], expected: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
-    """Hash every file, and compare with what it has to be where that is known."""
+    """Hash every file, and compare it with its record where there is one."""
     records = {}
-    with hashing(sum(file.size for file in expected.values())) as advance:
+    with hashing(sum(record.size for record in expected.values())) as advance:
         for name, path in sorted(paths.items()):
-            promise = ExpectedFile(expected[name].size, expected[name].sha256) if name in expected else ExpectedFile()
-            found = examine(path, promise, advance)
-            if isinstance(found, str):
-                raise PublishRefused(f"{path} is not what the manifest says: {found}; fuse and check again")
-            records[name] = found
+            known = ExpectedFile(expected[name].size, expected[name].sha256) if name in expected else ExpectedFile()
+            result = examine(path, known, advance)
+            if isinstance(result, str):
+                raise PublishRefused(f"{path} is not what the manifest says: {result}; fuse and check again")
+            records[name] = result
     return records

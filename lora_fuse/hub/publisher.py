@@ -1,33 +1,81 @@
-"""The algorithm: stage everything in a pull request, compare, merge, compare again, tag.
+"""Publication of a merged checkpoint: stage everything in a pull request, compare, merge, compare again, tag.
 
-Whatever a run leaves when it dies, the next one finds by the manifest's sha256 in the title of its pull request. What
-was sent is known by what the Hub lists, never by an answer: answers get lost.
+Whatever a run leaves when it dies, the next one finds by the manifest's sha256 in the title of its pull request.
 """
 
 from __future__ import annotations
 
 import hashlib
-import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from lora_fuse.errors import PublishRefused
+from lora_fuse.errors import NoSpace, PublishRefused
 from lora_fuse.hub.client import endpoint, token
-from lora_fuse.hub.payload import Payload, open_payload
-from lora_fuse.hub.receipt import Receipt
-from lora_fuse.hub.remote import Remote, Repository
-from lora_fuse.hub.retry import DELAYS, bound_requests, wait
-from lora_fuse.hub.upload import CommitFailed, CommitJob, send
-from lora_fuse.machine import progress
+from lora_fuse.hub.payload import open_payload
+from lora_fuse.hub.pull_request import PullRequest
+from lora_fuse.hub.remote import RemoteCommit, RemoteRepository
+from lora_fuse.hub.retry import bound_requests
+from lora_fuse.machine import FileRecord, files, progress
 from lora_fuse.recipe import Manifest, records
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
-    from lora_fuse.hub.payload import Addition
+    from lora_fuse.hub.payload import Addition, Payload
 
-BATCH = 4 << 30  # bytes of a commit, if a file is not larger by itself: a run that dies loses no more than that
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """Record of a publication, or of the reason why nothing was published.
+
+    Attributes:
+        schema: of this record.
+        status: whether anything was published.
+        reason: why not; None if it was.
+        repo_id: the repository.
+        commit: on which the files are.
+        tag: name of that commit, if it has one.
+        pull_request: number of the one that brought the bytes, None if they came another way.
+        url: page of the commit.
+        private: the visibility that the Hub reports.
+        files: every file, the card among them.
+        manifest_sha256: of the manifest's text.
+    """
+
+    schema: int
+    status: Literal["published", "skipped"]
+    reason: str | None
+    repo_id: str | None
+    commit: str | None
+    tag: str | None
+    pull_request: int | None
+    url: str | None
+    private: bool | None
+    files: dict[str, FileRecord]
+    manifest_sha256: str
+
+    def __str__(self) -> str:
+        subject = f": {self.repo_id}@{self.commit}" if self.reason is None else f", {self.reason}"
+        return f"{self.status}{subject}"
+
+    def write(self, path: Path) -> None:
+        """Write the receipt, whole or not at all.
+
+        Raises:
+            NoSpace: it cannot be written, though it is true.
+        """
+        try:
+            files.replace_text(path, records.to_json(self))
+        except OSError as error:
+            raise NoSpace(
+                f"{path} cannot be written ({error.strerror}), {self}; make room and publish again"
+            ) from error
+
+    @classmethod
+    def skipped(cls, reason: str, manifest_sha256: str) -> Receipt:
+        """The receipt of a publication that was not asked for."""
+        return cls(records.SCHEMA, "skipped", reason, None, None, None, None, None, None, {}, manifest_sha256)
 
 
 def publish(  # noqa: PLR0913 - each is a choice of its own, by keyword
@@ -57,158 +105,80 @@ def publish(  # noqa: PLR0913 - each is a choice of its own, by keyword
     Raises:
         PublishRefused: there is no token, the files are not the manifest's, the repository cannot be had, is
             visible to more people than asked or holds other weights, the tag is on another commit, somebody changed
-            the same files meanwhile, or what arrived is not what was sent.
+            the same files meanwhile, or a file arrived as something else.
     """
     if token() is None:
         raise PublishRefused("publishing needs an access token; set HF_TOKEN to one that may write to " + repo_id)
-    manifest_sha256 = hashlib.sha256(records.to_json(manifest).encode()).hexdigest()
-    with open_payload(merged, manifest, card, beside) as ours:
+    key = hashlib.sha256(records.to_json(manifest).encode()).hexdigest()
+    with open_payload(merged, manifest, card, beside) as payload:
         bound_requests()
-        repository = Repository(repo_id)
+        repository = RemoteRepository(repo_id)
         main = repository.open(private=private)
-        repository.refuse_foreign_weights(main, ours)
-        held = repository.tagged(tag) if tag else None
-        before = repository.read(held) if held and held != main.commit else None
-        if before and not ours.differences(before.files):
+        repository.refuse_foreign_weights(main, payload)
+        tagged = repository.tagged(tag) if tag else None
+        before = repository.read(tagged) if tagged and tagged != main.commit else None
+        if before and not payload.differences(before.files):
             main = before  # published and tagged already; main has moved on since, as where variants share it
-        elif ours.differences(main.files):
-            repository.refuse_other_tag(tag or "", held, None)
-            staging = Staging(repository, ours, main, manifest_sha256, message)
-            main = staging.merge(staging.fill(), private=private)
+        elif payload.differences(main.files):
+            repository.refuse_other_tag(tag or "", tagged, None)
+            pull = PullRequest(repository, payload, main, key, message)
+            main = pull.merge(pull.fill(), private=private)
         if tag:
             repository.tag(tag, main.commit)
-        merged_pulls = [pull.num for pull in repository.pulls(manifest_sha256) if pull.status == "merged"]
-    return Receipt(
-        records.SCHEMA,
-        "published",
-        None,
-        repo_id,
-        main.commit,
-        tag,
-        merged_pulls[-1] if merged_pulls else None,
-        f"{endpoint()}/{repo_id}/tree/{main.commit}",
-        main.private,
-        dict(ours.files),
-        manifest_sha256,
-    )
+        pulls = [pull.num for pull in repository.pulls(key) if pull.status == "merged"]
+    url = f"{endpoint()}/{repo_id}/tree/{main.commit}"
+    number = pulls[-1] if pulls else None
+    sent = dict(payload.files)
+    return Receipt(records.SCHEMA, "published", None, repo_id, main.commit, tag, number, url, main.private, sent, key)
 
 
-@dataclass(frozen=True, slots=True)
-class Staging:
-    """A pull request of these bytes: found, or opened, filled and merged.
+def preview(
+    merged: Path,
+    manifest: Manifest,
+    card: str,
+    beside: Mapping[str, Addition] | None = None,
+    *,
+    repo_id: str | None,
+    tag: str | None,
+) -> str:
+    """List every file that would be published with what would happen to it, and show the card; nothing is sent.
 
-    `main` is what it was when this run began, `key` the manifest's sha256.
+    Args:
+        merged: the folder that holds the manifest's files, and nothing else.
+        manifest: what would be published.
+        card: the repository's README.md.
+        beside: what else would be published, as for `publish`.
+        repo_id: where to; None if that is not known yet.
+        tag: the tag that it would get, if any.
+
+    Raises:
+        PublishRefused: these files would not be published anywhere.
     """
+    with open_payload(merged, manifest, card, beside) as payload:
+        remote, place = _look(repo_id)
+        states = _states(payload, remote)
+    sizes = {name: payload.files[name].size for name, state in states.items() if state != "same"}
+    lines = [f"{states[name]:7} {record.size:>12} {record.sha256} {name}" for name, record in payload.files.items()]
+    size = progress.human_bytes(sum(sizes.values()))
+    how = f"{len(sizes)} of {len(lines)} files, {size}, would be sent" if sizes else "nothing would be sent"
+    tagged = f"; tag {tag}" if tag else ""
+    return "\n".join([f"dry run: {place}", *lines, f"{how}{tagged}", "", "README.md:", "", card])
 
-    repository: Repository
-    ours: Payload
-    main: Remote
-    key: str
-    message: str
 
-    def fill(self) -> int:
-        """Have a pull request with every file on it as it is here; returns its number.
+def _look(repo_id: str | None) -> tuple[RemoteCommit | None, str]:
+    if repo_id is None:
+        return None, "publish.repo_id is null, so nothing is compared"
+    bound_requests()
+    try:
+        remote = RemoteRepository(repo_id).read()
+    except PublishRefused as refusal:
+        return None, f"to {repo_id}, which cannot be read, so nothing is compared ({refusal})"
+    return remote, f"to {endpoint()}/{repo_id}, {'private' if remote.private else 'public'}, at {remote.commit}"
 
-        Raises:
-            PublishRefused: it cannot be had, or a file arrived as something else.
-        """
-        number, sent, failures, xet = self._find(), set[str](), 0, True
-        while True:
-            there = self.repository.read(f"refs/pr/{number}") if number else self.main
-            missing = self.ours.differences(there.files)
-            if number and not missing:
-                return number
-            if wrong := sorted(sent & missing.keys()):
-                what = f"{self.repository.repo_id}@{there.commit}: {wrong[0]} {missing[wrong[0]]}"
-                raise PublishRefused(f"{what}; pull request {number} is not merged; publish again")
-            names = self._batch(sorted(missing))
-            try:
-                number = send(self._shipment(names, number, there), xet=xet) or number or self._find()
-                sent, failures = sent | set(names), 0
-            except CommitFailed as failure:
-                found = number or self._find()
-                if found and (number is None or self.repository.read(f"refs/pr/{found}").commit != there.commit):
-                    number = found  # it landed, and only the answer was lost
-                elif failure.over_xet and xet:
-                    xet = False
-                    print(f"publish: {failure}; once more without Xet", file=sys.stderr, flush=True)
-                elif failure.pause is None or failures == len(DELAYS):
-                    raise
-                else:
-                    wait(max(failure.pause, DELAYS[failures]), str(failure))
-                    failures += 1
 
-    def merge(self, number: int, *, private: bool) -> Remote:
-        """Merge the pull request, unless somebody has changed the same files meanwhile; returns what `main` is then.
-
-        Raises:
-            PublishRefused: somebody has, or what `main` is then is not what is here.
-        """
-        now = self.repository.read()
-        self.repository.refuse_public(now, private=private)
-        self.repository.refuse_foreign_weights(now, self.ours)
-        self._refuse_overwriting(now)
-        try:
-            self.repository.merge(number)
-        except PublishRefused:
-            now = self.repository.read()
-            if self.ours.differences(now.files):
-                raise
-            return now  # another run has published the same
-        now = self.repository.read()
-        self.repository.refuse_foreign_weights(now, self.ours)
-        if differing := self.ours.differences(now.files):
-            name = min(differing)
-            raise PublishRefused(
-                f"{self.repository.repo_id}@{now.commit}: {name} {differing[name]} after pull request {number} was "
-                "merged; publish again"
-            )
-        return now
-
-    def _refuse_overwriting(self, now: Remote) -> None:
-        touched = [name for name in sorted(self.ours.files) if now.files.get(name) != self.main.files.get(name)]
-        if touched and self.ours.differences(now.files):
-            raise PublishRefused(
-                f"{self.repository.repo_id}: somebody changed {touched[0]} on main meanwhile (commit {now.commit}, was "
-                f"{self.main.commit}); nothing was overwritten: look at it, then publish again"
-            )
-
-    def _find(self) -> int | None:
-        """Our open pull request of these bytes. One that would bring more, or that `main` has overtaken, is closed."""
-        for pull in self.repository.pulls(self.key):
-            if pull.status not in ("open", "draft"):
-                continue
-            there = self.repository.read(f"refs/pr/{pull.num}")
-            if self._others(there) == self._others(self.main) and not pull.conflicting_files:
-                return pull.num
-            self.repository.close(pull.num, "Closed by lora-fuse: main has moved on since; a new one takes its place.")
-        return None
-
-    def _others(self, remote: Remote) -> dict[str, object]:
-        """What is not ours, but for the file in which the Hub notes by itself what is large."""
-        return {name: one for name, one in self.ours.strangers(remote.files).items() if name != ".gitattributes"}
-
-    def _batch(self, names: list[str]) -> list[str]:
-        """The first of these files that make up a commit."""
-        size, taken = 0, 0
-        for name in names:
-            size += self.ours.files[name].size
-            if taken and size > BATCH:
-                break
-            taken += 1
-        return names[:taken]
-
-    def _shipment(self, names: list[str], number: int | None, there: Remote) -> CommitJob:
-        total = sum(self.ours.files[name].size for name in names)
-        files = "file" if len(names) == 1 else "files"
-        where = f"pull request {number}" if number else "a new pull request"
-        what = f"publish: {len(names)} {files}, {progress.human_bytes(total)} to {where} of {self.repository.repo_id}"
-        progress.log(what)
-        return CommitJob(
-            self.repository.repo_id,
-            f"refs/pr/{number}" if number else None,
-            there.commit,
-            f"{self.message}, manifest {self.key}",
-            "Merged by lora-fuse itself when every file is here as the manifest says.",
-            {name: str(self.ours.paths[name]) for name in names},
-        )
+def _states(payload: Payload, remote: RemoteCommit | None) -> dict[str, str]:
+    if remote is None:
+        return dict.fromkeys(payload.files, "unknown")
+    differing = payload.differences(remote.files)
+    changed = {name: "changed" if name in remote.files else "new" for name in differing}
+    return {name: changed.get(name, "same") for name in payload.files}

@@ -1,4 +1,4 @@
-"""How long to wait for a Hub: what is asked again and when, and how long silence is borne.
+"""Questions to a Hub: bounded in time, asked again where that may help, and refused in one line.
 
 The Hub client has no timeout of its own, and does not repeat the calls that change something. Here every call is
 bounded, and those that may be repeated are, as often as `DELAYS` has entries.
@@ -10,102 +10,127 @@ import os
 import re
 import sys
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from lora_fuse.errors import BadConfig, PublishRefused
+from lora_fuse.errors import BadConfig, BadSource, PublishRefused, Refused
 from lora_fuse.hub.client import endpoint, token
-from lora_fuse.hub.error_texts import IN_TROUBLE, client_errors
+from lora_fuse.hub.error_texts import client_errors, is_passing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-DELAYS = (1.0, 2.0, 4.0)  # seconds
-LONGEST = (
-    300.0  # seconds that a Hub may make us wait: the window of its rate limits (huggingface.co/docs/hub/rate-limits)
-)
-SILENCE = LONGEST + 60.0  # seconds without a byte, after which a transfer is given up
+DELAYS = (1.0, 2.0, 4.0)  # seconds before the second, third and fourth attempt of anything
+# Seconds that a Hub may make us wait: the window of its rate limits (huggingface.co/docs/hub/rate-limits).
+LONGEST = 300.0
+SILENCE = LONGEST + 60.0  # seconds without a byte, after which an upload is given up
 Answer = TypeVar("Answer")
 
 
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Calls of the Hub client on behalf of one stage.
+
+    Attributes:
+        stage: its name, for messages.
+        refusal: the error that a failed call becomes.
+        repeats_timeouts: whether a timeout is tried again like other trouble.
+    """
+
+    stage: str
+    refusal: type[Refused]
+    repeats_timeouts: bool
+
+    def call(self, what: str, repo_id: str, work: Callable[[], Answer]) -> Answer:
+        """Make a call once.
+
+        Raises:
+            Refused: as the class `refusal`, if it failed; the message has no token and no signed address in it.
+        """
+        try:
+            with client_errors(what, repo_id, self.refusal):
+                return work()
+        except self.refusal as error:
+            raise self.refusal(redacted(str(error))) from error.__cause__
+
+    def ask(self, what: str, repo_id: str, work: Callable[[], Answer]) -> Answer:
+        """Make a call that does no harm twice, and repeat it where that may help.
+
+        Raises:
+            Refused: see `call`.
+        """
+        for delay in DELAYS:
+            try:
+                return self.call(what, repo_id, work)
+            except self.refusal as error:
+                pause = self.pause_after(error.__cause__, delay)
+                if pause is None:
+                    raise
+                self.wait(pause, str(error))
+        return self.call(what, repo_id, work)
+
+    def pause_after(self, error: BaseException | None, delay: float) -> float | None:
+        """Seconds after which the same call may be made again: `delay`, or what the Hub asks for; None if never.
+
+        Storage is asked five times by the client itself, for half a minute; only calls of the API are repeated here.
+        """
+        from httpx2 import TimeoutException
+
+        if error is None or not is_passing(error) or not is_from_api(error):
+            return None
+        if isinstance(error, TimeoutException) and not self.repeats_timeouts:
+            return None
+        pause = requested_pause(error, delay)
+        return pause if pause <= LONGEST else None
+
+    def wait(self, seconds: float, reason: str) -> None:
+        """Say why, and wait."""
+        print(f"{self.stage}: {reason}; once more in {seconds:g} s", file=sys.stderr, flush=True)
+        time.sleep(seconds)
+
+
+DOWNLOAD = Caller("download", BadSource, repeats_timeouts=True)
+PUBLISH = Caller("publish", PublishRefused, repeats_timeouts=False)
+
+
+def is_from_api(error: BaseException) -> bool:
+    """True for an error of the Hub's API, false for one of its storage."""
+    response = getattr(error, "response", None)
+    request = response.request if response is not None else getattr(error, "request", None)
+    return request is not None and str(request.url).startswith(f"{endpoint()}/api/")
+
+
+def requested_pause(error: BaseException, delay: float) -> float:
+    """Seconds that the header ``Retry-After`` of an answer asks to wait; `delay` if there is none."""
+    response = getattr(error, "response", None)
+    seconds = response.headers.get("retry-after", "") if response is not None else ""
+    return float(seconds) if seconds.isdigit() else delay
+
+
 def silence() -> float:
-    """Seconds without a byte, after which a transfer is given up: `LORA_FUSE_STALL_S`, or `SILENCE`.
+    """Seconds without a byte, after which an upload is given up: `LORA_FUSE_STALL_S`, or `SILENCE`.
 
     Raises:
-        BadConfig: it is no positive number.
+        BadConfig: the variable holds no positive number.
     """
-    given = os.environ.get("LORA_FUSE_STALL_S") or str(SILENCE)
-    if not re.fullmatch(r"\d+(\.\d+)?", given) or float(given) <= 0:
-        raise BadConfig(f"LORA_FUSE_STALL_S is {given!r}; give a number of seconds, or unset it for {SILENCE:g}")
-    return float(given)
+    seconds = os.environ.get("LORA_FUSE_STALL_S") or str(SILENCE)
+    if not re.fullmatch(r"\d+(\.\d+)?", seconds) or float(seconds) <= 0:
+        raise BadConfig(f"LORA_FUSE_STALL_S is {seconds!r}; give a number of seconds, or unset it for {SILENCE:g}")
+    return float(seconds)
 
 
 def bound_requests(longest: float = 120.0) -> None:
-    """From now on every request of this process's Hub client ends: after `longest` seconds, or `silence`."""
+    """End every later request of this process's Hub client after `longest` seconds, or `silence` if that is less."""
     from httpx2 import Client, Timeout
     from huggingface_hub import get_session, set_client_factory
 
-    hooks, timeout = get_session().event_hooks, Timeout(min(silence(), longest))
+    hooks = get_session().event_hooks
+    timeout = Timeout(min(silence(), longest))
     set_client_factory(lambda: Client(event_hooks=hooks, follow_redirects=True, timeout=timeout))
 
 
-def call(what: str, repo_id: str, work: Callable[[], Answer]) -> Answer:
-    """Ask the Hub, once.
-
-    Raises:
-        PublishRefused: it did not work; the message has no token and no signed address in it.
-    """
-    try:
-        with client_errors(what, repo_id, PublishRefused):
-            return work()
-    except PublishRefused as error:
-        raise PublishRefused(redacted(str(error))) from error.__cause__
-
-
-def ask(what: str, repo_id: str, work: Callable[[], Answer]) -> Answer:
-    """Ask the Hub something that does no harm twice; asked again when that may help.
-
-    Raises:
-        PublishRefused: see `call`.
-    """
-    for delay in DELAYS:
-        try:
-            return call(what, repo_id, work)
-        except PublishRefused as error:
-            pause = pause_after(error.__cause__, delay)
-            if pause is None:
-                raise
-            wait(pause, str(error))
-    return call(what, repo_id, work)
-
-
-def wait(seconds: float, reason: str) -> None:
-    """Say why, and wait."""
-    print(f"publish: {reason}; once more in {seconds:g} s", file=sys.stderr, flush=True)
-    time.sleep(seconds)
-
-
-def pause_after(error: BaseException | None, delay: float) -> float | None:
-    """Seconds after which the same may be asked again: `delay`, or what the Hub says; None if it would not help.
-
-    Storage is asked five times by the client itself, for half a minute; only the API's own calls are repeated here.
-    """
-    from httpx2 import TimeoutException, TransportError
-    from huggingface_hub.errors import HfHubHTTPError
-
-    api = f"{endpoint()}/api/"
-    if isinstance(error, HfHubHTTPError):
-        if not str(error.response.request.url).startswith(api) or error.response.status_code not in IN_TROUBLE:
-            return None
-        asked = error.response.headers.get("retry-after", "")
-        pause = float(asked) if asked.isdigit() else delay
-        return pause if pause <= LONGEST else None
-    if isinstance(error, TransportError) and not isinstance(error, TimeoutException):
-        return delay if str(error.request.url).startswith(api) else None
-    return None
-
-
 def redacted(text: str) -> str:
-    """Without the token, and without the query of any address: that is where signatures are."""
+    """A text without the token, and without the query of any address, which may hold a signature."""
     secret = token()
     text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1?…", text)
     return text.replace(secret, "(token)") if secret else text

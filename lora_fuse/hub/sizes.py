@@ -1,4 +1,4 @@
-"""What fetching a base or a LoRA will take, before any of it is fetched."""
+"""Sizes of a recipe's sources before they are fetched: by their lock, their local folder, or the Hub's list."""
 
 from __future__ import annotations
 
@@ -9,84 +9,139 @@ from pathlib import Path, PurePosixPath
 from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import BadSource
 from lora_fuse.hub.client import is_offline
-from lora_fuse.hub.repository import listing as listing  # noqa: PLC0414
-from lora_fuse.hub.repository import open_repository
+from lora_fuse.hub.repository import list_repository
 from lora_fuse.hub.sources import ExpectedFile, open_folder
-from lora_fuse.recipe import Lock, Source, hf_cache, sections
+from lora_fuse.recipe import Lock, Source, hf_cache
+
+Choose = Callable[[Iterable[str]], list[str]]  # names of a source to names of the files that are taken
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
-    """Bytes of each file by POSIX path, and how many of all bytes are not on this machine yet."""
+class SourceSize:
+    """The files of a source that a lock takes, and those of them that are still to be fetched.
 
-    files: Mapping[str, int]
-    to_fetch: int = 0
+    Attributes:
+        label: the source, with its commit if that is known.
+        root: the folder of the files, whether they are there yet or not.
+        sizes: bytes by POSIX path.
+        missing: the paths that are not on this machine.
+        known_by: the authority for the sizes: the folder, the lock, or the Hub's list.
+    """
 
-    def below(self, component: str) -> int:
-        """Bytes in one component's folder."""
-        return sum(size for name, size in self.files.items() if PurePosixPath(name).parent.as_posix() == component)
+    label: str
+    root: Path
+    sizes: Mapping[str, int]
+    missing: frozenset[str]
+    known_by: str
 
     @property
     def total(self) -> int:
         """Bytes of all files."""
-        return sum(self.files.values())
+        return sum(self.sizes.values())
+
+    @property
+    def to_fetch(self) -> int:
+        """Bytes that are not on this machine."""
+        return sum(self.sizes[name] for name in self.missing)
+
+    @property
+    def weights(self) -> dict[str, list[str]]:
+        """The safetensors files of each component."""
+        files: dict[str, list[str]] = {}
+        for name in sorted(self.sizes):
+            if name.endswith(".safetensors"):
+                files.setdefault(PurePosixPath(name).parts[0], []).append(name)
+        return files
+
+    def below(self, component: str) -> int:
+        """Bytes in one component's folder."""
+        return sum(size for name, size in self.sizes.items() if PurePosixPath(name).parent.as_posix() == component)
 
 
-def base_sizes(source: Source, previous: Lock | None, transfer: sections.DownloadParams) -> Sizes:
-    """At most what `lock_base` will take: also files of folders that the pipeline turns out not to name.
+def base_size(source: Source, lock: Lock | None, *, timeout: float, once: bool = False) -> SourceSize:
+    """Size of a pipeline: at most what `lock_base` takes.
+
+    Before `model_index.json` is here, every folder with files of a component counts as one.
+
+    Args:
+        source: the base.
+        lock: its last lock; one of another source or revision is ignored.
+        timeout: seconds that the Hub may take for an answer.
+        once: ask a Hub in trouble no second time.
 
     Raises:
-        BadSource: there is no such repository, revision or folder.
+        BadSource: the size cannot be known: the Hub has no such repository or may not be asked, the folder is not
+            there, or there is no pipeline in it.
     """
-    return _sizes(source, previous, transfer, lambda names, _: filter(_may_be_taken, names))
+    return _size(source, lock, _pipeline_files, timeout=timeout, once=once)
 
 
-def lora_sizes(source: Source, filename: str, previous: Lock | None, transfer: sections.DownloadParams) -> Sizes:
-    """What `lock_lora` will take.
+def lora_size(source: Source, filename: str, lock: Lock | None, *, timeout: float, once: bool = False) -> SourceSize:
+    """Size of what `lock_lora` takes.
+
+    Args:
+        source: of the LoRA.
+        filename: its POSIX path in there, as for `lock_lora`.
+        lock: the last lock of this source; one of another file is ignored.
+        timeout: as for `base_size`.
+        once: as for `base_size`.
 
     Raises:
-        BadSource: there is no such repository, revision or folder.
-        BadLora: it is no LoRA.
+        BadLora: see `lora_fuse.checkpoint.repository_files.lora_files`.
+        BadSource: see `base_size`; also if there is no such file.
     """
-    known = previous if previous is not None and previous.lora_name == PurePosixPath(filename).as_posix() else None
-    return _sizes(source, known, transfer, lambda names, label: repository_files.lora_files(filename, names, label))
-
-
-def _may_be_taken(name: str) -> bool:
-    path = PurePosixPath(name)
-    in_component = len(path.parts) == 2 and (
-        path.suffix in repository_files.TEXT_SUFFIXES or repository_files.is_plain_weights(path.name)
+    name = PurePosixPath(filename).as_posix()
+    known = lock if lock is not None and lock.lora_name == name else None
+    return _size(
+        source,
+        known,
+        lambda names: repository_files.lora_files(name, names, source.label),
+        timeout=timeout,
+        once=once,
     )
-    return name == repository_files.MODEL_INDEX or in_component
 
 
-def _sizes(
-    source: Source,
-    previous: Lock | None,
-    transfer: sections.DownloadParams,
-    choose: Callable[[Iterable[str], str], Iterable[str]],
-) -> Sizes:
+def _size(source: Source, lock: Lock | None, choose: Choose, *, timeout: float, once: bool) -> SourceSize:
     if source.repo_id is None:
-        shelf = open_folder(Path(str(source.path)))
-        return Sizes(_chosen(shelf.files, choose(shelf.files, shelf.label)))
-    if previous is not None and _is_here(previous):
-        return Sizes({name: record.size for name, record in previous.files.items()})
-    if is_offline():  # what is not here cannot be had: locking it says so
-        return Sizes({})
-    with open_repository(source.repo_id, previous.revision if previous else source.revision, transfer) as repository:
-        files, cache = repository.files, hf_cache.snapshot_folder(source.repo_id, repository.commit)
-        sizes = _chosen(files, choose(files, repository.label))
-    return Sizes(sizes, sum(size for name, size in sizes.items() if not (cache / name).is_file()))
+        folder = open_folder(Path(str(source.path)))
+        return _of_list(source.label, folder.root, folder.files, choose, "the folder")
+    if lock is not None and (lock.repo_id, lock.requested) == (source.repo_id, source.revision):
+        root = hf_cache.snapshot_folder(source.repo_id, str(lock.revision))
+        sizes = {name: record.size for name, record in lock.files.items()}
+        known = SourceSize(lock.label, root, sizes, _missing(root, sizes), "the lock")
+        if known.missing and not is_offline():  # the locked commit may be gone, or gated by now
+            list_repository(source.repo_id, lock.revision, timeout=timeout, once=once)
+        return known
+    if is_offline():
+        raise BadSource(
+            f"{source.label} is not locked yet, and HF_HUB_OFFLINE is set: its size is unknown; unset it once"
+        )
+    commit, _, files = list_repository(source.repo_id, source.revision, timeout=timeout, once=once)
+    root = hf_cache.snapshot_folder(source.repo_id, commit)
+    return _of_list(f"{source.repo_id}@{commit}", root, files, choose, "the Hub's list")
 
 
-def _chosen(files: Mapping[str, ExpectedFile], names: Iterable[str]) -> dict[str, int]:
-    """Bytes of those that are there; that one is not is said when it is to be locked."""
-    return {name: files[name].size or 0 for name in names if name in files}
+def _of_list(label: str, root: Path, files: Mapping[str, ExpectedFile], choose: Choose, known_by: str) -> SourceSize:
+    names = choose(files)
+    for name in names:
+        if name not in files:
+            raise BadSource(f"{label} has no {name}; check the name and the revision")
+    sizes = {name: files[name].size or 0 for name in names}
+    return SourceSize(label, root, sizes, _missing(root, sizes), known_by)
 
 
-def _is_here(lock: Lock) -> bool:
-    try:
-        hf_cache.locate(lock)
-    except BadSource:
-        return False
-    return True
+def _missing(root: Path, sizes: Mapping[str, int]) -> frozenset[str]:
+    return frozenset(
+        name for name, size in sizes.items() if not (root / name).is_file() or (root / name).stat().st_size != size
+    )
+
+
+def _pipeline_files(listed: Iterable[str]) -> list[str]:
+    names = set(listed)
+    if repository_files.MODEL_INDEX not in names:
+        raise BadSource(f"there is no {repository_files.MODEL_INDEX}: it is no diffusers pipeline; name one that is")
+    files = [repository_files.MODEL_INDEX]
+    for folder in sorted({PurePosixPath(name).parts[0] for name in names if len(PurePosixPath(name).parts) > 1}):
+        if repository_files.folder_files(folder, names):
+            files += [*repository_files.text_files(folder, names, ""), *repository_files.plain_weights(folder, names)]
+    return files

@@ -1,7 +1,7 @@
-"""Files on a shelf: listed with what is promised of each, fetched, and taken only if they are as promised.
+"""Sources of files: listed with the expected hash of each file, fetched, and verified.
 
-A shelf is a local folder (here) or a Hub repository at a commit (`lora_fuse.hub`). What is taken from it and
-how that is checked does not depend on which. No network is used in this module.
+A source is a local folder (here) or a Hub repository at a commit (`lora_fuse.hub.repository`); both are taken from and
+verified in the same way. No network is used in this module.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BLOCK = 1 << 20  # bytes read at once
 
 @dataclass(frozen=True, slots=True)
 class ExpectedFile:
-    """What is known of a file beforehand, if anything: its size in bytes, its sha256, its git blob id."""
+    """Size in bytes, sha256 and git blob id of a file, as far as they are known beforehand."""
 
     size: int | None = None
     sha256: str | None = None
@@ -35,23 +35,23 @@ class ExpectedFile:
 
 
 class FileSource(Protocol):
-    """Where files come from."""
+    """A place that files come from."""
 
     @property
     def label(self) -> str:
-        """What a person would call it."""
+        """Its name for messages."""
 
     @property
     def commit(self) -> str | None:
-        """The 40-hex commit that it shows; None if it has none."""
+        """The 40-hex commit of its files; None if it has none."""
 
     @property
     def files(self) -> Mapping[str, ExpectedFile]:
-        """Everything on it by POSIX path."""
+        """All of its files by POSIX path."""
 
     @property
     def license(self) -> License | None:
-        """What it says of its licence; None if nothing."""
+        """The licence that it states; None if it states none."""
 
     def fetch(self, names: Iterable[str], *, again: bool = False) -> Path:
         """Have files on this machine, anew if `again`; returns the folder that they are in."""
@@ -59,7 +59,7 @@ class FileSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LocalSource:
-    """A local folder as a shelf: it is all here already and promises nothing."""
+    """A local folder: all of it is here already, and no hash is known beforehand."""
 
     root: Path
     files: Mapping[str, ExpectedFile]
@@ -72,7 +72,7 @@ class LocalSource:
         return str(self.root)
 
     def fetch(self, names: Iterable[str], *, again: bool = False) -> Path:  # noqa: ARG002
-        """Nothing to do: the folder itself."""
+        """The folder itself; nothing is fetched."""
         return self.root
 
 
@@ -80,7 +80,7 @@ def open_folder(root: Path) -> LocalSource:
     """List a local folder; links to files are followed.
 
     Raises:
-        BadSource: it is not a folder.
+        BadSource: `root` is not a folder.
     """
     if not root.is_dir():
         raise BadSource(f"{root} is not a folder; name the folder that holds the files")
@@ -100,86 +100,87 @@ def _size(path: Path) -> int:
 
 @dataclass(slots=True)
 class VerifiedFiles:
-    """What was taken from a shelf so far, by POSIX path; nothing in it differs from what was promised."""
+    """Files taken from a source so far, by POSIX path; each is as the source lists it."""
 
-    shelf: FileSource
+    source: FileSource
     records: dict[str, FileRecord] = field(default_factory=dict)
     _root: Path = Path()
 
     def take(self, names: Iterable[str]) -> None:
-        """Fetch files, hash them and compare with what was promised; a bad one is fetched once more.
+        """Fetch files, hash them and compare with the source's list; a bad one is fetched once more.
 
         Raises:
-            BadSource: a file is not on the shelf, cannot be read, or is bad twice.
+            BadSource: the source has no such file, or it cannot be read, or is bad twice.
         """
         wanted = sorted(set(names) - self.records.keys())
         for name in wanted:
-            if name not in self.shelf.files:
-                raise BadSource(f"{self.shelf.label} has no {name}; check the name and the revision")
-        self._root = self.shelf.fetch(wanted)
-        with hashing(sum(self.shelf.files[name].size or 0 for name in wanted)) as advance:
+            if name not in self.source.files:
+                raise BadSource(f"{self.source.label} has no {name}; check the name and the revision")
+        self._root = self.source.fetch(wanted)
+        with hashing(sum(self.source.files[name].size or 0 for name in wanted)) as advance:
             self.records |= {name: self._checked(name, advance) for name in wanted}
 
     def json(self, name: str) -> object:
         """The content of a JSON file that was taken.
 
         Raises:
-            BadSource: it is not JSON.
+            BadSource: the file is not JSON.
         """
         try:
             return json.loads((self._root / name).read_bytes())
         except ValueError as error:
-            raise BadSource(f"{name} of {self.shelf.label} is not JSON: {error}; get a good copy") from error
+            raise BadSource(f"{name} of {self.source.label} is not JSON: {error}; get a good copy") from error
 
     def _checked(self, name: str, advance: Callable[[int], None]) -> FileRecord:
-        promise = self.shelf.files[name]
-        found = examine(self._root / name, promise, advance)
-        if isinstance(found, str) and self.shelf.commit:
-            print(f"download: {name} of {self.shelf.label}: {found}; fetching it again", file=sys.stderr, flush=True)
-            self.shelf.fetch([name], again=True)
-            found = examine(self._root / name, promise, lambda _: None)
-        if isinstance(found, str):
-            advice = "it was fetched twice, so report it to its owner" if self.shelf.commit else "mend the folder"
-            raise BadSource(f"{name} of {self.shelf.label}: {found}; {advice}")
-        return found
+        expected = self.source.files[name]
+        result = examine(self._root / name, expected, advance)
+        if isinstance(result, str) and self.source.commit:
+            print(f"download: {name} of {self.source.label}: {result}; fetching it again", file=sys.stderr, flush=True)
+            self.source.fetch([name], again=True)
+            result = examine(self._root / name, expected, lambda _: None)
+        if isinstance(result, str):
+            advice = "it was fetched twice, so report it to its owner" if self.source.commit else "mend the folder"
+            raise BadSource(f"{name} of {self.source.label}: {result}; {advice}")
+        return result
 
 
-def take_pipeline(basket: VerifiedFiles) -> None:
-    """Take the diffusers pipeline on a shelf, by the allow-list.
+def take_pipeline(taken: VerifiedFiles) -> None:
+    """Take the diffusers pipeline of a source, by the allow-list.
 
     Raises:
-        BadSource: it is no pipeline, is incomplete, or has no safetensors weights; or as `VerifiedFiles.take`.
+        BadSource: the source is no pipeline, is incomplete, or has no safetensors weights; or as `VerifiedFiles.take`.
     """
-    names, label = basket.shelf.files, basket.shelf.label
-    basket.take([repository_files.MODEL_INDEX])
+    names = taken.source.files
+    label = taken.source.label
+    taken.take([repository_files.MODEL_INDEX])
     texts = {
         name: repository_files.text_files(name, names, label)
-        for name in repository_files.components(basket.json(repository_files.MODEL_INDEX), label)
+        for name in repository_files.components(taken.json(repository_files.MODEL_INDEX), label)
     }
-    basket.take(name for here in texts.values() for name in here)
+    taken.take(name for here in texts.values() for name in here)
     weights: list[str] = []
     for component, here in texts.items():
         indexes = [name for name in here if repository_files.is_index(name)]
         for index in indexes:
-            weights += repository_files.indexed_weights(index, basket.json(index), names, label)
+            weights += repository_files.indexed_weights(index, taken.json(index), names, label)
         weights += [] if indexes else repository_files.single_weights(component, names, label)
     if not weights:
         raise BadSource(f"{label} has no safetensors weights in {', '.join(texts)}; name a base that has some")
-    basket.take(weights)
+    taken.take(weights)
 
 
-def take_lora(basket: VerifiedFiles, name: str) -> None:
-    """Take a LoRA from a shelf: a file, or a PEFT folder's configuration and weights.
+def take_lora(taken: VerifiedFiles, name: str) -> None:
+    """Take a LoRA from a source: a file, or a PEFT folder's configuration and weights.
 
     Raises:
-        BadLora: it is neither.
+        BadLora: `name` is neither.
         BadSource: as `VerifiedFiles.take`.
     """
-    basket.take(repository_files.lora_files(name, basket.shelf.files, basket.shelf.label))
+    taken.take(repository_files.lora_files(name, taken.source.files, taken.source.label))
 
 
-def examine(path: Path, promise: ExpectedFile, advance: Callable[[int], None]) -> FileRecord | str:
-    r"""Hash a file: its record, or a few words on how it differs from what was promised.
+def examine(path: Path, expected: ExpectedFile, advance: Callable[[int], None]) -> FileRecord | str:
+    r"""Hash a file: its record, or a few words on how it differs from what was expected.
 
     The git id of a file is the SHA-1 of ``blob SIZE\0`` and its content (git-scm.com/book, "Git Objects").
     """
@@ -190,19 +191,19 @@ def examine(path: Path, promise: ExpectedFile, advance: Callable[[int], None]) -
         with path.open("rb") as file:
             while block := file.read(BLOCK):
                 sha256.update(block)
-                if promise.blob_id:
+                if expected.blob_id:
                     blob.update(block)
                 advance(len(block))
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
     pairs = (
-        ("size", promise.size, size),
-        ("sha256", promise.sha256, sha256.hexdigest()),
-        ("git blob", promise.blob_id, blob.hexdigest()),
+        ("size", expected.size, size),
+        ("sha256", expected.sha256, sha256.hexdigest()),
+        ("git blob", expected.blob_id, blob.hexdigest()),
     )
-    for what, expected, got in pairs:
-        if expected is not None and expected != got:
-            return f"{what} {got}, expected {expected}"
+    for what, wanted, got in pairs:
+        if wanted is not None and wanted != got:
+            return f"{what} {got}, expected {wanted}"
     return FileRecord(size, sha256.hexdigest())
 
 

@@ -1,38 +1,37 @@
 """Files of a commit brought into the cache by the Hub client in a process of its own, which is watched.
 
 Bounds: a transfer that stops moving is ended and tried once more, over plain HTTP if it was free to use Xet; a Hub in
-trouble is asked three times; whatever another process holds is waited for only while it moves, or for a while. Files
-that are finished stay, whatever happens, and are not fetched again.
+trouble is asked again as often as `lora_fuse.hub.retry` says; a file that another process holds is waited for only
+while it moves, or for a while. Files that are finished stay, whatever happens, and are not fetched again.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_fuse.errors import BadSource, NoSpace
 from lora_fuse.hub.client import is_without_xet
 from lora_fuse.hub.error_texts import full_disk
 from lora_fuse.hub.leftovers import remove_leftovers
-from lora_fuse.hub.worker_process import ClientProcess
+from lora_fuse.hub.retry import DELAYS
+from lora_fuse.hub.worker_process import AttemptFailed, WorkerProcess
 from lora_fuse.machine import progress, space
 from lora_fuse.recipe import hf_cache, sections
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PAUSES = (1.0, 2.0)  # seconds before the second and third try of a Hub in trouble
-START = 60.0  # seconds that the child may take to begin, if `stall_seconds` is less
 OTHERS = 10  # times `stall_seconds`: how long another process may hold a file without a visible byte
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """What to transfer: `names` of a repository at a commit, even if they are in the cache (`again`)."""
+class FetchOrder:
+    """Files to fetch: `names` of a repository at a commit, even if they are in the cache (`again`)."""
 
     repo_id: str
     commit: str
@@ -41,29 +40,51 @@ class Order:
 
     @property
     def label(self) -> str:
-        """What a person would call it."""
+        """The repository and its commit, and the file if it is only one."""
         whole = f"{self.repo_id}@{self.commit}"
         return whole if len(self.names) > 1 else f"{self.names[0]} of {whole}"
 
 
-class _Failed(Exception):
-    """One try failed; `again` if another may not, `plain` if that should do without Xet."""
+@dataclass(frozen=True, slots=True)
+class TransferPlan:
+    """All files of one transfer into a cache: name, size in bytes, and whether it has to be fetched, of each."""
 
-    def __init__(self, reason: str, *, again: bool = False, plain: bool = False, stalled: bool = False) -> None:
-        super().__init__(reason)
-        self.again, self.plain, self.stalled = again, plain, stalled
+    label: str
+    files: tuple[tuple[str, int, bool], ...]
+    cache: Path
+
+    @property
+    def to_fetch(self) -> int:
+        """Bytes that are not here yet."""
+        return sum(size for _, size, fetch in self.files if fetch)
+
+    def __str__(self) -> str:
+        total = progress.human_bytes(sum(size for _, size, _ in self.files))
+        cached = sum(not fetch for _, _, fetch in self.files)
+        here = f"{cached} here already, " if cached else ""
+        free = progress.human_bytes(space.free_bytes(self.cache))
+        to_fetch = progress.human_bytes(self.to_fetch)
+        return f"{len(self.files)} files, {total} from {self.label}: {here}{to_fetch} to fetch, {free} free"
+
+    def check(self) -> None:
+        """Refuse a transfer that the disk has no room for.
+
+        Raises:
+            NoSpace: fewer bytes are free than are to be fetched.
+        """
+        space.require(self.cache, self.to_fetch, self.label, "make room, or set HF_HUB_CACHE to a larger disk")
 
 
 class Transfers:
-    """Transfers one after another by one child, as long as that does well."""
+    """Transfers one after another by one worker, as long as that does well."""
 
     def __init__(self, how: sections.DownloadParams) -> None:
         self._how = how
-        self._child: ClientProcess | None = None
-        self._plain = False  # do without Xet from now on
+        self._worker: WorkerProcess | None = None
+        self._xet = not is_without_xet()
 
-    def fetch(self, order: Order) -> None:
-        """Have files in the cache. What they hold is not checked here.
+    def fetch(self, order: FetchOrder) -> None:
+        """Have files in the cache; their content is not checked here.
 
         Raises:
             BadSource: they cannot be had, or stopped coming twice.
@@ -72,65 +93,66 @@ class Transfers:
         freed = remove_leftovers(order.repo_id, time.time())
         if freed:
             progress.log(f"download: {progress.human_bytes(freed)} of killed transfers of {order.repo_id} removed")
-        tries: list[_Failed] = []
-        with _Progress() as advance:
+        failures: list[AttemptFailed] = []
+        with _FetchProgress() as shown:
             while True:
                 try:
-                    return self._try(order, advance)
+                    return self._attempt(order, shown)
                 except KeyboardInterrupt:
                     remove_leftovers(order.repo_id, time.time())
                     raise
-                except _Failed as failed:
+                except AttemptFailed as failure:
                     remove_leftovers(order.repo_id, time.time())
-                    tries.append(failed)
-                    if _is_last(tries):
-                        raise BadSource(f"{order.label}: {_reasons(tries)}") from failed
-                    self._plain = self._plain or failed.plain
-                    without = " without Xet" if failed.plain else ""
-                    _say(f"{order.label}: {failed}; trying again{without}")
-                    time.sleep(0 if failed.stalled else PAUSES[len(tries) - 1])
+                    failures.append(failure)
+                    if _is_last(failures):
+                        raise BadSource(f"{order.label}: {_reasons(failures)}") from failure
+                    without = " without Xet" if failure.without_xet else ""
+                    self._xet = self._xet and not failure.without_xet
+                    print(f"download: {order.label}: {failure}; trying again{without}", file=sys.stderr, flush=True)
+                    time.sleep(0 if failure.stalled else max(failure.pause or 0, DELAYS[len(failures) - 1]))
 
     def close(self) -> None:
-        """End the child."""
-        if self._child is not None:
-            self._child.end()
-        self._child = None
+        """End the worker."""
+        if self._worker is not None:
+            self._worker.close()
+        self._worker = None
 
-    def _try(self, order: Order, progress: _Progress) -> None:
-        if self._child is None:
-            self._child = ClientProcess(plain=self._plain)
+    def _attempt(self, order: FetchOrder, shown: _FetchProgress) -> None:
+        if self._worker is None:
+            self._worker = WorkerProcess(self._how.stall_seconds, xet=self._xet)
         try:
-            _Watch(self._child, order, self._how, progress).until_done()
+            _FetchWatch(self._worker, order, self._how, shown, self._xet).until_done()
         except EOFError as error:
-            raise _Failed(f"the Hub client's process {self._child.last_words()}; run again") from error
+            raise AttemptFailed(f"the Hub client's process {self._worker.ending()}; run again") from error
         except BaseException:
             self.close()
             raise
 
 
-def _is_last(tries: list[_Failed]) -> bool:
-    stalls = sum(failed.stalled for failed in tries)
-    return not tries[-1].again or stalls > 1 or len(tries) > len(PAUSES)
+def _is_last(failures: list[AttemptFailed]) -> bool:
+    stalls = sum(failure.stalled for failure in failures)
+    return failures[-1].pause is None or stalls > 1 or len(failures) > len(DELAYS)
 
 
-def _reasons(tries: list[_Failed]) -> str:
-    last = tries[-1]
+def _reasons(failures: list[AttemptFailed]) -> str:
+    last = failures[-1]
     if not last.stalled:
         return str(last)
-    before = " without Xet too" if any(failed.plain for failed in tries[:-1]) else " twice"
+    before = " without Xet too" if any(failure.without_xet for failure in failures[:-1]) else " twice"
     return f"{last},{before}; check the connection and run again, or raise download.stall_seconds"
 
 
-class _Progress(ExitStack):
-    """Bytes done over all tries, shown if there are many."""
+class _FetchProgress(ExitStack):
+    """Bytes done over all attempts, shown if there are many."""
 
     def __init__(self) -> None:
         super().__init__()
         self._total: int | None = None
-        self._done = self._shown = 0
+        self._done = 0
+        self._shown = 0
         self._advance: Callable[[int], None] = lambda _: None
 
-    def plan(self, plan: space.TransferPlan, *, silent: bool) -> None:
+    def plan(self, plan: TransferPlan, *, silent: bool) -> None:
         """Begin, or begin again with what is left."""
         if self._total is None:
             self._total = plan.to_fetch
@@ -140,7 +162,7 @@ class _Progress(ExitStack):
         self._done = self._total - plan.to_fetch
 
     def add(self, count: int) -> None:
-        """Bytes written; what is written a second time does not count."""
+        """Count bytes written; those written a second time do not count."""
         self._done += count
         if self._done > self._shown:
             self._advance(self._done - self._shown)
@@ -148,78 +170,79 @@ class _Progress(ExitStack):
 
 
 @dataclass(slots=True)
-class _Watch:
-    """Follows a child until it is done, fails, ends, or stops moving."""
+class _FetchWatch:
+    """A watch on a worker that fetches, until it is done, fails, ends, or stops moving."""
 
-    child: ClientProcess
-    order: Order
+    worker: WorkerProcess
+    order: FetchOrder
     how: sections.DownloadParams
-    progress: _Progress
+    progress: _FetchProgress
+    xet: bool
     note: str = ""
     waiting: bool = False
 
     def until_done(self) -> None:
-        """Follow it.
+        """Give the order and watch until it is carried out.
 
         Raises:
-            _Failed: it failed, or stopped moving.
+            AttemptFailed: it failed, or nothing moved any more.
             NoSpace: there is no room for the files.
-            EOFError: it ended without a word.
+            EOFError: the worker ended without a word.
         """
-        self.child.tell(json.dumps({**asdict(self.order), "workers": self.how.workers}))
-        moved, traces = time.monotonic(), self._traces()
+        self.worker.send({"order": "fetch", **asdict(self.order), "workers": self.how.workers})
+        moved = time.monotonic()
+        blobs = self._blobs()
         while True:
-            message = self.child.hear(timeout=min(self.how.stall_seconds / 8, 0.5))
-            if "folder" in message:
+            message = self.worker.receive(timeout=min(self.how.stall_seconds / 8, 0.5))
+            if "result" in message:
                 return
             if "plan" in message:
                 self._plan(message["plan"])
-                self.child.tell("go")
-            if self._take(message) or self._traces() != traces:
-                moved, traces, self.waiting = time.monotonic(), self._traces(), False
-            self._be_patient(time.monotonic() - moved)
+                self.worker.send("go")
+            if self._shows_movement(message) or self._blobs() != blobs:
+                moved = time.monotonic()
+                blobs = self._blobs()
+                self.waiting = False
+            self._refuse_silence(time.monotonic() - moved)
 
     def _plan(self, files: list[tuple[str, int, bool]]) -> None:
-        plan = space.TransferPlan(self.order.label, tuple(files), hf_cache.cache_dir())
+        plan = TransferPlan(self.order.label, tuple(files), hf_cache.cache_dir())
         self.progress.plan(plan, silent=self.order.again)
         plan.check()
 
-    def _take(self, message: dict[str, Any]) -> bool:
-        """Note what is said; whether it is that something moved."""
+    def _shows_movement(self, message: dict[str, Any]) -> bool:
+        """Note a message; true if it says that something moved."""
         self.note = message.get("note", self.note)
         self.waiting = self.waiting or "waiting" in message
         if failed := message.get("failed"):
             if failed["full"]:
                 raise NoSpace(f"{self.order.label}: {full_disk()}")
-            plain = failed["xet"] and not is_without_xet()
-            raise _Failed(failed["reason"], again=failed["again"] or plain, plain=plain)
+            without_xet = self.xet and failed["without_xet"]
+            raise AttemptFailed(failed["reason"], pause=failed["pause"], without_xet=without_xet)
         self.progress.add(int(message.get("done", 0)))
         return not message.keys().isdisjoint({"ready", "plan", "done", "moved"})
 
-    def _traces(self) -> list[tuple[str, int]]:
-        """What can be seen on the disk, of this process or of one that is waited for."""
-        traces = []
+    def _blobs(self) -> list[tuple[str, int]]:
+        """Names and sizes of the files on the disk, of this process or of one that is waited for."""
+        sizes = []
         for path in sorted((hf_cache.repository_folder(self.order.repo_id) / "blobs").glob("*")):
             try:
-                traces.append((path.name, path.lstat().st_size))
+                sizes.append((path.name, path.lstat().st_size))
             except FileNotFoundError:  # just finished
                 continue
-        return traces
+        return sizes
 
-    def _be_patient(self, quiet: float) -> None:
+    def _refuse_silence(self, quiet: float) -> None:
         """Refuse to wait any longer.
 
         Raises:
-            _Failed: nothing moved for `quiet` seconds, and that is too long.
+            AttemptFailed: nothing moved for `quiet` seconds, and that is too long.
         """
-        limit = self.how.stall_seconds if self.child.is_ready else max(START, self.how.stall_seconds)
         last = f" (last: {self.note.splitlines()[0]})" if self.note else ""
         if self.waiting and quiet > OTHERS * self.how.stall_seconds:
-            raise _Failed(f"another process fetches it and has not moved for {quiet:.0f} s{last}; end that, run again")
-        if not self.waiting and quiet > limit:
-            said = f"no byte came for {quiet:.0f} s{last}"
-            raise _Failed(said, again=True, plain=not is_without_xet(), stalled=True)
-
-
-def _say(line: str) -> None:
-    print(f"download: {line}", file=sys.stderr, flush=True)
+            raise AttemptFailed(
+                f"another process fetches it and has not moved for {quiet:.0f} s{last}; end that, run again"
+            )
+        if not self.waiting and quiet > self.worker.stall_seconds:
+            reason = f"no byte came for {quiet:.0f} s{last}"
+            raise AttemptFailed(reason, pause=0.0, without_xet=self.xet, stalled=True)

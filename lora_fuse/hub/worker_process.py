@@ -1,4 +1,9 @@
-"""The process of `hub.worker`, from outside: started, spoken to, listened to with a time limit, and killed."""
+"""The process of `lora_fuse.hub.worker` as its parent sees it: started, asked, heard with a time limit, killed.
+
+The Hub client cannot be interrupted from within: Xet waits in Rust, HTTP in a thread, and neither has an end of its
+own when a Hub falls silent. So the client transfers in a process of its own, which is killed when nothing moves for
+as long as its parent bears.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +18,40 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]  # where the process finds this package
+ROOT = Path(__file__).resolve().parents[2]  # the folder of this package, for the process's import path
+START = 60.0  # seconds that the process may take to begin, if it may be silent for less
 
 
-class ClientProcess:
-    """The process; `plain` keeps it from using Xet. It has begun (`is_ready`) when it has said something."""
+class AttemptFailed(Exception):
+    """One attempt at a transfer failed.
 
-    def __init__(self, *, plain: bool) -> None:
+    Attributes:
+        pause: seconds after which the same may be tried again at the earliest; None if that would not help.
+        without_xet: whether it may help to try without Xet.
+        stalled: whether it failed because nothing moved any more.
+    """
+
+    def __init__(
+        self, reason: str, *, pause: float | None = None, without_xet: bool = False, stalled: bool = False
+    ) -> None:
+        super().__init__(reason)
+        self.pause = pause
+        self.without_xet = without_xet
+        self.stalled = stalled
+
+
+class WorkerProcess:
+    """A running `lora_fuse.hub.worker`.
+
+    Attributes:
+        stall_seconds: how long it may be silent.
+        is_ready: it has begun, that is, sent a message.
+    """
+
+    def __init__(self, stall_seconds: float, *, xet: bool, shows_stderr: bool = False) -> None:
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        without = {"HF_HUB_DISABLE_XET": "1"} if plain else {}
-        self._stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+        without = {} if xet else {"HF_HUB_DISABLE_XET": "1"}
+        self._stderr = None if shows_stderr else tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-m", "lora_fuse.hub.worker"],
             stdin=subprocess.PIPE,
@@ -32,6 +61,7 @@ class ClientProcess:
             text=True,
             start_new_session=True,  # Ctrl-C is for the parent, which ends it
         )
+        self._stall_seconds = stall_seconds
         self.is_ready = False
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -41,25 +71,30 @@ class ClientProcess:
             self._lines.put(line)
         self._lines.put("")
 
-    def tell(self, line: str) -> None:
-        """Say something to it.
+    @property
+    def stall_seconds(self) -> float:
+        """Seconds that it may be silent for now; until it has begun, at least `START`."""
+        return self._stall_seconds if self.is_ready else max(START, self._stall_seconds)
+
+    def send(self, message: object) -> None:
+        """Send a line of JSON.
 
         Raises:
-            EOFError: it has ended.
+            EOFError: the process has ended.
         """
         if self._process.stdin is None:
             raise EOFError
         try:
-            self._process.stdin.write(line + "\n")
+            self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError as error:
             raise EOFError from error
 
-    def hear(self, timeout: float) -> dict[str, Any]:
-        """The next thing that it says, or nothing for a moment.
+    def receive(self, timeout: float) -> dict[str, Any]:
+        """The next message; empty if none comes for `timeout` seconds.
 
         Raises:
-            EOFError: it has ended.
+            EOFError: the process has ended.
         """
         try:
             line = self._lines.get(timeout=timeout)
@@ -71,15 +106,19 @@ class ClientProcess:
         self.is_ready = True
         return message
 
-    def last_words(self) -> str:
-        """How it ended, with the last line that it or its libraries printed."""
+    def ending(self) -> str:
+        """Exit status, with the last line that the process printed."""
         code = self._process.wait()
+        if self._stderr is None:
+            return f"ended with {code}"
         self._stderr.seek(0)
-        said = self._stderr.read().strip().splitlines()
-        return f"ended with {code} ({said[-1] if said else 'it said nothing'})"
+        lines = self._stderr.read().strip().splitlines()
+        return f"ended with {code} ({lines[-1] if lines else 'it said nothing'})"
 
-    def end(self) -> None:
-        """Kill it, and wait for that."""
+    def close(self) -> None:
+        """Kill the process, and wait for its end."""
         self._process.kill()
-        with self._process, self._stderr, suppress(BrokenPipeError):
+        with self._process, suppress(BrokenPipeError):
             pass
+        if self._stderr is not None:
+            self._stderr.close()

@@ -1,4 +1,4 @@
-"""Where files of the Hub lie on this machine: the Hub client's cache, read without the client and without a network.
+"""The Hub client's cache on this machine, read without the client and without a network.
 
 Layout: huggingface.co/docs/huggingface_hub/guides/manage-cache, ``models--OWNER--NAME/snapshots/COMMIT/...``.
 """
@@ -22,17 +22,17 @@ def cache_dir() -> Path:
 
 
 def repository_folder(repo_id: str) -> Path:
-    """Where the cache keeps a repository (huggingface.co/docs/huggingface_hub/guides/manage-cache)."""
+    """Folder of a repository in the cache."""
     return cache_dir() / _folder_name(repo_id)
 
 
 def locks_folder(repo_id: str) -> Path:
-    """Where the client's locks on a repository's files lie: `ETAG.lock`, held while the file is fetched."""
+    """Folder of the client's locks on a repository's files: `ETAG.lock`, held while the file is fetched."""
     return cache_dir() / ".locks" / _folder_name(repo_id)
 
 
 def snapshot_folder(repo_id: str, commit: str) -> Path:
-    """Where the cache shows the files of a commit, by the same source."""
+    """Folder that shows the files of a commit."""
     return repository_folder(repo_id) / "snapshots" / commit
 
 
@@ -66,10 +66,7 @@ def locate(lock: Lock) -> Path:
 
 
 def cached_from(path: PurePath) -> tuple[str | None, str | None]:
-    """Repository id and name of a file that lies in the Hub client's cache; None and its name elsewhere.
-
-    Layout (huggingface.co/docs/huggingface_hub/guides/manage-cache): ``models--OWNER--NAME/snapshots/COMMIT/...``.
-    """
+    """Repository id and name of a file that lies in the Hub client's cache; None and its name elsewhere."""
     for index, (part, below) in enumerate(pairwise(path.parts)):
         if part.startswith("models--") and below == "snapshots":
             return "/".join(part.split("--")[1:]), "/".join(path.parts[index + 3 :])

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_fuse.hub.locks import DEFAULT_TRANSFER, lock_base, lock_lora
-from lora_fuse.hub.sizes import Sizes, base_sizes, lora_sizes
+from lora_fuse.errors import BadSource
+from lora_fuse.hub.locks import lock_base, lock_lora
+from lora_fuse.hub.sizes import base_size, lora_size
 from lora_fuse.machine.files import FileRecord
 from lora_fuse.recipe.hf_cache import cache_dir, locate
 from lora_fuse.recipe.records import Lock, from_json, to_json
@@ -37,18 +38,21 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_what_a_lock_will_fetch_is_known_before_any_of_it_is(hub: LoopbackHub) -> None:
     hub.push(BASE, {**PIPELINE, **STRAYS})
     hub.push(LORA, {LORA_FILE: weights(7), "README.md": b"# lora"})
-    base, lora, how = on_hub(BASE), on_hub(LORA), DEFAULT_TRANSFER
-    sizes = base_sizes(base, None, how)
-    assert sizes.files.keys() == PIPELINE.keys() | {"safety_checker/model.safetensors"}  # at most
+    base, lora = on_hub(BASE), on_hub(LORA)
+    sizes = base_size(base, None, timeout=60)
+    assert sizes.sizes.keys() == PIPELINE.keys() | {"safety_checker/model.safetensors"}  # at most
     assert sizes.to_fetch == sizes.total > sum(map(len, PIPELINE.values()))
     assert sizes.below("transformer") == sum(
         len(PIPELINE[name]) for name in PIPELINE if name.startswith("transformer/")
     )
-    assert lora_sizes(lora, LORA_FILE, None, how) == Sizes({LORA_FILE: len(weights(7))}, len(weights(7)))
-    assert lora_sizes(lora, "no.safetensors", None, how) == Sizes({})
+    one = lora_size(lora, LORA_FILE, None, timeout=60)
+    assert (one.sizes, one.missing) == ({LORA_FILE: len(weights(7))}, frozenset({LORA_FILE}))
+    with pytest.raises(BadSource, match=r"has no no\.safetensors"):
+        lora_size(lora, "no.safetensors", None, timeout=60)
     assert not list(cache_dir().glob("models--*/snapshots"))
     pinned = lock()
-    assert base_sizes(base, pinned, how) == Sizes({name: len(data) for name, data in sorted(PIPELINE.items())})
+    known = base_size(base, pinned, timeout=60)
+    assert (known.sizes, known.missing) == ({name: len(data) for name, data in PIPELINE.items()}, frozenset())
 
 
 def test_a_branch_is_pinned_to_its_commit_and_only_the_pipelines_files_are_taken(hub: LoopbackHub) -> None:

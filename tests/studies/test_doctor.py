@@ -17,15 +17,16 @@ import pytest
 import yaml
 
 from lora_fuse.errors import BadLora, BadSource, Refused
+from lora_fuse.hub import sizes
 from lora_fuse.machine.space import free_bytes
 from lora_fuse.pictures.environment import Key
 from lora_fuse.recipe.paths import Artifacts
 from lora_fuse.recipe.recipe import Recipe
+from lora_fuse.recipe.records import Lock
 from lora_fuse.recipe.sections import Source
 from lora_fuse.studies.doctor import access, disk, memory, pictures, software
 from lora_fuse.studies.doctor.examination import _places
 from lora_fuse.studies.doctor.finding import Finding, Status, fail, ok, table, verdict, warn
-from lora_fuse.studies.doctor.stock import base_stock, lora_stock
 from tests.hub_server import LoopbackHub
 from tests.support.repositories import BASE, LORA, LORA_FILE, NOWHERE, PIPELINE, STRAYS, weights, write
 from tests.support.tiny import in_folder, on_hub
@@ -55,7 +56,15 @@ def recipe(base: Source) -> Recipe:
 
 
 def places(base: Source, out: Path) -> list[Finding]:
-    return list(_places(recipe(base), Artifacts(out), {"base": base_stock(base, None)}))
+    return list(_places(recipe(base), Artifacts(out), {"base": base_size(base, None)}))
+
+
+def base_size(source: Source, lock: Lock | None) -> sizes.SourceSize:
+    return sizes.base_size(source, lock, timeout=10, once=True)
+
+
+def lora_size(source: Source, filename: str, lock: Lock | None) -> sizes.SourceSize:
+    return sizes.lora_size(source, filename, lock, timeout=10, once=True)
 
 
 def named(findings: list[Finding], name: str) -> Finding:
@@ -136,9 +145,7 @@ def test_what_is_fetched_and_what_is_merged_are_added_up_on_one_disk(
     shard = "transformer/model-1-of-2.safetensors"
     hub.push(BASE, PIPELINE | {shard: bytes(6_000_000)})
     free = free_bytes(small_disk)
-    assert (
-        base_stock(on_hub(BASE), None).to_fetch == sum(map(len, PIPELINE.values())) - len(PIPELINE[shard]) + 6_000_000
-    )
+    assert base_size(on_hub(BASE), None).to_fetch == sum(map(len, PIPELINE.values())) - len(PIPELINE[shard]) + 6_000_000
     (small_disk / "filler").write_bytes(bytes(free - (67_108_864 + 6_001_000)))  # each of them alone would fit
     found = named(places(on_hub(BASE), small_disk), "disk")
     assert (found.status, "on the same disk" in found.needed) == (Status.FAIL, True)
@@ -185,16 +192,18 @@ def test_sources_that_cannot_be_had_are_refused(hub: LoopbackHub, tmp_path: Path
     hub.push(LORA, {LORA_FILE: weights(7)})
     hub.create("bob/gated", gated=True)
     with pytest.raises(BadSource, match="is not a folder"):
-        base_stock(in_folder(tmp_path / "nowhere"), None)
+        base_size(in_folder(tmp_path / "nowhere"), None)
     with pytest.raises(BadSource, match=r"no model_index\.json"):
-        base_stock(on_hub(LORA), None)
+        base_size(on_hub(LORA), None)
     with pytest.raises(BadSource, match="no such repository"):
-        base_stock(on_hub("bob/none"), None)
+        base_size(on_hub("bob/none"), None)
     with pytest.raises(BadSource, match="has no other"):
-        lora_stock(on_hub(LORA), "other", None)
+        lora_size(on_hub(LORA), "other", None)
+    with pytest.raises(BadSource, match=r"has no other\.safetensors"):
+        lora_size(on_hub(LORA), "other.safetensors", None)
     hub.push("bob/peft", {"l/adapter_config.json": b"{}", "l/adapter_model.bin": b"x"})
     with pytest.raises(BadLora, match="pickle"):
-        lora_stock(on_hub("bob/peft"), "l", None)
+        lora_size(on_hub("bob/peft"), "l", None)
 
 
 def test_the_hub_s_list_is_that_of_the_download(hub: LoopbackHub) -> None:
@@ -202,16 +211,16 @@ def test_the_hub_s_list_is_that_of_the_download(hub: LoopbackHub) -> None:
 
     hub.push(BASE, PIPELINE | STRAYS)
     source = on_hub(BASE)
-    before = base_stock(source, None)
+    before = base_size(source, None)
     lock = lock_base(source, previous=None)
     assert set(lock.files) <= set(before.sizes)
-    after = base_stock(source, lock)
-    assert (after.to_fetch, after.size, after.known_by) == (0, lock.size, "the lock")
+    after = base_size(source, lock)
+    assert (after.to_fetch, after.total, after.known_by) == (0, lock.size, "the lock")
 
 
 def refusal(source: Source) -> dict[str, Refused]:
     try:
-        base_stock(source, None)
+        base_size(source, None)
     except Refused as error:
         return {"base": error}
     return {}
@@ -291,7 +300,7 @@ def test_memory_is_compared_with_all_weights() -> None:
 
 
 def test_weights_are_those_of_the_headers_in_the_dtype_of_the_pictures() -> None:
-    stock = base_stock(in_folder(ROOT / "pocket/model"), None)
+    stock = base_size(in_folder(ROOT / "pocket/model"), None)
     wide, narrow = memory.weights(stock, "float32")[0], memory.weights(stock, "bfloat16")[0]
     assert wide == {part: 2 * size for part, size in narrow.items()}
     assert wide.keys() == {"text_encoder", "transformer", "vae"}

@@ -42,8 +42,8 @@ XORBS, PUTS, COMMIT, MERGE, TAG = (
 PICTURES = 5  # large files by their name: two cases with their inputs, and the plot of the blocks
 BOUND = 90.0  # seconds that no run may take
 ONE_BY_ONE = """
-from lora_fuse.hub import publisher
-publisher.BATCH = 1
+from lora_fuse.hub import pull_request
+pull_request.BATCH = 1
 from stages.run import run_stage
 from stages.publish import publish
 run_stage(publish)

@@ -8,8 +8,8 @@ from typing import Any
 from lora_fuse.errors import PublishRefused, Refused
 from lora_fuse.hub import client, retry
 from lora_fuse.studies.doctor.finding import Finding, fail, ok, warn
-from lora_fuse.studies.doctor.stock import PATIENCE
 
+PATIENCE = 10.0  # seconds that the Hub may take to answer
 WRITE = "repo.write"  # the Hub's name of the scope
 
 
@@ -49,7 +49,7 @@ def token(*, needed: bool, publishes: bool) -> Finding:
         return ok("token", "HF_TOKEN is set; not asked about, as HF_HUB_OFFLINE is set")
     retry.bound_requests(PATIENCE)
     try:
-        account = retry.call("HF_TOKEN", "", lambda: client.client().whoami())
+        account = retry.PUBLISH.call("HF_TOKEN", "", lambda: client.client().whoami())
     except PublishRefused as refusal:
         how = fail if needed or publishes else warn
         return how("token", f"HF_TOKEN is set and not good: {refusal}", "", "renew it, or unset it for what is public")

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from lora_fuse.errors import BadSource, NoDevice, Refused
 from lora_fuse.fusion import read_manifest, resolve_device
+from lora_fuse.hub import sizes
 from lora_fuse.machine import files, progress, space
 from lora_fuse.models import COMPONENT
 from lora_fuse.recipe import Artifacts, Recipe, hf_cache, paths
 from lora_fuse.studies.doctor import access, disk, memory, pictures, software
 from lora_fuse.studies.doctor.finding import Finding, fail, ok, warn
-from lora_fuse.studies.doctor.stock import Stock, base_stock, lora_stock
 
 
 def examine(recipe: Recipe, at: Artifacts, pyproject: Path = Path("pyproject.toml")) -> Iterator[Finding]:
@@ -28,17 +28,17 @@ def examine(recipe: Recipe, at: Artifacts, pyproject: Path = Path("pyproject.tom
 
 
 def _sources(recipe: Recipe, at: Artifacts) -> Iterator[Finding]:
-    stocks, refusals = _take_stock(recipe, at)
-    missing = sum(len(stock.missing) for stock in stocks.values())
+    found, refusals = _sizes(recipe, at)
+    missing = sum(len(size.missing) for size in found.values())
     used = _uses_the_hub(recipe)
     yield access.reach(refusals, missing, used=used)
     yield access.token(needed=used and bool(missing or refusals), publishes=recipe.publish.enabled)
     for label, refusal in refusals.items():
         yield fail(label, str(refusal))
-    for label, stock in stocks.items():
-        yield _stock(label, stock)
-    yield from _places(recipe, at, stocks)
-    yield from _machine(recipe, stocks.get("base"))
+    for label, size in found.items():
+        yield _size(label, size)
+    yield from _places(recipe, at, found)
+    yield from _machine(recipe, found.get("base"))
     regress = recipe.regress
     yield software.determinism(os.environ, on_gpu=regress.placement != "cpu")
     key = pictures.key_here(regress.placement, regress.dtype, regress.threads)
@@ -48,33 +48,35 @@ def _sources(recipe: Recipe, at: Artifacts) -> Iterator[Finding]:
         yield pictures.approved_pictures(paths.GOLDEN / recipe.name, list(regress.cases), key)
 
 
-def _take_stock(recipe: Recipe, at: Artifacts) -> tuple[dict[str, Stock], dict[str, Refused]]:
+def _sizes(recipe: Recipe, at: Artifacts) -> tuple[dict[str, sizes.SourceSize], dict[str, Refused]]:
     """Sizes of base and LoRAs by label, and the error of each that cannot be had."""
     base_lock, lora_locks = at.earlier_locks()
-    looks: dict[str, Callable[[], Stock]] = {"base": partial(base_stock, recipe.base, base_lock)}
+    base_size = partial(sizes.base_size, timeout=access.PATIENCE, once=True)
+    lora_size = partial(sizes.lora_size, timeout=access.PATIENCE, once=True)
+    looks: dict[str, Callable[[], sizes.SourceSize]] = {"base": partial(base_size, recipe.base, base_lock)}
     for name, lora in recipe.loras.items():
-        looks[f"LoRA {name}"] = partial(lora_stock, lora, lora.filename, lora_locks.get(name))
-    stocks: dict[str, Stock] = {}
+        looks[f"LoRA {name}"] = partial(lora_size, lora, lora.filename, lora_locks.get(name))
+    found: dict[str, sizes.SourceSize] = {}
     refusals: dict[str, Refused] = {}
     for label, look in looks.items():
         try:
-            stocks[label] = look()
+            found[label] = look()
         except Refused as refused:
             refusals[label] = refused
-    return stocks, refusals
+    return found, refusals
 
 
 def _uses_the_hub(recipe: Recipe) -> bool:
     return any(source.repo_id for source in (recipe.base, *recipe.loras.values()))
 
 
-def _stock(label: str, stock: Stock) -> Finding:
-    here = f"{progress.human_bytes(stock.to_fetch)} to fetch" if stock.missing else "all of it here"
-    size = f"{len(stock.sizes)} files, {progress.human_bytes(stock.size)} by {stock.known_by}"
-    return ok(label, f"{stock.label}: {size}, {here}")
+def _size(label: str, size: sizes.SourceSize) -> Finding:
+    here = f"{progress.human_bytes(size.to_fetch)} to fetch" if size.missing else "all of it here"
+    total = f"{len(size.sizes)} files, {progress.human_bytes(size.total)} by {size.known_by}"
+    return ok(label, f"{size.label}: {total}, {here}")
 
 
-def _places(recipe: Recipe, at: Artifacts, stocks: Mapping[str, Stock]) -> Iterator[Finding]:
+def _places(recipe: Recipe, at: Artifacts, found: Mapping[str, sizes.SourceSize]) -> Iterator[Finding]:
     """Disks: what is fetched goes to the cache, what is merged beside the last merge; it may be the same disk."""
     cache = hf_cache.cache_dir()
     out = at.merged.parent
@@ -83,7 +85,7 @@ def _places(recipe: Recipe, at: Artifacts, stocks: Mapping[str, Stock]) -> Itera
     if uses_cache:
         yield disk.writable("cache", cache)
     yield disk.locks(out)
-    base = stocks.get("base")
+    base = found.get("base")
     source = files.nearest_folder(cache if recipe.base.repo_id else Path(str(recipe.base.path)))
     try:
         copies = recipe.fuse.untouched == "copy"
@@ -91,7 +93,7 @@ def _places(recipe: Recipe, at: Artifacts, stocks: Mapping[str, Stock]) -> Itera
     except OSError:
         link = "copy"
     fused = sum(base.sizes[name] for name in base.weights.get(COMPONENT, ())) if base else 0
-    rest = base.size - fused if base else 0
+    rest = base.total - fused if base else 0
     yield disk.sharing(link, rest, " and ".join(dict.fromkeys(map(disk.filesystem, (source, out)))))
     if base is None:
         yield warn("disk", "what is needed is not known, as the base's size is unknown")
@@ -101,7 +103,7 @@ def _places(recipe: Recipe, at: Artifacts, stocks: Mapping[str, Stock]) -> Itera
         parts["copies of the rest"] = rest
     if recipe.export.formats:
         parts["exports"] = len(recipe.export.formats) * fused
-    fetch = sum(stock.to_fetch for stock in stocks.values())
+    fetch = sum(size.to_fetch for size in found.values())
     if uses_cache and files.nearest_folder(cache).stat().st_dev != files.nearest_folder(out).stat().st_dev:
         yield disk.room("disk, cache", cache, space.free_bytes(cache), fetch, "base and LoRAs that are not here")
     elif fetch:
@@ -141,7 +143,7 @@ def _is_of(recipe: Recipe, at: Artifacts) -> bool:
     )
 
 
-def _machine(recipe: Recipe, base: Stock | None) -> Iterator[Finding]:
+def _machine(recipe: Recipe, base: sizes.SourceSize | None) -> Iterator[Finding]:
     regress = recipe.regress
     parts: dict[str, int] = {}
     dtype: str = regress.dtype

@@ -6,25 +6,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lora_fuse.checkpoint import dtypes, read_header
+from lora_fuse.hub import sizes
 from lora_fuse.machine import progress
 from lora_fuse.studies.doctor.finding import Finding, fail, ok, warn
-from lora_fuse.studies.doctor.stock import Stock
 
 BETTER = ("cuda", "balanced", "model_offload", "group_offload", "cpu")  # placements, the fastest first
 
 
-def weights(stock: Stock, dtype: str) -> tuple[dict[str, int], bool]:
+def weights(source: sizes.SourceSize, dtype: str) -> tuple[dict[str, int], bool]:
     """Bytes in memory of each component's weights, and True if that is exact.
 
     The headers of files that are here tell; other files are taken to be stored in the dtype of the pictures.
     """
-    exact = not any(name in stock.missing for names in stock.weights.values() for name in names)
-    sizes = {known.array_name: known.nbytes for known in dtypes.DTYPES.values()}
+    exact = not any(name in source.missing for names in source.weights.values() for name in names)
+    nbytes = {known.array_name: known.nbytes for known in dtypes.DTYPES.values()}
 
     def size(name: str) -> int:
-        return _in_memory(stock.root / name, sizes[dtype]) if exact else stock.sizes[name]
+        return _in_memory(source.root / name, nbytes[dtype]) if exact else source.sizes[name]
 
-    return {part: sum(map(size, names)) for part, names in stock.weights.items()}, exact
+    return {part: sum(map(size, names)) for part, names in source.weights.items()}, exact
 
 
 def _in_memory(path: Path, size: int) -> int:

@@ -30,12 +30,12 @@ class SourceLocks:
         self._known = [*earlier, *known]
         self._made: dict[tuple[object, str | None], Lock] = {}
 
-    def sizes(self, source: Source, filename: str | None = None) -> source_sizes.Sizes:
+    def sizes(self, source: Source, filename: str | None = None) -> source_sizes.SourceSize:
         """What a base, or the LoRA `filename` of a source, will take; nothing of it is fetched."""
         previous = self._previous(source, filename)
         if filename is None:
-            return source_sizes.base_sizes(source, previous, self._transfer)
-        return source_sizes.lora_sizes(source, filename, previous, self._transfer)
+            return source_sizes.base_size(source, previous, timeout=self._transfer.stall_seconds)
+        return source_sizes.lora_size(source, filename, previous, timeout=self._transfer.stall_seconds)
 
     def base(self, source: Source) -> Lock:
         """Pin a base, see `lora_fuse.hub.lock_base`."""

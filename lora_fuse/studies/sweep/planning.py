@@ -116,7 +116,7 @@ def _need(swept: Sequence[SweptParams], pins: SourceLocks) -> tuple[int, int]:
     Raises:
         BadSource: a base is not there.
     """
-    sizes: dict[object, source_sizes.Sizes] = {}
+    sizes: dict[object, source_sizes.SourceSize] = {}
     largest = 0
     for params in (one.params for one in swept):
         if params.base.place not in sizes:

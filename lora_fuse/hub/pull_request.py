@@ -1,0 +1,197 @@
+"""A pull request as the staging place of a publication: filled commit by commit, compared, merged, compared again.
+
+What has arrived is known by what the Hub lists, never by an answer: answers get lost.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from lora_fuse.errors import PublishRefused
+from lora_fuse.hub.client import is_without_xet
+from lora_fuse.hub.retry import DELAYS, PUBLISH, silence
+from lora_fuse.hub.worker_process import AttemptFailed, WorkerProcess
+from lora_fuse.machine import progress
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lora_fuse.hub.payload import Payload
+    from lora_fuse.hub.remote import RemoteCommit, RemoteRepository
+
+BATCH = 4 << 30  # bytes of a commit, if a file is not larger by itself: a run that dies loses no more than that
+
+
+@dataclass(frozen=True, slots=True)
+class CommitJob:
+    """A commit: files by their POSIX path, on a pull request's `revision`, or on a new one from `parent`."""
+
+    repo_id: str
+    revision: str | None
+    parent: str
+    title: str
+    description: str
+    paths: Mapping[str, str]
+
+    def send(self, *, xet: bool) -> int | None:
+        """Make the commit; returns the number of the pull request that was opened for it, if one was.
+
+        Raises:
+            AttemptFailed: it did not work, or its answer was lost: read the repository.
+        """
+        what = f"publishing to {self.repo_id}"
+        bars = sys.stderr.isatty() and not progress.is_silent()
+        with closing(WorkerProcess(silence(), xet=xet, shows_stderr=True)) as worker:
+            try:
+                worker.send({"order": "commit", "bars": bars, **asdict(self)})
+                while message := worker.receive(worker.stall_seconds):
+                    if "result" in message:
+                        return message["result"]  # type: ignore[no-any-return]
+                    if failed := message.get("failed"):
+                        raise AttemptFailed(failed["reason"], pause=failed["pause"], without_xet=failed["without_xet"])
+            except EOFError as error:
+                raise AttemptFailed(f"{what}: the process that sends was ended; publish again") from error
+        reason = f"{what}: no byte moved for {silence():g} s; check the connection and publish again"
+        raise AttemptFailed(reason, without_xet=True, stalled=True)
+
+
+@dataclass(frozen=True, slots=True)
+class PullRequest:
+    """The pull request that brings a payload: found, or opened, filled and merged.
+
+    Attributes:
+        repository: where it is opened.
+        payload: the files that it brings.
+        main: the repository as it was when this run began.
+        key: the manifest's sha256, by which a later run finds the pull request.
+        message: title of its commits.
+    """
+
+    repository: RemoteRepository
+    payload: Payload
+    main: RemoteCommit
+    key: str
+    message: str
+
+    def fill(self) -> int:
+        """Have every file on the pull request as it is here; returns its number.
+
+        Raises:
+            PublishRefused: that did not work, or a file arrived as something else.
+        """
+        number = self._find()
+        sent: set[str] = set()
+        failures = 0
+        xet = not is_without_xet()
+        while True:
+            remote = self.repository.read(f"refs/pr/{number}") if number else self.main
+            missing = self.payload.differences(remote.files)
+            if number and not missing:
+                return number
+            self._refuse_altered(sent & missing.keys(), missing, number, remote)
+            names = self._batch(sorted(missing))
+            try:
+                number = self._job(names, number, remote).send(xet=xet) or number or self._find()
+                sent |= set(names)
+                failures = 0
+            except AttemptFailed as failure:
+                opened = number or self._find()
+                if opened and (number is None or self.repository.read(f"refs/pr/{opened}").commit != remote.commit):
+                    number = opened  # it landed, and only the answer was lost
+                elif failure.without_xet and xet:
+                    xet = False
+                    print(f"publish: {failure}; once more without Xet", file=sys.stderr, flush=True)
+                elif failure.pause is None or failures == len(DELAYS):
+                    raise PublishRefused(str(failure)) from failure
+                else:
+                    PUBLISH.wait(max(failure.pause, DELAYS[failures]), str(failure))
+                    failures += 1
+
+    def merge(self, number: int, *, private: bool) -> RemoteCommit:
+        """Merge the pull request, unless somebody has changed the same files meanwhile; returns the new `main`.
+
+        Raises:
+            PublishRefused: somebody has, or `main` does not have the payload's files afterwards.
+        """
+        now = self.repository.read()
+        self.repository.refuse_public(now, private=private)
+        self.repository.refuse_foreign_weights(now, self.payload)
+        self._refuse_overwriting(now)
+        try:
+            self.repository.merge(number)
+        except PublishRefused:
+            now = self.repository.read()
+            if self.payload.differences(now.files):
+                raise
+            return now  # another run has published the same
+        now = self.repository.read()
+        self.repository.refuse_foreign_weights(now, self.payload)
+        if differing := self.payload.differences(now.files):
+            name = min(differing)
+            raise PublishRefused(
+                f"{self.repository.repo_id}@{now.commit}: {name} {differing[name]} after pull request {number} was "
+                "merged; publish again"
+            )
+        return now
+
+    def _refuse_altered(
+        self, altered: set[str], missing: Mapping[str, str], number: int | None, remote: RemoteCommit
+    ) -> None:
+        """Refuse files that were sent and are not there as they are here."""
+        if altered:
+            name = min(altered)
+            raise PublishRefused(
+                f"{self.repository.repo_id}@{remote.commit}: {name} {missing[name]}; pull request {number} is not "
+                "merged; publish again"
+            )
+
+    def _refuse_overwriting(self, now: RemoteCommit) -> None:
+        touched = [name for name in sorted(self.payload.files) if now.files.get(name) != self.main.files.get(name)]
+        if touched and self.payload.differences(now.files):
+            raise PublishRefused(
+                f"{self.repository.repo_id}: somebody changed {touched[0]} on main meanwhile (commit {now.commit}, was "
+                f"{self.main.commit}); nothing was overwritten: look at it, then publish again"
+            )
+
+    def _find(self) -> int | None:
+        """This user's open pull request of these bytes; one with other files, or behind `main`, is closed."""
+        for pull in self.repository.pulls(self.key):
+            if pull.status not in ("open", "draft"):
+                continue
+            remote = self.repository.read(f"refs/pr/{pull.num}")
+            if self._others(remote) == self._others(self.main) and not pull.conflicting_files:
+                return pull.num
+            self.repository.close(pull.num, "Closed by lora-fuse: main has moved on since; a new one takes its place.")
+        return None
+
+    def _others(self, remote: RemoteCommit) -> dict[str, object]:
+        """The files that are not the payload's, but for the one in which the Hub notes by itself what is large."""
+        strangers = self.payload.strangers(remote.files)
+        return {name: file for name, file in strangers.items() if name != ".gitattributes"}
+
+    def _batch(self, names: list[str]) -> list[str]:
+        """The first of these files that make up a commit."""
+        size = 0
+        for count, name in enumerate(names):
+            size += self.payload.files[name].size
+            if count and size > BATCH:
+                return names[:count]
+        return names
+
+    def _job(self, names: list[str], number: int | None, remote: RemoteCommit) -> CommitJob:
+        total = sum(self.payload.files[name].size for name in names)
+        files = "file" if len(names) == 1 else "files"
+        where = f"pull request {number}" if number else "a new pull request"
+        what = f"publish: {len(names)} {files}, {progress.human_bytes(total)} to {where} of {self.repository.repo_id}"
+        progress.log(what)
+        return CommitJob(
+            self.repository.repo_id,
+            f"refs/pr/{number}" if number else None,
+            remote.commit,
+            f"{self.message}, manifest {self.key}",
+            "Merged by lora-fuse itself when every file is here as the manifest says.",
+            {name: str(self.payload.paths[name]) for name in names},
+        )
