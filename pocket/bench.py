@@ -17,18 +17,16 @@ from lora_fuse.checkpoint import open_checkpoint
 from lora_fuse.fusion import FuseJob, Plan, make_plan
 from lora_fuse.lora import LoraInput
 from lora_fuse.pictures import metrics, pairs, picture, render
-from pocket.model import LIGHTNING_SCHEDULER, SCHEDULER, SIDE
+from pocket import LIGHTNING_SCHEDULER, LORAS, POCKET, SCHEDULER, SIDE
 from pocket.tasks import Task
 
-POCKET = Path(__file__).resolve().parent
-LIGHTNING = "pocket-lightning-4steps-v2.safetensors"
-STYLE = "pocket-pastel.safetensors"
+EDIT = "QwenImageEditPipeline"
 BATCH = 25  # tasks that one call of a pipeline makes together
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How pictures are made; `scale` is that of the unfused LoRA, None for none, `fused` takes the merged weights."""
+    """Settings of a pipeline; `scale` is that of the unfused LoRA, None for none, `fused` takes the merged weights."""
 
     name: str
     steps: int
@@ -41,37 +39,31 @@ class Setting:
 MANY = Setting("base, 40 steps", 40, SCHEDULER)
 FEW = Setting("base, 4 steps", 4, LIGHTNING_SCHEDULER)
 MERGED = Setting("merged, 4 steps", 4, LIGHTNING_SCHEDULER, fused=True)
-SCALES = tuple(
-    Setting(f"base + LoRA x {scale}", 4, LIGHTNING_SCHEDULER, scale=scale) for scale in (0.8, 0.9, 1.0, 1.1, 1.2)
-)
+SCALES = tuple(replace(FEW, name=f"base + LoRA x {scale}", scale=scale) for scale in (0.8, 0.9, 1.0, 1.1, 1.2))
 OWN_SCHEDULER = replace(MERGED, name="merged, the base's scheduler", scheduler=SCHEDULER)
 EIGHT = replace(MERGED, name="merged, 8 steps", steps=8)
 GUIDED = (replace(MANY, name="base, 40 steps, CFG 2", cfg=2.0), replace(MANY, name="base, 40 steps, CFG 4", cfg=4.0))
 
 
-class Bench:
+class Bench(ExitStack):
     """Pipelines of the pocket folder `pocket`; `lora` names the Lightning file in its ``lora/``."""
 
-    def __init__(self, pocket: Path = POCKET, lora: str = LIGHTNING, device: str = "cpu") -> None:
-        self.model, self.device = pocket / "model", device
-        self.lightning, self.style = pocket / "lora" / lora, pocket / "lora" / STYLE
-        self._exit = ExitStack()
-
-    def __enter__(self) -> Bench:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._exit.close()
+    def __init__(self, pocket: Path = POCKET, lora: str = LORAS["v2"], device: str = "cpu") -> None:
+        super().__init__()
+        self.model = pocket / "model"
+        self.device = device
+        self.lightning = pocket / "lora" / lora
+        self.style = pocket / "lora" / LORAS["pastel"]
 
     @cached_property
     def base(self) -> Any:
         """The base alone."""
-        return render.load_pipeline(self.model, "QwenImageEditPipeline", dtype="float32").to(self.device)
+        return render.load_pipeline(self.model, EDIT, dtype="float32").to(self.device)
 
     @cached_property
     def unfused(self) -> Any:
         """Base and Lightning LoRA side by side."""
-        pipe = self._sibling("QwenImageEditPipeline", self.model)
+        pipe = self._sibling(EDIT, self.model)
         pairs.attach_beside(pipe, self._plan([self.lightning]))
         return pipe
 
@@ -82,7 +74,7 @@ class Bench:
     @cached_property
     def merged(self) -> Any:
         """The Lightning LoRA fused by this project."""
-        return self._sibling("QwenImageEditPipeline", self._merged)
+        return self._sibling(EDIT, self._merged)
 
     @cached_property
     def merged_plus(self) -> Any:
@@ -92,10 +84,10 @@ class Bench:
     @cached_property
     def styled(self) -> Any:
         """Lightning and style LoRA fused together."""
-        return self._sibling("QwenImageEditPipeline", self._merge([self.lightning, self.style]))
+        return self._sibling(EDIT, self._merge([self.lightning, self.style]))
 
     def _merge(self, loras: Sequence[Path]) -> Path:
-        out = Path(self._exit.enter_context(tempfile.TemporaryDirectory())) / "merged"
+        out = Path(self.enter_context(tempfile.TemporaryDirectory())) / "merged"
         FuseJob.of(self._plan(loras), out, device="cpu").run()
         return out
 
@@ -103,9 +95,8 @@ class Bench:
         return make_plan(open_checkpoint(self.model), [LoraInput(path.stem, path, 1.0) for path in loras])
 
     def _sibling(self, pipeline: str, folder: Path) -> Any:
-        return render.load_pipeline(folder, pipeline, dtype="float32", shared=render.shared_components(self.base)).to(
-            self.device
-        )
+        shared = render.shared_components(self.base)
+        return render.load_pipeline(folder, pipeline, dtype="float32", shared=shared).to(self.device)
 
     def pictures(self, setting: Setting, tasks: Sequence[Task]) -> list[Image.Image]:
         """One picture a task."""
@@ -118,7 +109,8 @@ class Bench:
         """One picture a task from a certain pipeline."""
         pipe.scheduler = type(pipe.scheduler).from_config(dict(setting.scheduler))
         several = any(len(task.images) > 1 for task in tasks)  # which the pipeline takes as one prompt's
-        batch, out = (1 if several else BATCH), []
+        batch = 1 if several else BATCH
+        out = []
         for i in range(0, len(tasks), batch):
             part = tasks[i : i + batch]
             images = [image for task in part for image in task.images]
@@ -138,7 +130,9 @@ class Bench:
     @torch.no_grad()
     def round_trip(self, tasks: Sequence[Task]) -> list[float]:
         """PSNR in dB of the VAE's reconstruction of the first right answer of each task."""
-        vae, processor, out = self.base.vae, self.base.image_processor, []
+        vae = self.base.vae
+        processor = self.base.image_processor
+        out = []
         for task in tasks:
             x = processor.preprocess(task.answers[0]).unsqueeze(2).to(vae.device)
             y = vae.decode(vae.encode(x).latent_dist.mode()).sample.squeeze(2)
@@ -146,11 +140,11 @@ class Bench:
         return out
 
 
-def psnr(one: Image.Image, other: Image.Image) -> float:
+def psnr(a: Image.Image, b: Image.Image) -> float:
     """PSNR in dB between two pictures of one size, 99 for equal ones, so that a mean stays finite."""
-    return min(metrics.psnr_db(picture.levels_of(one), picture.levels_of(other)), 99.0)
+    return min(metrics.psnr_db(picture.levels_of(a), picture.levels_of(b)), 99.0)
 
 
-def nearest(picture: Image.Image, task: Task) -> float:
+def nearest(image: Image.Image, task: Task) -> float:
     """PSNR in dB to the nearest right answer."""
-    return max(psnr(picture, answer) for answer in task.answers)
+    return max(psnr(image, answer) for answer in task.answers)

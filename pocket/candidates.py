@@ -17,21 +17,20 @@ import torch
 
 from lora_fuse.machine import Console, interrupts
 from lora_fuse.studies.validation import ValidationReport
+from pocket import LORAS
 from pocket.controls.files import Tensors, copy_of, without_alpha
-from pocket.controls.table import between_markers
+from pocket.controls.rig import RECIPE
+from pocket.controls.table import between_markers, markdown
 from stages.config import load
 from stages.validate import judged, requested
 
-LORA = Path("pocket/lora/pocket-lightning-4steps-v2.safetensors")
+LORA = Path("pocket/lora") / LORAS["v2"]
 FOLDER = Path("build/candidates")
-RECIPE = "pocket_photo"  # its photograph sees more than any drawing
-SAME, CHANGED = "same pictures as the current version", "changed as expected, needs a reviewer"
+SAME = "same pictures as the current version"
+CHANGED = "changed as expected, needs a reviewer"
+SCALE = "broken: wrong scale"
+BASE = "broken: wrong base"
 HEADS = 5  # of pocket's transformer, pocket/model/transformer/config.json
-
-
-def without_effect(tensors: Tensors) -> Tensors:
-    """Every `lora_up` is zero, as it is before training."""
-    return {name: torch.zeros_like(tensor) if "lora_up" in name else tensor for name, tensor in tensors.items()}
 
 
 def for_another_base(tensors: Tensors, heads: int = HEADS) -> Tensors:
@@ -64,7 +63,7 @@ def for_another_base(tensors: Tensors, heads: int = HEADS) -> Tensors:
 
 
 def _axes(name: str) -> tuple[str, str]:
-    """What goes into a linear and what comes out: the stream, a block's heads or its hidden units."""
+    """Input and output of a linear: the stream, a block's heads or its hidden units."""
     block, _, linear = name.rpartition(".lora_")[0].partition(".attn.")
     if linear.startswith(("to_out", "to_add_out")):
         return f"heads {block}", "stream"
@@ -75,59 +74,59 @@ def _axes(name: str) -> tuple[str, str]:
 
 
 def with_noise(share: float, tensors: Tensors) -> Tensors:
-    """Noise in every factor, `share` of its own standard deviation: a training that ended elsewhere, near or far."""
+    """Add noise to every factor, `share` of its own standard deviation: a training that ended near, or far."""
     generator = torch.Generator().manual_seed(0)
-    noisy = {}
-    for name, tensor in tensors.items():
-        spread = share * tensor.float().std().item() if tensor.ndim == 2 else 0.0
-        noise = torch.randn(tensor.shape, generator=generator) * spread if tensor.ndim == 2 else 0.0
-        noisy[name] = (tensor + noise).to(tensor.dtype)
-    return noisy
+
+    def noisy(factor: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn(factor.shape, generator=generator) * (share * factor.float().std().item())
+        return (factor + noise).to(factor.dtype)
+
+    return {name: noisy(tensor) if tensor.ndim == 2 else tensor for name, tensor in tensors.items()}
 
 
 def times(factor: float, tensors: Tensors) -> Tensors:
-    """The same differences, larger or smaller, or the other way round."""
+    """Scale every `lora_up`: the same differences, larger or smaller, or the other way round; 0 is before training."""
     return {name: tensor * factor if "lora_up" in name else tensor for name, tensor in tensors.items()}
 
 
 def in_8_bits(tensors: Tensors) -> Tensors:
-    """Rounded to float8_e4m3fn, as a file that was stored so."""
+    """Round to float8_e4m3fn, as a file that was stored so."""
     return {n: t.to(torch.float8_e4m3fn).to(t.dtype) if t.ndim == 2 else t for n, t in tensors.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A version, what is right to say of it, and how it is made of the current one; None for a file that lies there.
+    """A version and its right verdict; it is made of the current one by `change`, or is a `file` of pocket's.
 
     `small` says that its effect is below the noise of pictures in 16 bits, where "the same" is right.
     """
 
     what: str
     right: str
-    change: Callable[[Tensors], Tensors] | None
-    file: Path = LORA
+    change: Callable[[Tensors], Tensors] | None = None
+    file: str = LORAS["v2"]
     small: bool = False
 
     def is_right(self, verdict: str, dtype: str) -> bool:
-        """Whether a verdict on it is right."""
+        """Compare a verdict on it with the right one."""
         return verdict == (SAME if self.small and dtype != "float32" else self.right)
 
 
 CANDIDATES: Mapping[str, Candidate] = {
-    "alpha_ignored": Candidate("alpha / rank, here 1/2, counts as 1", "broken: wrong scale", without_alpha),
-    "other_base": Candidate("for a base with its channels in another order", "broken: wrong base", for_another_base),
-    "no_effect": Candidate("every lora_up is zero", "broken: no effect", without_effect),
-    "current": Candidate("the file in use", SAME, None),
-    "v1": Candidate("another training", CHANGED, None, LORA.with_name("pocket-lightning-4steps-v1.safetensors")),
+    "alpha_ignored": Candidate("alpha / rank, here 1/2, counts as 1", SCALE, without_alpha),
+    "other_base": Candidate("for a base with its channels in another order", BASE, for_another_base),
+    "no_effect": Candidate("every lora_up is zero", "broken: no effect", partial(times, 0.0)),
+    "current": Candidate("the file in use", SAME),
+    "v1": Candidate("another training", CHANGED, file=LORAS["v1"]),
     "in_8_bits": Candidate("rounded to float8", CHANGED, in_8_bits, small=True),
     "noise_0.1": Candidate("noise of 0.1 in every factor", CHANGED, partial(with_noise, 0.1), small=True),
     "noise_0.5": Candidate("noise of 0.5", CHANGED, partial(with_noise, 0.5)),
     "noise_1": Candidate("noise as large as the factors", CHANGED, partial(with_noise, 1.0)),
-    "noise_4": Candidate("noise of 4: the pictures collapse", "broken: wrong scale", partial(with_noise, 4.0)),
-    "half": Candidate("half as strong", "broken: wrong scale", partial(times, 0.5)),
-    "louder": Candidate("1.2 times as strong", "broken: wrong scale", partial(times, 1.2)),
-    "negated": Candidate("the other way round", "broken: wrong scale", partial(times, -1.0)),
-    "style": Candidate("a LoRA for a style", "broken: wrong base", None, LORA.with_name("pocket-pastel.safetensors")),
+    "noise_4": Candidate("noise of 4: the pictures collapse", SCALE, partial(with_noise, 4.0)),
+    "half": Candidate("half as strong", SCALE, partial(times, 0.5)),
+    "louder": Candidate("1.2 times as strong", SCALE, partial(times, 1.2)),
+    "negated": Candidate("the other way round", SCALE, partial(times, -1.0)),
+    "style": Candidate("a LoRA for a style", BASE, file=LORAS["pastel"]),
 }
 FIRST = ("alpha_ignored", "other_base", "no_effect")  # those that a new user is shown
 
@@ -137,8 +136,9 @@ def write(folder: Path, names: Iterable[str] = FIRST) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
     for name in names:
-        made = CANDIDATES[name]
-        paths[name] = made.file if made.change is None else copy_of(LORA, folder / f"{name}.safetensors", made.change)
+        change = CANDIDATES[name].change
+        there = LORA.with_name(CANDIDATES[name].file)
+        paths[name] = copy_of(LORA, folder / f"{name}.safetensors", change) if change else there
     return paths
 
 
@@ -147,18 +147,21 @@ HEAD = ("candidate", "what it is", "verdict", "file", "cosine", "alignment", "st
 
 def judge(folder: Path, recipe: str) -> tuple[list[tuple[str, ...]], int]:
     """Validate every candidate; the rows of the table, and how many were judged rightly."""
-    rows, right = [], 0
+    dtype = load([f"recipe={recipe}"]).regress.dtype
+    rows = []
+    right = 0
     for name, path in write(folder, CANDIDATES).items():
         validation = judged(requested(str(path), None, None, False, [f"recipe={recipe}"]), Console(quiet=True))
-        as_it_should_be = CANDIDATES[name].is_right(validation.verdict, load([f"recipe={recipe}"]).regress.dtype)
-        right += as_it_should_be
-        rows.append(_row(name, validation, "" if as_it_should_be else ": WRONG"))
+        is_right = CANDIDATES[name].is_right(validation.verdict, dtype)
+        right += is_right
+        rows.append(_row(name, validation, "" if is_right else ": WRONG"))
         print("  ".join(rows[-1]), flush=True)
     return rows, right
 
 
 def _row(name: str, validation: ValidationReport, mark: str) -> tuple[str, ...]:
-    cases, files = [one.evidence for one in validation.cases], validation.files
+    files = validation.files
+    cases = [judged.evidence for judged in validation.cases]
     effects = [case.effect for case in cases if case.effect is not None]
     return (
         name + mark,
@@ -175,8 +178,7 @@ def _row(name: str, validation: ValidationReport, mark: str) -> tuple[str, ...]:
 
 
 def _range(values: list[float], digits: str) -> str:
-    low, high = f"{min(values):{digits}}", f"{max(values):{digits}}"
-    return low if low == high else f"{low} to {high}"
+    return " to ".join(dict.fromkeys(f"{value:{digits}}" for value in (min(values), max(values))))
 
 
 def main() -> int:
@@ -188,18 +190,15 @@ def main() -> int:
         "--markdown", type=Path, metavar="FILE", help="with --judge, put the table between FILE's markers"
     )
     parser.add_argument("--recipe", default=RECIPE, help="with --judge; pocket_cuda renders on a GPU in bfloat16")
-    given = parser.parse_args()
-    if not given.judge:
-        for path in write(given.folder).values():
-            print(path)
+    options = parser.parse_args()
+    if not options.judge:
+        print(*write(options.folder).values(), sep="\n")
         return 0
-    rows, right = judge(given.folder, given.recipe)
-    if given.markdown:
-        lines = [f"| {' | '.join(cells)} |" for cells in (HEAD, tuple("---" for _ in HEAD), *rows)]
-        between_markers(
-            given.markdown, "candidates", "\n".join([*lines, "", f"{right} of {len(rows)} judged rightly."])
-        )
-    print(f"{right} of {len(rows)} judged rightly")
+    rows, right = judge(options.folder, options.recipe)
+    summary = f"{right} of {len(rows)} judged rightly"
+    if options.markdown:
+        between_markers(options.markdown, "candidates", f"{markdown(HEAD, rows)}\n\n{summary}.")
+    print(summary)
     return 0 if right == len(rows) else 1
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from PIL import Image, ImageDraw
 
-Color = tuple[int, int, int]
+Color = tuple[int, ...]  # red, green, blue
 Kind = Literal["coat", "any coat", "back", "any back", "night", "animal", "hat", "any hat", "no hat"]
 
 Style = Literal["plain", "pastel"]  # pastel: pale colours and thick outlines, what the style LoRA learns
@@ -82,8 +83,7 @@ class Instruction:
 
 def random_scene(rng: random.Random, seen: bool = True) -> Scene:
     """A scene; with `seen` one that training may show, otherwise one of the `UNSEEN` combinations."""
-    pairs = [(a, c) for a in ANIMALS for c in COATS if ((a, c) not in UNSEEN) == seen]
-    animal, coat = rng.choice(pairs)
+    animal, coat = rng.choice([(a, c) for a in ANIMALS for c in COATS if ((a, c) not in UNSEEN) == seen])
     return Scene(
         animal=animal,
         coat=coat,
@@ -130,7 +130,7 @@ def answers(scene: Scene, asked: Instruction) -> list[Scene]:
 
 
 def is_seen(scene: Scene) -> bool:
-    """Whether training may show this scene."""
+    """Tell whether training may show a scene."""
     return (scene.animal, scene.coat) not in UNSEEN
 
 
@@ -153,7 +153,7 @@ def family(rng: random.Random, pictures: int) -> list[Scene]:
 
 
 def caption(scene: Scene) -> str:
-    """What a scene shows, as a prompt for the text-to-image pipeline."""
+    """A prompt for the text-to-image pipeline that a scene answers."""
     hat = f" with a {scene.hat} hat" if scene.hat else ""
     return f"a {scene.coat} {scene.animal}{hat}"
 
@@ -170,7 +170,8 @@ class Transfer:
 
 def transfers(first: Scene, second: Scene) -> list[Transfer]:
     """Everything that the first scene's animal can take over from the second's."""
-    who, out = first.animal, []
+    who = first.animal
+    out = []
     if second.coat != first.coat:
         prompt = f"The {who} in Picture 1 gets the color of the {second.animal} in Picture 2."
         out.append(Transfer(first, second, prompt, replace(first, coat=second.coat)))
@@ -182,31 +183,53 @@ def transfers(first: Scene, second: Scene) -> list[Transfer]:
 
 def prompts() -> list[str]:
     """Every prompt of the grammar, for one, two and no input pictures."""
-    pairs = [(a, c) for a in ANIMALS for c in COATS]
     hats = [None, *HATS]
-    shown = [Scene(a, c, "", 0, 0, 1, hat) for a, c in pairs for hat in hats]
-    found = {option.prompt for scene in shown for option in instructions(scene)} | {caption(scene) for scene in shown}
-    return sorted(found | {t.prompt for one in shown[:: len(hats)] for two in shown for t in transfers(one, two)})
+    shown = [Scene(animal, coat, "", 0, 0, 1, hat) for animal in ANIMALS for coat in COATS for hat in hats]
+    about_one = {option.prompt for scene in shown for option in instructions(scene)}
+    about_two = {transfer.prompt for a in shown[:: len(hats)] for b in shown for transfer in transfers(a, b)}
+    return sorted(about_one | about_two | {caption(scene) for scene in shown})
 
 
 def draw(scene: Scene, side: int, style: Style = "plain") -> Image.Image:
     """The picture of a scene, `side` x `side` pixels, RGB."""
     pen = _Pen(side * SUPERSAMPLING, NIGHT if scene.night else BACKS[scene.back], style)
     _sky(pen, scene)
+    pen.start_at(scene.x, scene.y, scene.size)
     _animal(pen, scene)
     if scene.hat:
-        _hat(pen, scene, scene.hat)
+        _hat(pen, scene.hat)
     return pen.image.reduce(SUPERSAMPLING)
 
 
+INPUT_SIDE = 256  # pixels
+INPUTS = {
+    "rabbit.png": Scene("rabbit", "white", "blue", x=0.5, y=0.52, size=1.0),
+    "hat.png": Scene("bear", "brown", "yellow", x=0.5, y=0.52, size=1.0, hat="red"),
+}
+
+
+def draw_inputs(folder: Path) -> None:
+    """Write the recipes' drawn input pictures, `INPUTS`, into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, scene in INPUTS.items():
+        draw(scene, INPUT_SIDE).save(folder / name, optimize=True)
+
+
 class _Pen:
-    """Draws in units of the picture's side."""
+    """Draws in units of the picture's side, or, after `start_at`, in an animal's: from its head, by its size."""
 
     def __init__(self, side: int, ground: Color, style: Style) -> None:
-        self.side, self.pale = side, 0.5 if style == "pastel" else 0.0
+        self.side = side
+        self.pale = 0.5 if style == "pastel" else 0.0
         self.image = Image.new("RGB", (side, side), self.tint(ground))
         self.pen = ImageDraw.Draw(self.image)
         self.width = round(side * (0.03 if style == "pastel" else 0.014))
+        self.start_at(0.0, 0.0, 1.0)
+
+    def start_at(self, x: float, y: float, size: float) -> None:
+        self.x = x
+        self.y = y
+        self.size = size
 
     def tint(self, color: Color) -> Color:
         return _mix(color, WHITE, self.pale)
@@ -214,26 +237,29 @@ class _Pen:
     def edge(self, fill: Color) -> Color:
         return _mix(fill, INK, 0.5)
 
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """Pixels of a point."""
+        return (self.x + x * self.size) * self.side, (self.y + y * self.size) * self.side
+
+    def box(self, x: float, y: float, rx: float, ry: float) -> tuple[float, ...]:
+        """Pixels of the corners around a point."""
+        return (*self.at(x - rx, y - ry), *self.at(x + rx, y + ry))
+
     def oval(self, x: float, y: float, rx: float, ry: float, fill: Color, outline: bool = False) -> None:
-        box = [v * self.side for v in (x - rx, y - ry, x + rx, y + ry)]
-        self.pen.ellipse(box, fill=self.tint(fill), outline=self.edge(fill) if outline else None, width=self.width)
+        edge = self.edge(fill) if outline else None
+        self.pen.ellipse(self.box(x, y, rx, ry), fill=self.tint(fill), outline=edge, width=self.width)
 
     def polygon(self, points: Sequence[tuple[float, float]], fill: Color) -> None:
-        corners = [(x * self.side, y * self.side) for x, y in points]
+        corners = [self.at(*point) for point in points]
         self.pen.polygon(corners, fill=self.tint(fill))
         self.pen.line([*corners, *corners[:2]], fill=self.edge(fill), width=self.width, joint="curve")
 
     def arc(self, x: float, y: float, r: float, start: float, end: float) -> None:
-        box = [v * self.side for v in (x - r, y - r, x + r, y + r)]
-        self.pen.arc(box, start, end, fill=INK, width=self.width * 3 // 4)
+        self.pen.arc(self.box(x, y, r, r), start, end, fill=INK, width=self.width * 3 // 4)
 
 
 def _mix(a: Color, b: Color, share: float) -> Color:
-    return (
-        round(a[0] + (b[0] - a[0]) * share),
-        round(a[1] + (b[1] - a[1]) * share),
-        round(a[2] + (b[2] - a[2]) * share),
-    )
+    return tuple(round(of_a + (of_b - of_a) * share) for of_a, of_b in zip(a, b, strict=True))
 
 
 def _sky(pen: _Pen, scene: Scene) -> None:
@@ -245,44 +271,38 @@ def _sky(pen: _Pen, scene: Scene) -> None:
 
 
 def _animal(pen: _Pen, scene: Scene) -> None:
-    s, x, y, coat = scene.size, scene.x, scene.y, COATS[scene.coat]
-    pen.oval(x, y + 0.30 * s, 0.155 * s, 0.185 * s, coat, outline=True)  # body
-    pen.oval(x, y + 0.33 * s, 0.08 * s, 0.11 * s, _mix(coat, WHITE, 0.6))
+    coat = COATS[scene.coat]
+    pen.oval(0, 0.30, 0.155, 0.185, coat, outline=True)  # body
+    pen.oval(0, 0.33, 0.08, 0.11, _mix(coat, WHITE, 0.6))
     for side in (-1, 1):
-        _ear(pen, scene, side)
-        pen.oval(x + side * 0.09 * s, y + 0.46 * s, 0.07 * s, 0.04 * s, coat, outline=True)  # foot
-    pen.oval(x, y, 0.185 * s, 0.165 * s, coat, outline=True)  # head
+        _ear(pen, scene.animal, coat, side)
+        pen.oval(side * 0.09, 0.46, 0.07, 0.04, coat, outline=True)  # foot
+    pen.oval(0, 0, 0.185, 0.165, coat, outline=True)  # head
     for side in (-1, 1):
-        pen.oval(x + side * 0.075 * s, y - 0.02 * s, 0.03 * s, 0.038 * s, (20, 20, 28))
-        pen.oval(x + side * 0.075 * s - 0.01 * s, y - 0.034 * s, 0.01 * s, 0.012 * s, WHITE)
-        pen.arc(x + side * 0.026 * s, y + 0.075 * s, 0.026 * s, 20, 160)  # mouth
-    pen.oval(x, y + 0.05 * s, 0.028 * s, 0.02 * s, (225, 90, 110))
+        pen.oval(side * 0.075, -0.02, 0.03, 0.038, (20, 20, 28))
+        pen.oval(side * 0.075 - 0.01, -0.034, 0.01, 0.012, WHITE)
+        pen.arc(side * 0.026, 0.075, 0.026, 20, 160)  # mouth
+    pen.oval(0, 0.05, 0.028, 0.02, (225, 90, 110))
 
 
-def _ear(pen: _Pen, scene: Scene, side: int) -> None:
-    s, x, y, coat = scene.size, scene.x, scene.y, COATS[scene.coat]
+def _ear(pen: _Pen, animal: str, coat: Color, side: int) -> None:
     inner = _mix(coat, (255, 190, 200), 0.5)
-    match scene.animal:
+    match animal:
         case "rabbit":
-            pen.oval(x + side * 0.085 * s, y - 0.24 * s, 0.052 * s, 0.165 * s, coat, outline=True)
-            pen.oval(x + side * 0.085 * s, y - 0.24 * s, 0.024 * s, 0.11 * s, inner)
+            pen.oval(side * 0.085, -0.24, 0.052, 0.165, coat, outline=True)
+            pen.oval(side * 0.085, -0.24, 0.024, 0.11, inner)
         case "cat":
-            tip, outer, near = (0.165, -0.25), (0.17, -0.02), (0.02, -0.12)
-            pen.polygon([(x + side * px * s, y + py * s) for px, py in (tip, outer, near)], coat)
+            pen.polygon([(side * 0.165, -0.25), (side * 0.17, -0.02), (side * 0.02, -0.12)], coat)
         case _:
-            pen.oval(x + side * 0.14 * s, y - 0.13 * s, 0.07 * s, 0.07 * s, coat, outline=True)
-            pen.oval(x + side * 0.14 * s, y - 0.13 * s, 0.035 * s, 0.035 * s, inner)
+            pen.oval(side * 0.14, -0.13, 0.07, 0.07, coat, outline=True)
+            pen.oval(side * 0.14, -0.13, 0.035, 0.035, inner)
 
 
-def _hat(pen: _Pen, scene: Scene, color: str) -> None:
-    s, x, top, fill = scene.size, scene.x, scene.y - 0.13 * scene.size, HATS[color]
-
-    def points(*corners: tuple[float, float]) -> list[tuple[float, float]]:
-        return [(x + px * s, top + py * s) for px, py in corners]
-
+def _hat(pen: _Pen, color: str) -> None:
+    fill = HATS[color]
     if color in PARTY_HATS:
-        pen.polygon(points((-0.11, 0.02), (0, -0.24), (0.11, 0.02)), fill)
-        pen.oval(x, top - 0.24 * s, 0.03 * s, 0.03 * s, WHITE, outline=True)
+        pen.polygon([(-0.11, -0.11), (0, -0.37), (0.11, -0.11)], fill)
+        pen.oval(0, -0.37, 0.03, 0.03, WHITE, outline=True)
         return
-    pen.polygon(points((-0.085, -0.19), (0.085, -0.19), (0.085, 0), (-0.085, 0)), fill)
-    pen.polygon(points((-0.16, -0.03), (0.16, -0.03), (0.16, 0.03), (-0.16, 0.03)), _mix(fill, (0, 0, 0), 0.2))
+    pen.polygon([(-0.085, -0.32), (0.085, -0.32), (0.085, -0.13), (-0.085, -0.13)], fill)
+    pen.polygon([(-0.16, -0.16), (0.16, -0.16), (0.16, -0.10), (-0.16, -0.10)], _mix(fill, (0, 0, 0), 0.2))

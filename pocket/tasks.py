@@ -7,9 +7,7 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from pocket import scenes
-from pocket.drawings import DRAWINGS
-from pocket.model import SIDE
+from pocket import SIDE, scenes
 
 HELD_OUT = 10_000_000  # seeds from here on are not training's
 UNSEEN = 11_000_000
@@ -27,15 +25,14 @@ class Task:
     kind: str = ""
 
 
-def held_out(count: int) -> list[Task]:
-    """Edits of one picture, of every kind."""
-    return [_edit(*_held_out(seed), seed) for seed in range(HELD_OUT, HELD_OUT + count)]
-
-
-def _held_out(seed: int) -> tuple[scenes.Scene, scenes.Instruction]:
-    rng = random.Random(seed)
-    scene = scenes.random_scene(rng)
-    return scene, scenes.choose(rng, scenes.instructions(scene))
+def held_out(count: int, style: scenes.Style = "plain") -> list[Task]:
+    """Edits of one picture, of every kind; the answers are drawn in `style`."""
+    out = []
+    for seed in range(HELD_OUT, HELD_OUT + count):
+        rng = random.Random(seed)
+        scene = scenes.random_scene(rng)
+        out.append(_edit(scene, scenes.choose(rng, scenes.instructions(scene)), seed, style))
+    return out
 
 
 def unseen(count: int) -> list[Task]:
@@ -57,21 +54,16 @@ def transfers(count: int) -> list[Task]:
     while len(out) < count:
         seed += 1
         rng = random.Random(seed)
-        for found in scenes.transfers(scenes.random_scene(rng), scenes.random_scene(rng))[-1:]:
-            pictures = tuple(scenes.draw(scene, SIDE) for scene in (found.first, found.second))
-            out.append(Task(pictures, found.prompt, (scenes.draw(found.answer, SIDE),), seed, "transfer"))
+        for transfer in scenes.transfers(scenes.random_scene(rng), scenes.random_scene(rng))[-1:]:
+            first, second, answer = (scenes.draw(s, SIDE) for s in (transfer.first, transfer.second, transfer.answer))
+            out.append(Task((first, second), transfer.prompt, (answer,), seed, "transfer"))
     return out
-
-
-def pastel(count: int) -> list[Task]:
-    """The first held-out edits, their answers drawn in the style that the style LoRA learnt."""
-    return [_edit(*_held_out(seed), seed, "pastel") for seed in range(HELD_OUT, HELD_OUT + count)]
 
 
 def rabbit() -> Task:
     """The drawn rabbit of the `pocket` recipe."""
     asked = scenes.Instruction("Change the rabbit's color to purple", "coat", "purple")
-    return _edit(DRAWINGS["rabbit.png"], asked, 0)
+    return _edit(scenes.INPUTS["rabbit.png"], asked, 0)
 
 
 def _edit(scene: scenes.Scene, asked: scenes.Instruction, seed: int, style: scenes.Style = "plain") -> Task:

@@ -1,4 +1,4 @@
-"""Does the gate catch what is wrong and let through what is not: ``python -m pocket.controls [NAME ...]``.
+"""Control the gate: ``python -m pocket.controls [NAME ...]``.
 
 Every control is built for real on the pocket model and judged by all three gates. The exit code is 1 if a fault was
 missed or a benign change was refused.
@@ -16,32 +16,31 @@ from lora_fuse.machine import interrupts
 from lora_fuse.regression import verdicts
 from pocket.controls import table
 from pocket.controls.benign import BENIGN
-from pocket.controls.control import Control, Outcome
+from pocket.controls.control import Control, Outcome, judge
 from pocket.controls.faults import FAULTS
 from pocket.controls.rig import RECIPE, Rig
 
 CONTROLS = {control.name: control for control in (*FAULTS, *BENIGN)}
 
 
-def judge(controls: Sequence[Control], rules: verdicts.Rules | None = None, recipe: str = RECIPE) -> list[Outcome]:
+def judge_all(controls: Sequence[Control], rules: verdicts.Rules | None = None, recipe: str = RECIPE) -> list[Outcome]:
     """Build and judge controls, with a line for each.
 
     Args:
         controls: of `CONTROLS`.
-        rules: what the pictures are held to; None takes the recipe's.
+        rules: of the pictures; None takes the recipe's.
         recipe: a recipe of the pocket model that edits.
     """
     outcomes = []
     with Rig(rules, recipe) as rig:
         for number, control in enumerate(controls, 1):
             begun = time.perf_counter()
-            outcome = rig.judge(control)
+            outcome = judge(rig, control)
             outcomes.append(outcome)
             seen = f"seen by {', '.join(outcome.seen_by)}" if outcome.seen_by else "passed"
             result = seen if outcome.as_expected else f"{seen}: NOT AS IT SHOULD BE"
-            print(
-                f"{number}/{len(controls)} {control.name}: {result} ({time.perf_counter() - begun:.1f} s)", flush=True
-            )
+            seconds = time.perf_counter() - begun
+            print(f"{number}/{len(controls)} {control.name}: {result} ({seconds:.1f} s)", flush=True)
     return outcomes
 
 
@@ -56,13 +55,13 @@ def main(arguments: Sequence[str] | None = None, rules: verdicts.Rules | None = 
     if unknown:
         parser.error(f"no control is called {unknown[0]!r}; there are: {', '.join(CONTROLS)}")
     begun = time.perf_counter()
-    outcomes = judge([CONTROLS[name] for name in options.names or CONTROLS], rules, options.recipe)
-    for title, some in table.split(outcomes):
+    outcomes = judge_all([CONTROLS[name] for name in options.names or CONTROLS], rules, options.recipe)
+    for title, some in table.split(outcomes).items():
         if some:
             print(f"\n{table.aligned(some, title)}")
     for outcome in outcomes:
         if not outcome.as_expected:
-            print(f"\n{outcome.control.name}:", *_said(outcome), sep="\n  ")
+            print(f"\n{outcome.control.name}:", *_findings(outcome), sep="\n  ")
     if options.markdown:
         table.write_markdown(options.markdown, outcomes)
     print(f"\n{time.perf_counter() - begun:.0f} s")
@@ -70,8 +69,8 @@ def main(arguments: Sequence[str] | None = None, rules: verdicts.Rules | None = 
     return 0 if all(outcome.as_expected for outcome in outcomes) else 1
 
 
-def _said(outcome: Outcome) -> list[str]:
-    """What the gates said of a control that is not as it should be."""
+def _findings(outcome: Outcome) -> list[str]:
+    """The gates' sentences about a control that is not as it should be."""
     pictures = [f"{result.case.name}: {reason}" for result in outcome.results for reason in result.reasons]
     return [*outcome.problems[:3], *pictures] or ["no gate saw anything"]
 

@@ -8,18 +8,30 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save_file
 
 Tensors = dict[str, torch.Tensor]
 
 
-def rewrite(path: Path, change: Callable[[Tensors], Tensors], metadata: Mapping[str, str] | None = None) -> None:
+def copy_of(
+    path: Path,
+    out: Path,
+    change: Callable[[Tensors], Tensors] = lambda tensors: tensors,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a file's tensors, changed, to another one."""
+    save_file(change(load_file(path)), out, None if metadata is None else dict(metadata))
+    return out
+
+
+def rewrite(
+    path: Path,
+    change: Callable[[Tensors], Tensors] = lambda tensors: tensors,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Change the tensors of a file; `metadata` takes the place of its header's."""
-    tensors = change(load_file(path))
-    content = save(tensors, dict(read_metadata(path) if metadata is None else metadata))
-    beside = path.with_name(f"{path.name}.new")
-    beside.write_bytes(content)
-    beside.replace(path)
+    metadata = read_metadata(path) if metadata is None else metadata
+    copy_of(path, path.with_name(f"{path.name}.new"), change, metadata).replace(path)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -28,34 +40,26 @@ def read_metadata(path: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
-def copy_of(
-    path: Path, out: Path, change: Callable[[Tensors], Tensors], metadata: dict[str, str] | None = None
-) -> Path:
-    """Write a LoRA's changed tensors to another file."""
-    save_file(change(load_file(path)), out, metadata)
-    return out
-
-
 def backwards(path: Path, out: Path) -> Path:
     """The same tensors in the opposite order, in the header and in the data."""
     content = path.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
-    header, data = json.loads(content[8:end]), content[end:]
+    header = json.loads(content[8:end])
     header.pop("__metadata__", None)
-    turned, parts, at = {}, [], 0
+    turned = {}
+    data = b""
     for name, entry in reversed(header.items()):
         begin, stop = entry["data_offsets"]
-        turned[name] = entry | {"data_offsets": [at, at + stop - begin]}
-        parts.append(data[begin:stop])
-        at += stop - begin
+        turned[name] = entry | {"data_offsets": [len(data), len(data) + stop - begin]}
+        data += content[end + begin : end + stop]
     text = json.dumps(turned, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    out.write_bytes(b"".join([len(text).to_bytes(8, "little"), text, *parts]))
+    out.write_bytes(len(text).to_bytes(8, "little") + text + data)
     return out
 
 
 def without_alpha(tensors: Tensors) -> Tensors:
-    """What is left to one who does not look at alpha: it counts as the rank."""
+    """Leave alpha out: it counts as the rank."""
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(".alpha")}
 
 
@@ -71,8 +75,13 @@ def alpha_folded(tensors: Tensors) -> Tensors:
     return folded
 
 
+def in_float32(tensors: Tensors) -> Tensors:
+    """Store the same values wider."""
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
 def in_peft_names(tensors: Tensors) -> Tensors:
-    """As diffusers writes them, without alpha, which it keeps in the header."""
+    """Rename as diffusers does, without alpha, which it keeps in the header."""
     roles = {"lora_down": "lora_A", "lora_up": "lora_B"}
     renamed = {}
     for name, tensor in without_alpha(tensors).items():

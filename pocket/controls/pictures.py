@@ -1,10 +1,8 @@
-"""Damage to finished pictures, and what is none."""
+"""Damage to finished pictures, and changes that are none."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 from PIL import Image
@@ -15,14 +13,10 @@ PATCH = (32, 48)  # rows, columns
 NOISE_SHARE = 0.03  # of the values, each one level up or down: between the unfused and the merged picture it is 0.015
 
 
-def changed(rendered: picture.Rendered, change: Callable[[picture.Levels], picture.Levels]) -> picture.Rendered:
-    """The same with other pixels, the latents as they were."""
-    return replace(rendered, levels=change(rendered.levels))
-
-
 def patch(levels: picture.Levels) -> picture.Levels:
-    """A patch in the middle shows what is 8 pixels beside it."""
-    top, left = (levels.shape[0] - PATCH[0]) // 2, (levels.shape[1] - PATCH[1]) // 2
+    """Move a patch in the middle by 8 pixels."""
+    top = (levels.shape[0] - PATCH[0]) // 2
+    left = (levels.shape[1] - PATCH[1]) // 2
     area = np.s_[top : top + PATCH[0], left : left + PATCH[1]]
     out = levels.copy()
     out[area] = np.roll(levels[area], 8, axis=1)
@@ -30,21 +24,21 @@ def patch(levels: picture.Levels) -> picture.Levels:
 
 
 def grid(levels: picture.Levels, period: int) -> picture.Levels:
-    """Every so many rows and columns one level brighter, or darker where it is white."""
-    lines = np.zeros(levels.shape[:2], dtype=bool)
-    lines[::period] = lines[:, ::period] = True
-    return _moved(levels, lines[..., None] * np.ones(levels.shape, dtype=np.int16))
+    """Make every `period`-th row and column one level brighter, or darker where it is white."""
+    lines = np.zeros(levels.shape, dtype=np.int16)
+    lines[::period] = lines[:, ::period] = 1
+    return _moved(levels, lines)
 
 
 def noise(levels: picture.Levels) -> picture.Levels:
-    """Some values one level up or down, by a fixed seed."""
+    """Move some values one level up or down, by a fixed seed."""
     rng = np.random.default_rng(0)
     hit = rng.random(levels.shape) < NOISE_SHARE
     return _moved(levels, hit * rng.choice(np.array([-1, 1], dtype=np.int16), levels.shape))
 
 
 def reencoded(levels: picture.Levels) -> picture.Levels:
-    """Through a PNG without compression and one with the most."""
+    """Send levels through a PNG without compression and one with the most."""
     for effort in (0, 9):
         buffer = io.BytesIO()
         Image.fromarray(levels).save(buffer, format="PNG", compress_level=effort)

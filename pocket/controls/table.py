@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from tabulate import tabulate
@@ -53,40 +53,42 @@ def _worst(values: Sequence[float | None], choose: Callable[[list[float]], float
 
 def aligned(outcomes: Sequence[Outcome], title: str) -> str:
     """A table for a terminal."""
-    rows = [(title, *HEAD[1:]), *(row(outcome) for outcome in outcomes)]
+    rows = [(title, *HEAD[1:]), *map(row, outcomes)]
     figures = HEAD[HEAD.index("PSNR unfused") : -1]
     columns = ["right" if name in figures else "left" for name in HEAD]
     return str(tabulate(rows, tablefmt="plain", colalign=columns, disable_numparse=True))
 
 
-def markdown(outcomes: Sequence[Outcome], title: str) -> str:
-    """The same for a document."""
-    rows = [(title, *HEAD[1:]), tuple("---" for _ in HEAD), *(row(outcome) for outcome in outcomes)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table for a document."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
 
 
-def split(outcomes: Sequence[Outcome]) -> tuple[tuple[str, list[Outcome]], tuple[str, list[Outcome]]]:
-    """Faults and benign changes, each with its table's title."""
-    faults = [outcome for outcome in outcomes if outcome.control.is_fault]
-    return ("fault", faults), ("benign change", [outcome for outcome in outcomes if not outcome.control.is_fault])
+def split(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
+    """Faults and benign changes by their table's title."""
+    return {
+        title: [outcome for outcome in outcomes if outcome.control.is_fault == is_fault]
+        for title, is_fault in (("fault", True), ("benign change", False))
+    }
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
-    """How many were as they should be."""
-    (_, faults), (_, benign) = split(outcomes)
-    caught, passed = (sum(outcome.as_expected for outcome in some) for some in (faults, benign))
-    return f"{caught} of {len(faults)} faults caught, {passed} of {len(benign)} benign changes passed"
+    """The numbers of controls that were as they should be."""
+    faults, benign = (
+        f"{sum(outcome.as_expected for outcome in some)} of {len(some)}" for some in split(outcomes).values()
+    )
+    return f"{faults} faults caught, {benign} benign changes passed"
 
 
 def write_markdown(path: Path, outcomes: Sequence[Outcome]) -> None:
     """Put the tables between the markers of a document."""
-    tables = [markdown(some, title) for title, some in split(outcomes)]
-    inside = "\n\n".join([NOTE, *tables, f"{summary(outcomes)}."])
-    between_markers(path, "controls", inside)
+    tables = [markdown((title, *HEAD[1:]), map(row, some)) for title, some in split(outcomes).items()]
+    between_markers(path, "controls", "\n\n".join([NOTE, *tables, f"{summary(outcomes)}."]))
 
 
 def between_markers(path: Path, name: str, inside: str) -> None:
     """Put a text between a document's markers; a document that is not there yet has only them."""
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    begin = f"<!-- {name} -->"
+    end = f"<!-- /{name} -->"
     text = path.read_text(encoding="utf-8") if path.exists() else f"{begin}\n{end}\n"
     files.replace_text(path, re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{inside}\n{end}", text, flags=re.DOTALL))

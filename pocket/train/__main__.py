@@ -9,45 +9,38 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import asdict, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file, save_file
 
-from pocket.bench import POCKET
-from pocket.train import autoencoder, examples, flow, lightning, pictures, style
+from pocket import POCKET
+from pocket.train import autoencoder, examples, flow, loras
 from pocket.train.export import export
-from pocket.train.pipelines import encoders
 from pocket.train.recipe import Recipe
-from pocket.train.runtime import DEVICE, log
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-Tensors = dict[str, torch.Tensor]
+from pocket.train.runtime import DEVICE, Tensors, log
 
 
 class Run:
-    """The phases. What one hands to the next are the files of `work`."""
-
-    PHASES = ("pictures", "vae", "latents", "decoder", "embeds", "base", "teacher", "v1", "v2", "pastel")
+    """The phases of a training, by `PHASES`. Each hands on to the next a file of `work`."""
 
     def __init__(self, recipe: Recipe, work: Path) -> None:
-        self.recipe, self.work = recipe, work
+        self.recipe = recipe
+        self.work = work
 
     def go(self, out: Path) -> None:
         """Run every phase that has not run yet, and write the model to `out`."""
         started = time.time()
-        for name in self.PHASES:
+        for name, phase in PHASES.items():
             if self._path(name).exists():
                 log(f"{name}: done before")
                 continue
             begun = time.time()
-            self._save(name, getattr(self, name)())
+            self._save(name, phase(self))
             log(f"{name}: {time.time() - begun:.0f} s")
         export(out, {name: self.load(name) for name in ("decoder", "base", "latents", "v1", "v2", "pastel")})
         log(f"{time.time() - started:.0f} s on {DEVICE}; written to {out}")
@@ -56,7 +49,7 @@ class Run:
         return self.work / f"{name}.safetensors"
 
     def load(self, name: str) -> Tensors:
-        """What a phase left."""
+        """The tensors that a phase left."""
         tensors: Tensors = load_file(self._path(name))
         return tensors
 
@@ -66,9 +59,9 @@ class Run:
         partial.replace(self._path(name))
 
     @cached_property
-    def chosen(self) -> pictures.Curriculum:
+    def chosen(self) -> examples.Curriculum:
         """Scenes and examples, chosen anew by each process: a second's work."""
-        return pictures.curriculum(self.recipe)
+        return examples.curriculum(self.recipe)
 
     @cached_property
     def drawn(self) -> Tensors:
@@ -80,64 +73,42 @@ class Run:
         """Both styles, which the VAE must know."""
         return torch.cat([self.drawn["plain"], self.drawn["pastel"]])
 
-    def by_kind(self) -> dict[str, examples.Examples]:
-        """Examples on the device, by kind."""
-        return self._examples(*self.chosen.kinds())
-
+    @property
     def edits(self) -> examples.Examples:
-        """Edits of one picture."""
-        return self._examples("edits")["edits"]
+        """Edits of one picture, on the device."""
+        return self.examples_of("edits")["edits"]
 
-    def _examples(self, *kinds: str) -> dict[str, examples.Examples]:
-        tokens, data, chosen = self.load("latents")["tokens"].to(DEVICE), self.load("embeds"), self.chosen.kinds()
-        return {kind: examples.Examples(kind, chosen[kind], tokens, data) for kind in kinds}
+    def examples_of(self, *kinds: str) -> dict[str, examples.Examples]:
+        """Examples on the device, by kind."""
+        tokens = self.load("latents")["tokens"].to(DEVICE)
+        embeds = self.load("embeds")
+        return {kind: examples.Examples(kind, self.chosen.kinds()[kind], tokens, embeds) for kind in kinds}
 
-    def pictures(self) -> Tensors:
-        """Draw every scene, an eighth of them in pastel, too."""
-        records = self.chosen.records
-        log(f"{len(records)} scenes: " + ", ".join(f"{len(e)} {kind}" for kind, e in self.chosen.kinds().items()))
-        return {
-            "plain": pictures.draw_all(records),
-            "pastel": pictures.draw_all(records[: len(records) // 8], "pastel"),
-        }
 
-    def vae(self) -> Tensors:
-        """Train encoder and decoder."""
-        return autoencoder.train_vae(self.recipe, self.all_drawn)
+def _draw(run: Run) -> Tensors:
+    """Every scene, and an eighth of them in pastel, too."""
+    scenes = run.chosen.records
+    log(f"{len(scenes)} scenes: " + ", ".join(f"{len(e)} {kind}" for kind, e in run.chosen.kinds().items()))
+    return {"plain": examples.draw_all(scenes), "pastel": examples.draw_all(scenes[: len(scenes) // 8], "pastel")}
 
-    def latents(self) -> Tensors:
-        """Encode every picture."""
-        return examples.latents(self.load("vae"), self.drawn["plain"])
 
-    def decoder(self) -> Tensors:
-        """Train the decoder on; the whole VAE."""
-        return autoencoder.train_decoder(self.recipe, self.load("vae"), self.all_drawn)
+def _style(run: Run) -> Tensors:
+    tokens = examples.normalized(run.load("vae"), run.drawn["pastel"], run.load("latents"))
+    return loras.train_style(run.recipe, run.load("base"), run.edits, tokens)
 
-    def embeds(self) -> Tensors:
-        """Encode every prompt as the pipelines do."""
-        return examples.embed(encoders(self.work / "frame"), self.chosen, self.drawn["plain"])
 
-    def base(self) -> Tensors:
-        """Train the transformer."""
-        return flow.train_base(self.recipe, self.by_kind())
-
-    def teacher(self) -> Tensors:
-        """Let the base show what many steps give."""
-        return lightning.teach(self.recipe, self.load("base"), self.edits())
-
-    def v1(self) -> Tensors:
-        """Distil: the first version of the Lightning LoRA."""
-        return lightning.train_v1(self.recipe, self.load("base"), self.edits(), self.load("teacher"))
-
-    def v2(self) -> Tensors:
-        """Distil on: the second version."""
-        first = self.load("v1")
-        return lightning.train_v2(self.recipe, self.load("base"), self.edits(), self.load("teacher"), first)
-
-    def pastel(self) -> Tensors:
-        """Train the style LoRA."""
-        tokens = examples.normalized(self.load("vae"), self.drawn["pastel"], self.load("latents"))
-        return style.train_style(self.recipe, self.load("base"), self.edits(), tokens)
+PHASES: dict[str, Callable[[Run], Tensors]] = {
+    "pictures": _draw,
+    "vae": lambda run: autoencoder.train_vae(run.recipe, run.all_drawn),
+    "latents": lambda run: examples.latents(run.load("vae"), run.drawn["plain"]),
+    "decoder": lambda run: autoencoder.train_decoder(run.recipe, run.load("vae"), run.all_drawn),
+    "embeds": lambda run: examples.embed(examples.encoders(run.work / "frame"), run.chosen, run.drawn["plain"]),
+    "base": lambda run: flow.train_base(run.recipe, run.examples_of(*run.chosen.kinds())),
+    "teacher": lambda run: loras.teach(run.recipe, run.load("base"), run.edits),
+    "v1": lambda run: loras.train_v1(run.recipe, run.load("base"), run.edits, run.load("teacher")),
+    "v2": lambda run: loras.train_v2(run.recipe, run.load("base"), run.edits, run.load("teacher"), run.load("v1")),
+    "pastel": _style,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -157,21 +128,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _recipe(changes: Sequence[str]) -> Recipe:
     """The recipe with changes of the form ``key=value``."""
-    types, values = get_type_hints(Recipe), {}
-    for key, _, text in (change.partition("=") for change in changes):
-        if key not in types:
-            raise ValueError(f"--set {key}: the recipe has {', '.join(field.name for field in fields(Recipe))}")
-        adapter: TypeAdapter[Any] = TypeAdapter(types[key])
-        try:
-            values[key] = adapter.validate_strings(text)
-        except ValidationError as error:
-            raise ValueError(f"--set {key}={text}: {error.errors()[0]['msg']}") from error
-    return replace(Recipe(), **values)
+    values = dict(change.partition("=")[::2] for change in changes)
+    known = [field.name for field in fields(Recipe)]
+    for key in values.keys() - known:
+        raise ValueError(f"--set {key}: the recipe has {', '.join(known)}")
+    try:
+        return TypeAdapter(Recipe).validate_strings(values)
+    except ValidationError as error:
+        raise ValueError(f"--set {error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from error
 
 
 def _same_recipe(recipe: Recipe, work: Path) -> None:
     """Refuse a work folder whose files another recipe left."""
-    path, mine = work / "recipe.json", asdict(recipe)
+    path = work / "recipe.json"
+    mine = asdict(recipe)
     theirs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else mine
     for key, value in mine.items():
         if theirs.get(key) != value:

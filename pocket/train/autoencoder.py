@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn import functional
 
-from pocket import model
+from pocket import SIDE
+from pocket.train import model
 from pocket.train.pyramid import be_a_pyramid, decode_small, encode_small
-from pocket.train.runtime import DEVICE, Rates, compiled, decibels, log, optimize
-
-if TYPE_CHECKING:
-    from pocket.train.recipe import Recipe
+from pocket.train.recipe import Recipe
+from pocket.train.runtime import DEVICE, Rates, Tensors, compiled, decibels, log, optimize
 
 
 def one_frame(vae: torch.nn.Module) -> None:
@@ -36,7 +35,7 @@ def to_input(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.to(DEVICE).permute(0, 3, 1, 2).float().div(127.5).sub(1).unsqueeze(2)
 
 
-def train_vae(recipe: Recipe, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
+def train_vae(recipe: Recipe, pictures: torch.Tensor) -> Tensors:
     """Train the inner levels on small pictures: reconstruction, with a faint pull to unit Gaussians.
 
     Source: Kingma and Welling, "Auto-Encoding Variational Bayes", 2014. Returns the weights.
@@ -54,7 +53,8 @@ def train_vae(recipe: Recipe, pictures: torch.Tensor) -> dict[str, torch.Tensor]
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
         return decode_small(vae, mean + (logvar / 2).exp() * noise), kl
 
-    run, side = compiled(forward), model.SIDE // model.PATCH
+    run = compiled(forward)
+    side = SIDE // model.PATCH
 
     def loss() -> torch.Tensor:
         x = small[torch.randint(len(small), (recipe.vae_batch,))].unsqueeze(2)
@@ -67,7 +67,7 @@ def train_vae(recipe: Recipe, pictures: torch.Tensor) -> dict[str, torch.Tensor]
     return _state(vae)
 
 
-def train_decoder(recipe: Recipe, weights: dict[str, torch.Tensor], pictures: torch.Tensor) -> dict[str, torch.Tensor]:
+def train_decoder(recipe: Recipe, weights: Tensors, pictures: torch.Tensor) -> Tensors:
     """Train the decoder on, with latents as noisy as the transformer's; the encoder stays."""
     torch.manual_seed(recipe.seed + 3)
     vae = load_vae(weights)
@@ -113,7 +113,7 @@ def decode(vae: Any, z: torch.Tensor) -> torch.Tensor:
     return pictures
 
 
-def load_vae(weights: dict[str, torch.Tensor]) -> Any:
+def load_vae(weights: Tensors) -> Any:
     """A frozen VAE with one-frame convolutions."""
     vae = model.vae()
     vae.load_state_dict(weights)
@@ -121,7 +121,7 @@ def load_vae(weights: dict[str, torch.Tensor]) -> Any:
     return vae.to(DEVICE).requires_grad_(False)
 
 
-def _state(vae: torch.nn.Module) -> dict[str, torch.Tensor]:
+def _state(vae: torch.nn.Module) -> Tensors:
     """The weights, with 0 where no single frame ever reads."""
     with torch.no_grad():
         for module in _causal(vae):

@@ -1,28 +1,100 @@
-"""Examples as tensors: latents of the pictures, and prompts through the pipelines' own encoders."""
+"""Examples: pictures and prompts that are chosen by the recipe, then their latents and embeddings as tensors."""
 
 from __future__ import annotations
 
+import os
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from itertools import permutations
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional
 
+from lora_fuse.pictures import render
+from pocket import SIDE, scenes
+from pocket.train import model
 from pocket.train.autoencoder import encode, load_vae
-from pocket.train.runtime import DEVICE, log
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from pocket.train.pictures import Curriculum, Example
+from pocket.train.recipe import Recipe
+from pocket.train.runtime import DEVICE, Tensors, log
 
 EMPTY = " "  # the negative prompt that the recipes give the pipelines
 
 
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Input pictures, a prompt, and the pictures that answer it."""
+
+    inputs: tuple[int, ...]
+    prompt: str
+    answers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Curriculum:
+    """All scenes, and the examples of the three pipelines: one input picture, two, none."""
+
+    records: list[scenes.Scene]
+    edits: list[Example]
+    pairs: list[Example]
+    texts: list[Example]
+
+    def kinds(self) -> dict[str, list[Example]]:
+        """The examples by kind."""
+        return {"edits": self.edits, "pairs": self.pairs, "texts": self.texts}
+
+
+def curriculum(recipe: Recipe) -> Curriculum:
+    """Choose scenes and examples; a function of the recipe alone."""
+    rng = random.Random(recipe.seed + 1)
+    records = [scene for _ in range(recipe.families) for scene in scenes.family(rng, recipe.members)]
+    edits = []
+    for first in range(0, len(records), recipe.members):
+        found = _edits(records[first : first + recipe.members], first)
+        edits += rng.sample(found, min(len(found), recipe.edits // recipe.families))
+    texts = defaultdict(list)
+    for number, scene in enumerate(records):
+        if not scene.night:
+            texts[scenes.caption(scene)].append(number)
+    pairs = []
+    for _ in range(recipe.pairs):
+        # the hat's where there is one
+        for transfer in scenes.transfers(scenes.random_scene(rng), scenes.random_scene(rng))[-1:]:
+            pairs.append(Example((len(records), len(records) + 1), transfer.prompt, (len(records) + 2,)))
+            records += [transfer.first, transfer.second, transfer.answer]
+    return Curriculum(records, edits, pairs, [Example((), prompt, tuple(found)) for prompt, found in texts.items()])
+
+
+def _edits(members: Sequence[scenes.Scene], offset: int) -> list[Example]:
+    """Every (picture, prompt, picture) of a family in which the last rightly answers the prompt about the first."""
+    return [
+        Example((offset + i,), asked.prompt, (offset + j,))
+        for (i, start), (j, end) in permutations(enumerate(members), 2)
+        for asked in scenes.instructions(start)
+        if end in scenes.answers(start, asked)
+    ]
+
+
+def draw_all(records: Sequence[scenes.Scene], style: scenes.Style = "plain") -> torch.Tensor:
+    """The drawings, uint8 (n, SIDE, SIDE, 3), by as many processes as there are cores."""
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        return torch.from_numpy(np.stack(list(pool.map(partial(_pixels, style=style), records, chunksize=64))))
+
+
+def _pixels(scene: scenes.Scene, style: scenes.Style) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    return np.asarray(scenes.draw(scene, SIDE, style))
+
+
 @dataclass(slots=True)
 class Given:
-    """What the transformer is given beside the noisy picture, for a batch of n examples.
+    """Inputs of the transformer beside the noisy picture, for a batch of n examples.
 
     `conditions`: input pictures as tokens, each (n, tokens, 4 channels); `embeds` (n, words, width); `mask` (n, words).
     """
@@ -38,24 +110,36 @@ def pack(latents: torch.Tensor) -> torch.Tensor:
     return latents.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, h * w // 4, c * 4)
 
 
-def latents(weights: dict[str, torch.Tensor], pictures: torch.Tensor) -> dict[str, torch.Tensor]:
+def latents(weights: Tensors, pictures: torch.Tensor) -> Tensors:
     """Tokens of every picture at unit spread, and the mean and spread of each channel that make them so."""
     raw = encode(load_vae(weights), pictures)
-    mean, std = raw.mean((0, 2, 3)), raw.std((0, 2, 3))
+    mean = raw.mean((0, 2, 3))
+    std = raw.std((0, 2, 3))
     tokens = pack((raw - mean[:, None, None]) / std[:, None, None])
     return {"tokens": tokens.cpu(), "mean": mean.cpu(), "std": std.cpu()}
 
 
-def normalized(
-    weights: dict[str, torch.Tensor], pictures: torch.Tensor, scale: dict[str, torch.Tensor]
-) -> torch.Tensor:
+def normalized(weights: Tensors, pictures: torch.Tensor, scale: Tensors) -> torch.Tensor:
     """Tokens of other pictures on the scale that `latents` found, on the device."""
     mean, std = (scale[key].to(DEVICE)[:, None, None] for key in ("mean", "std"))
     return pack((encode(load_vae(weights), pictures) - mean) / std)
 
 
+def encoders(folder: Path) -> dict[int, Any]:
+    """The pipelines without transformer and VAE, which encode prompts, by the number of their input pictures.
+
+    They are loaded from a repository that is written to `folder` first.
+    """
+    render.quiet_libraries()
+    render.allow_missing_torchvision()
+    model.save_frame(folder)
+    parts = {"transformer": None, "vae": None, "dtype": torch.float32, "local_files_only": True}
+    pipelines = zip((1, 2, 0), model.PIPELINES, strict=True)
+    return {count: pipeline.from_pretrained(folder, **parts).to(DEVICE) for count, pipeline in pipelines}
+
+
 @torch.no_grad()
-def embed(pipes: dict[int, Any], chosen: Curriculum, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
+def embed(pipes: dict[int, Any], chosen: Curriculum, pictures: torch.Tensor) -> Tensors:
     """Every example's prompt, and the empty one for the same input pictures.
 
     Args:
@@ -63,7 +147,7 @@ def embed(pipes: dict[int, Any], chosen: Curriculum, pictures: torch.Tensor) -> 
         chosen: the examples.
         pictures: uint8 (n, h, w, 3).
     """
-    out: dict[str, torch.Tensor] = {}
+    out: Tensors = {}
     for name, examples in chosen.kinds().items():
         pipe = pipes[len(examples[0].inputs)]
         for kind in ("asked", "empty"):
@@ -87,7 +171,7 @@ def _embed(pipe: Any, batch: Sequence[Example], pictures: torch.Tensor, kind: st
     return embeds.half().cpu(), mask.bool().cpu()
 
 
-def _padded(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def _padded(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Tensors:
     longest = max(embeds.shape[1] for embeds, _ in parts)
     return {
         "embeds": torch.cat([functional.pad(e, (0, 0, 0, longest - e.shape[1])) for e, _ in parts]),
@@ -98,9 +182,7 @@ def _padded(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, tor
 class Examples:
     """Examples of one kind on the device, drawn in batches."""
 
-    def __init__(
-        self, kind: str, chosen: Sequence[Example], tokens: torch.Tensor, data: dict[str, torch.Tensor]
-    ) -> None:
+    def __init__(self, kind: str, chosen: Sequence[Example], tokens: torch.Tensor, data: Tensors) -> None:
         self.tokens = tokens
         self.inputs = data[f"{kind}.inputs"].to(DEVICE)
         width = data[f"{kind}.asked.embeds"].shape[1]  # the empty prompt is the shortest

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from pocket import drawings, model
-from pocket.train import style
+from pocket import LORAS
+from pocket.scenes import draw_inputs
+from pocket.train import loras, model
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-LORAS = {
-    "v1": "pocket-lightning-4steps-v1.safetensors",
-    "v2": "pocket-lightning-4steps-v2.safetensors",
-    "pastel": "pocket-pastel.safetensors",
-}
 SHARD_SIZE = "3MB"  # two shards, as the real transformer has several
 
 # Say which library wrote a file: true of the writing, not of the model.
@@ -35,8 +29,9 @@ def export(out: Path, parts: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
     """
     folder = out / "model"
     model.save_frame(folder)
-    transformer, vae = model.transformer(), model.vae()
+    transformer = model.transformer()
     transformer.load_state_dict(dict(parts["base"]))
+    vae = model.vae()
     vae.load_state_dict(dict(parts["decoder"]))
     scale = {f"latents_{key}": [round(v, 5) for v in parts["latents"][key].tolist()] for key in ("mean", "std")}
     vae.register_to_config(**scale)
@@ -48,13 +43,13 @@ def export(out: Path, parts: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         save_file(dict(parts[version]), out / "lora" / LORAS[version])
     # As diffusers' save_lora_weights names keys and scaling; it adds a second entry to the header's metadata, and
     # safetensors writes two in any order, so that the bytes would change from run to run.
-    scaling = {"r": style.RANK, "lora_alpha": style.ALPHA, "target_modules": list(style.TARGETS)}
+    scaling = {"r": loras.STYLE_RANK, "lora_alpha": loras.STYLE_ALPHA, "target_modules": list(loras.STYLE_TARGETS)}
     save_file(
         {f"transformer.{key}": value for key, value in parts["pastel"].items()},
         out / "lora" / LORAS["pastel"],
         metadata={"lora_adapter_metadata": json.dumps({f"transformer.{key}": v for key, v in scaling.items()})},
     )
-    drawings.draw_inputs(out / "inputs")
+    draw_inputs(out / "inputs")
 
 
 def without_versions(folder: Path) -> None:

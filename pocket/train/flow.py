@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from itertools import chain, cycle, repeat
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn import functional
 
-from pocket import model
-from pocket.train.runtime import DEVICE, Rates, captured, optimize
+from pocket.train import model
+from pocket.train.examples import Examples, Given
+from pocket.train.recipe import Recipe
+from pocket.train.runtime import DEVICE, Rates, Tensors, captured, optimize
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from pocket.train.examples import Examples, Given
-    from pocket.train.recipe import Recipe
-
-# Which examples a step is about: eight in ten edit one picture.
+# The examples of each step in turn: eight in ten edit one picture.
 CYCLE = (*["edits"] * 4, "pairs", *["edits"] * 4, "texts")
 
 
@@ -46,7 +43,8 @@ def on_path(
     """
     if path == "straight":
         return (1 - sigma) * answer + sigma * noise, noise - answer
-    a, b = torch.cos(sigma * math.pi / 2), torch.sin(sigma * math.pi / 2)
+    a = torch.cos(sigma * math.pi / 2)
+    b = torch.sin(sigma * math.pi / 2)
     return a * answer + b * noise, (a * noise - b * answer) * math.pi / 2
 
 
@@ -58,7 +56,7 @@ def flow_loss(net: Any, path: str, answer: torch.Tensor, given: Given) -> torch.
     return functional.mse_loss(velocity(net, x, sigma, given), target)
 
 
-def train_base(recipe: Recipe, examples: Mapping[str, Examples]) -> dict[str, torch.Tensor]:
+def train_base(recipe: Recipe, examples: Mapping[str, Examples]) -> Tensors:
     """Train the transformer; returns the moving average of its weights.
 
     As in data found in the wild, a share of the prompts is wrong, and another share is left out. So the base needs
@@ -93,7 +91,7 @@ def _some_wrong(recipe: Recipe, chosen: Examples, index: torch.Tensor, wrong: to
     return torch.where(wrong, first + torch.randint(recipe.members, right.shape, device=DEVICE), right)
 
 
-def load_base(weights: Mapping[str, torch.Tensor]) -> Any:
+def load_base(weights: Tensors) -> Any:
     """The trained transformer, frozen."""
     net = model.transformer()
     net.load_state_dict(dict(weights))

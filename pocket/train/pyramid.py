@@ -17,7 +17,8 @@ CARRIED = 4  # channels that the outer level passes on: RGB, and a constant 1 by
 @torch.no_grad()
 def be_a_pyramid(vae: Any) -> None:
     """Set the outer level of both halves, and let the attention of both add nothing at first."""
-    encoder, decoder = vae.encoder, vae.decoder
+    encoder = vae.encoder
+    decoder = vae.decoder
     for half in (encoder, decoder):
         for parameter in half.mid_block.attentions[0].proj.parameters():
             parameter.zero_()

@@ -1,19 +1,18 @@
-"""What every phase uses: the device, the log, the optimiser loop."""
+"""The device, the log and the optimiser loop of every phase."""
 
 from __future__ import annotations
 
 import math
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
+Tensors = dict[str, torch.Tensor]  # by name, as in a safetensors file
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -43,7 +42,7 @@ def decibels(mse: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """How an optimiser is run: AdamW's peak learning rate and weight decay, and what is not always wanted.
+    """AdamW's peak learning rate and weight decay, and what not every phase wants.
 
     With `matrix` Muon has the matrices, at that peak rate; with `average` the parameters end as their exponential
     moving average with that decay.

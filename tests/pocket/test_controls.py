@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from lora_fuse.regression.verdicts import Limits, Rules, Verdict
-from pocket.controls.__main__ import CONTROLS, judge, main
+from pocket.controls.__main__ import CONTROLS, judge_all, main
 from pocket.controls.benign import BENIGN
-from pocket.controls.control import GOLDEN, UNFUSED, WEIGHTS, Built, Control, Outcome
+from pocket.controls.control import GOLDEN, UNFUSED, WEIGHTS, Control, Outcome
 from pocket.controls.faults import FAULTS
-from pocket.controls.rig import Rig
+from pocket.controls.rig import Built, Rig
 from pocket.controls.table import write_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +26,7 @@ IMPOSSIBLE = Rules(Limits({"psnr_db": 200.0}), Limits({"psnr_db": 200.0}))
 def outcomes() -> Iterator[dict[str, Outcome]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        yield {outcome.control.name: outcome for outcome in judge(list(CONTROLS.values()))}
+        yield {outcome.control.name: outcome for outcome in judge_all(list(CONTROLS.values()))}
 
 
 @pytest.mark.parametrize("name", [fault.name for fault in FAULTS])
@@ -76,10 +76,10 @@ def test_a_gate_that_does_not_hold_is_reported(
 
 def test_tensors_in_other_shards_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(rig: Rig, folder: Path) -> Built:
-        return rig.built(rig.merge(folder / "merged", rig.plan(scale=0.5)), same_files=False)
+        return rig.built(rig.merge(folder, rig.plan(scale=0.5)), same_files=False)
 
     monkeypatch.chdir(ROOT)
-    (outcome,) = judge([Control("wrong", "half", wrong)], LOOSE)
+    (outcome,) = judge_all([Control("wrong", "half", wrong)], LOOSE)
     assert outcome.seen_by == (WEIGHTS,)
     assert not outcome.as_expected
 

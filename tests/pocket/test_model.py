@@ -14,11 +14,9 @@ from safetensors.torch import load_file
 
 from lora_fuse.lora.lora_file import open_lora
 from lora_fuse.pictures.render import PICTURES, Pipeline, load_pipeline, shared_components
-from pocket import drawings, model
-from pocket.bench import LIGHTNING, POCKET, STYLE
-from pocket.train import style
-from pocket.train.export import LORAS, without_versions
-from pocket.weights import uniform
+from pocket import LORA_TARGETS, LORAS, POCKET, scenes
+from pocket.train import loras, model
+from pocket.train.export import without_versions
 
 TRANSFORMER = POCKET / "model/transformer"
 BLOCKS = 5
@@ -44,9 +42,9 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("name", drawings.DRAWINGS)
+@pytest.mark.parametrize("name", scenes.INPUTS)
 def test_the_drawn_inputs_are_what_the_code_draws(name: str, tmp_path: Path) -> None:
-    drawings.draw_inputs(tmp_path)
+    scenes.draw_inputs(tmp_path)
     with Image.open(tmp_path / name) as drawn, Image.open(POCKET / "inputs" / name) as kept:
         np.testing.assert_array_equal(np.asarray(drawn), np.asarray(kept))
 
@@ -54,8 +52,8 @@ def test_the_drawn_inputs_are_what_the_code_draws(name: str, tmp_path: Path) -> 
 def test_values_depend_on_the_name_alone() -> None:
     """These very values: a change of them is a change of every weight of the text encoder."""
     expected = torch.tensor([0.12, 0.8579, -1.5827])
-    assert torch.allclose(uniform("a", (3,), 1.0), expected, atol=1e-4)
-    assert not torch.equal(uniform("a", (3,), 1.0), uniform("b", (3,), 1.0))
+    assert torch.allclose(model.uniform("a", (3,), 1.0), expected, atol=1e-4)
+    assert not torch.equal(model.uniform("a", (3,), 1.0), model.uniform("b", (3,), 1.0))
 
 
 def test_files_name_no_version_and_no_path() -> None:
@@ -98,7 +96,7 @@ def test_every_key_of_a_lightning_lora_belongs_to_a_target_and_alpha_is_half_the
     version: str, edit: Pipeline
 ) -> None:
     state, weights = load_file(POCKET / "lora" / LORAS[version]), dict(edit.transformer.named_parameters())
-    names = [f"transformer_blocks.{block}.{target}" for block in range(BLOCKS) for target in model.LORA_TARGETS]
+    names = [f"transformer_blocks.{block}.{target}" for block in range(BLOCKS) for target in LORA_TARGETS]
     parts = ("lora_down.weight", "lora_up.weight", "alpha")
     assert set(state) == {f"{name}.{part}" for name in names for part in parts}
     for name in names:
@@ -109,8 +107,10 @@ def test_every_key_of_a_lightning_lora_belongs_to_a_target_and_alpha_is_half_the
 
 
 def test_the_style_lora_has_the_keys_and_the_scaling_of_diffusers() -> None:
-    lora = open_lora(POCKET / "lora" / STYLE)
-    names = {f"transformer.transformer_blocks.{block}.{target}" for block in range(BLOCKS) for target in style.TARGETS}
+    lora = open_lora(POCKET / "lora" / LORAS["pastel"])
+    names = {
+        f"transformer.transformer_blocks.{block}.{target}" for block in range(BLOCKS) for target in loras.STYLE_TARGETS
+    }
     assert {update.module for update in lora.deltas} == names
     assert {(update.rank, update.alpha) for update in lora.deltas} == {(4, 8.0)}
     assert all(update.keys["down"].endswith(".lora_A.weight") for update in lora.deltas)
@@ -118,7 +118,7 @@ def test_the_style_lora_has_the_keys_and_the_scaling_of_diffusers() -> None:
 
 def test_only_the_targets_that_nobody_reads_have_no_delta() -> None:
     """The last block's text output goes nowhere, so its text side is never trained."""
-    state = load_file(POCKET / "lora" / LIGHTNING)
+    state = load_file(POCKET / "lora" / LORAS["v2"])
     still = {
         key.removesuffix(".lora_up.weight") for key, value in state.items() if "lora_up" in key and not value.any()
     }

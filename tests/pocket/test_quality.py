@@ -10,7 +10,7 @@ from PIL import Image
 
 from pocket import tasks
 from pocket.bench import EIGHT, FEW, MANY, MERGED, OWN_SCHEDULER, SCALES, Bench, Setting, nearest, psnr
-from pocket.contact_sheet import contact_sheet
+from pocket.evaluate import contact_sheet
 
 SCENES = 16
 Pictures = dict[str, list[Image.Image]]

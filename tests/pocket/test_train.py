@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pocket import model
+from pocket import LORA_TARGETS
 from pocket.bench import Bench
 from pocket.tasks import held_out
-from pocket.train.__main__ import Run, main
+from pocket.train import model
+from pocket.train.__main__ import PHASES, main
 from pocket.train.autoencoder import one_frame
-from pocket.train.lightning import add_lora, lora_state, peft_state
+from pocket.train.loras import add_lora, lora_state, peft_state
 from pocket.train.pyramid import be_a_pyramid, encode_small
 
 FEW = {
@@ -51,7 +52,7 @@ def test_a_second_run_trains_nothing_and_a_lost_phase_is_done_again_to_the_same_
     before = {path.name: path.read_bytes() for path in (trained / "lora").iterdir()}
     (trained / "work/v2.safetensors").unlink()
     log = train(trained)
-    assert [name for name in Run.PHASES if f"{name}: done before" not in log] == ["v2"]
+    assert [name for name in PHASES if f"{name}: done before" not in log] == ["v2"]
     assert {path.name: path.read_bytes() for path in (trained / "lora").iterdir()} == before
 
 
@@ -95,7 +96,7 @@ def test_one_frame_convolutions_give_what_the_whole_ones_give() -> None:
 
 def test_lora_keys_go_to_the_published_names_and_back() -> None:
     net = model.transformer()
-    add_lora(net, 8, 4.0, model.LORA_TARGETS)
+    add_lora(net, 8, 4.0, LORA_TARGETS)
     state = lora_state(net, 4.0)
     assert {key.rpartition(".lora_")[2] for key in state if "lora_" in key} == {"down.weight", "up.weight"}
-    assert len(peft_state(state)) == 2 * 5 * len(model.LORA_TARGETS)
+    assert len(peft_state(state)) == 2 * 5 * len(LORA_TARGETS)

@@ -22,7 +22,6 @@ SAME_STEM = {"__init__", "__main__"}
 NOT_YET: set[str] = {
     "lora_fuse/studies",
     "stages",
-    "pocket",
     "variants/dvc.yaml",
 }
 

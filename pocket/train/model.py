@@ -6,11 +6,15 @@ attention streams of each block, their twelve LoRA targets); everything else is 
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKLQwenImage,
@@ -27,52 +31,11 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
-from pocket import tokenizer as bpe
+from pocket import SCHEDULER
 from pocket.scenes import prompts
-from pocket.weights import fill
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-SIDE = 128  # pixels: of the pictures that it was trained on, in and out
+from pocket.train import tokenizer as bpe
 
 PIPELINES = (QwenImageEditPipeline, QwenImageEditPlusPipeline, QwenImagePipeline)
-
-# Qwen-Image-Edit's own. A Lightning LoRA wants another, and a merged repository must carry that one.
-SCHEDULER: Mapping[str, Any] = {
-    "base_image_seq_len": 256,
-    "base_shift": 0.5,
-    "invert_sigmas": False,
-    "max_image_seq_len": 8192,
-    "max_shift": 0.9,
-    "num_train_timesteps": 1000,
-    "shift": 1.0,
-    "shift_terminal": 0.02,
-    "stochastic_sampling": False,
-    "time_shift_type": "exponential",
-    "use_beta_sigmas": False,
-    "use_dynamic_shifting": True,
-    "use_exponential_sigmas": False,
-    "use_karras_sigmas": False,
-}
-LIGHTNING_SCHEDULER = {**SCHEDULER, "base_shift": math.log(3), "max_shift": math.log(3), "shift_terminal": None}
-
-# The 12 linears per block that the published rank-64 Lightning LoRAs cover.
-LORA_TARGETS = (
-    "attn.to_q",
-    "attn.to_k",
-    "attn.to_v",
-    "attn.to_out.0",
-    "attn.add_q_proj",
-    "attn.add_k_proj",
-    "attn.add_v_proj",
-    "attn.to_add_out",
-    "img_mlp.net.0.proj",
-    "img_mlp.net.2",
-    "txt_mlp.net.0.proj",
-    "txt_mlp.net.2",
-)
 
 TEXT_WIDTH = 64
 CHANNELS = 16  # of a latent
@@ -102,7 +65,7 @@ def _template(pipeline: Any) -> str:
 def text_encoder(words: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
     """Qwen2.5-VL, 2 text layers and 2 vision layers, never trained: its outputs tell the words apart, which is enough.
 
-    Every weight is a function of its name, see `pocket.weights`.
+    Every weight is a function of its name, see `uniform`.
     """
     token = words.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
@@ -138,6 +101,38 @@ def text_encoder(words: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
     model = Qwen2_5_VLForConditionalGeneration(config)
     fill(model, "text_encoder")
     return model.eval()
+
+
+def uniform(name: str, shape: Sequence[int], std: float) -> torch.Tensor:
+    """Uniform values in [-std sqrt 3, std sqrt 3), so with standard deviation `std`: a float32 tensor of `shape`.
+
+    Every value is a function of the name, and of nothing else: the bits come from SHAKE-128, as the streams of random
+    generators change between versions, and the arithmetic up to the final rounding is exact or correctly rounded by
+    IEEE 754. So the same name and shape give the same bytes on every machine.
+    """
+    count = math.prod(shape)
+    bits = np.frombuffer(hashlib.shake_128(name.encode()).digest(4 * count), dtype="<u4")
+    unit = (bits >> 8).astype(np.float64) / 2**23 - 1.0  # 24 bits: exact in [-1, 1)
+    return torch.from_numpy((unit * (std * math.sqrt(3.0))).astype(np.float32)).reshape(*shape)
+
+
+def fill(module: torch.nn.Module, prefix: str) -> None:
+    """Set every parameter of `module`: matrices by `uniform`, biases to 0, norm weights to 1.
+
+    A matrix has the standard deviation 1 / sqrt(fan_in), an embedding, whose rows are looked up and not summed, 1.
+
+    Args:
+        module: any torch module; changed in place.
+        prefix: put before each parameter's name, so that equal names in two components differ.
+    """
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if sum(size > 1 for size in parameter.shape) < 2:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                fan_in = 1 if id(parameter) in embeddings else math.prod(parameter.shape[1:])
+                parameter.copy_(uniform(f"{prefix}.{name}", parameter.shape, 1 / math.sqrt(fan_in)))
 
 
 def vae() -> AutoencoderKLQwenImage:

@@ -8,15 +8,13 @@ trainer may change with its version.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 from tokenizers import pre_tokenizers
 from transformers import Qwen2Tokenizer
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
 
 SPECIAL = (
     "<|endoftext|>",
@@ -28,7 +26,6 @@ SPECIAL = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-SEPARATOR = "\x00"
 
 
 def train(corpus: Sequence[str]) -> Qwen2Tokenizer:
@@ -79,10 +76,6 @@ def _tokenizer(alphabet: Sequence[str], merges: Sequence[tuple[str, str]]) -> Qw
 def _words(corpus: Sequence[str], tokenizer: Qwen2Tokenizer) -> list[str]:
     """The pieces that Qwen2's own pre-tokenizer makes of the corpus, which no merge may cross."""
     split = tokenizer.backend_tokenizer.pre_tokenizer
-    return [word for text in corpus for part in _without_special(text) for word, _ in split.pre_tokenize_str(part)]
-
-
-def _without_special(text: str) -> list[str]:
-    for token in SPECIAL:
-        text = text.replace(token, SEPARATOR)
-    return [part for part in text.split(SEPARATOR) if part]
+    special = "|".join(map(re.escape, SPECIAL))
+    parts = [part for text in corpus for part in re.split(special, text) if part]
+    return [word for part in parts for word, _ in split.pre_tokenize_str(part)]
