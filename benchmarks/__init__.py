@@ -1,1 +1,1 @@
-"""What it costs to fuse: measurements at real shapes, and the tools that make them repeatable."""
+"""Costs of a fuse, a download, a publication, a sweep: measured at real shapes, by tools that make them repeatable."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -20,6 +21,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from benchmarks import make_checkpoint
 
 DIFFUSERS = """
 import sys, torch
@@ -49,11 +52,11 @@ def measure(command: Sequence[str], out: Path) -> Run:
     """
     begun = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    said = process.stdout.read() if process.stdout else ""
+    output = process.stdout.read() if process.stdout else ""
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - begun
     if os.waitstatus_to_exitcode(status) != 0:
-        raise SystemExit(f"{' '.join(command)} failed:\n{said}")
+        raise SystemExit(f"{' '.join(command)} failed:\n{output}")
     shutil.rmtree(out)
     os.sync()  # what it wrote must not be written back during the next one
     return Run(seconds, usage.ru_maxrss * 1024)
@@ -70,9 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
-        make = [sys.executable, "-m", "benchmarks.make_checkpoint", str(folder), "--blocks", str(options.blocks)]
-        subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
-        base, lora, out = folder / "transformer", folder / "lora.safetensors", folder / "out"
+        make_checkpoint.main([str(folder), "--blocks", str(options.blocks)])
+        base = folder / "transformer"
+        lora = folder / "lora.safetensors"
+        out = folder / "out"
         fuse = [sys.executable, "-m", "lora_fuse", "fuse", str(base), str(out), "--lora", str(lora), "--scale", "1.0"]
         commands = {
             "cp": ["cp", "-r", "--reflink=never", str(base), str(out)],
@@ -91,13 +95,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _table(runs: dict[str, list[Run]], size: int) -> None:
-    medians = {name: statistics.median(run.seconds for run in found) for name, found in runs.items()}
+    medians = {name: statistics.median(run.seconds for run in of_name) for name, of_name in runs.items()}
     print(f"| {'':9} | seconds, each run | median | GB/s | times cp | peak memory |")
     print(f"|{'-' * 11}|---|---|---|---|---|")
-    for name, found in runs.items():
-        each = ", ".join(f"{run.seconds:.1f}" for run in found)
+    for name, of_name in runs.items():
+        each = ", ".join(f"{run.seconds:.1f}" for run in of_name)
         ratio = medians[name] / medians["cp"]
-        peak = max(run.peak for run in found) / 1e9
+        peak = max(run.peak for run in of_name) / 1e9
         speed = size / 1e9 / medians[name]
         print(f"| {name:9} | {each} | {medians[name]:.1f} | {speed:.2f} | {ratio:.2f} | {peak:.2f} GB |")
     if "diffusers" in medians:
@@ -105,12 +109,9 @@ def _table(runs: dict[str, list[Run]], size: int) -> None:
 
 
 def _machine() -> str:
-    names = [line.partition(":")[2].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
-    return f"{os.cpu_count()} cores ({names[0] if names else platform.machine()})"
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    about = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", about.read_text(encoding="utf-8") if about.exists() else "")
+    return f"{os.cpu_count()} cores ({model[1] if model else platform.machine()})"
 
 
 if __name__ == "__main__":

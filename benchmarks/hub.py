@@ -16,9 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.hub_publish import write_random
 from tests.hub_server import Entry, LoopbackHub
 
 BAR = 1.5  # times snapshot_download
@@ -45,20 +46,11 @@ def fill(hub: LoopbackHub, size: int) -> None:
     shards = {}
     for number, name in enumerate(names):
         part = min(SHARD, size - number * SHARD)
-        with tempfile.NamedTemporaryFile(dir=hub.lfs.path("").parent, delete=False) as file:
-            for block in _random(part):
-                file.write(block)
-        sha256 = subprocess.run(["sha256sum", file.name], check=True, capture_output=True, text=True).stdout[:64]
-        Path(file.name).replace(hub.lfs.path(sha256))
+        written = hub.lfs.path("").parent / f"shard-{number}"
+        sha256 = write_random(written, part, number)
+        written.replace(hub.lfs.path(sha256))
         shards[name] = Entry.lfs(sha256, part, None)
     hub.registry.repos[REPO].commit(shards)
-
-
-def _random(size: int) -> Iterator[bytes]:
-    while size > 0:
-        block = os.urandom(min(size, 1 << 24))
-        size -= len(block)
-        yield block
 
 
 def measure(code: str, home: Path, environment: Mapping[str, str]) -> float:
@@ -95,14 +87,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         hub = LoopbackHub(folder / "hub")
         fill(hub, size)
         environment = {"HF_TOKEN": "", "HF_HUB_DISABLE_XET": "1"}
-        found: dict[str, list[float]] = {"snapshot_download": [], "locked": []}
+        times: dict[str, list[float]] = {"snapshot_download": [], "locked": []}
         with hub.run():
             for _ in range(options.runs):
-                for name, code in zip(found, (ALONE, LOCKED), strict=True):
-                    found[name].append(measure(code, folder / "home", {**environment, "HF_ENDPOINT": hub.url}))
-    alone, locked = (statistics.median(seconds) for seconds in found.values())
-    for name, seconds in found.items():
-        each = ", ".join(f"{one:.1f}" for one in seconds)
+                for name, code in zip(times, (ALONE, LOCKED), strict=True):
+                    times[name].append(measure(code, folder / "home", {**environment, "HF_ENDPOINT": hub.url}))
+    alone, locked = (statistics.median(seconds) for seconds in times.values())
+    for name, seconds in times.items():
+        each = ", ".join(f"{run:.1f}" for run in seconds)
         print(
             f"{name}: {each} s; median {statistics.median(seconds):.1f} s, {size / 1e9 / min(seconds):.2f} GB/s at best"
         )

@@ -1,4 +1,4 @@
-"""What publishing costs: ``python -m benchmarks.hub_publish [--gib 2]``, against the Hub of the tests on the loopback.
+"""Time and bytes of publishing to the tests' Hub on the loopback: ``python -m benchmarks.hub_publish [--gib 2]``.
 
 Three publications of four shards of random bytes: everything, the same again, and with one shard changed. Bytes are
 counted where they arrive. The loopback has no latency to speak of: what is measured is this machine's work (hashing
@@ -66,22 +66,29 @@ def _measure(hub: LoopbackHub, merged: Path, size: int, how: str) -> None:
 
 
 def _write(path: Path, size: int, seed: int) -> records.MergedFile:
+    return records.MergedFile(size, write_random(path, size, seed), "fused")
+
+
+def write_random(path: Path, size: int, seed: int) -> str:
+    """Write `size` random bytes; their sha256."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rng, digest, left = np.random.default_rng(seed), hashlib.sha256(), size
+    rng = np.random.default_rng(seed)
+    digest = hashlib.sha256()
     with path.open("wb") as file:
-        while left:
-            block = rng.bytes(min(BLOCK, left))
+        for start in range(0, size, BLOCK):
+            block = rng.bytes(min(BLOCK, size - start))
             digest.update(block)
             file.write(block)
-            left -= len(block)
-    return records.MergedFile(size, digest.hexdigest(), "fused")
+    return digest.hexdigest()
 
 
 def _publish(hub: LoopbackHub, merged: Path, hashed: dict[str, records.MergedFile], label: str) -> tuple[float, int]:
     manifest = Manifest(1, "benchmark", None, (records.MergedLora("lora", 1.0, "5" * 64),), 1.0, 1, hashed)
-    before, begun = hub.uploaded(), time.perf_counter()
+    before = hub.uploaded()
+    begun = time.perf_counter()
     publish(merged, manifest, "---\nlibrary_name: diffusers\n---\n", repo_id="alice/benchmark", message="benchmark")
-    seconds, sent = time.perf_counter() - begun, hub.uploaded() - before
+    seconds = time.perf_counter() - begun
+    sent = hub.uploaded() - before
     print(f"| {label:19} | {seconds:.1f} | {progress.human_bytes(sent)} |", flush=True)
     return seconds, sent
 

@@ -22,25 +22,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from pocket import LORA_TARGETS
+
 Shapes = dict[str, tuple[int, ...]]
 Fill = Callable[[str, int], Iterable[memoryview]]  # a tensor's name and size in bytes -> its data
 
 ITEM = 2  # bytes of a bfloat16
 SHARD_LIMIT = 5_000_000_000  # bytes; the published checkpoint is cut so, into 9 shards
-TARGETS = (
-    "attn.to_q",
-    "attn.to_k",
-    "attn.to_v",
-    "attn.to_out.0",
-    "attn.add_q_proj",
-    "attn.add_k_proj",
-    "attn.add_v_proj",
-    "attn.to_add_out",
-    "img_mlp.net.0.proj",
-    "img_mlp.net.2",
-    "txt_mlp.net.0.proj",
-    "txt_mlp.net.2",
-)
 
 
 class Noise:
@@ -95,7 +83,7 @@ def lora_shapes(shapes: Mapping[str, tuple[int, ...]], rank: int) -> Shapes:
     keys: Shapes = {}
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
-        if module != name and module.startswith("transformer_blocks.") and module.split(".", 2)[2] in TARGETS:
+        if module != name and module.startswith("transformer_blocks.") and module.split(".", 2)[2] in LORA_TARGETS:
             keys[f"{module}.lora_down.weight"] = (rank, shape[1])
             keys[f"{module}.lora_up.weight"] = (shape[0], rank)
             keys[f"{module}.alpha"] = ()

@@ -1,4 +1,4 @@
-"""What a sweep saves: ``python -m benchmarks.sweep [--points 5]``, on the pocket model.
+"""Time that a sweep saves: ``python -m benchmarks.sweep [--points 5]``, on the pocket model.
 
 The same points twice in a folder of their own: by one `stages.sweep`, and one after another by the stages, each a
 process of its own. The sweep also renders the base alone, in 40 steps, which the stages do not here.

@@ -1,4 +1,4 @@
-"""Where a fuse spends the processors' time: ``python -m benchmarks.threads [--blocks 8]``. Linux only.
+"""Processor time of a fuse by thread: ``python -m benchmarks.threads [--blocks 8]``. Linux only.
 
 A fuse in this process, whose threads are named for what they do; what each has used is read from the kernel.
 """
@@ -16,10 +16,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
+
 from lora_fuse.cli import main as lora_fuse
 
 EVERY = 0.02  # seconds between two looks
-TICK = os.sysconf("SC_CLK_TCK")  # per second
 
 DOES = {
     "MainThread": "start, plan, what is no shard",
@@ -32,7 +33,7 @@ DOES = {
 }
 
 
-class Watch(threading.Thread):
+class ThreadTimes(threading.Thread):
     """Reads what every thread of this process has used, until it is told to stop."""
 
     def __init__(self) -> None:
@@ -42,17 +43,12 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         """Look again and again."""
+        process = psutil.Process()
         while not self.stop.wait(EVERY):
             names = {thread.native_id: thread.name.partition("_")[0] for thread in threading.enumerate()}
-            for task in Path("/proc/self/task").iterdir():
-                name = names.get(int(task.name))
-                if name is None or int(task.name) == self.native_id:
-                    continue
-                try:
-                    fields = (task / "stat").read_text().rpartition(")")[2].split()
-                except OSError:  # it has just ended
-                    continue
-                self.used[name, int(task.name)] = (int(fields[11]) / TICK, int(fields[12]) / TICK)
+            for thread in process.threads():
+                if thread.id in names.keys() - {self.native_id}:
+                    self.used[names[thread.id], thread.id] = (thread.user_time, thread.system_time)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -66,16 +62,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         make = [sys.executable, "-m", "benchmarks.make_checkpoint", str(folder), "--blocks", str(options.blocks)]
         subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
         os.sync()
-        watch = Watch()
-        watch.start()
+        times = ThreadTimes()
+        times.start()
         begun = time.perf_counter()
         lora_fuse(["fuse", f"{folder}/transformer", f"{folder}/out", "--lora", f"{folder}/lora.safetensors"])
         seconds = time.perf_counter() - begun
-        watch.stop.set()
-        watch.join()
+        times.stop.set()
+        times.join()
     user: defaultdict[str, float] = defaultdict(float)
     system: defaultdict[str, float] = defaultdict(float)
-    for (name, _), (of_user, of_system) in watch.used.items():
+    for (name, _), (of_user, of_system) in times.used.items():
         user[name] += of_user
         system[name] += of_system
     print(f"{seconds:.1f} s on {os.cpu_count()} cores")

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-TOPS = ("lora_fuse", "stages", "pocket")
+TOPS = ("lora_fuse", "stages", "pocket", "benchmarks")
 SOURCES = sorted(path for top in TOPS for path in (ROOT / top).rglob("*.py"))
 # A docstring begins with a verb or with a noun of the field.
 NO_SUBJECT = ("How", "It", "That", "Those", "What", "When", "Where", "Whether", "Which", "Who", "Whose", "Why")
