@@ -11,7 +11,16 @@ from contextlib import suppress
 from lora_fuse.errors import Busy
 from lora_fuse.machine import PLAIN, Console
 from lora_fuse.recipe import Artifacts, paths
-from lora_fuse.studies.sweep import Builder, plan_sweep, run, sheet_of, write_sheet, wrong_points
+from lora_fuse.studies.sweep import (
+    PointBuilder,
+    SweepPlan,
+    SweepProgress,
+    plan_sweep,
+    run,
+    sheet_of,
+    write_sheet,
+    wrong_points,
+)
 from stages.config.sweeps import Swept, expand
 from stages.merging import merge
 from stages.run import run_stage
@@ -24,34 +33,42 @@ def sweep(swept: Swept, at: Artifacts = SWEEP, console: Console = PLAIN, *, keep
     command = shlex.join(["python", "-m", "stages.sweep", *swept.arguments, *(["--keep"] if keep else [])])
     plan = plan_sweep(swept.points, at.root, keep=keep)
     console.will("sweep", str(plan))
-    builder, planned, count = Builder(at.root, keep, merge), {one.point: one for one in plan.points}, len(plan.points)
-    try:
-        standing = run(
-            list(planned),
-            lambda point: builder.build(planned[point]),
-            inputs={point: one.inputs for point, one in planned.items()},
-            keep=keep,
-            tell=lambda point, said: console.will("sweep", f"{plan.number(point)}, {point.label}: {said}"),
-        )
-    except KeyboardInterrupt:
-        done = sum(point.is_done(keep=keep) for point in planned)
-        console.wrong("sweep", f"{done} of {count} points are done and stay; go on with the rest: {command}")
-        raise
-    facts: dict[str, object] = {"points": count, "built": len(standing.built)}
-    if busy := [point.label for point in standing.busy]:
-        line = f"{len(busy)} of {count} points are being built by another run, which will write the sheet"
+    builder = PointBuilder(at.root, keep, merge)
+    progress = build_points(plan, builder, command, console)
+    facts: dict[str, object] = {"points": len(plan.points), "built": len(progress.built)}
+    if busy := [point.label for point in progress.busy]:
+        line = f"{len(busy)} of {len(plan.points)} points are being built by another run, which will write the sheet"
         console.done("sweep", line, facts=facts | {"busy": busy})
         return 0
-    sheet, page = sheet_of(plan, standing.refused, builder, command), at.root / "sweep.html"
+    sheet = sheet_of(plan, progress.refused, builder, command)
     with suppress(Busy):  # the other process that has ended just now writes the same
         write_sheet(sheet, at.root)
-    wrong, best = wrong_points(sheet), sheet.recommendation
+    wrong = wrong_points(sheet)
     for label, sentence in wrong.items():
         console.wrong("sweep", f"{label}: {sentence}")
+    best = sheet.recommendation
+    page = at.root / "sweep.html"
     facts |= {"wrong": wrong, "recommended": best.label, "scale": best.scale, "reason": best.reason, "sheet": str(page)}
-    first = f"{count} points, {len(standing.built)} built now, {len(standing.refused)} refused"
+    first = f"{len(plan.points)} points, {len(progress.built)} built now, {len(progress.refused)} refused"
     console.done("sweep", first, f"recommended {best.label or 'none'}: {best.reason}", f"see {page}", facts=facts)
     return 1 if wrong else 0
+
+
+def build_points(plan: SweepPlan, builder: PointBuilder, command: str, console: Console) -> SweepProgress:
+    """Build what is missing; an interrupted sweep says how to go on."""
+    planned = {planned.point: planned for planned in plan.points}
+    try:
+        return run(
+            list(planned),
+            lambda point: builder.build(planned[point]),
+            inputs={point: made.inputs for point, made in planned.items()},
+            keep=builder.keep,
+            tell=lambda point, result: console.will("sweep", f"{plan.number(point)}, {point.label}: {result}"),
+        )
+    except KeyboardInterrupt:
+        done = sum(point.is_done(keep=builder.keep) for point in planned)
+        console.wrong("sweep", f"{done} of {len(planned)} points are done and stay; go on with the rest: {command}")
+        raise
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_fuse.errors import BadConfig
-from lora_fuse.studies.sweep import SweptParams
+from lora_fuse.studies.sweep import SweptPoint
 from stages.config import load
 from stages.config.composition import split_sweep
 
@@ -16,7 +16,7 @@ class Swept:
     """A sweep as it was asked for, and its points; two of them may be the same."""
 
     arguments: tuple[str, ...]
-    points: tuple[SweptParams, ...]
+    points: tuple[SweptPoint, ...]
 
 
 def expand(arguments: Sequence[str]) -> Swept:
@@ -32,4 +32,4 @@ def expand(arguments: Sequence[str]) -> Swept:
     if not swept[1]:
         raise BadConfig(f"{given}: a sweep of no points, as a range or choice in it is empty; give it values")
     fixed, points = swept
-    return Swept(tuple(arguments), tuple(SweptParams(point, load([*fixed, *point])) for point in points))
+    return Swept(tuple(arguments), tuple(SweptPoint(point, load([*fixed, *point])) for point in points))

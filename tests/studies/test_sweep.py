@@ -23,7 +23,7 @@ from lora_fuse.studies.sweep.points import MERGED, Point, clear_leftovers, key_o
 from lora_fuse.studies.sweep.points import METRICS as NUMBERS
 from lora_fuse.studies.sweep.recommendation import Recommendation, Tried, largest_undamaged, nearest_to_teacher
 from lora_fuse.studies.sweep.running import SweepProgress, run
-from lora_fuse.studies.sweep.sheet import Column, Row, Sheet, sheet_html, sheet_json, sheet_markdown
+from lora_fuse.studies.sweep.sheet import CaseRow, Column, Sheet, sheet_html, sheet_json, sheet_markdown
 from tests.support.drawn import smooth
 
 
@@ -332,7 +332,7 @@ def test_the_sheet_escapes_what_it_shows_and_asks_nobody_for_anything() -> None:
         Column("fuse.scale=3", "", 3.0, "k3", refused="no | <i>room</i>"),
     )
     best = largest_undamaged(tried({1.0: 0.1}), steps=40)
-    rows = (Row("cat", "<script>alert(1)</script>", (), None),)
+    rows = (CaseRow("cat", "<script>alert(1)</script>", (), None),)
     sheet = Sheet(
         "r", "python -m stages.sweep x=1,2", "4 steps", "40 steps", "cpu", best, columns, rows, curves([metrics] * 2)
     )

@@ -222,8 +222,8 @@ def test_the_points_are_hydra_s(monkeypatch: pytest.MonkeyPatch) -> None:
     found = expand(["fuse.scale=range(1,3)", "lora=glob(*)", "verify.rows=all"]).points
     labels = [" ".join(variant.overrides) for variant in found]
     assert labels == ["fuse.scale=1 lora=v1", "fuse.scale=1 lora=v2", "fuse.scale=2 lora=v1", "fuse.scale=2 lora=v2"]
-    assert {variant.params.verify.rows for variant in found} == {"all"}
-    assert [v.params.loras["lightning"].filename[-14:-12] for v in found[:2]] == ["v1", "v2"]
+    assert {variant.recipe.verify.rows for variant in found} == {"all"}
+    assert [v.recipe.loras["lightning"].filename[-14:-12] for v in found[:2]] == ["v1", "v2"]
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(

@@ -1,7 +1,9 @@
-from .building import Builder as Builder
-from .building import sheet_of as sheet_of
+from .building import PointBuilder as PointBuilder
 from .building import wrong_points as wrong_points
+from .contact import sheet_of as sheet_of
 from .contact import write_sheet as write_sheet
-from .planning import SweptParams as SweptParams
+from .planning import SweepPlan as SweepPlan
+from .planning import SweptPoint as SweptPoint
 from .planning import plan_sweep as plan_sweep
+from .running import SweepProgress as SweepProgress
 from .running import run as run

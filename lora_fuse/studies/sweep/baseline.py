@@ -27,9 +27,9 @@ def baseline(
         render: makes one for each case.
     """
     with waiting(folder):  # several processes need the same, and one makes it
-        if (found := _read(folder, cases)) is not None:
-            return found
-        pictures = {case.name: one for case, one in zip(cases, render(), strict=True)}
+        if (kept := _read(folder, cases)) is not None:
+            return kept
+        pictures = dict(zip((case.name for case in cases), render(), strict=True))
         _write(folder, pictures)
         return pictures
 
@@ -37,7 +37,7 @@ def baseline(
 def _read(folder: Path, cases: Sequence[Case]) -> dict[str, picture.Picture] | None:
     path = folder / RECORD
     try:
-        written = records.from_json(dict[str, FileRecord], path.read_text(encoding="utf-8"), str(path))
+        written = records.read(dict[str, FileRecord], path)
         if any(files.hash_file(folder / name) != record for name, record in written.items()):
             return None
         return {case.name: _read_picture(folder, case.name) for case in cases}
@@ -47,7 +47,9 @@ def _read(folder: Path, cases: Sequence[Case]) -> dict[str, picture.Picture] | N
 
 def _read_picture(folder: Path, case: str) -> picture.Picture:
     with np.load(folder / f"{case}.npz") as arrays:
-        latents, nonfinite, sigmas = arrays["latents"], int(arrays["nonfinite"]), tuple(arrays["sigmas"].tolist())
+        latents = arrays["latents"]
+        nonfinite = int(arrays["nonfinite"])
+        sigmas = tuple(arrays["sigmas"].tolist())
     return picture.Picture(picture.read_levels(folder / f"{case}.png"), nonfinite, latents, sigmas)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from lora_fuse.machine import files, staging
 from lora_fuse.pictures import Case, encode, picture, render
+from lora_fuse.recipe import Recipe, sections
+from lora_fuse.studies.sweep.building import PointBuilder
 from lora_fuse.studies.sweep.numbers import broken, by_case, curves, distances, mean_of, worse_than_base
+from lora_fuse.studies.sweep.planning import PlannedPoint, SweepPlan
 from lora_fuse.studies.sweep.points import IMAGES, MERGED, Point
 from lora_fuse.studies.sweep.recommendation import (
     NEAREST_BY,
@@ -17,62 +19,51 @@ from lora_fuse.studies.sweep.recommendation import (
     largest_undamaged,
     nearest_to_teacher,
 )
-from lora_fuse.studies.sweep.sheet import Column, Row, Sheet, sheet_html, sheet_json, sheet_markdown
+from lora_fuse.studies.sweep.sheet import CaseRow, Column, Sheet, sheet_html, sheet_json, sheet_markdown
 
 LARGEST = 384  # pixels of a side on the page; the files beside it are whole
 QUALITY = 88
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A point of the sweep with what the sheet needs to know of it; `refused` is why it could not be built."""
-
-    point: Point
-    series: str
-    scale: float
-    steps: int
-    teacher_steps: int
-    loras: int
-    refused: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Headings:
-    """What the sheet says of the sweep as a whole, see `Sheet`."""
-
-    recipe: str
-    command: str
-    run: str
-    alone: str
-    environment: str
-
-
-def make_sheet(
-    entries: Sequence[Entry], cases: Iterable[Case], alone: Mapping[str, picture.Picture], headings: Headings
-) -> Sheet:
-    """The sheet of points that are done or refused.
+def sheet_of(plan: SweepPlan, refused: Mapping[Point, str], builder: PointBuilder, command: str) -> Sheet:
+    """The sheet of a sweep whose points are all done or refused.
 
     Args:
-        entries: in the order to show them.
-        cases: of any point.
-        alone: the base's own pictures, by case.
-        headings: of the sweep.
+        plan: the points in the order to show them.
+        refused: the reason of each that could not be built.
+        builder: has the base's own pictures.
+        command: starts the sweep again.
     """
-    distilled = bool(entries) and all(entry.steps < entry.teacher_steps for entry in entries)
-    columns = [_column(entry, distilled=distilled) for entry in entries]
-    built = [column.metrics for column in columns if column.metrics is not None]
-    rows = [
-        Row(
-            case.name,
-            case.prompt,
-            tuple(_encoded(render.open_picture(path, case)) for path in case.images),
-            _encoded(alone[case.name]) if case.name in alone else None,
-        )
-        for case in cases
-    ]
-    best = _recommended(entries, columns, distilled=distilled)
-    texts = (headings.recipe, headings.command, headings.run, headings.alone, headings.environment)
-    return Sheet(*texts, best, tuple(columns), tuple(rows), curves(built))
+    recipes = [planned.asked.recipe for planned in plan.points]
+    done = [planned for planned in plan.points if planned.point not in refused]
+    distilled = all(recipe.sampling.steps < recipe.base.sampling.steps for recipe in recipes)
+    columns = tuple(_column(planned, refused.get(planned.point), distilled=distilled) for planned in plan.points)
+    cases = {case.name: case for recipe in recipes for case in Case.of(recipe)}
+    alone = {name: shown for planned in done for name, shown in builder.alone(planned).items()}
+    return Sheet(
+        recipe=_either(recipe.name for recipe in recipes),
+        command=command,
+        run=_either(_sampling(recipe.sampling) for recipe in recipes),
+        alone=_either(_sampling(recipe.base.sampling) for recipe in recipes),
+        environment=_either(planned.point.metrics()["environment"] for planned in done),
+        recommendation=_recommended(recipes, columns, distilled=distilled),
+        columns=columns,
+        rows=tuple(_row(case, alone.get(name)) for name, case in cases.items()),
+        curves=curves([column.metrics for column in columns if column.metrics is not None]),
+    )
+
+
+def _sampling(sampling: sections.SamplingParams) -> str:
+    return f"{sampling.steps} steps, CFG {sampling.true_cfg_scale:g}"
+
+
+def _either(values: Iterable[str]) -> str:
+    return " or ".join(dict.fromkeys(values))
+
+
+def _row(case: Case, alone: picture.Picture | None) -> CaseRow:
+    inputs = tuple(_encoded(render.open_picture(path, case)) for path in case.images)
+    return CaseRow(case.name, case.prompt, inputs, None if alone is None else _encoded(alone))
 
 
 def write_sheet(sheet: Sheet, folder: Path) -> None:
@@ -86,11 +77,11 @@ def write_sheet(sheet: Sheet, folder: Path) -> None:
             files.replace_text(folder / f"sweep.{name}", text(sheet))
 
 
-def _column(entry: Entry, *, distilled: bool) -> Column:
-    point = entry.point
-    facts = (point.label, entry.series, entry.scale, point.key)
-    if entry.refused is not None:
-        return Column(*facts, refused=entry.refused)
+def _column(planned: PlannedPoint, refused: str | None, *, distilled: bool) -> Column:
+    point = planned.point
+    facts = (point.label, planned.series, planned.asked.recipe.fuse.scale, point.key)
+    if refused is not None:
+        return Column(*facts, refused=refused)
     numbers = point.metrics()
     pictures = {}
     for path in sorted((point.folder / IMAGES).glob("*.merged.png")):
@@ -102,7 +93,7 @@ def _column(entry: Entry, *, distilled: bool) -> Column:
     return Column(*facts, metrics=numbers, damage=damage, pictures=pictures, merged=kept)
 
 
-def _recommended(entries: Sequence[Entry], columns: Sequence[Column], *, distilled: bool) -> Recommendation:
+def _recommended(recipes: Sequence[Recipe], columns: Sequence[Column], *, distilled: bool) -> Recommendation:
     tried = [
         Tried(
             column.label,
@@ -116,11 +107,11 @@ def _recommended(entries: Sequence[Entry], columns: Sequence[Column], *, distill
         for column in columns
         if column.metrics is not None
     ]
-    first = entries[0]
+    steps = recipes[0].sampling.steps
     if not distilled:
-        return largest_undamaged(tried, steps=first.steps)
-    loras = max(entry.loras for entry in entries)
-    return nearest_to_teacher(tried, steps=first.steps, teacher_steps=first.teacher_steps, loras=loras)
+        return largest_undamaged(tried, steps=steps)
+    loras = max(len(recipe.loras) for recipe in recipes)
+    return nearest_to_teacher(tried, steps=steps, teacher_steps=recipes[0].base.sampling.steps, loras=loras)
 
 
 def _encoded(shown: picture.Picture) -> encode.Encoded:

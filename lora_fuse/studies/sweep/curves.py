@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-WIDTH, HEIGHT = 320, 190  # of the drawing, in its own units
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 26  # margins
+WIDTH = 320  # of the drawing, in its own units
+HEIGHT = 190
+LEFT = 52  # margins
+RIGHT = 12
+TOP = 12
+BOTTOM = 26
 INSET = 10  # between the axis and the first mark
 APART = 26  # between two labels of an axis, at least
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A point of a line, and what it says when it is pointed at."""
+    """A point of a line, and the label that it shows when it is pointed at."""
 
     x: float
     y: float
@@ -53,16 +57,18 @@ def curve(
     Args:
         title: the metric's.
         series: by name, (scale, value) in any order; a value of None is a gap.
-        nearer: which way is nearer, in words.
+        nearer: the direction that is nearer, in words.
         chosen: the recommended scale.
     """
     values = [value for points in series.values() for _, value in points if value is not None]
     if not values:
         return None
     scales = sorted({scale for points in series.values() for scale, _ in points})
-    low, high = min(values), max(values)
-    pad = (high - low) * 0.08 or abs(high) * 0.05 or 1.0
-    low, high = low - pad, high + pad
+    lowest = min(values)
+    highest = max(values)
+    pad = (highest - lowest) * 0.08 or abs(highest) * 0.05 or 1.0
+    low = lowest - pad
+    high = highest + pad
 
     def at_x(scale: float) -> float:
         share = (scale - scales[0]) / (scales[-1] - scales[0]) if len(scales) > 1 else 0.5
@@ -72,7 +78,7 @@ def curve(
         return round(TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM), 2)
 
     lines = tuple(_line(name, sorted(points), at_x, at_y) for name, points in series.items())
-    ticks = (min(values), max(values)) if min(values) < max(values) else (min(values),)
+    ticks = (lowest, highest) if lowest < highest else (lowest,)
     return Curve(
         title,
         nearer,
@@ -84,7 +90,7 @@ def curve(
 
 
 def _apart(labels: Sequence[tuple[float, str]]) -> tuple[tuple[float, str], ...]:
-    """Those that do not stand on each other: the last, and from the first on whatever has room before it."""
+    """The labels that do not overlap: the last, and from the first on whatever has room before it."""
     kept = [labels[0]]
     for label in labels[1:-1]:
         if label[0] - kept[-1][0] >= APART and labels[-1][0] - label[0] >= APART:

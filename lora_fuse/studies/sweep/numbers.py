@@ -40,7 +40,7 @@ NEARER = {
 
 
 def title_of(key: str) -> str:
-    """What a number of `curves` is called."""
+    """The title of a number of `curves`."""
     side, _, name = key.rpartition(".")
     if name in metrics.METRICS:
         metric = metrics.METRICS[name]
@@ -98,7 +98,7 @@ def distances(numbers: Mapping[str, Any]) -> dict[str, float]:
 
 
 def broken(metrics: Mapping[str, Any]) -> tuple[str, ...]:
-    """What is wrong with the weights or the pictures of a point, as sentences; empty if nothing is.
+    """Faults of the weights or the pictures of a point, as sentences; empty if there are none.
 
     Not being the golden is no fault here: that is of another scale.
     """
@@ -118,7 +118,7 @@ def describe(metrics: Mapping[str, Any]) -> str:
 
 
 def failed(metrics: Mapping[str, Any]) -> bool:
-    """Whether the merge itself is wrong: its weights, or its pictures are not those of base + LoRA.
+    """True if the merge itself is wrong: its weights, or its pictures are not those of base + LoRA.
 
     A picture that is broken on both sides is what the scale does, and a finding.
     """
@@ -127,7 +127,7 @@ def failed(metrics: Mapping[str, Any]) -> bool:
 
 
 def worse_than_base(metrics: Mapping[str, Any]) -> tuple[str, ...]:
-    """Where the pictures are more clipped, noisier, more of a grid or more washed out than the base's, as sentences."""
+    """Cases that are more clipped, noisier, more of a grid or more washed out than the base's, as sentences."""
     found = []
     for case in gate.case_names(metrics):
         for name in damage.MEASURES:

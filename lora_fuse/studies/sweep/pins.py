@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from lora_fuse import hub
@@ -25,13 +26,14 @@ class SourceLocks:
 
     def __init__(self, path: Path, known: Iterable[Lock], transfer: sections.DownloadParams) -> None:
         """`path` has the pins of earlier runs of this sweep; `known` are the build's."""
-        self._path, self._transfer = path, transfer
-        earlier = records.from_json(SweepLocks, path.read_text(), str(path)).locks if path.exists() else []
+        self._path = path
+        self._transfer = transfer
+        earlier = records.read(SweepLocks, path).locks if path.exists() else []
         self._known = [*earlier, *known]
         self._made: dict[tuple[object, str | None], Lock] = {}
 
     def sizes(self, source: Source, filename: str | None = None) -> source_sizes.SourceSize:
-        """What a base, or the LoRA `filename` of a source, will take; nothing of it is fetched."""
+        """The size of a base, or of the LoRA `filename` of a source; nothing of it is fetched."""
         previous = self._previous(source, filename)
         if filename is None:
             return source_sizes.base_size(source, previous, timeout=self._transfer.stall_seconds)
@@ -39,18 +41,17 @@ class SourceLocks:
 
     def base(self, source: Source) -> Lock:
         """Pin a base, see `lora_fuse.hub.lock_base`."""
-        if (source.place, None) not in self._made:
-            previous = self._previous(source, None)
-            self._made[source.place, None] = hub.lock_base(source, previous=previous, transfer=self._transfer)
-        return self._made[source.place, None]
+        return self._pin(source, None, hub.lock_base)
 
     def lora(self, source: Source, filename: str) -> Lock:
         """Pin a LoRA, see `lora_fuse.hub.lock_lora`."""
-        if (source.place, filename) not in self._made:
-            previous = self._previous(source, filename)
-            made = hub.lock_lora(source, filename, previous=previous, transfer=self._transfer)
-            self._made[source.place, filename] = made
-        return self._made[source.place, filename]
+        return self._pin(source, filename, partial(hub.lock_lora, filename=filename))
+
+    def _pin(self, source: Source, filename: str | None, lock: Callable[..., Lock]) -> Lock:
+        key = (source.place, filename)
+        if key not in self._made:
+            self._made[key] = lock(source, previous=self._previous(source, filename), transfer=self._transfer)
+        return self._made[key]
 
     def write(self) -> None:
         """Keep the pins for the next run."""

@@ -1,4 +1,4 @@
-"""What a sweep keeps of each point: a folder named after everything that its pictures depend on, and its record.
+"""The folder that a sweep keeps of each point, named after everything that its pictures depend on, and its record.
 
 A record is written last, so that it is there only if all else is; it is right if every file that it names still has its
 sha256. A point whose record is right is never built again.
@@ -20,7 +20,10 @@ from lora_fuse.machine import FileRecord, files, staging
 from lora_fuse.recipe import records
 
 SCHEMA = 1
-RECORD, METRICS, IMAGES, MERGED = "point.json", "metrics.json", "images", "merged"
+RECORD = "point.json"
+METRICS = "metrics.json"
+IMAGES = "images"
+MERGED = "merged"
 POLL = 0.2  # seconds between two tries to hold what another process holds
 
 
@@ -31,9 +34,9 @@ def key_of(inputs: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class PointRecord:
-    """A point that was tried: what it was made of, and its files, or why it was refused.
+    """A point that was tried: its inputs and its files, or the reason why it was refused.
 
-    `inputs` is what `key` is of; `kept` says that the merged checkpoint was to stay.
+    `key` is the hash of `inputs`; `kept` says that the merged checkpoint was to stay.
     """
 
     schema: int
@@ -54,11 +57,11 @@ class Point:
 
     def record(self) -> PointRecord | None:
         """Its record, None if there is none or if it is not of these inputs."""
-        found = read_record(self.folder)
-        return found if found is not None and (found.schema, found.key) == (SCHEMA, self.key) else None
+        record = read_record(self.folder)
+        return record if record is not None and (record.schema, record.key) == (SCHEMA, self.key) else None
 
     def is_done(self, *, keep: bool = False) -> bool:
-        """Whether it was built, all that was kept of it is as it was, and with `keep` the merged checkpoint too."""
+        """True if it was built and all that was kept is as it was, with `keep` the merged checkpoint too."""
         record = self.record()
         if record is None or record.refused is not None or not record.files:
             return False
@@ -75,22 +78,21 @@ class Point:
         """Write the record, as the last of all."""
         names = [METRICS, *(f"{IMAGES}/{path.name}" for path in sorted((self.folder / IMAGES).glob("*.png")))]
         written = {name: files.hash_file(self.folder / name) for name in names}
-        files.replace_text(
-            self.folder / RECORD, records.to_json(PointRecord(SCHEMA, self.key, dict(inputs), written, kept=kept))
-        )
+        self._write(PointRecord(SCHEMA, self.key, dict(inputs), written, kept=kept))
 
     def refuse(self, inputs: Mapping[str, Any], sentence: str) -> None:
         """Record that it cannot be built, and why."""
-        files.replace_text(
-            self.folder / RECORD, records.to_json(PointRecord(SCHEMA, self.key, dict(inputs), {}, sentence))
-        )
+        self._write(PointRecord(SCHEMA, self.key, dict(inputs), {}, sentence))
+
+    def _write(self, record: PointRecord) -> None:
+        files.replace_text(self.folder / RECORD, records.to_json(record))
 
 
 def read_record(folder: Path) -> PointRecord | None:
     """The record of whatever point a folder is of; None if there is none, or it cannot be read."""
     path = folder / RECORD
     try:
-        return records.from_json(PointRecord, path.read_text(encoding="utf-8"), str(path))
+        return records.read(PointRecord, path)
     except (OSError, BadSource):
         return None
 

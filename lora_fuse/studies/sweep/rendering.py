@@ -45,5 +45,6 @@ class Renderer:
         if of != self._of:
             self._parts = {}  # the memory of the last ones first
             pipe = render.load_pipeline(base, setup.pipeline, dtype=setup.dtype, shared={"transformer": None})
-            self._of, self._parts = of, render.shared_components(pipe)
+            self._of = of
+            self._parts = render.shared_components(pipe)
         return self._parts

@@ -16,7 +16,7 @@ from lora_fuse.studies.sweep.points import Point
 
 @dataclass(slots=True)
 class SweepProgress:
-    """How a sweep stands: its points by what became of them; `built` are those that this process made.
+    """The points of a sweep by what became of them; `built` are those that this process made.
 
     `refused` has the sentence of each.
     """
@@ -38,57 +38,52 @@ def run(
 
     Args:
         points: in the order to build them.
-        build: makes all but the record and says what it came to; what it refuses is recorded, and the others go on.
-        inputs: what the key of each is of.
+        build: makes all but the record and returns the result in words; a refusal is recorded, and the others go on.
+        inputs: the inputs of each point's key.
         keep: leave the merged checkpoints.
-        tell: is told what became of each, in a few words.
+        tell: gets the result of each point, in a few words.
 
     Raises:
         NoSpace: there is no room for any other point either.
         NoDevice: nor is there a GPU for one.
     """
-    standing, pending = SweepProgress(), list(points)
+    sweep = SweepProgress()
+    pending = list(points)
     while pending:
         busy = []
         for point in pending:
             try:
                 if not point.is_done(keep=keep):
                     with staging.exclusive(point.folder):
-                        said = _build_one(point, build, inputs[point], keep=keep)
-                        if said.refused:
-                            standing.refused[point] = said.sentence
-                        elif not said.elsewhere:
-                            standing.built.append(point)
-                        tell(point, str(said))
+                        tell(point, _build_one(point, build, inputs[point], sweep, keep=keep))
             except Busy:
                 busy.append(point)
-                continue
         if len(busy) == len(pending):
             break
         pending = busy
-    standing.busy = pending
-    return standing
+    sweep.busy = pending
+    return sweep
 
 
-@dataclass(frozen=True, slots=True)
-class _Said:
-    sentence: str
-    refused: bool = False
-    elsewhere: bool = False
-
-    def __str__(self) -> str:
-        return "refused" if self.refused else self.sentence
-
-
-def _build_one(point: Point, build: Callable[[Point], str], inputs: Mapping[str, object], *, keep: bool) -> _Said:
+def _build_one(
+    point: Point,
+    build: Callable[[Point], str],
+    inputs: Mapping[str, object],
+    sweep: SweepProgress,
+    *,
+    keep: bool,
+) -> str:
+    """Build a point whose lock is held, and note in `sweep` what became of it; the same in a few words."""
     if point.is_done(keep=keep):
-        return _Said("built by another process", elsewhere=True)
+        return "built by another process"
     try:
-        said = build(point)
+        result = build(point)
     except (NoSpace, NoDevice, Busy):
         raise
     except Refused as error:
         point.refuse(inputs, str(error))
-        return _Said(str(error), refused=True)
+        sweep.refused[point] = str(error)
+        return "refused"
     point.finish(inputs, kept=keep)
-    return _Said(said)
+    sweep.built.append(point)
+    return result

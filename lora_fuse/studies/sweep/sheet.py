@@ -38,7 +38,7 @@ class Column:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class CaseRow:
     """A case: what was asked for, its input pictures, and the base's own picture."""
 
     case: str
@@ -62,7 +62,7 @@ class Sheet:
     environment: str
     recommendation: Recommendation
     columns: tuple[Column, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[CaseRow, ...]
     curves: Mapping[str, Sequence[float | None]]
 
     @property
