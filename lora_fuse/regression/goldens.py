@@ -42,11 +42,10 @@ class GoldenRecord:
     provenance: Provenance
 
 
-@dataclass(frozen=True, slots=True)
-class Approved:
-    """A golden as a run compares with it, and its record."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Approved(Golden):
+    """A golden with its record."""
 
-    golden: Golden
     record: GoldenRecord
 
 
@@ -110,7 +109,7 @@ class Goldens:
     def _of_key(self, key: environment.Key, run: environment.Key, case: str) -> list[Approved]:
         elsewhere = None if key == run else f"{key} ({'; '.join(key.differences(run))})"
         return [
-            Approved(Golden(_levels(path), name=path.name, elsewhere=elsewhere, floor=record.floor), record)
+            Approved(_levels(path), name=path.name, elsewhere=elsewhere, floor=record.floor, record=record)
             for path, record in self.records(key, case)
         ]
 
@@ -165,11 +164,6 @@ class Goldens:
         path.parent.mkdir(parents=True, exist_ok=True)
         files.replace_bytes(path, picture)
         files.replace_text(path.with_suffix(".json"), records.to_json(record))
-
-
-def pictures_of(approved: Mapping[str, Iterable[Approved]]) -> dict[str, list[Golden]]:
-    """The goldens by case, without their records."""
-    return {case: [one.golden for one in found] for case, found in approved.items()}
 
 
 def check_picture(picture: bytes, candidate: Candidate) -> None:

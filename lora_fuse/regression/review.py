@@ -36,7 +36,6 @@ class Judged:
     found: Candidates
     run: RunRecord
     metrics: dict[str, Scalar]
-    approved: Mapping[str, Sequence[Approved]]
 
 
 def flat_metrics(results: Iterable[CaseResult]) -> dict[str, Scalar]:
@@ -116,7 +115,7 @@ def review(judged: Judged, verify: Mapping[str, Any], rules: Rules, setup: pairs
         warnings=tuple(pair_warnings(*judged.manifest.pair)),
         rules=rules,
         cases=tuple(
-            _case(one, Provenance.of(judged.found.cases[one.name].provenance, judged.run), judged, setup)
+            _case(one, Provenance.of(judged.found.cases[one.name].provenance, judged.run), setup)
             for one in judged.cases
         ),
         heat_top=metrics.HEAT_TOP,
@@ -143,12 +142,10 @@ def _environment(run: RunRecord) -> dict[str, str]:
     return shown
 
 
-def _case(case: JudgedPair, provenance: Provenance, judged: Judged, setup: pairs.Setup) -> CaseReport:
-    approved = judged.approved.get(case.name, ())
+def _case(case: JudgedPair, provenance: Provenance, setup: pairs.Setup) -> CaseReport:
     merged = case.pair.merged
     golden = case.result.golden
     others = {"golden": golden, "unfused": case.pair.unfused}
-    record = next((one.record for one in approved if one.golden is golden), None)
     return CaseReport(
         result=case.result,
         inputs=tuple(encode.encoded(render.open_picture(path, case.pair.case)) for path in case.pair.case.images),
@@ -161,7 +158,7 @@ def _case(case: JudgedPair, provenance: Provenance, judged: Judged, setup: pairs
             if other is not None and other.size == merged.size
         },
         cost=_cost(case),
-        changed=None if record is None else tuple(differences(provenance, record.provenance)),
+        changed=tuple(differences(provenance, golden.record.provenance)) if isinstance(golden, Approved) else None,
         baseline=_baseline(case, setup),
     )
 

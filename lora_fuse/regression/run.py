@@ -15,7 +15,7 @@ from lora_fuse.recipe import Artifacts, Recipe, records
 from lora_fuse.regression.candidates import candidates
 from lora_fuse.regression.case_judgement import judge_pairs, save_pictures
 from lora_fuse.regression.gate import next_step
-from lora_fuse.regression.goldens import Approved, pictures_of
+from lora_fuse.regression.goldens import Approved
 from lora_fuse.regression.report import report_html
 from lora_fuse.regression.review import Judged, block_changes, case_rows, review, run_metrics
 from lora_fuse.regression.run_record import RunRecord
@@ -40,12 +40,12 @@ def judge(
         rendered: both sides of every case.
         approved: the goldens by case.
     """
-    cases = judge_pairs(rendered, pictures_of(approved), Rules.of(params))
+    cases = judge_pairs(rendered, approved, Rules.of(params))
     manifest, manifest_sha256 = read_manifest(at.manifest)
     found = candidates(cases, manifest, manifest_sha256, setup)
     run = RunRecord.of(manifest_sha256, here, {one.name: one.pair.merged for one in cases})
     measured = run_metrics(cases, run, params.name, params.fuse.scale)
-    return Judged(manifest, cases, found, run, measured, approved)
+    return Judged(manifest, cases, found, run, measured)
 
 
 def write_regression(

@@ -41,8 +41,8 @@ def test_what_was_approved_comes_back_exactly_with_its_record(held: tuple[Golden
     goldens, path = held
     assert path == tmp_path / "pocket" / str(KEY) / "rabbit.png"
     (found,) = goldens.for_run(KEY, ["rabbit"])["rabbit"]
-    assert (found.golden.levels == picture()).all()
-    assert (found.golden.name, found.golden.elsewhere) == ("rabbit.png", None)
+    assert (found.levels == picture()).all()
+    assert (found.name, found.elsewhere) == ("rabbit.png", None)
     assert found.record.provenance == PROVENANCE
     assert found.record.approval == APPROVAL
     assert found.record.sha256 == candidate(png()).sha256
@@ -140,7 +140,7 @@ def test_another_approval_takes_the_place_of_the_first_and_says_so(held: tuple[G
     goldens, path = held
     assert approve(goldens, 1) == path
     (found,) = goldens.for_run(KEY, ["rabbit"])["rabbit"]
-    assert (found.golden.levels == picture(1)).all()
+    assert (found.levels == picture(1)).all()
     assert found.record.approval == replace(APPROVAL, replaces=(candidate(png()).sha256,))
     assert names(tmp_path) == [f"pocket/{KEY}/rabbit.json", f"pocket/{KEY}/rabbit.png"]
 
@@ -152,7 +152,7 @@ def test_several_pictures_of_a_case_can_be_goldens_and_one_takes_the_place_of_al
     paths = [path, *(approve(goldens, seed, beside=True) for seed in (1, 2, 1))]
     assert [path.name for path in paths] == ["rabbit.png", "rabbit.2.png", "rabbit.3.png", "rabbit.2.png"]
     found = goldens.for_run(KEY, ["rabbit"])["rabbit"]
-    assert {one.golden.levels.tobytes() for one in found} == {picture(seed).tobytes() for seed in range(3)}
+    assert {one.levels.tobytes() for one in found} == {picture(seed).tobytes() for seed in range(3)}
     assert all(one.record.approval.replaces == () for one in found)
     approve(goldens, 3)
     (last,) = goldens.for_run(KEY, ["rabbit"])["rabbit"]
@@ -194,11 +194,11 @@ def test_where_there_is_no_golden_that_of_the_nearest_environment_is_shown(tmp_p
     for seed, key in enumerate([FAR, NEAR]):
         approve(goldens, seed, key=key)
     (found,) = goldens.for_run(KEY, ["rabbit"])["rabbit"]
-    assert (found.golden.levels == picture(1)).all()
-    assert found.golden.elsewhere == f"{NEAR} (torch 2.12, there 2.13)"
+    assert (found.levels == picture(1)).all()
+    assert found.elsewhere == f"{NEAR} (torch 2.12, there 2.13)"
     approve(goldens, 2)
     (found,) = goldens.for_run(KEY, ["rabbit"])["rabbit"]
-    assert found.golden.elsewhere is None
+    assert found.elsewhere is None
 
 
 def test_each_case_has_the_nearest_environment_of_its_own(tmp_path: Path) -> None:
@@ -206,8 +206,8 @@ def test_each_case_has_the_nearest_environment_of_its_own(tmp_path: Path) -> Non
     approve(goldens, 0, key=NEAR)
     approve(goldens, 1, key=FAR, name="photo")
     found = goldens.for_run(KEY, ["rabbit", "photo"])
-    assert str(NEAR) in str(found["rabbit"][0].golden.elsewhere)
-    assert str(FAR) in str(found["photo"][0].golden.elsewhere)
+    assert str(NEAR) in str(found["rabbit"][0].elsewhere)
+    assert str(FAR) in str(found["photo"][0].elsewhere)
 
 
 @pytest.mark.parametrize("other", [replace(KEY, dtype="bfloat16"), replace(KEY, device="cuda")])
@@ -268,4 +268,4 @@ def test_a_record_survives_its_file(held: tuple[Goldens, Path]) -> None:
     goldens, path = held
     (found,) = goldens.for_run(KEY, ["rabbit"])["rabbit"]
     assert to_json(found.record) == path.with_suffix(".json").read_text()
-    np.testing.assert_array_equal(found.golden.levels, picture())
+    np.testing.assert_array_equal(found.levels, picture())

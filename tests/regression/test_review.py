@@ -22,7 +22,6 @@ from lora_fuse.regression.report import (
     report_html,
 )
 from lora_fuse.regression.review import Judged, block_changes, case_rows, review, run_metrics
-from lora_fuse.regression.verdicts import Golden
 from tests.support.approved import APPROVAL, PROVENANCE, candidate, run_record
 from tests.support.reports import (
     RULES,
@@ -44,17 +43,17 @@ def run_of(merged: Levels, golden: Levels | None) -> Judged:
     def side(noise: float) -> Rendered:
         return Rendered(merged, sigmas=(1.0, 0.5, 0.0), latents=latents(noise), cost=Cost(0.5, 8.0, None, 2**30))
 
-    goldens = [] if golden is None else [Golden(golden, name="good.png")]
+    then = dataclasses.replace(PROVENANCE, loras=(dataclasses.replace(PROVENANCE.loras[0], scale=0.9),))
+    approved = GoldenRecord(1, "f" * 64, {}, APPROVAL, then)
+    goldens = [] if golden is None else [Approved(golden, name="good.png", record=approved)]
     pair = Pair(Case("good", "x", 0), side(0.001), side(0.0), side(0.001), "diffusers")
     sides = [Picture(merged, latents=one.latents) for one in (pair.merged, pair.unfused, pair.floor)]
     result = examine(Case("good", "x", 0), sides[0], sides[1], goldens, RULES, sides[2])
     found: Candidate = candidate(encode.png(merged), "good")
-    then = dataclasses.replace(PROVENANCE, loras=(dataclasses.replace(PROVENANCE.loras[0], scale=0.9),))
-    approved = [Approved(one, GoldenRecord(1, "f" * 64, {}, APPROVAL, then)) for one in goldens]
     cases, record = [JudgedPair(pair, result)], Candidates(1, "m", {"good": found})
     run = run_record()
     metrics = run_metrics(cases, run, "pocket", 1.0)
-    return Judged(MANIFEST, cases, record, run, metrics, {"good": approved})
+    return Judged(MANIFEST, cases, record, run, metrics)
 
 
 MANIFEST = Manifest(1, "pocket", Lock(None, "p", None, None, {}), PROVENANCE.loras, 1.0, 1, {})

@@ -23,7 +23,7 @@ def approved_pictures(folder: Path, cases: Sequence[str], key: environment.Key) 
         approved = goldens.Goldens(folder).for_run(key, cases)
     except BadGolden as refusal:
         return fail("goldens", str(refusal))
-    own = [case for case, kept in approved.items() if any(not picture.golden.elsewhere for picture in kept)]
+    own = [case for case, kept in approved.items() if any(not picture.elsewhere for picture in kept)]
     near = [case for case, kept in approved.items() if kept and case not in own]
     found = f"{len(own)} of {len(cases)} cases approved for {key}"
     if len(own) == len(cases):

@@ -123,7 +123,7 @@ class Validation:
         console.will("validate", f"{task}, on {here.key}{task.estimate}")
         with render_progress.watching(task) as watch:
             sides = render_sides(BUILD.merged, versions, cases, setup, watch)
-        measured = measure(sides, goldens.pictures_of(approved), verdicts.Rules.of(self.recipe))
+        measured = measure(sides, approved, verdicts.Rules.of(self.recipe))
         files = None
         if current is not None and name in current.locks and self.name is not None:
             files = compare_files(current.path(name), new.path(name), hf_cache.locate(base), COMPONENT)
