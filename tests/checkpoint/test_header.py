@@ -172,9 +172,7 @@ def places(parent: Any) -> Iterator[tuple[Any, Any]]:
 
 def test_the_header_of_a_real_file_gives_its_tensors(tmp_path: Path) -> None:
     save_file(
-        {"a": np.arange(6, dtype=np.float16).reshape(2, 3), "b": np.ones(1)},
-        tmp_path / "f.safetensors",
-        {"k": "v"},
+        {"a": np.arange(6, dtype=np.float16).reshape(2, 3), "b": np.ones(1)}, tmp_path / "f.safetensors", {"k": "v"}
     )
     header = read_header(tmp_path / "f.safetensors")
     data = (tmp_path / "f.safetensors").read_bytes()

@@ -205,11 +205,7 @@ def test_a_full_disk_is_refused_before_the_first_write(tmp_path: Path, lora: Lor
     """A shard with 8 TB of (sparse) other tensors: the file is real, the disk has no room for a second one."""
     huge, filler = tmp_path / "huge.safetensors", 8_000_000_000_000
     entries = {
-        "transformer_blocks.0.attn.to_q.weight": {
-            "dtype": "BF16",
-            "shape": [24, 16],
-            "data_offsets": [0, 768],
-        },
+        "transformer_blocks.0.attn.to_q.weight": {"dtype": "BF16", "shape": [24, 16], "data_offsets": [0, 768]},
         "filler": {"dtype": "U8", "shape": [filler], "data_offsets": [768, 768 + filler]},
     }
     body = json.dumps(entries).encode()

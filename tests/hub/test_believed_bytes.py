@@ -10,14 +10,7 @@ from lora_fuse.hub.locks import verify_files
 from lora_fuse.recipe.hf_cache import locate
 from lora_fuse.recipe.records import Lock
 from tests.hub_server import Fault, LoopbackHub
-from tests.support.repositories import (
-    BASE,
-    PIPELINE,
-    flip,
-    lock,
-    records,
-    refusal,
-)
+from tests.support.repositories import BASE, PIPELINE, flip, lock, records, refusal
 
 
 @pytest.mark.parametrize("where", ["GET /_lfs/", r"GET .*/resolve/.*/transformer/config\.json"])

@@ -12,17 +12,7 @@ from lora_fuse.hub.locks import lock_base, lock_lora
 from lora_fuse.recipe.records import to_json
 from tests.hub_server import Fault, LoopbackHub
 from tests.support.downloads import ROOT
-from tests.support.repositories import (
-    BASE,
-    LORA,
-    LORA_FILE,
-    NOWHERE,
-    PIPELINE,
-    lock,
-    refusal,
-    weights,
-    write,
-)
+from tests.support.repositories import BASE, LORA, LORA_FILE, NOWHERE, PIPELINE, lock, refusal, weights, write
 from tests.support.tiny import on_hub
 
 

@@ -8,16 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.hub_server import Fault, LoopbackHub
-from tests.support.publications import (
-    COMMIT,
-    MERGE,
-    SHARDS,
-    SIZE,
-    Place,
-    finish,
-    is_untouched,
-    repo,
-)
+from tests.support.publications import COMMIT, MERGE, SHARDS, SIZE, Place, finish, is_untouched, repo
 from tests.support.waiting import until
 
 

@@ -10,14 +10,7 @@ from lora_fuse.errors import BadLora
 from lora_fuse.hub.locks import lock_lora
 from lora_fuse.recipe.hf_cache import locate
 from tests.hub_server import Fault, LoopbackHub
-from tests.support.repositories import (
-    LORA,
-    records,
-    refusal,
-    text,
-    weights,
-    write,
-)
+from tests.support.repositories import LORA, records, refusal, text, weights, write
 from tests.support.tiny import in_folder, on_hub
 
 PEFT: dict[str, bytes] = {

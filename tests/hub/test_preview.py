@@ -5,14 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from tests.hub_server import LoopbackHub
-from tests.support.publications import (
-    REPO,
-    ROOT,
-    SHARDS,
-    SIZE,
-    Place,
-    rows,
-)
+from tests.support.publications import REPO, ROOT, SHARDS, SIZE, Place, rows
 
 
 def test_a_dry_run_says_what_would_be_sent_and_sends_nothing(place: Place, hub: LoopbackHub) -> None:

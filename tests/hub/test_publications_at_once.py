@@ -8,16 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.hub_server import Fault, LoopbackHub
-from tests.support.publications import (
-    COMMIT,
-    MERGE,
-    REPO,
-    Place,
-    check_next_run,
-    check_published,
-    finish,
-    repo,
-)
+from tests.support.publications import COMMIT, MERGE, REPO, Place, check_next_run, check_published, finish, repo
 from tests.support.waiting import until
 
 

@@ -252,19 +252,6 @@ def test_the_token_is_in_nothing_that_is_kept_or_published(
 # ---------------------------------------------------------------- when success is claimed
 
 
-def test_a_commit_whose_answer_is_lost_counts_if_it_landed(hub: LoopbackHub, merged: Path) -> None:
-    hub.faults.append(Fault(COMMIT, status=504, after=True))
-    assert push(merged).commit == hub.registry.repos[REPO].head.oid
-    assert len(hub.calls(COMMIT)) == 1
-
-
-def test_a_commit_that_did_not_land_is_refused(hub: LoopbackHub, merged: Path) -> None:
-    hub.faults.append(Fault(COMMIT, times=-1, status=503))
-    message = refusal(lambda: push(merged))
-    assert REPO in message
-    assert "503" in message
-
-
 @pytest.mark.parametrize(("name", "said"), [(WEIGHTS, "has sha256"), ("model_index.json", "git blob")])
 def test_success_is_not_claimed_of_other_bytes_than_were_sent(
     hub: LoopbackHub, merged: Path, name: str, said: str
@@ -303,8 +290,3 @@ def test_somebody_elses_commit_in_between_is_not_overwritten(hub: LoopbackHub, m
     assert hub.read(REPO, "README.md") == b"theirs"
     assert push(merged, card=CARD + "more\n").pull_request == 3
     assert hub.registry.repos[REPO].pulls[2].status == "closed"
-
-
-def test_a_refused_commit_says_that_somebody_was_faster(hub: LoopbackHub, merged: Path) -> None:
-    hub.faults.append(Fault(COMMIT, status=412, body=b"{}"))
-    assert "somebody else was faster" in refusal(lambda: push(merged))

@@ -5,15 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.hub_server import Fault, LoopbackHub
-from tests.support.publications import (
-    COMMIT,
-    REPO,
-    Place,
-    check_next_run,
-    finish,
-    is_untouched,
-    repo,
-)
+from tests.support.publications import COMMIT, REPO, Place, check_next_run, finish, is_untouched, repo
 from tests.support.waiting import until
 
 

@@ -9,14 +9,7 @@ import pytest
 from lora_fuse.errors import BadLora
 from lora_fuse.hub.locks import lock_base, lock_lora
 from tests.hub_server import LoopbackHub
-from tests.support.repositories import (
-    BASE,
-    LORA,
-    PIPELINE,
-    refusal,
-    weights,
-    write,
-)
+from tests.support.repositories import BASE, LORA, PIPELINE, refusal, weights, write
 from tests.support.tiny import in_folder, on_hub
 
 

@@ -35,11 +35,7 @@ from tests.support.publications import (
 
 @pytest.mark.parametrize(
     "fault",
-    [
-        {"drop_request_after": 60_000},
-        {"times": 2, "status": 500},
-        {"status": 429, "headers": {"Retry-After": "1"}},
-    ],
+    [{"drop_request_after": 60_000}, {"times": 2, "status": 500}, {"status": 429, "headers": {"Retry-After": "1"}}],
     ids=["dropped", "500-twice", "429"],
 )
 def test_an_upload_that_fails_for_a_while_succeeds(

@@ -63,12 +63,7 @@ class Entry:
     def lfs_json(self) -> dict[str, Any]:
         """The `lfs` object of listings."""
         sha256 = self.sha256 or ""
-        return {
-            "oid": sha256,
-            "sha256": sha256,
-            "size": self.size,
-            "pointerSize": len(lfs_pointer(sha256, self.size)),
-        }
+        return {"oid": sha256, "sha256": sha256, "size": self.size, "pointerSize": len(lfs_pointer(sha256, self.size))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,12 +138,7 @@ class Repo:
         return self.commits[oid]
 
     def commit(
-        self,
-        changes: Mapping[str, Entry | None],
-        *,
-        revision: str = "main",
-        title: str = "",
-        message: str = "",
+        self, changes: Mapping[str, Entry | None], *, revision: str = "main", title: str = "", message: str = ""
     ) -> Commit:
         """Add a commit to a branch or pull request: entries to set by path, None to delete one."""
         parent = self.at(revision) if self.commits else None

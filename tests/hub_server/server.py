@@ -14,10 +14,11 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, Response
 
+from tests.hub_server.api import LFS_SUFFIXES
 from tests.hub_server.faults import Call, Fault, FaultyWire
 from tests.hub_server.lfs import LfsStore
 from tests.hub_server.model import Commit, Entry, HubError, Registry, Repo
-from tests.hub_server.routes import LFS_SUFFIXES, HubApi
+from tests.hub_server.routes import HubApi
 from tests.hub_server.xet import XetStore
 
 if TYPE_CHECKING:

@@ -244,11 +244,7 @@ class XetStore:
             raise HubError(416)
         terms, offset = self._cover(file, start, stop)
         listed = [
-            {
-                "hash": term.xorb,
-                "unpacked_length": term.size,
-                "range": {"start": term.start, "end": term.stop},
-            }
+            {"hash": term.xorb, "unpacked_length": term.size, "range": {"start": term.start, "end": term.stop}}
             for term in terms
         ]
         is_v1 = request.path_params["version"] == "v1"

@@ -98,8 +98,7 @@ def test_a_module_that_the_base_lacks_is_refused_with_the_nearest_name(tmp_path:
     tensors = {key.replace("blocks.1.", "blocks.7."): tensor for key, tensor in tiny.lora_tensors().items()}
     lora = opened(tmp_path, tensors)
     with pytest.raises(
-        UnmatchedTargets,
-        match=r"3 of 6 modules .*'transformer_blocks\.7\..*nearest.*'transformer_blocks\.1\.",
+        UnmatchedTargets, match=r"3 of 6 modules .*'transformer_blocks\.7\..*nearest.*'transformer_blocks\.1\."
     ):
         match_targets(lora.deltas, base_names(), "f")
 

@@ -12,10 +12,7 @@ import torch
 
 from tests.support.on_gpu import ROOT, merge
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs here"),
-]
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs here")]
 
 RENDERING = """
 import sys

@@ -169,10 +169,7 @@ def test_a_signature_is_refused_before_anything_is_read(commands: Path, tmp_path
 
 @pytest.mark.parametrize(
     ("module", "call", "extra"),
-    [
-        ("lora_fuse.hub", "client.client()", "hub"),
-        ("lora_fuse.fusion", "device.resolve_device('cuda')", "torch"),
-    ],
+    [("lora_fuse.hub", "client.client()", "hub"), ("lora_fuse.fusion", "device.resolve_device('cuda')", "torch")],
 )
 def test_a_caller_of_the_library_is_told_the_extra(commands: Path, module: str, call: str, extra: str) -> None:
     name = call.partition(".")[0]

@@ -11,17 +11,7 @@ from lora_fuse.pictures.cases import Case
 from lora_fuse.pictures.picture import Picture
 from lora_fuse.regression.case_judgement import examine
 from lora_fuse.regression.verdicts import CaseResult, Golden, Rules, Verdict, compare
-from tests.support.judgements import (
-    CASE,
-    GOLDEN,
-    RULES,
-    SAME,
-    UNFUSED,
-    brighter,
-    look,
-    noisy,
-    scene,
-)
+from tests.support.judgements import CASE, GOLDEN, RULES, SAME, UNFUSED, brighter, look, noisy, scene
 
 SIGMAS = (1.0, 0.9, 0.75, 0.5)
 

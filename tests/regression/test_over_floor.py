@@ -12,15 +12,7 @@ from lora_fuse.pictures.picture import Levels, Picture
 from lora_fuse.regression.case_judgement import examine
 from lora_fuse.regression.review import flat_metrics
 from lora_fuse.regression.verdicts import CaseResult, Golden, Rules, Verdict
-from tests.support.judgements import (
-    CASE,
-    GOLDEN,
-    UNFUSED,
-    latents,
-    noisy,
-    scene,
-    with_floor,
-)
+from tests.support.judgements import CASE, GOLDEN, UNFUSED, latents, noisy, scene, with_floor
 
 
 def test_latents_of_three_times_the_floor_are_a_regression_though_the_picture_is_the_golden() -> None:

@@ -17,10 +17,7 @@ from lora_fuse.regression.case_judgement import judge_pairs
 from lora_fuse.regression.verdicts import Limits, Rules, Verdict
 from tests.support.on_gpu import CASES, SETUP, merge, plan
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
-]
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")]
 
 RULES = Rules(Limits({"psnr_db": 38}), Limits({"psnr_db": 38}), 2.0, (1.0, 0.9, 0.75, 0.5))
 OFFLOADED = ["model_offload", "group_offload", "balanced"]

@@ -17,13 +17,7 @@ from lora_fuse.pictures.picture import Picture
 from lora_fuse.recipe.records import Lock, MergedLora
 from lora_fuse.regression.case_judgement import examine
 from lora_fuse.regression.gate import MEANINGS, summary_text
-from lora_fuse.regression.report import (
-    Baseline,
-    BlockChange,
-    CaseReport,
-    Report,
-    report_html,
-)
+from lora_fuse.regression.report import Baseline, BlockChange, CaseReport, Report, report_html
 from lora_fuse.regression.verdicts import Verdict
 from tests.support.reports import (
     APART,

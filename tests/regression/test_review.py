@@ -18,16 +18,10 @@ from lora_fuse.recipe.records import Lock, Manifest
 from lora_fuse.regression.candidates import Candidate, Candidates
 from lora_fuse.regression.case_judgement import JudgedPair, examine
 from lora_fuse.regression.goldens import Approved, GoldenRecord
-from lora_fuse.regression.report import (
-    report_html,
-)
+from lora_fuse.regression.report import report_html
 from lora_fuse.regression.review import Judged, block_changes, case_rows, review, run_metrics
 from tests.support.approved import APPROVAL, PROVENANCE, candidate, run_record
-from tests.support.reports import (
-    RULES,
-    latents,
-    scene,
-)
+from tests.support.reports import RULES, latents, scene
 
 
 def test_a_block_s_change_is_the_largest_of_its_weights_and_blocks_are_in_the_model_s_order() -> None:

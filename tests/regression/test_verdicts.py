@@ -13,18 +13,7 @@ from hypothesis import strategies as st
 from lora_fuse.pictures.metrics import METRICS
 from lora_fuse.regression.review import flat_metrics
 from lora_fuse.regression.verdicts import Comparison, Golden, Limits, Rules, Verdict, beyond, worst
-from tests.support.judgements import (
-    GOLDEN,
-    RULES,
-    SAME,
-    UNFUSED,
-    brighter,
-    latents,
-    look,
-    noisy,
-    scene,
-    with_floor,
-)
+from tests.support.judgements import GOLDEN, RULES, SAME, UNFUSED, brighter, latents, look, noisy, scene, with_floor
 
 
 def apart(psnr_db: float, max_abs: float) -> Comparison:

@@ -17,13 +17,7 @@ from stages.export import export_formats
 from stages.publish import publish
 from tests.hub_server import LoopbackHub
 from tests.support.released import REPO, Project
-from tests.support.releases import (
-    LORA_FILE,
-    Build,
-    flip,
-    tiny_base,
-    tiny_lora,
-)
+from tests.support.releases import LORA_FILE, Build, flip, tiny_base, tiny_lora
 
 
 def test_everything_is_published_once_and_again_is_nothing_new(build: Build, hub: LoopbackHub, key: Path) -> None:

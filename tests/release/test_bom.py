@@ -15,10 +15,7 @@ from lora_fuse.release.contents import BOM, LIST, PROVENANCE
 from stages.publish import publish
 from tests.hub_server import LoopbackHub
 from tests.support.released import REPO
-from tests.support.releases import (
-    LORA_FILE,
-    Build,
-)
+from tests.support.releases import LORA_FILE, Build
 
 
 def test_statement_and_bill_of_materials_are_the_same_each_time(build: Build, hub: LoopbackHub) -> None:

@@ -14,9 +14,7 @@ from PIL import Image
 from stages.publish import publish
 from tests.hub_server import LoopbackHub
 from tests.support.released import REPO, ROOT, Project
-from tests.support.releases import (
-    Build,
-)
+from tests.support.releases import Build
 
 
 def bash(script: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:

@@ -13,16 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.hub_server import Fault, LoopbackHub
-from tests.support.downloads import (
-    BIG,
-    CONTENT,
-    FILE,
-    LORA,
-    Project,
-    fetched,
-    leftovers,
-    processes,
-)
+from tests.support.downloads import BIG, CONTENT, FILE, LORA, Project, fetched, leftovers, processes
 from tests.support.merges import hashes, left, run, start, write_base, write_lora
 from tests.support.waiting import until
 from tests.support.workspace import Workspace, ran
@@ -68,9 +59,7 @@ def test_a_fuse_that_is_interrupted_keeps_finished_shards_and_goes_on(place: Pat
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_download_that_is_interrupted_leaves_nothing_half(
-    hub: LoopbackHub,
-    project: Project,
-    number: signal.Signals,
+    hub: LoopbackHub, project: Project, number: signal.Signals
 ) -> None:
     hub.push(LORA, {FILE: BIG})
     hub.faults.append(Fault(CONTENT, bytes_per_s=100_000))

@@ -20,7 +20,7 @@ from lora_fuse.hub import Receipt
 from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.records import Manifest, MergedFile, MergedLora, from_json, to_json
 from tests.hub_server import LoopbackHub, Repo
-from tests.hub_server.routes import LFS_SUFFIXES
+from tests.hub_server.api import LFS_SUFFIXES
 from tests.support.released import leave_regression
 from tests.support.waiting import until
 

@@ -16,11 +16,7 @@ from lora_fuse.pictures.pairs import Setup
 from lora_fuse.pictures.picture import Latents, Levels, Picture
 from lora_fuse.recipe.records import Lock, Manifest, MergedLora
 from lora_fuse.regression.case_judgement import examine
-from lora_fuse.regression.report import (
-    BlockChange,
-    CaseReport,
-    Report,
-)
+from lora_fuse.regression.report import BlockChange, CaseReport, Report
 from lora_fuse.regression.review import flat_metrics
 from lora_fuse.regression.verdicts import CaseResult, Golden, Limits, Rules, worst
 

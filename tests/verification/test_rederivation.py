@@ -127,16 +127,8 @@ def test_a_key_that_the_base_lacks_is_found(tmp_path: Path, merge: Merge) -> Non
 @pytest.mark.parametrize(
     ("file", "content", "problem"),
     [
-        (
-            "scheduler/scheduler_config.json",
-            {"shift_terminal": 0.02, "base_shift": 1.0},
-            "shift_terminal is 0.02",
-        ),
-        (
-            "model_index.json",
-            {"_class_name": "QwenImageEditPipeline"},
-            "_class_name is 'QwenImageEditPipeline'",
-        ),
+        ("scheduler/scheduler_config.json", {"shift_terminal": 0.02, "base_shift": 1.0}, "shift_terminal is 0.02"),
+        ("model_index.json", {"_class_name": "QwenImageEditPipeline"}, "_class_name is 'QwenImageEditPipeline'"),
         ("vae/config.json", {"changed": 1}, "differs from the base's"),
         ("vae/new.json", {}, "is not in the base"),
     ],
