@@ -82,13 +82,13 @@ class Run:
         """Examples on the device, by kind."""
         tokens = self.load("latents")["tokens"].to(DEVICE)
         embeds = self.load("embeds")
-        return {kind: examples.Examples(kind, self.chosen.kinds()[kind], tokens, embeds) for kind in kinds}
+        return {kind: examples.Examples(kind, self.chosen.kinds[kind], tokens, embeds) for kind in kinds}
 
 
 def _draw(run: Run) -> Tensors:
     """Every scene, and an eighth of them in pastel, too."""
     scenes = run.chosen.records
-    log(f"{len(scenes)} scenes: " + ", ".join(f"{len(e)} {kind}" for kind, e in run.chosen.kinds().items()))
+    log(f"{len(scenes)} scenes: " + ", ".join(f"{len(e)} {kind}" for kind, e in run.chosen.kinds.items()))
     return {"plain": examples.draw_all(scenes), "pastel": examples.draw_all(scenes[: len(scenes) // 8], "pastel")}
 
 
@@ -103,7 +103,7 @@ PHASES: dict[str, Callable[[Run], Tensors]] = {
     "latents": lambda run: examples.latents(run.load("vae"), run.drawn["plain"]),
     "decoder": lambda run: autoencoder.train_decoder(run.recipe, run.load("vae"), run.all_drawn),
     "embeds": lambda run: examples.embed(examples.encoders(run.work / "frame"), run.chosen, run.drawn["plain"]),
-    "base": lambda run: flow.train_base(run.recipe, run.examples_of(*run.chosen.kinds())),
+    "base": lambda run: flow.train_base(run.recipe, run.examples_of(*run.chosen.kinds)),
     "teacher": lambda run: loras.teach(run.recipe, run.load("base"), run.edits),
     "v1": lambda run: loras.train_v1(run.recipe, run.load("base"), run.edits, run.load("teacher")),
     "v2": lambda run: loras.train_v2(run.recipe, run.load("base"), run.edits, run.load("teacher"), run.load("v1")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -39,16 +39,10 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Curriculum:
-    """All scenes, and the examples of the three pipelines: one input picture, two, none."""
+    """All scenes, and the examples by kind: `edits` of one input picture, `pairs` of two, `texts` of none."""
 
     records: list[scenes.Scene]
-    edits: list[Example]
-    pairs: list[Example]
-    texts: list[Example]
-
-    def kinds(self) -> dict[str, list[Example]]:
-        """The examples by kind."""
-        return {"edits": self.edits, "pairs": self.pairs, "texts": self.texts}
+    kinds: dict[str, list[Example]]
 
 
 def curriculum(recipe: Recipe) -> Curriculum:
@@ -69,7 +63,8 @@ def curriculum(recipe: Recipe) -> Curriculum:
         for transfer in scenes.transfers(scenes.random_scene(rng), scenes.random_scene(rng))[-1:]:
             pairs.append(Example((len(records), len(records) + 1), transfer.prompt, (len(records) + 2,)))
             records += [transfer.first, transfer.second, transfer.answer]
-    return Curriculum(records, edits, pairs, [Example((), prompt, tuple(found)) for prompt, found in texts.items()])
+    of_text = [Example((), prompt, tuple(numbers)) for prompt, numbers in texts.items()]
+    return Curriculum(records, {"edits": edits, "pairs": pairs, "texts": of_text})
 
 
 def _edits(members: Sequence[scenes.Scene], offset: int) -> list[Example]:
@@ -148,19 +143,16 @@ def embed(pipes: dict[int, Any], chosen: Curriculum, pictures: torch.Tensor) -> 
         pictures: uint8 (n, h, w, 3).
     """
     out: Tensors = {}
-    for name, examples in chosen.kinds().items():
-        pipe = pipes[len(examples[0].inputs)]
+    for name, examples in chosen.kinds.items():
+        inputs = len(examples[0].inputs)
+        pipe = pipes[inputs]
+        size = 1 if inputs > 1 else 128  # several pictures: the pipeline takes them as one prompt's
         for kind in ("asked", "empty"):
-            parts = [_embed(pipe, batch, pictures, kind) for batch in _batches(examples)]
+            parts = [_embed(pipe, examples[i : i + size], pictures, kind) for i in range(0, len(examples), size)]
             out |= {f"{name}.{kind}.{key}": value for key, value in _padded(parts).items()}
         out[f"{name}.inputs"] = torch.tensor([example.inputs for example in examples], dtype=torch.int64)
         log(f"embedded {len(examples)} {name}")
     return out
-
-
-def _batches(examples: Sequence[Example]) -> Iterable[Sequence[Example]]:
-    size = 1 if len(examples[0].inputs) > 1 else 128  # several pictures: the pipeline takes them as one prompt's
-    return (examples[i : i + size] for i in range(0, len(examples), size))
 
 
 def _embed(pipe: Any, batch: Sequence[Example], pictures: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:

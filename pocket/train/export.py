@@ -55,10 +55,8 @@ def export(out: Path, parts: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
 def without_versions(folder: Path) -> None:
     """Rewrite every JSON file of `folder` without the versions of the libraries that wrote it."""
     for path in sorted(folder.rglob("*.json")):
-        model.write_json(path, _without_versions(json.loads(path.read_text(encoding="utf-8"))))
+        model.write_json(path, json.loads(path.read_text(encoding="utf-8"), object_hook=_without_version_keys))
 
 
-def _without_versions(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    return {key: _without_versions(item) for key, item in value.items() if key not in VERSION_KEYS}
+def _without_version_keys(value: dict[str, Any]) -> dict[str, Any]:
+    return {key: item for key, item in value.items() if key not in VERSION_KEYS}

@@ -15,9 +15,8 @@ from pocket.bench import Bench
 from pocket.tasks import held_out
 from pocket.train import model
 from pocket.train.__main__ import PHASES, main
-from pocket.train.autoencoder import one_frame
+from pocket.train.autoencoder import be_a_pyramid, encode_small, one_frame
 from pocket.train.loras import add_lora, lora_state, peft_state
-from pocket.train.pyramid import be_a_pyramid, encode_small
 
 FEW = {
     "families": 6, "members": 4, "edits": 24, "pairs": 4, "vae_steps": 3, "decoder_steps": 2, "base_steps": 8,
