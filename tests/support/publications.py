@@ -18,7 +18,7 @@ import yaml
 
 from lora_fuse.hub import Receipt
 from lora_fuse.recipe.recipe import Recipe
-from lora_fuse.recipe.records import Manifest, MergedFile, MergedLora, from_json, to_json
+from lora_fuse.recipe.records import BuildRecord, Manifest, MergedFile, MergedLora, Tool, from_json, to_json
 from tests.hub_server import LoopbackHub, Repo
 from tests.hub_server.api import LFS_SUFFIXES
 from tests.support.released import leave_regression
@@ -72,7 +72,10 @@ class Place:
         lora = MergedLora("lightning", 1.0, "5" * 64)
         text = to_json(Manifest(1, "pocket", None, (lora,), 1.0, 12, records))
         (self.root / "artifacts/merged.manifest.json").write_text(text)
-        same = {"passed": True, "manifest_sha256": hashlib.sha256(text.encode()).hexdigest()}
+        key = hashlib.sha256(text.encode()).hexdigest()
+        build = BuildRecord(1, key, Tool("1.2.3"), "2026-01-01T00:00:00Z", "cpu", len(SHARDS) * SIZE, 1.0)
+        (self.root / "artifacts/merged.build.json").write_text(to_json(build))
+        same = {"passed": True, "manifest_sha256": key}
         (self.root / "artifacts/verify.json").write_text(json.dumps({**same, "problem_count": 0}))
         if not (self.root / "pocket").exists():
             (self.root / "pocket").symlink_to(ROOT / "pocket")  # its pictures are the cases' inputs
