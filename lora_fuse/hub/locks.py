@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import BadLora, BadSource, Rerun
@@ -29,14 +29,6 @@ if TYPE_CHECKING:
 
 
 DEFAULT_TRANSFER = sections.DownloadParams(workers=8, stall_seconds=60.0)
-
-
-class _Pin(NamedTuple):
-    """Choices of a lock: no network, the commit of now, and the limits of a fetch."""
-
-    offline: bool
-    update: bool
-    transfer: sections.DownloadParams
 
 
 def lock_base(
@@ -64,7 +56,7 @@ def lock_base(
             bytes than its Hub promises, twice.
         NoSpace: the disk has no room for it.
     """
-    return _lock(source, previous, _Pin(offline or is_offline(), update, transfer), take_pipeline)
+    return _lock(source, previous, take_pipeline, offline or is_offline(), update, transfer)
 
 
 def lock_lora(
@@ -103,8 +95,7 @@ def lock_lora(
     name = path.as_posix()
     if previous is not None and previous.lora_name != name:
         previous = replace(previous, files={})  # another file of the same repository: its commit stays
-    pin = _Pin(offline or is_offline(), update, transfer)
-    return _lock(source, previous, pin, lambda taken: take_lora(taken, name))
+    return _lock(source, previous, lambda taken: take_lora(taken, name), offline or is_offline(), update, transfer)
 
 
 def verify_files(root: Path, files: Mapping[str, FileRecord]) -> None:
@@ -167,23 +158,30 @@ def moved(pairs: Iterable[tuple[Lock | None, Lock]]) -> list[str]:
     return lines
 
 
-def _lock(source: Source, previous: Lock | None, pin: _Pin, take: Callable[[VerifiedFiles], None]) -> Lock:
+def _lock(
+    source: Source,
+    previous: Lock | None,
+    take: Callable[[VerifiedFiles], None],
+    offline: bool,
+    update: bool,
+    transfer: sections.DownloadParams,
+) -> Lock:
     asked = (source.repo_id, source.path, source.revision)
     kept = previous if previous and asked == (previous.repo_id, previous.path, previous.requested) else None
     opening: AbstractContextManager[FileSource]
     if source.repo_id is None:
         opening = nullcontext(open_folder(Path(str(source.path))))
-    elif kept and kept.files and not pin.update and _is_whole(kept, complain=pin.offline):
+    elif kept and kept.files and not update and _is_whole(kept, complain=offline):
         return kept
-    elif pin.offline and pin.update:
+    elif offline and update:
         raise BadSource(f"an update asks the Hub what {source.label} has now; unset HF_HUB_OFFLINE for it")
-    elif pin.offline:
+    elif offline:
         raise BadSource(
             f"{source.label} is not locked yet, which needs the network; run once without offline, HF_HUB_OFFLINE unset"
         )
     else:
-        pinned = kept.revision if kept and not pin.update else source.revision
-        opening = open_repository(source.repo_id, pinned, pin.transfer)
+        pinned = kept.revision if kept and not update else source.revision
+        opening = open_repository(source.repo_id, pinned, transfer)
     with opening as files:
         taken = VerifiedFiles(files)
         take(taken)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from lora_fuse.errors import BadSource
 from lora_fuse.hub.client import client, endpoint
 from lora_fuse.hub.retry import DOWNLOAD
-from lora_fuse.hub.sources import ExpectedFile
+from lora_fuse.hub.sources import ExpectedFile, FileSource
 from lora_fuse.hub.transfer import FetchOrder, Transfers
 from lora_fuse.recipe import License, hf_cache, sections, stated_licence
 
@@ -28,35 +27,8 @@ class RepositoryListing(NamedTuple):
     files: Mapping[str, ExpectedFile]
 
 
-@dataclass(frozen=True, slots=True)
-class HubSource:
-    """A Hub repository at a commit as a source of files."""
-
-    repo_id: str
-    commit: str
-    files: Mapping[str, ExpectedFile]
-    transfers: Transfers
-    license: License | None = None
-
-    @property
-    def label(self) -> str:
-        """The repository and its commit."""
-        return f"{self.repo_id}@{self.commit}"
-
-    def fetch(self, names: Iterable[str], *, again: bool = False) -> Path:
-        """Have files in the cache; returns the folder of the commit.
-
-        Raises:
-            BadSource: they cannot be had.
-            NoSpace: the disk has no room for them.
-        """
-        if wanted := tuple(names):
-            self.transfers.fetch(FetchOrder(self.repo_id, self.commit, wanted, again))
-        return hf_cache.snapshot_folder(self.repo_id, self.commit)
-
-
 @contextmanager
-def open_repository(repo_id: str, revision: str | None, transfer: sections.DownloadParams) -> Iterator[HubSource]:
+def open_repository(repo_id: str, revision: str | None, transfer: sections.DownloadParams) -> Iterator[FileSource]:
     """Resolve a branch, tag, commit or pull request (``refs/pr/N``) to its commit, and list that.
 
     Raises:
@@ -64,7 +36,13 @@ def open_repository(repo_id: str, revision: str | None, transfer: sections.Downl
     """
     commit, stated, files = list_repository(repo_id, revision, timeout=transfer.stall_seconds)
     with closing(Transfers(transfer)) as transfers:
-        yield HubSource(repo_id, commit, files, transfers, stated)
+
+        def fetch(names: Iterable[str], again: bool) -> Path:
+            if wanted := tuple(names):
+                transfers.fetch(FetchOrder(repo_id, commit, wanted, again))
+            return hf_cache.snapshot_folder(repo_id, commit)
+
+        yield FileSource(f"{repo_id}@{commit}", commit, files, stated, fetch)
 
 
 def list_repository(repo_id: str, revision: str | None, *, timeout: float, once: bool = False) -> RepositoryListing:

@@ -104,7 +104,7 @@ def lora_size(source: Source, filename: str, lock: Lock | None, *, timeout: floa
 def _size(source: Source, lock: Lock | None, choose: Choose, *, timeout: float, once: bool) -> SourceSize:
     if source.repo_id is None:
         folder = open_folder(Path(str(source.path)))
-        return _of_list(source.label, folder.root, folder.files, choose, "the folder")
+        return _of_list(source.label, Path(folder.label), folder.files, choose, "the folder")
     if lock is not None and (lock.repo_id, lock.requested) == (source.repo_id, source.revision):
         root = hf_cache.snapshot_folder(source.repo_id, str(lock.revision))
         sizes = {name: record.size for name, record in lock.files.items()}

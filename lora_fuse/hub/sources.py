@@ -12,7 +12,7 @@ import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import BadSource
@@ -34,49 +34,27 @@ class ExpectedFile:
     blob_id: str | None = None
 
 
-class FileSource(Protocol):
-    """A place that files come from."""
-
-    @property
-    def label(self) -> str:
-        """Its name for messages."""
-
-    @property
-    def commit(self) -> str | None:
-        """The 40-hex commit of its files; None if it has none."""
-
-    @property
-    def files(self) -> Mapping[str, ExpectedFile]:
-        """All of its files by POSIX path."""
-
-    @property
-    def license(self) -> License | None:
-        """The licence that it states; None if it states none."""
-
-    def fetch(self, names: Iterable[str], *, again: bool = False) -> Path:
-        """Have files on this machine, anew if `again`; returns the folder that they are in."""
-
-
 @dataclass(frozen=True, slots=True)
-class LocalSource:
-    """A local folder: all of it is here already, and no hash is known beforehand."""
+class FileSource:
+    """A place that files come from.
 
-    root: Path
+    Attributes:
+        label: its name for messages.
+        commit: the 40-hex commit of its files; None for a local folder.
+        files: all of its files by POSIX path.
+        license: the licence that it states; None if it states none.
+        fetch: brings files to this machine, even those in the cache if its second argument is true; returns the folder
+            that they are in.
+    """
+
+    label: str
+    commit: str | None
     files: Mapping[str, ExpectedFile]
-    license: License | None = None
-    commit: None = None
-
-    @property
-    def label(self) -> str:
-        """Its path."""
-        return str(self.root)
-
-    def fetch(self, names: Iterable[str], *, again: bool = False) -> Path:  # noqa: ARG002
-        """The folder itself; nothing is fetched."""
-        return self.root
+    license: License | None
+    fetch: Callable[[Iterable[str], bool], Path]
 
 
-def open_folder(root: Path) -> LocalSource:
+def open_folder(root: Path) -> FileSource:
     """List a local folder; links to files are followed.
 
     Raises:
@@ -87,11 +65,8 @@ def open_folder(root: Path) -> LocalSource:
     # Linked folders are entered at the top only: enough for a pipeline, and no loop can catch us.
     below = [path for top in root.iterdir() for path in (top.rglob("*") if top.is_dir() else (top,))]
     files = [path for path in below if not path.is_dir()]
-    return LocalSource(
-        root,
-        {path.relative_to(root).as_posix(): ExpectedFile(_size(path)) for path in files},
-        stated_licence.read_license(root),
-    )
+    sizes = {path.relative_to(root).as_posix(): ExpectedFile(_size(path)) for path in files}
+    return FileSource(str(root), None, sizes, stated_licence.read_license(root), lambda *_: root)
 
 
 def _size(path: Path) -> int:
@@ -116,7 +91,7 @@ class VerifiedFiles:
         for name in wanted:
             if name not in self.source.files:
                 raise BadSource(f"{self.source.label} has no {name}; check the name and the revision")
-        self._root = self.source.fetch(wanted)
+        self._root = self.source.fetch(wanted, False)
         with hashing(sum(self.source.files[name].size or 0 for name in wanted)) as advance:
             self.records |= {name: self._checked(name, advance) for name in wanted}
 
@@ -136,7 +111,7 @@ class VerifiedFiles:
         result = examine(self._root / name, expected, advance)
         if isinstance(result, str) and self.source.commit:
             print(f"download: {name} of {self.source.label}: {result}; fetching it again", file=sys.stderr, flush=True)
-            self.source.fetch([name], again=True)
+            self.source.fetch([name], True)
             result = examine(self._root / name, expected, lambda _: None)
         if isinstance(result, str):
             advice = "it was fetched twice, so report it to its owner" if self.source.commit else "mend the folder"
