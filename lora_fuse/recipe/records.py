@@ -164,7 +164,7 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class BuildRecord:
-    """The writer of a merge, its time (UTC, ISO 8601), its device and its duration in seconds.
+    """The builder of a merge, the time when it was finished (UTC, ISO 8601), the device and the seconds.
 
     It lies beside the manifest of those bytes and is no part of it: the same merge is written elsewhere, by others.
     """

@@ -21,7 +21,7 @@ Environment: TypeAlias = environment.Environment  # a field's name hides the mod
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """The renderer of a run's pictures, the place, the time (UTC, ISO 8601), and the cost of each.
+    """Environment and tool that rendered the pictures of a run, when it was finished (UTC, ISO 8601), what each cost.
 
     `costs` are by case, see `lora_fuse.pictures.cost.Cost`.
     """

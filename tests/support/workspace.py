@@ -57,7 +57,7 @@ class Workspace:
         workspace = cls.checkout(root)
         done = workspace.run("dvc", "repro", code=None)
         output = done.stdout + done.stderr
-        assert ran(output) == STAGES, output
+        assert ran(output) in (STAGES, STAGES[:-1]), output  # the gate has passed these very results, says dvc.lock
         if done.returncode:
             assert "exited with 3" in output or "exited with 4" in output, output
             workspace.stage("approve", "--reason", "what this checkout makes")
