@@ -210,10 +210,7 @@ def _verify_download(folder: Path, trusted: Trusted | None) -> tuple[bool, froze
 
     found = check_published(folder, trusted)
     print(f"verify: {found.files} files of {folder} compared with its list, signature {found.signature}")
-    for text in found.notes:
-        print(f"  note: {text}")
-    for text in found.problems:
-        print(f"  problem: {text}", file=sys.stderr)
+    _print_findings(found.notes, found.problems)
     print("download: passed" if not found.problems else f"download: FAILED, {len(found.problems)} problems")
     return not found.problems, found.beside
 
@@ -239,9 +236,13 @@ def _verify_merge(options: argparse.Namespace, beside: frozenset[str]) -> int:
         same = sum(change.unchanged for change in found.changes.values()) / len(found.changes)
         spread = f"{norms[0]:.3g} to {norms[-1]:.3g}, median {norms[len(norms) // 2]:.3g}"
         print(f"  norm of difference over weight: {spread}; {same:.1%} of the weights are unchanged by rounding")
-    for text in found.notes:
-        print(f"  note: {text}")
-    for text in found.problems:
-        print(f"  problem: {text}", file=sys.stderr)
+    _print_findings(found.notes, found.problems)
     print("verify: passed" if found.passed else f"verify: FAILED, {found.problem_count} problems")
     return 0 if found.passed else 1
+
+
+def _print_findings(notes: Sequence[str], problems: Sequence[str]) -> None:
+    for text in notes:
+        print(f"  note: {text}")
+    for text in problems:
+        print(f"  problem: {text}", file=sys.stderr)

@@ -73,12 +73,12 @@ def read_deltas(target: Target) -> list[Delta]:
     Raises:
         BadCheckpoint: the base shard ended early.
     """
-    found = [scaled.read() for scaled in target.deltas]
-    for one in found:
-        if isinstance(one, Decomposed) and one.by_column:
+    deltas = [scaled.read() for scaled in target.deltas]
+    for delta in deltas:
+        if isinstance(delta, Decomposed) and delta.by_column:
             for first, rows in _rows_of(target):
-                one.measure(rows, first)
-    return found
+                delta.measure(rows, first)
+    return deltas
 
 
 def _rows_of(target: Target) -> Iterator[tuple[int, torch.Tensor]]:

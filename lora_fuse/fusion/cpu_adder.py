@@ -41,10 +41,10 @@ class Stacked:
         self._parts = tuple(parts)
         self._kind = dtypes.SIXTEEN_BIT[dtype]
         self._dtype = dtypes.DTYPES[dtype].numpy
-        self._size = sum(one.size for one in parts)
-        self._roundings = 2 + sum(one.roundings + 1 for one in parts)
-        a = np.concatenate([one.factor * one.matrix.a for one in parts], axis=1)
-        b = np.concatenate([one.matrix.b for one in parts if one.matrix.b is not None], axis=0)
+        self._size = sum(delta.size for delta in parts)
+        self._roundings = 2 + sum(delta.roundings + 1 for delta in parts)
+        a = np.concatenate([delta.factor * delta.matrix.a for delta in parts], axis=1)
+        b = np.concatenate([delta.matrix.b for delta in parts if delta.matrix.b is not None], axis=0)
         rank = len(b)
         largest_factor = max(np.abs(a).max(initial=0), np.abs(b).max(initial=0))
         self._product = a.astype(np.float32), b.astype(np.float32)
@@ -89,7 +89,7 @@ class Stacked:
         for number in left[:count].tolist():
             row, column = divmod(number, weights.shape[1])
             weight = Fraction(self._as_float(weights[row, column]))
-            total = sum((one.exact(first + row, column) for one in self._parts), weight)
+            total = sum((delta.exact(first + row, column) for delta in self._parts), weight)
             weights[row, column] = self._as_bits(exact.nearest(total, self._kind))
 
     def _as_float(self, bits: int | np.uint16) -> float:
@@ -110,11 +110,11 @@ def _scratch(shape: tuple[int, ...]) -> tuple[npt.NDArray[np.float32], npt.NDArr
 
 def stackable(deltas: Sequence[Delta], dtype: str) -> list[LowRank] | None:
     """The same deltas, where each is a product whose sum `Stacked` can take, for weights of a dtype."""
-    fit = [one for one in deltas if isinstance(one, LowRank) and _is_small_product(one)]
+    fit = [delta for delta in deltas if isinstance(delta, LowRank) and _is_small_product(delta)]
     return fit if dtype in dtypes.SIXTEEN_BIT and len(fit) == len(deltas) else None
 
 
-def _is_small_product(one: LowRank) -> bool:
-    a = one.matrix.a
-    b = one.matrix.b
-    return b is not None and max(abs(one.factor), 1) * np.abs(a).max(initial=0) < LARGE > np.abs(b).max(initial=0)
+def _is_small_product(delta: LowRank) -> bool:
+    a = delta.matrix.a
+    b = delta.matrix.b
+    return b is not None and max(abs(delta.factor), 1) * np.abs(a).max(initial=0) < LARGE > np.abs(b).max(initial=0)

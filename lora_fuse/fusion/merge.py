@@ -133,11 +133,12 @@ def _fuse_shards(
             wait(running, return_when=FIRST_EXCEPTION)
         finally:  # after a failure or Ctrl-C; otherwise nothing runs any more
             way.stop.set()
-            cancelled = [one for one in running if one.cancel()]
-        failed = [error for one in running if one not in cancelled and (error := one.exception()) is not None]
+            cancelled = [shard for shard in running if shard.cancel()]
+        finished = [shard for shard in running if shard not in cancelled]
+        failed = [error for shard in finished if (error := shard.exception()) is not None]
         for error in sorted(failed, key=lambda error: isinstance(error, Stopped)):
             raise error
-        hashed = [one.result() for one in running]
+        hashed = [shard.result() for shard in running]
     return {
         shard.relative: records.MergedFile(record.size, record.sha256, "fused")
         for shard, record in zip(plan.fused_shards, hashed, strict=True)

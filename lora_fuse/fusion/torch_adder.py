@@ -23,7 +23,7 @@ class TorchSum:
         self._deltas = deltas
         self._dtype = dtypes.DTYPES[dtype].torch
         self._columns = columns
-        rooted = any(isinstance(one, Decomposed) for one in deltas)
+        rooted = any(isinstance(delta, Decomposed) for delta in deltas)
         self._device = torch.device("cpu" if rooted else device)
 
     def add(self, data: memoryview, first: int) -> None:
@@ -56,9 +56,9 @@ def pinned(memories: Sequence[memoryview]) -> Iterator[None]:
     """Within it, a GPU reads and writes these itself, where it is one that can."""
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     held = [torch.frombuffer(memory, dtype=torch.uint8) for memory in memories]
-    done = [one for one in held if not int(runtime.cudaHostRegister(one.data_ptr(), one.numel(), 0))]
+    done = [delta for delta in held if not int(runtime.cudaHostRegister(delta.data_ptr(), delta.numel(), 0))]
     try:
         yield
     finally:
-        for one in done:
-            runtime.cudaHostUnregister(one.data_ptr())
+        for delta in done:
+            runtime.cudaHostUnregister(delta.data_ptr())

@@ -1,14 +1,31 @@
-"""One rounding, to nearest, ties to even, of values known up to an error. Pure."""
+"""One rounding, to nearest, ties to even, of values known up to an error; in memory that each thread uses again."""
 
 from __future__ import annotations
+
+import math
+import threading
+from typing import Any
 
 import numpy as np
 import torch
 
 from lora_fuse.checkpoint import dtypes
-from lora_fuse.fusion.scratch import scratch
 
 FLOAT_FORMATS = {dtypes.DTYPES[name].torch: kind for name, kind in dtypes.ROUNDABLE.items()}
+_memory = threading.local()
+
+
+def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory of this thread's own that is used again under the same name: fresh pages would cost more than the sum."""
+    memory: dict[Any, torch.Tensor] = _memory.__dict__
+    key = (name, shape, dtype, device)
+    if key not in memory:
+        count = math.prod(shape)
+        whole = (name, dtype, device)
+        if whole not in memory or memory[whole].numel() < count:
+            memory[whole] = torch.empty(count, dtype=dtype, device=device)
+        memory[key] = memory[whole][:count].view(shape)
+    return memory[key]
 
 
 def round_most(values: torch.Tensor, error: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,8 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from lora_fuse.fusion.scratch import scratch
-from lora_fuse.fusion.torch_rounding import FLOAT_FORMATS, round_doubtful, round_most
+from lora_fuse.fusion.torch_rounding import FLOAT_FORMATS, round_doubtful, round_most, scratch
 from lora_fuse.lora import Delta, NotFinite, exact
 
 BLOCK = (512, 1024)  # rows and columns that are summed at a time on a CPU: 4 MB in float64
@@ -39,8 +38,8 @@ def fuse_rows(rows: torch.Tensor, deltas: Sequence[Delta], first: int = 0) -> No
     reach = max(-float(low), float(high))
     if not math.isfinite(reach):
         raise NotFinite("the base holds NaN or infinity")
-    reach += sum(one.size for one in deltas)
-    operations = 2 + sum(one.roundings + 1 for one in deltas)
+    reach += sum(delta.size for delta in deltas)
+    operations = 2 + sum(delta.roundings + 1 for delta in deltas)
     error = 2.0**-52 * operations * reach if math.isfinite(reach) else 0.0
     doubts = [
         _fuse_block(block, deltas, row, column, first, error)
@@ -77,8 +76,8 @@ def _fuse_block(
 ) -> _Doubts:
     total = scratch("total", block.shape, torch.float64, block.device).copy_(block)
     weight = total.clone() if error == 0 else total
-    for one in deltas:
-        one.add_to(total, weight, first + row, column)
+    for delta in deltas:
+        delta.add_to(total, weight, first + row, column)
     if block.dtype == torch.float64:
         near = total
         doubtful = torch.empty(0, dtype=torch.int64, device=block.device)
@@ -99,6 +98,6 @@ def _settle(rows: torch.Tensor, doubts: _Doubts, deltas: Sequence[Delta], first:
         row = int(doubts.row[number])
         column = int(doubts.column[number])
         weight = float(doubts.weight[number])
-        parts = (one.exact(first + row, column) for one in deltas)
+        parts = (delta.exact(first + row, column) for delta in deltas)
         merged[number] = exact.nearest(sum(parts, Fraction(weight)), FLOAT_FORMATS[rows.dtype])
     rows[doubts.row, doubts.column] = merged

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -127,8 +128,8 @@ class LowRank:
         return Fraction(self.factor) * self.matrix.exact(row, column)
 
 
-class Hadamard:
-    """``factor * left * right``, element by element: LoHa (Hyeon-Woo et al. 2021, arXiv:2108.06098, section 2.2)."""
+class _OfTwo:
+    """A delta of two matrices and a factor."""
 
     def __init__(self, left: Matrix, right: Matrix, factor: float) -> None:
         self.left = left
@@ -136,6 +137,10 @@ class Hadamard:
         self.factor = factor
         self.size = abs(factor) * left.size * right.size
         self.roundings = left.roundings + right.roundings + 3
+
+
+class Hadamard(_OfTwo):
+    """``factor * left * right``, element by element: LoHa (Hyeon-Woo et al. 2021, arXiv:2108.06098, section 2.2)."""
 
     def add_to(self, total: torch.Tensor, weight: torch.Tensor, row: int, column: int) -> None:
         """See `Delta`."""
@@ -147,16 +152,12 @@ class Hadamard:
         return Fraction(self.factor) * self.left.exact(row, column) * self.right.exact(row, column)
 
 
-class Kronecker:
+class Kronecker(_OfTwo):
     """``factor * left (x) right``: LoKr (Yeh et al. 2023, arXiv:2309.14859, section 3.2)."""
 
-    def __init__(self, left: Matrix, right: Matrix, factor: float) -> None:
-        self.left = left
-        self.right = right
-        self.factor = factor
-        self.size = abs(factor) * left.size * right.size
-        self.roundings = left.roundings + right.roundings + 3
-        self._values = [np.ascontiguousarray(side.values()) for side in (left, right)]
+    @cached_property
+    def _values(self) -> tuple[Array, Array]:
+        return np.ascontiguousarray(self.left.values()), np.ascontiguousarray(self.right.values())
 
     def add_to(self, total: torch.Tensor, weight: torch.Tensor, row: int, column: int) -> None:
         """See `Delta`."""

@@ -98,7 +98,7 @@ def parse_lora(
 
 
 def _modules(tensors: Mapping[str, TensorInfo], where: str) -> dict[str, _Module]:
-    found: dict[str, _Module] = defaultdict(_Module)
+    modules: dict[str, _Module] = defaultdict(_Module)
     unknown: list[str] = []
     for key, tensor in tensors.items():
         read = read_key(key)
@@ -106,7 +106,7 @@ def _modules(tensors: Mapping[str, TensorInfo], where: str) -> dict[str, _Module
             unknown.append(key)
             continue
         name, format_, role = read
-        roles = found[name].shared if format_ is None else found[name].rows[format_.name]
+        roles = modules[name].shared if format_ is None else modules[name].rows[format_.name]
         if role in roles:
             raise BadLora(f"{where}: {roles[role].name!r} and {key!r} mean the same; a file may hold one adapter only")
         roles[role] = tensor
@@ -121,24 +121,22 @@ def _modules(tensors: Mapping[str, TensorInfo], where: str) -> dict[str, _Module
             f"{where}: {len(unknown)} of {len(tensors)} keys belong to no known format ({_first(unknown)}); "
             f"known are {', '.join(row.name for row in FORMATS)}"
         )
-    return found
+    return modules
 
 
 def _first(keys: Sequence[str]) -> str:
     return "first " + ", ".join(repr(key) for key in sorted(keys)[:SHOWN])
 
 
+@dataclass(frozen=True, slots=True)
 class _Reader:
     """Takes a module's keys, role by role, until none is left."""
 
-    def __init__(
-        self, name: str, module: _Module, alphas: Mapping[str, float], config: AdapterConfig, where: str
-    ) -> None:
-        self.name = name
-        self.module = module
-        self.alphas = alphas
-        self.config = config
-        self.where = where
+    name: str
+    module: _Module
+    alphas: Mapping[str, float]
+    config: AdapterConfig
+    where: str
 
     def deltas(self) -> Iterator[LoraDelta]:
         """The deltas of the module: of its weight, of its bias, or of both."""
@@ -243,11 +241,11 @@ class _Reader:
         own = self.module.shared.pop("alpha", None)
         if rank is None:  # LoKr of two whole matrices: LyCORIS and its readers do not apply an alpha there
             return LoraDelta(self.name, "weight", row, keys, shape)
-        told = self.config.rank_of(self.name)
-        if told is not None and told != rank:
+        configured = self.config.rank_of(self.name)
+        if configured is not None and configured != rank:
             raise ShapeMismatch(
-                f"{self.where}: the factors of {self.name!r} have rank {rank}, and {self.config.where} says {told}; "
-                "the configuration belongs to another file"
+                f"{self.where}: the factors of {self.name!r} have rank {rank}, and {self.config.where} says "
+                f"{configured}; the configuration belongs to another file"
             )
         alpha = self.config.alpha_of(self.name, rank) if own is None else self.alphas[own.name]
         if not math.isfinite(alpha):

@@ -30,20 +30,20 @@ def match_targets(deltas: Iterable[LoraDelta], weights: Mapping[str, TensorInfo]
         BadLora: two deltas mean the same parameter, or a name could mean two modules of the base.
     """
     flat = _flattened(weights)
-    found: dict[str, LoraDelta] = {}
+    matched: dict[str, LoraDelta] = {}
     missing: list[str] = []
     for delta in deltas:
         name = _parameter(delta, weights, flat, where)
         if name is None:
             missing.append(f"{delta.module}.{delta.part}")
             continue
-        if name in found:
-            raise BadLora(f"{where}: {found[name].module!r} and {delta.module!r} both mean the base's {name!r}")
+        if name in matched:
+            raise BadLora(f"{where}: {matched[name].module!r} and {delta.module!r} both mean the base's {name!r}")
         _check_fit(delta, weights[name], where)
-        found[name] = delta
+        matched[name] = delta
     if missing:
-        raise UnmatchedTargets(_missing_message(missing, len(found), weights, where))
-    return found
+        raise UnmatchedTargets(_missing_message(missing, len(matched), weights, where))
+    return matched
 
 
 def _flattened(weights: Mapping[str, TensorInfo]) -> dict[str, list[str]]:

@@ -89,8 +89,8 @@ class Console:
             print(json.dumps({"stage": stage, **self._whose, **facts}), flush=True)
         elif not self.quiet:
             ending = [f"next: {then}"] if then and self.alone else []
-            said = [f"{self._name(stage)}: {painted(line, sys.stdout)}\n" for line in [*lines, *ending]]
-            print("".join(said), end="", flush=True)
+            text = [f"{self._name(stage)}: {painted(line, sys.stdout)}\n" for line in [*lines, *ending]]
+            print("".join(text), end="", flush=True)
 
     def failed(self, stage: str, code: int, sentence: str) -> None:
         """Print a refusal for a program; `interrupts.guarded` prints it for a person."""

@@ -55,10 +55,10 @@ class HashingWriter:
         Raises:
             OSError: an earlier window could not be written.
         """
-        held = np.frombuffer(data, dtype=np.uint8)
-        while len(held):
+        left = np.frombuffer(data, dtype=np.uint8)
+        while len(left):
             window = self._window
-            part, held = np.split(held, [WINDOW - window.filled])
+            part, left = np.split(left, [WINDOW - window.filled])
             np.copyto(np.frombuffer(window.memory, dtype=np.uint8, count=len(part), offset=window.filled), part)
             window.filled += len(part)
             if window.filled == WINDOW:

@@ -38,7 +38,7 @@ class Process:
 def this_process() -> Process:
     """Read this process's ranks. Clusters set ``WORLD_SIZE`` for their own ends; a launcher sets ``LOCAL_RANK`` too."""
     given = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
-    return Process(*map(int, given)) if all(one.isdecimal() for one in given) else Process()
+    return Process(*map(int, given)) if all(map(str.isdecimal, given)) else Process()
 
 
 def is_first_to_fail() -> bool:

@@ -156,8 +156,8 @@ def rates_file() -> Path:
 
 def rate(work: str) -> float | None:
     """Units per second of the last run of such work; None if there was none."""
-    found = _rates().get(work)
-    return found if isinstance(found, float) and found > 0 else None
+    per_second = _rates().get(work)
+    return per_second if isinstance(per_second, float) and per_second > 0 else None
 
 
 def remember(work: str, amount: float, seconds: float) -> None:

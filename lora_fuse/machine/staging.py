@@ -112,13 +112,13 @@ def holding(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(path: Path, held: Path) -> Iterator[None]:
+def _locked(path: Path, result: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise Busy(f"another run is writing {held}; wait for it to end") from error
+            raise Busy(f"another run is writing {result}; wait for it to end") from error
         yield
 
 
@@ -132,13 +132,13 @@ def replace_atomically(new: Path, out: Path) -> None:
         remove(_previous(out))
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def _exchange(new: Path, out: Path) -> bool:
     """renameat2(2) with RENAME_EXCHANGE: Linux, and not on every filesystem."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
         return False
-    return bool(renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0)
+    return bool(renameat2(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(out), RENAME_EXCHANGE) == 0)
 
 
 def _previous(out: Path) -> Path:
