@@ -20,10 +20,10 @@ def base(key: str, console: Console) -> int:
     compiled = read_compiled()
     refuse_unknown("base", key, compiled.bases, COMPILED)
     name = compiled.bases[key]
-    params = compiled.params(name)
-    at = Artifacts.of_variant(name, params)
+    recipe = compiled.params(name)
+    at = Artifacts.of_variant(name, recipe)
     with next_commands(at):
-        return download(params, at, console, base_only=True)
+        return download(recipe, at, console, base_only=True)
 
 
 if __name__ == "__main__":

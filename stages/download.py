@@ -9,14 +9,14 @@ from __future__ import annotations
 from lora_fuse import hub
 from lora_fuse.hub import locks
 from lora_fuse.machine import PLAIN, Console, files, progress
-from lora_fuse.recipe import Artifacts, Recipe, Source, paths, records
+from lora_fuse.recipe import Artifacts, Lock, Recipe, Source, paths, records
 from stages.run import run_stage
 
 KEPT = "whole files stay in the Hub client's cache, the locks are as they were; `dvc repro` goes on with the rest"
 
 
 def download(
-    params: Recipe,
+    recipe: Recipe,
     at: Artifacts = paths.HERE,
     console: Console = PLAIN,
     *,
@@ -25,33 +25,33 @@ def download(
     loras_only: bool = False,
 ) -> int:
     """Write `base.lock.json` and `lora.lock.json`, or one of them, and that what they name is here."""
-    (base_before, loras_before), clock = at.earlier_locks(), progress.Stopwatch()
-    sources: list[Source] = [] if loras_only else [params.base]
-    sources += [] if base_only else [lora for _, lora in sorted(params.loras.items())]
-    console.will(
-        "download", locks.will_lock(sources, [*([base_before] if base_before else []), *loras_before.values()])
-    )
-    transfer = params.download
-    loras = {  # first, as they are small: what is wrong with them is found before the base is fetched
-        name: hub.lock_lora(lora, lora.filename, previous=loras_before.get(name), update=update, transfer=transfer)
-        for name, lora in sorted(params.loras.items() if not base_only else ())
+    clock = progress.Stopwatch()
+    base_before, loras_before = at.earlier_locks()
+    wanted = {} if base_only else dict(sorted(recipe.loras.items()))
+    sources: list[Source] = [*([] if loras_only else [recipe.base]), *wanted.values()]
+    before = [*([base_before] if base_before else []), *loras_before.values()]
+    console.will("download", locks.will_lock(sources, before))
+    # LoRAs first, as they are small: what is wrong with them is found before the base is fetched.
+    loras = {
+        name: hub.lock_lora(
+            lora, lora.filename, previous=loras_before.get(name), update=update, transfer=recipe.download
+        )
+        for name, lora in wanted.items()
     }
     pairs = [(loras_before.get(name), lora) for name, lora in loras.items()]
+    base: Lock | None = None
     if not loras_only:
-        base = hub.lock_base(params.base, previous=base_before, update=update, transfer=transfer)
+        base = hub.lock_base(recipe.base, previous=base_before, update=update, transfer=recipe.download)
         pairs.insert(0, (base_before, base))
-        files.replace_text(at.base_lock, records.to_json(records.BaseLock(records.SCHEMA, base)))
-    if not base_only:
-        files.replace_text(at.lora_lock, records.to_json(records.LoraLock(records.SCHEMA, loras)))
+    at.write_locks(base, None if base_only else loras)
     pinned = [lock for _, lock in pairs]
     moved = locks.moved(pairs)
     sizes = {lock.label: lock.size for lock in pinned}
     files.replace_text(at.base_sources if base_only else at.sources, records.to_json(sizes))
     facts = {"bytes": sizes, "moved": moved, "seconds": clock.seconds}
     lines = [locks.checked(some) for some in (pinned[:1], pinned[1:]) if some]
-    console.done(
-        "download", *lines, progress.human_rate(sum(sizes.values()), clock.seconds), facts=facts, then="dvc repro fuse"
-    )
+    rate = progress.human_rate(sum(sizes.values()), clock.seconds)
+    console.done("download", *lines, rate, facts=facts, then="dvc repro fuse")
     if update and moved and not console.as_json:
         console.done("update", *moved, facts={})
     return 0

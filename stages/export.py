@@ -11,19 +11,20 @@ from lora_fuse.recipe import Artifacts, Recipe, paths, records
 from stages.run import run_stage
 
 
-def export_formats(params: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:
+def export_formats(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:
     """Write `export/` and `export.json`."""
     manifest, manifest_sha256 = read_manifest(at.manifest)
     checkpoint = open_checkpoint(at.merged, COMPONENT, manifest.files)
     stated = [shard.header.metadata[PROVENANCE] for shard in checkpoint.shards if PROVENANCE in shard.header.metadata]
     metadata = {PROVENANCE: stated[0] if stated else "", f"{PROVENANCE}.manifest_sha256": manifest_sha256}
-    formats, clock = params.export.formats, progress.Stopwatch()
+    formats = recipe.export.formats
+    clock = progress.Stopwatch()
     size = export_size(checkpoint, formats, metadata)
     if formats:
-        what = f"{', '.join(formats)}: {progress.human_bytes(size)} to write to {at.exported}"
-        console.will("export", f"{what}{progress.estimate('export', size)}")
+        to_write = f"{', '.join(formats)}: {progress.human_bytes(size)} to write to {at.exported}"
+        console.will("export", f"{to_write}{progress.estimate('export', size)}")
     with progress.byte_progress("export", size, at_least=1) as advance:
-        exported = export(checkpoint, at.exported, formats, name=params.name, metadata=metadata, progress=advance)
+        exported = export(checkpoint, at.exported, formats, name=recipe.name, metadata=metadata, progress=advance)
     files.replace_text(at.exports, records.to_json(records.Exports(records.SCHEMA, manifest_sha256, exported)))
     sums = [f"{record.sha256}  {name}\n" for name, record in exported.items()]
     files.replace_text(at.exported / "SHA256SUMS", "".join(sums))  # for sha256sum -c; and DVC warns of an empty folder

@@ -11,25 +11,25 @@ from stages.run import run_stage
 KEPT = "shards that are finished are kept, artifacts/merged is as it was; `dvc repro` goes on with the next shard"
 
 
-def fuse(params: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:
+def fuse(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:
     """Write `merged/` and `merged.manifest.json`."""
     base, loras = at.read_locks()
     for warning in pair_warnings(base.repo_id, [(lora.repo_id, lora.lora_name) for lora in loras.values()]):
         console.warn(warning)
-    plan = plan_of(base, loras, params)
+    plan = plan_of(base, loras, recipe)
     job = FuseJob.of(
         plan,
         at.merged,
-        device=params.fuse.device,
-        untouched=params.fuse.untouched,
-        pipeline=params.base.pipeline,
-        scheduler=params.scheduler_config,
+        device=recipe.fuse.device,
+        untouched=recipe.fuse.untouched,
+        pipeline=recipe.base.pipeline,
+        scheduler=recipe.scheduler_config,
     )
     nbytes = job.nbytes
     shards = f"{len(plan.fused_shards)} of {len(plan.checkpoint.shards)} weight files"
     to_write = f"{progress.human_bytes(nbytes)} to write to {at.merged} on {job.device}"
     console.will("fuse", f"{shards}, {to_write}{progress.estimate(job.label, nbytes)}")
-    fused = job.run(params, base, loras)
+    fused = job.run(recipe, base, loras)
     counts = {
         "targets": len(plan.targets),
         "tensors": len(plan.checkpoint.tensors()),

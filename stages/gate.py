@@ -15,11 +15,14 @@ from stages.run import command, run_stage
 def gate(_: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:
     """Print the decision; its exit code is the pipeline's."""
     decision = decisions.decide(paths.read_object(at.verify, "verify"), paths.read_object(at.metrics, "regress"), at)
-    code, sentence = decision.code, f"{decision.reason}; next: {command(decision.then, at)}"
-    if code:
+    sentence = f"{decision.reason}; next: {command(decision.then, at)}"
+    facts = {"code": decision.code, "decision": sentence}
+    if decision.code:
         console.wrong("gate", sentence)
-    console.done("gate", *([] if code else [sentence]), facts={"code": code, "decision": sentence})
-    return code
+        console.done("gate", facts=facts)
+    else:
+        console.done("gate", sentence, facts=facts)
+    return decision.code
 
 
 if __name__ == "__main__":

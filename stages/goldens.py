@@ -9,9 +9,9 @@ from lora_fuse.recipe import Artifacts, Recipe, paths
 from stages.run import run_stage
 
 
-def goldens(params: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:
+def goldens(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:
     """Write `goldens.json`: the sha256 of every picture and record by its path; there may be none."""
-    folder = paths.GOLDEN / params.name
+    folder = paths.GOLDEN / recipe.name
     found = sorted(path for path in folder.rglob("*") if path.is_file())
     listed = {path.relative_to(folder).as_posix(): files.hash_file(path).sha256 for path in found}
     files.replace_text(at.goldens, json.dumps(listed, indent=2) + "\n")

@@ -19,11 +19,12 @@ from stages.run import run_stage
 KEPT = "what was sent stays in its pull request; publish again, it goes on with the rest"
 
 
-def publish(params: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN, *, dry_run: bool = False) -> int:
+def publish(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN, *, dry_run: bool = False) -> int:
     """Write `publish.json`, the receipt; with `publish.enabled: false` it says that nothing was sent."""
-    wanted, clock = params.publish, progress.Stopwatch()
+    wanted = recipe.publish
+    clock = progress.Stopwatch()
     if dry_run:
-        manifest, card, beside = checked_release(params, at)
+        manifest, card, beside = checked_release(recipe, at)
         text = hub.preview(at.merged, manifest, card, beside, repo_id=wanted.repo_id, tag=wanted.tag)
         if console.as_json:
             console.done("publish", facts={"dry_run": text})
@@ -36,7 +37,7 @@ def publish(params: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN
     elif wanted.repo_id is None:
         raise PublishRefused("publish.enabled is true and publish.repo_id is null; name the repository: owner/name")
     else:
-        manifest, card, beside = checked_release(params, at)
+        manifest, card, beside = checked_release(recipe, at)
         title = f"{manifest.recipe}, scale {manifest.scale:g}, by lora-fuse {checkout.this_version()}"
         size = sum(file.size for file in manifest.files.values())
         console.will("publish", f"{len(manifest.files)} files, {progress.human_bytes(size)}, to {wanted.repo_id}")

@@ -1,18 +1,18 @@
-"""What a stage says: what it will do, what is wrong, and at the end what it did; all of them say it in the same way."""
+"""Runs a stage as a program: reads its arguments, reports errors and interrupts in one way, names the next command."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from lora_fuse.errors import BadConfig, LoraFuseError, Rerun, naming_extras
 from lora_fuse.machine import Console, interrupts, launch, progress, staging
-from lora_fuse.recipe import Artifacts, paths
+from lora_fuse.recipe import Artifacts, Lock, Recipe, paths
 from stages.config import load
 
 ALONE = "DVC_STAGE" not in os.environ  # DVC goes on with the next stage by itself
@@ -28,11 +28,11 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Console]
 
 
 def run(name: str, console: Console, work: Callable[[], int], kept: str = KEPT) -> int:
-    """Do a stage's work; what was refused or interrupted is said in one way.
+    """Do a stage's work; report a refusal or an interrupt in one way.
 
     Args:
         name: the stage's.
-        console: what it says things by.
+        console: prints its lines.
         work: gives the exit code.
         kept: what an interrupted run leaves, and how to go on.
 
@@ -66,14 +66,14 @@ def run_stage(
     """Run a stage as a program: its parameters by the rule above, its errors as one line, its result as exit code.
 
     Args:
-        stage: gets the parameters, where its results go, how it says things, and by keyword whether a flag is given.
+        stage: gets the parameters, the paths of its results, a console, and each flag by keyword.
         flags: names of arguments (``dry-run`` for ``--dry-run``, keyword `dry_run`) that are no overrides and do not
             count for the rule; every stage also knows ``--quiet``, ``--json`` and ``--variant NAME``.
         kept: what an interrupted run leaves, and how to go on.
         read: makes something else than parameters from the overrides; there is no ``--variant`` then.
-        at: where its results go.
-        spread: whether a launcher may start it as several processes; the first of them writes.
-        writes: whether it holds the build's folder, so that no other does anything to it meanwhile.
+        at: the paths of its results.
+        spread: True if a launcher may start it as several processes; the first of them writes.
+        writes: True if it holds the build's folder, so that no other changes it meanwhile.
     """
     known = ("quiet", "json", *flags)
     given = {flag: f"--{flag}" in sys.argv[1:] for flag in known}
@@ -98,7 +98,8 @@ def run_stage(
 
 def _variant(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     """The variant that the arguments name, if any, and the overrides among them."""
-    rest, variant = list(arguments), None
+    rest = list(arguments)
+    variant: str | None = None
     for at, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name == "--variant":
@@ -141,6 +142,16 @@ def _restoring(path: Path) -> str:
     """Bring back what was approved: from git, or from DVC where a folder above is kept there."""
     kept = [Path(f"{above}.dvc") for above in (path, *path.parents)]
     return next((f"dvc checkout --force {one}" for one in kept if one.exists()), f"git checkout {path}")
+
+
+def merge(recipe: Recipe, at: Artifacts, base: Lock, loras: Mapping[str, Lock]) -> None:
+    """Fuse and verify pinned files beside the main build, in silence; the caller reads `verify.json`."""
+    from stages.fuse import fuse
+    from stages.verify import verify
+
+    at.write_locks(base, loras)
+    for stage in (fuse, verify):
+        stage(recipe, at, Console(quiet=True))
 
 
 @contextmanager

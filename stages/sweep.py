@@ -22,8 +22,7 @@ from lora_fuse.studies.sweep import (
     wrong_points,
 )
 from stages.config.sweeps import Swept, expand
-from stages.merging import merge
-from stages.run import run_stage
+from stages.run import merge, run_stage
 
 SWEEP = Artifacts(paths.ROOT / "sweep")
 

@@ -15,8 +15,7 @@ from lora_fuse.machine import Console, staging
 from lora_fuse.pictures import environment
 from lora_fuse.studies.validation import BUILD, VALIDATION, Outcome, Request, Validation, ValidationReport
 from stages.config import load
-from stages.merging import merge
-from stages.run import command, parse, run
+from stages.run import command, merge, parse, run
 
 KEPT = "the current build is as it was; the same command starts anew"
 

@@ -13,13 +13,13 @@ from lora_fuse.verification import Expectation, verify_merge
 from stages.run import run_stage
 
 
-def verify(params: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:
+def verify(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:
     """Write `verify.json`."""
     base, loras = at.read_locks()
     manifest, manifest_sha256 = read_manifest(at.manifest)
     size = sum(file.size for file in manifest.files.values())
     clock = progress.Stopwatch()
-    rows = "all rows" if params.verify.rows == "all" else f"{params.verify.rows} rows"
+    rows = "all rows" if recipe.verify.rows == "all" else f"{recipe.verify.rows} rows"
     console.will(
         "verify",
         f"derives {rows} of {manifest.targets} targets again, compares the rest{progress.estimate('verify', size)}",
@@ -27,11 +27,11 @@ def verify(params: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN)
     found = verify_merge(
         at.merged,
         hf_cache.locate(base),
-        paths.lora_inputs(loras, params),
+        paths.lora_inputs(loras, recipe),
         component=COMPONENT,
-        rows=None if params.verify.rows == "all" else params.verify.rows,
-        expected=Expectation(params.base.pipeline, params.scheduler_config),
-        selection=params.fuse.selection,
+        rows=None if recipe.verify.rows == "all" else recipe.verify.rows,
+        expected=Expectation(recipe.base.pipeline, recipe.scheduler_config),
+        selection=recipe.fuse.selection,
     )
     for problem in check_files(manifest, at.merged):
         found.problem(problem)

@@ -1,4 +1,4 @@
-"""Where parameters come from: no arguments, `params.yaml`; arguments, composed from `conf/` with them.
+"""Parameters of a stage: without arguments those of `params.yaml`, with them composed from `conf/`.
 
 ``python -m stages.config [overrides]`` writes params.yaml, and variants/params.yaml of conf/variants.yaml; ``--check``
 compares both with what `conf/` gives. DVC never composes by itself in ``dvc repro``, so they are committed and this
@@ -47,15 +47,15 @@ def check_declared(recipe: str, variant: str | None = None) -> Recipe:
     Raises:
         CheckFailed: they are not.
     """
-    params = load(variant=variant)
-    if variant is None and params != load([f"recipe={recipe}"]):
+    declared = load(variant=variant)
+    if variant is None and declared != load([f"recipe={recipe}"]):
         raise CheckFailed(
             f"params.yaml is not what recipe {recipe} composes to: make a recipe of these overrides, commit "
             "it and run it; nothing was approved"
         )
-    if variant is not None and (recipe != variant or params != compose_variant(variant)):
+    if variant is not None and (recipe != variant or declared != compose_variant(variant)):
         raise CheckFailed(
             f"{COMPILED} is not what variant {variant} composes to, or its pictures are of {recipe}: run python -m "
             "stages.config, commit, run dvc repro; nothing was approved"
         )
-    return params
+    return declared

@@ -42,11 +42,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _check(path: Path, wanted: str) -> None:
-    held = path.read_text(encoding="utf-8") if path.exists() else ""
-    if yaml.safe_load(held) == yaml.safe_load(wanted):
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if yaml.safe_load(text) == yaml.safe_load(wanted):
         print(f"{path} is what conf/ composes to")
         return
-    diff = difflib.unified_diff(held.splitlines(), wanted.splitlines(), str(path), "conf/", lineterm="", n=0)
+    diff = difflib.unified_diff(text.splitlines(), wanted.splitlines(), str(path), "conf/", lineterm="", n=0)
     print("\n".join(diff))
     raise CheckFailed(f"{path} is not what conf/ composes to; write it anew: python -m stages.config")
 

@@ -64,5 +64,5 @@ def recipes() -> list[str]:
 
 
 def one_line(error: Exception) -> str:
-    """What a library says of a configuration, on one line."""
+    """A library's error about a configuration, on one line."""
     return " ".join(str(error).split()).partition(" Config search path")[0]

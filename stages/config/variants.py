@@ -1,4 +1,4 @@
-"""What a team publishes: the entries of `conf/variants.yaml`, and what they compile to for `variants/dvc.yaml`.
+"""The variants that a team publishes: the entries of `conf/variants.yaml`, compiled for `variants/dvc.yaml`.
 
 An entry is a recipe with a scale, Hydra overrides and a place on the Hub. Its name is a folder of `artifacts/variants`,
 part of DVC's stage names, and the golden set's name; only an entry that is a recipe, by name and parameters, shares
@@ -59,12 +59,12 @@ class Variant(sections.Section):
         """The entry as Hydra overrides."""
         own: dict[str, object] = {"fuse.scale": self.scale, "publish.private": self.private}
         own |= {"publish.repo_id": self.repo_id, "publish.tag": self.tag, "publish.enabled": self.repo_id is not None}
-        said = [f"{key}={_hydra(value)}" for key, value in own.items() if value is not None]
-        return [f"recipe={self.recipe}", f"name='{name}'", *self.overrides, *said]
+        settings = [f"{key}={_hydra(value)}" for key, value in own.items() if value is not None]
+        return [f"recipe={self.recipe}", f"name='{name}'", *self.overrides, *settings]
 
 
 class Build(sections.Section):
-    """What `variants/dvc.yaml` has to know of a variant: the key of its base's lock; `recipe` is for people."""
+    """A variant in `variants/dvc.yaml`: the key of its base's lock; `recipe` is for people."""
 
     base: sections.Text
     recipe: sections.Text
@@ -77,7 +77,7 @@ class Compiled(sections.Section):
         bases: for each distinct base, by the key of its lock, a variant that is built from it.
         builds: all variants.
         published: those that have a repository.
-        variants: each one's parameters, as `lora_fuse.recipe.recipe.Params` has them.
+        variants: each one's parameters, as `lora_fuse.recipe.Recipe` has them.
     """
 
     bases: dict[str, str]

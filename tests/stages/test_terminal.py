@@ -57,7 +57,10 @@ def test_under_dvc_nobody_is_told_what_comes_next(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DVC_STAGE", "fuse")
-    Console().done("fuse", "done", facts={}, then="dvc repro verify")
+    code = "from stages.run import ALONE; print(ALONE)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+    Console(alone=False).done("fuse", "done", facts={}, then="dvc repro verify")
     assert capsys.readouterr().out == "fuse: done\n"
 
 

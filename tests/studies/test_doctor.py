@@ -333,7 +333,7 @@ def test_goldens_are_looked_for_by_key_and_damaged_ones_fail(tmp_path: Path) -> 
     shutil.copytree(folder, tmp_path / folder.name)
     record = json.loads((folder / "rabbit.json").read_text())["provenance"]["environment"]["key"]
     key = Key(**record)
-    assert pictures.approved_pictures(tmp_path, ["rabbit", "photo"], key).status is Status.OK
+    assert pictures.approved_pictures(tmp_path, ["rabbit", "hat"], key).status is Status.OK
     near = pictures.approved_pictures(tmp_path, ["rabbit"], Key(**{**record, "threads": 8}))
     assert (near.status, "4 (review)" in near.found) == (Status.WARN, True)
     none = pictures.approved_pictures(tmp_path, ["rabbit", "new"], key)
