@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import BadSource
 from lora_fuse.hub.client import is_offline
-from lora_fuse.hub.repository import list_repository
+from lora_fuse.hub.repository import RepositoryListing, list_repository
 from lora_fuse.hub.sources import ExpectedFile, open_folder
 from lora_fuse.recipe import Lock, Source, hf_cache
 
 Choose = Callable[[Iterable[str]], list[str]]  # names of a source to names of the files that are taken
+List = Callable[[str, str | None], RepositoryListing]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,7 @@ def base_size(source: Source, lock: Lock | None, *, timeout: float, once: bool =
         BadSource: the size cannot be known: the Hub has no such repository or may not be asked, the folder is not
             there, or there is no pipeline in it.
     """
-    return _size(source, lock, _pipeline_files, timeout=timeout, once=once)
+    return _size(source, lock, _pipeline_files, partial(list_repository, timeout=timeout, once=once))
 
 
 def lora_size(source: Source, filename: str, lock: Lock | None, *, timeout: float, once: bool = False) -> SourceSize:
@@ -92,16 +94,11 @@ def lora_size(source: Source, filename: str, lock: Lock | None, *, timeout: floa
     """
     name = PurePosixPath(filename).as_posix()
     known = lock if lock is not None and lock.lora_name == name else None
-    return _size(
-        source,
-        known,
-        lambda names: repository_files.lora_files(name, names, source.label),
-        timeout=timeout,
-        once=once,
-    )
+    choose = partial(repository_files.lora_files, name, label=source.label)
+    return _size(source, known, choose, partial(list_repository, timeout=timeout, once=once))
 
 
-def _size(source: Source, lock: Lock | None, choose: Choose, *, timeout: float, once: bool) -> SourceSize:
+def _size(source: Source, lock: Lock | None, choose: Choose, list_files: List) -> SourceSize:
     if source.repo_id is None:
         folder = open_folder(Path(str(source.path)))
         return _of_list(source.label, Path(folder.label), folder.files, choose, "the folder")
@@ -110,13 +107,13 @@ def _size(source: Source, lock: Lock | None, choose: Choose, *, timeout: float, 
         sizes = {name: record.size for name, record in lock.files.items()}
         known = SourceSize(lock.label, root, sizes, _missing(root, sizes), "the lock")
         if known.missing and not is_offline():  # the locked commit may be gone, or gated by now
-            list_repository(source.repo_id, lock.revision, timeout=timeout, once=once)
+            list_files(source.repo_id, lock.revision)
         return known
     if is_offline():
         raise BadSource(
             f"{source.label} is not locked yet, and HF_HUB_OFFLINE is set: its size is unknown; unset it once"
         )
-    commit, _, files = list_repository(source.repo_id, source.revision, timeout=timeout, once=once)
+    commit, _, files = list_files(source.repo_id, source.revision)
     root = hf_cache.snapshot_folder(source.repo_id, commit)
     return _of_list(f"{source.repo_id}@{commit}", root, files, choose, "the Hub's list")
 

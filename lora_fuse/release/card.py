@@ -110,6 +110,38 @@ def model_card(
         repo_id: the repository of the card; None for a folder.
         exports: files in other formats.
     """
+    source = repo_id or "merged"
+    example = next((case for case in evidence.cases if bool(case.inputs) == usage.edits), None)
+    inputs = example.inputs if example else ()
+    prompt = example.prompt if example else EXAMPLE_EDIT if usage.edits else EXAMPLE
+    scheduler = SCHEDULER if SCHEDULER in manifest.files and manifest.files[SCHEDULER].origin == "generated" else None
+    text = (
+        _environment()
+        .get_template("card.md.j2")
+        .render(
+            manifest=manifest,
+            usage=usage,
+            evidence=evidence,
+            exports=exports,
+            repo_id=repo_id,
+            title=(repo_id or manifest.recipe or "merged").rpartition("/")[2],
+            source=source,
+            warnings=pair_warnings(*manifest.pair),
+            example=example,  # the case that the snippet makes
+            pictures=[f'load_image(hf_hub_download("{source}", "{name}"))' for name in inputs],
+            area=usage.condition_area if usage.edits else None,  # the pipelines have no argument for it
+            prompt=json.dumps(prompt, ensure_ascii=False),
+            negative_prompt=json.dumps(usage.negative_prompt),
+            licence=_licence_sentence(licence),
+            scheduler=scheduler,
+            options=_options(manifest, scheduler, repo_id),
+            version=tool.version + (f" (git {tool.git})" if tool.git else ""),
+        )
+    )
+    return client.card_text(_front_matter(manifest, usage, licence.license), text)
+
+
+def _environment() -> jinja2.Environment:
     # Markdown, not HTML: escaping would spoil it.
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("lora_fuse.release"),
@@ -120,31 +152,7 @@ def model_card(
         keep_trailing_newline=True,
     )
     environment.filters |= {"cell": _cell, "file": _file}
-    source = repo_id or "merged"
-    example = next((case for case in evidence.cases if bool(case.inputs) == usage.edits), None)
-    inputs = example.inputs if example else ()
-    prompt = example.prompt if example else EXAMPLE_EDIT if usage.edits else EXAMPLE
-    scheduler = SCHEDULER if SCHEDULER in manifest.files and manifest.files[SCHEDULER].origin == "generated" else None
-    text = environment.get_template("card.md.j2").render(
-        manifest=manifest,
-        usage=usage,
-        evidence=evidence,
-        exports=exports,
-        repo_id=repo_id,
-        title=(repo_id or manifest.recipe or "merged").rpartition("/")[2],
-        source=source,
-        warnings=pair_warnings(*manifest.pair),
-        example=example,  # the case that the snippet makes
-        pictures=[f'load_image(hf_hub_download("{source}", "{name}"))' for name in inputs],
-        area=usage.condition_area if usage.edits else None,  # the pipelines have no argument for it
-        prompt=json.dumps(prompt, ensure_ascii=False),
-        negative_prompt=json.dumps(usage.negative_prompt),
-        licence=_licence_sentence(licence),
-        scheduler=scheduler,
-        options=_options(manifest, scheduler, repo_id),
-        version=tool.version + (f" (git {tool.git})" if tool.git else ""),
-    )
-    return client.card_text(_front_matter(manifest, usage, licence.license), text)
+    return environment
 
 
 def _front_matter(manifest: Manifest, usage: Usage, licence: License) -> dict[str, Any]:
