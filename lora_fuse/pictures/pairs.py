@@ -30,7 +30,7 @@ from lora_fuse.pictures.render import (
     render,
     shared_components,
 )
-from lora_fuse.pictures.render_progress import Watch
+from lora_fuse.pictures.render_progress import RenderProgress
 from lora_fuse.pictures.unfused_lora import attach
 from lora_fuse.recipe import Recipe
 
@@ -116,7 +116,7 @@ def render_pairs(
     plan: Plan,
     cases: Sequence[Case],
     setup: Setup,
-    watch: Watch | None = None,
+    watch: RenderProgress | None = None,
     shared: Mapping[str, object] | None = None,
 ) -> list[Pair]:
     """Render every case from both sides.
@@ -129,7 +129,7 @@ def render_pairs(
         RenderFailed: a side cannot be loaded or run.
         OutOfMemory: the GPU's memory is short; the message names the placement to try.
     """
-    watch = watch or Watch()
+    watch = watch or RenderProgress()
     watch.loads("merged")
     pipe = load_pipeline(merged, setup.pipeline, dtype=setup.dtype, shared=shared)
     ours = render_all(pipe, cases, setup.sampling, setup.placement, side="merged", watch=watch)
@@ -151,7 +151,7 @@ def render_references(
     cases: Sequence[Case],
     setup: Setup,
     shared: Mapping[str, object] | None = None,
-    watch: Watch | None = None,
+    watch: RenderProgress | None = None,
 ) -> References:
     """Render every case from the base alone if asked, with the LoRAs beside it, and with its weights moved.
 
@@ -166,7 +166,7 @@ def render_references(
         RenderFailed: see `render_pairs`.
         OutOfMemory: see `render_pairs`.
     """
-    watch = watch or Watch()
+    watch = watch or RenderProgress()
     watch.loads("the base")
     load = partial(load_pipeline, plan.checkpoint.root, setup.pipeline, dtype=setup.dtype)
     pipe = load(shared=shared)
@@ -213,7 +213,7 @@ def render_all(
     placement: str,
     *,
     side: str = "",
-    watch: Watch | None = None,
+    watch: RenderProgress | None = None,
 ) -> list[Rendered]:
     """Place a pipeline and render every case with it.
 
@@ -231,12 +231,12 @@ def render_all(
     """
     place(pipe, placement)
     try:
-        return [_render_watched(pipe, case, sampling, side, watch or Watch()) for case in cases]
+        return [_render_watched(pipe, case, sampling, side, watch or RenderProgress()) for case in cases]
     except OutOfMemory as error:
         raise OutOfMemory(f"{error}, {advice(placement)}") from error
 
 
-def _render_watched(pipe: Pipeline, case: Case, sampling: Sampling, side: str, watch: Watch) -> Rendered:
+def _render_watched(pipe: Pipeline, case: Case, sampling: Sampling, side: str, watch: RenderProgress) -> Rendered:
     with watch.picture(side, case.name, sampling) as on_step:
         return render(pipe, case, sampling, on_step)
 

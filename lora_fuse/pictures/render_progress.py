@@ -68,7 +68,7 @@ class Task:
 
 
 @dataclass(slots=True)
-class Watch:
+class RenderProgress:
     """Turns what a renderer reports into sentences with the pace and the time left.
 
     Attributes:
@@ -84,12 +84,12 @@ class Watch:
     _picture: progress.Stopwatch = field(default_factory=progress.Stopwatch)
 
     def loads(self, side: str) -> None:
-        """A side is about to be loaded."""
+        """Note that a side is about to be loaded."""
         self.say(f"loading {side}", self._done)
 
     @contextmanager
     def picture(self, side: str, case: str, sampling: Sampling) -> Iterator[Callable[[], None]]:
-        """Around the making of one picture.
+        """Report on a picture while it is made.
 
         Yields:
             The function to call at the end of every step.
@@ -123,11 +123,11 @@ class Watch:
 
 
 @contextmanager
-def watching(task: Task) -> Iterator[Watch]:
-    """A watch that shows on stderr what it is told: a bar on a terminal, a line now and then elsewhere."""
+def watching(task: Task) -> Iterator[RenderProgress]:
+    """Show the progress on stderr: a bar on a terminal, a line now and then elsewhere."""
     clock = progress.Stopwatch()
     if progress.is_silent():
-        yield Watch(task)
+        yield RenderProgress(task)
     elif sys.stderr.isatty():
         with progress.bar(task.stage, task.work, bar_format=f"{task.stage} {{percentage:.0f}}%: {{desc}}") as shown:
 
@@ -135,9 +135,9 @@ def watching(task: Task) -> Iterator[Watch]:
                 shown.update(done - shown.n)
                 shown.set_description_str(sentence)
 
-            yield Watch(task, update)
+            yield RenderProgress(task, update)
     else:
-        yield Watch(task, _now_and_then(task.stage))
+        yield RenderProgress(task, _now_and_then(task.stage))
     progress.remember(task.name, task.work, clock.seconds)
 
 

@@ -57,7 +57,7 @@ def render_sides(
     versions: Versions,
     cases: Sequence[Case],
     setup: pairs.Setup,
-    watch: render_progress.Watch,
+    watch: render_progress.RenderProgress,
 ) -> list[Sides]:
     """Render every case from every side.
 
@@ -90,7 +90,7 @@ def _render_beside(
     cases: Sequence[Case],
     setup: pairs.Setup,
     shared: Mapping[str, object],
-    watch: render_progress.Watch,
+    watch: render_progress.RenderProgress,
     plan: Plan | None,
     side: str,
 ) -> list[picture.Rendered]:
