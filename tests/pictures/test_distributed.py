@@ -84,7 +84,7 @@ def listens(pid: int) -> bool:
 
 def is_loaded(pid: int) -> bool:
     """Its weights are in memory, so it is making pictures."""
-    return int(status(pid, "VmRSS")) > 600_000
+    return int(status(pid, "VmRSS")) > 520_000  # kB; 590,000 while it renders
 
 
 def kill(workspace: Workspace, lost: int, *program: str, ready: Callable[[int], bool]) -> str:
