@@ -43,10 +43,10 @@ check: $(READY)
 	mypy
 	python -m stages.config --check
 
-# Two workers a core (tests/conftest.py), since many tests wait. The order is that of the collection, longest first;
-# loadgroup keeps the tests together that share a fixture, and lets the others go to whichever worker is free.
+# Two workers a core, since many tests wait; the longest first; a module whose tests share a fixture in one worker
+# (tests/conftest.py), and every other test in whichever is free.
 test: check
-	pytest -n auto --dist loadgroup --no-loadscope-reorder
+	pytest -n auto --dist loadscope --no-loadscope-reorder
 
 # LORA=owner/name[@revision]:file RECIPE=name SCALE=1.0, each may be left out. Make ends with 2 whatever the code of a
 # failure is; 4, changed and to be looked at, is none.

@@ -2,9 +2,12 @@
 
 import os
 import signal
+from functools import cache
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.support.once import Once
 from tests.support.workspace import Workspace
@@ -27,14 +30,29 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(2 * (os.cpu_count() or 1), MOST_WORKERS)
 
 
-@pytest.hookimpl(tryfirst=True)
+class Scheduling(LoadScopeScheduling):  # type: ignore[misc] # it has no types
+    """The tests of a module that share a fixture go to one worker, all others to whichever is free.
+
+    pytest-xdist's own loadgroup would ask for a mark in each module, and has no effect with pytest 9.2.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return file if shares_a_fixture(self.config.rootpath / file) else nodeid
+
+
+@cache
+def shares_a_fixture(file: Path) -> bool:
+    return 'scope="module"' in file.read_text(encoding="utf-8")
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:
+    """Schedule so, whatever ``--dist`` says."""
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests that share a fixture of their module in one worker; all others go where there is time."""
-    for item in items:
-        if isinstance(item, pytest.Function):
-            definitions = [found for all_found in item._fixtureinfo.name2fixturedefs.values() for found in all_found]
-            if any(found.scope == "module" for found in definitions):
-                item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    """Begin with what takes longest."""
     items.sort(key=lambda item: next((at for at, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST)))
 
 

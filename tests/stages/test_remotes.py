@@ -15,7 +15,9 @@ from tests.support.workspace import ROOT, Workspace, ran
 REPO = "alice/pocket"
 FROM_HUB = ["base.path=null", f"base.repo_id={REPO}", "base.revision=main"]
 LOCKS = ["base.lock.json", "lora.lock.json"]
-SMALL = [*LOCKS, "merged.manifest.json", "verify.json", "goldens.json", "export.json", "regression"]
+RESULTS = ["images", "candidates.json", "metrics.json", "cases.json", "blocks.json"]
+SMALL = [*LOCKS, "merged.manifest.json", "verify.json", "goldens.json", "export.json"]
+SMALL += [f"regression/{name}" for name in RESULTS]
 KEYS = {"ACCESS_KEY_ID": "any", "SECRET_ACCESS_KEY": "any"}  # the server asks for some
 STAY = ["merged", "sources.json"]
 
