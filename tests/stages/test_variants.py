@@ -287,7 +287,7 @@ def test_what_is_not_there_is_said_with_the_command_and_a_broken_result_stops_no
     assert states == {"new": "not built", "pocket_pastel": "unreadable", "pocket_soft": "incomplete"}
     assert entries["new"]["command"] == f"dvc repro {PIPELINE}:gate@new"
     assert (entries["new"]["base"]["asked"], entries["new"]["base"]["commit"]) == ("main", None)
-    assert "verify.json is not JSON" in entries["pocket_pastel"]["notes"][0]
+    assert "verify.json is not readable JSON" in entries["pocket_pastel"]["notes"][0]
     assert entries["pocket_soft"]["notes"] == ["these weights are not verified yet"]
     page = (checkout.root / "artifacts/catalog/catalog.html").read_text()
     assert f"next: dvc repro {PIPELINE}:gate@new" in page
