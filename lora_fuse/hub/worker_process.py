@@ -64,7 +64,8 @@ class WorkerProcess:
         self._stall_seconds = stall_seconds
         self.is_ready = False
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         for line in self._process.stdout or ():
@@ -118,6 +119,7 @@ class WorkerProcess:
     def close(self) -> None:
         """Kill the process, and wait for its end."""
         self._process.kill()
+        self._reader.join()  # it must not read from a pipe that is closed
         with self._process, suppress(BrokenPipeError):
             pass
         if self._stderr is not None:
