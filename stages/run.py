@@ -28,17 +28,7 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Console]
 
 
 def run(name: str, console: Console, work: Callable[[], int], kept: str = KEPT) -> int:
-    """Do a stage's work; report a refusal or an interrupt in one way.
-
-    Args:
-        name: the stage's.
-        console: prints its lines.
-        work: gives the exit code.
-        kept: what an interrupted run leaves, and how to go on.
-
-    Returns:
-        The exit code.
-    """
+    """Do a stage's work and return its exit code; report a refusal or an interrupt in one way."""
 
     def told() -> int:
         try:

@@ -35,19 +35,12 @@ class _Below:
 
 @dataclass(frozen=True, slots=True)
 class Artifacts:
-    """The results of one build, all below `root`.
+    """The results of one build, all below `root`."""
 
-    Attributes:
-        root: a folder.
-        variant: the name of the variant that was built; None for the main build.
-        shared_base: the base's lock, where variants of the same base share it.
-        published: True if the variant goes to a Hub, and so has a stage in publish/dvc.yaml.
-    """
-
-    root: Path = ROOT
-    variant: str | None = None
-    shared_base: Path | None = None
-    published: bool = False
+    root: Path = ROOT  # a folder
+    variant: str | None = None  # the name of the variant that was built; None for the main build
+    shared_base: Path | None = None  # the base's lock, where variants of the same base share it
+    published: bool = False  # True if the variant goes to a Hub, and so has a stage in publish/dvc.yaml
 
     lora_lock = _Below("lora.lock.json")  # the LoRAs' commits and files
     sources = _Below("sources.json")  # what was fetched to this machine; unlike the locks, it does not travel

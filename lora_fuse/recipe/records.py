@@ -193,12 +193,7 @@ def to_json(record: object) -> str:
 
 
 def from_json(kind: type[Record], text: str, where: str) -> Record:
-    """Parse one record; a missing or ill-typed key is refused, an unknown one is ignored.
-
-    Args:
-        kind: the record class.
-        text: JSON.
-        where: what the text is, for the error message (a path).
+    """Parse one record, from `where`; a missing or ill-typed key is refused, an unknown one ignored.
 
     Raises:
         BadSource: the text is not such a record.

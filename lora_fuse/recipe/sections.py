@@ -20,6 +20,7 @@ from lora_fuse.lora import Selection
 from lora_fuse.machine import files
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
 CaseName = Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")]  # part of file names and of flat metric keys
 Tag = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
@@ -158,7 +159,7 @@ class DownloadParams(Section):
     """Files fetched at once, and seconds without a byte after which a transfer has stalled and is tried another way."""
 
     workers: PositiveInt
-    stall_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    stall_seconds: Positive
 
 
 class VerifyParams(Section):
@@ -220,23 +221,17 @@ class RegressParams(Section):
 
 
 class ValidationParams(Section):
-    """Bounds for a new version of a LoRA; `conf/config.yaml` has the values and what they separate.
+    """Bounds for a new version of a LoRA; `conf/config.yaml` has the values and what they separate."""
 
-    Attributes:
-        teacher: for a LoRA that saves steps, also render the base alone at its own steps.
-        alignment: cosine that its effect has to have with the current one's, at least, in the middle case.
-        strength: how many times as strong as the current one it may be, and how many times weaker.
-        gain_kept: the share of the current one's gain that it has to keep, on average.
-        noise: how many times the noise of the noisiest other picture of a case it may have.
-        comb_db: a grid's comb in the difference to the current picture and to the one without the LoRA, in dB.
-    """
-
-    teacher: bool
+    teacher: bool  # for a LoRA that saves steps, also render the base alone at its own steps
+    # The cosine that its effect has to have with the current one's, at least, in the middle case.
     alignment: Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
+    # How many times as strong as the current one it may be, and how many times weaker.
     strength: Annotated[float, Field(gt=1, allow_inf_nan=False)]
+    # The share of the current one's gain that it has to keep, on average.
     gain_kept: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    noise: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    comb_db: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    noise: Positive  # how many times the noise of the noisiest other picture of a case it may have
+    comb_db: Positive  # a grid's, in the difference to the current picture and to the one without the LoRA, in dB
 
 
 class ExportParams(Section):
@@ -296,13 +291,7 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 
 def parse_section(kind: type[SectionT], values: object, where: str, remedy: str) -> SectionT:
-    """Check a tree of plain mappings and scalars.
-
-    Args:
-        kind: the section.
-        values: the tree.
-        where: where it comes from, for the error message.
-        remedy: ends the message.
+    """Check a tree of plain mappings and scalars from `where`; `remedy` ends the message of a refusal.
 
     Raises:
         BadConfig: a key is unknown, missing or ill-typed; the message names it.

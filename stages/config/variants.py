@@ -71,19 +71,12 @@ class Build(sections.Section):
 
 
 class Compiled(sections.Section):
-    """The content of `variants/params.yaml`.
+    """The content of `variants/params.yaml`."""
 
-    Attributes:
-        bases: for each distinct base, by the key of its lock, a variant that is built from it.
-        builds: all variants.
-        published: those that have a repository.
-        variants: each one's parameters, as `lora_fuse.recipe.Recipe` has them.
-    """
-
-    bases: dict[str, str]
-    builds: dict[str, Build]
-    published: list[str]
-    variants: dict[str, dict[str, Any]]
+    bases: dict[str, str]  # for each distinct base, by the key of its lock, a variant that is built from it
+    builds: dict[str, Build]  # all variants
+    published: list[str]  # those that have a repository
+    variants: dict[str, dict[str, Any]]  # each one's parameters, as `lora_fuse.recipe.Recipe` has them
 
     def params(self, name: str) -> Recipe:
         """The parameters of a variant.

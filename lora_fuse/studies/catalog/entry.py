@@ -13,25 +13,15 @@ State = Literal["built", "stale", "incomplete", "not built", "unreadable"]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A part of the lineage; `commit` is None of a local folder, and of what is not built yet, where `asked` says what.
+    """A part of the lineage; `commit` is None of a local folder and of what is not built yet."""
 
-    Attributes:
-        name: in the recipe; ``base``, or the LoRA's.
-        place: repository or folder.
-        asked: the branch, tag or commit in the configuration.
-        commit: that it was built from, 40 hex digits.
-        file: of a LoRA, its path there.
-        sha256: of a LoRA, its file's.
-        scale: of a LoRA, that it was added with.
-    """
-
-    name: str
-    place: str
-    asked: str | None = None
-    commit: str | None = None
-    file: str | None = None
-    sha256: str | None = None
-    scale: float | None = None
+    name: str  # in the recipe; ``base``, or the LoRA's
+    place: str  # repository or folder
+    asked: str | None = None  # the branch, tag or commit in the configuration
+    commit: str | None = None  # that it was built from, 40 hex digits
+    file: str | None = None  # of a LoRA, its path there
+    sha256: str | None = None  # of a LoRA, its file's
+    scale: float | None = None  # of a LoRA, that it was added with
 
     @property
     def label(self) -> str:

@@ -24,12 +24,7 @@ QUALITY = 85
 def gather(recipe: Recipe, at: Artifacts, *, of: str, build: str, publish: str | None) -> CatalogEntry:
     """Describe a variant; a result that cannot be read is named in its entry, and stops no other one's.
 
-    Args:
-        recipe: the variant's parameters.
-        at: its results.
-        of: the name of the recipe that it varies.
-        build: the command that builds it.
-        publish: the command that publishes it; None if it is not to be published.
+    `of` is the recipe that it varies, `build` and `publish` are commands; None if it is not to be published.
     """
     unbuilt = CatalogEntry(
         name=recipe.name,

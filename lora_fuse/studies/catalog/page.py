@@ -32,12 +32,7 @@ def catalog_html(entries: Sequence[CatalogEntry]) -> str:
 
 
 def catalog_markdown(entries: Sequence[CatalogEntry], folder: Path) -> str:
-    """The same to read in a terminal or on a code host.
-
-    Args:
-        entries: all variants.
-        folder: where the text will lie; pictures are linked from there.
-    """
+    """The same to read in a terminal or on a code host; pictures are linked from `folder`, where it will lie."""
     rows = [("variant", "state", "verdict", "LoRAs", "size", "published")]
     rows += [
         (

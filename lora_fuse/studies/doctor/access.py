@@ -16,10 +16,7 @@ WRITE = "repo.write"  # the Hub's name of the scope
 def reach(refusals: Mapping[str, Refused], missing: int, *, used: bool) -> Finding:
     """Check that the Hub answers, from the results of asking it for the sources.
 
-    Args:
-        refusals: by source, the error of each that could not be known.
-        missing: number of files that are not here.
-        used: True if the recipe names a repository at all.
+    `refusals` has, by source, the error of each that could not be known; `missing` counts the files that are not here.
     """
     if not used:
         return ok("Hub", "not needed: base and LoRAs are local folders")
@@ -37,9 +34,7 @@ def reach(refusals: Mapping[str, Refused], missing: int, *, used: bool) -> Findi
 def token(*, needed: bool, publishes: bool) -> Finding:
     """Ask the Hub for the owner and the rights of `HF_TOKEN`.
 
-    Args:
-        needed: True if something is to be fetched.
-        publishes: True if the recipe publishes.
+    It is `needed` if something is to be fetched.
     """
     if client.token() is None:
         if publishes:

@@ -11,15 +11,7 @@ from lora_fuse.studies.doctor.finding import Finding, fail, ok, warn
 
 
 def room(name: str, where: Path, free: int, need: int, parts: str) -> Finding:
-    """Check that files have room.
-
-    Args:
-        name: of the finding.
-        where: the folder that they will be in.
-        free: bytes.
-        need: bytes.
-        parts: what makes up `need`, in words.
-    """
+    """Check that files have room at `where`: `free` and `need` are bytes, `parts` says what makes up the need."""
     found = f"{progress.human_bytes(free)} free at {where}"
     needed = f"{progress.human_bytes(need)} ({parts})"
     if free >= need:
@@ -30,13 +22,8 @@ def room(name: str, where: Path, free: int, need: int, parts: str) -> Finding:
 def rebuild(name: str, where: Path, free: int, need: int, held: int, *, same: bool) -> Finding:
     """Check that a merge has room beside the last one, which stays until the new one is whole.
 
-    Args:
-        name: of the finding.
-        where: the last merge.
-        free: bytes, with the last merge where it is.
-        need: bytes of the new one.
-        held: bytes that the last one would give back, were it removed.
-        same: True if the last one is of this recipe as it is, so that it need not be built again.
+    `held` are bytes that the last merge would give back, were it removed; `same` says that it is of this recipe as it
+    is, so that it need not be built again.
     """
     room = f"{progress.human_bytes(free)} free, and {where} holds {progress.human_bytes(held)}"
     found = f"{room} until the new merge is whole"
@@ -85,10 +72,7 @@ def locks(folder: Path) -> Finding:
 def sharing(link: files.Untouched, rest: int, kinds: str) -> Finding:
     """Check that base and merge can share the files that the LoRAs do not change.
 
-    Args:
-        link: the best way that works.
-        rest: bytes of those files.
-        kinds: the filesystems' types.
+    `link` is the best way that works, `rest` the bytes of those files, `kinds` the types of the filesystems.
     """
     if link != "copy" or not rest:
         return ok("sharing", f"{link} works between base and merge ({kinds})")

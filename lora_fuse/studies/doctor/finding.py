@@ -19,21 +19,13 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One check.
+    """One check."""
 
-    Attributes:
-        name: the thing that was checked, in a word or two.
-        status: its meaning for the build.
-        found: the state of the machine.
-        needed: the recipe's need; empty if that goes without saying.
-        remedy: the way out, of a finding that is not ok.
-    """
-
-    name: str
-    status: Status
-    found: str
-    needed: str = ""
-    remedy: str = ""
+    name: str  # the thing that was checked, in a word or two
+    status: Status  # its meaning for the build
+    found: str  # the state of the machine
+    needed: str = ""  # the recipe's need; empty if that goes without saying
+    remedy: str = ""  # the way out, of a finding that is not ok
 
     @property
     def text(self) -> str:

@@ -52,14 +52,7 @@ def fits(placement: str, parts: Mapping[str, int], gpus: Sequence[int]) -> bool:
 
 
 def gpu(placement: str, parts: Mapping[str, int], gpus: Sequence[int], dtype: str) -> Finding:
-    """Check that a placement fits the GPUs.
-
-    Args:
-        placement: `regress.placement`.
-        parts: bytes of weights by component.
-        gpus: free bytes of each.
-        dtype: of the weights.
-    """
+    """Check that a placement fits the GPUs: `parts` are bytes of weights by component, `gpus` free bytes."""
     if placement == "cpu":
         there = f"{len(gpus)} here, not used" if gpus else "none here"
         return ok("GPU", f"{there}: regress.placement is cpu")
@@ -85,11 +78,7 @@ def gpu(placement: str, parts: Mapping[str, int], gpus: Sequence[int], dtype: st
 def ram(parts: Mapping[str, int], total: int, available: int, dtype: str) -> Finding:
     """Check that a pipeline can be loaded: every placement begins with it in the machine's memory.
 
-    Args:
-        parts: bytes of weights by component.
-        total: bytes of memory that processes here may have.
-        available: bytes of it that are free.
-        dtype: of the weights.
+    `parts` are bytes of weights by component, `total` and `available` bytes of memory for processes here.
     """
     need = sum(parts.values())
     found = f"{progress.human_bytes(available)} of {progress.human_bytes(total)} free"

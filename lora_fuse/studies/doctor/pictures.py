@@ -12,13 +12,7 @@ from lora_fuse.studies.doctor.finding import Finding, fail, ok, warn
 
 
 def approved_pictures(folder: Path, cases: Sequence[str], key: environment.Key) -> Finding:
-    """Predict what the gate will find for pictures of a key.
-
-    Args:
-        folder: of the recipe's goldens.
-        cases: their names.
-        key: this machine's.
-    """
+    """Predict what the gate will find for pictures of this machine's key, from the recipe's goldens in `folder`."""
     try:
         approved = goldens.Goldens(folder).for_run(key, cases)
     except BadGolden as refusal:

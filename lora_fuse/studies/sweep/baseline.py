@@ -19,13 +19,7 @@ RECORD = "baseline.json"
 def baseline(
     folder: Path, cases: Sequence[Case], render: Callable[[], Sequence[picture.Rendered]]
 ) -> Mapping[str, picture.Picture]:
-    """The pictures in `folder`, by case; rendered if they are not there or not as they were.
-
-    Args:
-        folder: named after everything that they depend on.
-        cases: what they are of.
-        render: makes one for each case.
-    """
+    """The pictures in `folder`, by case; rendered if they are not there or not as they were."""
     with waiting(folder):  # several processes need the same, and one makes it
         if (kept := _read(folder, cases)) is not None:
             return kept

@@ -26,14 +26,7 @@ QUALITY = 88
 
 
 def sheet_of(plan: SweepPlan, refused: Mapping[Point, str], builder: PointBuilder, command: str) -> Sheet:
-    """The sheet of a sweep whose points are all done or refused.
-
-    Args:
-        plan: the points in the order to show them.
-        refused: the reason of each that could not be built.
-        builder: has the base's own pictures.
-        command: starts the sweep again.
-    """
+    """The sheet of a sweep whose points are all done, or `refused` for a reason; `command` starts the sweep again."""
     recipes = [planned.asked.recipe for planned in plan.points]
     done = [planned for planned in plan.points if planned.point not in refused]
     distilled = all(recipe.sampling.steps < recipe.base.sampling.steps for recipe in recipes)

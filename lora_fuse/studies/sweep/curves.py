@@ -54,11 +54,8 @@ def curve(
 ) -> Curve | None:
     """The drawing of a metric; None if it has no value.
 
-    Args:
-        title: the metric's.
-        series: by name, (scale, value) in any order; a value of None is a gap.
-        nearer: the direction that is nearer, in words.
-        chosen: the recommended scale.
+    `series` has (scale, value) by name, in any order, where a value of None is a gap; `nearer` says in words which
+    direction is nearer.
     """
     values = [value for points in series.values() for _, value in points if value is not None]
     if not values:

@@ -50,13 +50,7 @@ def title_of(key: str) -> str:
 
 
 def against_baseline(case: str, merged: picture.Picture, alone: picture.Picture) -> dict[str, review.Scalar]:
-    """The keys that a sweep adds to a case.
-
-    Args:
-        case: its name.
-        merged: from the merged checkpoint.
-        alone: from the base alone.
-    """
+    """The keys that a sweep adds to a case: the merged checkpoint's picture beside the base's alone."""
     same_size = merged.levels.shape == alone.levels.shape
     sound = not alone.nonfinite and not damage.is_flat(alone.levels)
     compared = verdicts.compare(merged, alone) if same_size and sound else None

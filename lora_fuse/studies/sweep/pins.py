@@ -73,10 +73,7 @@ def _kind(lock: Lock) -> tuple[str | None, str | None, str | None, str]:
 def check_room(to_fetch: int, to_write: int, folder: Path) -> None:
     """Refuse a sweep that the disk has no room for: what is to be fetched, and a merged checkpoint beside it.
 
-    Args:
-        to_fetch: bytes that come into the Hub client's cache.
-        to_write: bytes of the merged checkpoints that are there at a time.
-        folder: where they are written.
+    `to_fetch` bytes come into the Hub client's cache, `to_write` are merged checkpoints in `folder` at a time.
 
     Raises:
         NoSpace: a disk has less; the message names both numbers.

@@ -105,12 +105,7 @@ def _is_same(path: Path, file: FileRecord) -> bool:
 
 
 def clear_leftovers(points: Path, mine: Iterable[Point]) -> None:
-    """Remove merged checkpoints that a killed process left, but for what one of these points would go on with.
-
-    Args:
-        points: the folder of all points.
-        mine: the points of this sweep that are still to be built.
-    """
+    """Remove merged checkpoints in `points` that a killed process left, but for what one of mine would go on with."""
     unfinished = {point.folder for point in mine}
     for folder in sorted(points.glob("*")):
         record = read_record(folder)

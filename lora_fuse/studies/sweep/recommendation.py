@@ -21,25 +21,16 @@ FLAT = 0.05  # of the best distance: differences below it are not worth a choice
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """One point as it is judged.
+    """One point as it is judged."""
 
-    Attributes:
-        label: its overrides, ``fuse.scale=0.8``.
-        series: those besides its scale, ``lora=v2``; empty if nothing.
-        scale: `fuse.scale`.
-        distances: to the base's own pictures, by metric, the mean over the cases; what was not measured is left out.
-        cases: the distance by `NEAREST_BY` of each case.
-        floor: the latents' change by rounding the weights alone, relative L2, the mean over the cases.
-        damage: faults of its pictures or weights, as sentences.
-    """
-
-    label: str
-    series: str
-    scale: float
+    label: str  # its overrides, ``fuse.scale=0.8``
+    series: str  # those besides its scale, ``lora=v2``; empty if nothing
+    scale: float  # `fuse.scale`
+    # To the base's own pictures, by metric, the mean over the cases; what was not measured is left out.
     distances: Mapping[str, float] = field(default_factory=dict)
-    cases: Mapping[str, float] = field(default_factory=dict)
-    floor: float = 0.0
-    damage: tuple[str, ...] = ()
+    cases: Mapping[str, float] = field(default_factory=dict)  # the distance by `NEAREST_BY` of each case
+    floor: float = 0.0  # the latents' change by rounding the weights alone, relative L2, the mean over the cases
+    damage: tuple[str, ...] = ()  # faults of its pictures or weights, as sentences
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +57,7 @@ class Recommendation:
 def nearest_to_teacher(tried: Sequence[Tried], *, steps: int, teacher_steps: int, loras: int = 1) -> Recommendation:
     """The point whose pictures are nearest to the base's own.
 
-    Args:
-        tried: every point that was built.
-        steps: of denoising with the LoRA.
-        teacher_steps: of the base by itself.
-        loras: how many are fused; the teacher knows nothing of a second point.
+    Of several `loras` the teacher knows but one.
 
     Raises:
         ValueError: the LoRA saves no steps, so the base is not its teacher.
@@ -105,12 +92,7 @@ def nearest_to_teacher(tried: Sequence[Tried], *, steps: int, teacher_steps: int
 
 
 def largest_undamaged(tried: Sequence[Tried], *, steps: int) -> Recommendation:
-    """The largest scale whose pictures are sound, for a LoRA without a teacher.
-
-    Args:
-        tried: every point that was built.
-        steps: of denoising, with the LoRA as without.
-    """
+    """The largest scale whose pictures are sound, for a LoRA without a teacher: it takes as many steps as the base."""
     sound = [point for point in tried if not point.damage]
     if not sound:
         return _none(tried, "has sound pictures")

@@ -36,12 +36,8 @@ def run(
 ) -> SweepProgress:
     """Build every point that is not there yet and that no other process is building.
 
-    Args:
-        points: in the order to build them.
-        build: makes all but the record and returns the result in words; a refusal is recorded, and the others go on.
-        inputs: the inputs of each point's key.
-        keep: leave the merged checkpoints.
-        tell: gets the result of each point, in a few words.
+    `build` makes all but the record, of `inputs`, and returns the result in words, which `tell` gets; a refusal is
+    recorded, and the others go on. With `keep` the merged checkpoints stay.
 
     Raises:
         NoSpace: there is no room for any other point either.

@@ -20,26 +20,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """The new LoRA's effect beside the current one's.
+    """The new LoRA's effect beside the current one's."""
 
-    Attributes:
-        alignment: cosine of the angle between the two, 1 for the same direction, 0 for unrelated ones.
-        strength: how much of the current one's effect the new one has, by projection: 1 for as much.
-    """
-
-    alignment: float
-    strength: float
+    alignment: float  # cosine of the angle between the two, 1 for the same direction, 0 for unrelated ones
+    strength: float  # how much of the current one's effect the new one has, by projection: 1 for as much
 
 
 def effect(new: picture.Latents, current: picture.Latents, plain: picture.Latents) -> Effect | None:
     """Compare what two LoRAs do to the same run without either; None if the current one does nothing.
 
     With ``n = new - plain`` and ``c = current - plain``: ``n.c / (|n| |c|)`` and ``n.c / |c|^2``.
-
-    Args:
-        new: final latents with the new LoRA.
-        current: with the current one.
-        plain: with neither.
 
     Raises:
         ValueError: they differ in shape.

@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,25 +74,17 @@ class _Sums:
 class FileComparison:
     """The new file beside the current one, each at its own factor and scale 1.
 
-    Attributes:
-        both: weights that both change.
-        only_new: weights that only the new one changes.
-        only_current: weights that only the current one changes.
-        ratio: norm of the new differences over that of the current ones, where both have one; None if either is 0.
-        lowest: the smallest ratio of any weight.
-        highest: the largest.
-        cosine: of the angle between all the new and all the current differences; None if either is 0.
-        blocks: by block, in the model's order.
+    `ratio` is the norm of the new differences over that of the current ones, where both have one; None if either is 0.
     """
 
-    both: int
-    only_new: tuple[str, ...]
-    only_current: tuple[str, ...]
+    both: int  # weights that both change
+    only_new: tuple[str, ...]  # weights that only the new one changes
+    only_current: tuple[str, ...]  # weights that only the current one changes
     ratio: float | None
-    lowest: float
-    highest: float
-    cosine: float | None
-    blocks: tuple[BlockDifference, ...] = field(default_factory=tuple)
+    lowest: float  # the smallest ratio of any weight
+    highest: float  # the largest
+    cosine: float | None  # of the angle between all the new and all the current differences; None if either is 0
+    blocks: tuple[BlockDifference, ...] = ()  # by block, in the model's order
 
 
 def facts_of(lora: LoraFile, label: str) -> FileFacts:
@@ -105,14 +97,7 @@ def facts_of(lora: LoraFile, label: str) -> FileFacts:
 
 
 def compare_files(current: Path, new: Path, base: Path, component: str, rows: int = ROWS) -> FileComparison:
-    """Compare the differences that two LoRAs make to a base.
-
-    Args:
-        current: the LoRA in use, a file or a PEFT folder.
-        new: the one to judge.
-        base: the pipeline folder, component folder or file that both are for.
-        component: the part of a pipeline that is fused.
-        rows: rows of each weight to look at.
+    """Compare the differences that two LoRAs (files or PEFT folders) make to a base, by so many rows of each weight.
 
     Raises:
         BadCheckpoint: the base has no weights.

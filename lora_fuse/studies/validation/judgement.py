@@ -37,12 +37,8 @@ def judge(
 ) -> Judgement:
     """Decide on a new version.
 
-    Args:
-        cases: the measurements of at least one case.
-        files: the two files; None without a current version.
-        warnings: facts against the pair of base and LoRA, see `lora_fuse.models.families.pair_warnings`.
-        recipe: its `validation` has the bounds.
-        asked: the scale that was asked for, over the current one.
+    Without a current version there are no `files`; `warnings` are facts against the pair of base and LoRA; `asked` is
+    the scale that was asked for, over the current one.
     """
     bounds = recipe.validation
     over_floor = recipe.regress.over_floor or OVER_FLOOR

@@ -34,35 +34,20 @@ class Cause(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class CaseEvidence:
-    """Measurements of one case; None where there is nothing to compare with.
+    """Measurements of one case; None where there is nothing to compare with."""
 
-    Attributes:
-        name: of the case.
-        faults: reasons why the picture cannot be compared: not finite, flat, of another size.
-        apart: differences between merged and unfused, in the regression's words.
-        moved: latents of merged to the run without the LoRA, relative L2.
-        changed: latents of merged to the current version's, relative L2.
-        floor: the noise floor of the latents.
-        effect: see `lora_fuse.studies.validation.effect`.
-        gain: the new version's.
-        current_gain: the current one's.
-        noise: of the new picture, in levels.
-        noise_beside: the largest of the other pictures of the case.
-        comb_db: of a grid, see `lora_fuse.recipe.sections.ValidationParams`.
-    """
-
-    name: str
-    faults: tuple[str, ...]
-    apart: tuple[str, ...]
-    moved: float
-    changed: float | None
-    floor: float
-    effect: Effect | None
-    gain: float | None
-    current_gain: float | None
-    noise: float
-    noise_beside: float
-    comb_db: float
+    name: str  # of the case
+    faults: tuple[str, ...]  # reasons why the picture cannot be compared: not finite, flat, of another size
+    apart: tuple[str, ...]  # differences between merged and unfused, in the regression's words
+    moved: float  # latents of merged to the run without the LoRA, relative L2
+    changed: float | None  # latents of merged to the current version's, relative L2
+    floor: float  # the noise floor of the latents
+    effect: Effect | None  # see `lora_fuse.studies.validation.effect`
+    gain: float | None  # the new version's
+    current_gain: float | None  # the current one's
+    noise: float  # of the new picture, in levels
+    noise_beside: float  # the largest of the other pictures of the case
+    comb_db: float  # of a grid, see `lora_fuse.recipe.sections.ValidationParams`
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,14 +59,7 @@ def render_sides(
     setup: pairs.Setup,
     watch: render_progress.RenderProgress,
 ) -> list[Sides]:
-    """Render every case from every side.
-
-    Args:
-        merged: the new version's merged repository.
-        versions: the plans of the sides.
-        cases: the pictures to make.
-        setup: their settings; `baseline` are the teacher's, None leaves it out.
-        watch: notes the progress.
+    """Render every case from every side; `setup.baseline` are the teacher's settings, None leaves it out.
 
     Raises:
         RenderFailed: a side cannot be loaded or run.
@@ -118,13 +111,7 @@ class MeasuredCase:
 def measure(
     sides: Sequence[Sides], goldens: Mapping[str, Sequence[verdicts.Golden]], rules: verdicts.Rules
 ) -> list[MeasuredCase]:
-    """Compare every side that a judgement asks for.
-
-    Args:
-        sides: the rendered pictures.
-        goldens: approved pictures by case, to show how far the new ones are; they decide nothing.
-        rules: the recipe's, for merged against unfused.
-    """
+    """Compare every side that a judgement asks for; goldens show how far the new ones are and decide nothing."""
     judged = case_judgement.judge_pairs([side.pair for side in sides], goldens, rules)
     results = [pair.result for pair in judged]
     return [MeasuredCase(side, result, _evidence(side, result)) for side, result in zip(sides, results, strict=True)]

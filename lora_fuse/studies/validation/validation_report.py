@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -28,35 +28,20 @@ WORDS = {
 
 @dataclass(frozen=True, slots=True)
 class ValidationReport:
-    """A judged version, and the evidence.
+    """A judged version, and the evidence."""
 
-    Attributes:
-        recipe: its name.
-        base: the base's name for a person.
-        lora: the recipe's name for the LoRA, None if the whole recipe is judged.
-        scale: the scale that was applied, the current one's beside it.
-        judgement: outcome, reason and answers.
-        new: the file.
-        current: the file in use, None if there is none.
-        files: the comparison of the two.
-        cases: pictures and measurements; empty if the file could not be fused.
-        environment: the machine's key.
-        next_step: the next thing to do, one line.
-        command: the command that makes this page again.
-    """
-
-    recipe: str
-    base: str
-    lora: str | None
-    scale: tuple[float, float | None]
-    judgement: Judgement
-    new: FileFacts
-    current: FileFacts | None
-    files: FileComparison | None
-    environment: str
-    next_step: str
-    command: str
-    cases: tuple[MeasuredCase, ...] = field(default_factory=tuple)
+    recipe: str  # its name
+    base: str  # the base's name for a person
+    lora: str | None  # the recipe's name for the LoRA, None if the whole recipe is judged
+    scale: tuple[float, float | None]  # the scale that was applied, the current one's beside it
+    judgement: Judgement  # outcome, reason and answers
+    new: FileFacts  # the file
+    current: FileFacts | None  # the file in use, None if there is none
+    files: FileComparison | None  # the comparison of the two
+    environment: str  # the machine's key
+    next_step: str  # the next thing to do, one line
+    command: str  # the command that makes this page again
+    cases: tuple[MeasuredCase, ...] = ()  # pictures and measurements; empty if the file could not be fused
 
     @property
     def verdict(self) -> str:
@@ -127,12 +112,7 @@ def _times(value: float, floor: float) -> str:
 
 
 def validation_md(validation: ValidationReport, thumbnails: Mapping[str, str]) -> str:
-    """The page for a pull request, in GitHub's Markdown.
-
-    Args:
-        validation: the report.
-        thumbnails: by case, the path of its strip of pictures from where the page lies.
-    """
+    """The page for a pull request, in GitHub's Markdown; `thumbnails` are paths of strips of pictures, by case."""
     table = {case.sides.name: _cells(case) for case in validation.cases}
     return pages.render_page(
         "lora_fuse.studies.validation",

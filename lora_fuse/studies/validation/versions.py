@@ -21,8 +21,7 @@ REPOSITORY = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^:@]+))?:(?
 def parse_lora(text: str) -> dict[str, str | None]:
     """A LoRA as it is given on a command line, in the keys of a recipe.
 
-    Args:
-        text: ``owner/name[@revision]:path/in/it.safetensors``, or the path of a file or of a PEFT folder.
+    It is ``owner/name[@revision]:path/in/it.safetensors``, or the path of a file or of a PEFT folder.
 
     Raises:
         BadConfig: it is neither.
