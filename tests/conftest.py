@@ -25,6 +25,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 LONGEST = ("stages/test_remotes", "studies/test_sweep_command", "pictures/test_distributed", "pocket/", "stages/")
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Two workers a core: many tests wait for a Hub that is slow on purpose, or for a process."""
     return min(2 * (os.cpu_count() or 1), MOST_WORKERS)
@@ -46,6 +47,7 @@ def shares_a_fixture(file: Path) -> bool:
     return 'scope="module"' in file.read_text(encoding="utf-8")
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:
     """Schedule so, whatever ``--dist`` says."""
     return Scheduling(config, log)

@@ -8,6 +8,9 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
+from collections.abc import Collection, Mapping
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -66,14 +69,15 @@ def room_of(path: Path) -> str:
     return parts[1] if parts[0] == "lora_fuse" and len(parts) > 2 else parts[0]
 
 
-def imported(path: Path) -> set[str]:
+@cache
+def imported(path: Path) -> frozenset[str]:
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return names
+    return frozenset(names)
 
 
 def rooms_imported(path: Path) -> set[str]:
@@ -85,16 +89,23 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("path", modules(LIBRARY), ids=name_of)
-def test_a_room_imports_from_itself_and_from_those_before_it(path: Path) -> None:
-    room = room_of(path)
-    if room in ROOMS:
-        later = set(ROOMS[ROOMS.index(room) + 1 :])
-        assert not rooms_imported(path) & later
-        assert not imported(path) & {"lora_fuse.api", "lora_fuse.cli", *(f"lora_fuse.{name}" for name in front_door())}
-    assert not {name for name in imported(path) if name.split(".")[0] in ("stages", "pocket")}
+def only_offences(found: Mapping[str, Collection[str]]) -> dict[str, Collection[str]]:
+    return {place: names for place, names in found.items() if names}
 
 
+def test_a_room_imports_from_itself_and_from_those_before_it() -> None:
+    offences = {}
+    for path in modules(LIBRARY):
+        forbidden = {name for name in imported(path) if name.split(".")[0] in ("stages", "pocket")}
+        room = room_of(path)
+        if room in ROOMS:
+            forbidden |= rooms_imported(path) & set(ROOMS[ROOMS.index(room) + 1 :])
+            forbidden |= imported(path) & {f"lora_fuse.{name}" for name in ("api", "cli", *faces()["lora_fuse"])}
+        offences[name_of(path)] = forbidden
+    assert only_offences(offences) == {}
+
+
+@cache
 def faces() -> dict[str, set[str]]:
     """What each room shows to the others, by its dotted name: the names in its stub."""
     found = {}
@@ -105,11 +116,6 @@ def faces() -> dict[str, set[str]]:
         names = {alias.name for node in imports for alias in node.names}
         found[".".join(stub.parent.relative_to(ROOT).parts)] = names
     return found
-
-
-def front_door() -> set[str]:
-    """The names that the library shows to everybody."""
-    return faces()["lora_fuse"]
 
 
 def face_of(module: str) -> str | None:
@@ -125,24 +131,26 @@ def test_a_face_is_small_and_so_are_all_together() -> None:
     assert sum(sizes.values()) <= PUBLIC_NAMES, sizes
 
 
-@pytest.mark.parametrize("room", faces())
-def test_everything_that_a_face_names_is_there(room: str) -> None:
-    module = importlib.import_module(room)
-    for name in faces()[room]:
-        assert getattr(module, name) is not None
+def test_everything_that_a_face_names_is_there() -> None:
+    for room, names in faces().items():
+        module = importlib.import_module(room)
+        assert [name for name in names if getattr(module, name, None) is None] == [], room
 
 
-@pytest.mark.parametrize(
-    "path",
-    [path for top in ("lora_fuse", "stages", "pocket", "benchmarks") for path in modules(ROOT / top)],
-    ids=name_of,
-)
-def test_other_rooms_import_from_the_face_only(path: Path) -> None:
+def past_the_face(path: Path) -> list[str]:
+    """Imports from other rooms that their faces do not name."""
     mine = face_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    past = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and (face := face_of(node.module)) not in (None, mine):
-            assert node.module == face, f"{name_of(path)} imports from {node.module}"
-            assert {alias.name for alias in node.names} <= faces()[face]
+            shown = faces()[face] if node.module == face else set()
+            past += [f"{node.module}.{alias.name}" for alias in node.names if alias.name not in shown]
+    return past
+
+
+def test_other_rooms_import_from_the_face_only() -> None:
+    paths = [path for top in ("lora_fuse", "stages", "pocket", "benchmarks") for path in modules(ROOT / top)]
+    assert only_offences({name_of(path): past_the_face(path) for path in paths}) == {}
 
 
 def test_nothing_but_doors_errors_and_rooms_is_in_the_library() -> None:
@@ -150,18 +158,17 @@ def test_nothing_but_doors_errors_and_rooms_is_in_the_library() -> None:
     assert {path.parent.name for path in LIBRARY.glob("*/__init__.py")} == set(ROOMS)
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_is_small(room: str) -> None:
-    folders = [LIBRARY / room, *(path for path in (LIBRARY / room).iterdir() if (path / "__init__.py").exists())]
-    for folder in folders:
-        assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= LARGEST_ROOM
+def test_a_room_is_small() -> None:
+    sizes = Counter(path.parent for path in modules(LIBRARY))
+    assert {name_of(room): size for room, size in sizes.items() if size > LARGEST_ROOM} == {}
 
 
-@pytest.mark.parametrize("path", [*modules(LIBRARY), *modules(ROOT / "stages")], ids=name_of)
-def test_a_heavy_library_belongs_to_one_room(path: Path) -> None:
-    for name in imported(path):
-        owner = OWNERS.get(name.split(".")[0])
-        assert owner in (None, room_of(path)), f"{name_of(path)} imports {name}"
+def test_a_heavy_library_belongs_to_one_room() -> None:
+    offences = {}
+    for path in [*modules(LIBRARY), *modules(ROOT / "stages")]:
+        allowed = (None, room_of(path))
+        offences[name_of(path)] = [n for n in imported(path) if OWNERS.get(n.split(".")[0]) not in allowed]
+    assert only_offences(offences) == {}
 
 
 def test_every_library_is_the_core_s_or_has_an_extra_of_pyproject() -> None:
@@ -179,22 +186,18 @@ def test_every_library_is_the_core_s_or_has_an_extra_of_pyproject() -> None:
     assert "lora-fuse[pipeline,s3,sign]" in lines["dev"]
 
 
-@pytest.mark.parametrize(
-    "module", ["lora_fuse", "lora_fuse.cli", "stages.config", "stages.gate", "stages.summary", "lora_fuse.hub"]
-)
-def test_start_up_imports_nothing_heavy(module: str) -> None:
-    heavy = "{'torch', 'diffusers', 'transformers', 'huggingface_hub', 'hydra', 'omegaconf', 'numpy'}"
-    code = f"import sys, {module}; print(sorted({heavy} & sys.modules.keys()))"
+HEAVY = frozenset({"torch", "diffusers", "transformers", "huggingface_hub", "hydra", "omegaconf", "numpy"})
+LIGHT = ("lora_fuse", "lora_fuse.cli", "stages.config", "stages.gate", "stages.summary", "lora_fuse.hub")
+# The import of numba takes most of a second, and so it would of the process that publishes.
+PLAIN = ("stages.publish", "stages.approve", "stages.verify")
+UNNEEDED = {**dict.fromkeys(LIGHT, HEAVY), **dict.fromkeys(PLAIN, frozenset({"numba"}))}
+
+
+@pytest.mark.parametrize("module", UNNEEDED)
+def test_start_up_imports_nothing_that_it_does_without(module: str) -> None:
+    code = f"import sys, {module}; print(sorted({set(UNNEEDED[module])} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize("module", ["stages.publish", "stages.approve", "stages.verify"])
-def test_what_adds_nothing_does_without_numba(module: str) -> None:
-    """Its import takes most of a second, and so it would of the process that publishes."""
-    code = f"import sys, {module}; print('numba' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
 
 
 def test_a_plain_fuse_on_a_cpu_does_without_torch(tmp_path: Path) -> None:
@@ -208,14 +211,14 @@ def test_a_plain_fuse_on_a_cpu_does_without_torch(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "0 False"
 
 
-@pytest.mark.parametrize("path", modules(LIBRARY), ids=name_of)
-def test_the_library_names_no_command_of_the_stages_and_no_dvc(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert not re.findall(r"dvc repro|dvc checkout|dvc run|DVC_\w+|python -m stages", text)
+def test_the_library_names_no_command_of_the_stages_and_no_dvc() -> None:
+    command = re.compile(r"dvc repro|dvc checkout|dvc run|DVC_\w+|python -m stages")
+    named = {name_of(path): command.findall(path.read_text(encoding="utf-8")) for path in modules(LIBRARY)}
+    assert only_offences(named) == {}
 
 
 def test_no_test_module_imports_from_another() -> None:
     """What several share is in `tests/support`."""
-    for path in (ROOT / "tests").rglob("*.py"):
-        names = imported(path)
-        assert not [name for name in names if re.match(r"tests\.(\w+\.)*test_", name)], name_of(path)
+    shared = re.compile(r"tests\.(\w+\.)*test_")
+    paths = (ROOT / "tests").rglob("*.py")
+    assert only_offences({name_of(path): list(filter(shared.match, imported(path))) for path in paths}) == {}
