@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +36,8 @@ class Meter:
         self._gpus = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)  # type: ignore[no-untyped-call]
         for gpu in self._gpus:
             torch.cuda.reset_peak_memory_stats(gpu)
-        _reset_host_peak()
+        with suppress(OSError):  # Linux: 5 resets the high-water mark of resident memory (man 5 proc, clear_refs)
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         self._steps: list[float] = []
         self._start = self._now()
 
@@ -62,14 +64,6 @@ class Meter:
         for gpu in self._gpus:
             torch.cuda.synchronize(gpu)
         return time.perf_counter()
-
-
-def _reset_host_peak() -> None:
-    """Linux: 5 resets the high-water mark of resident memory (man 5 proc, clear_refs)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return
 
 
 def _host_peak() -> int:

@@ -69,9 +69,6 @@ def comb_db(a: Levels, b: Levels) -> float:
     A faint grid, as a wrong 8-bit scale leaves it at every patch, is ordinary drift to every metric of pixels. For each
     axis and each period of 8 to 64 pixels, the mean level (dB) of the harmonics over the median of their neighbours;
     the largest of these, at least 0.
-
-    Raises:
-        ValueError: the pictures differ in size.
     """
     residual = difference(a, b).mean(axis=-1)
     return max(0.0, *(_comb_along(side) for side in (residual, residual.T)))
@@ -97,7 +94,11 @@ def _comb_along(residual: npt.NDArray[np.float64]) -> float:
 
 
 def difference(a: Levels, b: Levels) -> npt.NDArray[np.int32]:
-    """``a - b`` in a type that holds it, and its square."""
+    """``a - b`` in a type that holds it, and its square.
+
+    Raises:
+        ValueError: one is no picture, or they differ in size.
+    """
     for picture in (a, b):
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3 or not picture.size:
             raise ValueError(

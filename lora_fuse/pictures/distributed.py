@@ -25,9 +25,7 @@ R = TypeVar("R")
 class DistributedRenderer:
     """The processes of this run; make it before torch is imported, as it chooses this process's GPU.
 
-    Args:
-        placement: one of `lora_fuse.pictures.placement.PLACEMENTS`.
-        threads: of each process on the CPU; None leaves it to torch.
+    `threads` are those of each process on the CPU; None leaves them to torch.
 
     Raises:
         BadConfig: these settings make no sense with several processes.
@@ -62,15 +60,9 @@ class DistributedRenderer:
         return -(-cases // self.here.count)
 
     def render(self, cases: Sequence[T], key: str, render: Callable[[Sequence[T]], list[R]]) -> list[R] | None:
-        """Render this process's share of the cases; the first process gets the results of all, in order.
+        """Render this process's share of `cases`; the first process gets the results of all, in order, others None.
 
-        Args:
-            cases: all of them, the same in every process.
-            key: of this process's environment (`lora_fuse.pictures.environment.Key`).
-            render: makes the results of some of them.
-
-        Returns:
-            None in every process but the first.
+        `key` is that of this process's environment (`lora_fuse.pictures.environment.Key`).
 
         Raises:
             ProcessLost: another process has ended.

@@ -45,13 +45,9 @@ def thumbnail(levels: Levels, side: int) -> Levels:
 
 
 def encoded(picture: Picture, *, large: int = LARGE, side: int | None = None, quality: int = QUALITY) -> Encoded:
-    """Encode a picture for a page.
+    """Encode a picture for a page: a PNG where its longer side has at most `large` pixels, else a WebP.
 
-    Args:
-        picture: to be shown.
-        large: pixels of the longer side up to which it stays a PNG.
-        side: pixels that the longer side of a larger one is shrunk to; None keeps its size.
-        quality: of the WebP of a larger one.
+    The longer side of the WebP is shrunk to `side` pixels; None keeps its size.
     """
     if max(picture.size) <= large:
         return Encoded(picture.png)

@@ -95,11 +95,8 @@ def make_deterministic(threads: int | None = None, *, on_gpu: bool = False) -> N
     is pinned: on a GPU the memory-efficient one, which every CUDA build has and which takes masks; on the CPU its own
     flash attention, deterministic and several times faster than the one without. What the pinned one cannot do (the
     text encoder's grouped queries on a GPU) falls to plain arithmetic.
+    `threads` are intra-op threads; None leaves torch's choice, the number of cores.
     Source: https://docs.pytorch.org/docs/stable/notes/randomness.html
-
-    Args:
-        threads: intra-op threads; None leaves torch's choice, the number of cores.
-        on_gpu: True for pictures that are made on a GPU.
     """
     pins = _CUDA_PINS | (_X86_PINS if platform.machine().lower() in {"x86_64", "amd64"} else {})
     for name, value in pins.items():
@@ -140,11 +137,7 @@ def check_gpu(placement: str) -> None:
 
 
 def environment(placement: str, dtype: str) -> Environment:
-    """Describe where pictures are made.
-
-    Args:
-        placement: one of `lora_fuse.pictures.placement.PLACEMENTS`.
-        dtype: of the weights in memory.
+    """Describe where pictures are made; `dtype` is that of the weights in memory.
 
     Raises:
         NoDevice: see `check_gpu`.

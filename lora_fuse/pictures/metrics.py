@@ -2,7 +2,8 @@
 
 A picture is `picture.Levels`. A new regression metric is a function here, a row in
 `METRICS` and a key of `lora_fuse.recipe.recipe.LimitParams`, whose value `conf/` gives: null decides nothing.
-Every function of two pictures is symmetric but for `ssimulacra2`, and for identical ones gives the best value there is.
+Every function of two pictures is symmetric but for `ssimulacra2`, gives for identical ones the best value there is, and
+raises ValueError for two of different sizes.
 The libraries that measure are imported where they are used: a report that is only read needs none of them.
 """
 
@@ -29,38 +30,23 @@ def psnr_db(a: Levels, b: Levels) -> float:
     """Peak signal-to-noise ratio in dB, higher is nearer, infinite when identical.
 
     ``10 log10(255^2 / MSE)`` over all pixels and channels (Gonzalez and Woods, Digital Image Processing, 8.1).
-
-    Raises:
-        ValueError: the pictures differ in size.
     """
     mse = float(np.square(difference(a, b)).mean(dtype=np.float64))
     return math.inf if mse == 0 else 10 * math.log10(PEAK**2 / mse)
 
 
 def max_abs(a: Levels, b: Levels) -> int:
-    """The largest difference of any channel of any pixel, in levels of 255; lower is nearer.
-
-    Raises:
-        ValueError: the pictures differ in size.
-    """
+    """The largest difference of any channel of any pixel, in levels of 255; lower is nearer."""
     return int(np.abs(difference(a, b)).max())
 
 
 def mean_abs(a: Levels, b: Levels) -> float:
-    """The mean absolute difference over all pixels and channels, in levels of 255; lower is nearer.
-
-    Raises:
-        ValueError: the pictures differ in size.
-    """
+    """The mean absolute difference over all pixels and channels, in levels of 255; lower is nearer."""
     return float(np.abs(difference(a, b)).mean(dtype=np.float64))
 
 
 def changed_share(a: Levels, b: Levels) -> float:
-    """The share of pixels, 0 to 1, of which any channel differs; lower is nearer.
-
-    Raises:
-        ValueError: the pictures differ in size.
-    """
+    """The share of pixels, 0 to 1, of which any channel differs; lower is nearer."""
     return float(difference(a, b).any(axis=-1).mean(dtype=np.float64))
 
 
@@ -70,7 +56,7 @@ def ssim(a: Levels, b: Levels) -> float:
     Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity", by scikit-image.
 
     Raises:
-        ValueError: the pictures differ in size, or are smaller than a window.
+        ValueError: the pictures are smaller than a window.
     """
     from skimage.metrics import structural_similarity
 
@@ -82,9 +68,6 @@ def ssimulacra2(a: Levels, b: Levels) -> float:
     """SSIMULACRA 2 of `a` as a distortion of `b`: 100 at best, 90 if no eye sees it, 70 good, 50 fair, 30 poor.
 
     Sneyers 2022, github.com/cloudinary/ssimulacra2.
-
-    Raises:
-        ValueError: the pictures differ in size.
     """
     from ssimulacra2 import compute_ssimulacra2
 
@@ -96,19 +79,12 @@ def flip(a: Levels, b: Levels) -> float:
     """The mean of FLIP's map of what an eye sees when the pictures alternate: 0 at best, 1 at worst.
 
     Andersson et al. 2020, "FLIP: A Difference Evaluator for Alternating Images", at 67 pixels per degree.
-
-    Raises:
-        ValueError: the pictures differ in size.
     """
     return float(_flip_map(a, b).mean(dtype=np.float64))
 
 
 def flip_worst(a: Levels, b: Levels) -> float:
-    """The mean of FLIP's map in the worst of the blocks of 32 x 32 pixels: it sees the patch that a mean hides.
-
-    Raises:
-        ValueError: the pictures differ in size.
-    """
+    """The mean of FLIP's map in the worst of the blocks of 32 x 32 pixels: it sees the patch that a mean hides."""
     errors = _flip_map(a, b)
     rows, columns = (range(0, max(1, n - FLIP_BLOCK + 1), FLIP_BLOCK // 2) for n in errors.shape)
     return max(float(errors[i : i + FLIP_BLOCK, j : j + FLIP_BLOCK].mean()) for i in rows for j in columns)
@@ -118,9 +94,6 @@ def latents_l2(a: Latents, b: Latents) -> float:
     """``|a - b| / |b|`` of final latents (Euclidean norms), `b` the reference: 0 at best, NaN if either has one.
 
     The sharpest of all where both are of one run: nothing is rounded to levels, and the decoder does not blur it.
-
-    Raises:
-        ValueError: the latents differ in shape.
     """
     if a.shape != b.shape:
         raise ValueError(f"latents of different shapes cannot be compared: {a.shape} and {b.shape}")
@@ -203,9 +176,6 @@ def heat_map(a: Levels, b: Levels) -> Levels:
 
     The largest difference of any channel, on a logarithmic scale, so that one level is seen too. What a person looks
     at, not what is judged. The colours are five of matplotlib's "inferno".
-
-    Raises:
-        ValueError: the pictures differ in size.
     """
     largest = np.abs(difference(a, b)).max(axis=-1)
     share = np.log2(1 + np.minimum(largest, HEAT_TOP)) / np.log2(1 + HEAT_TOP)

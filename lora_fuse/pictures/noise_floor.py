@@ -23,11 +23,8 @@ SHARE = 1 / 12  # of the weights, moved by one ulp
 def jitter(model: torch.nn.Module, names: Iterable[str], dtypes: Iterable[torch.dtype], seed: int = 0) -> None:
     """Move one in twelve of the named parameters' values by one ulp, up or down, in place.
 
-    Args:
-        model: the base's component, LoRA attached or not.
-        names: of parameters, as the checkpoint has them.
-        dtypes: that the weights pass through, on disk and in memory; the coarsest has the ulp that counts.
-        seed: of the choice, which is drawn on the parameter's own device.
+    The names are the checkpoint's; the model may have a LoRA attached. `dtypes` are those that the weights pass
+    through, on disk and in memory: the coarsest has the ulp that counts. The choice is drawn on the parameter's device.
 
     Raises:
         RenderFailed: the model lacks one of them, so the floor would be too low.
@@ -39,9 +36,8 @@ def jitter(model: torch.nn.Module, names: Iterable[str], dtypes: Iterable[torch.
     bits = round(-math.log2(coarsest.eps))
     lowest = round(math.log2(coarsest.smallest_normal))
     generators: dict[torch.device, torch.Generator] = {}
-    parameters = {
-        name.replace(".base_layer", ""): one for name, one in model.named_parameters()
-    }  # one level down by PEFT
+    # PEFT puts them one level down
+    parameters = {name.replace(".base_layer", ""): parameter for name, parameter in model.named_parameters()}
     if missing := sorted(wanted - parameters.keys()):
         raise RenderFailed(
             f"the pipeline's model has no {missing[0]} ({len(missing)} missing), which the merge changes"

@@ -23,13 +23,9 @@ SLIDER_HASH = "sha256-" + base64.b64encode(hashlib.sha256(SLIDER.encode()).diges
 def render_page(
     package: str, template: str, *, filters: Mapping[str, Callable[..., object]] | None = None, **values: object
 ) -> str:
-    """Fill a package's template, which may include `style.css` and use `slider` and `slider_hash`.
+    """Fill a template of a package's folder `templates`, which may include `style.css`, `slider` and `slider_hash`.
 
-    Args:
-        package: that has the folder `templates`.
-        template: its name in there; of pages in HTML what is filled in is escaped.
-        filters: the template's own.
-        values: what is filled in; one that is missing is an error.
+    In pages of HTML the values are escaped; one that is missing is an error.
     """
     import jinja2
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_fuse.checkpoint import dtypes
 from lora_fuse.errors import OutOfMemory
@@ -47,7 +47,7 @@ class Setup:
 
     pipeline: str
     sampling: Sampling
-    scheduler: Mapping[str, object]
+    scheduler: Mapping[str, Any]
     placement: str
     dtype: str
     baseline: Sampling | None = None
@@ -155,13 +155,6 @@ def render_references(
 ) -> References:
     """Render every case from the base alone if asked, with the LoRAs beside it, and with its weights moved.
 
-    Args:
-        plan: what is fused, into which base.
-        cases: see `render_pairs`.
-        setup: see `render_pairs`.
-        shared: parts of the merged pipeline.
-        watch: shows the progress.
-
     Raises:
         RenderFailed: see `render_pairs`.
         OutOfMemory: see `render_pairs`.
@@ -215,30 +208,22 @@ def render_all(
     side: str = "",
     watch: RenderProgress | None = None,
 ) -> list[Rendered]:
-    """Place a pipeline and render every case with it.
-
-    Args:
-        pipe: loaded on the CPU.
-        cases: what to make.
-        sampling: how to make it.
-        placement: see `lora_fuse.pictures.placement`.
-        side: its name in the progress.
-        watch: shows the progress.
+    """Place a pipeline that was loaded on the CPU, and render every case with it; `side` is its name in the progress.
 
     Raises:
         RenderFailed: it cannot be run.
         OutOfMemory: the GPU's memory is short; the message names the placement to try.
     """
+    watch = watch or RenderProgress()
+    rendered = []
     place(pipe, placement)
     try:
-        return [_render_watched(pipe, case, sampling, side, watch or RenderProgress()) for case in cases]
+        for case in cases:
+            with watch.picture(side, case.name, sampling) as on_step:
+                rendered.append(render(pipe, case, sampling, on_step))
     except OutOfMemory as error:
         raise OutOfMemory(f"{error}, {advice(placement)}") from error
-
-
-def _render_watched(pipe: Pipeline, case: Case, sampling: Sampling, side: str, watch: RenderProgress) -> Rendered:
-    with watch.picture(side, case.name, sampling) as on_step:
-        return render(pipe, case, sampling, on_step)
+    return rendered
 
 
 def drop_transformer(pipe: Pipeline) -> None:

@@ -29,11 +29,7 @@ _NEXT: Mapping[str, str] = MappingProxyType(
 
 
 def place(pipe: Pipeline, placement: str) -> None:
-    """Put a pipeline where it is to run; parts that were placed before stay as they are.
-
-    Args:
-        pipe: loaded on the CPU, its LoRAs attached.
-        placement: one of `PLACEMENTS`.
+    """Put a pipeline, loaded on the CPU and its LoRAs attached, where it is to run; parts placed before stay.
 
     Raises:
         RenderFailed: the placement is unknown.
@@ -52,14 +48,6 @@ def place(pipe: Pipeline, placement: str) -> None:
 def advice(placement: str) -> str:
     """Name the placement to try when memory is short, as the end of a sentence."""
     return f"with regress.placement {placement}: set it to {_NEXT[placement]}"
-
-
-def _all_on(device: str) -> Callable[[Pipeline], None]:
-    return lambda pipe: pipe.to(device)
-
-
-def _model_offload(pipe: Pipeline) -> None:
-    pipe.enable_model_cpu_offload()
 
 
 def _group_offload(pipe: Pipeline) -> None:
@@ -93,10 +81,10 @@ def _parts_to_place(pipe: Pipeline, mark: str) -> list[torch.nn.Module]:
 
 PLACEMENTS: Mapping[str, Callable[[Pipeline], None]] = MappingProxyType(
     {
-        "cuda": _all_on("cuda"),
-        "model_offload": _model_offload,
+        "cuda": lambda pipe: pipe.to("cuda"),
+        "model_offload": lambda pipe: pipe.enable_model_cpu_offload(),
         "group_offload": _group_offload,
         "balanced": _balanced,
-        "cpu": _all_on("cpu"),
+        "cpu": lambda pipe: pipe.to("cpu"),
     }
 )

@@ -86,20 +86,11 @@ def condition_area(pixels: int | None) -> Iterator[None]:
             module.calculate_dimensions = function
 
 
-def load_pipeline(
-    folder: Path,
-    pipeline: str,
-    *,
-    dtype: str,
-    shared: Mapping[str, object] | None = None,
-) -> Pipeline:
+def load_pipeline(folder: Path, pipeline: str, *, dtype: str, shared: Mapping[str, object] | None = None) -> Pipeline:
     """Load a diffusers folder on the CPU as the named pipeline class, whichever class its model_index.json names.
 
-    Args:
-        folder: a complete diffusers repository; nothing is looked up elsewhere.
-        pipeline: one of `PICTURES`.
-        dtype: one of `DTYPES`; weights stored in another are converted.
-        shared: parts of another pipeline, see `shared_components`; those that this one has no use for are left out.
+    The folder is complete: nothing is looked up elsewhere. Weights stored in another dtype are converted. Of `shared`,
+    parts of another pipeline (see `shared_components`), those that this one has no use for are left out.
 
     Raises:
         RenderFailed: the class or dtype is unknown, or the folder cannot be loaded as it.
@@ -151,11 +142,7 @@ def shared_components(pipe: Pipeline) -> dict[str, object]:
 def render(pipe: Pipeline, case: Case, sampling: Sampling, on_step: Callable[[], None] = lambda: None) -> Rendered:
     """Make one picture, the noise drawn on the CPU so that every device starts from the same.
 
-    Args:
-        pipe: loaded and placed.
-        case: what to make.
-        sampling: how to make it.
-        on_step: is called at the end of every denoising step.
+    The pipeline is loaded and placed; `on_step` is called at the end of every denoising step.
 
     Raises:
         RenderFailed: an input picture cannot be read, or their number does not suit the pipeline.
@@ -163,7 +150,7 @@ def render(pipe: Pipeline, case: Case, sampling: Sampling, on_step: Callable[[],
     """
     import torch
 
-    arguments = _pictures(type(pipe).__name__, case) | _size(case)
+    inputs = _pictures(type(pipe).__name__, case)
     meter = Meter()
     final = []
 
@@ -181,10 +168,12 @@ def render(pipe: Pipeline, case: Case, sampling: Sampling, on_step: Callable[[],
                 negative_prompt=sampling.negative_prompt,
                 true_cfg_scale=sampling.true_cfg_scale,
                 num_inference_steps=sampling.steps,
+                height=case.height,
+                width=case.width,
                 generator=torch.Generator("cpu").manual_seed(case.seed),
                 output_type="np",  # "pil" would paint NaN as black and say nothing
                 callback_on_step_end=after_step,
-                **arguments,
+                **inputs,
             )
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(f"case {case.name} does not fit the GPU's memory") from error
@@ -217,11 +206,6 @@ def check_pictures(pipeline: str, case: Case) -> None:
     if len(case.images) not in allowed:
         wanted = str(allowed[0]) if len(allowed) == 1 else f"{allowed[0]} to {allowed[-1]}"
         raise RenderFailed(f"case {case.name} has {len(case.images)} input pictures and {pipeline} takes {wanted}")
-
-
-def _size(case: Case) -> dict[str, object]:
-    sides = {"height": case.height, "width": case.width}
-    return {side: pixels for side, pixels in sides.items() if pixels is not None}
 
 
 def open_picture(path: Path, case: Case) -> Picture:

@@ -53,10 +53,7 @@ def _beyond_diffusers(plan: Plan) -> str | None:
 def load_loras(pipe: Pipeline, loras: Sequence[LoraInput], expected_modules: int) -> int:
     """Attach LoRAs, unfused, and check that they arrived: diffusers may load no layer at all and only warn.
 
-    Args:
-        pipe: a loaded pipeline; its transformer is changed.
-        loras: act together, each at its scale.
-        expected_modules: modules that each LoRA targets, summed over the LoRAs.
+    They act together, each at its scale. `expected_modules` are those that each LoRA targets, summed over the LoRAs.
 
     Returns:
         The number of modules that were given an adapter, so `expected_modules`.

@@ -20,11 +20,7 @@ def check_weights(
 ) -> None:
     """Refuse pictures of wrong weights, or that are not what base and LoRA give: a golden of them would hide it.
 
-    Args:
-        manifest_sha256: of the merge that the pictures are of.
-        chosen: what is to be approved, by case.
-        verify: what the weights' own check found.
-        where: that is from, for the message.
+    `verify` is what the weights' own check found, in the file `where`; `chosen` what is to be approved, by case.
 
     Raises:
         CheckFailed: they are.
@@ -37,12 +33,7 @@ def check_weights(
 
 
 def check_asked(chosen: Mapping[str, Candidate], scales: Mapping[str, float], steps: int) -> None:
-    """Refuse pictures of a run that was given other values by hand.
-
-    Args:
-        chosen: what is to be approved, by case.
-        scales: that the recipe applies, by LoRA.
-        steps: of denoising in the recipe.
+    """Refuse pictures of a run that was given other values by hand than the recipe's scales by LoRA, and its steps.
 
     Raises:
         CheckFailed: they are of other LoRAs, scales or steps.
@@ -64,12 +55,7 @@ def _settings(scales: Mapping[str, float], steps: int) -> str:
 
 
 def check_repeatable(run: RunRecord, manifest_sha256: str, root: Path) -> None:
-    """Refuse pictures that no commit would give again.
-
-    Args:
-        run: that they are of.
-        manifest_sha256: of the merge that they are of.
-        root: of the checkout.
+    """Refuse pictures that no commit of the checkout at `root` would give again.
 
     Raises:
         CheckFailed: no commit would.

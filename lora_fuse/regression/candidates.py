@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from lora_fuse.machine import FileRecord, files
 from lora_fuse.pictures import Case, CaseOf, pairs
@@ -31,16 +30,10 @@ class PictureInputs:
     """All that a picture depends on, but for who makes it and on what machine.
 
     Attributes:
-        recipe: its name.
         base: what a person would call it, ``repo@commit`` or a path.
         base_sha256: of the list of the base's files, their sizes and sha256.
-        loras: as they went into the merge, with commit, sha256 and scale.
         manifest_sha256: of the manifest of the merge, so of every byte of it.
-        pipeline: diffusers' class.
-        case: what was asked for.
-        steps: of denoising.
-        true_cfg_scale: 1.0 is without guidance.
-        negative_prompt: unused without guidance.
+        true_cfg_scale: 1.0 is without guidance, and without the negative prompt.
         scheduler: the settings that the recipe gives; empty where it keeps the base's.
         sigmas: that were visited.
     """
@@ -135,13 +128,9 @@ def _inputs(one: JudgedPair, manifest: Manifest, manifest_sha256: str, setup: pa
         steps=setup.sampling.steps,
         true_cfg_scale=setup.sampling.true_cfg_scale,
         negative_prompt=setup.sampling.negative_prompt,
-        scheduler=_plain(setup.scheduler),
+        scheduler=dict(setup.scheduler),
         sigmas=one.pair.merged.sigmas,
     )
-
-
-def _plain(scheduler: Mapping[str, Any]) -> dict[str, bool | int | float | str | None]:
-    return dict(scheduler)
 
 
 def _case_record(case: Case) -> CaseRecord:

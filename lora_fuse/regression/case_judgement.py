@@ -8,17 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_fuse.pictures import Case, metrics, pairs, picture
-from lora_fuse.regression.verdicts import (
-    CaseResult,
-    Comparison,
-    Facts,
-    Golden,
-    Rules,
-    Size,
-    Verdict,
-    beyond,
-    compare,
-)
+from lora_fuse.regression.verdicts import CaseResult, Comparison, Facts, Golden, Rules, Size, Verdict, beyond, compare
 
 SIGMA_TOLERANCE = 1e-4
 
@@ -37,20 +27,14 @@ class JudgedPair:
 
 
 def judge_pairs(pairs: Sequence[pairs.Pair], goldens: Mapping[str, Sequence[Golden]], rules: Rules) -> list[JudgedPair]:
-    """Compare every pair with each other, with its noise floor and with the goldens of its case.
-
-    Args:
-        pairs: what was rendered.
-        goldens: approved pictures by case, see `lora_fuse.regression.goldens.Goldens`.
-        rules: what the cases are held to.
-    """
-    judged = []
-    for pair in pairs:
-        case = pair.case
-        judged.append(
-            JudgedPair(pair, examine(case, pair.merged, pair.unfused, goldens.get(case.name, ()), rules, pair.floor))
+    """Judge every pair, with the goldens by case."""
+    return [
+        JudgedPair(
+            pair,
+            examine(pair.case, pair.merged, pair.unfused, goldens.get(pair.case.name, ()), rules, pair.floor),
         )
-    return judged
+        for pair in pairs
+    ]
 
 
 def examine(
@@ -61,18 +45,11 @@ def examine(
     rules: Rules,
     floor: picture.Picture | None = None,
 ) -> CaseResult:
-    """Measure and judge the pictures of one case.
+    """Compare the pictures of one case with each other, with the noise floor and with the goldens, and judge them.
 
-    Args:
-        case: that they are of.
-        merged: from the merged checkpoint.
-        unfused: from base + LoRA.
-        goldens: approved pictures, all of one environment.
-        rules: what they are held to.
-        floor: the unfused pipeline again, moved by as much as rounding moves it.
+    The goldens are all of one environment; `floor` is the unfused pipeline again, moved by as much as rounding does.
     """
-    found = _nearest_golden(merged, goldens)
-    golden, vs_golden = found or (None, None)
+    golden, vs_golden = _nearest_golden(merged, goldens) or (None, None)
     vs_unfused = _compare_if_possible(merged, unfused)
     of_floor = None if floor is None else _compare_if_possible(floor, unfused)
     result = CaseResult(
@@ -91,13 +68,10 @@ def examine(
     facts = {"merged": result.facts, "unfused": Facts.of(unfused)}
     faults = [*_faults(facts), *_wrong_sizes(facts, case.size)]
     if faults:
-        return _decided(result, Verdict.INVALID, faults)
+        return replace(result, reasons=tuple(faults))
     apart = [*_wrong_sigmas(merged, unfused, rules.sigmas), *_disagreement(result, rules)]
-    return _decided(result, *_against_golden(result, apart), agrees=not apart)
-
-
-def _decided(result: CaseResult, verdict: Verdict, reasons: Iterable[str], *, agrees: bool = False) -> CaseResult:
-    return replace(result, agrees=agrees, verdict=verdict, reasons=tuple(reasons))
+    verdict, reasons = _against_golden(result, apart)
+    return replace(result, agrees=not apart, verdict=verdict, reasons=tuple(reasons))
 
 
 def _nearest_golden(merged: picture.Picture, goldens: Sequence[Golden]) -> tuple[Golden, Comparison | None] | None:

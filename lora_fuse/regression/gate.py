@@ -60,13 +60,9 @@ def next_step(metrics: Mapping[str, Any]) -> Rerun:
 
 
 def summary_text(metrics: Mapping[str, Any], run: RunRecord | None, report_path: str, then: str) -> str:
-    """A table of the cases and the verdict, aligned for a terminal, without colours.
+    """A table of the cases of a `metrics.json` and the verdict, aligned for a terminal, without colours.
 
-    Args:
-        metrics: the content of `metrics.json`, as `review.flat_metrics` makes it.
-        run: its record, if it is of these pictures and on this machine.
-        report_path: where the page is.
-        then: the command that comes next.
+    `run` is the record of these pictures, if it is on this machine; `then` the command that comes next.
     """
     from tabulate import tabulate
 

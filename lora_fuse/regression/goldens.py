@@ -82,9 +82,8 @@ class Goldens:
     def refuse_other_base(self, base: str, files: Mapping[str, FileRecord]) -> None:
         """Refuse goldens that were approved for another base than this recipe has, whatever machine they are of.
 
-        Args:
-            base: the recipe's repository or folder, without its commit: a base may get a new version.
-            files: the base's; the same files somewhere else are the same base.
+        `base` is a repository or folder without its commit: a base may get a new version. The same files somewhere else
+        are the same base.
 
         Raises:
             BadGolden: there is one.
@@ -125,17 +124,9 @@ class Goldens:
     def approve(
         self, picture: bytes, candidate: Candidate, run: RunRecord, approval: Approval, *, beside: bool = False
     ) -> Path:
-        """Make a candidate a golden of its key.
+        """Make a candidate, whose PNG file is `picture`, a golden of its key, and return the golden's path.
 
-        Args:
-            picture: the PNG file.
-            candidate: what it is.
-            run: who made it where.
-            approval: who, when and why; what it replaces is filled in.
-            beside: keep the case's other goldens; without it they are removed.
-
-        Returns:
-            The path of the golden.
+        What the approval replaces is filled in: the case's other goldens, which are removed unless it goes `beside`.
 
         Raises:
             BadGolden: the picture is not the candidate's, or see `records`.
@@ -151,19 +142,17 @@ class Goldens:
         numbered = (f"{case}.{number}" if number > 1 else case for number in range(1, len(taken) + 2))
         golden = self._folder / str(key) / f"{next(name for name in numbered if name not in taken)}.png"
         replaced = () if beside else tuple(record.sha256 for _, record in present)
-        self._write(golden, picture, candidate, run, replace(approval, replaces=replaced))
+        provenance = Provenance.of(candidate.provenance, run)
+        approval = replace(approval, replaces=replaced)
+        record = GoldenRecord(SCHEMA, candidate.sha256, candidate.floor, approval, provenance)
+        golden.parent.mkdir(parents=True, exist_ok=True)
+        files.replace_bytes(golden, picture)
+        files.replace_text(golden.with_suffix(".json"), records.to_json(record))
         for path, _ in [] if beside else present:
             if path != golden:
                 path.unlink()
                 path.with_suffix(".json").unlink()
         return golden
-
-    def _write(self, path: Path, picture: bytes, candidate: Candidate, run: RunRecord, approval: Approval) -> None:
-        provenance = Provenance.of(candidate.provenance, run)
-        record = GoldenRecord(SCHEMA, candidate.sha256, candidate.floor, approval, provenance)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.replace_bytes(path, picture)
-        files.replace_text(path.with_suffix(".json"), records.to_json(record))
 
 
 def check_picture(picture: bytes, candidate: Candidate) -> None:

@@ -1,8 +1,7 @@
 """The report of a regression run: one HTML file to look at.
 
-The HTML holds its pictures, styles and the dozen lines of script that move its sliders, and asks the network for
-nothing: it can be mailed, kept as a CI artifact and opened in ten years. Failures come first. Nothing is decided here:
-verdicts and sentences come from `verdicts`, and this module only shows them.
+Failures come first. Nothing is decided here: verdicts and sentences come from `verdicts`, and this module only shows
+them.
 """
 
 from __future__ import annotations
@@ -67,20 +66,8 @@ class CaseReport:
 class Report:
     """Everything that the page shows.
 
-    Attributes:
-        recipe: its name.
-        verdict: of the run.
-        next_step: a command.
-        manifest: of the merge.
-        setup: of both sides.
-        sigmas: that the merged pipeline visited.
-        verify: content of `verify.json`.
-        blocks: largest changes, in the model's order.
-        environment: shown in its own order.
-        warnings: shown loudly.
-        rules: that the cases were held to.
-        cases: in the recipe's order.
-        heat_top: levels from which on a heat map is brightest.
+    `next_step` is a command; `sigmas` are those that the merged pipeline visited; `verify` is the content of
+    `verify.json`; `heat_top` are the levels from which on a heat map is brightest.
     """
 
     recipe: str

@@ -15,12 +15,7 @@ from lora_fuse.regression.candidates import Candidates, Provenance, differences
 from lora_fuse.regression.case_judgement import JudgedPair
 from lora_fuse.regression.gate import case_names
 from lora_fuse.regression.goldens import Approved
-from lora_fuse.regression.report import (
-    Baseline,
-    BlockChange,
-    CaseReport,
-    Report,
-)
+from lora_fuse.regression.report import Baseline, BlockChange, CaseReport, Report
 from lora_fuse.regression.run_record import RunRecord
 from lora_fuse.regression.verdicts import CaseResult, Rules, worst
 
@@ -68,17 +63,14 @@ def _json_number(value: float | None) -> float | None:
 
 
 def run_metrics(judged: Sequence[JudgedPair], run: RunRecord, recipe: str, scale: float) -> dict[str, Scalar]:
-    """The content of `metrics.json`: what was measured and decided, and of what.
-
-    Args:
-        judged: every case.
-        run: its record.
-        recipe: its name.
-        scale: the recipe's.
-    """
-    found = flat_metrics(one.result for one in judged)
-    found |= {"recipe": recipe, "scale": scale, "environment": str(run.environment.key)}
-    return found | {"unfused_by": judged[0].pair.unfused_by, "manifest_sha256": run.manifest_sha256}
+    """The content of `metrics.json`: what was measured and decided, and of what."""
+    return flat_metrics(case.result for case in judged) | {
+        "recipe": recipe,
+        "scale": scale,
+        "environment": str(run.environment.key),
+        "unfused_by": judged[0].pair.unfused_by,
+        "manifest_sha256": run.manifest_sha256,
+    }
 
 
 def case_rows(metrics: Mapping[str, Scalar]) -> list[dict[str, Scalar]]:
@@ -92,15 +84,7 @@ def case_rows(metrics: Mapping[str, Scalar]) -> list[dict[str, Scalar]]:
 
 
 def review(judged: Judged, verify: Mapping[str, Any], rules: Rules, setup: pairs.Setup, next_step: str) -> Report:
-    """The report of one run.
-
-    Args:
-        judged: every case, and all that it is of.
-        verify: the content of `verify.json`.
-        rules: what the cases were held to.
-        setup: how both sides were rendered.
-        next_step: the command that comes next.
-    """
+    """The report of one run, from the content of `verify.json` and the command that comes next."""
     first = next(iter(judged.found.cases.values())).provenance
     return Report(
         recipe=first.recipe,

@@ -30,16 +30,7 @@ def judge(
     rendered: Sequence[pairs.Pair],
     approved: Mapping[str, Sequence[Approved]],
 ) -> Judged:
-    """Compare every pair with each other and with the goldens, and measure.
-
-    Args:
-        params: the recipe.
-        at: where its merge lies.
-        setup: how it was rendered.
-        here: on what.
-        rendered: both sides of every case.
-        approved: the goldens by case.
-    """
+    """Compare every pair with each other and with the goldens by case, and measure."""
     cases = judge_pairs(rendered, approved, Rules.of(params))
     manifest, manifest_sha256 = read_manifest(at.manifest)
     found = candidates(cases, manifest, manifest_sha256, setup)
