@@ -12,32 +12,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TextIO
 
-# green, yellow, red (ECMA-48, SGR)
-GOOD = 32
-DOUBTFUL = 33
-BAD = 31
-_KINDS = {
-    GOOD: ("ok", "passed", "exact", "drift"),
-    DOUBTFUL: ("warn", "warning", "review", "no-golden"),
-    BAD: ("FAIL", "FAILED", "error", "regression", "invalid"),
+# ECMA-48, SGR
+COLOURS = {
+    **dict.fromkeys(("ok", "passed", "exact", "drift"), 32),  # green
+    **dict.fromkeys(("warn", "warning", "review", "no-golden"), 33),  # yellow
+    **dict.fromkeys(("FAIL", "FAILED", "error", "regression", "invalid"), 31),  # red
 }
-_OF_WORD = {word: colour for colour, words in _KINDS.items() for word in words}
-
-
-def has_colour(stream: TextIO) -> bool:
-    """True where a stream takes colour."""
-    if os.environ.get("NO_COLOR"):
-        return False
-    return bool(os.environ.get("FORCE_COLOR")) or (stream.isatty() and os.environ.get("TERM") != "dumb")
 
 
 def painted(line: str, stream: TextIO) -> str:
     """The line, its first word in the colour of a verdict if it is one."""
     word = line.split(" ", 1)[0]
-    colour = _OF_WORD.get(word.rstrip(":,"))
-    if colour is None or not has_colour(stream):
+    colour = COLOURS.get(word.rstrip(":,"))
+    if colour is None or not _has_colour(stream):
         return line
     return f"\x1b[1;{colour}m{word}\x1b[0m{line[len(word) :]}"
+
+
+def _has_colour(stream: TextIO) -> bool:
+    if os.environ.get("NO_COLOR"):
+        return False
+    return bool(os.environ.get("FORCE_COLOR")) or (stream.isatty() and os.environ.get("TERM") != "dumb")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +72,7 @@ class Console:
         print(f"{self._name(stage)}: {painted(sentence, sys.stderr)}", file=sys.stderr, flush=True)
 
     def done(self, stage: str, *lines: str, facts: Mapping[str, object], then: str | None = None) -> None:
-        """Print what was done.
-
-        Args:
-            stage: its name.
-            lines: for a person.
-            facts: for a program, JSON values by name.
-            then: the next command; printed where the stage runs alone.
-        """
+        """Print what was done: `lines` for a person, `facts` for a program; `then` is the next command."""
         if self.as_json:
             print(json.dumps({"stage": stage, **self._whose, **facts}), flush=True)
         elif not self.quiet:

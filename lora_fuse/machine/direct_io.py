@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import mmap
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -45,25 +46,19 @@ def too_large_to_cache(nbytes: int) -> bool:
 class _File:
     def __init__(self, path: Path, flags: int, direct: bool) -> None:
         self.path = path
-        self._fds = [os.open(path, flags, 0o666)]
+        self._plain = os.open(path, flags, 0o666)
+        self._direct: int | None = None
         if direct:
             with suppress(OSError, AttributeError):  # a filesystem, or a system, that cannot
-                self._fds.append(os.open(path, flags & ~os.O_TRUNC | os.O_DIRECT))
-
-    @property
-    def _plain(self) -> int:
-        return self._fds[0]
-
-    @property
-    def _direct(self) -> int | None:
-        return self._fds[1] if len(self._fds) > 1 else None
+                self._direct = os.open(path, flags & ~os.O_TRUNC | os.O_DIRECT)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for fd in self._fds:
-            os.close(fd)
+        os.close(self._plain)
+        if self._direct is not None:
+            os.close(self._direct)
 
 
 class Reader(_File):
@@ -124,10 +119,8 @@ def open_shard(path: Path) -> Reader:
     Raises:
         BadCheckpoint: it cannot be opened.
     """
-    try:
+    with _reading(path):
         return Reader(path)
-    except OSError as error:
-        raise _unreadable(path, error) from error
 
 
 def read_exactly(source: Reader, memory: memoryview, start: int, nbytes: int) -> memoryview:
@@ -136,14 +129,16 @@ def read_exactly(source: Reader, memory: memoryview, start: int, nbytes: int) ->
     Raises:
         BadCheckpoint: it cannot be read, or is not there any more.
     """
-    try:
+    with _reading(source.path):
         data = source.read(memory, start, nbytes)
-    except OSError as error:
-        raise _unreadable(source.path, error) from error
     if len(data) < nbytes:
         raise BadCheckpoint(f"{source.path} ended {nbytes - len(data)} bytes early: it changed while it was read")
     return data
 
 
-def _unreadable(path: Path, error: OSError) -> BadCheckpoint:
-    return BadCheckpoint(f"{path} cannot be read ({error.strerror}); check the disk or fetch it again")
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BadCheckpoint(f"{path} cannot be read ({error.strerror}); check the disk or fetch it again") from error

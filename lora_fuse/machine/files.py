@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -61,38 +62,33 @@ def read_json(path: Path, kind: type[Content], error: Callable[[str], Exception]
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Give `path` a new content: a reader, or a kill at any moment, finds the old text or the new one."""
+    """As `replace_bytes`, with text."""
     replace_bytes(path, text.encode())
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """As `replace_text`, with bytes."""
+    """Give `path` a new content: a reader, or a kill at any moment, finds the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(content)
     partial.replace(path)
 
 
-def take_over(source: Path, target: Path, how: Untouched) -> None:
-    """Make `target`, which is not there yet, a file with the content of `source`.
+def take_over(source: Path, target: Path, how: Untouched) -> Untouched:
+    """Make `target`, which is not there yet, a file with the content of `source`, which is no link; return how.
 
-    Args:
-        source: a file, not a link to one.
-        target: the new file.
-        how: ``reflink`` shares blocks until one side is written (btrfs, XFS and others), ``hardlink`` is the same file
-            under two names, ``copy`` shares nothing; ``auto`` is the first of them that the filesystem can do. What it
-            cannot do becomes a copy.
+    ``reflink`` shares blocks until one side is written (btrfs, XFS and others), ``hardlink`` is the same file under two
+    names, ``copy`` shares nothing; ``auto`` is the first of them that the filesystem can do. What it cannot do becomes
+    a copy.
     """
     if how in ("auto", "reflink") and _reflink(source, target):
-        return
+        return "reflink"
     if how in ("auto", "hardlink"):
-        try:
+        with suppress(OSError):  # another filesystem, or one without links
             os.link(source, target)
-        except OSError:  # another filesystem, or one without links
-            pass
-        else:
-            return
+            return "hardlink"
     shutil.copyfile(source, target)
+    return "copy"
 
 
 def link_between(source: Path, target: Path) -> Untouched:
@@ -105,14 +101,7 @@ def link_between(source: Path, target: Path) -> Untouched:
     new = target / f".probe-{os.getpid()}.new"
     try:
         old.write_bytes(bytes(4096))
-        if _reflink(old, new):
-            return "reflink"
-        try:
-            os.link(old, new)
-        except OSError:
-            new.touch()
-            return "copy"
-        return "hardlink"
+        return take_over(old, new, "auto")
     finally:
         for path in (old, new):
             path.unlink(missing_ok=True)

@@ -13,7 +13,10 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-STOPPED = 128 + signal.SIGTERM
+LOST = (
+    "another process of this run ended, or its launcher was told to; nothing was written, earlier results are as they "
+    "were: run again"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +84,4 @@ class PeerWatcher:
         signal.sigwait({signal.SIGTERM})
         if not self._done and is_first_to_fail():
             print(f"error: {LOST}", file=sys.stderr, flush=True)
-        os._exit(STOPPED if self._done else 2)
-
-
-LOST = (
-    "another process of this run ended, or its launcher was told to; nothing was written, earlier results are as they "
-    "were: run again"
-)
+        os._exit(128 + signal.SIGTERM if self._done else 2)

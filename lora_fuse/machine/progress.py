@@ -89,12 +89,7 @@ def log(line: str) -> None:
 
 @contextmanager
 def byte_progress(label: str, total: int, *, at_least: int = 0) -> Iterator[Callable[[int], None]]:
-    """Show progress towards `total` bytes, and remember for the next run how fast they went.
-
-    Args:
-        label: what is done; rates are remembered by it, see `remember`.
-        total: bytes.
-        at_least: fewer bytes than this are not shown.
+    """Show progress towards `total` bytes, if they are `at_least` so many, and remember their rate under the label.
 
     Yields:
         The function to call with the bytes just done, from any thread.
@@ -136,17 +131,15 @@ class _Lines:
             now = time.monotonic()
             if now - self._shown >= EVERY:
                 self._shown = now
-                self._print(now - self._start)
+                log(self._line(now - self._start))
 
-    def _print(self, seconds: float) -> None:
+    def _line(self, seconds: float) -> str:
         rate = self._done / seconds
-        left = (
-            f", about {human_seconds((self._total - self._done) / rate)} left" if 0 < self._done < self._total else ""
-        )
-        log(
-            f"{self._label}: {human_bytes(self._done)} of {human_bytes(self._total)}, {human_seconds(seconds)}, "
-            f"{human_bytes(rate)}/s{left}"
-        )
+        done = f"{human_bytes(self._done)} of {human_bytes(self._total)}"
+        line = f"{self._label}: {done}, {human_seconds(seconds)}, {human_bytes(rate)}/s"
+        if not 0 < self._done < self._total:
+            return line
+        return f"{line}, about {human_seconds((self._total - self._done) / rate)} left"
 
 
 def rates_file() -> Path:

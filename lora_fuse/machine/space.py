@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from lora_fuse.errors import NoSpace
 from lora_fuse.machine.files import nearest_folder
 from lora_fuse.machine.progress import human_bytes
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SPARE = 64 << 20  # bytes to leave free: directories, the manifest, other programs
 
@@ -21,13 +18,7 @@ def free_bytes(path: Path) -> int:
 
 
 def require(path: Path, nbytes: int, purpose: str, remedy: str) -> None:
-    """Refuse what a disk has no room for.
-
-    Args:
-        path: a folder on the disk, or one that will be.
-        nbytes: bytes that are needed.
-        purpose: what they are for, the subject of the message.
-        remedy: the way out, the end of the message.
+    """Refuse what a disk has no room for; `path` is a folder on it, or will be, `purpose` the subject of the message.
 
     Raises:
         NoSpace: the disk has less; the message says both numbers, also in bytes, as they may round to the same.

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -65,11 +65,9 @@ class StagingFolder:
 
 @contextmanager
 def staging_folder(out: Path, key: str) -> Iterator[StagingFolder]:
-    """Hold `out` and prepare its next content; what an error leaves is removed, what a kill leaves is kept.
+    """Hold `out`, a folder or file, and prepare its next content; `key` is a hash of all that the bytes depend on.
 
-    Args:
-        out: the folder or file to be made.
-        key: a hash of everything that the bytes depend on.
+    Files that an error leaves are removed, those that a kill leaves are kept.
 
     Raises:
         Busy: another process holds it.
@@ -89,26 +87,18 @@ def staging_folder(out: Path, key: str) -> Iterator[StagingFolder]:
         remove(mine.folder)
 
 
-@contextmanager
-def exclusive(out: Path) -> Iterator[None]:
+def exclusive(out: Path) -> AbstractContextManager[None]:
     """Hold `out` alone. Only processes that ask here are kept out; the lock of a killed one is free at once.
 
     Raises:
         Busy: another process holds it.
     """
-    with _locked(out.parent / f".{out.name}.lock", out):
-        yield
+    return _locked(out.parent / f".{out.name}.lock", out)
 
 
-@contextmanager
-def holding(folder: Path) -> Iterator[None]:
-    """Hold a folder of several results alone, as `exclusive` does with one.
-
-    Raises:
-        Busy: another process holds it.
-    """
-    with _locked(folder / ".lock", folder):
-        yield
+def holding(folder: Path) -> AbstractContextManager[None]:
+    """Hold a folder of several results alone, as `exclusive` does with one."""
+    return _locked(folder / ".lock", folder)
 
 
 @contextmanager
@@ -147,11 +137,9 @@ def _previous(out: Path) -> Path:
 
 def _recover(out: Path) -> None:
     """Finish or undo a swap in two steps that was killed between them."""
-    if _previous(out).exists():
-        if out.exists():
-            remove(_previous(out))
-        else:
-            _previous(out).rename(out)
+    if _previous(out).exists() and not out.exists():
+        _previous(out).rename(out)
+    remove(_previous(out))
 
 
 def remove(path: Path) -> None:
