@@ -13,7 +13,7 @@ from lora_fuse.pictures import Case
 from lora_fuse.recipe import Artifacts, Manifest, Recipe, checkout, paths, records
 from lora_fuse.regression import candidates, gate
 from lora_fuse.release.block_plot import block_plot
-from lora_fuse.release.bom import ModelFacts, bom_json
+from lora_fuse.release.bom import bom_json
 from lora_fuse.release.card import ShownExport, Usage, model_card
 from lora_fuse.release.contents import BOM, PROVENANCE, Contents, public_parameters, write_release
 from lora_fuse.release.licences import MergeLicence, resolve_licence
@@ -52,8 +52,15 @@ def contents_of(
     parameters = public_parameters(params.model_dump(include=SECTIONS))
     repository = checkout.this_repository()
     statement = provenance_json(manifest, exports, parameters=parameters, tool=tool, repository=repository)
-    model = ModelFacts(repo_id or params.name, licence.license, usage, performance_metrics(metrics, cases))
-    bom = bom_json(manifest, manifest_sha256, exports, model)
+    bom = bom_json(
+        manifest,
+        manifest_sha256,
+        exports,
+        name=repo_id or params.name,
+        licence=licence.license,
+        usage=usage,
+        figures=performance_metrics(metrics, cases),
+    )
     texts = {payload.CARD: card.encode(), PROVENANCE: statement.encode(), BOM: bom.encode()}
     texts |= {PLOT: block_plot(blocks)} if blocks else {}
     return Contents(texts, pictures | {name: (at.exported / name, record) for name, record in exports.items()})

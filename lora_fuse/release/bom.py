@@ -11,95 +11,62 @@ written.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 from uuid import NAMESPACE_URL, uuid5
+
+from cyclonedx.model import HashAlgorithm, HashType, Property, XsUri
+from cyclonedx.model.bom import Bom
+from cyclonedx.model.component import Component, ComponentType, Pedigree
+from cyclonedx.model.license import DisjunctiveLicense
+from cyclonedx.output.json import JsonV1Dot6
+from cyclonedx.spdx import fixup_id
 
 from lora_fuse.machine import FileRecord
 from lora_fuse.recipe import License, Lock, Manifest, records
 from lora_fuse.release.card import Usage
 from lora_fuse.release.slsa import purl
 
-if TYPE_CHECKING:
-    from cyclonedx.model import HashType
-    from cyclonedx.model.component import Component
-    from cyclonedx.model.license import DisjunctiveLicense
 
-
-@dataclass(frozen=True, slots=True)
-class PerformanceMetric:
-    """A figure of the regression: its name, the case that it was measured on, its value."""
-
-    metric: str
-    case: str
-    value: float
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """Facts on a model that no manifest states.
-
-    Attributes:
-        name: of the model.
-        licence: that it is published under.
-        usage: settings that it is meant to be run with.
-        metrics: figures of its regression.
-    """
-
-    name: str
-    licence: License
-    usage: Usage
-    metrics: tuple[PerformanceMetric, ...] = ()
-
-
-def bom_json(manifest: Manifest, manifest_sha256: str, exports: Mapping[str, FileRecord], facts: ModelFacts) -> str:
-    """The content of `bom.cdx.json`.
-
-    Args:
-        manifest: of the merge.
-        manifest_sha256: of the manifest's text; makes the serial number.
-        exports: the merge in other formats.
-        facts: of the model.
-    """
-    from cyclonedx.model.bom import Bom
-    from cyclonedx.model.component import Component, ComponentType, Pedigree
-    from cyclonedx.output.json import JsonV1Dot6
-
+def bom_json(
+    manifest: Manifest,
+    manifest_sha256: str,
+    exports: Mapping[str, FileRecord],
+    *,
+    name: str,
+    licence: License,
+    usage: Usage,
+    figures: Sequence[Mapping[str, str]],
+) -> str:
+    """The content of `bom.cdx.json`; `figures` are its regression's, as CycloneDX' `performanceMetrics`."""
     files: Mapping[str, FileRecord | records.MergedFile] = {**manifest.files, **exports}
     ancestors = [_base(manifest.base)] if manifest.base else []
     ancestors += [_lora(number, lora) for number, lora in enumerate(manifest.loras, start=1)]
     bom = Bom(serial_number=uuid5(NAMESPACE_URL, f"urn:lora-fuse:manifest:{manifest_sha256}"))
     bom.metadata.component = Component(
-        name=facts.name,
+        name=name,
         type=ComponentType.MACHINE_LEARNING_MODEL,
         bom_ref="model",
         version=manifest_sha256[:12],
-        licenses=_licences(facts.licence),
+        licenses=_licences(licence),
         components=[_file(path, file.sha256, "model") for path, file in files.items()],
         pedigree=Pedigree(ancestors=ancestors, notes=_notes(manifest)),
     )
     content = json.loads(JsonV1Dot6(bom).output_as_string())
     del content["metadata"]["timestamp"]
-    content["metadata"]["component"]["modelCard"] = _model_card(facts)
+    content["metadata"]["component"]["modelCard"] = _model_card(usage, figures)
     return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def _file(path: str, sha256: str, owner: str) -> Component:
-    from cyclonedx.model.component import Component, ComponentType
-
     return Component(name=path, type=ComponentType.FILE, bom_ref=f"{owner}/{path}", hashes=_hashes(sha256))
 
 
 def _hashes(sha256: str) -> list[HashType]:
-    from cyclonedx.model import HashAlgorithm, HashType
-
     return [HashType(alg=HashAlgorithm.SHA_256, content=sha256)]
 
 
 def _base(base: Lock) -> Component:
-    from cyclonedx.model.component import Component, ComponentType
-
     return Component(
         name=base.repo_id or "base",
         type=ComponentType.MACHINE_LEARNING_MODEL,
@@ -112,9 +79,6 @@ def _base(base: Lock) -> Component:
 
 
 def _lora(number: int, lora: records.MergedLora) -> Component:
-    from cyclonedx.model import Property
-    from cyclonedx.model.component import Component, ComponentType
-
     file = lora.filename or f"{lora.name}.safetensors"
     return Component(
         name=f"{lora.repo_id}/{file}" if lora.repo_id else file,
@@ -130,10 +94,6 @@ def _lora(number: int, lora: records.MergedLora) -> Component:
 
 def _licences(stated: License | None) -> list[DisjunctiveLicense]:
     """The licence by its SPDX id, which the Hub writes in lower case, or by its name where SPDX has none."""
-    from cyclonedx.model import XsUri
-    from cyclonedx.model.license import DisjunctiveLicense
-    from cyclonedx.spdx import fixup_id
-
     if stated is None:
         return []
     url = XsUri(stated.link) if stated.link else None
@@ -146,11 +106,9 @@ def _notes(manifest: Manifest) -> str:
     return f"The LoRAs ({scales}) are added to {manifest.targets} weights of the base, each sum rounded once."
 
 
-def _model_card(facts: ModelFacts) -> dict[str, Any]:
-    usage = facts.usage
+def _model_card(usage: Usage, figures: Sequence[Mapping[str, str]]) -> dict[str, Any]:
     inputs = ["text", "image"] if usage.edits else ["text"]
     settings = f"Run with exactly {usage.steps} steps at true_cfg_scale {usage.true_cfg_scale:g} and its own scheduler."
-    figures = [{"type": item.metric, "value": f"{item.value:g}", "slice": item.case} for item in facts.metrics]
     return {
         "modelParameters": {
             "task": usage.task,
@@ -159,6 +117,6 @@ def _model_card(facts: ModelFacts) -> dict[str, Any]:
             "inputs": [{"format": name} for name in inputs],
             "outputs": [{"format": "image"}],
         },
-        "quantitativeAnalysis": {"performanceMetrics": figures},
+        "quantitativeAnalysis": {"performanceMetrics": list(figures)},
         "considerations": {"technicalLimitations": [settings]},
     }

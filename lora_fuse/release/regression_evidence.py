@@ -11,7 +11,6 @@ from lora_fuse.hub import Addition
 from lora_fuse.machine import files
 from lora_fuse.pictures import Case
 from lora_fuse.regression import candidates, gate
-from lora_fuse.release.bom import PerformanceMetric
 from lora_fuse.release.card import Evidence, ShownCase
 
 AGAIN = Rerun("regress", force=True)
@@ -57,10 +56,10 @@ def judged_pictures(
     return pictures
 
 
-def performance_metrics(metrics: Mapping[str, Any], cases: Sequence[Case]) -> tuple[PerformanceMetric, ...]:
-    """Figures of the run; those that are infinite or were not measured are left out."""
+def performance_metrics(metrics: Mapping[str, Any], cases: Sequence[Case]) -> list[dict[str, str]]:
+    """Figures of the run as CycloneDX has them; those that are infinite or were not measured are left out."""
     figures = [(name, case.name, metrics.get(f"{case.name}.{name}")) for case in cases for name in FIGURES]
-    return tuple(PerformanceMetric(name, case, value) for name, case, value in figures if value is not None)
+    return [{"type": name, "value": f"{value:g}", "slice": case} for name, case, value in figures if value is not None]
 
 
 def _shown(case: Case, metrics: Mapping[str, Any]) -> ShownCase:

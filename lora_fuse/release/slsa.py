@@ -11,16 +11,13 @@ Invariant: no clock time and no host in it, so the same build gives the same sta
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from packageurl import PackageURL
 
 from lora_fuse.machine import FileRecord
-from lora_fuse.recipe import Lock, Manifest, records
+from lora_fuse.recipe import Manifest, records
 
-if TYPE_CHECKING:
-    from packageurl import PackageURL
-
-STATEMENT = "https://in-toto.io/Statement/v1"
-PREDICATE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:lora-fuse:fuse:1"  # gives externalParameters their meaning: the sections of params.yaml
 Descriptor = dict[str, Any]  # a ResourceDescriptor: an artifact by name and digest (by algorithm), and its address
 
@@ -33,14 +30,9 @@ def provenance_json(
     tool: records.Tool,
     repository: str | None,
 ) -> str:
-    """The content of `provenance.json`.
+    """The content of `provenance.json`; its subjects are the merged files and the exports.
 
-    Args:
-        manifest: of the merge; its files are the subjects.
-        exports: the merge in other formats, subjects as well.
-        parameters: of the recipe, by section.
-        tool: what wrote the merge.
-        repository: address of the repository that the tool was run from; None where that is unknown.
+    The builder is the `repository` that the tool was run from; None where that is unknown.
     """
     files: Mapping[str, FileRecord | records.MergedFile] = {**manifest.files, **exports}
     commit = f"@{tool.git}" if tool.git else ""
@@ -52,9 +44,9 @@ def provenance_json(
     }
     builder = {"id": f"{repository or 'pkg:pypi/lora-fuse'}{commit}", "version": {"lora-fuse": tool.version}}
     statement = {
-        "_type": STATEMENT,
+        "_type": "https://in-toto.io/Statement/v1",
         "subject": [_file(name, file.sha256) for name, file in sorted(files.items())],
-        "predicateType": PREDICATE,
+        "predicateType": "https://slsa.dev/provenance/v1",
         "predicate": {"buildDefinition": definition, "runDetails": {"builder": builder}},
     }
     return records.to_json(statement)
@@ -62,43 +54,31 @@ def provenance_json(
 
 def dependencies(manifest: Manifest) -> list[Descriptor]:
     """The sources of a merge: every repository with its commit, and every file with its sha256, each once."""
-    descriptors = _of_base(manifest.base) if manifest.base else []
+    descriptors: list[Descriptor] = []
+    if base := manifest.base:
+        hashes = {name: file.sha256 for name, file in sorted(base.files.items())}
+        descriptors += _of_source("base", base.repo_id, base.revision, hashes)
     for lora in manifest.loras:
-        descriptors += _of_lora(lora)
+        hashes = {lora.filename or f"{lora.name}.safetensors": lora.sha256}
+        descriptors += _of_source("lora", lora.repo_id, lora.revision, hashes)
     return [item for number, item in enumerate(descriptors) if item not in descriptors[:number]]
 
 
 def purl(repo_id: str, commit: str | None, file: str | None = None) -> PackageURL:
     """The package URL of a Hub repository (github.com/package-url/purl-spec, type huggingface), or of a file in it."""
-    from packageurl import PackageURL
-
     owner, _, name = repo_id.rpartition("/")
     return PackageURL("huggingface", owner or None, name, commit, subpath=file)
 
 
-def _file(name: str, sha256: str, uri: PackageURL | None = None) -> Descriptor:
-    descriptor: Descriptor = {"name": name, "digest": {"sha256": sha256}}
-    return descriptor if uri is None else {**descriptor, "uri": uri.to_string()}
+def _file(name: str, sha256: str) -> Descriptor:
+    return {"name": name, "digest": {"sha256": sha256}}
 
 
-def _of_base(base: Lock) -> list[Descriptor]:
-    files = sorted(base.files.items())
-    if base.repo_id is None:
-        return [_file(f"base/{name}", file.sha256) for name, file in files]
-    uris = {name: purl(base.repo_id, base.revision, name) for name, _ in files}
-    repository = _repository(base.repo_id, base.revision)
-    return [*repository, *(_file(name, file.sha256, uris[name]) for name, file in files)]
-
-
-def _of_lora(lora: records.MergedLora) -> list[Descriptor]:
-    name = lora.filename or f"{lora.name}.safetensors"
-    if lora.repo_id is None:
-        return [_file(f"lora/{name}", lora.sha256)]
-    file = _file(name, lora.sha256, purl(lora.repo_id, lora.revision, name))
-    return [*_repository(lora.repo_id, lora.revision), file]
-
-
-def _repository(repo_id: str, commit: str | None) -> list[Descriptor]:
-    if commit is None:
-        return []
-    return [{"name": repo_id, "digest": {"gitCommit": commit}, "uri": purl(repo_id, commit).to_string()}]
+def _of_source(kind: str, repo_id: str | None, commit: str | None, hashes: Mapping[str, str]) -> list[Descriptor]:
+    """A repository and its files, or local files in a folder named by their `kind`."""
+    if repo_id is None:
+        return [_file(f"{kind}/{name}", sha256) for name, sha256 in hashes.items()]
+    uri = purl(repo_id, commit).to_string()
+    repository = [{"name": repo_id, "digest": {"gitCommit": commit}, "uri": uri}] if commit else []
+    files = [{**_file(name, sha256), "uri": purl(repo_id, commit, name).to_string()} for name, sha256 in hashes.items()]
+    return [*repository, *files]
