@@ -1,7 +1,5 @@
 """Laws of the front door: README's example runs, and Python is refused what the command line is refused."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Laws of the command line: exit codes, one error line, nothing left behind."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

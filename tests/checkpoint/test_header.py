@@ -3,8 +3,6 @@
 What is accepted here safetensors itself accepts, as the same tensors; where it accepts more, the reason is listed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

@@ -1,7 +1,5 @@
 """What of a pipeline repository is taken, from names alone."""
 
-from __future__ import annotations
-
 import pytest
 
 from lora_fuse.checkpoint.repository_files import (

@@ -1,7 +1,5 @@
 """Laws of a base: what its index says and what its shards hold is the same, or it is refused."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Exports: the same tensors under the other names, streamed, aligned, and whole or not there."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

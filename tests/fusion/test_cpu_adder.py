@@ -1,7 +1,5 @@
 """Laws of the quick way: the bytes of the slow one, whatever the numbers."""
 
-from __future__ import annotations
-
 from fractions import Fraction
 
 import ml_dtypes

@@ -1,7 +1,5 @@
 """Laws of records and the manifest: what is written is read back, what is not a record is refused by key."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Laws of a merge: only targets change, the result is whole or absent, the same input gives the same bytes."""
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import json

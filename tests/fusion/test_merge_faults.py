@@ -1,7 +1,5 @@
 """What a merge survives: real processes, killed with SIGKILL, disks that fill up, files that change under way."""
 
-from __future__ import annotations
-
 import errno
 import os
 import random

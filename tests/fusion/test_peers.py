@@ -1,7 +1,5 @@
 """The merge against those of PEFT and diffusers, on every kind of file that they can read."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping
 from pathlib import Path

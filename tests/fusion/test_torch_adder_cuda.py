@@ -1,7 +1,5 @@
 """Laws of the fuse on a GPU: the same bytes as on the CPU. Skipped where there is none."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import ml_dtypes

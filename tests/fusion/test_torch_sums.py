@@ -1,7 +1,5 @@
 """Laws of the arithmetic: one rounding, to nearest, ties to even, from float64."""
 
-from __future__ import annotations
-
 from fractions import Fraction
 
 import ml_dtypes

@@ -1,7 +1,5 @@
 """The merge of whole models of diffusers: every linear can be a target, by the formula, and nothing else changes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path

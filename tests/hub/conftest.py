@@ -1,7 +1,5 @@
 """The folders that publications and downloads start from."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

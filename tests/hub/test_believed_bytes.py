@@ -1,7 +1,5 @@
 """Which bytes are believed: those with the hash that the Hub names, on the wire, in the cache and in a lock."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """What may not be had from a Hub is named, with the way out."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.hub_server import Fault, LoopbackHub

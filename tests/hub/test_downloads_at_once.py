@@ -1,7 +1,5 @@
 """Downloads that are killed, or come in pairs: nothing is fetched twice, and nothing half is left."""
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import os

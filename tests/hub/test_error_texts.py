@@ -1,7 +1,5 @@
 """What a person is told of a Hub's refusal, and of a token, which is never shown."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

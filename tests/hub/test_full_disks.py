@@ -1,7 +1,5 @@
 """Downloads to a disk that is too small, or fills up under way."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -1,7 +1,5 @@
 """Locks: what is pinned, what is fetched, and which bytes are believed. Against a Hub on the loopback interface."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Answers of a Hub that are lost or refusals: `main` never holds half of a publication."""
 
-from __future__ import annotations
-
 import time
 
 import pytest

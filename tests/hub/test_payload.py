@@ -1,7 +1,5 @@
 """What may be sent: the manifest's files as they are, and never the token."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """PEFT folders: weights and configuration are pinned together."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

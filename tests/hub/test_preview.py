@@ -1,7 +1,5 @@
 """Laws of the dry run: it says what would be sent, and sends nothing."""
 
-from __future__ import annotations
-
 import hashlib
 
 from tests.hub_server import LoopbackHub

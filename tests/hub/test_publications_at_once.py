@@ -1,7 +1,5 @@
 """Publications beside others: of the same folder, of other bytes, of somebody else."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

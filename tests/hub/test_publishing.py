@@ -1,7 +1,5 @@
 """Publishing: what is sent, to whom it is visible, and when success is claimed. Against a Hub on the loopback."""
 
-from __future__ import annotations
-
 import hashlib
 import threading
 import time

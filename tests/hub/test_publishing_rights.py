@@ -1,7 +1,5 @@
 """Who may publish, where, and to whom it is visible: real processes against a Hub on the loopback."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.hub_server import Fault, LoopbackHub

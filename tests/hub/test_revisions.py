@@ -1,7 +1,5 @@
 """Revisions: a lock stays until it is told to move, and is enough where there is no network."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

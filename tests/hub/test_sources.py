@@ -1,7 +1,5 @@
 """Sources that are refused: a base that is not whole, a LoRA that is none or lies outside."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -3,8 +3,6 @@
 What goes wrong once is overcome; what goes wrong always is one `error:` line, exit 2, no traceback and no lock.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from dataclasses import replace

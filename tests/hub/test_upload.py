@@ -3,8 +3,6 @@
 A run ends in bounded time with one error line or with everything right, and the next run sends only what is missing.
 """
 
-from __future__ import annotations
-
 import subprocess
 import time
 from pathlib import Path

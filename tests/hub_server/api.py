@@ -1,18 +1,13 @@
 """What the Hub's handlers share: accounts, storages, and the repository and revision that a path names."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 from urllib.parse import unquote
+
+from starlette.requests import Request
 
 from tests.hub_server.lfs import LfsStore
 from tests.hub_server.model import PULL_REQUEST, Entry, HubError, Registry, Repo, User
-
-if TYPE_CHECKING:
-    from starlette.requests import Request
-
-    from tests.hub_server.xet import XetStore
+from tests.hub_server.xet import XetStore
 
 LFS_SUFFIXES = (".bin", ".ckpt", ".gz", ".jpg", ".model", ".png", ".pt", ".safetensors", ".zip")
 

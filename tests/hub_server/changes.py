@@ -1,21 +1,15 @@
 """The Hub's changes: commits on branches and on pull requests, uploads of large files, tags."""
 
-from __future__ import annotations
-
 import base64
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from tests.hub_server.model import PULL_REQUEST, Commit, Entry, HubError, PullRequest
-
-if TYPE_CHECKING:
-    from starlette.requests import Request
-
-
 from tests.hub_server.api import LFS_SUFFIXES, Api, revision
+from tests.hub_server.model import PULL_REQUEST, Commit, Entry, HubError, PullRequest
 
 LFS_SIZE = 10 << 20  # bytes; a larger file of any kind goes to LFS
 

@@ -1,18 +1,12 @@
 """What can go wrong on the wire, as rules, and a log of what was asked. An ASGI wrapper around the server."""
 
-from __future__ import annotations
-
 import asyncio
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from starlette.responses import Response
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 @dataclass(slots=True)
@@ -77,50 +71,6 @@ class Call:
     struck: bool = False
 
 
-class FaultyWire:
-    """An ASGI application whose requests are logged and struck by faults on their way to another."""
-
-    def __init__(self, app: ASGIApp, faults: list[Fault], log: list[Call]) -> None:
-        self._app, self._faults, self._log = app, faults, log
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request. The application sees the path as sent: ``refs%2Fpr%2F1`` is one segment."""
-        if scope["type"] != "http":
-            return
-        path, query = scope["raw_path"].decode().split("?")[0], scope["query_string"].decode()
-        headers = {key.decode(): value.decode() for key, value in scope["headers"]}
-        line = f"{scope['method']} {path}" + (f"?{query}" if query else "")
-        call = Call(line, headers.get("range"), "authorization" in headers)
-        self._log.append(call)
-        fault = next((rule for rule in self._faults if rule.strikes(line)), None)
-        call.struck = fault is not None
-        receiver = _Receiver(receive, call, fault)
-        try:
-            await self._serve({**scope, "path": path}, receiver, _Sender(send, call, fault), fault)
-        except ConnectionAbortedError:
-            transport = getattr(getattr(send, "__self__", None), "transport", None)  # of uvicorn's request cycle
-            if transport is not None:
-                transport.abort()
-
-    async def _serve(self, scope: Scope, receive: Receive, sender: _Sender, fault: Fault | None) -> None:
-        if fault is not None:
-            await asyncio.sleep(fault.delay)
-            if fault.after:
-                await self._app(scope, receive, _nowhere)
-                if fault.status is None:
-                    raise ConnectionAbortedError
-            if fault.status is not None:
-                while not fault.after and (await receive()).get("more_body"):
-                    pass  # an answer before the request is read would look like a broken connection
-                await fault.answer()(scope, receive, sender.plain)
-                return
-        await self._app(scope, receive, sender)
-
-
-async def _nowhere(message: Message) -> None:
-    """Send nothing."""
-
-
 class _Receiver:
     """Receives a request, counts its bytes and breaks off where the fault says."""
 
@@ -177,3 +127,47 @@ class _Sender:
             await asyncio.sleep(0.05)  # let the bytes leave before the connection breaks
             raise ConnectionAbortedError
         await self.plain({**message, "body": bytes(body)})
+
+
+class FaultyWire:
+    """An ASGI application whose requests are logged and struck by faults on their way to another."""
+
+    def __init__(self, app: ASGIApp, faults: list[Fault], log: list[Call]) -> None:
+        self._app, self._faults, self._log = app, faults, log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request. The application sees the path as sent: ``refs%2Fpr%2F1`` is one segment."""
+        if scope["type"] != "http":
+            return
+        path, query = scope["raw_path"].decode().split("?")[0], scope["query_string"].decode()
+        headers = {key.decode(): value.decode() for key, value in scope["headers"]}
+        line = f"{scope['method']} {path}" + (f"?{query}" if query else "")
+        call = Call(line, headers.get("range"), "authorization" in headers)
+        self._log.append(call)
+        fault = next((rule for rule in self._faults if rule.strikes(line)), None)
+        call.struck = fault is not None
+        receiver = _Receiver(receive, call, fault)
+        try:
+            await self._serve({**scope, "path": path}, receiver, _Sender(send, call, fault), fault)
+        except ConnectionAbortedError:
+            transport = getattr(getattr(send, "__self__", None), "transport", None)  # of uvicorn's request cycle
+            if transport is not None:
+                transport.abort()
+
+    async def _serve(self, scope: Scope, receive: Receive, sender: _Sender, fault: Fault | None) -> None:
+        if fault is not None:
+            await asyncio.sleep(fault.delay)
+            if fault.after:
+                await self._app(scope, receive, _nowhere)
+                if fault.status is None:
+                    raise ConnectionAbortedError
+            if fault.status is not None:
+                while not fault.after and (await receive()).get("more_body"):
+                    pass  # an answer before the request is read would look like a broken connection
+                await fault.answer()(scope, receive, sender.plain)
+                return
+        await self._app(scope, receive, sender)
+
+
+async def _nowhere(message: Message) -> None:
+    """Send nothing."""

@@ -1,23 +1,18 @@
 """Large files by sha256: storage, the LFS batch API with single and multipart uploads, ranged downloads."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import secrets
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from tests.hub_server.model import HubError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
-
-    from starlette.requests import Request
 
 MIB = 1 << 20
 

@@ -1,24 +1,17 @@
 """The Hub's listings: repositories, trees, references and history."""
 
-from __future__ import annotations
-
 import re
+from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import parse_qs, unquote
 
 import yaml
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from tests.hub_server.model import Commit, Entry, HubError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from starlette.requests import Request
-
-
 from tests.hub_server.api import Api, revision
+from tests.hub_server.model import Commit, Entry, HubError
 
 
 class Listings(Api):

@@ -1,16 +1,12 @@
 """What a Hub holds: repositories of commits of files, and who may see or change them."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from typing import Any, Self
 
 PULL_REQUEST = re.compile(r"refs/pr/(\d+)")
 
@@ -51,12 +47,12 @@ class Entry:
     content: bytes = b""
 
     @classmethod
-    def regular(cls, content: bytes) -> Entry:
+    def regular(cls, content: bytes) -> Self:
         """A file that git holds itself."""
         return cls(len(content), git_blob(content), content=content)
 
     @classmethod
-    def lfs(cls, sha256: str, size: int, xet: str | None) -> Entry:
+    def lfs(cls, sha256: str, size: int, xet: str | None) -> Self:
         """A file whose content lies in LFS or Xet storage."""
         return cls(size, git_blob(lfs_pointer(sha256, size)), sha256, xet)
 

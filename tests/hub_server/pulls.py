@@ -1,18 +1,12 @@
 """The Hub's pull requests: opened, listed, commented, closed and merged."""
 
-from __future__ import annotations
+from typing import Any
 
-from typing import TYPE_CHECKING, Any
-
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from tests.hub_server.model import HubError, PullRequest, Repo, now
-
-if TYPE_CHECKING:
-    from starlette.requests import Request
-
-
 from tests.hub_server.api import Api
+from tests.hub_server.model import HubError, PullRequest, Repo, now
 
 PAGE = 50  # pull requests that are listed at once
 

@@ -1,25 +1,18 @@
 """The Hub's own API: its routes, accounts, and where to get a file."""
 
-from __future__ import annotations
-
 import re
-from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 import yaml
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from tests.hub_server.lfs import ranged
-from tests.hub_server.model import HubError
-
-if TYPE_CHECKING:
-    from starlette.requests import Request
-
-
 from tests.hub_server.api import revision
 from tests.hub_server.changes import Changes
+from tests.hub_server.lfs import ranged
 from tests.hub_server.listings import Listings
+from tests.hub_server.model import HubError
 from tests.hub_server.pulls import Pulls
 
 MODEL = "/api/models/{owner}/{name}"

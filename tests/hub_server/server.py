@@ -1,17 +1,18 @@
 """The server: its parts put together, seeded from tests, and run by uvicorn in a thread."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import socket
 import threading
 import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Self
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from tests.hub_server.api import LFS_SUFFIXES
@@ -20,12 +21,6 @@ from tests.hub_server.lfs import LfsStore
 from tests.hub_server.model import Commit, Entry, HubError, Registry, Repo
 from tests.hub_server.routes import HubApi
 from tests.hub_server.xet import XetStore
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from pathlib import Path
-
-    from starlette.requests import Request
 
 
 class LoopbackHub:
@@ -97,7 +92,7 @@ class LoopbackHub:
         return sum(call.received for call in self.log if re.match(r"PUT /_lfs/|POST /cas/[^/]*/xorbs/", call.line))
 
     @contextmanager
-    def run(self) -> Iterator[LoopbackHub]:
+    def run(self) -> Iterator[Self]:
         """Serve until the block ends."""
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))

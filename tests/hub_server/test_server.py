@@ -1,7 +1,5 @@
 """The loopback Hub against the real client: what later tests build on does what the client expects of a Hub."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -4,28 +4,23 @@ A xorb is a run of compressed chunks; a shard says of each file which chunk rang
 Formats: huggingface.co/docs/xet (xorb, shard, CAS API). Only what the tests' client sends is understood.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 import secrets
 import struct
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import lz4.frame
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from tests.hub_server.lfs import file_range, ranged
 from tests.hub_server.model import HubError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from starlette.requests import Request
 
 CHUNK_HEADER = 8  # bytes: version, packed length (3), scheme, unpacked length (3)
 CHUNK_SIZE = 1 << 16  # bytes of content in a chunk that is made here

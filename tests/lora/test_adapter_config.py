@@ -1,7 +1,5 @@
 """Laws of a LoRA's configuration: it scales as PEFT does, and is refused where the file denies it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Laws of the updates: every algorithm is its formula, in every dtype."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import ml_dtypes

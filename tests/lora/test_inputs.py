@@ -1,7 +1,5 @@
 """Laws of choosing modules: what is left out keeps its bytes, what is scaled is, a mistyped pattern is refused."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

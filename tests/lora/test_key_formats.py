@@ -1,7 +1,5 @@
 """Laws of the key formats: every way to write an update gives the same bytes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Laws of LoRA files: every key is consumed or the file is refused, and alpha is never lost."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Laws of large files: whatever the offsets and lengths, the bytes are those of plain reads and writes."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os

@@ -1,7 +1,5 @@
 """Laws of whole files and of disk space: JSON is a mapping or refused, a disk that is too small is said in bytes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Laws of the meter: time, steps and the peak of memory are those of what it measured."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import time

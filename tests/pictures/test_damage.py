@@ -1,7 +1,5 @@
 """Laws of what a picture says of itself, on pictures whose damage is known."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

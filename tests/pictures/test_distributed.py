@@ -1,7 +1,5 @@
 """Laws of a regression that a launcher starts as several processes: real launches, two CPU processes over gloo."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

@@ -1,7 +1,5 @@
 """Laws of a regression on several GPUs: process i has GPU i, and makes what one process makes. Skipped without two."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

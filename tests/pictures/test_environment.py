@@ -1,7 +1,5 @@
 """Laws of the environment: what pictures depend on is pinned, named, and part of the key of goldens."""
 
-from __future__ import annotations
-
 import json
 import platform
 import subprocess

@@ -1,7 +1,5 @@
 """Laws of the metrics, on arrays small enough to check by hand and on random ones."""
 
-from __future__ import annotations
-
 import io
 import math
 

@@ -1,7 +1,5 @@
 """Laws of the noise floor: weights are moved as rounding would move them, and nothing else is."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Laws of placement: each is known to the recipe, and where memory is short the next one is named."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import get_args
 

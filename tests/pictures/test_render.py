@@ -1,13 +1,11 @@
 """Pictures come from real pocket pipelines; what the libraries would let pass with a warning is refused."""
 
-from __future__ import annotations
-
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -23,10 +21,6 @@ from lora_fuse.pictures.metrics import psnr_db
 from lora_fuse.pictures.picture import Rendered
 from lora_fuse.pictures.render import Pipeline, condition_area, load_pipeline, make_scheduler, render, shared_components
 from lora_fuse.pictures.unfused_lora import load_loras
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 
 POCKET = Path(__file__).resolve().parents[2] / "pocket"
 LORA = POCKET / "lora/pocket-lightning-4steps-v2.safetensors"

@@ -1,7 +1,5 @@
 """The gate's controls: what is wrong is caught with its verdict, what is harmless passes, and a hole is reported."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

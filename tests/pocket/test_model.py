@@ -1,7 +1,5 @@
 """The embedded model: its files are what its makers write, and what the pipelines expect."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

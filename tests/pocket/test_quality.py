@@ -1,7 +1,5 @@
 """What the embedded model exists to show: the Lightning LoRA matters, and getting its use wrong shows."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Laws of the scenes: drawings are a function of the record, answers are right, held-out combinations stay out."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Training from nothing, on a recipe of a few steps: every phase, stopping and going on, refusals."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

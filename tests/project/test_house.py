@@ -1,7 +1,5 @@
 """The house's rules: rooms in one order, small faces, one owner for each heavy library, thin stages."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import re

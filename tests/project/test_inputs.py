@@ -1,7 +1,5 @@
 """Laws of the real models' cases: their pictures are unchanged, can be opened, and have a licence."""
 
-from __future__ import annotations
-
 import hashlib
 from importlib.resources import files
 from pathlib import Path

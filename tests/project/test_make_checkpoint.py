@@ -1,10 +1,9 @@
 """The benchmark's checkpoint has the real names and shapes, and loads like a real one."""
 
-from __future__ import annotations
-
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -26,9 +25,6 @@ from benchmarks.make_checkpoint import (
     qwen_image_edit_config,
     tensor_shapes,
 )
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 TINY = {
     **qwen_image_edit_config(2),

@@ -1,7 +1,5 @@
 """The wheel: `lora_fuse` alone, which fuses and verifies plain LoRAs without torch and names the extra of the rest."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The house's words: names that are there once, docstrings with a subject, one statement a line, thin stages."""
 
-from __future__ import annotations
-
 import ast
 from collections import defaultdict
 from collections.abc import Callable, Iterable

@@ -1,7 +1,5 @@
 """Laws of CI: the workflows are what GitHub and GitLab read, pass an audit, and name only commands that there are."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Laws of the judgement of a case: by its goldens, by the sigmas that were visited, by the pictures themselves."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -14,7 +12,6 @@ from lora_fuse.regression.verdicts import CaseResult, Golden, Rules, Verdict, co
 from tests.support.judgements import CASE, GOLDEN, RULES, SAME, UNFUSED, brighter, look, noisy, scene
 
 SIGMAS = (1.0, 0.9, 0.75, 0.5)
-
 ELSEWHERE = "cpu-arm64-neon (isa there)"
 
 

@@ -1,7 +1,5 @@
 """The law that goldens rest on: the same machine, twice, gives the same bits."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Laws of the goldens: what was approved comes back exactly, and nothing else ever does."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import fields, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Laws of the noise floor: what is within it is no fault, what is beyond it is."""
 
-from __future__ import annotations
-
 import json
 import math
 

@@ -1,7 +1,5 @@
 """Laws of the regression on a GPU, in bfloat16 as the real models run. Skipped where there is none."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

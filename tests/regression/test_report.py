@@ -1,7 +1,5 @@
 """Laws of the report and of the terminal's summary."""
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import hashlib

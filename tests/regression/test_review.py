@@ -1,7 +1,5 @@
 """From a run to its report: costs, what changed, what comes next."""
 
-from __future__ import annotations
-
 import dataclasses
 import html
 import json
@@ -51,11 +49,8 @@ def run_of(merged: Levels, golden: Levels | None) -> Judged:
 
 
 MANIFEST = Manifest(1, "pocket", Lock(None, "p", None, None, {}), PROVENANCE.loras, 1.0, 1, {})
-
 VERIFY = {"passed": True, "targets": 1, "rows_checked": 1, "rows_total": 1, "problems": [], "changes": {}}
-
 NEXT = "the next step"
-
 SETUP = Setup("QwenImagePipeline", Sampling(2, 1.0, " "), {"base_shift": 1.1}, "cpu", "float32")
 
 

@@ -1,7 +1,5 @@
 """Laws of the regression run: real pocket pipelines, text to image because that is fastest."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path

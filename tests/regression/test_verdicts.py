@@ -1,7 +1,5 @@
 """Laws of the verdicts."""
 
-from __future__ import annotations
-
 import json
 import math
 from itertools import pairwise

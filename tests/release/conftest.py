@@ -1,7 +1,5 @@
 """A project that is built from the Hub, and a key."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """What is published beside the weights: everything, once, of this very merge, and no path of this machine."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Laws of the plot of the blocks."""
 
-from __future__ import annotations
-
 from lora_fuse.release.block_plot import block_plot
 
 

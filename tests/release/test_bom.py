@@ -1,7 +1,5 @@
 """The bill of materials: valid, the same each time, with base and LoRA as ancestors."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

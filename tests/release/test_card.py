@@ -1,7 +1,5 @@
 """The card: front matter that the Hub reads, code that runs, nothing that is only ours."""
 
-from __future__ import annotations
-
 import ast
 from dataclasses import replace
 from typing import Any

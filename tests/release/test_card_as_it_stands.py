@@ -1,7 +1,5 @@
 """The card is true: its commands and its snippet run as they stand."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

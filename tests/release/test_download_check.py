@@ -1,7 +1,5 @@
 """A download is checked file by file, by its list, its signature, and its base and LoRA."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

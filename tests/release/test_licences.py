@@ -1,7 +1,5 @@
 """Licences: pinned at their commit, and settled before everybody gets the merge."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,7 +71,6 @@ def merge_of(*stated: License | None) -> Manifest:
 
 
 OPENRAIL = License("openrail++")
-
 FLUX = License("other", "flux-1-dev", "https://example.org/LICENSE")
 
 

@@ -1,7 +1,5 @@
 """Signing: by a key that can, kept while it is right, and the key is never shown."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The statement of provenance: in-toto's, with every file and source."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 

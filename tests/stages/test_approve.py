@@ -1,7 +1,5 @@
 """Laws of approval: by somebody, with a reason, of what a commit made; and nothing else becomes a golden."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

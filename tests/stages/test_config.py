@@ -1,7 +1,5 @@
 """Laws of configuration: conf/ is the source, params.yaml is compiled from it, and every key is checked."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

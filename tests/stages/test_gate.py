@@ -1,7 +1,5 @@
 """Laws of the gate: nothing wrong passes, and every answer names the one command that comes next."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Ctrl-C and SIGTERM in the middle of the work, sent to real processes as a terminal sends them: to the whole group."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """Laws of the whole pipeline: a real DVC run in a checkout of its own, and a real Hub on loopback for publishing."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

@@ -1,7 +1,5 @@
 """What is published is what was judged: pushed by DVC, loaded by its tag elsewhere, it draws the same picture."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

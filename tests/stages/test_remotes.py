@@ -1,7 +1,5 @@
 """Laws of a build that travels by a DVC remote: a folder, and a server that speaks S3; with a real Hub on loopback."""
 
-from __future__ import annotations
-
 import hashlib
 import sys
 from collections.abc import Iterator
@@ -20,7 +18,6 @@ SMALL = [*LOCKS, "merged.manifest.json", "verify.json", "goldens.json", "export.
 SMALL += [f"regression/{name}" for name in RESULTS]
 KEYS = {"ACCESS_KEY_ID": "any", "SECRET_ACCESS_KEY": "any"}  # the server asks for some
 STAY = ["merged", "sources.json"]
-
 BUCKET = """[core]
     remote = bucket
 ['remote "bucket"']

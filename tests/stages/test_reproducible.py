@@ -1,7 +1,5 @@
 """Laws of `dvc.lock`: it is the proof that two builds are the same, and no commit that changes no result changes it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

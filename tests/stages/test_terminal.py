@@ -1,7 +1,5 @@
 """What is said, where, and how: by the console, by progress, in colour; with ``--quiet`` and ``--json``."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """Laws of `conf/variants.yaml`: each mistake is one line that says what, and the compiled file stays as it was."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

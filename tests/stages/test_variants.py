@@ -1,7 +1,5 @@
 """Laws of variants: a real DVC run builds them, each by itself, and a real Hub gets what is new of them."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Laws of the catalog's pages: what is in them is shown as text, and nothing is asked of a network."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Every check of the doctor that can fail is given what it has to reject; real disks, folders and a real Hub."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json

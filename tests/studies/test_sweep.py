@@ -1,7 +1,5 @@
 """Laws of a sweep's parts: what is recommended and why, what is damage, when a point is done, who builds it."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Laws of `python -m stages.sweep`, run as a user runs it: real processes, also killed ones, and a real DVC queue."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

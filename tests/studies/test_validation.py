@@ -1,7 +1,5 @@
 """A new version of a LoRA: four that are broken or good get four different right answers, on the real model."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """Every kind of low-rank update with its formula, as plain numpy on small random matrices."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Candidates as a run leaves them, made by hand, for tests of goldens and of approval."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import replace
 from typing import Any

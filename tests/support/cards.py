@@ -1,7 +1,5 @@
 """A merge on paper, and its card."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +11,7 @@ from lora_fuse.release.card import Evidence, ShownCase, Usage, model_card
 from lora_fuse.release.licences import resolve_licence
 
 COMMIT, SHA256 = "c" * 40, "5" * 64
-
 APACHE, MIT = License("apache-2.0"), License("mit")
-
 BASE = Lock("owner/base", None, "main", COMMIT, {"model_index.json": FileRecord(2, SHA256)}, APACHE)
 
 LORA = MergedLora(
@@ -43,7 +39,6 @@ RABBIT = ShownCase(
 )
 
 EVIDENCE = Evidence("passed: every picture is the approved one", "cpu-somewhere", (RABBIT,), "images/blocks.png")
-
 MANIFEST = Manifest(1, "edit_4steps", BASE, (LORA,), 0.8, 720, FILES)
 TOOL = Tool("1.2.3", "abc1234", dirty=False)
 

@@ -1,7 +1,5 @@
 """The download stage as a user runs it, in a process of its own."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Pictures whose damage is known: none."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from lora_fuse.pictures.picture import Levels

@@ -1,7 +1,5 @@
 """Cases that are judged: made-up pictures, their goldens and their noise."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,11 +10,8 @@ from lora_fuse.regression.case_judgement import examine
 from lora_fuse.regression.verdicts import CaseResult, Golden, Limits, Rules, compare
 
 UNFUSED = Limits({"psnr_db": 38, "max_abs": 64})
-
 GOLDEN = Limits({"psnr_db": 50, "max_abs": 8})
-
 RULES = Rules(UNFUSED, GOLDEN)
-
 CASE = Case("rabbit", "make it purple", seed=0)
 
 

@@ -1,7 +1,5 @@
 """The key styles that LoRA files have."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

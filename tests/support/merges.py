@@ -1,7 +1,5 @@
 """A merge that is large enough to be caught in the middle, by the command line, in a process of its own."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Pocket's merge and its pictures on a GPU, in bfloat16."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from lora_fuse.checkpoint.diffusers_layout import diffusers_files

@@ -1,7 +1,5 @@
 """What is expensive is made once in a run of the tests, whichever of its processes asks first."""
 
-from __future__ import annotations
-
 import fcntl
 import shutil
 from collections.abc import Callable

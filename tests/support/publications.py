@@ -1,7 +1,5 @@
 """The stage that publishes, in a process of its own, from a folder in which everything is built and checked."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -25,10 +23,8 @@ from tests.support.released import leave_regression
 from tests.support.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
-
 REPO = "alice/merged"
 SHARDS = [f"transformer/model-{number}.safetensors" for number in range(1, 5)]
-
 VOCABULARY = "tokenizer/spiece.model"
 SIZE = 200_000  # bytes of a shard
 XORBS, PUTS, COMMIT, MERGE, TAG = (
@@ -48,6 +44,24 @@ from stages.run import run_stage
 from stages.publish import publish
 run_stage(publish)
 """
+
+
+@dataclass
+class Done:
+    """How a process ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def refusal(self) -> str:
+        """The one line that it was refused with."""
+        assert self.code == 2, self.out + self.err
+        assert "Traceback" not in self.out + self.err
+        (line,) = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        assert self.err.splitlines()[-1] == line
+        return line
 
 
 @dataclass
@@ -105,24 +119,6 @@ class Place:
     @property
     def receipt(self) -> Receipt:
         return from_json(Receipt, (self.root / "artifacts/publish.json").read_text(), "receipt")
-
-
-@dataclass
-class Done:
-    """How a process ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def refusal(self) -> str:
-        """The one line that it was refused with."""
-        assert self.code == 2, self.out + self.err
-        assert "Traceback" not in self.out + self.err
-        (line,) = [line for line in self.err.splitlines() if line.startswith("error: ")]
-        assert self.err.splitlines()[-1] == line
-        return line
 
 
 def finish(process: subprocess.Popen[str]) -> Done:

@@ -1,7 +1,5 @@
 """A project that is ready to be published: real locks, merge and verification; only the pictures are drawn."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Keys, and a base and a LoRA of the Hub that can be merged, published and downloaded in a moment."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Reports of made-up cases, and the tags of a page."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -21,9 +19,7 @@ from lora_fuse.regression.review import flat_metrics
 from lora_fuse.regression.verdicts import CaseResult, Golden, Limits, Rules, worst
 
 LIMITS = Limits({"psnr_db": 40, "max_abs": 8})
-
 RULES = Rules(LIMITS, LIMITS)
-
 SHA = "ab" * 32
 LORA = MergedLora("lightning", 0.5, SHA, "l.safetensors", "owner/lora", None, "4567")
 MANIFEST = Manifest(1, "pocket", Lock("owner/base", None, None, "0123", {}), (LORA,), 1.0, 1, {})
@@ -89,15 +85,10 @@ def page_of(*cases: CaseReport) -> Report:
 
 
 EXACT = judged("good", scene(), scene())
-
 NO_GOLDEN = judged("fresh", scene(), None)
-
 REGRESSION = judged("bad", scene(1), scene())
-
 REVIEW = judged("near", scene(), scene(), elsewhere="cpu-arm64 (isa there)", changed=("torch is 2.13, was 2.12",))
-
 RESIZED = judged("larger", scene(), scene(0, 32, 48))
-
 APART = judged("apart", scene(), scene(), over=3, rules=dataclasses.replace(RULES, over_floor=2.0))
 
 

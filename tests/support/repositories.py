@@ -1,7 +1,5 @@
 """A base and a LoRA as a repository of the Hub has them, by path."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Tiny real checkpoints and LoRAs for tests, made in a moment with safetensors itself."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Checkouts of the project, and commands run in them as a user runs them."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Laws of verification: a right merge passes, and each way to get it wrong is found."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
