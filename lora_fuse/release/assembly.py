@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from lora_fuse.errors import PublishRefused, Rerun
-from lora_fuse.exports import words
 from lora_fuse.fusion import read_build, read_manifest
 from lora_fuse.hub import Addition, payload
 from lora_fuse.machine import FileRecord
@@ -14,8 +13,8 @@ from lora_fuse.recipe import Artifacts, Manifest, Recipe, checkout, paths, recor
 from lora_fuse.regression import candidates, gate
 from lora_fuse.release.block_plot import block_plot
 from lora_fuse.release.bom import bom_json
-from lora_fuse.release.card import ShownExport, Usage, model_card
-from lora_fuse.release.contents import BOM, PROVENANCE, Contents, public_parameters, write_release
+from lora_fuse.release.card import Usage, model_card
+from lora_fuse.release.contents import BOM, PROVENANCE, public_parameters, write_release
 from lora_fuse.release.licences import MergeLicence, resolve_licence
 from lora_fuse.release.regression_evidence import PLOT, judged_pictures, performance_metrics, shown_evidence
 from lora_fuse.release.slsa import provenance_json
@@ -30,8 +29,8 @@ def contents_of(
     manifest_sha256: str,
     metrics: dict[str, Any],
     licence: MergeLicence,
-) -> Contents:
-    """The files that are published beside the merged checkpoint, the card among them.
+) -> tuple[dict[str, bytes], dict[str, Addition]]:
+    """The files that are published beside the merged checkpoint: texts and plot made now, and those that lie here.
 
     Raises:
         PublishRefused: pictures or exports are those of another merge.
@@ -44,10 +43,9 @@ def contents_of(
     blocks = [(row["block"], row["relative_norm"]) for row in paths.read_rows(at.blocks, "regress")]
     evidence = shown_evidence(metrics, cases, PLOT if blocks else None)
     repo_id = params.publish.repo_id
-    listed = [ShownExport(name, words(name), record.sha256) for name, record in exports.items()]
     tool = read_build(at.manifest, manifest_sha256).tool
     card = model_card(
-        manifest, usage=usage, evidence=evidence, licence=licence, tool=tool, repo_id=repo_id, exports=listed
+        manifest, usage=usage, evidence=evidence, licence=licence, tool=tool, repo_id=repo_id, exports=exports
     )
     parameters = public_parameters(params.model_dump(include=SECTIONS))
     repository = checkout.this_repository()
@@ -63,7 +61,7 @@ def contents_of(
     )
     texts = {payload.CARD: card.encode(), PROVENANCE: statement.encode(), BOM: bom.encode()}
     texts |= {PLOT: block_plot(blocks)} if blocks else {}
-    return Contents(texts, pictures | {name: (at.exported / name, record) for name, record in exports.items()})
+    return texts, pictures | {name: (at.exported / name, record) for name, record in exports.items()}
 
 
 def _exports(params: Recipe, at: Artifacts, manifest_sha256: str) -> dict[str, FileRecord]:
@@ -92,6 +90,6 @@ def checked_release(params: Recipe, at: Artifacts) -> tuple[Manifest, str, dict[
     licence = resolve_licence(manifest, params.publish.license)
     if licence.problem and not params.publish.private:
         raise PublishRefused(licence.problem)
-    contents = contents_of(params, at, manifest, manifest_sha256, metrics, licence)
-    beside = write_release(at.release, at.merged, manifest, contents, params.publish.signing.signer)
+    texts, additions = contents_of(params, at, manifest, manifest_sha256, metrics, licence)
+    beside = write_release(at.release, at.merged, manifest, texts, additions, params.publish.signing.signer)
     return manifest, beside.pop(payload.CARD)[0].read_text(encoding="utf-8"), beside

@@ -18,17 +18,11 @@ BOTTOM = 28
 INK = "#1f2328"
 BAR = "#3b6ea5"
 GRID = "#d0d7de"
-PAPER = "#ffffff"
-LABELS = 16  # names below the bars, at most
 
 
 def block_plot(blocks: Sequence[tuple[str, float]]) -> bytes:
-    """Draw a bar for each block, as a PNG.
-
-    Args:
-        blocks: name and relative norm (not negative) in the order of the model; at least one.
-    """
-    picture = Image.new("RGB", SIZE, PAPER)
+    """Draw a bar for each of one block or more, given by name and relative norm (not negative), as a PNG."""
+    picture = Image.new("RGB", SIZE, "white")
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(11)
     floor = SIZE[1] - BOTTOM
@@ -38,7 +32,7 @@ def block_plot(blocks: Sequence[tuple[str, float]]) -> bytes:
         draw.line([(LEFT, y), (SIZE[0] - 8, y)], fill=GRID)
         draw.text((LEFT - 6, y), f"{share * top:.3g}", fill=INK, font=font, anchor="rm")
     step = (SIZE[0] - LEFT - 8) / len(blocks)
-    every = -(-len(blocks) // LABELS)
+    every = -(-len(blocks) // 16)  # so that there are at most 16 names below the bars
     for index, (name, norm) in enumerate(blocks):
         left = LEFT + index * step
         right = left + step

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jinja2
 
+from lora_fuse.exports import words
 from lora_fuse.hub import client
+from lora_fuse.machine import FileRecord
 from lora_fuse.models import pair_warnings
 from lora_fuse.recipe import License, Manifest, records
 from lora_fuse.release.licences import MergeLicence
@@ -80,15 +82,6 @@ class Evidence:
     blocks: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ShownExport:
-    """A file in another format: its path in the repository, a few words on the format, its sha256."""
-
-    path: str
-    format: str
-    sha256: str
-
-
 def model_card(
     manifest: Manifest,
     *,
@@ -97,18 +90,11 @@ def model_card(
     licence: MergeLicence,
     tool: records.Tool,
     repo_id: str | None,
-    exports: Sequence[ShownExport] = (),
+    exports: Mapping[str, FileRecord],
 ) -> str:
     """A README.md with front matter as the Hub reads it (huggingface.co/docs/hub/model-cards).
 
-    Args:
-        manifest: of the merge.
-        usage: settings that it is meant to be run with.
-        evidence: checks and pictures.
-        licence: that it is published under.
-        tool: that wrote the merge.
-        repo_id: the repository of the card; None for a folder.
-        exports: files in other formats.
+    `repo_id` is None for the card of a folder; `exports` are the files in other formats, by their path in there.
     """
     source = repo_id or "merged"
     example = next((case for case in evidence.cases if bool(case.inputs) == usage.edits), None)
@@ -151,24 +137,24 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"cell": _cell, "file": _file}
+    environment.filters |= {"cell": _cell, "file": _file, "format_words": words}
     return environment
 
 
 def _front_matter(manifest: Manifest, usage: Usage, licence: License) -> dict[str, Any]:
     named = [manifest.base.repo_id if manifest.base else None, *(lora.repo_id for lora in manifest.loras)]
     repos = list(dict.fromkeys(repo for repo in named if repo))
-    lineage: dict[str, Any] = {"base_model": repos, "base_model_relation": "merge"} if repos else {}
-    words = [licence.name or "unknown" if licence.id == "other" else None, licence.link]
-    named_licence = {key: word for key, word in zip(("license_name", "license_link"), words, strict=True) if word}
-    return {
+    fields = {
         "license": licence.id,
-        **named_licence,
-        **lineage,
+        "license_name": licence.name or "unknown" if licence.id == "other" else None,
+        "license_link": licence.link,
+        "base_model": repos,
+        "base_model_relation": "merge" if repos else None,
         "library_name": "diffusers",
         "pipeline_tag": usage.task,
         "tags": ["lora-fuse", "merge", f"{usage.steps}-steps"],
     }
+    return {key: value for key, value in fields.items() if value}
 
 
 def _cell(text: str) -> str:

@@ -9,17 +9,16 @@ gives the same bytes (an ECDSA signature is not, so the last one is kept while i
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from lora_fuse.errors import PublishRefused
 from lora_fuse.hub import Addition
-from lora_fuse.machine import FileRecord, files
+from lora_fuse.machine import files
 from lora_fuse.recipe import Manifest, records, sections
 from lora_fuse.release.signing import SIGNATURE, keep_or_sign
 
@@ -28,16 +27,13 @@ PROVENANCE = "provenance.json"
 BOM = "bom.cdx.json"
 
 
-@dataclass(frozen=True, slots=True)
-class Contents:
-    """Files beside the merged checkpoint, by POSIX path: `texts` made now, `files` that lie somewhere already."""
-
-    texts: Mapping[str, bytes]
-    files: Mapping[str, Addition]
-
-
 def write_release(
-    folder: Path, merged: Path, manifest: Manifest, contents: Contents, signer: sections.Signer | None
+    folder: Path,
+    merged: Path,
+    manifest: Manifest,
+    texts: Mapping[str, bytes],
+    additions: Mapping[str, Addition],
+    signer: sections.Signer | None,
 ) -> dict[str, Addition]:
     """Write the texts to `folder`, and list and sign everything.
 
@@ -45,7 +41,8 @@ def write_release(
         folder: for texts, list and signature; it is emptied before, but for a signature that still holds.
         merged: the merged checkpoint.
         manifest: its manifest.
-        contents: the files beside it.
+        texts: contents of files beside it, by POSIX path.
+        additions: files beside it that lie somewhere already.
         signer: None leaves it unsigned.
 
     Returns:
@@ -58,18 +55,21 @@ def write_release(
     signature = folder / SIGNATURE
     before = signature.read_bytes() if signature.is_file() else None
     shutil.rmtree(folder, ignore_errors=True)
-    additions = dict(contents.files)
-    for name, content in contents.texts.items():
-        additions |= _written(folder, name, content)
-    _refuse_twins(manifest, additions)
-    additions |= _written(folder, LIST, records.to_json(listed(manifest, additions)).encode())
+    beside = dict(additions)
+    for name, content in texts.items():
+        beside[name] = _written(folder / name, content)
+    _refuse_twins(manifest, beside)
+    beside[LIST] = _written(folder / LIST, records.to_json(listed(manifest, beside)).encode())
     if signer is not None:
         with TemporaryDirectory(dir=folder.parent, prefix=".release.") as staging:
             root = Path(staging, "repository")
-            _link(root, {name: merged / name for name in manifest.files})
-            _link(root, {name: path for name, (path, _) in additions.items()})
-            additions |= _written(folder, SIGNATURE, keep_or_sign(root, signer, before))
-    return additions
+            paths = {name: merged / name for name in manifest.files}
+            paths |= {name: path for name, (path, _) in beside.items()}
+            for name, path in paths.items():  # links, as what is signed lies in several places
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                (root / name).symlink_to(path.resolve())
+            beside[SIGNATURE] = _written(signature, keep_or_sign(root, signer, before))
+    return beside
 
 
 def listed(manifest: Manifest, additions: Mapping[str, Addition]) -> Manifest:
@@ -84,32 +84,22 @@ def listed(manifest: Manifest, additions: Mapping[str, Addition]) -> Manifest:
 
 def public_parameters(sections: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe's parameters without paths of this machine: of each `path`, only the last name is left."""
-    public: dict[str, Any] = {}
-    for key, value in sections.items():
-        if isinstance(value, Mapping):
-            public[key] = public_parameters(value)
-        else:
-            public[key] = _last(value) if key == "path" and isinstance(value, str) else value
-    return public
+    return {
+        key: public_parameters(value) if isinstance(value, Mapping) else _last(value) if key == "path" else value
+        for key, value in sections.items()
+    }
 
 
 def _last(path: str | None) -> str | None:
     return None if path is None else PurePath(path).name
 
 
-def _written(folder: Path, name: str, content: bytes) -> dict[str, Addition]:
-    files.replace_bytes(folder / name, content)
-    return {name: (folder / name, FileRecord(len(content), hashlib.sha256(content).hexdigest()))}
+def _written(path: Path, content: bytes) -> Addition:
+    files.replace_bytes(path, content)
+    return path, files.hash_file(path)
 
 
 def _refuse_twins(manifest: Manifest, additions: Mapping[str, Addition]) -> None:
     for name in sorted(additions):
         if name in manifest.files or name in (LIST, SIGNATURE):
             raise PublishRefused(f"{name} is both in the merged checkpoint and made for the repository; fuse again")
-
-
-def _link(root: Path, files: Mapping[str, Path]) -> None:
-    """A folder of links: what is signed lies in several places."""
-    for name, path in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).symlink_to(path.resolve())

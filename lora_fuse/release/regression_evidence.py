@@ -18,14 +18,8 @@ PLOT = "images/blocks.png"
 FIGURES = ("golden.psnr_db", "unfused.psnr_db", "over_floor")
 
 
-def shown_evidence(metrics: Mapping[str, Any], cases: Sequence[Case], plot: str | None = PLOT) -> Evidence:
-    """A run of the regression as the card shows it.
-
-    Args:
-        metrics: the content of `metrics.json`, as `lora_fuse.regression.review.flat_metrics` makes it.
-        cases: that were rendered.
-        plot: path of the picture of the blocks in the repository.
-    """
+def shown_evidence(metrics: Mapping[str, Any], cases: Sequence[Case], plot: str | None) -> Evidence:
+    """A run of the regression as the card shows it, by the content of `metrics.json` and the path of the plot."""
     verdict = f"{metrics['verdict']}: {gate.MEANINGS[metrics['verdict']]}."
     return Evidence(verdict, metrics["environment"], tuple(_shown(case, metrics) for case in cases), plot)
 
@@ -34,12 +28,6 @@ def judged_pictures(
     cases: Sequence[Case], judged: candidates.Candidates, manifest_sha256: str, images: Path
 ) -> dict[str, Addition]:
     """The merged pictures and the input pictures of their cases, by their paths in the repository.
-
-    Args:
-        cases: that were rendered.
-        judged: the record of the run's pictures.
-        manifest_sha256: of the merge that is published.
-        images: the folder of the run's pictures.
 
     Raises:
         PublishRefused: a picture is of another merge, or is not the one that was judged.

@@ -8,7 +8,8 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from lora_fuse.lora.inputs import Selection
-from lora_fuse.release.card import ShownExport, Usage, model_card
+from lora_fuse.machine.files import FileRecord
+from lora_fuse.release.card import Usage, model_card
 from lora_fuse.release.licences import resolve_licence
 from tests.support.cards import BASE, COMMIT, EVIDENCE, LORA, MANIFEST, RABBIT, SHA256, TOOL, card, front_matter
 
@@ -158,10 +159,13 @@ def test_several_input_pictures_are_a_list() -> None:
 
 
 def test_exports_are_listed_with_their_sha256() -> None:
-    export = ShownExport("diffusion_models/x.safetensors", "one file", "e" * 64)
+    exports = {"diffusion_models/x.safetensors": FileRecord(3, "e" * 64)}
     usage = Usage("QwenImageEditPipeline", 4, 1.0, " ", None)
     settled = resolve_licence(MANIFEST)
     text = model_card(
-        MANIFEST, usage=usage, evidence=EVIDENCE, licence=settled, tool=TOOL, repo_id="alice/edit", exports=[export]
+        MANIFEST, usage=usage, evidence=EVIDENCE, licence=settled, tool=TOOL, repo_id="alice/edit", exports=exports
     )
-    assert f"| `diffusion_models/x.safetensors` | one file | `{'e' * 64}` |" in text
+    assert (
+        f"| `diffusion_models/x.safetensors` | the transformer in one file, with ComfyUI's keys | `{'e' * 64}` |"
+        in text
+    )

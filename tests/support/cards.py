@@ -52,7 +52,7 @@ def card(
 ) -> str:
     usage = replace(Usage("QwenImageEditPipeline", 4, 1.0, " ", None), **changes)
     settled = resolve_licence(manifest, licence)
-    return model_card(manifest, usage=usage, evidence=evidence, licence=settled, tool=TOOL, repo_id=repo_id)
+    return model_card(manifest, usage=usage, evidence=evidence, licence=settled, tool=TOOL, repo_id=repo_id, exports={})
 
 
 def front_matter(text: str) -> dict[str, Any]:
