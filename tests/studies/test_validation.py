@@ -23,10 +23,10 @@ from lora_fuse.machine.files import FileRecord
 from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.records import Lock
 from lora_fuse.regression.goldens import Goldens
-from lora_fuse.studies.validation.effect import Effect, effect, gain
 from lora_fuse.studies.validation.file_comparison import FileComparison, compare_files
-from lora_fuse.studies.validation.judgement import judge
-from lora_fuse.studies.validation.outcome import CaseEvidence, Cause, Judgement, Outcome
+from lora_fuse.studies.validation.outcome import CaseEvidence, Cause, Effect, Judgement, Outcome
+from lora_fuse.studies.validation.questions import judge
+from lora_fuse.studies.validation.sides import effect, gain
 from lora_fuse.studies.validation.versions import Version, candidate, misfits, parse_lora
 from pocket.candidates import for_another_base, write
 from pocket.controls.pictures import grid

@@ -1,7 +1,7 @@
 """Judges a new version of a LoRA: it has to change pictures, so no golden can tell if it is a good one.
 
-`file_comparison` compares the two files, `effect` their effects on pictures; `sides` renders and measures the evidence;
-`questions` are asked of it, and `judgement` decides. `validation_report` and `junit` show it.
+`file_comparison` compares the two files; `sides` renders and measures their effects on pictures; `questions` are asked
+of that evidence and decide; `validation_report` shows it.
 """
 
 import lazy_loader

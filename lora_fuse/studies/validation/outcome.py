@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from lora_fuse.studies.validation.effect import Effect
 
 
 class Outcome(StrEnum):
@@ -33,6 +29,14 @@ class Cause(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Effect:
+    """The new LoRA's effect beside the current one's."""
+
+    alignment: float  # cosine of the angle between the two, 1 for the same direction, 0 for unrelated ones
+    strength: float  # how much of the current one's effect the new one has, by projection: 1 for as much
+
+
+@dataclass(frozen=True, slots=True)
 class CaseEvidence:
     """Measurements of one case; None where there is nothing to compare with."""
 
@@ -42,7 +46,7 @@ class CaseEvidence:
     moved: float  # latents of merged to the run without the LoRA, relative L2
     changed: float | None  # latents of merged to the current version's, relative L2
     floor: float  # the noise floor of the latents
-    effect: Effect | None  # see `lora_fuse.studies.validation.effect`
+    effect: Effect | None
     gain: float | None  # the new version's
     current_gain: float | None  # the current one's
     noise: float  # of the new picture, in levels

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from lora_fuse import hub
 from lora_fuse.errors import BadLora, CheckFailed, Rerun, ShapeMismatch, UnmatchedTargets
 from lora_fuse.fusion import Plan, make_plan, plan_of
 from lora_fuse.lora import open_lora
@@ -17,23 +18,21 @@ from lora_fuse.pictures import Case, encode, environment, pairs, render_progress
 from lora_fuse.recipe import Artifacts, Lock, Recipe, hf_cache, paths
 from lora_fuse.regression import goldens, verdicts
 from lora_fuse.studies.validation.file_comparison import FileFacts, compare_files, facts_of
-from lora_fuse.studies.validation.judgement import judge, refused
-from lora_fuse.studies.validation.junit import junit_xml
 from lora_fuse.studies.validation.outcome import Cause, Judgement, Outcome
+from lora_fuse.studies.validation.questions import judge, refused
 from lora_fuse.studies.validation.sides import Versions, measure, render_sides, task_of
 from lora_fuse.studies.validation.validation_report import (
     ValidationReport,
+    junit_xml,
+    report_facts,
     strip,
-    summary,
     validation_html,
     validation_md,
 )
-from lora_fuse.studies.validation.validation_report import facts as report_facts
 from lora_fuse.studies.validation.versions import (
     Version,
     approved_version,
     candidate,
-    lock_base,
     lock_loras,
     misfits,
     replaced,
@@ -104,7 +103,8 @@ class Validation:
 
     def judge(self, here: environment.Environment, console: Console) -> ValidationReport:
         """Fetch, fuse, verify, render and decide."""
-        base = lock_base(self.recipe)
+        before, _ = paths.HERE.earlier_locks()  # the commit of the current build, where that has one
+        base = hub.lock_base(self.recipe.base, previous=before, transfer=self.recipe.download)
         approved = goldens.Goldens.of(self.recipe, base).for_run(here.key, list(self.recipe.regress.cases))
         new = lock_loras(self.candidate, fresh=self.name if self.request.lora else None)
         current = self._current(approved)
@@ -149,12 +149,7 @@ class Validation:
         return approved_version(self.recipe, approved)
 
     def _build(self, base: Lock, new: Version, console: Console) -> Plan:
-        """Fuse and verify beside the current build.
-
-        Raises:
-            BadLora: the file cannot be used, or does not fit.
-            CheckFailed: the merge is wrong, which is a fault of the tool or the machine.
-        """
+        """Fuse and verify beside the current build; a wrong merge is a fault of the tool or the machine."""
         plan = plan_of(base, new.locks, self.candidate)
         self.merge(self.candidate, BUILD, base, new.locks)
         verified = paths.read_object(BUILD.verify, "verify")
@@ -193,23 +188,14 @@ class Validation:
             return f"{build}, then {approve}"
         lock = new.locks[name]
         place = f"repo_id: {lock.repo_id}, revision: {lock.revision}" if lock.repo_id else f"path: {lock.path}"
+        scale = "" if self.request.scale is None else f" and fuse.scale: {self.request.scale:g}"
         return (
             f"look at the page; if it is good, put {place}, filename: {lock.lora_name} into the recipe's loras.{name}"
-            f"{self._scale}, "
-            f"then: {self.command(Rerun('config'))}; {build}; {approve}"
+            f"{scale}, then: {self.command(Rerun('config'))}; {build}; {approve}"
         )
 
-    @property
-    def _scale(self) -> str:
-        """The scale that goes into the recipe as well, as a part of a sentence."""
-        return "" if self.request.scale is None else f" and fuse.scale: {self.request.scale:g}"
-
     def write(self, report: ValidationReport) -> tuple[list[str], dict[str, Any]]:
-        """Write the pages.
-
-        Returns:
-            The last lines for the terminal, and the facts for ``--json``.
-        """
+        """Write the pages; return the last lines for the terminal, and the facts for ``--json``."""
         thumbnails = {case.sides.name: f"{THUMBNAILS}/{case.sides.name}.png" for case in report.cases}
         for case in report.cases:
             (VALIDATION / THUMBNAILS).mkdir(parents=True, exist_ok=True)
@@ -223,7 +209,8 @@ class Validation:
         )
         for page, text in zip(PAGES, texts, strict=True):
             files.replace_text(VALIDATION / page, text)
-        return summary(report, [str(VALIDATION / "validation.html")]), facts
+        lines = [f"{report.verdict}: {report.judgement.reason}", f"see {VALIDATION / 'validation.html'}"]
+        return [*lines, f"next: {report.next_step}"], facts
 
 
 def _facts(version: Version, name: str) -> FileFacts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -53,24 +53,6 @@ class ValidationReport:
     def exit_code(self) -> int:
         """0 the same, 4 a person has to look, 1 broken."""
         return EXIT_CODES[self.judgement.outcome]
-
-
-@dataclass(frozen=True, slots=True)
-class CaseView:
-    """A case's pictures as a page shows them."""
-
-    name: str
-    prompt: str
-    seed: int
-    size: tuple[int, int]
-    inputs: tuple[encode.Encoded, ...]
-    current: encode.Encoded | None
-    new: encode.Encoded
-    unfused: encode.Encoded
-    plain: encode.Encoded
-    teacher: encode.Encoded | None
-    heat: encode.Encoded | None
-    cells: Mapping[str, str]
 
 
 def _cells(case: MeasuredCase) -> dict[str, str]:
@@ -140,25 +122,29 @@ def validation_html(validation: ValidationReport) -> str:
     )
 
 
-def _shown(measured: MeasuredCase) -> CaseView:
+def _shown(measured: MeasuredCase) -> dict[str, Any]:
+    """A case's facts and pictures for the page."""
     sides = measured.sides
     case = sides.pair.case
     new = sides.pair.merged
     current = sides.current
-    return CaseView(
-        case.name,
-        case.prompt,
-        case.seed,
-        new.size,
-        tuple(encode.encoded(render.open_picture(path, case)) for path in case.images),
-        None if current is None else encode.encoded(current),
-        encode.encoded(new),
-        encode.encoded(sides.pair.unfused),
-        encode.encoded(sides.plain),
-        None if sides.teacher is None else encode.encoded(sides.teacher),
-        None if current is None or current.size != new.size else encode.encoded(_heat(new, current)),
-        _cells(measured),
-    )
+    pictures = {
+        "current": current,
+        "new": new,
+        "unfused": sides.pair.unfused,
+        "plain": sides.plain,
+        "teacher": sides.teacher,
+        "heat": _heat(new, current) if current is not None and current.size == new.size else None,
+    }
+    return {
+        "name": case.name,
+        "prompt": case.prompt,
+        "seed": case.seed,
+        "size": new.size,
+        "inputs": [encode.encoded(render.open_picture(path, case)) for path in case.images],
+        "cells": _cells(measured),
+        **{name: None if shown is None else encode.encoded(shown) for name, shown in pictures.items()},
+    }
 
 
 def strip(measured: MeasuredCase) -> picture.Levels:
@@ -181,7 +167,7 @@ def _heat(new: picture.Picture, current: picture.Picture) -> picture.Picture:
     return picture.Picture(metrics.heat_map(new.levels, current.levels))
 
 
-def facts(validation: ValidationReport) -> dict[str, Any]:
+def report_facts(validation: ValidationReport) -> dict[str, Any]:
     """The same for a program: `validation.json`."""
     judgement = validation.judgement
     return {
@@ -209,10 +195,26 @@ def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def summary(validation: ValidationReport, pages: Sequence[str]) -> list[str]:
-    """The last three lines on the terminal."""
-    return [
-        f"{validation.verdict}: {validation.judgement.reason}",
-        f"see {', '.join(pages)}",
-        f"next: {validation.next_step}",
-    ]
+def junit_xml(validation: ValidationReport) -> str:
+    """A test for each question, as every CI shows them: skipped if a person has to look, failed by what is broken."""
+    from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite
+
+    suite = TestSuite(f"validate {validation.recipe}")
+    suite.add_property("lora", validation.new.label)
+    suite.add_property("sha256", validation.new.sha256)
+    suite.add_property("verdict", validation.verdict)
+    for answer in validation.judgement.findings:
+        case = TestCase(answer.question, f"lora_fuse.validation.{validation.recipe}")
+        if not answer.holds:
+            failure = Failure(answer.sentence or answer.measured, str(answer.cause))
+            failure.text = f"measured {answer.measured}, limit {answer.limit}"
+            case.result = [failure]
+        suite.add_testcase(case)
+    if validation.judgement.outcome is Outcome.CHANGED:
+        look = TestCase("Has a person looked at the new pictures?", f"lora_fuse.validation.{validation.recipe}")
+        look.result = [Skipped(validation.judgement.reason)]
+        suite.add_testcase(look)
+    xml = JUnitXml("lora-fuse")
+    xml.add_testsuite(suite)
+    text: str = xml.tostring().decode("utf-8")  # type: ignore[no-untyped-call]
+    return text

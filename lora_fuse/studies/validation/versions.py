@@ -106,20 +106,12 @@ def misfits(base: Lock, new: Version, current: Version | None, name: str) -> lis
     return [] if against(before) else against(new.locks[name])
 
 
-def lock_base(recipe: Recipe) -> Lock:
-    """The recipe's base, at the commit of the current build where that has one."""
-    return hub.lock_base(recipe.base, previous=paths.HERE.earlier_locks()[0], transfer=recipe.download)
-
-
 def lock_loras(recipe: Recipe, fresh: str | None = None) -> Version:
     """The recipe's LoRAs, each at the commit of the current build, but for the one that is `fresh`."""
     _, before = paths.HERE.earlier_locks()
     locks = {
         name: hub.lock_lora(
-            lora,
-            lora.filename,
-            previous=None if name == fresh else before.get(name),
-            transfer=recipe.download,
+            lora, lora.filename, previous=None if name == fresh else before.get(name), transfer=recipe.download
         )
         for name, lora in sorted(recipe.loras.items())
     }
