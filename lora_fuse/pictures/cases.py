@@ -15,13 +15,8 @@ Images = TypeVar("Images")
 class CaseOf(Generic[Images]):
     """One picture to make.
 
-    Attributes:
-        name: in the recipe.
-        prompt: text.
-        seed: of the noise.
-        images: input pictures: their paths, or in a record their sha256 by path.
-        height: pixels; None leaves it to the pipeline.
-        width: likewise.
+    `images` are the input pictures: their paths, or in a record their sha256 by path. Height and width are in pixels;
+    None leaves them to the pipeline.
     """
 
     name: str

@@ -150,7 +150,9 @@ def render(pipe: Pipeline, case: Case, sampling: Sampling, on_step: Callable[[],
     """
     import torch
 
-    inputs = _pictures(type(pipe).__name__, case)
+    check_pictures(type(pipe).__name__, case)
+    pictures = [Image.fromarray(open_picture(path, case).levels) for path in case.images]
+    inputs = {"image": pictures[0] if len(pictures) == 1 else pictures} if pictures else {}
     meter = Meter()
     final = []
 
@@ -186,13 +188,6 @@ def _to_levels(values: npt.NDArray[np.float32]) -> tuple[Levels, int]:
     """Round a picture, (height, width, 3) in [0, 1], and count its values that are not finite, which become 0."""
     finite = np.isfinite(values)
     return (np.where(finite, values, 0.0) * 255).round().astype(np.uint8), int((~finite).sum())
-
-
-def _pictures(pipeline: str, case: Case) -> dict[str, object]:
-    """The `image` argument: one picture as itself, several as a list, none not at all."""
-    check_pictures(pipeline, case)
-    pictures = [Image.fromarray(open_picture(path, case).levels) for path in case.images]
-    return {"image": pictures[0] if len(pictures) == 1 else pictures} if pictures else {}
 
 
 def check_pictures(pipeline: str, case: Case) -> None:

@@ -33,11 +33,10 @@ def attach(pipe: Pipeline, plan: Plan) -> str:
     if reason is None:
         try:
             load_loras(pipe, plan.inputs, plan.modules)
+            return DIFFUSERS
         except RenderFailed as error:
             reason = str(error)
             pipe.unload_lora_weights()
-        else:
-            return DIFFUSERS
     attach_differences(pipe.transformer, plan.targets)
     return f"lora-fuse, for {reason}"
 

@@ -6,10 +6,9 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from lora_fuse.machine import FileRecord, files
-from lora_fuse.pictures import Case, CaseOf, pairs
+from lora_fuse.pictures import CaseOf, pairs
 from lora_fuse.recipe import Manifest, records
 from lora_fuse.regression.case_judgement import JudgedPair
 from lora_fuse.regression.run_record import Environment, RunRecord
@@ -117,6 +116,8 @@ def _finite(floor: Comparison | None) -> dict[str, float]:
 
 def _inputs(one: JudgedPair, manifest: Manifest, manifest_sha256: str, setup: pairs.Setup) -> PictureInputs:
     base = manifest.base
+    case = one.pair.case
+    images = {path.as_posix(): files.hash_file(path).sha256 for path in case.images}
     return PictureInputs(
         recipe=manifest.recipe or "merge",
         base=base.label if base else "unknown",
@@ -124,18 +125,13 @@ def _inputs(one: JudgedPair, manifest: Manifest, manifest_sha256: str, setup: pa
         loras=manifest.loras,
         manifest_sha256=manifest_sha256,
         pipeline=setup.pipeline,
-        case=_case_record(one.pair.case),
+        case=CaseRecord(case.name, case.prompt, case.seed, images, case.height, case.width),
         steps=setup.sampling.steps,
         true_cfg_scale=setup.sampling.true_cfg_scale,
         negative_prompt=setup.sampling.negative_prompt,
         scheduler=dict(setup.scheduler),
         sigmas=one.pair.merged.sigmas,
     )
-
-
-def _case_record(case: Case) -> CaseRecord:
-    images = {Path(path).as_posix(): files.hash_file(path).sha256 for path in case.images}
-    return CaseRecord(case.name, case.prompt, case.seed, images, case.height, case.width)
 
 
 def digest(files: Mapping[str, FileRecord]) -> str:

@@ -75,9 +75,7 @@ def summary_text(metrics: Mapping[str, Any], run: RunRecord | None, report_path:
         rows.append((name, metrics[f"{name}.verdict"], *pairs, *more))
     columns = ("left", "left", *["right"] * 6)
     lines = tabulate(rows, tablefmt="plain", colalign=columns, disable_numparse=True).splitlines()
-    for name in names:
-        if metrics[f"{name}.verdict"] != "exact":
-            lines.append(f"{name}: {metrics[f'{name}.reasons']}")
+    lines += [f"{name}: {metrics[f'{name}.reasons']}" for name in names if metrics[f"{name}.verdict"] != "exact"]
     passed = "passed" if metrics["passed"] else "FAILED"
     verdict = metrics["verdict"]
     ending = [f"{passed}, {verdict}: {MEANINGS[verdict]}", f"report: {report_path}", f"next: {then}"]

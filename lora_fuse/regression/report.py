@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lora_fuse.pictures import pages
+from lora_fuse.pictures import encode, metrics, pages, pairs
+from lora_fuse.recipe import Manifest
 from lora_fuse.regression.gate import MEANINGS
-
-if TYPE_CHECKING:
-    from lora_fuse.pictures import encode, metrics, pairs
-    from lora_fuse.recipe import Manifest
-    from lora_fuse.regression.verdicts import CaseResult, Comparison, Limits, Rules, Verdict
+from lora_fuse.regression.verdicts import CaseResult, Comparison, Limits, Rules, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +64,7 @@ class Report:
     """Everything that the page shows.
 
     `next_step` is a command; `sigmas` are those that the merged pipeline visited; `verify` is the content of
-    `verify.json`; `heat_top` are the levels from which on a heat map is brightest.
+    `verify.json`.
     """
 
     recipe: str
@@ -82,7 +79,6 @@ class Report:
     warnings: tuple[str, ...]
     rules: Rules
     cases: tuple[CaseReport, ...]
-    heat_top: int = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +104,7 @@ def report_html(report: Report) -> str:
         gates=_gates(report),
         changed=_changed(report.cases),
         meanings=MEANINGS,
+        heat_top=metrics.HEAT_TOP,
     )
 
 
@@ -138,17 +135,14 @@ def _gates(report: Report) -> list[_Gate]:
 
 def _changed(cases: Sequence[CaseReport]) -> list[tuple[str, str]] | None:
     """Changes since the approval, each with its cases unless it is all of them; None if no case has a golden."""
-    known = [case for case in cases if case.changed is not None]
-    found: dict[str, list[str]] = {}
-    for case in known:
+    approved = [case for case in cases if case.changed is not None]
+    changed: dict[str, list[str]] = {}
+    for case in approved:
         for sentence in case.changed or ():
-            found.setdefault(sentence, []).append(case.result.case.name)
-    everywhere = len(known)
-    return (
-        [(sentence, "" if len(names) == everywhere else ", ".join(names)) for sentence, names in found.items()]
-        if known
-        else None
-    )
+            changed.setdefault(sentence, []).append(case.result.case.name)
+    if not approved:
+        return None
+    return [(sentence, "" if len(names) == len(approved) else ", ".join(names)) for sentence, names in changed.items()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,9 +165,6 @@ class _Row:
 
 
 def _metric_rows(result: CaseResult, rules: Rules) -> list[_Row]:
-    from lora_fuse.pictures import metrics
-    from lora_fuse.regression.verdicts import Limits
-
     rows = [
         _Row(
             metric.title,

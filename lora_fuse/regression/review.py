@@ -75,12 +75,10 @@ def run_metrics(judged: Sequence[JudgedPair], run: RunRecord, recipe: str, scale
 
 def case_rows(metrics: Mapping[str, Scalar]) -> list[dict[str, Scalar]]:
     """A row for each case, for `dvc plots`: what `metrics.json` says of it, under the names after the case's own."""
-    rows = []
-    for name in case_names(metrics):
-        row: dict[str, Scalar] = {"case": name}
-        row |= {key.removeprefix(f"{name}."): value for key, value in metrics.items() if key.startswith(f"{name}.")}
-        rows.append(row)
-    return rows
+    return [
+        {"case": name, **{key.removeprefix(f"{name}."): metrics[key] for key in metrics if key.startswith(f"{name}.")}}
+        for name in case_names(metrics)
+    ]
 
 
 def review(judged: Judged, verify: Mapping[str, Any], rules: Rules, setup: pairs.Setup, next_step: str) -> Report:
@@ -102,7 +100,6 @@ def review(judged: Judged, verify: Mapping[str, Any], rules: Rules, setup: pairs
             _case(one, Provenance.of(judged.found.cases[one.name].provenance, judged.run), setup)
             for one in judged.cases
         ),
-        heat_top=metrics.HEAT_TOP,
     )
 
 

@@ -24,13 +24,7 @@ CONTROLS = {control.name: control for control in (*FAULTS, *BENIGN)}
 
 
 def judge_all(controls: Sequence[Control], rules: verdicts.Rules | None = None, recipe: str = RECIPE) -> list[Outcome]:
-    """Build and judge controls, with a line for each.
-
-    Args:
-        controls: of `CONTROLS`.
-        rules: of the pictures; None takes the recipe's.
-        recipe: a recipe of the pocket model that edits.
-    """
+    """Build and judge controls on a recipe of the pocket model, by its rules unless others are given; print lines."""
     outcomes = []
     with Rig(rules, recipe) as rig:
         for number, control in enumerate(controls, 1):

@@ -101,12 +101,9 @@ def _verify(rig: Rig, folder: Path) -> list[str]:
 def _differences(folder: Path, right: Path) -> list[str]:
     ours = _tensors(folder / COMPONENT)
     theirs = _tensors(right / COMPONENT)
-    same = {name for name in ours.keys() & theirs.keys() if _same(ours[name], theirs[name])}
+    both = ours.keys() & theirs.keys()
+    same = {name for name in both if ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name])}
     return [f"{name} is not that of the right merge" for name in sorted((ours.keys() | theirs.keys()) - same)]
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:

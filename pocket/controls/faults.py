@@ -103,12 +103,7 @@ FAULTS = (
         "base's scheduler", "the repository keeps the base's", lambda rig, folder: rig.fused(folder, scheduler={})
     ),
     _regression("shift_terminal", "Lightning's, but for the base's .02", _terminal_kept),
-    _regression(
-        "8 steps",
-        "sampled in 8 steps instead of 4",
-        lambda rig, _: rig.rerendered(steps=8),
-        *PICTURES,
-    ),
+    _regression("8 steps", "sampled in 8 steps instead of 4", lambda rig, _: rig.rerendered(steps=8), *PICTURES),
     _regression(
         "seed + 1",
         "other noise",

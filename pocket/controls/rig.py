@@ -64,22 +64,15 @@ class Rig(ExitStack):
         self.shared = render.shared_components(pipe)
         pictures = self.render(pipe)
         self.unfused = pairs.render_references(self.plan(), self.cases, self.setup, self.shared)
-        floors = [
-            verdicts.compare(floor, unfused).values
-            for floor, unfused in zip(self.unfused.floor, self.unfused.unfused, strict=True)
-        ]
+        floors = map(verdicts.compare, self.unfused.floor, self.unfused.unfused)
         self.goldens = {
-            case.name: [verdicts.Golden(right.levels, name=f"{case.name}.png", floor=floor)]
+            case.name: [verdicts.Golden(right.levels, name=f"{case.name}.png", floor=floor.values)]
             for case, right, floor in zip(self.cases, pictures, floors, strict=True)
         }
         return self
 
     def plan(
-        self,
-        *loras: Path,
-        scale: float | None = None,
-        selection: Selection | None = None,
-        base: Path | None = None,
+        self, *loras: Path, scale: float | None = None, selection: Selection | None = None, base: Path | None = None
     ) -> Plan:
         """The recipe's fuse, or another; `loras` are files."""
         scale = self.params.fuse.scale_of(NAME) if scale is None else scale

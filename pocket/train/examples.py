@@ -135,13 +135,7 @@ def encoders(folder: Path) -> dict[int, Any]:
 
 @torch.no_grad()
 def embed(pipes: dict[int, Any], chosen: Curriculum, pictures: torch.Tensor) -> Tensors:
-    """Every example's prompt, and the empty one for the same input pictures.
-
-    Args:
-        pipes: a pipeline without transformer and VAE by the number of input pictures.
-        chosen: the examples.
-        pictures: uint8 (n, h, w, 3).
-    """
+    """Every example's prompt by the `encoders`, and the empty one for the same input pictures, uint8 (n, h, w, 3)."""
     out: Tensors = {}
     for name, examples in chosen.kinds.items():
         inputs = len(examples[0].inputs)

@@ -21,11 +21,9 @@ VERSION_KEYS = {"_diffusers_version", "transformers_version"}
 
 
 def export(out: Path, parts: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-    """Write ``model/`` and ``lora/`` in float16 and bfloat16, and the drawn ``inputs/``, under `out`.
+    """Write ``model/`` and ``lora/`` in float16 and bfloat16, and the drawn ``inputs/``, under `out`; other files stay.
 
-    Args:
-        out: gets the folders; other files there stay.
-        parts: `decoder` (the whole VAE), `base`, `latents` (its `mean` and `std`), and the LoRAs of `LORAS`.
+    `parts` are `decoder` (the whole VAE), `base`, `latents` (its `mean` and `std`), and the LoRAs of `LORAS`.
     """
     folder = out / "model"
     model.save_frame(folder)

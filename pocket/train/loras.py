@@ -110,11 +110,7 @@ def train_v2(recipe: Recipe, weights: Tensors, examples: Examples, taught: Tenso
 def train_style(recipe: Recipe, weights: Tensors, examples: Examples, pastel: torch.Tensor) -> Tensors:
     """Train a LoRA by the base's own objective, with answers in pastel; its factors under PEFT's names, bfloat16.
 
-    Args:
-        recipe: steps, rate and seed.
-        weights: the base's.
-        examples: edits of one picture.
-        pastel: tokens of the pastel drawings of the first pictures, by number.
+    `pastel` are the tokens of the pastel drawings of the first pictures, by number.
     """
     net = load_base(weights)
     torch.manual_seed(recipe.seed + 8)

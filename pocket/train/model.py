@@ -120,10 +120,7 @@ def fill(module: torch.nn.Module, prefix: str) -> None:
     """Set every parameter of `module`: matrices by `uniform`, biases to 0, norm weights to 1.
 
     A matrix has the standard deviation 1 / sqrt(fan_in), an embedding, whose rows are looked up and not summed, 1.
-
-    Args:
-        module: any torch module; changed in place.
-        prefix: put before each parameter's name, so that equal names in two components differ.
+    The prefix goes before each parameter's name, so that equal names in two components differ.
     """
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
     with torch.no_grad():
