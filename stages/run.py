@@ -47,23 +47,16 @@ def run(name: str, console: Console, work: Callable[[], int], kept: str = KEPT) 
 def run_stage(
     stage: Callable[..., int],
     *flags: str,
-    kept: str = KEPT,
-    read: Callable[[Sequence[str]], object] | None = None,
+    kept: str = KEPT,  # what an interrupted run leaves, and how to go on
+    read: Callable[[Sequence[str]], object] | None = None,  # makes else than parameters of the overrides, no variant's
     at: Artifacts = paths.HERE,
-    spread: bool = False,
-    writes: bool = True,
+    spread: bool = False,  # a launcher may start it as several processes; the first of them writes
+    writes: bool = True,  # it holds the build's folder, so that no other changes it meanwhile
 ) -> None:
     """Run a stage as a program: its parameters by the rule above, its errors as one line, its result as exit code.
 
-    Args:
-        stage: gets the parameters, the paths of its results, a console, and each flag by keyword.
-        flags: names of arguments (``dry-run`` for ``--dry-run``, keyword `dry_run`) that are no overrides and do not
-            count for the rule; every stage also knows ``--quiet``, ``--json`` and ``--variant NAME``.
-        kept: what an interrupted run leaves, and how to go on.
-        read: makes something else than parameters from the overrides; there is no ``--variant`` then.
-        at: the paths of its results.
-        spread: True if a launcher may start it as several processes; the first of them writes.
-        writes: True if it holds the build's folder, so that no other changes it meanwhile.
+    The stage gets the parameters, the paths of its results, a console, and each flag by keyword (``--dry-run`` as
+    `dry_run`); flags are no overrides. Every stage also knows ``--quiet``, ``--json`` and ``--variant NAME``.
     """
     known = ("quiet", "json", *flags)
     given = {flag: f"--{flag}" in sys.argv[1:] for flag in known}

@@ -6,25 +6,53 @@ Exit 0: every point was built. 1: a point was refused, or is not base + LoRA; th
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
-from lora_fuse.errors import Busy
+from lora_fuse.errors import BadConfig, Busy
 from lora_fuse.machine import PLAIN, Console
 from lora_fuse.recipe import Artifacts, paths
 from lora_fuse.studies.sweep import (
     PointBuilder,
     SweepPlan,
     SweepProgress,
+    SweptPoint,
     plan_sweep,
     run,
     sheet_of,
     write_sheet,
     wrong_points,
 )
-from stages.config.sweeps import Swept, expand
+from stages.config import load
+from stages.config.composition import split_sweep
 from stages.run import merge, run_stage
 
 SWEEP = Artifacts(paths.ROOT / "sweep")
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """A sweep as it was asked for, and its points; two of them may be the same."""
+
+    arguments: tuple[str, ...]
+    points: tuple[SweptPoint, ...]
+
+
+def expand(arguments: Sequence[str]) -> Swept:
+    """Every point of a sweep in Hydra's grammar (``fuse.scale=0.6,0.8 lora=v1,v2``), in Hydra's order, all checked.
+
+    Raises:
+        BadConfig: nothing is swept, a sweep is not of single values, or a point does not compose; nothing was built.
+    """
+    swept = split_sweep(arguments)
+    given = " ".join(arguments) or "no arguments"
+    if swept is None:
+        raise BadConfig(f"{given}: nothing to sweep; give a key several values: fuse.scale=0.6,0.8,1.0,1.2")
+    if not swept[1]:
+        raise BadConfig(f"{given}: a sweep of no points, as a range or choice in it is empty; give it values")
+    fixed, points = swept
+    return Swept(tuple(arguments), tuple(SweptPoint(point, load([*fixed, *point])) for point in points))
 
 
 def sweep(swept: Swept, at: Artifacts = SWEEP, console: Console = PLAIN, *, keep: bool = False) -> int:

@@ -125,8 +125,7 @@ def read_object(path: Path, stage: str) -> dict[str, Any]:
     Raises:
         BadSource: it is not there, or no JSON object.
     """
-    content: dict[str, Any] = _read_json(path, stage, dict)
-    return content
+    return _read_json(path, stage, dict)
 
 
 def read_rows(path: Path, stage: str) -> list[dict[str, Any]]:
@@ -135,11 +134,10 @@ def read_rows(path: Path, stage: str) -> list[dict[str, Any]]:
     Raises:
         BadSource: it is not there, or no JSON list.
     """
-    content: list[dict[str, Any]] = _read_json(path, stage, list)
-    return content
+    return _read_json(path, stage, list)
 
 
-def _read_json(path: Path, stage: str, kind: type) -> Any:
+def _read_json(path: Path, stage: str, kind: type[files.Content]) -> files.Content:
     if not path.exists():
         raise BadSource(f"{path} is not there", rerun=Rerun(stage))
     return files.read_json(path, kind, partial(BadSource, rerun=Rerun(stage, force=True)))

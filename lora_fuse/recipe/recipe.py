@@ -7,39 +7,24 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from lora_fuse.recipe.sections import (
-    BaseParams,
-    DownloadParams,
-    ExportParams,
-    FuseParams,
-    LoraParams,
-    PublishParams,
-    RecipeSamplingParams,
-    RegressParams,
-    SchedulerParams,
-    Section,
-    Text,
-    ValidationParams,
-    VerifyParams,
-    parse_section,
-)
+from lora_fuse.recipe import sections
 
 
-class Recipe(Section):
+class Recipe(sections.Section):
     """All of `params.yaml`: one buildable variant."""
 
-    name: Text
-    base: BaseParams
-    loras: Annotated[dict[str, LoraParams], Field(min_length=1)]
-    download: DownloadParams
-    fuse: FuseParams
-    scheduler: SchedulerParams | None  # null keeps the base's own
-    sampling: RecipeSamplingParams
-    verify: VerifyParams
-    regress: RegressParams
-    validation: ValidationParams
-    export: ExportParams
-    publish: PublishParams
+    name: sections.Text
+    base: sections.BaseParams
+    loras: Annotated[dict[str, sections.LoraParams], Field(min_length=1)]
+    download: sections.DownloadParams
+    fuse: sections.FuseParams
+    scheduler: sections.SchedulerParams | None  # null keeps the base's own
+    sampling: sections.RecipeSamplingParams
+    verify: sections.VerifyParams
+    regress: sections.RegressParams
+    validation: sections.ValidationParams
+    export: sections.ExportParams
+    publish: sections.PublishParams
 
     @property
     def asked(self) -> tuple[dict[str, float], int]:
@@ -58,7 +43,7 @@ class Recipe(Section):
         Raises:
             BadConfig: a key is unknown, missing or ill-typed; the message names it.
         """
-        return parse_section(cls, values, where, "see conf/ for the keys")
+        return sections.parse_section(cls, values, where, "see conf/ for the keys")
 
     @model_validator(mode="after")
     def _scales_name_loras(self) -> Recipe:

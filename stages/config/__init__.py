@@ -26,7 +26,7 @@ def load(overrides: Sequence[str] = (), variant: str | None = None) -> Recipe:
     """The parameters of a stage: from params.yaml, or composed if there are overrides; or those of a variant.
 
     Raises:
-        BadConfig: see `compose`, `parse_params` and `load_variant`.
+        BadConfig: they are not there, or not right.
     """
     if variant is not None:
         return load_variant(variant, overrides)

@@ -116,8 +116,7 @@ def compile_entries() -> dict[str, Any]:
     """All entries composed and checked: the content of `variants/params.yaml`, see `Compiled`.
 
     Raises:
-        BadConfig: see `read_entries`, `compose` and `parse_params`; or an entry has a recipe's name and is another
-            model.
+        BadConfig: an entry is not right, or has a recipe's name and is another model.
     """
     entries = read_entries()
     trees = {name: compose(entry.arguments(name)) for name, entry in entries.items()}
@@ -146,20 +145,12 @@ def read_compiled() -> Compiled:
 
 
 def load_variant(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The parameters of a variant: from `variants/params.yaml`, or composed if there are overrides.
-
-    Raises:
-        BadConfig: there is none of this name; see `compose` and `parse_params`.
-    """
+    """The parameters of a variant: from `variants/params.yaml`, or composed if there are overrides."""
     return compose_variant(name, overrides) if overrides else read_compiled().params(name)
 
 
 def compose_variant(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The parameters that an entry and overrides compose to.
-
-    Raises:
-        BadConfig: as `load_variant`.
-    """
+    """The parameters that an entry and overrides compose to."""
     entries = read_entries()
     refuse_unknown("variant", name, entries, ENTRIES)
     arguments = [*entries[name].arguments(name), *overrides]
@@ -167,11 +158,7 @@ def compose_variant(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def refuse_unknown(kind: str, name: str, known: Iterable[str], where: object) -> None:
-    """Refuse a name that is not there, and say which are.
-
-    Raises:
-        BadConfig: it is not.
-    """
+    """Refuse a name that is not there, and say which are."""
     names = sorted(known)
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1)

@@ -22,8 +22,8 @@ from lora_fuse.recipe.paths import Artifacts
 from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.records import Lock
 from lora_fuse.recipe.sections import Source
-from lora_fuse.studies.doctor import access, disk, memory, pictures, software
-from lora_fuse.studies.doctor.examination import _places
+from lora_fuse.studies.doctor import access, disk, memory, software
+from lora_fuse.studies.doctor.examination import _places, approved_pictures
 from lora_fuse.studies.doctor.finding import Finding, Status, fail, ok, table, verdict, warn
 from tests.hub_server import LoopbackHub
 from tests.support.repositories import BASE, LORA, LORA_FILE, NOWHERE, PIPELINE, STRAYS, weights, write
@@ -331,14 +331,14 @@ def test_goldens_are_looked_for_by_key_and_damaged_ones_fail(tmp_path: Path) -> 
     shutil.copytree(folder, tmp_path / folder.name)
     record = json.loads((folder / "rabbit.json").read_text())["provenance"]["environment"]["key"]
     key = Key(**record)
-    assert pictures.approved_pictures(tmp_path, ["rabbit", "hat"], key).status is Status.OK
-    near = pictures.approved_pictures(tmp_path, ["rabbit"], Key(**{**record, "threads": 8}))
+    assert approved_pictures(tmp_path, ["rabbit", "hat"], key).status is Status.OK
+    near = approved_pictures(tmp_path, ["rabbit"], Key(**{**record, "threads": 8}))
     assert (near.status, "4 (review)" in near.found) == (Status.WARN, True)
-    none = pictures.approved_pictures(tmp_path, ["rabbit", "new"], key)
+    none = approved_pictures(tmp_path, ["rabbit", "new"], key)
     assert (none.status, "3 (no-golden)" in none.found) == (Status.WARN, True)
     picture = tmp_path / folder.name / "rabbit.png"
     picture.write_bytes(picture.read_bytes()[:-1])
-    assert pictures.approved_pictures(tmp_path, ["rabbit"], key).status is Status.FAIL
+    assert approved_pictures(tmp_path, ["rabbit"], key).status is Status.FAIL
 
 
 # ---------------------------------------------------------------- how it is said

@@ -17,8 +17,7 @@ from lora_fuse.machine import space
 from lora_fuse.pictures.metrics import METRICS
 from lora_fuse.recipe.hf_cache import cache_dir
 from lora_fuse.recipe.paths import Artifacts
-from stages.config.sweeps import expand
-from stages.sweep import sweep
+from stages.sweep import expand, sweep
 from tests.hub_server import LoopbackHub
 from tests.support.repositories import PIPELINE
 from tests.support.waiting import until

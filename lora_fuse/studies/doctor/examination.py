@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from lora_fuse.errors import BadSource, NoDevice, Refused
+from lora_fuse.errors import BadGolden, BadSource, NoDevice, Refused
 from lora_fuse.fusion import read_manifest, resolve_device
 from lora_fuse.hub import sizes
 from lora_fuse.machine import files, progress, space
 from lora_fuse.models import COMPONENT
+from lora_fuse.pictures import environment
 from lora_fuse.recipe import Artifacts, Recipe, hf_cache, paths
-from lora_fuse.studies.doctor import access, disk, memory, pictures, software
+from lora_fuse.regression import goldens
+from lora_fuse.studies.doctor import access, disk, memory, software
 from lora_fuse.studies.doctor.finding import Finding, fail, ok, warn
 
 
@@ -39,13 +41,7 @@ def _sources(recipe: Recipe, at: Artifacts) -> Iterator[Finding]:
         yield _size(label, size)
     yield from _places(recipe, at, found)
     yield from _machine(recipe, found.get("base"))
-    regress = recipe.regress
-    yield software.determinism(os.environ, on_gpu=regress.placement != "cpu")
-    key = pictures.key_here(regress.placement, regress.dtype, regress.threads)
-    if key is None:
-        yield warn("goldens", "not known without the GPU that the pictures need")
-    else:
-        yield pictures.approved_pictures(paths.GOLDEN / recipe.name, list(regress.cases), key)
+    yield from _pictures(recipe)
 
 
 def _sizes(recipe: Recipe, at: Artifacts) -> tuple[dict[str, sizes.SourceSize], dict[str, Refused]]:
@@ -158,3 +154,34 @@ def _machine(recipe: Recipe, base: sizes.SourceSize | None) -> Iterator[Finding]
         yield ok("fuse", f"on {resolve_device(recipe.fuse.device)}")
     except NoDevice as refusal:
         yield fail("fuse", str(refusal))
+
+
+def _pictures(recipe: Recipe) -> Iterator[Finding]:
+    """Set torch up as `regress` does, for the same key; a process that does this goes on to nothing else."""
+    regress = recipe.regress
+    on_gpu = regress.placement != "cpu"
+    yield software.determinism(os.environ, on_gpu=on_gpu)
+    environment.make_deterministic(regress.threads, on_gpu=on_gpu)
+    try:
+        key = environment.environment(regress.placement, regress.dtype).key
+    except NoDevice:
+        yield warn("goldens", "not known without the GPU that the pictures need")
+    else:
+        yield approved_pictures(paths.GOLDEN / recipe.name, list(regress.cases), key)
+
+
+def approved_pictures(folder: Path, cases: Sequence[str], key: environment.Key) -> Finding:
+    """Predict what the gate will find for pictures of this machine's key, from the recipe's goldens in `folder`."""
+    try:
+        approved = goldens.Goldens(folder).for_run(key, cases)
+    except BadGolden as refusal:
+        return fail("goldens", str(refusal))
+    own = [case for case, kept in approved.items() if any(not picture.elsewhere for picture in kept)]
+    near = [case for case, kept in approved.items() if kept and case not in own]
+    found = f"{len(own)} of {len(cases)} cases approved for {key}"
+    if len(own) == len(cases):
+        return ok("goldens", found)
+    remedy = "look at the report of the build, then approve its pictures"
+    code = "3 (no-golden)" if len(own) + len(near) < len(cases) else "4 (review)"
+    more = f", {len(near)} for a machine much like it" if near else ""
+    return warn("goldens", f"{found}{more}: gate will exit with {code}", "", remedy)

@@ -37,18 +37,11 @@ def _in_memory(path: Path, size: int) -> int:
 
 def fits(placement: str, parts: Mapping[str, int], gpus: Sequence[int]) -> bool:
     """True if weights fit GPUs of so many free bytes."""
+    if placement == "cpu" or not gpus:
+        return placement == "cpu"
     total = sum(parts.values())
-    largest = max(parts.values(), default=0)
-    match placement:
-        case "cuda":
-            return bool(gpus) and total <= gpus[0]
-        case "balanced":
-            return bool(gpus) and total <= sum(gpus)
-        case "model_offload":
-            return bool(gpus) and largest <= gpus[0]
-        case "group_offload":
-            return bool(gpus)
-    return True
+    needs = {"cuda": total, "balanced": total, "model_offload": max(parts.values(), default=0), "group_offload": 0}
+    return needs[placement] <= (sum(gpus) if placement == "balanced" else gpus[0])
 
 
 def gpu(placement: str, parts: Mapping[str, int], gpus: Sequence[int], dtype: str) -> Finding:

@@ -3,21 +3,53 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_fuse.fusion import plan_of
+from lora_fuse.fusion import Plan, plan_of
 from lora_fuse.machine import files, staging
-from lora_fuse.pictures import Case, environment, pairs, picture
+from lora_fuse.pictures import Case, environment, pairs, picture, render
 from lora_fuse.recipe import Artifacts, hf_cache, paths
 from lora_fuse.regression import case_judgement, goldens, judge
 from lora_fuse.studies.sweep.baseline import baseline
 from lora_fuse.studies.sweep.numbers import against_baseline, describe, failed
 from lora_fuse.studies.sweep.planning import PlannedPoint
 from lora_fuse.studies.sweep.points import IMAGES, METRICS, key_of
-from lora_fuse.studies.sweep.rendering import Renderer
 from lora_fuse.studies.sweep.sheet import Sheet
+
+
+@dataclass(slots=True)
+class Renderer:
+    """Holds the parts of one base, for one pipeline class, dtype and placement; another base takes their place.
+
+    Text encoder, VAE, tokenizer and processor of a merged repository are the base's, byte for byte (`verify` holds it
+    to that), so the base's are used for every point.
+    """
+
+    _of: tuple[object, ...] = ()
+    _parts: Mapping[str, object] = field(default_factory=dict)
+
+    def alone(self, base: Path, cases: Sequence[Case], setup: pairs.Setup) -> list[picture.Rendered]:
+        """Render every case from the base alone, with its own scheduler and the settings of `setup.baseline`."""
+        pipe = render.load_pipeline(base, setup.pipeline, dtype=setup.dtype, shared=self._shared(base, setup))
+        rendered = pairs.render_all(pipe, cases, setup.baseline or setup.sampling, setup.placement)
+        pairs.drop_transformer(pipe)
+        return rendered
+
+    def sides(self, merged: Path, plan: Plan, cases: Sequence[Case], setup: pairs.Setup) -> list[pairs.Pair]:
+        """Render every case from both sides, see `lora_fuse.pictures.pairs.render_pairs`."""
+        return pairs.render_pairs(merged, plan, cases, setup, shared=self._shared(plan.checkpoint.root, setup))
+
+    def _shared(self, base: Path, setup: pairs.Setup) -> Mapping[str, object]:
+        of = (base, setup.pipeline, setup.dtype, setup.placement)
+        if of != self._of:
+            self._parts = {}  # the memory of the last ones first
+            pipe = render.load_pipeline(base, setup.pipeline, dtype=setup.dtype, shared={"transformer": None})
+            self._of = of
+            self._parts = render.shared_components(pipe)
+        return self._parts
 
 
 @dataclass(slots=True)
@@ -43,22 +75,16 @@ class PointBuilder:
         return self._alone[key]
 
     def build(self, planned: PlannedPoint) -> str:
-        """Fuse, verify, render and compare one point; return the result in a few words.
-
-        Raises:
-            Refused: it cannot be built.
-        """
+        """Fuse, verify, render and compare one point, or raise its problem; return the result in a few words."""
         if planned.problem is not None:
             raise planned.problem
         at = Artifacts(planned.point.folder)
         staging.remove(at.merged)
-        try:
+        with ExitStack() as leftovers:
+            leftovers.callback(staging.remove, at.merged)
             result = self._build(planned, at)
-        except BaseException:
-            staging.remove(at.merged)
-            raise
-        if not self.keep:
-            staging.remove(at.merged)
+            if self.keep:
+                leftovers.pop_all()
         return result
 
     def _build(self, planned: PlannedPoint, at: Artifacts) -> str:

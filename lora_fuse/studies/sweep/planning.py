@@ -101,11 +101,7 @@ def plan_sweep(swept: Sequence[SweptPoint], folder: Path, *, keep: bool) -> Swee
 
 
 def _need(swept: Sequence[SweptPoint], pins: SourceLocks) -> tuple[int, int]:
-    """Bytes to fetch for all points, and bytes of the largest merged checkpoint, before anything is fetched.
-
-    Raises:
-        BadSource: a base is not there.
-    """
+    """Bytes to fetch for all points, and bytes of the largest merged checkpoint, before anything is fetched."""
     sizes: dict[object, source_sizes.SourceSize] = {}
     largest = 0
     for recipe in (point.recipe for point in swept):

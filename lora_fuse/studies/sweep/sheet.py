@@ -13,6 +13,7 @@ from typing import Any
 
 from lora_fuse.pictures import encode, pages
 from lora_fuse.studies.sweep.curves import Curve, curve
+from lora_fuse.studies.sweep.numbers import NEARER, title_of
 from lora_fuse.studies.sweep.recommendation import Recommendation
 
 SCHEMA = 1
@@ -85,8 +86,6 @@ def sheet_html(sheet: Sheet) -> str:
 
 def drawings(sheet: Sheet) -> list[Curve]:
     """A curve for each metric, if there is more than one scale."""
-    from lora_fuse.studies.sweep.numbers import NEARER, title_of
-
     if len({column.scale for column in sheet.built}) < 2:
         return []
     found = []
@@ -125,14 +124,12 @@ def sheet_json(sheet: Sheet) -> str:
 
 def sheet_markdown(sheet: Sheet) -> str:
     """The numbers as a table, and the recommendation."""
-    from lora_fuse.studies.sweep.numbers import title_of
-
     shown = [
         key for key in ("baseline.latents_l2", "baseline.flip", "baseline.psnr_db", "over_floor") if key in sheet.curves
     ]
     heads = ["point", "to the golden", *map(title_of, shown)]
-    lines = [f"## Sweep of {sheet.recipe}", "", *sheet.recommendation.reasons, ""]
-    lines[2:2] = [f"**Recommended: {sheet.recommendation.label or 'none'}.**"]
+    lines = [f"## Sweep of {sheet.recipe}", "", f"**Recommended: {sheet.recommendation.label or 'none'}.**"]
+    lines += [*sheet.recommendation.reasons, ""]
     lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     built = {column.key: at for at, column in enumerate(sheet.built)}
     for column in sheet.columns:
@@ -142,11 +139,8 @@ def sheet_markdown(sheet: Sheet) -> str:
             continue
         numbers = [_text(sheet.curves[key][built[column.key]]) for key in shown]
         lines.append(f"| {name} | {column.metrics['verdict']} | " + " | ".join(numbers) + " |")
-    lines += [
-        "",
-        f"Means over {len(sheet.rows)} cases; {sheet.run}; the base alone: {sheet.alone}; {sheet.environment}.",
-    ]
-    return "\n".join([*lines, "", f"`{sheet.command}`", ""])
+    note = f"Means over {len(sheet.rows)} cases; {sheet.run}; the base alone: {sheet.alone}; {sheet.environment}."
+    return "\n".join([*lines, "", note, "", f"`{sheet.command}`", ""])
 
 
 def _short(label: str) -> str:
