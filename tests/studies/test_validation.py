@@ -1,6 +1,7 @@
 """A new version of a LoRA: four that are broken or good get four different right answers, on the real model."""
 
 import json
+import os
 import math
 import re
 import shutil
@@ -139,7 +140,8 @@ def test_the_program_s_exit_code_and_its_one_json_object(tmp_path: Path, project
     other = {name.replace("transformer_blocks", "blocks"): tensor for name, tensor in load_file(ROOT / CURRENT).items()}
     save_file(other, tmp_path / "other.safetensors")
     command = [sys.executable, "-m", "stages.validate", "other.safetensors", "--recipe", "pocket", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env=None, check=False)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 1, done.stderr
     assert json.loads(done.stdout)["cause"] == "wrong base"
     assert "blocks.0.attn" in json.loads(done.stdout)["reason"]
