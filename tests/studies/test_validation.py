@@ -1,8 +1,8 @@
 """A new version of a LoRA: four that are broken or good get four different right answers, on the real model."""
 
 import json
-import os
 import math
+import os
 import re
 import shutil
 import subprocess
