@@ -6,22 +6,17 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from lora_fuse.checkpoint.repository_files import MODEL_INDEX
 from lora_fuse.errors import BadCheckpoint
 from lora_fuse.machine import files
 
-MODEL_INDEX = "model_index.json"
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 
 
 def diffusers_files(base: Path, *, pipeline: str | None, scheduler: Mapping[str, object]) -> dict[str, bytes]:
-    """The generated files of a diffusers repository, by POSIX path.
+    """The generated files of a diffusers repository, by POSIX path; without a class or settings, the base's are kept.
 
     A step-distilled LoRA needs its own scheduler: the base's shifts the sigmas elsewhere and breaks the picture.
-
-    Args:
-        base: the base's pipeline folder.
-        pipeline: the pipeline class that the recipe runs; None keeps the base's.
-        scheduler: the scheduler settings that the recipe wants; empty keeps the base's file.
 
     Raises:
         BadCheckpoint: the base's own files cannot be read as JSON.

@@ -68,10 +68,7 @@ class DType:
         return dtype
 
 
-FLOAT16 = FloatFormat(11, 5)
-BFLOAT16 = FloatFormat(8, 8)
 FLOAT32 = FloatFormat(24, 8)
-FLOAT64 = FloatFormat(53, 11)
 DTYPES = {
     dtype.name: dtype
     for dtype in (
@@ -82,14 +79,14 @@ DTYPES = {
         DType("F8_E5M2", 1, "float8_e5m2"),
         DType("I16", 2, "int16"),
         DType("U16", 2, "uint16"),
-        DType("F16", 2, "float16", FLOAT16),
-        DType("BF16", 2, "bfloat16", BFLOAT16),
+        DType("F16", 2, "float16", FloatFormat(11, 5)),
+        DType("BF16", 2, "bfloat16", FloatFormat(8, 8)),
         DType("I32", 4, "int32"),
         DType("U32", 4, "uint32"),
         DType("F32", 4, "float32", FLOAT32),
         DType("I64", 8, "int64"),
         DType("U64", 8, "uint64"),
-        DType("F64", 8, "float64", FLOAT64),
+        DType("F64", 8, "float64", FloatFormat(53, 11)),
     )
 }
 ROUNDABLE = {name: dtype.float_format for name, dtype in DTYPES.items() if dtype.float_format is not None}

@@ -2,7 +2,6 @@
 
 Layout (github.com/huggingface/safetensors, "Format"): an unsigned little-endian 64-bit length N, N bytes of JSON
 that map a tensor's name to its dtype, shape and data offsets, then the data; offsets count from the end of the JSON.
-A shard that we merge has the base shard's entries in its order, and one more entry in the metadata.
 
 Invariant of a `Header`: tensors are in file order, do not overlap, leave no hole and end where the file ends. What is
 accepted here the reference implementation reads, and as the same tensors. It refuses less: a key that stands in a
@@ -102,12 +101,7 @@ def header_length(prefix: bytes, file_size: int, where: str) -> int:
 
 
 def parse_header(raw: bytes, file_size: int, where: str) -> Header:
-    """Parse the length prefix and JSON of a file of `file_size` bytes.
-
-    Args:
-        raw: the first ``8 + N`` bytes of the file.
-        file_size: size of the whole file in bytes.
-        where: what to call the file in an error.
+    """Parse the length prefix and JSON, the first ``8 + N`` bytes of a file of `file_size` bytes.
 
     Raises:
         BadCheckpoint: the JSON is not a safetensors header, or its offsets do not tile the file exactly.
@@ -119,13 +113,10 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
             f"{where} is not a safetensors file: its header does not parse ({error}); fetch it again"
         ) from error
     if not isinstance(entries, dict):
-        raise BadCheckpoint(
-            f"{where} is not a safetensors file: its header is a {type(entries).__name__}, not a mapping; "
-            "fetch it again"
-        )
+        kind = type(entries).__name__
+        raise BadCheckpoint(f"{where} is not a safetensors file: its header is a {kind}, not a mapping; fetch it again")
     metadata = entries.pop("__metadata__", None)
-    if metadata is None:
-        metadata = {}
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise BadCheckpoint(f"{where}: __metadata__ in the header is not a mapping of strings; fetch it again")
     tensors = [_tensor(name, entry, len(raw), where) for name, entry in entries.items()]

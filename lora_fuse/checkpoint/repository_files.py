@@ -6,13 +6,10 @@ Invariant: a name that is not on the list is never taken, so a repository cannot
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
 
 from lora_fuse.errors import BadLora, BadSource
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 MODEL_INDEX = "model_index.json"
 # the files of a PEFT folder, as PEFT names them
@@ -30,11 +27,6 @@ def is_pickle(path: str) -> bool:
     return PurePosixPath(path).suffix.lower() in PICKLE_SUFFIXES
 
 
-def is_plain_weights(filename: str) -> bool:
-    """True for a safetensors file that is not a variant's."""
-    return _PLAIN_WEIGHTS.fullmatch(filename) is not None
-
-
 def components(model_index: object, label: str) -> list[str]:
     """The component folders that a `model_index.json` names: its `[library, class]` pairs that are not null.
 
@@ -43,7 +35,7 @@ def components(model_index: object, label: str) -> list[str]:
     """
     items = model_index.items() if isinstance(model_index, dict) else ()
     pairs = {name: value for name, value in items if not name.startswith("_") and isinstance(value, list)}
-    named = sorted(name for name, value in pairs.items() if value and value[0] is not None)
+    named = sorted(name for name, value in pairs.items() if value[:1] not in ([], [None]))
     if not named:
         raise BadSource(f"{MODEL_INDEX} of {label} names no component; name a diffusers pipeline")
     return named
@@ -122,10 +114,7 @@ def single_weights(component: str, names: Iterable[str], label: str) -> list[str
 def lora_files(name: str, names: Iterable[str], label: str) -> list[str]:
     """The files of a LoRA: itself, or the configuration and the weights of the PEFT folder that it is.
 
-    Args:
-        name: the LoRA's POSIX path, ``.`` for the top.
-        names: every file of its repository or folder.
-        label: what that is called, for the error message.
+    `name` is its POSIX path below its repository or folder, which has the files `names`; ``.`` for the top.
 
     Raises:
         BadLora: it is no safetensors file, and no PEFT folder with one.

@@ -16,13 +16,11 @@ from lora_fuse.checkpoint.repository_files import TEXT_SUFFIXES
 from lora_fuse.errors import BadCheckpoint
 from lora_fuse.machine import files
 
-INDEX_SUFFIX = ".safetensors.index.json"
 PROVENANCE = "lora_fuse"  # the metadata entry of a fused shard: what was fused, as JSON
 
 # What a merged repository takes over from a base: weights as safetensors and the text that loads them. A pickle, a
 # README (the merged repository has a card of its own) or a stray file is left behind.
 KEPT_SUFFIXES = TEXT_SUFFIXES | {".safetensors"}
-
 
 Kind = Literal["pipeline", "component", "file"]
 
@@ -45,7 +43,7 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     others: tuple[str, ...]
     config: Mapping[str, Any] = field(default_factory=dict)  # the component's config.json, if it has one
-    label: str | None = None  # ``repo@commit``, where it is known
+    label: str | None = None  # ``repo@commit``, where it is known; the headers of fused shards say it
 
     def tensors(self) -> dict[str, TensorInfo]:
         """Every tensor of the component by name."""
@@ -77,13 +75,9 @@ def read_header(path: Path) -> Header:
 def open_checkpoint(
     root: Path, component: str = "transformer", files: Iterable[str] | None = None, label: str | None = None
 ) -> Checkpoint:
-    """Open a base from its headers.
+    """Open a base from its headers; `component` is for a pipeline only.
 
-    Args:
-        root: a pipeline folder, a component folder or a safetensors file.
-        component: the pipeline's component to fuse; not used for the other two kinds.
-        files: the POSIX paths that belong to the base (a lock's); without it, everything of a known kind below `root`.
-        label: ``repo@commit`` of the base, where it is known; the headers of fused shards will say it.
+    Of a folder, `files` are the POSIX paths that belong to the base (a lock's); without them, all of a known kind are.
 
     Raises:
         BadCheckpoint: there is nothing there, or its index and shards contradict each other.
@@ -101,11 +95,12 @@ def open_checkpoint(
     shards = _component_shards(root, prefix, names)
     taken = {shard.relative for shard in shards}
     others = tuple(name for name in names if name not in taken)
-    return Checkpoint(root, kind, shards, others, _read_config(root / f"{prefix}config.json"), label)
+    config = root / f"{prefix}config.json"
+    return Checkpoint(root, kind, shards, others, _read(config) if config.exists() else {}, label)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    return files.read_json(path, dict, BadCheckpoint, "fetch the base again") if path.exists() else {}
+def _read(path: Path) -> dict[str, Any]:
+    return files.read_json(path, dict, BadCheckpoint, "fetch the base again")
 
 
 def _kept_files(root: Path) -> list[str]:
@@ -115,7 +110,7 @@ def _kept_files(root: Path) -> list[str]:
 
 def _component_shards(root: Path, prefix: str, names: list[str]) -> tuple[Shard, ...]:
     here = [name for name in names if name.startswith(prefix) and "/" not in name.removeprefix(prefix)]
-    indexes = [name for name in here if name.endswith(INDEX_SUFFIX)]
+    indexes = [name for name in here if name.endswith(".safetensors.index.json")]
     weights = [name for name in here if name.endswith(".safetensors")]
     if len(indexes) == 1:
         return _indexed_shards(root, indexes[0])
@@ -128,7 +123,7 @@ def _component_shards(root: Path, prefix: str, names: list[str]) -> tuple[Shard,
 
 
 def _indexed_shards(root: Path, index: str) -> tuple[Shard, ...]:
-    weight_map = files.read_json(root / index, dict, BadCheckpoint, "fetch the base again").get("weight_map")
+    weight_map = _read(root / index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise BadCheckpoint(f"{root / index} is no shard index: it has no weight_map; fetch the base again")
     folder = PurePosixPath(index).parent
@@ -143,11 +138,11 @@ def _indexed_shards(root: Path, index: str) -> tuple[Shard, ...]:
 
 
 def _check_index(weight_map: dict[str, str], shards: list[Shard], index: Path) -> None:
-    held = {(name, shard.path.name) for shard in shards for name in shard.header.tensors}
+    present = {(name, shard.path.name) for shard in shards for name in shard.header.tensors}
     listed = set(weight_map.items())
-    for name, filename in sorted(listed - held):
+    for name, filename in sorted(listed - present):
         raise BadCheckpoint(
             f"{index} puts {name!r} in {filename}, and that shard does not have it; fetch the base again"
         )
-    for name, filename in sorted(held - listed):
+    for name, filename in sorted(present - listed):
         raise BadCheckpoint(f"{filename} holds {name!r}, and {index} has no entry for it there; fetch the base again")

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from lora_fuse.errors import BadLora
 
-# What would change the merge and has no formula here. A value that is false, empty or null is the usual one.
 Number = TypeVar("Number", int, float)
+# What would change the merge and has no formula here. A value that is false, empty or null is the usual one.
 REFUSED = ("fan_in_fan_out", "alora_invocation_tokens", "use_qalora", "corda_config", "arrow_config", "megatron_config")
 
 

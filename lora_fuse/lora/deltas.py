@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
@@ -49,24 +48,20 @@ class Delta(Protocol):
         """One value without any rounding; not where `size` is infinite."""
 
 
-@dataclass(slots=True)
 class Matrix:
     """A matrix, or the product of two: ``a`` (rows, rank) times ``b`` (rank, columns), or ``a`` alone."""
 
-    a: Array
-    b: Array | None = None
-    size: float = field(init=False)
-    roundings: int = field(init=False)
-    _held: dict[torch.device, tuple[torch.Tensor, ...]] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.b is None:
-            self.size = float(np.abs(self.a).max(initial=0))
+    def __init__(self, a: Array, b: Array | None = None) -> None:
+        self.a = a
+        self.b = b
+        self._on_device: dict[torch.device, tuple[torch.Tensor, ...]] = {}
+        if b is None:
+            self.size = float(np.abs(a).max(initial=0))
             self.roundings = 0
-            return
-        rows, columns = (np.sqrt((m * m).sum(axis)).max(initial=0) for m, axis in ((self.a, 1), (self.b, 0)))
-        self.size = float(rows * columns)
-        self.roundings = len(self.b) + 1  # Cauchy and Schwarz
+        else:  # Cauchy and Schwarz
+            rows, columns = (np.sqrt((m * m).sum(axis)).max(initial=0) for m, axis in ((a, 1), (b, 0)))
+            self.size = float(rows * columns)
+            self.roundings = len(b) + 1
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -75,10 +70,8 @@ class Matrix:
 
     def part(self, like: torch.Tensor, row: int, column: int) -> torch.Tensor:
         """The part that begins at a row and a column and is as large as `like`, float64."""
-        a, *b = self._on(like.device)
-        rows = slice(row, row + like.shape[0])
-        columns = slice(column, column + like.shape[1])
-        return a[rows] @ b[0][:, columns] if b else a[rows, columns]
+        a, *b = self._cut(like, row, column)
+        return a @ b[0] if b else a
 
     def values(self) -> Array:
         """All of it; for small ones. Summed in one order, so that the bits do not depend on threads."""
@@ -92,21 +85,24 @@ class Matrix:
 
     def add_to(self, total: torch.Tensor, row: int, column: int, factor: float) -> None:
         """Add ``factor * part`` to `total`."""
-        a, *b = self._on(total.device)
-        rows = slice(row, row + total.shape[0])
-        columns = slice(column, column + total.shape[1])
+        a, *b = self._cut(total, row, column)
         if b:
-            total.addmm_(a[rows], b[0][:, columns], alpha=factor)
+            total.addmm_(a, b[0], alpha=factor)
         else:
-            total.add_(a[rows, columns], alpha=factor)
+            total.add_(a, alpha=factor)
 
-    def _on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+    def _cut(self, like: torch.Tensor, row: int, column: int) -> tuple[torch.Tensor, ...]:
+        """The factors of a part, or the part itself, on its device."""
         import torch
 
-        if device not in self._held:
+        if like.device not in self._on_device:
             parts = (self.a,) if self.b is None else (self.a, self.b)
-            self._held[device] = tuple(torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in parts)
-        return self._held[device]
+            moved = (torch.from_numpy(np.ascontiguousarray(part)).to(like.device) for part in parts)
+            self._on_device[like.device] = tuple(moved)
+        a, *b = self._on_device[like.device]
+        rows = slice(row, row + like.shape[0])
+        columns = slice(column, column + like.shape[1])
+        return (a[rows], b[0][:, columns]) if b else (a[rows, columns],)
 
 
 class LowRank:
@@ -228,14 +224,7 @@ class Decomposed:
 
 
 def make_delta(algorithm: Algorithm, tensors: Tensors, factor: float, scale: float) -> Delta:
-    """Build the delta that a LoRA's tensors mean.
-
-    Args:
-        algorithm: of the tensors, see `key_formats`.
-        tensors: float64, by role.
-        factor: the file's own, made of alpha and rank.
-        scale: the user's.
-    """
+    """Build the delta of tensors, float64 by role; `factor` is made of alpha and rank, `scale` is the user's."""
     if "magnitude" in tensors:
         return Decomposed(_plain(algorithm, tensors, factor * scale), tensors["magnitude"], 1.0, by_column=False)
     if "dora_scale" in tensors:

@@ -45,9 +45,7 @@ class Selection:
     def share(self, parameter: str) -> float | None:
         """The factor of the scale for a parameter of the base; None where the parameter is left as it is."""
         module = parameter.rpartition(".")[0]
-        if self.only and not _matches(module, self.only):
-            return None
-        if _matches(module, self.skip):
+        if (self.only and not _matches(module, self.only)) or _matches(module, self.skip):
             return None
         return next((scale for pattern, scale in self.scales.items() if fnmatchcase(module, pattern)), 1.0)
 

@@ -14,22 +14,16 @@ from lora_fuse.lora.key_parser import SHOWN, LoraDelta
 
 
 def match_targets(deltas: Iterable[LoraDelta], weights: Mapping[str, TensorInfo], where: str) -> dict[str, LoraDelta]:
-    """Find the parameter that each delta changes.
-
-    Args:
-        deltas: of one file.
-        weights: the base's tensors by name.
-        where: what to call the file in an error.
-
-    Returns:
-        The deltas by the name of the base tensor that they change.
+    """The deltas of one file, by the name of the base's tensor that each changes.
 
     Raises:
         UnmatchedTargets: a module is not in the base.
         ShapeMismatch: a delta does not fit its parameter.
         BadLora: two deltas mean the same parameter, or a name could mean two modules of the base.
     """
-    flat = _flattened(weights)
+    flat: dict[str, list[str]] = defaultdict(list)  # modules by their names with underscores for dots
+    for module in {name.rpartition(".")[0] for name in weights}:
+        flat[module.replace(".", "_")].append(module)
     matched: dict[str, LoraDelta] = {}
     missing: list[str] = []
     for delta in deltas:
@@ -44,14 +38,6 @@ def match_targets(deltas: Iterable[LoraDelta], weights: Mapping[str, TensorInfo]
     if missing:
         raise UnmatchedTargets(_missing_message(missing, len(matched), weights, where))
     return matched
-
-
-def _flattened(weights: Mapping[str, TensorInfo]) -> dict[str, list[str]]:
-    """The base's modules by their names with underscores for dots."""
-    flat: dict[str, list[str]] = defaultdict(list)
-    for module in {name.rpartition(".")[0] for name in weights}:
-        flat[module.replace(".", "_")].append(module)
-    return flat
 
 
 def _parameter(

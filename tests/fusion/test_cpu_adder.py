@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_fuse.checkpoint.dtypes import BFLOAT16, SIXTEEN_BIT
+from lora_fuse.checkpoint.dtypes import SIXTEEN_BIT
 from lora_fuse.fusion.cpu_adder import Stacked, TooLarge, stackable
 from lora_fuse.fusion.cpu_kernel import ADD, UNIT, error_bound, nearest_even
 from lora_fuse.fusion.torch_sums import fuse_rows
@@ -113,7 +113,7 @@ def test_the_example_of_adder(b: float, near: float, ends: tuple[float, float], 
     assert 4.0 < bound / UNIT < 4.2
     assert (rounded(float(near - bound)), rounded(float(near + bound))) == ends
     product, left = np.array([[a * b]], np.float32), np.empty(1, np.int64)
-    assert ADD[BFLOAT16](weights.view(np.uint16).copy(), product, 0, factors, left) == undecided
+    assert ADD[SIXTEEN_BIT["BF16"]](weights.view(np.uint16).copy(), product, 0, factors, left) == undecided
     assert float(quick(weights, [part], "BF16").view(ml_dtypes.bfloat16)[0, 0]) == merged
 
 
