@@ -6,8 +6,8 @@ torch is imported where it is needed: its import takes longer than the fuse of a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,48 +23,34 @@ if TYPE_CHECKING:
     import torch
 
 
-class Adder(Protocol):
-    """A way to add the deltas of one target to rows of it."""
-
-    def add(self, data: memoryview, first: int) -> None:
-        """Overwrite the weight's rows in `data`, from number `first` on, with the merged ones.
-
-        Raises:
-            NotFinite: the base holds NaN or infinity there, or a sum is too large for its dtype.
-        """
-
-
-class CpuAdder:
-    """The adder for plain LoRAs on a CPU; where a sum may be too large for the dtype, torch decides whether it is."""
-
-    def __init__(self, target: Target, deltas: list[Delta], stacked: Stacked) -> None:
-        self._target = target
-        self._deltas = deltas
-        self._stacked = stacked
-
-    def add(self, data: memoryview, first: int) -> None:
-        """See `Adder`."""
-        try:
-            self._stacked.add(np.frombuffer(data, np.uint16).reshape(-1, _columns(self._target)), first)
-        except TooLarge:
-            torch_sum(self._target, self._deltas, "cpu").add(data, first)
+# Overwrites a weight's rows in some memory, from a number on, with the merged ones. Raises `NotFinite` where the base
+# holds NaN or infinity, or a sum is too large for its dtype.
+Adder = Callable[[memoryview, int], None]
 
 
 def read_sum(target: Target, device: str) -> Adder:
     """Read the deltas of a target and choose their adder; `device` is ``cpu`` or ``cuda``."""
     deltas = read_deltas(target)
     products = stackable(deltas, target.tensor.dtype) if device == "cpu" else None
-    if products:
-        return CpuAdder(target, deltas, Stacked(products, target.tensor.dtype))
-    return torch_sum(target, deltas, device)
+    if not products:
+        return _torch_sum(target, deltas, device)
+    stacked = Stacked(products, target.tensor.dtype)
+
+    def add(data: memoryview, first: int) -> None:
+        try:
+            stacked.add(np.frombuffer(data, np.uint16).reshape(-1, _columns(target)), first)
+        except TooLarge:  # or nearly so: torch decides
+            _torch_sum(target, deltas, "cpu")(data, first)
+
+    return add
 
 
-def torch_sum(target: Target, deltas: list[Delta], device: str) -> Adder:
+def _torch_sum(target: Target, deltas: list[Delta], device: str) -> Adder:
     """The adder for any deltas, on any device."""
     with naming_extras(f"{target.shard.path}: a sum as large as those of {target.tensor.name!r}"):
         from lora_fuse.fusion.torch_adder import TorchSum
 
-    return TorchSum(deltas, target.tensor.dtype, _columns(target), device)
+    return TorchSum(deltas, target.tensor.dtype, _columns(target), device).add
 
 
 def read_deltas(target: Target) -> list[Delta]:

@@ -37,23 +37,14 @@ def resolve_device(requested: str) -> str:
             f"device cuda was asked for and torch {torch.__version__} ({built}) finds no GPU: use device auto or cpu, "
             "or install a CUDA build of torch beside a working driver"
         )
-    if requested == "auto":
-        return "cuda" if present else "cpu"
-    return requested
+    return "cuda" if present else "cpu"
 
 
 def fuse_device(requested: str, plain: bool) -> str:
-    """The device to fuse on, as `resolve_device`; but from `ENOUGH` cores on, "auto" adds `plain` LoRAs on the CPU.
+    """The device to fuse on, as `resolve_device`; but from `ENOUGH` cores on, "auto" makes a `Plan.plain` on the CPU.
 
     There hashing takes longer than adding, and a GPU would only add the seconds that torch and CUDA take to start
     (docs/performance.md).
-
-    Args:
-        requested: "auto", "cpu" or "cuda".
-        plain: True where only plain LoRAs are added, to weights of 16 bits.
-
-    Raises:
-        NoDevice: see `resolve_device`.
     """
     if requested == "auto" and plain and (os.cpu_count() or 1) >= ENOUGH:
         return "cpu"

@@ -31,15 +31,7 @@ class Fused:
 
 @dataclass(frozen=True, slots=True)
 class FuseJob:
-    """A merge to write.
-
-    Attributes:
-        plan: what to fuse.
-        out: the folder or file to make; the manifest is written beside it.
-        device: ``cpu`` or ``cuda``; the bytes do not depend on it.
-        untouched: how weights that do not change are taken over from the base.
-        generated: files of a pipeline whose content is not the base's, by POSIX path.
-    """
+    """A merge to write, see `write_merged`; its manifest is written beside `out`."""
 
     plan: Plan
     out: Path

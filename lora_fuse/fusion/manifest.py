@@ -26,23 +26,18 @@ def build_manifest(
     base: Lock | None = None,
     loras: Mapping[str, Lock] | None = None,
 ) -> Manifest:
-    """Build the manifest of a merge that was just written.
+    """Build the manifest of a merge that was just written, as far as it was pinned with its locks.
 
-    Args:
-        plan: what was fused.
-        files: what `write_merged` returned.
-        recipe: gives its name and scale; without one, the scale is that of the first LoRA.
-        base: the base's lock, if it was downloaded by one.
-        loras: the LoRAs' locks by name.
+    Name and scale are the recipe's; without one, the scale is that of the first LoRA.
     """
     merged = []
     for given, lora in zip(plan.inputs, plan.loras, strict=True):
         lock = (loras or {}).get(given.name)
-        one = records.MergedLora(given.name, given.scale, lora.sha256, config_sha256=lora.config_sha256)
+        entry = records.MergedLora(given.name, given.scale, lora.sha256, config_sha256=lora.config_sha256)
         if lock:
-            one = replace(one, filename=lock.lora_name, repo_id=lock.repo_id, path=lock.path)
-            one = replace(one, revision=lock.revision, license=lock.license)
-        merged.append(one)
+            entry = replace(entry, filename=lock.lora_name, repo_id=lock.repo_id, path=lock.path)
+            entry = replace(entry, revision=lock.revision, license=lock.license)
+        merged.append(entry)
     return Manifest(
         schema=records.SCHEMA,
         recipe=recipe.name if recipe else None,
@@ -101,16 +96,12 @@ def check_files(manifest: Manifest, merged: Path) -> list[str]:
 
     Content is not hashed here: the engine hashed it while it was written, and publishing hashes what it sends.
     """
-    held = {path.relative_to(merged).as_posix(): path for path in merged.rglob("*") if not path.is_dir()}
-    problems = [
-        f"{name} is in the manifest and not in {merged}" for name in sorted(manifest.files.keys() - held.keys())
-    ]
-    problems += [
-        f"{name} is in {merged} and not in the manifest" for name in sorted(held.keys() - manifest.files.keys())
-    ]
-    for name in sorted(held.keys() & manifest.files.keys()):
-        size = held[name].stat().st_size
-        wanted = manifest.files[name].size
-        if size != wanted:
-            problems.append(f"{name} has {size} bytes, the manifest says {wanted}")
+    present = {path.relative_to(merged).as_posix(): path for path in merged.rglob("*") if not path.is_dir()}
+    listed = manifest.files
+    problems = [f"{name} is in the manifest and not in {merged}" for name in sorted(listed.keys() - present.keys())]
+    problems += [f"{name} is in {merged} and not in the manifest" for name in sorted(present.keys() - listed.keys())]
+    for name in sorted(present.keys() & listed.keys()):
+        size = present[name].stat().st_size
+        if size != listed[name].size:
+            problems.append(f"{name} has {size} bytes, the manifest says {listed[name].size}")
     return problems

@@ -52,7 +52,8 @@ def write_merged(
         Refused: the base or a LoRA turned out to be broken; `out` is as it was.
     """
     _check_places(plan.checkpoint, out)
-    _check_space(plan, out, untouched)
+    need = bytes_to_write(plan) + bytes_to_copy(plan, out, untouched) + space.SPARE
+    space.require(files.nearest_folder(out), need, "the merged checkpoint", "make room, or write OUT on another disk")
     try:
         shards = {shard.relative: _identity(shard.path) for shard in plan.fused_shards}
         loras = {lora.path: _identity(lora.path) for lora in plan.loras}
@@ -74,7 +75,7 @@ def write_merged(
             staging.replace_atomically(new, out)
     except OSError as error:
         raise Refused(f"cannot write {out}: {error.strerror} ({error.filename or out}); it is as it was") from error
-    return {name: written[name] for name in sorted(written)}
+    return dict(sorted(written.items()))
 
 
 def _key(plan: Plan, shards: Mapping[str, _Identity]) -> str:
@@ -89,7 +90,11 @@ def _identity(path: Path) -> _Identity:
 
 def bytes_to_write(plan: Plan) -> int:
     """Bytes that go through the engine: the fused shards, whole."""
-    return sum(_fused_size(shard, plan.provenance) for shard in plan.fused_shards)
+    entry = plan.provenance
+    return sum(
+        _stat(shard.path).st_size - len(shard.header.raw) + len(shard.header.with_metadata(PROVENANCE, entry))
+        for shard in plan.fused_shards
+    )
 
 
 def bytes_to_copy(plan: Plan, out: Path, untouched: files.Untouched) -> int:
@@ -103,11 +108,6 @@ def _copied(plan: Plan, out: Path, untouched: files.Untouched) -> dict[str, int]
     others = [*(shard.relative for shard in plan.checkpoint.shards), *plan.checkpoint.others]
     stats = {name: _stat(plan.checkpoint.locate(name)) for name in others if name not in fused}
     return {name: info.st_size for name, info in stats.items() if untouched == "copy" or info.st_dev != device}
-
-
-def _fused_size(shard: Shard, provenance: str) -> int:
-    header = shard.header
-    return _stat(shard.path).st_size - len(header.raw) + len(header.with_metadata(PROVENANCE, provenance))
 
 
 def _fuse_shards(
@@ -180,18 +180,9 @@ def _check_places(checkpoint: Checkpoint, out: Path) -> None:
     place = out.resolve()
     if place == base or base in place.parents or place in base.parents:
         raise Refused(f"OUT {out} and BASE {checkpoint.root} overlap; write the merged checkpoint somewhere else")
-    if (
-        out.is_dir()
-        and any(out.iterdir())
-        and not (out / "model_index.json").exists()
-        and not (out / "config.json").exists()
-    ):
+    is_checkpoint = any((out / name).exists() for name in ("model_index.json", "config.json"))
+    if out.is_dir() and any(out.iterdir()) and not is_checkpoint:
         raise Refused(f"OUT {out} is a folder with other things in it; it would be replaced, name another place")
-
-
-def _check_space(plan: Plan, out: Path, untouched: files.Untouched) -> None:
-    need = bytes_to_write(plan) + bytes_to_copy(plan, out, untouched) + space.SPARE
-    space.require(files.nearest_folder(out), need, "the merged checkpoint", "make room, or write OUT on another disk")
 
 
 def _stat(path: Path) -> os.stat_result:

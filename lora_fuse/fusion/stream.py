@@ -77,7 +77,6 @@ def fuse_shard(
         Stopped: `way.stop` was set.
     """
     slots = [Buffer() for _ in range(2 * way.workers + 2)]
-    sums = _Sums(way.device)
     with (
         direct_io.open_shard(shard.path) as source,
         HashingWriter(to, progress, way.direct) as output,
@@ -93,7 +92,9 @@ def fuse_shard(
                 slot.busy.result()
             data = reader.submit(direct_io.read_exactly, source, slot.memory, at, piece.nbytes)
             if piece.target is not None:
-                data = workers.submit(_add, piece.target, sums.of(piece.target), piece.first_row, data)
+                if piece.first_row == 0:  # the pieces of one target come one after another
+                    adder = read_sum(piece.target, way.device)
+                data = workers.submit(_add, piece.target, adder, piece.first_row, data)
             slot.busy = packer.submit(lambda ready: output.append(ready.result()), data)
             at += piece.nbytes
         for slot in slots:
@@ -102,23 +103,10 @@ def fuse_shard(
         return output.finish()
 
 
-class _Sums:
-    """The adder of the target at hand; the pieces of one target come one after another."""
-
-    def __init__(self, device: str) -> None:
-        self._device = device
-        self._found: tuple[Target, Adder] | None = None
-
-    def of(self, target: Target) -> Adder:
-        if self._found is None or self._found[0] is not target:
-            self._found = target, read_sum(target, self._device)
-        return self._found[1]
-
-
-def _add(target: Target, added: Adder, first: int, read: Future[memoryview]) -> memoryview:
+def _add(target: Target, adder: Adder, first: int, read: Future[memoryview]) -> memoryview:
     data = read.result()
     try:
-        added.add(data, first)
+        adder(data, first)
     except NotFinite as error:
         raise BadCheckpoint(f"{target.shard.path}: {target.tensor.name!r}: {error}; nothing was written") from error
     return data

@@ -27,11 +27,7 @@ class TorchSum:
         self._device = torch.device("cpu" if rooted else device)
 
     def add(self, data: memoryview, first: int) -> None:
-        """Overwrite the weight's rows in `data`, from number `first` on, with the merged ones.
-
-        Raises:
-            NotFinite: the base holds NaN or infinity there, or a sum is too large for its dtype.
-        """
+        """See `lora_fuse.fusion.adder.Adder`."""
         torch.set_num_threads(1)  # of this thread: its threads would spin against those of the other pieces
         rows = as_rows(data, self._dtype, self._columns)
         if self._device.type == "cpu":
@@ -55,10 +51,10 @@ def as_rows(data: memoryview, dtype: torch.dtype, columns: int) -> torch.Tensor:
 def pinned(memories: Sequence[memoryview]) -> Iterator[None]:
     """Within it, a GPU reads and writes these itself, where it is one that can."""
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    held = [torch.frombuffer(memory, dtype=torch.uint8) for memory in memories]
-    done = [delta for delta in held if not int(runtime.cudaHostRegister(delta.data_ptr(), delta.numel(), 0))]
+    buffers = [torch.frombuffer(memory, dtype=torch.uint8) for memory in memories]
+    done = [buffer for buffer in buffers if not int(runtime.cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0))]
     try:
         yield
     finally:
-        for delta in done:
-            runtime.cudaHostUnregister(delta.data_ptr())
+        for buffer in done:
+            runtime.cudaHostUnregister(buffer.data_ptr())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lora_fuse.checkpoint import TensorInfo
@@ -58,24 +58,12 @@ class LoraDelta:
         return f"{text}, rank {self.rank}, alpha {self.alpha:g} (factor {self.factor:g})"
 
 
-@dataclass(slots=True)
-class _Module:
-    """The keys of one module: by format and role, and those that go with any format."""
-
-    rows: dict[str, Roles] = field(default_factory=lambda: defaultdict(dict))
-    shared: Roles = field(default_factory=dict)
-
-
 def parse_lora(
     tensors: Mapping[str, TensorInfo], alphas: Mapping[str, float], config: AdapterConfig, where: str
 ) -> tuple[LoraDelta, ...]:
     """Group a file's keys into deltas, every key exactly once.
 
-    Args:
-        tensors: the file's header.
-        alphas: the values of its `.alpha` keys. They win over the configuration's and are not multiplied with it.
-        config: the scaling that a PEFT configuration gives to modules without an alpha of their own.
-        where: what to call the file in an error.
+    `alphas` are the values of its `.alpha` keys. They win over the configuration's and are not multiplied with it.
 
     Raises:
         BadLora: the file is empty, or a key is of no known format, for another component, twice there or alone.
@@ -83,13 +71,9 @@ def parse_lora(
     """
     if not tensors:
         raise BadLora(f"{where} is empty: it has no tensors")
-    deltas: list[LoraDelta] = []
-    lone: list[str] = []
-    for name, module in _modules(tensors, where).items():
-        reader = _Reader(name, module, alphas, config, where)
-        deltas += reader.deltas()
-        lone += reader.left()
-    if lone:
+    modules = _modules(tensors, alphas, config, where)
+    deltas = [delta for module in modules for delta in module.deltas()]
+    if lone := [key for module in modules for key in module.left()]:
         raise BadLora(
             f"{where}: {len(lone)} of {len(tensors)} keys have no partner ({_first(lone)}); "
             "the file is incomplete, fetch or export it again"
@@ -97,8 +81,10 @@ def parse_lora(
     return tuple(sorted(deltas, key=lambda delta: (delta.module, delta.part)))
 
 
-def _modules(tensors: Mapping[str, TensorInfo], where: str) -> dict[str, _Module]:
-    modules: dict[str, _Module] = defaultdict(_Module)
+def _modules(
+    tensors: Mapping[str, TensorInfo], alphas: Mapping[str, float], config: AdapterConfig, where: str
+) -> list[_Module]:
+    modules: dict[str, _Module] = {}
     unknown: list[str] = []
     for key, tensor in tensors.items():
         read = read_key(key)
@@ -106,7 +92,8 @@ def _modules(tensors: Mapping[str, TensorInfo], where: str) -> dict[str, _Module
             unknown.append(key)
             continue
         name, format_, role = read
-        roles = modules[name].shared if format_ is None else modules[name].rows[format_.name]
+        module = modules.setdefault(name, _Module(name, alphas, config, where))
+        roles = module.shared if format_ is None else module.rows[format_.name]
         if role in roles:
             raise BadLora(f"{where}: {roles[role].name!r} and {key!r} mean the same; a file may hold one adapter only")
         roles[role] = tensor
@@ -121,7 +108,7 @@ def _modules(tensors: Mapping[str, TensorInfo], where: str) -> dict[str, _Module
             f"{where}: {len(unknown)} of {len(tensors)} keys belong to no known format ({_first(unknown)}); "
             f"known are {', '.join(row.name for row in FORMATS)}"
         )
-    return modules
+    return list(modules.values())
 
 
 def _first(keys: Sequence[str]) -> str:
@@ -129,19 +116,20 @@ def _first(keys: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Reader:
-    """Takes a module's keys, role by role, until none is left."""
+class _Module:
+    """The tensors of one module, by format and role, and those that go with any format; taken until none is left."""
 
     name: str
-    module: _Module
     alphas: Mapping[str, float]
     config: AdapterConfig
     where: str
+    rows: dict[str, Roles] = field(default_factory=lambda: defaultdict(dict))
+    shared: Roles = field(default_factory=dict)
 
     def deltas(self) -> Iterator[LoraDelta]:
         """The deltas of the module: of its weight, of its bias, or of both."""
         for row in FORMATS:
-            roles = self.module.rows.get(row.name, {})
+            roles = self.rows.get(row.name, {})
             match row.algorithm:
                 case Algorithm.LORA if {"down", "up"} <= roles.keys():
                     yield from self._lora(row, roles)
@@ -154,8 +142,7 @@ class _Reader:
 
     def left(self) -> list[str]:
         """The keys that no delta took."""
-        rows = [*self.module.rows.values(), self.module.shared]
-        return [tensor.name for roles in rows for tensor in roles.values()]
+        return [tensor.name for roles in (*self.rows.values(), self.shared) for tensor in roles.values()]
 
     def _lora(self, row: KeyFormat, roles: Roles) -> Iterator[LoraDelta]:
         taken = _take(roles, "down", "up", "mid")
@@ -177,8 +164,7 @@ class _Reader:
         if bias is not None:
             if bias.shape != (shape[0],):
                 raise self._mismatch({"bias": bias, "up": up}, "a bias of [out]")
-            keys = {"up bias": bias.name}
-            yield LoraDelta(self.name, "bias", row, keys, (shape[0], 1), rank, delta.alpha, delta.factor)
+            yield replace(delta, part="bias", keys={"up bias": bias.name}, shape=(shape[0], 1))
 
     def _loha(self, row: KeyFormat, roles: Roles) -> LoraDelta:
         taken = _take(roles, "w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")
@@ -238,7 +224,7 @@ class _Reader:
 
     def _scaled(self, row: KeyFormat, taken: Roles, shape: tuple[int, int], rank: int | None) -> LoraDelta:
         keys = {role: tensor.name for role, tensor in taken.items()} | self._take_magnitude(shape)
-        own = self.module.shared.pop("alpha", None)
+        own = self.shared.pop("alpha", None)
         if rank is None:  # LoKr of two whole matrices: LyCORIS and its readers do not apply an alpha there
             return LoraDelta(self.name, "weight", row, keys, shape)
         configured = self.config.rank_of(self.name)
@@ -255,7 +241,7 @@ class _Reader:
         return LoraDelta(self.name, "weight", row, keys, shape, rank, alpha, self.config.factor(alpha, rank))
 
     def _take_magnitude(self, shape: tuple[int, int]) -> dict[str, str]:
-        taken = _take(self.module.shared, "dora_scale", "magnitude")
+        taken = _take(self.shared, "dora_scale", "magnitude")
         if len(taken) > 1:
             raise BadLora(
                 f"{self.where}: {self.name!r} has both dora_scale and lora_magnitude_vector; which one counts?"
