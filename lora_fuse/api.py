@@ -58,7 +58,7 @@ def fuse(
         Refused: there is no such device, no space, or something else at `out`; `out` is as it was.
     """
     with nullcontext() if show_progress else progress.silence():
-        return FuseJob.of(plan, out, device=device, untouched=untouched, scheduler=scheduler or {}).run()
+        return FuseJob(plan, out, device=device, untouched=untouched, scheduler=scheduler or {}).run()
 
 
 def verify(  # noqa: PLR0913 - by keyword, each is a choice of its own

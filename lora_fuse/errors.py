@@ -17,18 +17,9 @@ EXTRAS = {
     "torch": ("torch",),
     "hub": ("httpx2", "huggingface_hub", "yaml"),
     "pipeline": (
-        *("PIL", "accelerate", "cyclonedx", "diffusers", "flip_evaluator", "hydra", "jinja2", "junitparser"),
-        *(
-            "omegaconf",
-            "packageurl",
-            "packaging",
-            "peft",
-            "psutil",
-            "skimage",
-            "ssimulacra2",
-            "tabulate",
-            "transformers",
-        ),
+        *("PIL", "accelerate", "cyclonedx", "diffusers", "flip_evaluator", "hydra", "jinja2"),
+        *("junitparser", "omegaconf", "packageurl", "packaging", "peft", "psutil"),
+        *("skimage", "ssimulacra2", "tabulate", "transformers"),
     ),
     "sign": ("OpenSSL", "cryptography", "model_signing", "sigstore"),
 }
@@ -146,10 +137,7 @@ class BadGolden(Refused):
 
 @contextmanager
 def naming_extras(what: str) -> Iterator[None]:
-    """Refuse what is done inside if it imports a library of `EXTRAS` that is not installed.
-
-    Args:
-        what: the subject of the error: the thing that needs the library.
+    """Refuse what is done inside, `what`, if it imports a library of `EXTRAS` that is not installed.
 
     Raises:
         MissingExtra: a library is not installed; the message names its extra.

@@ -88,7 +88,7 @@ class Bench(ExitStack):
 
     def _merge(self, loras: Sequence[Path]) -> Path:
         out = Path(self.enter_context(tempfile.TemporaryDirectory())) / "merged"
-        FuseJob.of(self._plan(loras), out, device="cpu").run()
+        FuseJob(self._plan(loras), out, device="cpu").run()
         return out
 
     def _plan(self, loras: Sequence[Path]) -> Plan:

@@ -17,7 +17,7 @@ def fuse(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -
     for warning in pair_warnings(base.repo_id, [(lora.repo_id, lora.lora_name) for lora in loras.values()]):
         console.warn(warning)
     plan = plan_of(base, loras, recipe)
-    job = FuseJob.of(
+    job = FuseJob(
         plan,
         at.merged,
         device=recipe.fuse.device,

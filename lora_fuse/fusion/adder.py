@@ -48,7 +48,7 @@ def read_sum(target: Target, device: str) -> Adder:
 def _torch_sum(target: Target, deltas: list[Delta], device: str) -> Adder:
     """The adder for any deltas, on any device."""
     with naming_extras(f"{target.shard.path}: a sum as large as those of {target.tensor.name!r}"):
-        from lora_fuse.fusion.torch_adder import TorchSum
+        from lora_fuse.fusion.torch_sums import TorchSum
 
     return TorchSum(deltas, target.tensor.dtype, _columns(target), device).add
 
@@ -69,7 +69,7 @@ def read_deltas(target: Target) -> list[Delta]:
 
 def _rows_of(target: Target) -> Iterator[tuple[int, torch.Tensor]]:
     """Read a target's rows from the base, in float64, block by block."""
-    from lora_fuse.fusion.torch_adder import as_rows
+    from lora_fuse.fusion.torch_sums import as_rows
 
     at = target.tensor.start
     memory = direct_io.block_memory(BUFFER)

@@ -1,6 +1,6 @@
 """Plain LoRAs into 16-bit weights on a CPU: float32 where that decides the rounding, float64 where not, else integers.
 
-The bytes are those of `fusion`, which sums every delta for every dtype and device: the exact sum, rounded once.
+The bytes are those of `torch_sums`, which sums every delta for every dtype and device: the exact sum, rounded once.
 A CPU multiplies in float32 at twice the speed, and what follows is one pass here, where torch would take many.
 """
 
@@ -58,11 +58,7 @@ class Stacked:
         )
 
     def add(self, weights: npt.NDArray[np.uint16], first: int) -> None:
-        """Add to some rows of the weight, in place.
-
-        Args:
-            weights: (n, columns), as bits; overwritten.
-            first: the number of the first row.
+        """Add to rows of the weight, (n, columns) as bits, in place; `first` is the number of the first.
 
         Raises:
             NotFinite: a weight is NaN or infinite.

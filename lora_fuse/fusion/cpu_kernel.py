@@ -12,7 +12,7 @@ The compiled code is kept beside this file, or in the user's cache; the first us
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numba
 import numpy as np
@@ -120,24 +120,11 @@ def _inner_product(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> np
     return total
 
 
-class AddRows(Protocol):
-    """Overwrite weights by their sum with a product, rounded once, as far as float64 decides it.
-
-    Args:
-        bits: (n, m), the weights.
-        product: (n, m), their part of ``a @ b.T`` in float32.
-        first: the row of `factors.a` that belongs to their first row.
-        factors: of the whole product.
-        left: (n * m,), is given the flat numbers of the weights that stay as they were, undecided by float64.
-
-    Returns:
-        Their count; or -1 where a product is further off than float32 allows.
-    """
-
-    def __call__(
-        self, bits: Bits, product: Float32s, first: int, factors: Factors, left: npt.NDArray[np.int64], /
-    ) -> int:
-        """See the class."""
+# Overwrites weights, (n, m), by their sum with a product, rounded once, as far as float64 decides it. The arguments are
+# the weights' bits; their part of ``a @ b.T`` in float32, (n, m); the row of `Factors.a` that belongs to the first of
+# them; the factors of the whole product; and memory for n * m numbers, which is given the flat ones of the weights that
+# stay as they were, undecided. Returns their count; or -1 where a product is further off than float32 allows.
+AddRows: TypeAlias = Callable[[Bits, Float32s, int, Factors, npt.NDArray[np.int64]], int]
 
 
 def adder(kind: dtypes.FloatFormat) -> AddRows:

@@ -6,7 +6,7 @@ The command line, the stage and `lora_fuse.fuse` all go through here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,19 +29,11 @@ class Fused:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
 class FuseJob:
     """A merge to write, see `write_merged`; its manifest is written beside `out`."""
 
-    plan: Plan
-    out: Path
-    device: str
-    untouched: files.Untouched
-    generated: Mapping[str, bytes] = field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         plan: Plan,
         out: Path,
         *,
@@ -49,7 +41,7 @@ class FuseJob:
         untouched: files.Untouched = "auto",
         pipeline: str | None = None,
         scheduler: Mapping[str, object] | None = None,
-    ) -> FuseJob:
+    ) -> None:
         """Choose the device and generate the files; `pipeline` and `scheduler` are those of `diffusers_files`.
 
         Raises:
@@ -60,10 +52,13 @@ class FuseJob:
         base = plan.checkpoint
         if scheduler and base.kind != "pipeline":
             raise BadConfig(f"--scheduler is for a pipeline, and {base.root} is a {base.kind}; leave it out")
-        generated = {}
+        self.plan = plan
+        self.out = out
+        self.device = fuse_device(device, plan.plain)
+        self.untouched = untouched
+        self.generated: dict[str, bytes] = {}
         if pipeline or scheduler:
-            generated = diffusers_files(base.root, pipeline=pipeline, scheduler=scheduler or {})
-        return cls(plan, out, fuse_device(device, plan.plain), untouched, generated)
+            self.generated = diffusers_files(base.root, pipeline=pipeline, scheduler=scheduler or {})
 
     @property
     def label(self) -> str:

@@ -127,7 +127,7 @@ def _pinned(device: str, slots: list[Buffer]) -> Iterator[None]:
     if device == "cpu":
         yield
         return
-    from lora_fuse.fusion.torch_adder import pinned
+    from lora_fuse.fusion.torch_sums import pinned
 
     with pinned([slot.memory for slot in slots]):
         yield

@@ -1,4 +1,4 @@
-"""The arithmetic of a fuse: ``W' = round(W + sum_i D_i)``, the exact sum, rounded once. Pure.
+"""Any deltas added to weights of any dtype by torch, on CPU or GPU: ``W' = round(W + sum_i D_i)``, rounded once.
 
 The float64 sum has an error, which depends on thread count, library and device. It is bounded here for any order of
 summation (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.1), and where the bound leaves a
@@ -8,28 +8,72 @@ doubt about the rounding, the sum is taken again in fractions. So the bytes are 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from typing import NamedTuple
 
 import torch
 
+from lora_fuse.checkpoint import dtypes
 from lora_fuse.fusion.torch_rounding import FLOAT_FORMATS, round_doubtful, round_most, scratch
-from lora_fuse.lora import Delta, NotFinite, exact
+from lora_fuse.lora import Decomposed, Delta, NotFinite, exact
 
 BLOCK = (512, 1024)  # rows and columns that are summed at a time on a CPU: 4 MB in float64
+_of_thread = threading.local()
+
+
+class TorchSum:
+    """The deltas of one weight."""
+
+    def __init__(self, deltas: Sequence[Delta], dtype: str, columns: int, device: str) -> None:
+        """Take deltas of a weight of a safetensors dtype; a square root is taken on the CPU, the same everywhere."""
+        self._deltas = deltas
+        self._dtype = dtypes.DTYPES[dtype].torch
+        self._columns = columns
+        rooted = any(isinstance(delta, Decomposed) for delta in deltas)
+        self._device = torch.device("cpu" if rooted else device)
+
+    def add(self, data: memoryview, first: int) -> None:
+        """See `lora_fuse.fusion.adder.Adder`."""
+        torch.set_num_threads(1)  # of this thread: its threads would spin against those of the other pieces
+        rows = as_rows(data, self._dtype, self._columns)
+        if self._device.type == "cpu":
+            fuse_rows(rows, self._deltas, first)
+            return
+        if not hasattr(_of_thread, "stream"):  # one piece is carried over while another is summed
+            _of_thread.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(_of_thread.stream):
+            moved = rows.to(self._device, non_blocking=True)
+            fuse_rows(moved, self._deltas, first)
+            rows.copy_(moved, non_blocking=True)
+            _of_thread.stream.synchronize()
+
+
+def as_rows(data: memoryview, dtype: torch.dtype, columns: int) -> torch.Tensor:
+    """Bytes as a matrix, without a copy."""
+    return torch.frombuffer(data, dtype=dtype).view(-1, columns)
+
+
+@contextmanager
+def pinned(memories: Sequence[memoryview]) -> Iterator[None]:
+    """Within it, a GPU reads and writes these itself, where it is one that can."""
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    buffers = [torch.frombuffer(memory, dtype=torch.uint8) for memory in memories]
+    done = [buffer for buffer in buffers if not int(runtime.cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0))]
+    try:
+        yield
+    finally:
+        for buffer in done:
+            runtime.cudaHostUnregister(buffer.data_ptr())
 
 
 def fuse_rows(rows: torch.Tensor, deltas: Sequence[Delta], first: int = 0) -> None:
-    """Add deltas to some rows of a weight, in place.
+    """Add deltas to `rows`, (n, columns), of a weight in its own dtype, in place; `first` is the number of the first.
 
     The result is exact but for a delta that has a root in it (DoRA), whose float64 sum is rounded, and for float64
     weights, which get the float64 sum.
-
-    Args:
-        rows: (n, columns), the weight's rows in its own dtype; overwritten.
-        deltas: of the whole weight.
-        first: the number of the first row.
 
     Raises:
         NotFinite: a weight is NaN or infinite, or a sum is too large for the dtype.

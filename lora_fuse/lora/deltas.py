@@ -41,7 +41,7 @@ class Delta(Protocol):
     size: float
     roundings: int
 
-    def add_to(self, total: torch.Tensor, weight: torch.Tensor, row: int, column: int) -> None:
+    def add_to(self, total: torch.Tensor, weight: torch.Tensor, row: int, column: int, /) -> None:
         """Add to `total`, (n, m) float64, the part that begins at a row and a column; `weight` is the base's part."""
 
     def exact(self, row: int, column: int) -> Fraction:
@@ -114,9 +114,8 @@ class LowRank:
         self.size = abs(factor) * matrix.size
         self.roundings = matrix.roundings + 2
 
-    def add_to(self, total: torch.Tensor, weight: torch.Tensor, row: int, column: int) -> None:
+    def add_to(self, total: torch.Tensor, _: torch.Tensor, row: int, column: int) -> None:
         """See `Delta`."""
-        del weight
         self.matrix.add_to(total, row, column, self.factor)
 
     def exact(self, row: int, column: int) -> Fraction:
@@ -138,9 +137,8 @@ class _OfTwo:
 class Hadamard(_OfTwo):
     """``factor * left * right``, element by element: LoHa (Hyeon-Woo et al. 2021, arXiv:2108.06098, section 2.2)."""
 
-    def add_to(self, total: torch.Tensor, weight: torch.Tensor, row: int, column: int) -> None:
+    def add_to(self, total: torch.Tensor, _: torch.Tensor, row: int, column: int) -> None:
         """See `Delta`."""
-        del weight
         total.addcmul_(*(side.part(total, row, column) for side in (self.left, self.right)), value=self.factor)
 
     def exact(self, row: int, column: int) -> Fraction:
@@ -155,11 +153,10 @@ class Kronecker(_OfTwo):
     def _values(self) -> tuple[Array, Array]:
         return np.ascontiguousarray(self.left.values()), np.ascontiguousarray(self.right.values())
 
-    def add_to(self, total: torch.Tensor, weight: torch.Tensor, row: int, column: int) -> None:
+    def add_to(self, total: torch.Tensor, _: torch.Tensor, row: int, column: int) -> None:
         """See `Delta`."""
         import torch
 
-        del weight
         left, right = (torch.from_numpy(values).to(total.device) for values in self._values)
         rows = torch.arange(row, row + total.shape[0], device=total.device).unsqueeze(1)
         columns = torch.arange(column, column + total.shape[1], device=total.device)

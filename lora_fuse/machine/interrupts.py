@@ -42,13 +42,10 @@ def _terminate(_: int, __: FrameType | None) -> None:
 
 
 def guarded(work: Callable[[], int], kept: str = "earlier results are as they were; run it again") -> int:
-    """Run `work`; an error raised on purpose becomes one line on stderr and its exit code.
+    """Run `work` for its exit code; an error raised on purpose becomes one line on stderr and its exit code.
 
-    Of the processes of a launch, only the first that fails prints its error.
-
-    Args:
-        work: gives its exit code.
-        kept: printed after Ctrl-C or SIGTERM: what is left, and how to go on.
+    Of the processes of a launch, only the first that fails prints its error. After Ctrl-C or SIGTERM, `kept` says what
+    is left, and how to go on.
     """
     try:
         with stoppable():

@@ -42,11 +42,9 @@ COMPONENT = "transformer"  # what every family so far fuses into
 
 
 def pair_warnings(base: str | None, loras: Iterable[tuple[str | None, str | None]]) -> list[str]:
-    """A sentence for each LoRA that is known to be made for another base.
+    """A sentence for each LoRA, a repository id and a filename, that is known to be made for another base.
 
-    Args:
-        base: repository id of the base; None is a local folder, of which nothing is known.
-        loras: repository id and filename of each LoRA.
+    `base` is a repository id; None is a local folder, of which nothing is known.
     """
     known = {family.base for family in FAMILIES}
     warnings = []

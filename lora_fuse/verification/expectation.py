@@ -151,13 +151,7 @@ class Expected:
 
 
 def read_expected(loras: Sequence[LoraInput], base: Weights, selection: Selection) -> Expected:
-    """Work out what every LoRA should add at its scale.
-
-    Args:
-        loras: what was fused, with the scales that were applied.
-        base: the weights that they were fused into; only names are looked at.
-        selection: which of the modules were fused.
-    """
+    """Work out what every LoRA should add at its scale; of `base`, only names are looked at."""
     found = Expected()
     flat = {name.rpartition(".")[0].replace(".", "_"): name.rpartition(".")[0] for name in base.names()}
     for given in loras:
@@ -209,15 +203,12 @@ def _complete(parts: Mapping[str, Array]) -> bool:
 
 def _factor(module: str, parts: Mapping[str, Array], config: Mapping[str, Any]) -> float:
     """The file's own factor of its product: alpha / rank, or alpha / sqrt(rank) with `use_rslora`."""
-    rows_are_rank = next(
-        (name for name in ("down", "of", "hada_w1_b", "lokr_w1_b", "lokr_w2_b") if name in parts), None
-    )
-    if rows_are_rank is None:
+    rows_are_rank = ("down", "of", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
+    rank = next((len(parts[name]) for name in rows_are_rank if name in parts), None)
+    if rank is None:
         return 1.0
-    rank = len(parts[rows_are_rank])
-    alphas = [
-        value for key, value in (config.get("alpha_pattern") or {}).items() if re.search(rf"(^|\.){key}$", module)
-    ]
+    patterns = config.get("alpha_pattern") or {}
+    alphas = [value for pattern, value in patterns.items() if re.search(rf"(^|\.){pattern}$", module)]
     alpha: Any = [*alphas, config.get("lora_alpha")][0]
     if "alpha" in parts:
         alpha = parts["alpha"].reshape(-1)[0]

@@ -96,14 +96,7 @@ def verify_merge(
 ) -> Verification:
     """Compare a merged checkpoint with what the base and the LoRAs should have given; progress goes to stderr.
 
-    Args:
-        merged: the result, of the same kind as `base`.
-        base: a pipeline folder, a component folder or one safetensors file.
-        loras: what was fused, with the scales that were applied.
-        component: the pipeline's component that was fused.
-        rows: rows of each target to re-derive; None for all of them.
-        expected: what the generated files should say.
-        selection: which modules were fused; None for all.
+    As `lora_fuse.verify`, but that `rows` is None for all of them.
 
     Raises:
         BadCheckpoint: one side has nothing to compare.
@@ -115,8 +108,9 @@ def verify_merge(
     ):
         base_files = weight_files(base, component)
         merged_files = weight_files(merged, component)
-        if [file.name for file in base_files] != [file.name for file in merged_files] and base.is_dir():
-            found.problem(f"shards differ: base {_names(base_files)}, merged {_names(merged_files)}")
+        base_names, merged_names = ([file.name for file in side] for side in (base_files, merged_files))
+        if base_names != merged_names and base.is_dir():
+            found.problem(f"shards differ: base {', '.join(base_names)}, merged {', '.join(merged_names)}")
         ours = Weights(merged_files, stack)
         theirs = Weights(base_files, stack)
         expected_sum = read_expected(loras, theirs, selection or Selection())
@@ -143,10 +137,6 @@ def weight_files(root: Path, component: str) -> list[Path]:
     if not shards:
         raise BadCheckpoint(f"{folder} has no safetensors files to verify; is it a checkpoint?")
     return shards
-
-
-def _names(paths: Sequence[Path]) -> str:
-    return ", ".join(path.name for path in paths)
 
 
 def _check_tensors(
@@ -192,17 +182,15 @@ def _check_target(
             row, column = np.argwhere(wrong)[0]
             found.problem(
                 f"{name}: {int(wrong.sum())} of {wrong.size} values looked at are not base + delta rounded once, "
-                f"first [{block[row]}, {column}]: {ours[row, column]!s}, "
-                f"expected {exact[row, column]:.9g}"
+                f"first [{block[row]}, {column}]: {ours[row, column]!s}, expected {exact[row, column]:.9g}"
             )
             return
     found.changes[name] = change = tally.change()
     if change.relative_norm == 0:
         found.notes.append(f"{name}: the difference is zero in the rows looked at")
     elif change.relative_norm > 1:
-        found.notes.append(
-            f"{name}: the difference is {change.relative_norm:.2g} times the weight; is the scale right?"
-        )
+        times = f"{change.relative_norm:.2g} times the weight"
+        found.notes.append(f"{name}: the difference is {times}; is the scale right?")
 
 
 @dataclass(slots=True)
@@ -252,16 +240,16 @@ def _check_files(
     found: Verification,
     advance: Callable[[int], None],
 ) -> None:
-    generated = set()
+    generated: dict[Path, Mapping[str, object]] = {}
     if expected.scheduler:
-        generated.add(merged / "scheduler" / "scheduler_config.json")
-        _check_json(merged / "scheduler" / "scheduler_config.json", expected.scheduler, found)
+        generated[merged / "scheduler" / "scheduler_config.json"] = expected.scheduler
     if expected.pipeline is not None:
-        generated.add(merged / "model_index.json")
-        _check_json(merged / "model_index.json", {"_class_name": expected.pipeline}, found)
-    generated |= {merged / name for name in expected.beside}
+        generated[merged / "model_index.json"] = {"_class_name": expected.pipeline}
+    for path, wanted in generated.items():
+        _check_json(path, wanted, found)
+    apart = {*weights, *generated, *(merged / name for name in expected.beside)}
     for path in sorted(merged.rglob("*")):
-        if path.is_dir() or path in weights or path in generated:
+        if path.is_dir() or path in apart:
             continue
         twin = base / path.relative_to(merged)
         found.files_untouched += 1

@@ -83,7 +83,7 @@ class Rig(ExitStack):
         """Write a merged repository into `folder`, by default the recipe's; an empty scheduler keeps the base's."""
         scheduler = self.setup.scheduler if scheduler is None else scheduler
         out = folder / "merged"
-        FuseJob.of(plan or self.plan(), out, device="cpu", pipeline=self.setup.pipeline, scheduler=scheduler).run()
+        FuseJob(plan or self.plan(), out, device="cpu", pipeline=self.setup.pipeline, scheduler=scheduler).run()
         return out
 
     def load(self, folder: Path) -> render.Pipeline:
