@@ -42,11 +42,7 @@ def load(overrides: Sequence[str] = (), variant: str | None = None) -> Recipe:
 
 
 def check_declared(recipe: str, variant: str | None = None) -> Recipe:
-    """The compiled parameters, to approve under, if they are what `conf/` says of a recipe, or of a variant.
-
-    Raises:
-        CheckFailed: they are not.
-    """
+    """The compiled parameters, to approve under; refused if they are not what `conf/` says of a recipe or variant."""
     declared = load(variant=variant)
     if variant is None and declared != load([f"recipe={recipe}"]):
         raise CheckFailed(

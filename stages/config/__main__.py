@@ -1,7 +1,4 @@
-"""``python -m stages.config [overrides]``: compile `conf/` to `params.yaml` and `variants/params.yaml`.
-
-``--check`` compares both with what `conf/` gives.
-"""
+"""``python -m stages.config [overrides]``: compile `conf/` to `params.yaml` and `variants/params.yaml`."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from lora_fuse.machine.staging import exclusive
 from lora_fuse.pictures.metrics import METRICS
 from lora_fuse.pictures.picture import Levels, Picture
 from lora_fuse.studies.sweep import pins
-from lora_fuse.studies.sweep.baseline import baseline
+from lora_fuse.studies.sweep.building import baseline
 from lora_fuse.studies.sweep.curves import HEIGHT, WIDTH, curve
 from lora_fuse.studies.sweep.numbers import against_baseline, broken, curves, failed, mean_of, worse_than_base
 from lora_fuse.studies.sweep.points import MERGED, Point, clear_leftovers, key_of

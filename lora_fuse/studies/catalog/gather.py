@@ -84,7 +84,7 @@ def _built(unbuilt: CatalogEntry, recipe: Recipe, at: Artifacts, publish: str | 
         verdict=metrics["verdict"],
         passed=passed,
         environment=metrics["environment"],
-        judged=_written(at.metrics),
+        judged=f"{datetime.fromtimestamp(at.metrics.stat().st_mtime, UTC):%Y-%m-%dT%H:%MZ}",
         report=at.report if at.report.exists() else None,
         pictures=tuple(_pictures(recipe, metrics, at)),
     )
@@ -171,10 +171,6 @@ def _size(manifest: Manifest, merged: Path) -> Size:
             root = hf_cache.locate(manifest.base)
             linked = sum(size for name, size in taken.items() if (root / name).samefile(merged / name))
     return Size(sum(file.size for file in manifest.files.values()), sum(taken.values()), linked)
-
-
-def _written(path: Path) -> str:
-    return datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="minutes").replace("+00:00", "Z")
 
 
 def _pictures(recipe: Recipe, metrics: Mapping[str, Any], at: Artifacts) -> Iterator[CasePicture]:

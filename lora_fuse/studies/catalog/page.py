@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,12 @@ SCHEMA = 1
 
 def catalog_html(entries: Sequence[CatalogEntry]) -> str:
     """The page; pictures are in it."""
-    filters: dict[str, Callable[..., object]] = {
-        "bytes": progress.human_bytes,
-        "sharing": sharing,
-        "web": _web,
-    }
     return pages.render_page(
-        "lora_fuse.studies.catalog", "catalog.html.j2", filters=filters, entries=entries, summary=summary(entries)
+        "lora_fuse.studies.catalog",
+        "catalog.html.j2",
+        filters={"bytes": progress.human_bytes, "sharing": sharing, "web": _web},
+        entries=entries,
+        summary=summary(entries),
     )
 
 
@@ -45,7 +44,7 @@ def catalog_markdown(entries: Sequence[CatalogEntry], folder: Path) -> str:
         )
         for entry in entries
     ]
-    table = [f"| {' | '.join(map(_cell, row))} |" for row in rows]
+    table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     table.insert(1, "|---" * len(rows[0]) + "|")
     sections = [_section(entry, folder) for entry in entries]
     return "\n".join(["# Variants", "", summary(entries), "", *table, "", *sections])
@@ -64,7 +63,8 @@ def _section(entry: CatalogEntry, folder: Path) -> str:
         tag = f", tag {entry.publication.tag}" if entry.publication.tag else ""
         lines.append(f"- published as {_code(f'{entry.publication.repo_id}@{entry.publication.commit}')}{tag}")
     lines += [f"- {note}" for note in (*entry.notes, *(entry.publication.notes if entry.publication else ()))]
-    lines += [f"- next: {_code(entry.command)}"] if entry.command else []
+    if entry.command:
+        lines.append(f"- next: {_code(entry.command)}")
     pictures = [
         f"![{entry.name}, {shown.case}]({os.path.relpath(shown.path, folder)})"
         for shown in entry.pictures
@@ -112,10 +112,6 @@ def _published(entry: CatalogEntry) -> str:
         return f"not yet: {entry.repo_id}" if entry.repo_id else "not to be"
     older = " (older)" if entry.publication.notes else ""
     return f"{entry.publication.repo_id}, {entry.publication.tag or entry.publication.commit[:12]}{older}"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def _code(text: str) -> str:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
+from lora_fuse.errors import BadSource
 from lora_fuse.fusion import Plan, plan_of
-from lora_fuse.machine import files, staging
+from lora_fuse.machine import FileRecord, files, staging
 from lora_fuse.pictures import Case, environment, pairs, picture, render
-from lora_fuse.recipe import Artifacts, hf_cache, paths
+from lora_fuse.recipe import Artifacts, hf_cache, paths, records
 from lora_fuse.regression import case_judgement, goldens, judge
-from lora_fuse.studies.sweep.baseline import baseline
 from lora_fuse.studies.sweep.numbers import against_baseline, describe, failed
 from lora_fuse.studies.sweep.planning import PlannedPoint
-from lora_fuse.studies.sweep.points import IMAGES, METRICS, key_of
+from lora_fuse.studies.sweep.points import IMAGES, METRICS, key_of, waiting
 from lora_fuse.studies.sweep.sheet import Sheet
+
+BASELINE = "baseline.json"
 
 
 @dataclass(slots=True)
@@ -106,6 +110,51 @@ class PointBuilder:
         case_judgement.save_pictures(judged.cases, planned.point.folder / IMAGES)
         files.replace_text(planned.point.folder / METRICS, json.dumps(metrics, indent=2) + "\n")
         return describe(metrics)
+
+
+def baseline(
+    folder: Path, cases: Sequence[Case], render: Callable[[], Sequence[picture.Rendered]]
+) -> Mapping[str, picture.Picture]:
+    """The pictures in `folder`, by case; rendered if they are not there or not as they were."""
+    with waiting(folder):  # several processes need the same, and one makes it
+        if (kept := _read_baseline(folder, cases)) is not None:
+            return kept
+        pictures = dict(zip((case.name for case in cases), render(), strict=True))
+        _write_baseline(folder, pictures)
+        return pictures
+
+
+def _read_baseline(folder: Path, cases: Sequence[Case]) -> dict[str, picture.Picture] | None:
+    path = folder / BASELINE
+    try:
+        written = records.read(dict[str, FileRecord], path)
+        if any(files.hash_file(folder / name) != record for name, record in written.items()):
+            return None
+        return {case.name: _read_picture(folder, case.name) for case in cases}
+    except (OSError, BadSource):
+        return None
+
+
+def _read_picture(folder: Path, case: str) -> picture.Picture:
+    with np.load(folder / f"{case}.npz") as arrays:
+        latents = arrays["latents"]
+        nonfinite = int(arrays["nonfinite"])
+        sigmas = tuple(arrays["sigmas"].tolist())
+    return picture.Picture(picture.read_levels(folder / f"{case}.png"), nonfinite, latents, sigmas)
+
+
+def _write_baseline(folder: Path, pictures: Mapping[str, picture.Picture]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for case, made in pictures.items():
+        files.replace_bytes(folder / f"{case}.png", made.png)
+        np.savez(
+            folder / f"{case}.npz",
+            latents=np.asarray(made.latents),
+            nonfinite=made.nonfinite,
+            sigmas=np.asarray(made.sigmas),
+        )
+    names = [f"{case}.{kind}" for case in pictures for kind in ("npz", "png")]
+    files.replace_text(folder / BASELINE, records.to_json({name: files.hash_file(folder / name) for name in names}))
 
 
 def wrong_points(sheet: Sheet) -> dict[str, str]:

@@ -54,15 +54,11 @@ def against_baseline(case: str, merged: picture.Picture, alone: picture.Picture)
     same_size = merged.levels.shape == alone.levels.shape
     sound = not alone.nonfinite and not damage.is_flat(alone.levels)
     compared = verdicts.compare(merged, alone) if same_size and sound else None
-    found: dict[str, review.Scalar] = {f"{case}.baseline.{name}": _value(compared, name) for name in metrics.METRICS}
+    values = {} if compared is None else {key: value for key, value in compared.values.items() if math.isfinite(value)}
+    found: dict[str, review.Scalar] = {f"{case}.baseline.{name}": values.get(name) for name in metrics.METRICS}
     for key, side in (("damage", merged), ("baseline_damage", alone)):
         found |= {f"{case}.{key}.{name}": measure(side.levels) for name, measure in damage.MEASURES.items()}
     return found
-
-
-def _value(compared: verdicts.Comparison | None, name: str) -> float | None:
-    value = None if compared is None else compared.values.get(name)
-    return value if value is not None and math.isfinite(value) else None
 
 
 def mean_of(metrics: Mapping[str, Any], key: str) -> float | None:

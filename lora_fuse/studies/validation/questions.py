@@ -113,11 +113,8 @@ def strong(
             f"(cosine {files.cosine:.3f}). Is alpha missing or ignored? It would be as strong at {1 / ratio:.3g} "
             "times the current scale."
         )
-        answers.append(
-            _as_strong(
-                "Are the same differences as large?", (ratio, ratio * asked), SAME_STRENGTH, f"{ratio:.3g}", sentence
-            )
-        )
+        question = "Are the same differences as large?"
+        answers.append(_as_strong(question, (ratio, ratio * asked), SAME_STRENGTH, f"{ratio:.3g}", sentence))
     effects = [case.effect for case in cases if case.effect is not None]
     if effects and median(effect.alignment for effect in effects) >= bounds.alignment:
         strength = median(effect.strength for effect in effects)
@@ -125,11 +122,8 @@ def strong(
             f"It acts {strength:.2g} times as strongly on pictures as the current version, in the same direction: "
             "the scale is wrong."
         )
-        answers.append(
-            _as_strong(
-                "Does it act as strongly?", (strength, strength / asked), bounds.strength, f"{strength:.2f}", sentence
-            )
-        )
+        ratios = (strength, strength / asked)
+        answers.append(_as_strong("Does it act as strongly?", ratios, bounds.strength, f"{strength:.2f}", sentence))
     return answers
 
 

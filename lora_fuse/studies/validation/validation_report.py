@@ -59,7 +59,9 @@ def _cells(case: MeasuredCase) -> dict[str, str]:
     """The texts of a case by column: distances to the current version, the floor and the golden, and the effect."""
     evidence = case.evidence
     acts = evidence.effect
-    beside = to_current(case)
+    new = case.sides.pair.merged
+    current = case.sides.current
+    beside = verdicts.compare(new, current) if current is not None and current.size == new.size else None
     return {
         **{f"{metrics.METRICS[name].title} to current": _metric(beside, name) for name in SHOWN},
         "merged to unfused, over the floor": _number(case.result.over_floor, ".2f", " x"),
@@ -72,13 +74,6 @@ def _cells(case: MeasuredCase) -> dict[str, str]:
         "noise": f"{evidence.noise:.2f}",
         "comb": f"{evidence.comb_db:.1f} dB",
     }
-
-
-def to_current(case: MeasuredCase) -> verdicts.Comparison | None:
-    """The new picture beside the current one; None without one, or of another size."""
-    new = case.sides.pair.merged
-    current = case.sides.current
-    return None if current is None or new.size != current.size else verdicts.compare(new, current)
 
 
 def _metric(compared: verdicts.Comparison | None, name: str) -> str:

@@ -58,11 +58,7 @@ def replaced(recipe: Recipe, lora: str, name: str | None) -> str:
 
 
 def candidate(recipe: Recipe, lora: str | None, name: str | None, scale: float | None) -> Recipe:
-    """The recipe with the new LoRA in it.
-
-    Raises:
-        BadConfig: see `parse_lora` and `replaced`, or the scale is none.
-    """
+    """The recipe with the new LoRA in it."""
     tree: dict[str, Any] = recipe.model_dump()
     if lora is not None:
         tree["loras"][replaced(recipe, lora, name)] = parse_lora(lora)
