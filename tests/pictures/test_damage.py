@@ -5,7 +5,7 @@ import pytest
 
 from lora_fuse.pictures.damage import clipped_share, detail_levels, is_flat, noise_levels, own_comb_db
 from lora_fuse.pictures.picture import Levels
-from tests.support.drawn import smooth
+from tests.support.judgements import smooth
 
 
 def noisy(sigma: float, channels: int = 3) -> Levels:

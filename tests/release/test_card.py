@@ -1,4 +1,4 @@
-"""The card: front matter that the Hub reads, code that runs, nothing that is only ours."""
+"""The card: front matter that the Hub reads, code that runs, nothing that is only ours; and its plot of the blocks."""
 
 import ast
 from dataclasses import replace
@@ -9,6 +9,7 @@ from markdown_it import MarkdownIt
 
 from lora_fuse.lora.inputs import Selection
 from lora_fuse.machine.files import FileRecord
+from lora_fuse.release.block_plot import block_plot
 from lora_fuse.release.card import Usage, model_card
 from lora_fuse.release.licences import resolve_licence
 from tests.support.cards import BASE, COMMIT, EVIDENCE, LORA, MANIFEST, RABBIT, SHA256, TOOL, card, front_matter
@@ -169,3 +170,12 @@ def test_exports_are_listed_with_their_sha256() -> None:
         f"| `diffusion_models/x.safetensors` | the transformer in one file, with ComfyUI's keys | `{'e' * 64}` |"
         in text
     )
+
+
+def test_the_plot_of_the_blocks_is_small_and_the_same_each_time() -> None:
+    blocks = [(str(number), number / 60) for number in range(60)]
+    picture = block_plot(blocks)
+    assert picture == block_plot(blocks)
+    assert len(picture) < 10_000
+    assert picture != block_plot([*blocks[:-1], ("59", 0.5)])
+    assert block_plot([("0", 0.0)])

@@ -22,7 +22,7 @@ from lora_fuse.studies.sweep.points import METRICS as NUMBERS
 from lora_fuse.studies.sweep.recommendation import Recommendation, Tried, largest_undamaged, nearest_to_teacher
 from lora_fuse.studies.sweep.running import SweepProgress, run
 from lora_fuse.studies.sweep.sheet import CaseRow, Column, Sheet, sheet_html, sheet_json, sheet_markdown
-from tests.support.drawn import smooth
+from tests.support.judgements import smooth
 
 
 def tried(distances: dict[float, float], **more: Any) -> list[Tried]:

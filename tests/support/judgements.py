@@ -9,6 +9,13 @@ from lora_fuse.pictures.picture import Latents, Levels, Picture
 from lora_fuse.regression.case_judgement import examine
 from lora_fuse.regression.verdicts import CaseResult, Golden, Limits, Rules, compare
 
+
+def smooth(size: int = 128) -> Levels:
+    """A slope from dark to bright."""
+    ramp = np.linspace(40, 200, size)
+    return np.repeat((ramp[:, None] + ramp[None, :])[..., None] / 2, 3, axis=-1).round().astype(np.uint8)
+
+
 UNFUSED = Limits({"psnr_db": 38, "max_abs": 64})
 GOLDEN = Limits({"psnr_db": 50, "max_abs": 8})
 RULES = Rules(UNFUSED, GOLDEN)
