@@ -87,7 +87,6 @@ def test_an_error_is_one_line_however_long_a_name_is(tmp_path: Path) -> None:
 
 
 def broken(folder: Path, kind: str) -> Path:
-    """A LoRA that must be refused."""
     path = folder / f"{kind}.safetensors"
     tensors = tiny.lora_tensors()
     if kind == "truncated":

@@ -26,7 +26,6 @@ def transformer() -> QwenImageTransformer2DModel:
 
 
 def lora(style: str, alpha: float | None) -> Weights:
-    """A LoRA for every target of the transformer, in one of the key styles."""
     generator = torch.Generator().manual_seed(1)
     modules = dict(transformer().named_modules())
     down, up = STYLES[style]
@@ -44,7 +43,6 @@ def lora(style: str, alpha: float | None) -> Weights:
 
 
 def diffusers_fuses(file: Path, scale: float, dtype: torch.dtype) -> Weights:
-    """What diffusers makes of a file."""
     nothing = dict.fromkeys(inspect.signature(QwenImageEditPipeline).parameters)
     pipe = QwenImageEditPipeline(**nothing | {"transformer": transformer().to(dtype)})
     pipe.load_lora_weights(file.parent, weight_name=file.name)

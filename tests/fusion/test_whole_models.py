@@ -61,7 +61,6 @@ def model(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def layers(of: nn.Module) -> dict[str, nn.Module]:
-    """What a LoRA can be trained for."""
     return {name: part for name, part in of.named_modules() if isinstance(part, nn.Linear | nn.modules.conv._ConvNd)}
 
 
@@ -78,7 +77,6 @@ def factors(kind: str, targets: Iterable[str]) -> dict[str, tuple[torch.Tensor, 
 
 
 def lora(style: str, made: dict[str, tuple[torch.Tensor, torch.Tensor]], alpha: float | None) -> Weights:
-    """The tensors of a LoRA file in one of the key styles."""
     state: Weights = {}
     for module, ends in made.items():
         for template, tensor in zip(STYLES[style], ends, strict=True):
@@ -90,7 +88,6 @@ def lora(style: str, made: dict[str, tuple[torch.Tensor, torch.Tensor]], alpha: 
 
 
 def stored(folder: Path) -> dict[str, tuple[str, bytes]]:
-    """Dtype and bytes of every tensor of a folder."""
     held = {}
     for file in folder.glob("*.safetensors"):
         data = file.read_bytes()

@@ -58,10 +58,8 @@ class Api:
 
 
 def repo_id(request: Request) -> str:
-    """The repository that a path names."""
     return f"{request.path_params['owner']}/{request.path_params['name']}"
 
 
 def revision(request: Request) -> str:
-    """The revision that a path names."""
     return unquote(request.path_params.get("revision", "main"))

@@ -32,7 +32,6 @@ class Changes(Api):
         return JSONResponse({"files": files, "commitOid": commit.oid})
 
     async def lfs_batch(self, request: Request) -> Response:
-        """Where to upload objects."""
         body = await request.json()
         self._repo_to_change(request, body["ref"]["name"]) if "ref" in body else self._repo(request, propose=True)
         answer = self.lfs.batch(body, self.base_url, self._holds)
@@ -94,7 +93,6 @@ class Changes(Api):
         return Entry.lfs(sha256, self.lfs.path(sha256).stat().st_size, None)
 
     async def tag(self, request: Request) -> Response:
-        """Tag a revision."""
         repo, body = self._repo(request, write=True), await request.json()
         if re.search(r"[\s~^:?*\[\\]", body["tag"]):
             raise HubError(400, message=f"Invalid tag name: {body['tag']}")

@@ -43,7 +43,6 @@ class Fault:
     hits: int = 0
 
     def strikes(self, line: str) -> bool:
-        """Whether this request is struck."""
         if self.times == 0 or not re.search(self.match, line):
             return False
         if self.skip > 0:
@@ -54,7 +53,6 @@ class Fault:
         return True
 
     def answer(self) -> Response:
-        """The answer in place of the real one."""
         return Response(self.body, self.status or 500, dict(self.headers))
 
 
@@ -93,7 +91,6 @@ class _Sender:
         self._send, self._call, self._fault = send, call, fault
 
     async def plain(self, message: Message) -> None:
-        """Send as it is."""
         self._call.status = message.get("status", self._call.status)
         self._call.sent += len(message.get("body", b""))
         await self._send(message)

@@ -52,21 +52,15 @@ class LfsStore:
         root.mkdir(parents=True, exist_ok=True)
 
     def path(self, sha256: str) -> Path:
-        """Where an object lies, or would."""
         return self._root / sha256
 
     def add(self, content: bytes) -> str:
-        """Store an object; returns its sha256."""
         sha256 = hashlib.sha256(content).hexdigest()
         self.path(sha256).write_bytes(content)
         return sha256
 
     def write(self, sha256: str, blocks: Iterator[bytes]) -> None:
-        """Store an object block by block, whole or not at all.
-
-        Raises:
-            HubError: the content has another sha256.
-        """
+        """Store an object block by block, whole or not at all."""
         digest, partial = hashlib.sha256(), self._root / secrets.token_hex(8)
         with partial.open("wb") as file:
             for block in blocks:

@@ -62,14 +62,12 @@ class Listings(Api):
                 yield file_json(path, entry, commit, expand=expand)
 
     async def paths_info(self, request: Request) -> Response:
-        """The named files, where they exist."""
         commit, form = self._repo(request).at(revision(request)), parse_qs((await request.body()).decode())
         expand = form.get("expand", [""])[0].lower() == "true"
         found = [(path, commit.tree[path]) for path in form.get("paths", ()) if path in commit.tree]
         return JSONResponse([file_json(path, entry, commit, expand=expand) for path, entry in found])
 
     async def refs(self, request: Request) -> Response:
-        """Branches, tags and (if asked) pull requests."""
         repo = self._repo(request)
         answer = {
             "branches": [ref(name, f"refs/heads/{name}", oid) for name, oid in repo.branches.items()],
@@ -82,7 +80,6 @@ class Listings(Api):
         return JSONResponse(answer)
 
     async def commits(self, request: Request) -> Response:
-        """The history of a revision, newest first."""
         repo = self._repo(request)
         commit: Commit | None = repo.at(revision(request))
         history = []
@@ -95,7 +92,6 @@ class Listings(Api):
 
 
 def ref(name: str, full: str, oid: str) -> dict[str, str]:
-    """An entry of the list of references."""
     return {"name": name, "ref": full, "targetCommit": oid}
 
 
@@ -105,7 +101,6 @@ def sibling(entry: Entry) -> dict[str, Any]:
 
 
 def file_json(path: str, entry: Entry, commit: Commit, *, expand: bool) -> dict[str, Any]:
-    """A file in a tree listing."""
     item: dict[str, Any] = {"type": "file", "oid": entry.oid, "size": entry.size, "path": path}
     if entry.sha256:
         item["lfs"] = entry.lfs_json()

@@ -22,7 +22,6 @@ class HubError(Exception):
 
 
 def git_blob(content: bytes) -> str:
-    """The git object id of a file."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
@@ -32,7 +31,6 @@ def lfs_pointer(sha256: str, size: int) -> bytes:
 
 
 def now() -> str:
-    """The time as the Hub writes it."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
 
 
@@ -57,7 +55,6 @@ class Entry:
         return cls(size, git_blob(lfs_pointer(sha256, size)), sha256, xet)
 
     def lfs_json(self) -> dict[str, Any]:
-        """The `lfs` object of listings."""
         sha256 = self.sha256 or ""
         return {"oid": sha256, "sha256": sha256, "size": self.size, "pointerSize": len(lfs_pointer(sha256, self.size))}
 
@@ -90,7 +87,6 @@ class PullRequest:
 
     @property
     def is_open(self) -> bool:
-        """Whether it can still be changed and merged."""
         return self.status in ("open", "draft")
 
 
@@ -114,15 +110,10 @@ class Repo:
 
     @property
     def head(self) -> Commit:
-        """The commit of `main`."""
         return self.at("main")
 
     def at(self, revision: str) -> Commit:
-        """The commit that a branch, tag, pull request or (shortened) commit id stands for.
-
-        Raises:
-            HubError: there is no such revision.
-        """
+        """The commit that a branch, tag, pull request or (shortened) commit id stands for."""
         oid = self.branches.get(revision) or self.tags.get(revision)
         if match := PULL_REQUEST.fullmatch(revision):
             pull = self.pulls.get(int(match[1]))
@@ -156,7 +147,6 @@ class Repo:
         return pull
 
     def changes(self, pull: PullRequest) -> dict[str, Entry | None]:
-        """What a pull request changes since its base, by path."""
         return changed(self.commits[pull.base].tree, self.commits[pull.head].tree)
 
     def conflicts(self, pull: PullRequest) -> list[str]:
@@ -165,11 +155,7 @@ class Repo:
         return [path for path in ours if path in theirs and ours[path] != theirs[path]] if pull.is_open else []
 
     def merge(self, pull: PullRequest) -> Commit:
-        """Squash a pull request onto `main`: one commit, titled `TITLE (#NUMBER)`.
-
-        Raises:
-            HubError: it is not open, or `main` has changed the same files since.
-        """
+        """Squash a pull request onto `main`: one commit, titled `TITLE (#NUMBER)`."""
         if not pull.is_open:
             raise HubError(409, message=f"This pull request is {pull.status}")
         if conflicts := self.conflicts(pull):
@@ -207,11 +193,7 @@ class Registry:
         return repo
 
     def user(self, authorization: str) -> User | None:
-        """Who sends a request, by its `Authorization` header.
-
-        Raises:
-            HubError: the token is unknown or has expired.
-        """
+        """Who sends a request, by its `Authorization` header."""
         token = authorization.removeprefix("Bearer ").strip()
         if not token:
             return None
@@ -228,9 +210,6 @@ class Registry:
         """A repository, if the user may see it, change it (`write`) or read its files (`content`).
 
         To `propose` a change in a pull request takes a token that may write, to any repository that it can see.
-
-        Raises:
-            HubError: there is none, or the user may not; the two look the same for a private one.
         """
         repo = self.repos.get(repo_id)
         owner = user is not None and user.name == repo_id.split("/", maxsplit=1)[0]

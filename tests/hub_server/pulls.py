@@ -15,7 +15,6 @@ class Pulls(Api):
     """Handlers of pull requests."""
 
     async def open_discussion(self, request: Request) -> Response:
-        """Open an empty pull request."""
         repo, body = self._repo(request, propose=True), await request.json()
         pull = repo.open_pull(body["title"], self._someone(request).name)
         pull.status = "draft"
@@ -43,7 +42,6 @@ class Pulls(Api):
         return JSONResponse({**about_pull(repo, pull), **details})
 
     async def comment(self, request: Request) -> Response:
-        """Say something about a pull request."""
         pull = self._pull(self._repo(request, propose=True), request)
         return JSONResponse(
             {"newMessage": self._event(request, pull, "comment", said((await request.json())["comment"]))}
@@ -69,7 +67,6 @@ class Pulls(Api):
         return event
 
     async def merge(self, request: Request) -> Response:
-        """Merge a pull request into `main`."""
         repo = self._repo(request, write=True)
         repo.merge(self._pull(repo, request))
         return JSONResponse({})
@@ -83,12 +80,10 @@ class Pulls(Api):
 
 
 def about_pull(repo: Repo, pull: PullRequest) -> dict[str, Any]:
-    """A pull request in a listing."""
     about = {"num": pull.number, "title": pull.title, "status": pull.status, "createdAt": pull.created}
     where = {"repo": {"name": repo.id, "type": "model"}, "isPullRequest": True}
     return {**about, **where, "author": {"name": pull.author}}
 
 
 def said(text: str) -> dict[str, Any]:
-    """The data of a comment."""
     return {"edited": False, "hidden": False, "latest": {"raw": text, "html": text, "updatedAt": now()}}

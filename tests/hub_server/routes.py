@@ -50,14 +50,12 @@ class HubApi(Listings, Changes, Pulls):
         ]
 
     async def whoami(self, request: Request) -> Response:
-        """Who the token belongs to."""
         user = self._someone(request)
         token = {"displayName": "test", "role": user.role}
         auth = {"type": "access_token", "accessToken": token}
         return JSONResponse({"type": "user", "name": user.name, "orgs": [], "auth": auth})
 
     async def validate_yaml(self, request: Request) -> Response:
-        """Check the front matter of a card."""
         match = re.match(r"\s*---\r?\n(.*?)\r?\n---", (await request.json())["content"], re.DOTALL)
         try:
             meta = yaml.safe_load(match[1]) if match else {}
@@ -82,14 +80,12 @@ class HubApi(Listings, Changes, Pulls):
         return JSONResponse(answer)
 
     async def settings(self, request: Request) -> Response:
-        """Change who may see a repository."""
         repo, body = self._repo(request, write=True), await request.json()
         repo.gated = bool(body.get("gated", repo.gated))
         repo.private = body["visibility"] == "private" if "visibility" in body else repo.private
         return JSONResponse({})
 
     async def xet_token(self, request: Request) -> Response:
-        """A token for the Xet storage."""
         reading = request.path_params["scope"] == "read"
         if reading:
             self._repo(request, content=True)

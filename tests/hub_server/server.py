@@ -48,11 +48,9 @@ class LoopbackHub:
 
     @property
     def url(self) -> str:
-        """The endpoint, as `HF_ENDPOINT` wants it."""
         return self._api.base_url
 
     def create(self, repo_id: str, *, private: bool = False, gated: bool = False) -> Repo:
-        """A new repository."""
         return self.registry.create(repo_id, private=private, gated=gated)
 
     def push(
@@ -77,14 +75,12 @@ class LoopbackHub:
         self._api.tampered[path] = self._entry(path, content)
 
     def read(self, repo_id: str, path: str, *, revision: str = "main") -> bytes:
-        """The content of a file as the Hub has it."""
         entry = self.registry.repos[repo_id].at(revision).tree[path]
         if entry.sha256 is None:
             return entry.content
         return b"".join(self.xet.read(entry.xet)) if entry.xet else self.lfs.path(entry.sha256).read_bytes()
 
     def calls(self, text: str) -> list[Call]:
-        """The logged requests whose line contains `text`."""
         return [call for call in self.log if text in call.line]
 
     def uploaded(self) -> int:
@@ -93,7 +89,6 @@ class LoopbackHub:
 
     @contextmanager
     def run(self) -> Iterator[Self]:
-        """Serve until the block ends."""
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))
         self._api.base_url = self.xet.base_url = f"http://127.0.0.1:{listener.getsockname()[1]}"

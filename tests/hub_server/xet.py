@@ -59,7 +59,6 @@ class XetFile:
 
     @property
     def size(self) -> int:
-        """Bytes."""
         return sum(term.size for term in self.terms)
 
 
@@ -154,15 +153,12 @@ class XetStore:
         return name
 
     def find(self, sha256: str) -> str | None:
-        """The Xet hash of a file that is stored here."""
         return self._by_sha256.get(sha256)
 
     def size(self, name: str) -> int:
-        """Bytes of a file."""
         return self._files[name].size
 
     def read(self, name: str) -> Iterator[bytes]:
-        """The content of a file, chunk by chunk."""
         for term in self._files[name].terms:
             with (self._root / term.xorb).open("rb") as xorb:
                 for chunk in self._chunks[term.xorb][term.start : term.stop]:

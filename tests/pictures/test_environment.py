@@ -77,7 +77,6 @@ print(json.dumps({{
 
 
 def report(threads: int | None, **environment: str) -> dict[str, object]:
-    """What a fresh process says of itself."""
     env = {"PYTHONPATH": ":".join(filter(None, sys.path)), **environment}
     command = [sys.executable, "-c", REPORT.format(threads=threads)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)

@@ -130,7 +130,6 @@ def test_the_bill_of_materials_is_valid_and_has_base_and_lora_as_ancestors(
 
 
 def test_a_broken_bill_of_materials_would_be_seen(build: Build, hub: LoopbackHub) -> None:
-    """The validator itself."""
     publish(build().params())
     content = json.loads(hub.read(REPO, BOM))
     content["metadata"]["component"]["modelCard"]["modelParameters"]["colour"] = "blue"

@@ -56,7 +56,6 @@ class Run:
         (self.root / "artifacts" / name).write_text(json.dumps(content))
 
     def render(self, seed: int) -> None:
-        """Leave the candidates of another run."""
         for number, name in enumerate(CASES):
             (self.images / f"{name}.merged.png").write_bytes(png(seed + number))
         self.leave({name: candidate(png(seed + number), name) for number, name in enumerate(CASES)})
@@ -79,7 +78,6 @@ class Run:
         return self.root / "artifacts/regression/candidates.json"
 
     def change(self, **changes: Any) -> None:
-        """Change case b's candidate."""
         found = from_json(Candidates, self.candidates.read_text(), "")
         self.leave({**found.cases, "b": replace(found.cases["b"], **changes)})
 

@@ -39,7 +39,6 @@ APPROVAL = Approval("A Person <a@example.org>", "2026-11-25T12:00:00+00:00", "it
 
 
 def run_record(key: Key = KEY, manifest_sha256: str = "m", tool: Tool = TOOL) -> RunRecord:
-    """The record of the run that the candidates are of."""
     return RunRecord(1, manifest_sha256, replace(ENVIRONMENT, key=key), tool, "2026-11-25T11:00:00+00:00", {})
 
 

@@ -135,7 +135,6 @@ def repo(hub: LoopbackHub) -> Repo:
 
 
 def is_untouched(hub: LoopbackHub) -> bool:
-    """`main` is as it was created."""
     return repo(hub).head.tree.keys() == {".gitattributes"}
 
 

@@ -52,7 +52,6 @@ class Project:
         return Recipe.parse(tree, "test")
 
     def build(self) -> None:
-        """Download, fuse and verify, and leave what a regression that passed leaves."""
         params = self.params()
         for stage in (download, fuse, verify):
             assert stage(params) == 0
@@ -82,7 +81,6 @@ def leave_regression(params: Recipe) -> None:
 
 
 def candidate(case: Case, picture: bytes, params: Recipe, manifest_sha256: str) -> Candidate:
-    """The record of a picture."""
     import hashlib
 
     inputs = PictureInputs(

@@ -89,9 +89,11 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def refusal(work: Callable[[], object], kind: type[Refused] = BadSource) -> str:
+def refusal(work: Callable[[], object], *words: str, kind: type[Refused] = BadSource) -> str:
+    """Return the one line that the work is refused with, which says all these words."""
     with pytest.raises(kind) as caught:
         work()
     message = str(caught.value)
     assert "\n" not in message
+    assert [word for word in words if word not in message] == [], message
     return message

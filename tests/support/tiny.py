@@ -92,7 +92,6 @@ def lora_tensors(style: str = "lightning", rank: int = 4, alpha: float | None = 
 
 
 def write_lora(path: Path, tensors: Mapping[str, Array], metadata: dict[str, str] | None = None) -> Path:
-    """Save a LoRA file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(dict(tensors), path, metadata=metadata)
     return path

@@ -23,7 +23,6 @@ class Workspace:
     """A git checkout of the project, and commands run in it as a user runs them."""
 
     def __init__(self, root: Path) -> None:
-        """Take the folder as it is."""
         self.root = root
         self.env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
