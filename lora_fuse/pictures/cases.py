@@ -49,11 +49,8 @@ class Case(CaseOf[tuple[Path, ...]]):
 class Sampling:
     """The arguments of a pipeline's call that all cases share.
 
-    Attributes:
-        steps: of denoising.
-        true_cfg_scale: 1.0 turns guidance, and with it the negative prompt, off.
-        negative_prompt: None goes without.
-        condition_area: pixels, see `lora_fuse.pictures.render.condition_area`.
+    A `true_cfg_scale` of 1.0 turns guidance, and with it the negative prompt, off; `condition_area` is in pixels, see
+    `lora_fuse.pictures.render.condition_area`.
     """
 
     steps: int

@@ -33,13 +33,9 @@ FLAGS = {
 class Key:
     """The name that goldens are filed under: pictures of one key are compared, others can only be looked at.
 
-    Attributes:
-        device: "cpu" or "cuda".
-        isa: CUDA compute capability ("sm90"); on the CPU architecture and instruction set ("x86_64-avx2").
-        threads: intra-op threads of torch on the CPU; 0 on CUDA, where they move nothing.
-        dtype: torch's name of the dtype that the weights were loaded in.
-        torch: major and minor version.
-        diffusers: major and minor version.
+    `device` is "cpu" or "cuda"; `isa` the CUDA compute capability ("sm90"), on the CPU architecture and instruction set
+    ("x86_64-avx2"); `threads` are torch's intra-op threads on the CPU, and 0 on CUDA, where they move nothing; `dtype`
+    is torch's name of the one that the weights were loaded in; the versions are major and minor.
     """
 
     device: str

@@ -26,13 +26,7 @@ def _per_step(sampling: Sampling) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Pictures to render: every case once for each side.
-
-    Attributes:
-        name: what a rate is remembered by, see `machine.progress`.
-        cases: how many.
-        sides: how each side is sampled.
-    """
+    """Pictures to render: so many cases, each once for every side; a rate is remembered by the name."""
 
     name: str
     cases: int
@@ -63,17 +57,15 @@ class Task:
 
     def took(self, seconds: float) -> str:
         """Sum up a task that took so many seconds."""
-        took = progress.human_seconds(seconds)
-        return f"{self.pictures} pictures in {took}, {seconds / self.pictures:.1f} s each with loading"
+        each = seconds / self.pictures
+        return f"{self.pictures} pictures in {progress.human_seconds(seconds)}, {each:.1f} s each with loading"
 
 
 @dataclass(slots=True)
 class RenderProgress:
-    """Turns what a renderer reports into sentences with the pace and the time left.
+    """Turns what a renderer reports into sentences with the pace and, where the task is known, the time left.
 
-    Attributes:
-        task: what will be rendered, if that is known.
-        say: shows a sentence, and how much of the task's work is done.
+    `say` shows a sentence, and how much of the task's work is done.
     """
 
     task: Task | None = None
@@ -89,11 +81,7 @@ class RenderProgress:
 
     @contextmanager
     def picture(self, side: str, case: str, sampling: Sampling) -> Iterator[Callable[[], None]]:
-        """Report on a picture while it is made.
-
-        Yields:
-            The function to call at the end of every step.
-        """
+        """Report on a picture while it is made; yields the function to call at the end of every step."""
         of = f"/{self.task.pictures}" if self.task else ""
         label = f"picture {self._made + 1}{of}, {case} {side}"
         self._picture = progress.Stopwatch()

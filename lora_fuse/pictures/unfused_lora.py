@@ -24,11 +24,7 @@ DIFFUSERS = "diffusers"
 
 
 def attach(pipe: Pipeline, plan: Plan) -> str:
-    """Let the LoRAs of a plan act in a pipeline of its base.
-
-    Returns:
-        Who attached them, for the report: `DIFFUSERS`, or why it was done here.
-    """
+    """Let the LoRAs of a plan act in a pipeline of its base; returns `DIFFUSERS`, or why they were attached here."""
     reason = _beyond_diffusers(plan)
     if reason is None:
         try:
@@ -52,10 +48,8 @@ def _beyond_diffusers(plan: Plan) -> str | None:
 def load_loras(pipe: Pipeline, loras: Sequence[LoraInput], expected_modules: int) -> int:
     """Attach LoRAs, unfused, and check that they arrived: diffusers may load no layer at all and only warn.
 
-    They act together, each at its scale. `expected_modules` are those that each LoRA targets, summed over the LoRAs.
-
-    Returns:
-        The number of modules that were given an adapter, so `expected_modules`.
+    They act together, each at its scale. `expected_modules` are those that each LoRA targets, summed over the LoRAs; so
+    many were given an adapter, and that number is returned.
 
     Raises:
         RenderFailed: diffusers cannot read a file, or attached another number of modules.

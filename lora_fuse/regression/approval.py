@@ -70,8 +70,7 @@ def check_repeatable(run: RunRecord, manifest_sha256: str, root: Path) -> None:
         raise CheckFailed(f"no commit has {modified[0]}{more}: commit, render again; nothing was approved", rerun=AGAIN)
     if run.tool.dirty:
         raise CheckFailed(
-            f"these pictures were made by a modified checkout of {run.tool.git[:12]}; nothing was approved",
-            rerun=AGAIN,
+            f"these pictures were made by a modified checkout of {run.tool.git[:12]}; nothing was approved", rerun=AGAIN
         )
 
 

@@ -168,10 +168,8 @@ def _compare_if_possible(a: picture.Picture, b: picture.Picture) -> Comparison |
 def _measured(comparison: Comparison | None) -> str:
     if comparison is None:
         return "not measured"
-    shown = ("psnr_db", "max_abs", "flip_worst")
-    return ", ".join(
-        f"{metrics.METRICS[name].title} {metrics.METRICS[name].text(comparison.values[name])}" for name in shown
-    )
+    shown = [(metrics.METRICS[name], comparison.values[name]) for name in ("psnr_db", "max_abs", "flip_worst")]
+    return ", ".join(f"{metric.title} {metric.text(value)}" for metric, value in shown)
 
 
 def save_pictures(judged: Sequence[JudgedPair], folder: Path) -> None:

@@ -50,10 +50,9 @@ class Approved(Golden):
 
 
 class Goldens:
-    """The goldens of one recipe."""
+    """The goldens of one recipe; `folder` has a folder for each key, and need not exist."""
 
     def __init__(self, folder: Path) -> None:
-        """`folder` has a folder for each key; it need not exist."""
         self._folder = folder
 
     @staticmethod
@@ -181,13 +180,12 @@ def _checked(picture: Path, record: Path) -> tuple[Path, GoldenRecord]:
         raise BadGolden(f"{picture} has no record {record.name}, so nobody approved it; remove it and approve a run")
     found = _read_record(record)
     try:
-        held = hashlib.sha256(picture.read_bytes()).hexdigest()
+        sha256 = hashlib.sha256(picture.read_bytes()).hexdigest()
     except OSError as error:
         raise BadGolden(f"the golden {picture} cannot be read ({error})", rerun=_restoring(picture)) from error
-    if held != found.sha256:
+    if sha256 != found.sha256:
         raise BadGolden(
-            f"the golden {picture} has sha256 {held}, and {found.sha256} was approved",
-            rerun=_restoring(picture),
+            f"the golden {picture} has sha256 {sha256}, and {found.sha256} was approved", rerun=_restoring(picture)
         )
     key = str(found.provenance.environment.key)
     case = found.provenance.case.name

@@ -76,13 +76,9 @@ class Limits:
         """
         if floor is None or times is None:
             return self
-        loosened = {
-            name: metrics.METRICS[name].loosened(bound, floor[name], times)
-            if math.isfinite(floor.get(name, math.nan))
-            else bound
-            for name, bound in self.bounds.items()
-        }
-        return Limits(loosened)
+        measured = [name for name in self.bounds if math.isfinite(floor.get(name, math.nan))]
+        loosened = {name: metrics.METRICS[name].loosened(self.bounds[name], floor[name], times) for name in measured}
+        return Limits({**self.bounds, **loosened})
 
 
 @dataclass(frozen=True, slots=True)

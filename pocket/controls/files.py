@@ -14,10 +14,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def copy_of(
-    path: Path,
-    out: Path,
-    change: Callable[[Tensors], Tensors] = lambda tensors: tensors,
-    metadata: Mapping[str, str] | None = None,
+    path: Path, out: Path, change: Callable[[Tensors], Tensors], metadata: Mapping[str, str] | None = None
 ) -> Path:
     """Write a file's tensors, changed, to another one."""
     save_file(change(load_file(path)), out, None if metadata is None else dict(metadata))

@@ -149,9 +149,8 @@ def be_a_pyramid(vae: Any) -> None:
     _carry(encoder.down_blocks[1].resample[1], functional.pad(torch.full((2, 2), 0.25), (0, 1, 0, 1)), CARRIED)
     for residual in decoder.up_blocks[-1].resnets:
         _add_nothing(residual)
-    _carry(
-        decoder.up_blocks[-2].upsamplers[0].resample[1], torch.outer(*[torch.tensor([0.25, 0.5, 0.25])] * 2), CARRIED
-    )
+    linear = torch.tensor([0.25, 0.5, 0.25])
+    _carry(decoder.up_blocks[-2].upsamplers[0].resample[1], torch.outer(linear, linear), CARRIED)
     weight = decoder.conv_out.weight
     centre = weight.sum((2, 3, 4))
     weight.zero_()
