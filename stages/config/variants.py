@@ -168,22 +168,14 @@ def refuse_unknown(kind: str, name: str, known: Iterable[str], where: object) ->
 
 def _refuse_one_place_for_two(entries: Mapping[str, Variant]) -> None:
     """Two variants of one repository take turns on its main: each needs a tag by which it can be had."""
-    places: dict[tuple[str, str | None], str] = {}
-    for name, entry in entries.items():
-        if entry.repo_id is None:
-            continue
-        here = [other for other in places.values() if _same(entries[other].repo_id, entry.repo_id)]
-        clash = next((other for other in here if entries[other].tag in (None, entry.tag) or entry.tag is None), None)
-        if clash is not None:
-            raise BadConfig(
-                f"{ENTRIES}: {clash} and {name} would be the same on the Hub: {entry.repo_id}, tags "
-                f"{entries[clash].tag} and {entry.tag}; give each a tag of its own, or another repo_id"
-            )
-        places[(entry.repo_id, entry.tag)] = name
-
-
-def _same(one: str | None, other: str | None) -> bool:
-    return one is not None and other is not None and one.lower() == other.lower()
+    published = [(name, entry, entry.repo_id.lower()) for name, entry in entries.items() if entry.repo_id]
+    for number, (name, entry, place) in enumerate(published):
+        for earlier, other, taken in published[:number]:
+            if place == taken and (other.tag is None or entry.tag in (None, other.tag)):
+                raise BadConfig(
+                    f"{ENTRIES}: {earlier} and {name} would be the same on the Hub: {entry.repo_id}, tags "
+                    f"{other.tag} and {entry.tag}; give each a tag of its own, or another repo_id"
+                )
 
 
 def _refuse_foreign_goldens(name: str, params: Recipe) -> None:

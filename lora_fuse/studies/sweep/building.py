@@ -6,12 +6,13 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from lora_fuse.errors import BadSource
-from lora_fuse.fusion import Plan, plan_of
+from lora_fuse.fusion import plan_of
 from lora_fuse.machine import FileRecord, files, staging
 from lora_fuse.pictures import Case, environment, pairs, picture, render
 from lora_fuse.recipe import Artifacts, hf_cache, paths, records
@@ -25,45 +26,18 @@ BASELINE = "baseline.json"
 
 
 @dataclass(slots=True)
-class Renderer:
-    """Holds the parts of one base, for one pipeline class, dtype and placement; another base takes their place.
+class PointBuilder:
+    """Builds points below `folder` in this process; what they share is loaded, and the base rendered, once.
 
     Text encoder, VAE, tokenizer and processor of a merged repository are the base's, byte for byte (`verify` holds it
-    to that), so the base's are used for every point.
+    to that), so the base's are used for every point of one base, pipeline class, dtype and placement.
     """
-
-    _of: tuple[object, ...] = ()
-    _parts: Mapping[str, object] = field(default_factory=dict)
-
-    def alone(self, base: Path, cases: Sequence[Case], setup: pairs.Setup) -> list[picture.Rendered]:
-        """Render every case from the base alone, with its own scheduler and the settings of `setup.baseline`."""
-        pipe = render.load_pipeline(base, setup.pipeline, dtype=setup.dtype, shared=self._shared(base, setup))
-        rendered = pairs.render_all(pipe, cases, setup.baseline or setup.sampling, setup.placement)
-        pairs.drop_transformer(pipe)
-        return rendered
-
-    def sides(self, merged: Path, plan: Plan, cases: Sequence[Case], setup: pairs.Setup) -> list[pairs.Pair]:
-        """Render every case from both sides, see `lora_fuse.pictures.pairs.render_pairs`."""
-        return pairs.render_pairs(merged, plan, cases, setup, shared=self._shared(plan.checkpoint.root, setup))
-
-    def _shared(self, base: Path, setup: pairs.Setup) -> Mapping[str, object]:
-        of = (base, setup.pipeline, setup.dtype, setup.placement)
-        if of != self._of:
-            self._parts = {}  # the memory of the last ones first
-            pipe = render.load_pipeline(base, setup.pipeline, dtype=setup.dtype, shared={"transformer": None})
-            self._of = of
-            self._parts = render.shared_components(pipe)
-        return self._parts
-
-
-@dataclass(slots=True)
-class PointBuilder:
-    """Builds points below `folder` in this process; what they share is loaded, and the base rendered, once."""
 
     folder: Path
     keep: bool
     merge: paths.Merge
-    _renderer: Renderer = field(default_factory=Renderer)
+    _parts_of: tuple[object, ...] = ()
+    _parts: Mapping[str, object] = field(default_factory=dict)
     _alone: dict[str, Mapping[str, picture.Picture]] = field(default_factory=dict)
 
     def alone(self, planned: PlannedPoint) -> Mapping[str, picture.Picture]:
@@ -74,9 +48,25 @@ class PointBuilder:
             cases = Case.of(recipe)
             base = hf_cache.locate(planned.base)
             setup = pairs.Setup.of(recipe, baseline=True)
-            make = lambda: self._renderer.alone(base, cases, setup)  # noqa: E731
+            make = partial(self._render_alone, base, cases, setup)
             self._alone[key] = baseline(self.folder / "baseline" / key[:16], cases, make)
         return self._alone[key]
+
+    def _render_alone(self, base: Path, cases: Sequence[Case], setup: pairs.Setup) -> list[picture.Rendered]:
+        """Render every case from the base, with its own scheduler and the settings of `setup.baseline`."""
+        pipe = render.load_pipeline(base, setup.pipeline, dtype=setup.dtype, shared=self._shared(base, setup))
+        rendered = pairs.render_all(pipe, cases, setup.baseline or setup.sampling, setup.placement)
+        pairs.drop_transformer(pipe)
+        return rendered
+
+    def _shared(self, base: Path, setup: pairs.Setup) -> Mapping[str, object]:
+        parts_of = (base, setup.pipeline, setup.dtype, setup.placement)
+        if parts_of != self._parts_of:
+            self._parts = {}  # the memory of the last ones first
+            pipe = render.load_pipeline(base, setup.pipeline, dtype=setup.dtype, shared={"transformer": None})
+            self._parts_of = parts_of
+            self._parts = render.shared_components(pipe)
+        return self._parts
 
     def build(self, planned: PlannedPoint) -> str:
         """Fuse, verify, render and compare one point, or raise its problem; return the result in a few words."""
@@ -101,7 +91,8 @@ class PointBuilder:
         setup = pairs.Setup.of(recipe, baseline=False)
         here = environment.environment(setup.placement, setup.dtype)
         approved = goldens.Goldens.of(recipe, planned.base).for_run(here.key, [case.name for case in cases])
-        rendered = self._renderer.sides(at.merged, plan, cases, setup)
+        shared = self._shared(plan.checkpoint.root, setup)
+        rendered = pairs.render_pairs(at.merged, plan, cases, setup, shared=shared)
         judged = judge(recipe, at, setup, here, rendered, approved)
         metrics = judged.metrics
         metrics["weights_passed"] = paths.read_object(at.verify, "verify")["passed"]

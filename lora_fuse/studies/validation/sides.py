@@ -51,12 +51,6 @@ class Versions:
     current: Plan | None
 
 
-def task_of(name: str, cases: int, setup: pairs.Setup, *, current: bool) -> render_progress.Task:
-    """The amount to render, for the progress."""
-    beside = 2 if current else 1
-    return render_progress.Task(name, cases, (*setup.sides, *[setup.sampling] * beside))
-
-
 def render_sides(
     merged: Path,
     versions: Versions,

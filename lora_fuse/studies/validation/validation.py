@@ -20,7 +20,7 @@ from lora_fuse.regression import goldens, verdicts
 from lora_fuse.studies.validation.file_comparison import FileFacts, compare_files, facts_of
 from lora_fuse.studies.validation.outcome import Cause, Judgement, Outcome
 from lora_fuse.studies.validation.questions import judge, refused
-from lora_fuse.studies.validation.sides import Versions, measure, render_sides, task_of
+from lora_fuse.studies.validation.sides import Versions, measure, render_sides
 from lora_fuse.studies.validation.validation_report import (
     ValidationReport,
     junit_xml,
@@ -119,7 +119,8 @@ class Validation:
         versions = self._versions(plan, new, current)
         cases = Case.of(self.recipe)
         setup = pairs.Setup.of(self.recipe, baseline=self.teacher)
-        task = task_of(f"validate {self.recipe.name} {here.key}", len(cases), setup, current=current is not None)
+        beside = [setup.sampling] * (1 if current is None else 2)  # without the LoRA, and with the current one
+        task = render_progress.Task(f"validate {self.recipe.name} {here.key}", len(cases), (*setup.sides, *beside))
         console.will("validate", f"{task}, on {here.key}{task.estimate}")
         with render_progress.watching(task) as watch:
             sides = render_sides(BUILD.merged, versions, cases, setup, watch)
