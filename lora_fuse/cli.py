@@ -189,10 +189,8 @@ def _verify(options: argparse.Namespace) -> int:
     trusted = _trusted(options)
     if trusted is None and options.base is not None and not is_published(options.merged):
         return _verify_merge(options, frozenset())
-    passed, beside = _verify_download(options.merged, trusted)
-    if options.base is None:
-        return 0 if passed else 1
-    return max(0 if passed else 1, _verify_merge(options, beside))
+    code, beside = _verify_download(options.merged, trusted)
+    return code if options.base is None else max(code, _verify_merge(options, beside))
 
 
 def _trusted(options: argparse.Namespace) -> Trusted | None:
@@ -205,14 +203,14 @@ def _trusted(options: argparse.Namespace) -> Trusted | None:
     return Trusted(options.public_key, options.identity, options.issuer)
 
 
-def _verify_download(folder: Path, trusted: Trusted | None) -> tuple[bool, frozenset[str]]:
+def _verify_download(folder: Path, trusted: Trusted | None) -> tuple[int, frozenset[str]]:
     from lora_fuse.release import check_published
 
     found = check_published(folder, trusted)
     print(f"verify: {found.files} files of {folder} compared with its list, signature {found.signature}")
     _print_findings(found.notes, found.problems)
     print("download: passed" if not found.problems else f"download: FAILED, {len(found.problems)} problems")
-    return not found.problems, found.beside
+    return 1 if found.problems else 0, found.beside
 
 
 def _verify_merge(options: argparse.Namespace, beside: frozenset[str]) -> int:

@@ -27,19 +27,12 @@ EXTRAS = {
 
 @dataclass(frozen=True, slots=True)
 class Rerun:
-    """The step to run next, for who knows how steps are run: a stage, and what it is told.
+    """The step to run next, for who knows how steps are run: a stage, and what it is told."""
 
-    Attributes:
-        stage: its name, or several with a space between; ``build`` is all of them, ``restore`` brings files back.
-        force: run it although nothing that it depends on changed.
-        cases: the cases that it is for; empty for all.
-        settings: ``key=value`` for it alone; of ``restore``, the paths.
-    """
-
-    stage: str
-    force: bool = False
-    cases: tuple[str, ...] = ()
-    settings: tuple[str, ...] = ()
+    stage: str  # its name, or several with a space between; ``build`` is all of them, ``restore`` brings files back
+    force: bool = False  # although nothing that it depends on changed
+    cases: tuple[str, ...] = ()  # that it is for; empty for all
+    settings: tuple[str, ...] = ()  # ``key=value`` for it alone; of ``restore``, the paths
 
 
 class LoraFuseError(Exception):

@@ -37,19 +37,12 @@ def _has_colour(stream: TextIO) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Console:
-    """The output of a stage: results to stdout, all else to stderr.
+    """The output of a stage: results to stdout, all else to stderr."""
 
-    Attributes:
-        quiet: print warnings and problems only.
-        as_json: print the result as one JSON object instead of lines.
-        variant: the variant whose stages print, under names like ``gate@VARIANT``; None for the main build.
-        alone: True where nothing runs the stages one after another, so that the next command is printed.
-    """
-
-    quiet: bool = False
-    as_json: bool = False
-    variant: str | None = None
-    alone: bool = True
+    quiet: bool = False  # warnings and problems only
+    as_json: bool = False  # the result as one JSON object instead of lines
+    variant: str | None = None  # the one whose stages print, under names like ``gate@VARIANT``; None for the main build
+    alone: bool = True  # nothing runs the stages one after another, so that the next command is printed
 
     def _name(self, stage: str) -> str:
         return stage if self.variant is None else f"{stage}@{self.variant}"

@@ -8,7 +8,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -44,10 +43,10 @@ class HashingWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         for pool in (self._hashing, self._writing):
             pool.shutdown(cancel_futures=True)
-        self._writer.__exit__(kind, error, at)
+        self._writer.__exit__(*error)
 
     def append(self, data: memoryview | bytes) -> None:
         """Take some bytes; they are copied.
@@ -66,7 +65,7 @@ class HashingWriter:
 
     def _send(self) -> None:
         window = self._window
-        nbytes = self._window.filled
+        nbytes = window.filled
         self._size += nbytes
         hashing = self._hashing.submit(self._digest.update, window.memory[:nbytes])
         window.busy = (hashing, self._writing.submit(self._write, window.memory, nbytes))

@@ -167,15 +167,16 @@ def _check_target(
         found.problem(f"{name} has the shape {merged.shape(name)}, the base has {base.shape(name)}")
         return
     found.rows_total += total
-    tally = _Tally()
+    sums = np.zeros(4)
     for block in row_blocks(name, total, rows):
         before = base.rows(name, block).reshape(len(block), -1)
         added = np.zeros(before.shape)
         for delta in deltas:
             added += delta.rows(block, partial(base.tensor, name))
-        exact = before.astype(np.float64) + added
+        wide = before.astype(np.float64)
+        exact = wide + added
         ours = merged.rows(name, block).reshape(exact.shape)
-        tally.add(before, added, ours)
+        sums += [np.square(wide).sum(), np.square(added).sum(), (before == ours).sum(), before.size]
         wrong = ~is_nearest(ours, exact)
         found.rows_checked += len(block)
         if wrong.any():
@@ -185,7 +186,7 @@ def _check_target(
                 f"first [{block[row]}, {column}]: {ours[row, column]!s}, expected {exact[row, column]:.9g}"
             )
             return
-    found.changes[name] = change = tally.change()
+    found.changes[name] = change = _change(*sums.tolist())
     if change.relative_norm == 0:
         found.notes.append(f"{name}: the difference is zero in the rows looked at")
     elif change.relative_norm > 1:
@@ -193,24 +194,10 @@ def _check_target(
         found.notes.append(f"{name}: the difference is {times}; is the scale right?")
 
 
-@dataclass(slots=True)
-class _Tally:
-    """Sums over the blocks of one target."""
-
-    base: float = 0.0
-    added: float = 0.0
-    same: int = 0
-    seen: int = 0
-
-    def add(self, before: Array, added: npt.NDArray[np.float64], after: Array) -> None:
-        self.base += float(np.square(before.astype(np.float64)).sum())
-        self.added += float(np.square(added).sum())
-        self.same += int((before == after).sum())
-        self.seen += before.size
-
-    def change(self) -> Change:
-        norm = math.sqrt(self.added / self.base) if self.base else math.inf if self.added else 0.0
-        return Change(records.rounded(norm), records.rounded(self.same / max(self.seen, 1)))
+def _change(base: float, added: float, same: float, seen: float) -> Change:
+    """The change of a target, from sums of squares of the base's values and of what is added to them, and from counts."""
+    norm = math.sqrt(added / base) if base else math.inf if added else 0.0
+    return Change(records.rounded(norm), records.rounded(same / max(seen, 1)))
 
 
 def row_blocks(name: str, total: int, rows: int | None) -> Iterator[npt.NDArray[np.int64]]:
