@@ -68,7 +68,7 @@ class FuseJob:
     @property
     def nbytes(self) -> int:
         """Bytes to write: the fused shards, and what cannot be shared with the base."""
-        return bytes_to_write(self.plan) + bytes_to_copy(self.plan, self.out, self.untouched)
+        return bytes_to_write(self.plan) + sum(bytes_to_copy(self.plan, self.out, self.untouched).values())
 
     def run(
         self, recipe: Recipe | None = None, base: Lock | None = None, loras: Mapping[str, Lock] | None = None
@@ -93,10 +93,6 @@ class FuseJob:
         manifest = build_manifest(self.plan, merged, recipe=recipe, base=base, loras=loras)
         manifest_sha256 = write_manifest(manifest_path(self.out), manifest)
         fused = Fused(manifest, nbytes, clock.seconds)
-        self._record(fused, manifest_sha256)
-        return fused
-
-    def _record(self, fused: Fused, manifest_sha256: str) -> None:
         build = records.BuildRecord(
             schema=records.SCHEMA,
             manifest_sha256=manifest_sha256,
@@ -107,3 +103,4 @@ class FuseJob:
             seconds=round(fused.seconds, 3),
         )
         files.replace_text(build_path(manifest_path(self.out)), records.to_json(build))
+        return fused

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -52,18 +52,19 @@ def write_merged(
         Refused: the base or a LoRA turned out to be broken; `out` is as it was.
     """
     _check_places(plan.checkpoint, out)
-    need = bytes_to_write(plan) + bytes_to_copy(plan, out, untouched) + space.SPARE
+    to_write = bytes_to_write(plan)
+    to_copy = bytes_to_copy(plan, out, untouched)
+    need = to_write + sum(to_copy.values()) + space.SPARE
     space.require(files.nearest_folder(out), need, "the merged checkpoint", "make room, or write OUT on another disk")
     try:
         shards = {shard.relative: _identity(shard.path) for shard in plan.fused_shards}
         loras = {lora.path: _identity(lora.path) for lora in plan.loras}
         with staging.staging_folder(out, _key(plan, shards)) as place:
-            way = FuseOptions(device, direct=direct_io.too_large_to_cache(bytes_to_write(plan)))
+            way = FuseOptions(device, direct=direct_io.too_large_to_cache(to_write))
             written = _fuse_shards(plan, place, way, shards, progress)
-            copied = _copied(plan, out, untouched)
-            written |= _place_others(
-                plan, place, generated, known, untouched, lambda name: progress(copied.get(name, 0))
-            )
+            for name, record in _place_others(plan, place, generated, known, untouched):
+                written[name] = record
+                progress(to_copy.get(name, 0))
             for path, before in loras.items():
                 if _identity(path) != before:
                     raise BadLora(f"{path} changed while it was read; run again when nothing writes to it")
@@ -97,12 +98,8 @@ def bytes_to_write(plan: Plan) -> int:
     )
 
 
-def bytes_to_copy(plan: Plan, out: Path, untouched: files.Untouched) -> int:
-    """Bytes of files that do not change and cannot be shared with the base: they are on another disk, or not to be."""
-    return sum(_copied(plan, out, untouched).values())
-
-
-def _copied(plan: Plan, out: Path, untouched: files.Untouched) -> dict[str, int]:
+def bytes_to_copy(plan: Plan, out: Path, untouched: files.Untouched) -> dict[str, int]:
+    """Bytes of each file that stays and cannot be shared with the base: it is on another disk, or is not to be."""
     device = files.nearest_folder(out).stat().st_dev
     fused = {shard.relative for shard in plan.fused_shards}
     others = [*(shard.relative for shard in plan.checkpoint.shards), *plan.checkpoint.others]
@@ -151,22 +148,18 @@ def _place_others(
     generated: Mapping[str, bytes],
     known: Mapping[str, FileRecord],
     untouched: files.Untouched,
-    placed: Callable[[str], None],
-) -> dict[str, records.MergedFile]:
-    """Place the base's unchanged files and the generated ones; `placed` is called with each of the base's."""
-    written = {}
+) -> Iterator[tuple[str, records.MergedFile]]:
+    """Place the base's unchanged files and the generated ones, one by one."""
     fused = {shard.relative for shard in plan.fused_shards}
     same = [shard.relative for shard in plan.checkpoint.shards if shard.relative not in fused]
     for name in [*same, *plan.checkpoint.others]:
         if name not in generated:
             record = known.get(name) or files.hash_file(plan.checkpoint.locate(name))
             _take_over(plan.checkpoint.locate(name), place.place(name), untouched)
-            written[name] = records.MergedFile(record.size, record.sha256, "base")
-            placed(name)
+            yield name, records.MergedFile(record.size, record.sha256, "base")
     for name, content in generated.items():
         place.place(name).write_bytes(content)
-        written[name] = records.MergedFile(len(content), hashlib.sha256(content).hexdigest(), "generated")
-    return written
+        yield name, records.MergedFile(len(content), hashlib.sha256(content).hexdigest(), "generated")
 
 
 def _take_over(source: Path, target: Path, how: files.Untouched) -> None:

@@ -29,12 +29,9 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
 
 
 def round_most(values: torch.Tensor, error: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round values by way of the fastest conversion, and list those that it may have rounded wrongly.
+    """Round values to a 16-bit float or float32 the fastest way, and list those that it may have rounded wrongly.
 
-    Args:
-        values: float64, contiguous, any shape.
-        error: how far each may be from the exact one.
-        dtype: bfloat16, float16 or float32.
+    The values are float64 and contiguous, of any shape, each within `error` of the exact one.
 
     Returns:
         What gives the rounded values when it is converted to `dtype`: float32, scratch memory. And the numbers (int64,
@@ -52,8 +49,7 @@ def round_doubtful(values: torch.Tensor, error: float, dtype: torch.dtype) -> tu
     """Round values with one rounding, and list those that the error leaves undecided.
 
     Rounding is monotone: where ``value - error`` and ``value + error`` become the same number, so does the exact value.
-
-    Args and returns are those of `round_most`, but that the first thing returned has `dtype`.
+    Returned is the same as by `round_most`, but that the first thing has `dtype`.
     """
     low = narrow(values - error, dtype)
     high = narrow(values + error, dtype)

@@ -25,6 +25,12 @@ class _Window:
     filled: int = 0
     busy: tuple[Future[None], ...] = ()
 
+    def wait(self) -> None:
+        for future in self.busy:
+            future.result()
+        self.filled = 0
+        self.busy = ()
+
 
 class HashingWriter:
     """Takes bytes in order, from one thread; `finish` gives size and sha256."""
@@ -70,18 +76,11 @@ class HashingWriter:
         hashing = self._hashing.submit(self._digest.update, window.memory[:nbytes])
         window.busy = (hashing, self._writing.submit(self._write, window.memory, nbytes))
         self._window = next(self._windows)
-        self._wait(self._window)
+        self._window.wait()
 
     def _write(self, memory: memoryview, nbytes: int) -> None:
         self._writer.write(memory, nbytes)
         self._progress(nbytes)
-
-    @staticmethod
-    def _wait(window: _Window) -> None:
-        for future in window.busy:
-            future.result()
-        window.filled = 0
-        window.busy = ()
 
     def finish(self) -> FileRecord:
         """Write what is left; the file is whole then.
@@ -91,6 +90,6 @@ class HashingWriter:
         """
         self._send()
         for _ in range(WINDOWS):
-            self._wait(self._window)
+            self._window.wait()
             self._window = next(self._windows)
         return FileRecord(self._size, self._digest.hexdigest())

@@ -74,7 +74,9 @@ def staging_folder(out: Path, key: str) -> Iterator[StagingFolder]:
     """
     with exclusive(out):
         mine = StagingFolder(out.parent / f".{out.name}.partial-{key[:16]}")
-        _recover(out)
+        if _previous(out).exists() and not out.exists():  # a swap in two steps was killed between them
+            _previous(out).rename(out)
+        remove(_previous(out))
         for other in out.parent.glob(f".{out.name}.partial-*"):
             if other != mine.folder:
                 remove(other)
@@ -133,13 +135,6 @@ def _exchange(new: Path, out: Path) -> bool:
 
 def _previous(out: Path) -> Path:
     return out.parent / f".{out.name}.previous"
-
-
-def _recover(out: Path) -> None:
-    """Finish or undo a swap in two steps that was killed between them."""
-    if _previous(out).exists() and not out.exists():
-        _previous(out).rename(out)
-    remove(_previous(out))
 
 
 def remove(path: Path) -> None:

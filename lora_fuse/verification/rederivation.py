@@ -195,7 +195,7 @@ def _check_target(
 
 
 def _change(base: float, added: float, same: float, seen: float) -> Change:
-    """The change of a target, from sums of squares of the base's values and of what is added to them, and from counts."""
+    """The change of a target, from sums of squares (the base, what is added to it) and counts (the same, all)."""
     norm = math.sqrt(added / base) if base else math.inf if added else 0.0
     return Change(records.rounded(norm), records.rounded(same / max(seen, 1)))
 
