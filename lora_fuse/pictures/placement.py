@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
 from lora_fuse.errors import OutOfMemory, RenderFailed
+from lora_fuse.pictures.render import Pipeline
 
 if TYPE_CHECKING:
     import torch
-
-Pipeline: TypeAlias = Any  # a diffusers.DiffusionPipeline; diffusers is not typed
 
 # Which to try when the memory of a GPU is short, best first.
 _NEXT: Mapping[str, str] = MappingProxyType(

@@ -7,9 +7,11 @@ loaded) is refused. They are imported inside the functions: three seconds that a
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, TypeAlias
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +21,6 @@ from lora_fuse.errors import OutOfMemory, RenderFailed
 from lora_fuse.pictures.cases import Case, Sampling
 from lora_fuse.pictures.cost import Meter
 from lora_fuse.pictures.picture import Levels, Picture, Rendered, read_levels
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
 
 Pipeline: TypeAlias = Any  # a diffusers.DiffusionPipeline; diffusers is not typed
 

@@ -9,10 +9,8 @@ from typing import Any
 from lora_fuse.errors import BadGolden, CheckFailed, Rerun
 from lora_fuse.recipe import checkout
 from lora_fuse.regression.candidates import Candidate
-from lora_fuse.regression.goldens import check_picture
+from lora_fuse.regression.goldens import AGAIN, check_picture
 from lora_fuse.regression.run_record import RunRecord
-
-AGAIN = Rerun("regress", force=True)
 
 
 def check_weights(

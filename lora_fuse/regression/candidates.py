@@ -96,14 +96,14 @@ def candidates(
         SCHEMA,
         manifest_sha256,
         {
-            one.name: Candidate(
-                sha256=hashlib.sha256(one.pair.merged.png).hexdigest(),
-                agrees=one.result.agrees,
-                reasons=one.result.reasons,
-                floor=_finite(one.result.floor),
-                provenance=_inputs(one, manifest, manifest_sha256, setup),
+            case.name: Candidate(
+                sha256=hashlib.sha256(case.pair.merged.png).hexdigest(),
+                agrees=case.result.agrees,
+                reasons=case.result.reasons,
+                floor=_finite(case.result.floor),
+                provenance=_inputs(case.pair, manifest, manifest_sha256, setup),
             )
-            for one in judged
+            for case in judged
         },
     )
 
@@ -114,9 +114,9 @@ def _finite(floor: Comparison | None) -> dict[str, float]:
     return {name: records.rounded(value) for name, value in floor.values.items() if math.isfinite(value)}
 
 
-def _inputs(one: JudgedPair, manifest: Manifest, manifest_sha256: str, setup: pairs.Setup) -> PictureInputs:
+def _inputs(pair: pairs.Pair, manifest: Manifest, manifest_sha256: str, setup: pairs.Setup) -> PictureInputs:
     base = manifest.base
-    case = one.pair.case
+    case = pair.case
     images = {path.as_posix(): files.hash_file(path).sha256 for path in case.images}
     return PictureInputs(
         recipe=manifest.recipe or "merge",
@@ -130,7 +130,7 @@ def _inputs(one: JudgedPair, manifest: Manifest, manifest_sha256: str, setup: pa
         true_cfg_scale=setup.sampling.true_cfg_scale,
         negative_prompt=setup.sampling.negative_prompt,
         scheduler=dict(setup.scheduler),
-        sigmas=one.pair.merged.sigmas,
+        sigmas=pair.merged.sigmas,
     )
 
 

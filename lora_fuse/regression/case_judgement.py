@@ -30,8 +30,7 @@ def judge_pairs(pairs: Sequence[pairs.Pair], goldens: Mapping[str, Sequence[Gold
     """Judge every pair, with the goldens by case."""
     return [
         JudgedPair(
-            pair,
-            examine(pair.case, pair.merged, pair.unfused, goldens.get(pair.case.name, ()), rules, pair.floor),
+            pair, examine(pair.case, pair.merged, pair.unfused, goldens.get(pair.case.name, ()), rules, pair.floor)
         )
         for pair in pairs
     ]

@@ -20,6 +20,8 @@ from lora_fuse.regression.candidates import SCHEMA, Candidate, Provenance, diges
 from lora_fuse.regression.run_record import RunRecord
 from lora_fuse.regression.verdicts import Golden
 
+AGAIN = Rerun("regress", force=True)
+
 
 @dataclass(frozen=True, slots=True)
 class Approval:
@@ -163,7 +165,7 @@ def check_picture(picture: bytes, candidate: Candidate) -> None:
     if hashlib.sha256(picture).hexdigest() != candidate.sha256:
         raise BadGolden(
             f"the picture of {candidate.provenance.case.name} is not the one that was judged; nothing was approved",
-            rerun=Rerun("regress", force=True),
+            rerun=AGAIN,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,17 +14,15 @@ Tensors = dict[str, torch.Tensor]
 
 
 def copy_of(
-    path: Path, out: Path, change: Callable[[Tensors], Tensors], metadata: Mapping[str, str] | None = None
+    path: Path, out: Path, change: Callable[[Tensors], Tensors], metadata: dict[str, str] | None = None
 ) -> Path:
     """Write a file's tensors, changed, to another one."""
-    save_file(change(load_file(path)), out, None if metadata is None else dict(metadata))
+    save_file(change(load_file(path)), out, metadata)
     return out
 
 
 def rewrite(
-    path: Path,
-    change: Callable[[Tensors], Tensors] = lambda tensors: tensors,
-    metadata: Mapping[str, str] | None = None,
+    path: Path, change: Callable[[Tensors], Tensors] = lambda tensors: tensors, metadata: dict[str, str] | None = None
 ) -> None:
     """Change the tensors of a file; `metadata` takes the place of its header's."""
     metadata = read_metadata(path) if metadata is None else metadata

@@ -89,14 +89,11 @@ def _pixels(scene: scenes.Scene, style: scenes.Style) -> np.ndarray[tuple[int, .
 
 @dataclass(slots=True)
 class Given:
-    """Inputs of the transformer beside the noisy picture, for a batch of n examples.
+    """Inputs of the transformer beside the noisy picture, for a batch of n examples."""
 
-    `conditions`: input pictures as tokens, each (n, tokens, 4 channels); `embeds` (n, words, width); `mask` (n, words).
-    """
-
-    conditions: list[torch.Tensor]
-    embeds: torch.Tensor
-    mask: torch.Tensor
+    conditions: list[torch.Tensor]  # input pictures as tokens, each (n, tokens, 4 channels)
+    embeds: torch.Tensor  # (n, words, width)
+    mask: torch.Tensor  # (n, words)
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
