@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
     from huggingface_hub import HfApi
 
-TRUE = frozenset({"1", "ON", "YES", "TRUE"})  # as the client reads switches
-
 
 def endpoint() -> str:
     """The Hub to talk to: `HF_ENDPOINT`, or huggingface.co."""
@@ -36,7 +34,7 @@ def is_without_xet() -> bool:
 
 
 def _is_on(name: str) -> bool:
-    return os.environ.get(name, "").upper() in TRUE
+    return os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"}  # as the client reads switches
 
 
 def client() -> HfApi:

@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import errno
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
-from lora_fuse.errors import BadSource, NoSpace, Refused
 from lora_fuse.hub.client import endpoint, token
 from lora_fuse.recipe import hf_cache
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 # Scopes of fine-grained tokens, by the Hub's names.
 READ = "repo.content.read"
@@ -24,23 +18,6 @@ def client_exceptions() -> tuple[type[Exception], ...]:
     from httpx2 import HTTPError  # the client's HTTP library, whose errors it lets through
 
     return (HTTPError, OSError, RuntimeError, ValueError)
-
-
-@contextmanager
-def client_errors(what: str, repo_id: str, refusal: type[Refused]) -> Iterator[None]:
-    """Turn whatever the Hub client raises into one `refusal`, which names `what` and the way out.
-
-    Raises:
-        NoSpace: the disk of the cache is full.
-        Refused: as the class `refusal`, for every other error.
-    """
-    try:
-        yield
-    except client_exceptions() as error:
-        if is_full_disk(error):
-            raise NoSpace(f"{what}: {full_disk()}") from error
-        scope = READ if issubclass(refusal, BadSource) else WRITE
-        raise refusal(f"{what}: {explain(error, repo_id, scope)}") from error
 
 
 def full_disk() -> str:
@@ -74,13 +51,7 @@ def cause(error: BaseException) -> BaseException:
 
 
 def explain(error: BaseException, repo_id: str, scope: str = READ) -> str:
-    """The reason for an error and the way out.
-
-    Args:
-        error: as the client raised it.
-        repo_id: the repository that it was about.
-        scope: the right that a token needs for the call.
-    """
+    """The reason for an error of the client about a repository, and the way out; a token needs `scope` for the call."""
     from huggingface_hub import errors
 
     error = cause(error)

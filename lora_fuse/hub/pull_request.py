@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_fuse.errors import PublishRefused
@@ -17,45 +17,10 @@ from lora_fuse.hub.worker_process import AttemptFailed, WorkerProcess
 from lora_fuse.machine import progress
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from lora_fuse.hub.payload import Payload
     from lora_fuse.hub.remote import RemoteCommit, RemoteRepository
 
 BATCH = 4 << 30  # bytes of a commit, if a file is not larger by itself: a run that dies loses no more than that
-
-
-@dataclass(frozen=True, slots=True)
-class CommitJob:
-    """A commit: files by their POSIX path, on a pull request's `revision`, or on a new one from `parent`."""
-
-    repo_id: str
-    revision: str | None
-    parent: str
-    title: str
-    description: str
-    paths: Mapping[str, str]
-
-    def send(self, *, xet: bool) -> int | None:
-        """Make the commit; returns the number of the pull request that was opened for it, if one was.
-
-        Raises:
-            AttemptFailed: it did not work, or its answer was lost: read the repository.
-        """
-        what = f"publishing to {self.repo_id}"
-        bars = sys.stderr.isatty() and not progress.is_silent()
-        with closing(WorkerProcess(silence(), xet=xet, shows_stderr=True)) as worker:
-            try:
-                worker.send({"order": "commit", "bars": bars, **asdict(self)})
-                while message := worker.receive(worker.stall_seconds):
-                    if "result" in message:
-                        return message["result"]  # type: ignore[no-any-return]
-                    if failed := message.get("failed"):
-                        raise AttemptFailed(failed["reason"], pause=failed["pause"], without_xet=failed["without_xet"])
-            except EOFError as error:
-                raise AttemptFailed(f"{what}: the process that sends was ended; publish again") from error
-        reason = f"{what}: no byte moved for {silence():g} s; check the connection and publish again"
-        raise AttemptFailed(reason, without_xet=True, stalled=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +56,15 @@ class PullRequest:
             missing = self.payload.differences(remote.files)
             if number and not missing:
                 return number
-            self._refuse_altered(sent & missing.keys(), missing, number, remote)
+            if altered := sent & missing.keys():
+                name = min(altered)
+                raise PublishRefused(
+                    f"{self.repository.repo_id}@{remote.commit}: {name} {missing[name]}; pull request {number} is not "
+                    "merged; publish again"
+                )
             names = self._batch(sorted(missing))
             try:
-                number = self._job(names, number, remote).send(xet=xet) or number or self._find()
+                number = self._send(names, number, remote, xet=xet) or number or self._find()
                 sent |= set(names)
                 failures = 0
             except AttemptFailed as failure:
@@ -137,17 +107,6 @@ class PullRequest:
             )
         return now
 
-    def _refuse_altered(
-        self, altered: set[str], missing: Mapping[str, str], number: int | None, remote: RemoteCommit
-    ) -> None:
-        """Refuse files that were sent and are not there as they are here."""
-        if altered:
-            name = min(altered)
-            raise PublishRefused(
-                f"{self.repository.repo_id}@{remote.commit}: {name} {missing[name]}; pull request {number} is not "
-                "merged; publish again"
-            )
-
     def _refuse_overwriting(self, now: RemoteCommit) -> None:
         touched = [name for name in sorted(self.payload.files) if now.files.get(name) != self.main.files.get(name)]
         if touched and self.payload.differences(now.files):
@@ -181,17 +140,37 @@ class PullRequest:
                 return names[:count]
         return names
 
-    def _job(self, names: list[str], number: int | None, remote: RemoteCommit) -> CommitJob:
-        total = sum(self.payload.files[name].size for name in names)
+    def _send(self, names: list[str], number: int | None, remote: RemoteCommit, *, xet: bool) -> int | None:
+        """Make a commit on a pull request, or on a new one from `remote`; returns the number of the new one.
+
+        Raises:
+            AttemptFailed: it did not work, or its answer was lost: read the repository.
+        """
+        repo_id = self.repository.repo_id
+        size = progress.human_bytes(sum(self.payload.files[name].size for name in names))
         files = "file" if len(names) == 1 else "files"
         where = f"pull request {number}" if number else "a new pull request"
-        what = f"publish: {len(names)} {files}, {progress.human_bytes(total)} to {where} of {self.repository.repo_id}"
-        progress.log(what)
-        return CommitJob(
-            self.repository.repo_id,
-            f"refs/pr/{number}" if number else None,
-            remote.commit,
-            f"{self.message}, manifest {self.key}",
-            "Merged by lora-fuse itself when every file is here as the manifest says.",
-            {name: str(self.payload.paths[name]) for name in names},
-        )
+        progress.log(f"publish: {len(names)} {files}, {size} to {where} of {repo_id}")
+        order = {
+            "order": "commit",
+            "bars": sys.stderr.isatty() and not progress.is_silent(),
+            "repo_id": repo_id,
+            "revision": f"refs/pr/{number}" if number else None,
+            "parent": remote.commit,
+            "title": f"{self.message}, manifest {self.key}",
+            "description": "Merged by lora-fuse itself when every file is here as the manifest says.",
+            "paths": {name: str(self.payload.paths[name]) for name in names},
+        }
+        what = f"publishing to {repo_id}"
+        with closing(WorkerProcess(silence(), xet=xet, shows_stderr=True)) as worker:
+            try:
+                worker.send(order)
+                while message := worker.receive(worker.stall_seconds):
+                    if "result" in message:
+                        return message["result"]  # type: ignore[no-any-return]
+                    if failed := message.get("failed"):
+                        raise AttemptFailed(failed["reason"], pause=failed["pause"], without_xet=failed["without_xet"])
+            except EOFError as error:
+                raise AttemptFailed(f"{what}: the process that sends was ended; publish again") from error
+        reason = f"{what}: no byte moved for {silence():g} s; check the connection and publish again"
+        raise AttemptFailed(reason, without_xet=True, stalled=True)

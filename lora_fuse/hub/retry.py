@@ -13,9 +13,9 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from lora_fuse.errors import BadConfig, BadSource, PublishRefused, Refused
+from lora_fuse.errors import BadConfig, BadSource, NoSpace, PublishRefused, Refused
 from lora_fuse.hub.client import endpoint, token
-from lora_fuse.hub.error_texts import client_errors, is_passing
+from lora_fuse.hub.error_texts import READ, WRITE, client_exceptions, explain, full_disk, is_full_disk, is_passing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 DELAYS = (1.0, 2.0, 4.0)  # seconds before the second, third and fourth attempt of anything
 # Seconds that a Hub may make us wait: the window of its rate limits (huggingface.co/docs/hub/rate-limits).
 LONGEST = 300.0
-SILENCE = LONGEST + 60.0  # seconds without a byte, after which an upload is given up
+SILENCE = LONGEST + 60.0  # seconds
 Answer = TypeVar("Answer")
 
 
@@ -45,13 +45,16 @@ class Caller:
         """Make a call once.
 
         Raises:
+            NoSpace: the disk of the cache is full.
             Refused: as the class `refusal`, if it failed; the message has no token and no signed address in it.
         """
         try:
-            with client_errors(what, repo_id, self.refusal):
-                return work()
-        except self.refusal as error:
-            raise self.refusal(redacted(str(error))) from error.__cause__
+            return work()
+        except client_exceptions() as error:
+            if is_full_disk(error):
+                raise NoSpace(f"{what}: {full_disk()}") from error
+            scope = READ if self.refusal is BadSource else WRITE
+            raise self.refusal(redacted(f"{what}: {explain(error, repo_id, scope)}")) from error
 
     def ask(self, what: str, repo_id: str, work: Callable[[], Answer]) -> Answer:
         """Make a call that does no harm twice, and repeat it where that may help.

@@ -11,7 +11,6 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_fuse.errors import BadSource, NoSpace
@@ -24,7 +23,7 @@ from lora_fuse.machine import progress, space
 from lora_fuse.recipe import hf_cache, sections
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 OTHERS = 10  # times `stall_seconds`: how long another process may hold a file without a visible byte
 
@@ -40,18 +39,17 @@ class FetchOrder:
 
     @property
     def label(self) -> str:
-        """The repository and its commit, and the file if it is only one."""
+        """The repository and its commit, and the file if it is the only one."""
         whole = f"{self.repo_id}@{self.commit}"
         return whole if len(self.names) > 1 else f"{self.names[0]} of {whole}"
 
 
 @dataclass(frozen=True, slots=True)
 class TransferPlan:
-    """All files of one transfer into a cache: name, size in bytes, and whether it has to be fetched, of each."""
+    """All files of one transfer into the cache: name, size in bytes, and whether it has to be fetched, of each."""
 
     label: str
-    files: tuple[tuple[str, int, bool], ...]
-    cache: Path
+    files: Sequence[tuple[str, int, bool]]
 
     @property
     def to_fetch(self) -> int:
@@ -62,17 +60,9 @@ class TransferPlan:
         total = progress.human_bytes(sum(size for _, size, _ in self.files))
         cached = sum(not fetch for _, _, fetch in self.files)
         here = f"{cached} here already, " if cached else ""
-        free = progress.human_bytes(space.free_bytes(self.cache))
+        free = progress.human_bytes(space.free_bytes(hf_cache.cache_dir()))
         to_fetch = progress.human_bytes(self.to_fetch)
         return f"{len(self.files)} files, {total} from {self.label}: {here}{to_fetch} to fetch, {free} free"
-
-    def check(self) -> None:
-        """Refuse a transfer that the disk has no room for.
-
-        Raises:
-            NoSpace: fewer bytes are free than are to be fetched.
-        """
-        space.require(self.cache, self.to_fetch, self.label, "make room, or set HF_HUB_CACHE to a larger disk")
 
 
 class Transfers:
@@ -197,18 +187,16 @@ class _FetchWatch:
             if "result" in message:
                 return
             if "plan" in message:
-                self._plan(message["plan"])
+                plan = TransferPlan(self.order.label, message["plan"])
+                self.progress.plan(plan, silent=self.order.again)
+                cache = hf_cache.cache_dir()
+                space.require(cache, plan.to_fetch, plan.label, "make room, or set HF_HUB_CACHE to a larger disk")
                 self.worker.send("go")
             if self._shows_movement(message) or self._blobs() != blobs:
                 moved = time.monotonic()
                 blobs = self._blobs()
                 self.waiting = False
             self._refuse_silence(time.monotonic() - moved)
-
-    def _plan(self, files: list[tuple[str, int, bool]]) -> None:
-        plan = TransferPlan(self.order.label, tuple(files), hf_cache.cache_dir())
-        self.progress.plan(plan, silent=self.order.again)
-        plan.check()
 
     def _shows_movement(self, message: dict[str, Any]) -> bool:
         """Note a message; true if it says that something moved."""
@@ -233,11 +221,7 @@ class _FetchWatch:
         return sizes
 
     def _refuse_silence(self, quiet: float) -> None:
-        """Refuse to wait any longer.
-
-        Raises:
-            AttemptFailed: nothing moved for `quiet` seconds, and that is too long.
-        """
+        """Raise `AttemptFailed` if nothing moved for `quiet` seconds, and that is too long."""
         last = f" (last: {self.note.splitlines()[0]})" if self.note else ""
         if self.waiting and quiet > OTHERS * self.how.stall_seconds:
             raise AttemptFailed(
