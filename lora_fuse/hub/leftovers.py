@@ -14,17 +14,10 @@ if TYPE_CHECKING:
 
 
 def remove_leftovers(repo_id: str, before: float) -> int:
-    """Remove incomplete files of a repository that no live process works on.
+    """Remove incomplete files of a repository that no live process works on; returns the bytes that were freed.
 
     The client holds a lock on a file (by its ETag) while it is fetched, so an incomplete file whose lock is free
-    belongs to nobody.
-
-    Args:
-        repo_id: the repository.
-        before: files written to at this time (seconds of the epoch) or later stay, whatever their lock.
-
-    Returns:
-        The bytes that were freed.
+    belongs to nobody. Files written to at `before` (seconds of the epoch) or later stay, whatever their lock.
     """
     freed = 0
     for path in sorted((hf_cache.repository_folder(repo_id) / "blobs").glob("*.incomplete")):

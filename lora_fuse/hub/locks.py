@@ -12,11 +12,9 @@ from lora_fuse.errors import BadLora, BadSource, Rerun
 from lora_fuse.hub.client import is_offline
 from lora_fuse.hub.repository import open_repository
 from lora_fuse.hub.sources import (
-    ExpectedFile,
     FileSource,
     VerifiedFiles,
-    examine,
-    hashing,
+    check_records,
     open_folder,
     take_lora,
     take_pipeline,
@@ -74,15 +72,14 @@ def lock_lora(
         source: the repository or folder that holds it.
         filename: its POSIX path in there: a `.safetensors` file, or a folder with `adapter_config.json` (``.`` is
             the source itself).
-        previous: the lock of the last run, as for `lock_base`.
-        offline: use no network, as for `lock_base`.
-        update: take the commit that the revision means now, as for `lock_base`.
-        transfer: as for `lock_base`.
+        previous: the lock of the last run; this and the others as for `lock_base`.
+        offline: use no network.
+        update: take the commit that the revision means now.
+        transfer: parallel files and the time limit.
 
     Raises:
         BadLora: `filename` is neither.
-        BadSource: as in `lock_base`.
-        NoSpace: as in `lock_base`.
+        BadSource: as in `lock_base`; and so is `NoSpace`.
     """
     path = PurePosixPath(filename)
     if path.is_absolute() or ".." in path.parts:
@@ -104,14 +101,12 @@ def verify_files(root: Path, files: Mapping[str, FileRecord]) -> None:
     Raises:
         BadSource: a file cannot be read, or has another size or sha256 than its record.
     """
-    with hashing(sum(record.size for record in files.values())) as advance:
-        for name, record in sorted(files.items()):
-            result = examine(root / name, ExpectedFile(record.size, record.sha256), advance)
-            if isinstance(result, str):
-                raise BadSource(
-                    f"{name} in {root} is not what was locked: {result}; run the download stage",
-                    rerun=Rerun("download", force=True),
-                )
+
+    def refusal(name: str, difference: str) -> BadSource:
+        words = f"{name} in {root} is not what was locked: {difference}; run the download stage"
+        return BadSource(words, rerun=Rerun("download", force=True))
+
+    check_records({name: root / name for name in files}, files, refusal)
 
 
 def will_lock(sources: Sequence[Source], previous: Sequence[Lock]) -> str:
@@ -151,11 +146,12 @@ def changes(before: Lock, after: Lock) -> list[str]:
 
 def moved(pairs: Iterable[tuple[Lock | None, Lock]]) -> list[str]:
     """`changes` of all that were locked before at the same revision of the same repository."""
-    lines: list[str] = []
-    for before, after in pairs:
-        if before and after.repo_id and (before.repo_id, before.requested) == (after.repo_id, after.requested):
-            lines += changes(before, after)
-    return lines
+    return [
+        line
+        for before, after in pairs
+        if before and after.repo_id and (before.repo_id, before.requested) == (after.repo_id, after.requested)
+        for line in changes(before, after)
+    ]
 
 
 def _lock(

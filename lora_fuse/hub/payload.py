@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import PublishRefused
-from lora_fuse.hub.sources import ExpectedFile, examine, hashing
-from lora_fuse.machine import FileRecord
+from lora_fuse.hub.sources import ExpectedFile, check_records, examine
+from lora_fuse.machine import FileRecord, files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -58,12 +58,6 @@ def open_payload(
 ) -> Iterator[Payload]:
     """Check and hash the files to publish; they can be sent until the block ends.
 
-    Args:
-        merged: the folder that holds the manifest's files, and nothing else.
-        manifest: of the merge.
-        card: README.md.
-        beside: files beside these, by POSIX path.
-
     Raises:
         PublishRefused: the folder holds something that the manifest does not name, or a link; a file is a pickle,
             is missing, or is not what the manifest says.
@@ -74,13 +68,21 @@ def open_payload(
         paths[CARD] = Path(folder, CARD)
         paths[CARD].write_text(card, encoding="utf-8")
         expected = {name: FileRecord(file.size, file.sha256) for name, file in manifest.files.items()}
+        expected[CARD] = files.hash_file(paths[CARD])
         for name, (path, record) in (beside or {}).items():
             _refuse_pickle(name)
             if name in paths:
                 raise PublishRefused(f"{name} is both in the manifest and beside it; fuse again")
             paths[name] = path
             expected[name] = record
-        yield Payload(paths, _hashed(paths, expected))
+        check_records(
+            paths,
+            expected,
+            lambda name, difference: PublishRefused(
+                f"{paths[name]} is not what the manifest says: {difference}; fuse and check again"
+            ),
+        )
+        yield Payload(paths, dict(sorted(expected.items())))
 
 
 def refuse_unnamed(merged: Path, manifest: Manifest) -> None:
@@ -124,16 +126,3 @@ def _named(merged: Path, manifest: Manifest) -> dict[str, Path]:
 def _refuse_pickle(name: str) -> None:
     if repository_files.is_pickle(name):
         raise PublishRefused(f"{name} is a pickle, which runs code when it is loaded; it is not published")
-
-
-def _hashed(paths: Mapping[str, Path], expected: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
-    """Hash every file, and compare it with its record where there is one."""
-    records = {}
-    with hashing(sum(record.size for record in expected.values())) as advance:
-        for name, path in sorted(paths.items()):
-            known = ExpectedFile(expected[name].size, expected[name].sha256) if name in expected else ExpectedFile()
-            result = examine(path, known, advance)
-            if isinstance(result, str):
-                raise PublishRefused(f"{path} is not what the manifest says: {result}; fuse and check again")
-            records[name] = result
-    return records

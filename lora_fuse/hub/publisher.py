@@ -30,12 +30,7 @@ class Receipt:
     """Record of a publication, or of the reason why nothing was published.
 
     Attributes:
-        schema: of this record.
-        status: whether anything was published.
-        reason: why not; None if it was.
-        repo_id: the repository.
-        commit: on which the files are.
-        tag: name of that commit, if it has one.
+        reason: why nothing was published; None if it was.
         pull_request: number of the one that brought the bytes, None if they came another way.
         url: page of the commit.
         private: the visibility that the Hub reports.
@@ -143,13 +138,7 @@ def preview(
 ) -> str:
     """List every file that would be published with what would happen to it, and show the card; nothing is sent.
 
-    Args:
-        merged: the folder that holds the manifest's files, and nothing else.
-        manifest: what would be published.
-        card: the repository's README.md.
-        beside: what else would be published, as for `publish`.
-        repo_id: where to; None if that is not known yet.
-        tag: the tag that it would get, if any.
+    The arguments are `publish`'s; `repo_id` is None if that is not known yet.
 
     Raises:
         PublishRefused: these files would not be published anywhere.

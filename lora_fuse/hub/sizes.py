@@ -11,7 +11,7 @@ from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import BadSource
 from lora_fuse.hub.client import is_offline
 from lora_fuse.hub.repository import RepositoryListing, list_repository
-from lora_fuse.hub.sources import ExpectedFile, open_folder
+from lora_fuse.hub.sources import ExpectedFile, open_folder, refuse_missing
 from lora_fuse.recipe import Lock, Source, hf_cache
 
 Choose = Callable[[Iterable[str]], list[str]]  # names of a source to names of the files that are taken
@@ -79,14 +79,7 @@ def base_size(source: Source, lock: Lock | None, *, timeout: float, once: bool =
 
 
 def lora_size(source: Source, filename: str, lock: Lock | None, *, timeout: float, once: bool = False) -> SourceSize:
-    """Size of what `lock_lora` takes.
-
-    Args:
-        source: of the LoRA.
-        filename: its POSIX path in there, as for `lock_lora`.
-        lock: the last lock of this source; one of another file is ignored.
-        timeout: as for `base_size`.
-        once: as for `base_size`.
+    """Size of what `lock_lora` takes; the arguments are as there and for `base_size`.
 
     Raises:
         BadLora: see `lora_fuse.checkpoint.repository_files.lora_files`.
@@ -120,9 +113,7 @@ def _size(source: Source, lock: Lock | None, choose: Choose, list_files: List) -
 
 def _of_list(label: str, root: Path, files: Mapping[str, ExpectedFile], choose: Choose, known_by: str) -> SourceSize:
     names = choose(files)
-    for name in names:
-        if name not in files:
-            raise BadSource(f"{label} has no {name}; check the name and the revision")
+    refuse_missing(names, files, label)
     sizes = {name: files[name].size or 0 for name in names}
     return SourceSize(label, root, sizes, _missing(root, sizes), known_by)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +19,8 @@ from lora_fuse.machine import FileRecord, progress
 from lora_fuse.recipe import License, stated_licence
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
+    from contextlib import AbstractContextManager
 
 BLOCK = 1 << 20  # bytes read at once
 
@@ -88,9 +88,7 @@ class VerifiedFiles:
             BadSource: the source has no such file, or it cannot be read, or is bad twice.
         """
         wanted = sorted(set(names) - self.records.keys())
-        for name in wanted:
-            if name not in self.source.files:
-                raise BadSource(f"{self.source.label} has no {name}; check the name and the revision")
+        refuse_missing(wanted, self.source.files, self.source.label)
         self._root = self.source.fetch(wanted, False)
         with hashing(sum(self.source.files[name].size or 0 for name in wanted)) as advance:
             self.records |= {name: self._checked(name, advance) for name in wanted}
@@ -154,6 +152,13 @@ def take_lora(taken: VerifiedFiles, name: str) -> None:
     taken.take(repository_files.lora_files(name, taken.source.files, taken.source.label))
 
 
+def refuse_missing(names: Iterable[str], files: Mapping[str, ExpectedFile], label: str) -> None:
+    """Raise `BadSource` if a source does not list one of these files."""
+    for name in names:
+        if name not in files:
+            raise BadSource(f"{label} has no {name}; check the name and the revision")
+
+
 def examine(path: Path, expected: ExpectedFile, advance: Callable[[int], None]) -> FileRecord | str:
     r"""Hash a file: its record, or a few words on how it differs from what was expected.
 
@@ -182,8 +187,20 @@ def examine(path: Path, expected: ExpectedFile, advance: Callable[[int], None]) 
     return FileRecord(size, sha256.hexdigest())
 
 
-@contextmanager
-def hashing(total: int) -> Iterator[Callable[[int], None]]:
+def check_records(
+    paths: Mapping[str, Path], records: Mapping[str, FileRecord], refusal: Callable[[str, str], Exception]
+) -> None:
+    """Hash files in the order of their names, and raise the `refusal` for the first that differs from its record.
+
+    `refusal` makes the error of the file's name and a few words on how it differs.
+    """
+    with hashing(sum(record.size for record in records.values())) as advance:
+        for name, path in sorted(paths.items()):
+            result = examine(path, ExpectedFile(records[name].size, records[name].sha256), advance)
+            if isinstance(result, str):
+                raise refusal(name, result)
+
+
+def hashing(total: int) -> AbstractContextManager[Callable[[int], None]]:
     """Progress of hashing `total` bytes; yields the function to call with the bytes just hashed."""
-    with progress.byte_progress("hash", total, at_least=progress.FEW) as advance:
-        yield advance
+    return progress.byte_progress("hash", total, at_least=progress.FEW)
