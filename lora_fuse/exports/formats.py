@@ -60,15 +60,9 @@ def export(
     metadata: Mapping[str, str],
     progress: Progress,
 ) -> dict[str, FileRecord]:
-    """Write a merged checkpoint in other formats; what was in `out` is replaced.
+    """Write a merged checkpoint in other formats; what was in `out`, a folder of nothing else, is replaced.
 
-    Args:
-        checkpoint: the merged one.
-        out: a folder of exports and nothing else.
-        formats: names of `FORMATS`.
-        name: of the model, part of file names.
-        metadata: what the files say of themselves.
-        progress: called with the number of bytes just written.
+    File names have the model's `name` in them, headers the `metadata`; `progress` gets the bytes just written.
 
     Returns:
         Every file by its POSIX path below `out`.

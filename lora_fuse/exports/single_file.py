@@ -42,13 +42,7 @@ LAYOUTS: Mapping[str, Layout] = {
 def write_single_file(
     checkpoint: Checkpoint, path: Path, metadata: Mapping[str, str], progress: Callable[[int], None]
 ) -> FileRecord:
-    """Write the merged transformer to one file.
-
-    Args:
-        checkpoint: the merged one.
-        path: the new file.
-        metadata: what its header says of it.
-        progress: called with the number of bytes just written.
+    """Write the merged transformer to one file, with `metadata` in its header; `progress` gets the bytes just written.
 
     Raises:
         BadCheckpoint: ComfyUI's names of such a model are not known, or a shard is not what its header says.

@@ -1,8 +1,5 @@
 """Transfers from and to a Hub: bases and LoRAs pinned and fetched, a merged checkpoint published.
 
-The Hub client trusts its cache and the wire, so a lock is only ever made from bytes that were read back, hashed here
-and compared with the Hub's list of them.
-
 Imports run one way. Download: `locks`, `sizes` → `repository` → `transfer` → `leftovers`. Publication: `publisher` →
 `pull_request` → `remote`, `payload`. Both: → `worker_process` → `retry` → `error_texts` → `client`. `worker` is the
 process in which the client itself transfers; nothing imports it.

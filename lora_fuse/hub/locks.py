@@ -16,7 +16,6 @@ from lora_fuse.hub.sources import (
     VerifiedFiles,
     check_records,
     open_folder,
-    take_lora,
     take_pipeline,
 )
 from lora_fuse.machine import FileRecord, progress
@@ -92,7 +91,11 @@ def lock_lora(
     name = path.as_posix()
     if previous is not None and previous.lora_name != name:
         previous = replace(previous, files={})  # another file of the same repository: its commit stays
-    return _lock(source, previous, lambda taken: take_lora(taken, name), offline or is_offline(), update, transfer)
+
+    def take(taken: VerifiedFiles) -> None:
+        taken.take(repository_files.lora_files(name, taken.source.files, taken.source.label))
+
+    return _lock(source, previous, take, offline or is_offline(), update, transfer)
 
 
 def verify_files(root: Path, files: Mapping[str, FileRecord]) -> None:

@@ -90,7 +90,7 @@ def publish(  # noqa: PLR0913 - each is a choice of its own, by keyword
         merged: the folder that holds the manifest's files, and nothing else.
         manifest: what is published.
         card: the repository's README.md, front matter included.
-        beside: files beside the manifest's, by POSIX path: where each lies, and what it has to be.
+        beside: files beside the manifest's, by POSIX path.
         repo_id: `owner/name`.
         private: whether only its owner may see the repository. An existing one keeps its visibility: if that is
             public and private is asked for, nothing is sent.

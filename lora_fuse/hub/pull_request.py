@@ -25,21 +25,13 @@ BATCH = 4 << 30  # bytes of a commit, if a file is not larger by itself: a run t
 
 @dataclass(frozen=True, slots=True)
 class PullRequest:
-    """The pull request that brings a payload: found, or opened, filled and merged.
-
-    Attributes:
-        repository: where it is opened.
-        payload: the files that it brings.
-        main: the repository as it was when this run began.
-        key: the manifest's sha256, by which a later run finds the pull request.
-        message: title of its commits.
-    """
+    """The pull request that brings a payload: found, or opened, filled and merged."""
 
     repository: RemoteRepository
     payload: Payload
-    main: RemoteCommit
-    key: str
-    message: str
+    main: RemoteCommit  # as it was when this run began
+    key: str  # the manifest's sha256, by which a later run finds the pull request
+    message: str  # title of its commits
 
     def fill(self) -> int:
         """Have every file on the pull request as it is here; returns its number.

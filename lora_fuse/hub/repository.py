@@ -46,13 +46,9 @@ def open_repository(repo_id: str, revision: str | None, transfer: sections.Downl
 
 
 def list_repository(repo_id: str, revision: str | None, *, timeout: float, once: bool = False) -> RepositoryListing:
-    """List what a revision holds now; nothing is fetched.
+    """List what a revision (None for the default branch) holds now; nothing is fetched.
 
-    Args:
-        repo_id: the repository.
-        revision: a branch, tag, commit or pull request; None for the default branch.
-        timeout: seconds for an answer.
-        once: ask a Hub in trouble no second time.
+    An answer may take `timeout` seconds; `once` asks a Hub in trouble no second time.
 
     Raises:
         BadSource: see `open_repository`; also if the Hub names no commit.

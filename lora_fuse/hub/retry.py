@@ -29,17 +29,11 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Calls of the Hub client on behalf of one stage.
-
-    Attributes:
-        stage: its name, for messages.
-        refusal: the error that a failed call becomes.
-        repeats_timeouts: whether a timeout is tried again like other trouble.
-    """
+    """Calls of the Hub client on behalf of one stage, whose name is in the messages."""
 
     stage: str
-    refusal: type[Refused]
-    repeats_timeouts: bool
+    refusal: type[Refused]  # the error that a failed call becomes
+    repeats_timeouts: bool  # a timeout is tried again like other trouble
 
     def call(self, what: str, repo_id: str, work: Callable[[], Answer]) -> Answer:
         """Make a call once.

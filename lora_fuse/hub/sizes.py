@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 
 from lora_fuse.checkpoint import repository_files
@@ -20,21 +21,13 @@ List = Callable[[str, str | None], RepositoryListing]
 
 @dataclass(frozen=True, slots=True)
 class SourceSize:
-    """The files of a source that a lock takes, and those of them that are still to be fetched.
+    """The files of a source that a lock takes, and those of them that are still to be fetched."""
 
-    Attributes:
-        label: the source, with its commit if that is known.
-        root: the folder of the files, whether they are there yet or not.
-        sizes: bytes by POSIX path.
-        missing: the paths that are not on this machine.
-        known_by: the authority for the sizes: the folder, the lock, or the Hub's list.
-    """
-
-    label: str
-    root: Path
-    sizes: Mapping[str, int]
-    missing: frozenset[str]
-    known_by: str
+    label: str  # the source, with its commit if that is known
+    root: Path  # folder of the files, whether they are there yet or not
+    sizes: Mapping[str, int]  # bytes by POSIX path
+    missing: frozenset[str]  # paths that are not on this machine
+    known_by: str  # the authority for the sizes: the folder, the lock, or the Hub's list
 
     @property
     def total(self) -> int:
@@ -49,11 +42,8 @@ class SourceSize:
     @property
     def weights(self) -> dict[str, list[str]]:
         """The safetensors files of each component."""
-        files: dict[str, list[str]] = {}
-        for name in sorted(self.sizes):
-            if name.endswith(".safetensors"):
-                files.setdefault(PurePosixPath(name).parts[0], []).append(name)
-        return files
+        names = sorted(name for name in self.sizes if name.endswith(".safetensors"))
+        return {folder: list(below) for folder, below in groupby(names, lambda name: PurePosixPath(name).parts[0])}
 
     def below(self, component: str) -> int:
         """Bytes in one component's folder."""

@@ -38,19 +38,14 @@ class ExpectedFile:
 class FileSource:
     """A place that files come from.
 
-    Attributes:
-        label: its name for messages.
-        commit: the 40-hex commit of its files; None for a local folder.
-        files: all of its files by POSIX path.
-        license: the licence that it states; None if it states none.
-        fetch: brings files to this machine, even those in the cache if its second argument is true; returns the folder
-            that they are in.
+    `fetch` brings files to this machine, even those in the cache if its second argument is true, and returns the folder
+    that they are in.
     """
 
     label: str
-    commit: str | None
-    files: Mapping[str, ExpectedFile]
-    license: License | None
+    commit: str | None  # 40 hex digits; None for a local folder
+    files: Mapping[str, ExpectedFile]  # all of them, by POSIX path
+    license: License | None  # that it states
     fetch: Callable[[Iterable[str], bool], Path]
 
 
@@ -65,12 +60,11 @@ def open_folder(root: Path) -> FileSource:
     # Linked folders are entered at the top only: enough for a pipeline, and no loop can catch us.
     below = [path for top in root.iterdir() for path in (top.rglob("*") if top.is_dir() else (top,))]
     files = [path for path in below if not path.is_dir()]
-    sizes = {path.relative_to(root).as_posix(): ExpectedFile(_size(path)) for path in files}
+    # A dangling link counts as empty here; it is refused when it is read.
+    sizes = {
+        path.relative_to(root).as_posix(): ExpectedFile(path.stat().st_size if path.exists() else 0) for path in files
+    }
     return FileSource(str(root), None, sizes, stated_licence.read_license(root), lambda *_: root)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0  # a dangling link, which is refused when it is read
 
 
 @dataclass(slots=True)
@@ -140,16 +134,6 @@ def take_pipeline(taken: VerifiedFiles) -> None:
     if not weights:
         raise BadSource(f"{label} has no safetensors weights in {', '.join(texts)}; name a base that has some")
     taken.take(weights)
-
-
-def take_lora(taken: VerifiedFiles, name: str) -> None:
-    """Take a LoRA from a source: a file, or a PEFT folder's configuration and weights.
-
-    Raises:
-        BadLora: `name` is neither.
-        BadSource: as `VerifiedFiles.take`.
-    """
-    taken.take(repository_files.lora_files(name, taken.source.files, taken.source.label))
 
 
 def refuse_missing(names: Iterable[str], files: Mapping[str, ExpectedFile], label: str) -> None:

@@ -44,27 +44,6 @@ class FetchOrder:
         return whole if len(self.names) > 1 else f"{self.names[0]} of {whole}"
 
 
-@dataclass(frozen=True, slots=True)
-class TransferPlan:
-    """All files of one transfer into the cache: name, size in bytes, and whether it has to be fetched, of each."""
-
-    label: str
-    files: Sequence[tuple[str, int, bool]]
-
-    @property
-    def to_fetch(self) -> int:
-        """Bytes that are not here yet."""
-        return sum(size for _, size, fetch in self.files if fetch)
-
-    def __str__(self) -> str:
-        total = progress.human_bytes(sum(size for _, size, _ in self.files))
-        cached = sum(not fetch for _, _, fetch in self.files)
-        here = f"{cached} here already, " if cached else ""
-        free = progress.human_bytes(space.free_bytes(hf_cache.cache_dir()))
-        to_fetch = progress.human_bytes(self.to_fetch)
-        return f"{len(self.files)} files, {total} from {self.label}: {here}{to_fetch} to fetch, {free} free"
-
-
 class Transfers:
     """Transfers one after another by one worker, as long as that does well."""
 
@@ -142,14 +121,21 @@ class _FetchProgress(ExitStack):
         self._shown = 0
         self._advance: Callable[[int], None] = lambda _: None
 
-    def plan(self, plan: TransferPlan, *, silent: bool) -> None:
-        """Begin, or begin again with what is left."""
+    def plan(self, label: str, files: Sequence[tuple[str, int, bool]], *, silent: bool) -> int:
+        """Begin, or begin again with what is left, of files by name, bytes, and whether each has to be fetched.
+
+        Returns the bytes to fetch.
+        """
+        to_fetch = sum(size for _, size, fetch in files if fetch)
         if self._total is None:
-            self._total = plan.to_fetch
+            self._total = to_fetch
             if not silent:
-                progress.log(f"download: {plan}{progress.estimate('download', plan.to_fetch)}")
-            self._advance = self.enter_context(progress.byte_progress("download", plan.to_fetch, at_least=progress.FEW))
-        self._done = self._total - plan.to_fetch
+                progress.log(
+                    f"download: {_plan_words(label, files, to_fetch)}{progress.estimate('download', to_fetch)}"
+                )
+            self._advance = self.enter_context(progress.byte_progress("download", to_fetch, at_least=progress.FEW))
+        self._done = self._total - to_fetch
+        return to_fetch
 
     def add(self, count: int) -> None:
         """Count bytes written; those written a second time do not count."""
@@ -157,6 +143,14 @@ class _FetchProgress(ExitStack):
         if self._done > self._shown:
             self._advance(self._done - self._shown)
             self._shown = self._done
+
+
+def _plan_words(label: str, files: Sequence[tuple[str, int, bool]], to_fetch: int) -> str:
+    total = progress.human_bytes(sum(size for _, size, _ in files))
+    cached = sum(not fetch for _, _, fetch in files)
+    here = f"{cached} here already, " if cached else ""
+    free = progress.human_bytes(space.free_bytes(hf_cache.cache_dir()))
+    return f"{len(files)} files, {total} from {label}: {here}{progress.human_bytes(to_fetch)} to fetch, {free} free"
 
 
 @dataclass(slots=True)
@@ -187,10 +181,9 @@ class _FetchWatch:
             if "result" in message:
                 return
             if "plan" in message:
-                plan = TransferPlan(self.order.label, message["plan"])
-                self.progress.plan(plan, silent=self.order.again)
-                cache = hf_cache.cache_dir()
-                space.require(cache, plan.to_fetch, plan.label, "make room, or set HF_HUB_CACHE to a larger disk")
+                to_fetch = self.progress.plan(self.order.label, message["plan"], silent=self.order.again)
+                way_out = "make room, or set HF_HUB_CACHE to a larger disk"
+                space.require(hf_cache.cache_dir(), to_fetch, self.order.label, way_out)
                 self.worker.send("go")
             if self._shows_movement(message) or self._blobs() != blobs:
                 moved = time.monotonic()

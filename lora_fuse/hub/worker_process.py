@@ -41,12 +41,7 @@ class AttemptFailed(Exception):
 
 
 class WorkerProcess:
-    """A running `lora_fuse.hub.worker`.
-
-    Attributes:
-        stall_seconds: how long it may be silent.
-        is_ready: it has begun, that is, sent a message.
-    """
+    """A running `lora_fuse.hub.worker`, which may be silent for `stall_seconds`."""
 
     def __init__(self, stall_seconds: float, *, xet: bool, shows_stderr: bool = False) -> None:
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -62,7 +57,7 @@ class WorkerProcess:
             start_new_session=True,  # Ctrl-C is for the parent, which ends it
         )
         self._stall_seconds = stall_seconds
-        self.is_ready = False
+        self._is_ready = False  # it has sent a message
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -75,7 +70,7 @@ class WorkerProcess:
     @property
     def stall_seconds(self) -> float:
         """Seconds that it may be silent for now; until it has begun, at least `START`."""
-        return self._stall_seconds if self.is_ready else max(START, self._stall_seconds)
+        return self._stall_seconds if self._is_ready else max(START, self._stall_seconds)
 
     def send(self, message: object) -> None:
         """Send a line of JSON.
@@ -104,7 +99,7 @@ class WorkerProcess:
         if not line:
             raise EOFError
         message: dict[str, Any] = json.loads(line)
-        self.is_ready = True
+        self._is_ready = True
         return message
 
     def ending(self) -> str:

@@ -28,21 +28,13 @@ SCHEDULER = "scheduler/scheduler_config.json"
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Settings that a checkpoint is meant to be run with.
+    """Settings that a checkpoint is meant to be run with."""
 
-    Attributes:
-        pipeline: the diffusers class that loads it.
-        steps: of the sampling.
-        true_cfg_scale: 1.0 is no guidance.
-        negative_prompt: None if there is none.
-        condition_area: pixels that input pictures are scaled to; None leaves that to the pipeline.
-    """
-
-    pipeline: str
+    pipeline: str  # the diffusers class that loads it
     steps: int
-    true_cfg_scale: float
+    true_cfg_scale: float  # 1.0 is no guidance
     negative_prompt: str | None
-    condition_area: int | None
+    condition_area: int | None  # pixels that input pictures are scaled to; None leaves that to the pipeline
 
     @property
     def edits(self) -> bool:

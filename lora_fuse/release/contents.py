@@ -35,18 +35,12 @@ def write_release(
     additions: Mapping[str, Addition],
     signer: sections.Signer | None,
 ) -> dict[str, Addition]:
-    """Write the texts to `folder`, and list and sign everything.
+    """Write the texts to `folder`, list everything, and sign it if there is a signer.
 
-    Args:
-        folder: for texts, list and signature; it is emptied before, but for a signature that still holds.
-        merged: the merged checkpoint.
-        manifest: its manifest.
-        texts: contents of files beside it, by POSIX path.
-        additions: files beside it that lie somewhere already.
-        signer: None leaves it unsigned.
+    The folder is emptied before, but for a signature that still holds.
 
     Returns:
-        Every file to publish beside the manifest's, by POSIX path, the card among them.
+        Every file to publish beside the manifest's, by POSIX path: texts, additions, list and signature.
 
     Raises:
         PublishRefused: two files have the same path.

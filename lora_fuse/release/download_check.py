@@ -26,21 +26,13 @@ NOTICES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
 
 @dataclass(slots=True)
 class Published:
-    """Result of a check.
+    """Result of a check; the folder is as it was published, as far as it was checked, if there are no problems."""
 
-    Attributes:
-        files: how many are listed.
-        signature: state of `model.sig`.
-        problems: empty if the folder is as it was published, as far as it was checked.
-        notes: remarks that are no problem.
-        beside: paths that are not part of the merge.
-    """
-
-    files: int = 0
+    files: int = 0  # in the list
     signature: Literal["right", "wrong", "missing", "not checked"] = "not checked"
     problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    beside: frozenset[str] = frozenset()
+    notes: list[str] = field(default_factory=list)  # remarks that are no problem
+    beside: frozenset[str] = frozenset()  # paths that are not part of the merge
 
 
 def is_published(folder: Path) -> bool:
@@ -49,11 +41,9 @@ def is_published(folder: Path) -> bool:
 
 
 def check_published(folder: Path, trusted: Trusted | None) -> Published:
-    """Check a downloaded repository.
+    """Check a downloaded repository; links, as in the Hub client's cache, are followed.
 
-    Args:
-        folder: as it was downloaded; links, as in the Hub client's cache, are followed.
-        trusted: the signer; None does not check a signature.
+    Without a trusted signer the signature is not checked.
 
     Raises:
         Refused: there is no list, or the public key cannot be used.

@@ -52,12 +52,7 @@ class MergeLicence:
 
 
 def resolve_licence(manifest: Manifest, by_hand: str | None = None) -> MergeLicence:
-    """The licence under which a merge may be published.
-
-    Args:
-        manifest: of the merge, with the licences that base and LoRAs stated when they were downloaded.
-        by_hand: the id that somebody states; the tables are not asked then.
-    """
+    """The licence under which a merge may be published, from those in its manifest, or the id stated `by_hand`."""
     base = manifest.base
     parts = [((base and base.repo_id) or "the base", base.license if base else None)]
     parts += [(lora.repo_id or f"LoRA {lora.name}", lora.license) for lora in manifest.loras]

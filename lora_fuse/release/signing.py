@@ -80,12 +80,7 @@ def keep_or_sign(folder: Path, signer: sections.Signer, before: bytes | None) ->
 
 
 def check(folder: Path, trusted: Trusted, unsigned: Iterable[str] = ()) -> None:
-    """Check that `model.sig` in a folder is a signature of every file in it.
-
-    Args:
-        folder: with `model.sig`.
-        trusted: the signer that it has to be by.
-        unsigned: paths that need not be signed.
+    """Check that `model.sig` in a folder is a signature of every file in it but those `unsigned`.
 
     Raises:
         BadKey: the public key cannot be used.
