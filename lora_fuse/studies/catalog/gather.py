@@ -13,7 +13,7 @@ from lora_fuse.errors import BadSource, LoraFuseError
 from lora_fuse.fusion import read_manifest
 from lora_fuse.hub import Receipt
 from lora_fuse.machine import files
-from lora_fuse.pictures import encode
+from lora_fuse.pictures import encode, picture
 from lora_fuse.recipe import Artifacts, Manifest, Recipe, Source, hf_cache, paths, records
 from lora_fuse.studies.catalog.entry import CasePicture, CatalogEntry, Publication, Size, State, Step
 
@@ -180,8 +180,6 @@ def _pictures(recipe: Recipe, metrics: Mapping[str, Any], at: Artifacts) -> Iter
 
 
 def _thumbnail(path: Path) -> encode.Encoded | None:
-    from lora_fuse.pictures import picture
-
     try:
         whole = picture.Picture(picture.read_levels(path))
     except OSError:

@@ -13,16 +13,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lora_fuse.checkpoint import blocks
 from lora_fuse.lora import LoraFile, LoraInput, Selection
-from lora_fuse.verification import row_blocks, weight_files
-
-if TYPE_CHECKING:
-    from lora_fuse.verification import ExpectedDelta, Weights
+from lora_fuse.verification import ExpectedDelta, Weights, read_expected, row_blocks, weight_files
 
 ROWS = 16  # of each weight
 
@@ -33,7 +29,6 @@ class FileFacts:
 
     label: str
     sha256: str
-    modules: int
     lines: tuple[str, ...]
 
 
@@ -93,7 +88,7 @@ def facts_of(lora: LoraFile, label: str) -> FileFacts:
     dtypes = Counter(tensor.dtype for tensor in lora.header.tensors.values())
     lines = [f"{count} x {words}" for words, count in counted.most_common()]
     lines.append("stored as " + ", ".join(f"{dtype} ({count} tensors)" for dtype, count in sorted(dtypes.items())))
-    return FileFacts(label, lora.sha256, len(lora.deltas), tuple(lines))
+    return FileFacts(label, lora.sha256, tuple(lines))
 
 
 def compare_files(current: Path, new: Path, base: Path, component: str, rows: int = ROWS) -> FileComparison:
@@ -102,8 +97,6 @@ def compare_files(current: Path, new: Path, base: Path, component: str, rows: in
     Raises:
         BadCheckpoint: the base has no weights.
     """
-    from lora_fuse.verification import Weights, read_expected
-
     with ExitStack() as stack:
         weights = Weights(weight_files(base, component), stack)
         before, after = (

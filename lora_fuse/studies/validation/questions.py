@@ -10,13 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import fmean, median
-from typing import TYPE_CHECKING
 
 from lora_fuse.recipe import Recipe, sections
+from lora_fuse.studies.validation.file_comparison import FileComparison
 from lora_fuse.studies.validation.outcome import Answer, CaseEvidence, Cause, Judgement, Outcome
-
-if TYPE_CHECKING:
-    from lora_fuse.studies.validation.file_comparison import FileComparison
 
 OVER_FLOOR = 2.0  # where a recipe leaves it open: a right merge comes to at most 1.7 (docs/regression.md)
 SAME_DIRECTION = 0.99  # cosine from which on two files hold the same differences, only stronger or weaker

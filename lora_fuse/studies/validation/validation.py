@@ -219,4 +219,4 @@ def _facts(version: Version, name: str) -> FileFacts:
         return facts_of(open_lora(version.path(name)), version.label(name))
     except BadLora as error:
         sha256 = next(iter(version.locks[name].files.values())).sha256
-        return FileFacts(version.label(name), sha256, 0, (f"cannot be read: {error}",))
+        return FileFacts(version.label(name), sha256, (f"cannot be read: {error}",))
