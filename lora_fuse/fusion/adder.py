@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora_fuse.checkpoint import dtypes
 from lora_fuse.errors import naming_extras
 from lora_fuse.fusion.cpu_adder import Stacked, TooLarge, stackable
 from lora_fuse.fusion.pieces import BUFFER, row_pieces
@@ -48,9 +47,12 @@ def read_sum(target: Target, device: str) -> Adder:
 def _torch_sum(target: Target, deltas: list[Delta], device: str) -> Adder:
     """The adder for any deltas, on any device."""
     with naming_extras(f"{target.shard.path}: a sum as large as those of {target.tensor.name!r}"):
-        from lora_fuse.fusion.torch_sums import TorchSum
+        from lora_fuse.fusion.torch_sums import add_to_rows, as_rows
 
-    return TorchSum(deltas, target.tensor.dtype, _columns(target), device).add
+    def add(data: memoryview, first: int) -> None:
+        add_to_rows(as_rows(data, target.tensor.dtype, _columns(target)), deltas, first, device)
+
+    return add
 
 
 def read_deltas(target: Target) -> list[Delta]:
@@ -76,7 +78,7 @@ def _rows_of(target: Target) -> Iterator[tuple[int, torch.Tensor]]:
     with direct_io.open_shard(target.shard.path) as source:
         for piece in row_pieces(target):
             data = direct_io.read_exactly(source, memory, at, piece.nbytes)
-            yield piece.first_row, as_rows(data, dtypes.DTYPES[target.tensor.dtype].torch, _columns(target)).double()
+            yield piece.first_row, as_rows(data, target.tensor.dtype, _columns(target)).double()
             at += piece.nbytes
 
 

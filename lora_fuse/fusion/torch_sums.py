@@ -24,36 +24,24 @@ BLOCK = (512, 1024)  # rows and columns that are summed at a time on a CPU: 4 MB
 _of_thread = threading.local()
 
 
-class TorchSum:
-    """The deltas of one weight."""
-
-    def __init__(self, deltas: Sequence[Delta], dtype: str, columns: int, device: str) -> None:
-        """Take deltas of a weight of a safetensors dtype; a square root is taken on the CPU, the same everywhere."""
-        self._deltas = deltas
-        self._dtype = dtypes.DTYPES[dtype].torch
-        self._columns = columns
-        rooted = any(isinstance(delta, Decomposed) for delta in deltas)
-        self._device = torch.device("cpu" if rooted else device)
-
-    def add(self, data: memoryview, first: int) -> None:
-        """See `lora_fuse.fusion.adder.Adder`."""
-        torch.set_num_threads(1)  # of this thread: its threads would spin against those of the other pieces
-        rows = as_rows(data, self._dtype, self._columns)
-        if self._device.type == "cpu":
-            fuse_rows(rows, self._deltas, first)
-            return
-        if not hasattr(_of_thread, "stream"):  # one piece is carried over while another is summed
-            _of_thread.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(_of_thread.stream):
-            moved = rows.to(self._device, non_blocking=True)
-            fuse_rows(moved, self._deltas, first)
-            rows.copy_(moved, non_blocking=True)
-            _of_thread.stream.synchronize()
+def add_to_rows(rows: torch.Tensor, deltas: Sequence[Delta], first: int, device: str) -> None:
+    """As `fuse_rows`, of rows in main memory, on a device; a square root is taken on the CPU, the same everywhere."""
+    torch.set_num_threads(1)  # of this thread: its threads would spin against those of the other pieces
+    if device == "cpu" or any(isinstance(delta, Decomposed) for delta in deltas):
+        fuse_rows(rows, deltas, first)
+        return
+    if not hasattr(_of_thread, "stream"):  # one piece is carried over while another is summed
+        _of_thread.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(_of_thread.stream):
+        moved = rows.to(device, non_blocking=True)
+        fuse_rows(moved, deltas, first)
+        rows.copy_(moved, non_blocking=True)
+        _of_thread.stream.synchronize()
 
 
-def as_rows(data: memoryview, dtype: torch.dtype, columns: int) -> torch.Tensor:
-    """Bytes as a matrix, without a copy."""
-    return torch.frombuffer(data, dtype=dtype).view(-1, columns)
+def as_rows(data: memoryview, dtype: str, columns: int) -> torch.Tensor:
+    """Bytes of a safetensors dtype as a matrix, without a copy."""
+    return torch.frombuffer(data, dtype=dtypes.DTYPES[dtype].torch).view(-1, columns)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ Nothing else in the library knows a key.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -119,11 +119,6 @@ def other_component(key: str) -> str | None:
     return next((name for start, name in OTHER_COMPONENTS.items() if key.startswith(start)), None)
 
 
-def spellings(module: str) -> list[str]:
-    """The names that a module of a file may have in the base, without its prefix; dotted ones."""
-    return [module.removeprefix(prefix) for prefix in PREFIXES if module.startswith(prefix)]
-
-
-def flat_spellings(module: str) -> list[str]:
-    """The same for a name whose dots are underscores."""
-    return [module.removeprefix(prefix) for prefix in FLAT_PREFIXES if module.startswith(prefix)]
+def spellings(module: str, prefixes: Iterable[str]) -> list[str]:
+    """The names that a module of a file may have in the base: without its prefix."""
+    return [module.removeprefix(prefix) for prefix in prefixes if module.startswith(prefix)]

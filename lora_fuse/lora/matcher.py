@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 
 from lora_fuse.checkpoint import TensorInfo
 from lora_fuse.errors import BadLora, ShapeMismatch, UnmatchedTargets
-from lora_fuse.lora.key_formats import flat_spellings, spellings
+from lora_fuse.lora.key_formats import FLAT_PREFIXES, PREFIXES, spellings
 from lora_fuse.lora.key_parser import SHOWN, LoraDelta
 
 
@@ -43,10 +43,10 @@ def match_targets(deltas: Iterable[LoraDelta], weights: Mapping[str, TensorInfo]
 def _parameter(
     delta: LoraDelta, weights: Mapping[str, TensorInfo], flat: Mapping[str, list[str]], where: str
 ) -> str | None:
-    dotted = (f"{module}.{delta.part}" for module in spellings(delta.module))
+    dotted = (f"{module}.{delta.part}" for module in spellings(delta.module, PREFIXES))
     if (name := next((name for name in dotted if name in weights), None)) is not None:
         return name
-    for spelling in flat_spellings(delta.module):
+    for spelling in spellings(delta.module, FLAT_PREFIXES):
         modules = sorted(flat.get(spelling, []))
         if len(modules) > 1:
             raise BadLora(
