@@ -42,7 +42,7 @@ def lock_base(
     safetensors weights: the shards that an index names, or the one file. Variants (fp16, …) stay behind.
 
     Args:
-        source: of the base.
+        source: the base.
         previous: the lock of the last run; the same repository and revision keep its commit.
         offline: use no network, as with `HF_HUB_OFFLINE`: a repository must be locked and here already.
         update: take the commit that the revision means now, whatever is locked.
@@ -67,18 +67,13 @@ def lock_lora(
 ) -> Lock:
     """Pin one LoRA, and have it on this machine: a file, or a PEFT folder's weights and configuration.
 
-    Args:
-        source: the repository or folder that holds it.
-        filename: its POSIX path in there: a `.safetensors` file, or a folder with `adapter_config.json` (``.`` is
-            the source itself).
-        previous: the lock of the last run; this and the others as for `lock_base`.
-        offline: use no network.
-        update: take the commit that the revision means now.
-        transfer: parallel files and the time limit.
+    `filename` is its POSIX path in the source: a `.safetensors` file, or a folder with `adapter_config.json` (``.`` is
+    the source itself). The other arguments are as for `lock_base`.
 
     Raises:
         BadLora: `filename` is neither.
-        BadSource: as in `lock_base`; and so is `NoSpace`.
+        BadSource: as in `lock_base`.
+        NoSpace: as in `lock_base`.
     """
     path = PurePosixPath(filename)
     if path.is_absolute() or ".." in path.parts:

@@ -1,9 +1,8 @@
 """Provenance of a merge as an in-toto statement with an SLSA predicate. Pure: a manifest in, JSON out.
 
 Formats: in-toto Statement v1 (github.com/in-toto/attestation, spec/v1/statement.md) and SLSA provenance v1
-(slsa.dev/spec/v1.0/provenance). They are written as plain mappings: the in-toto-attestation package has no class for
-this predicate, only protobuf messages of it, and would bring protobuf into every installation. A test reads what is
-written here with that package.
+(slsa.dev/spec/v1.0/provenance), as plain mappings: the in-toto-attestation package has only protobuf messages for this
+predicate, and would bring protobuf into every installation. A test reads what is written here with it.
 
 Invariant: no clock time and no host in it, so the same build gives the same statement.
 """
