@@ -12,7 +12,7 @@ from lora_fuse.checkpoint.shards import open_checkpoint
 from lora_fuse.fusion.merge import write_merged
 from lora_fuse.fusion.plan import make_plan
 from lora_fuse.lora.inputs import LoraInput
-from tests.support.algorithms import ALGORITHMS, convolutions
+from tests.support.algorithms import ALGORITHMS, convolutions, example
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16], ids=["F32", "BF16", "F16"])
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_gpu_writes_the_bytes_that_a_cpu_writes(tmp_path: Path, name: str, dtype: type) -> None:
-    target, parts, _ = ALGORITHMS[name]()
+    target, parts, _ = example(name)
     module = target.rpartition(".")[0]
     base, lora = tmp_path / "base.safetensors", tmp_path / "lora.safetensors"
     save_file({key: tensor.astype(dtype) for key, tensor in convolutions().items()}, base)

@@ -1,6 +1,6 @@
 """Every kind of low-rank update with its formula, as plain numpy on small random matrices."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,18 +10,17 @@ from tests.support import tiny
 
 Array = npt.NDArray[Any]
 Tensors = dict[str, Array]
-Example = tuple[str, Tensors, Callable[[Tensors, Array, float], Any]]  # a parameter, what the file holds, the formula
+Formula = Callable[[Tensors, Array, float], Any]  # of what the file holds, the weight, and the scale
 
 RNG = np.random.default_rng(5)
+X = "transformer_blocks.0.attn.to_q"  # 24 x 16, with a bias
+CONV = "conv_in"  # 6 x 4 x 3 x 3
+POINT = "conv_out"  # 8 x 6 x 1 x 1
+POSITIVE = ("dora_scale", "lora_magnitude_vector.weight")
 
 
 def random(*shape: int) -> Array:
     return (RNG.standard_normal(shape) / 4).astype(np.float32)
-
-
-X = "transformer_blocks.0.attn.to_q"  # 24 x 16, with a bias
-CONV = "conv_in"  # 6 x 4 x 3 x 3
-POINT = "conv_out"  # 8 x 6 x 1 x 1
 
 
 def convolutions() -> Tensors:
@@ -32,187 +31,95 @@ def convolutions() -> Tensors:
     }
 
 
-def _lora() -> Example:
-    t: Tensors = {"lora_down.weight": random(3, 16), "lora_up.weight": random(24, 3), "alpha": np.array(2, np.float32)}
-    return f"{X}.weight", t, lambda t, w, s: w + s * 2 / 3 * t["lora_up.weight"] @ t["lora_down.weight"]
+def product(t: Tensors) -> Any:
+    return t["lora_up.weight"] @ t["lora_down.weight"]
 
 
-def _lora_conv() -> Example:
-    t: Tensors = {
-        "lora_down.weight": random(3, 4, 3, 3),
-        "lora_up.weight": random(6, 3, 1, 1),
-        "alpha": np.array(2, np.float32),
-    }
-    return (
-        f"{CONV}.weight",
-        t,
-        lambda t, w, s: (
-            w + s * 2 / 3 * np.einsum("or,rihw->oihw", t["lora_up.weight"][..., 0, 0], t["lora_down.weight"])
-        ),
-    )
+def kernel(t: Tensors) -> Any:
+    """A convolution of up, which is 1 x 1, after down."""
+    return np.einsum("or,rihw->oihw", t["lora_up.weight"][..., 0, 0], t["lora_down.weight"])
 
 
-def _lora_tucker() -> Example:
-    t: Tensors = {
-        "lora_down.weight": random(3, 4, 1, 1),
-        "lora_mid.weight": random(3, 3, 3, 3),
-        "lora_up.weight": random(6, 3, 1, 1),
-    }
-    return (
-        f"{CONV}.weight",
-        t,
-        lambda t, w, s: (
-            w
-            + s
-            * np.einsum(
-                "pi,ijhw,jr->prhw",
-                t["lora_up.weight"][..., 0, 0],
-                t["lora_mid.weight"],
-                t["lora_down.weight"][..., 0, 0],
-            )
-        ),
-    )
+def tucker_kernel(t: Tensors) -> Any:
+    up, mid, down = (t[f"lora_{part}.weight"] for part in ("up", "mid", "down"))
+    return np.einsum("pi,ijhw,jr->prhw", up[..., 0, 0], mid, down[..., 0, 0])
 
 
-def _point() -> Example:
-    t: Tensors = {"lora_down.weight": random(2, 6), "lora_up.weight": random(8, 2)}
-    return f"{POINT}.weight", t, lambda t, w, s: w + s * (t["lora_up.weight"] @ t["lora_down.weight"])[..., None, None]
+def hadamard(t: Tensors, side: int) -> Any:
+    return t[f"hada_w{side}_a"] @ t[f"hada_w{side}_b"]
 
 
-def _loha() -> Example:
-    t: Tensors = {
-        "hada_w1_a": random(24, 3), "hada_w1_b": random(3, 16),
-        "hada_w2_a": random(24, 3), "hada_w2_b": random(3, 16), "alpha": np.array(1.5, np.float32),
-    }  # fmt: skip
-    return (
-        f"{X}.weight",
-        t,
-        lambda t, w, s: w + s * 0.5 * (t["hada_w1_a"] @ t["hada_w1_b"]) * (t["hada_w2_a"] @ t["hada_w2_b"]),
-    )
+def tucker(core: Array, a: Array, b: Array) -> Any:
+    return np.einsum("ijkl,jr,ip->prkl", core, b, a)
 
 
-def _loha_tucker() -> Example:
-    t: Tensors = {
-        "hada_w1_a": random(3, 6), "hada_w1_b": random(3, 4), "hada_t1": random(3, 3, 3, 3),
-        "hada_w2_a": random(3, 6), "hada_w2_b": random(3, 4), "hada_t2": random(3, 3, 3, 3),
-    }  # fmt: skip
-
-    def side(t: Tensors, n: int) -> Any:
-        return np.einsum("ijkl,jr,ip->prkl", t[f"hada_t{n}"], t[f"hada_w{n}_b"], t[f"hada_w{n}_a"])
-
-    return f"{CONV}.weight", t, lambda t, w, s: w + s * side(t, 1) * side(t, 2)
+def tucker_hadamard(t: Tensors, side: int) -> Any:
+    return tucker(t[f"hada_t{side}"], t[f"hada_w{side}_a"], t[f"hada_w{side}_b"])
 
 
-def _lokr_full() -> Example:
-    t: Tensors = {
-        "lokr_w1": random(4, 2),
-        "lokr_w2": random(6, 8),
-        "alpha": np.array(64, np.float32),
-    }  # alpha does not count here
-    return f"{X}.weight", t, lambda t, w, s: w + s * np.kron(t["lokr_w1"], t["lokr_w2"])
+def kronecker_kernel(t: Tensors) -> Any:
+    w2 = tucker(t["lokr_t2"], t["lokr_w2_a"], t["lokr_w2_b"])
+    return np.einsum("ab,cdkl->acbdkl", t["lokr_w1"], w2).reshape(6, 4, 3, 3)
 
 
-def _lokr_factored() -> Example:
-    t: Tensors = {
-        "lokr_w1": random(4, 2),
-        "lokr_w2_a": random(6, 3),
-        "lokr_w2_b": random(3, 8),
-        "alpha": np.array(2, np.float32),
-    }
-    return f"{X}.weight", t, lambda t, w, s: w + s * 2 / 3 * np.kron(t["lokr_w1"], t["lokr_w2_a"] @ t["lokr_w2_b"])
+def unit(moved: Array, *axes: int) -> Any:
+    return moved / np.sqrt((moved**2).sum(axes, keepdims=True))
 
 
-def _lokr_both() -> Example:
-    t: Tensors = {
-        "lokr_w1_a": random(4, 2),
-        "lokr_w1_b": random(2, 2),
-        "lokr_w2_a": random(6, 2),
-        "lokr_w2_b": random(2, 8),
-    }
-    return (
-        f"{X}.weight",
-        t,
-        lambda t, w, s: w + s * np.kron(t["lokr_w1_a"] @ t["lokr_w1_b"], t["lokr_w2_a"] @ t["lokr_w2_b"]),
-    )
+def peft_dora(t: Tensors, w: Array, s: float) -> Any:
+    moved = w + s * 0.5 * t["lora_B.weight"] @ t["lora_A.weight"]
+    return t["lora_magnitude_vector.weight"][:, None] * unit(moved, 1)
 
 
-def _lokr_conv() -> Example:
-    t: Tensors = {
-        "lokr_w1": random(2, 2),
-        "lokr_w2_a": random(3, 3),
-        "lokr_w2_b": random(3, 2),
-        "lokr_t2": random(3, 3, 3, 3),
-    }
-
-    def whole(t: Tensors) -> Any:
-        w2 = np.einsum("ijkl,jr,ip->prkl", t["lokr_t2"], t["lokr_w2_b"], t["lokr_w2_a"])
-        return np.einsum("ab,cdkl->acbdkl", t["lokr_w1"], w2).reshape(6, 4, 3, 3)
-
-    return f"{CONV}.weight", t, lambda t, w, s: w + s * whole(t)
-
-
-def _diff() -> Example:
-    return f"{X}.weight", {"diff": random(24, 16)}, lambda t, w, s: w + s * t["diff"]
-
-
-def _diff_b() -> Example:
-    return f"{X}.bias", {"diff_b": random(24)}, lambda t, w, s: w + s * t["diff_b"]
-
-
-def _lora_bias() -> Example:
-    t: Tensors = {
-        "lora_A.weight": random(4, 16),
-        "lora_B.weight": random(24, 4),
-        "lora_B.bias": random(24),
-        "alpha": np.array(2, np.float32),
-    }
-    return f"{X}.bias", t, lambda t, w, s: w + s * 0.5 * t["lora_B.bias"]
-
-
-def _dora_peft() -> Example:
-    t: Tensors = {
-        "lora_A.weight": random(4, 16), "lora_B.weight": random(24, 4),
-        "lora_magnitude_vector.weight": np.abs(random(24)) + 1, "alpha": np.array(2, np.float32),
-    }  # fmt: skip
-
-    def formula(t: Tensors, w: Array, s: float) -> Any:
-        moved = w + s * 0.5 * t["lora_B.weight"] @ t["lora_A.weight"]
-        return t["lora_magnitude_vector.weight"][:, None] * moved / np.linalg.norm(moved, axis=1, keepdims=True)
-
-    return f"{X}.weight", t, formula
-
-
-def _dora_scale(axis: int) -> Example:
-    t: Tensors = {
-        "lora_down.weight": random(4, 16), "lora_up.weight": random(24, 4),
-        "dora_scale": np.abs(random(24, 1) if axis == 1 else random(1, 16)) + 1, "alpha": np.array(2, np.float32),
-    }  # fmt: skip
-
-    def formula(t: Tensors, w: Array, s: float) -> Any:
-        moved = w + 0.5 * t["lora_up.weight"] @ t["lora_down.weight"]
-        return w + s * (t["dora_scale"] * moved / np.linalg.norm(moved, axis=axis, keepdims=True) - w)
-
-    return f"{X}.weight", t, formula
-
-
-def _dora_scale_conv() -> Example:
-    t: Tensors = {
-        "lora_down.weight": random(3, 4, 3, 3), "lora_up.weight": random(6, 3, 1, 1),
-        "dora_scale": np.abs(random(1, 4, 1, 1)) + 1,
-    }  # fmt: skip
-
-    def formula(t: Tensors, w: Array, s: float) -> Any:
-        moved = w + np.einsum("or,rihw->oihw", t["lora_up.weight"][..., 0, 0], t["lora_down.weight"])
-        return w + s * (t["dora_scale"] * moved / np.sqrt((moved**2).sum((0, 2, 3), keepdims=True)) - w)
-
-    return f"{CONV}.weight", t, formula
-
-
-ALGORITHMS = {
-    "LoRA": _lora, "LoRA, convolution": _lora_conv, "LoRA, Tucker": _lora_tucker, "LoRA, 1x1 as linear": _point,
-    "LoHa": _loha, "LoHa, Tucker": _loha_tucker,
-    "LoKr, whole": _lokr_full, "LoKr, one factored": _lokr_factored, "LoKr, both": _lokr_both, "LoKr, conv": _lokr_conv,
-    "diff": _diff, "diff_b": _diff_b, "lora_B.bias": _lora_bias,
-    "DoRA, PEFT": _dora_peft, "DoRA, by row": lambda: _dora_scale(1), "DoRA, by column": lambda: _dora_scale(0),
-    "DoRA, by column, conv": _dora_scale_conv,
+LINEAR = {"lora_down.weight": (4, 16), "lora_up.weight": (24, 4)}
+KERNEL = {"lora_down.weight": (3, 4, 3, 3), "lora_up.weight": (6, 3, 1, 1)}
+PEFT = {"lora_A.weight": (4, 16), "lora_B.weight": (24, 4)}
+HADAMARD = {"hada_w1_a": (24, 3), "hada_w1_b": (3, 16), "hada_w2_a": (24, 3), "hada_w2_b": (3, 16)}
+CORES = {
+    "hada_w1_a": (3, 6), "hada_w1_b": (3, 4), "hada_t1": (3, 3, 3, 3),
+    "hada_w2_a": (3, 6), "hada_w2_b": (3, 4), "hada_t2": (3, 3, 3, 3),
 }  # fmt: skip
+
+# By name: the parameter, the shapes of what the file holds, its alpha, and the formula.
+ALGORITHMS: Mapping[str, tuple[str, Mapping[str, tuple[int, ...]], float | None, Formula]] = {
+    "LoRA": (f"{X}.weight", {"lora_down.weight": (3, 16), "lora_up.weight": (24, 3)}, 2,
+             lambda t, w, s: w + s * 2 / 3 * product(t)),
+    "LoRA, convolution": (f"{CONV}.weight", KERNEL, 2, lambda t, w, s: w + s * 2 / 3 * kernel(t)),
+    "LoRA, Tucker": (
+        f"{CONV}.weight",
+        {"lora_down.weight": (3, 4, 1, 1), "lora_mid.weight": (3, 3, 3, 3), "lora_up.weight": (6, 3, 1, 1)}, None,
+        lambda t, w, s: w + s * tucker_kernel(t)),
+    "LoRA, 1x1 as linear": (f"{POINT}.weight", {"lora_down.weight": (2, 6), "lora_up.weight": (8, 2)}, None,
+                            lambda t, w, s: w + s * product(t)[..., None, None]),
+    "LoHa": (f"{X}.weight", HADAMARD, 1.5, lambda t, w, s: w + s * 0.5 * hadamard(t, 1) * hadamard(t, 2)),
+    "LoHa, Tucker": (f"{CONV}.weight", CORES, None,
+                     lambda t, w, s: w + s * tucker_hadamard(t, 1) * tucker_hadamard(t, 2)),
+    "LoKr, whole": (f"{X}.weight", {"lokr_w1": (4, 2), "lokr_w2": (6, 8)}, 64,  # alpha does not count here
+                    lambda t, w, s: w + s * np.kron(t["lokr_w1"], t["lokr_w2"])),
+    "LoKr, one factored": (
+        f"{X}.weight", {"lokr_w1": (4, 2), "lokr_w2_a": (6, 3), "lokr_w2_b": (3, 8)}, 2,
+        lambda t, w, s: w + s * 2 / 3 * np.kron(t["lokr_w1"], t["lokr_w2_a"] @ t["lokr_w2_b"])),
+    "LoKr, both": (
+        f"{X}.weight", {"lokr_w1_a": (4, 2), "lokr_w1_b": (2, 2), "lokr_w2_a": (6, 2), "lokr_w2_b": (2, 8)}, None,
+        lambda t, w, s: w + s * np.kron(t["lokr_w1_a"] @ t["lokr_w1_b"], t["lokr_w2_a"] @ t["lokr_w2_b"])),
+    "LoKr, conv": (
+        f"{CONV}.weight", {"lokr_w1": (2, 2), "lokr_w2_a": (3, 3), "lokr_w2_b": (3, 2), "lokr_t2": (3, 3, 3, 3)}, None,
+        lambda t, w, s: w + s * kronecker_kernel(t)),
+    "diff": (f"{X}.weight", {"diff": (24, 16)}, None, lambda t, w, s: w + s * t["diff"]),
+    "diff_b": (f"{X}.bias", {"diff_b": (24,)}, None, lambda t, w, s: w + s * t["diff_b"]),
+    "lora_B.bias": (f"{X}.bias", {**PEFT, "lora_B.bias": (24,)}, 2, lambda t, w, s: w + s * 0.5 * t["lora_B.bias"]),
+    "DoRA, PEFT": (f"{X}.weight", {**PEFT, "lora_magnitude_vector.weight": (24,)}, 2, peft_dora),
+    "DoRA, by row": (f"{X}.weight", {**LINEAR, "dora_scale": (24, 1)}, 2,
+                     lambda t, w, s: w + s * (t["dora_scale"] * unit(w + 0.5 * product(t), 1) - w)),
+    "DoRA, by column": (f"{X}.weight", {**LINEAR, "dora_scale": (1, 16)}, 2,
+                        lambda t, w, s: w + s * (t["dora_scale"] * unit(w + 0.5 * product(t), 0) - w)),
+    "DoRA, by column, conv": (f"{CONV}.weight", {**KERNEL, "dora_scale": (1, 4, 1, 1)}, None,
+                              lambda t, w, s: w + s * (t["dora_scale"] * unit(w + kernel(t), 0, 2, 3) - w)),
+}  # fmt: skip
+
+
+def example(name: str) -> tuple[str, Tensors, Formula]:
+    """An algorithm's parameter, what a file may hold for it, and the formula."""
+    target, shapes, alpha, formula = ALGORITHMS[name]
+    parts = {end: np.abs(random(*shape)) + 1 if end in POSITIVE else random(*shape) for end, shape in shapes.items()}
+    return target, parts if alpha is None else {**parts, "alpha": np.array(alpha, np.float32)}, formula
