@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -9,11 +10,13 @@ import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
+from tests.hub_server import LoopbackHub
+from tests.support import merges, tiny
+from tests.support.downloads import Project
 from tests.support.once import Once
 from tests.support.workspace import Workspace
 
-pytest_plugins = ["tests.hub_server.fixtures"]
-
+CLEARED = ("HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET", "HF_XET_CACHE", "HF_TOKEN_PATH")
 MOST_WORKERS = 8  # each takes a gigabyte of memory
 
 # Started in the background by a shell, this process ignores Ctrl-C, and so would every process that a test starts.
@@ -74,3 +77,38 @@ def built(once: Once) -> Workspace:
 def workspace(built: Workspace, tmp_path: Path) -> Workspace:
     """A copy of `built`, to be changed."""
     return built.copy(tmp_path / "checkout")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """A running Hub; `HF_ENDPOINT`, `HF_HOME` and `HF_TOKEN` (alice's, who may write) are set for it.
+
+    The client reads its environment when it is imported, which may be long before: `lora_fuse` hands it over
+    at each call, and a test that uses `huggingface_hub` itself must do so too, or run in a new process.
+    """
+    with LoopbackHub(tmp_path / "hub").run() as server:
+        for name in CLEARED:
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf-home"))
+        monkeypatch.setenv("HF_TOKEN", "hf_write")
+        yield server
+
+
+@pytest.fixture
+def project(hub: LoopbackHub, tmp_path: Path) -> Project:
+    (tmp_path / "project").mkdir()
+    return Project(tmp_path / "project")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return tiny.write_pipeline(tmp_path / "base", tiny.weights())
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A base and a LoRA whose merge takes long enough to be caught in the middle."""
+    merges.write_base(tmp_path / "base")
+    merges.write_lora(tmp_path / "l.safetensors")
+    return tmp_path

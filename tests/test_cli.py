@@ -19,11 +19,6 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return tiny.write_pipeline(tmp_path / "base", tiny.weights())
-
-
-@pytest.fixture
 def lora(tmp_path: Path) -> Path:
     return tiny.write_lora(tmp_path / "l.safetensors", tiny.lora_tensors())
 

@@ -1,6 +1,7 @@
 """Laws of a base: what its index says and what its shards hold is the same, or it is refused."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,6 @@ from lora_fuse.errors import BadCheckpoint
 from tests.support import tiny
 
 INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return tiny.write_pipeline(tmp_path / "base", tiny.weights())
 
 
 def test_a_pipeline_a_component_and_a_file_hold_the_same_tensors(tmp_path: Path, base: Path) -> None:
@@ -34,42 +30,29 @@ def edit_index(base: Path, name: str, filename: str | None) -> None:
     (base / INDEX).write_text(json.dumps(index))
 
 
-def test_a_tensor_without_an_index_entry_is_refused(base: Path) -> None:
-    edit_index(base, "norm.weight", None)
-    with pytest.raises(BadCheckpoint, match=r"'norm\.weight'.*no entry"):
-        open_checkpoint(base)
+SECOND = "transformer/diffusion_pytorch_model-00002-of-00002.safetensors"
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "tensor without an entry": (lambda base: edit_index(base, "norm.weight", None), r"'norm\.weight'.*no entry"),
+    "entry without a tensor": (
+        lambda base: edit_index(base, "extra.weight", "diffusion_pytorch_model-00001-of-00002.safetensors"),
+        r"'extra\.weight'.*does not have it",
+    ),
+    "missing shard": (lambda base: (base / SECOND).unlink(), "no such file"),
+    "shard outside its folder": (
+        lambda base: edit_index(base, "norm.weight", "../vae/diffusion_pytorch_model.safetensors"),
+        "beside its index",
+    ),
+    "index that does not parse": (lambda base: (base / INDEX).write_text("{"), r"index\.json is not readable JSON"),
+    "index without a map": (lambda base: (base / INDEX).write_text("{}"), "weight_map"),
+    "two candidates, no index": (lambda base: (base / INDEX).unlink(), "0 index files and 2 safetensors"),
+}
 
 
-def test_an_index_entry_without_a_tensor_is_refused(base: Path) -> None:
-    edit_index(base, "extra.weight", "diffusion_pytorch_model-00001-of-00002.safetensors")
-    with pytest.raises(BadCheckpoint, match=r"'extra\.weight'.*does not have it"):
-        open_checkpoint(base)
-
-
-def test_a_missing_shard_is_refused(base: Path) -> None:
-    (base / "transformer" / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(BadCheckpoint, match="no such file"):
-        open_checkpoint(base)
-
-
-def test_a_shard_outside_its_folder_is_refused(base: Path) -> None:
-    edit_index(base, "norm.weight", "../vae/diffusion_pytorch_model.safetensors")
-    with pytest.raises(BadCheckpoint, match="beside its index"):
-        open_checkpoint(base)
-
-
-def test_an_index_that_does_not_parse_is_refused(base: Path) -> None:
-    (base / INDEX).write_text("{")
-    with pytest.raises(BadCheckpoint, match=r"index\.json is not readable JSON"):
-        open_checkpoint(base)
-    (base / INDEX).write_text("{}")
-    with pytest.raises(BadCheckpoint, match="weight_map"):
-        open_checkpoint(base)
-
-
-def test_two_candidates_without_an_index_are_refused(base: Path) -> None:
-    (base / INDEX).unlink()
-    with pytest.raises(BadCheckpoint, match="0 index files and 2 safetensors"):
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_base_is_refused(base: Path, kind: str) -> None:
+    damage, said = BROKEN[kind]
+    damage(base)
+    with pytest.raises(BadCheckpoint, match=said):
         open_checkpoint(base)
 
 

@@ -46,11 +46,6 @@ def fuse(
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return tiny.write_pipeline(tmp_path / "base", tiny.weights())
-
-
-@pytest.fixture
 def lora(tmp_path: Path) -> LoraInput:
     return LoraInput("l", tiny.write_lora(tmp_path / "l.safetensors", tiny.lora_tensors()), 1.0)
 

@@ -14,14 +14,7 @@ from pathlib import Path
 import pytest
 
 from lora_fuse.cli import main
-from tests.support.merges import hashes, left, run, start, write_base, write_lora
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    write_base(tmp_path / "base")
-    write_lora(tmp_path / "l.safetensors")
-    return tmp_path
+from tests.support.merges import hashes, left, run, start
 
 
 def kill_when(place: Path, finished: int) -> None:

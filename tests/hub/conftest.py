@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.hub_server import LoopbackHub
-from tests.support.downloads import BIG, FILE, LORA, Project
+from tests.support.downloads import BIG, FILE, LORA
 from tests.support.publications import PUTS, XORBS, Place
 
 
@@ -23,12 +23,6 @@ def upload(request: pytest.FixtureRequest, place: Place) -> str:
     if request.param == "lfs":
         place.env["HF_HUB_DISABLE_XET"] = "1"
     return {"xet": XORBS, "lfs": PUTS}[request.param]
-
-
-@pytest.fixture
-def project(hub: LoopbackHub, tmp_path: Path) -> Project:
-    (tmp_path / "project").mkdir()
-    return Project(tmp_path / "project")
 
 
 @pytest.fixture(params=["lfs", "xet"])

@@ -9,7 +9,6 @@ import hashlib
 import os
 import re
 import signal
-import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.hub_server import Fault, LoopbackHub
+from tests.support import disks
 from tests.support.downloads import BASE, BIG, CONTENT, FILE, LIMIT, LORA, Project, fetched, leftovers, processes
 from tests.support.repositories import PIPELINE
 from tests.support.waiting import until
@@ -136,16 +136,9 @@ def test_a_token_that_ends_on_the_way_is_named(hub: LoopbackHub, project: Projec
 
 @pytest.fixture
 def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
-    monkeypatch.setenv("HF_HUB_CACHE", str(folder / "hub"))
-    try:
+    with disks.small_disk(tmp_path / "small", "6m") as folder:
+        monkeypatch.setenv("HF_HUB_CACHE", str(folder / "hub"))
         yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_what_the_disk_has_no_room_for_is_not_begun(

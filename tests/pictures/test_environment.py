@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -76,11 +77,11 @@ print(json.dumps({{
 """
 
 
-def report(threads: int | None, **environment: str) -> dict[str, object]:
+def report(threads: int | None, **environment: str) -> dict[str, Any]:
     env = {"PYTHONPATH": ":".join(filter(None, sys.path)), **environment}
     command = [sys.executable, "-c", REPORT.format(threads=threads)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    found: dict[str, object] = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
@@ -92,19 +93,15 @@ def test_a_deterministic_process_has_its_pins_and_threads_and_says_so(threads: i
     assert (here["deterministic"], here["tf32"], here["benchmark"]) == (True, False, False)
     assert (here["cublas"], here["placement"], here["gpu"]) == (":4096:8", "cpu", [None, None])
     assert here["torch"] == torch.__version__
-    flags = here["flags"]
-    assert isinstance(flags, dict)
-    assert {"generator", "deterministic_algorithms", "CUBLAS_WORKSPACE_CONFIG"} <= flags.keys()
+    assert {"generator", "deterministic_algorithms", "CUBLAS_WORKSPACE_CONFIG"} <= here["flags"].keys()
 
 
 @pytest.mark.skipif(not X86, reason="the pins are of x86")
 def test_every_x86_processor_takes_the_same_kernels() -> None:
     here = report(1)
     assert here["isa"] == f"{platform.machine()}-avx2"
-    flags = here["flags"]
-    assert isinstance(flags, dict)
     pins = ("ATEN_CPU_CAPABILITY", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA")
-    assert [flags[pin] for pin in pins] == ["avx2", "COMPATIBLE", "AVX2"]
+    assert [here["flags"][pin] for pin in pins] == ["avx2", "COMPATIBLE", "AVX2"]
 
 
 @pytest.mark.skipif(not X86, reason="the pins are of x86")
@@ -112,9 +109,7 @@ def test_what_was_chosen_outside_stays_and_is_another_environment() -> None:
     here = report(1, ATEN_CPU_CAPABILITY="default", CUBLAS_WORKSPACE_CONFIG=":16:8")
     assert here["isa"] == f"{platform.machine()}-default"
     assert here["cublas"] == ":16:8"
-    flags = here["flags"]
-    assert isinstance(flags, dict)
-    assert flags["ATEN_CPU_CAPABILITY"] == "default"
+    assert here["flags"]["ATEN_CPU_CAPABILITY"] == "default"
 
 
 def test_without_a_number_the_threads_are_torch_s_choice() -> None:

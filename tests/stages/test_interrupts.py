@@ -12,24 +12,11 @@ import pytest
 
 from tests.hub_server import Fault, LoopbackHub
 from tests.support.downloads import BIG, CONTENT, FILE, LORA, Project, fetched, leftovers, processes
-from tests.support.merges import hashes, left, run, start, write_base, write_lora
+from tests.support.merges import hashes, left, run, start
 from tests.support.waiting import until
 from tests.support.workspace import Workspace, ran
 
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
-
-
-@pytest.fixture
-def project(hub: LoopbackHub, tmp_path: Path) -> Project:
-    (tmp_path / "project").mkdir()
-    return Project(tmp_path / "project")
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    write_base(tmp_path / "base")
-    write_lora(tmp_path / "l.safetensors")
-    return tmp_path
 
 
 def test_a_fuse_that_is_interrupted_keeps_finished_shards_and_goes_on(place: Path) -> None:

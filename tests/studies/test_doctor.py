@@ -26,6 +26,7 @@ from lora_fuse.studies.doctor import access, disk, memory, software
 from lora_fuse.studies.doctor.examination import _places, approved_pictures
 from lora_fuse.studies.doctor.finding import Finding, Status, fail, ok, table, verdict, warn
 from tests.hub_server import LoopbackHub
+from tests.support import disks
 from tests.support.repositories import BASE, LORA, LORA_FILE, NOWHERE, PIPELINE, STRAYS, weights, write
 from tests.support.tiny import in_folder, on_hub
 
@@ -36,15 +37,8 @@ PARTS = {"transformer": 41 * GB, "text_encoder": 16 * GB, "vae": GB // 4}
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
+    with disks.small_disk(tmp_path / "small", "80m") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def recipe(base: Source) -> Recipe:
