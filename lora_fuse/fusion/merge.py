@@ -154,18 +154,15 @@ def _place_others(
     same = [shard.relative for shard in plan.checkpoint.shards if shard.relative not in fused]
     for name in [*same, *plan.checkpoint.others]:
         if name not in generated:
-            record = known.get(name) or files.hash_file(plan.checkpoint.locate(name))
-            _take_over(plan.checkpoint.locate(name), place.place(name), untouched)
+            source = plan.checkpoint.locate(name)
+            record = known.get(name) or files.hash_file(source)
+            # Weights are shared with the base: they are large and only ever replaced. Text is edited in place.
+            is_weight = ".safetensors" in (source.suffix, source.resolve().suffix)
+            files.take_over(source.resolve(), place.place(name), untouched if is_weight else "copy")
             yield name, records.MergedFile(record.size, record.sha256, "base")
     for name, content in generated.items():
         place.place(name).write_bytes(content)
         yield name, records.MergedFile(len(content), hashlib.sha256(content).hexdigest(), "generated")
-
-
-def _take_over(source: Path, target: Path, how: files.Untouched) -> None:
-    """Share weights with the base, copy text: weights are large and only ever replaced, text is edited in place."""
-    is_weight = ".safetensors" in (source.suffix, source.resolve().suffix)
-    files.take_over(source.resolve(), target, how if is_weight else "copy")
 
 
 def _check_places(checkpoint: Checkpoint, out: Path) -> None:

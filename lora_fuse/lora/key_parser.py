@@ -170,7 +170,7 @@ class _Module:
         taken = _take(roles, "w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")
         if ("t1" in taken) != ("t2" in taken):
             raise self._mismatch(taken, "hada_t1 and hada_t2 together")
-        shapes = [self._product(taken, f"w{n}_a", f"w{n}_b", f"t{n}") for n in (1, 2)]
+        shapes = [self._product(taken, n) for n in (1, 2)]
         if shapes[0][0] != shapes[1][0]:
             raise self._mismatch(taken, "two products of one shape")
         return self._scaled(row, taken, *shapes[0])
@@ -186,7 +186,7 @@ class _Module:
                     raise self._mismatch(taken, f"lokr_w{n} as one matrix, or as two factors")
                 sides.append((whole[0], math.prod(whole[1:])))
             else:
-                side, rank = self._product(taken, f"w{n}_a", f"w{n}_b", f"t{n}")
+                side, rank = self._product(taken, n)
                 sides.append(side)
                 ranks.add(rank)
         if len(ranks) > 1:
@@ -194,20 +194,21 @@ class _Module:
         shape = (sides[0][0] * sides[1][0], sides[0][1] * sides[1][1])
         return self._scaled(row, taken, shape, ranks.pop() if ranks else None)
 
-    def _product(self, taken: Roles, a: str, b: str, core: str) -> tuple[tuple[int, int], int]:
-        """Shape and rank of ``a @ b``; with a Tucker core of ``core[i, j] * a[i] * b[j]``."""
-        left = taken[a].shape
-        right = taken[b].shape
-        middle = taken[core].shape if core in taken else None
+    def _product(self, taken: Roles, n: int) -> tuple[tuple[int, int], int]:
+        """Shape and rank of side n, ``a @ b``; with a Tucker core of ``core[i, j] * a[i] * b[j]``."""
+        left = taken[f"w{n}_a"].shape
+        right = taken[f"w{n}_b"].shape
         if len(left) != 2 or len(right) < 2:
             raise self._mismatch(taken, "matrices")
-        if middle is None:
-            if left[1] != right[0] or not right[0]:
+        rank = right[0]
+        if f"t{n}" not in taken:
+            if left[1] != rank or not rank:
                 raise self._mismatch(taken, "[out, rank] times [rank, in]")
-            return (left[0], math.prod(right[1:])), right[0]
-        if len(right) != 2 or middle[:2] != (left[0], right[0]) or not right[0]:
+            return (left[0], math.prod(right[1:])), rank
+        core = taken[f"t{n}"].shape
+        if len(right) != 2 or core[:2] != (left[0], rank) or not rank:
             raise self._mismatch(taken, "a core of [rank, rank, height, width]")
-        return (left[1], right[1] * math.prod(middle[2:])), right[0]
+        return (left[1], right[1] * math.prod(core[2:])), rank
 
     def _full(self, row: KeyFormat, roles: Roles) -> Iterator[LoraDelta]:
         for role, part in (("diff", "weight"), ("diff bias", "bias")):

@@ -217,14 +217,15 @@ def _factor(module: str, parts: Mapping[str, Array], config: Mapping[str, Any]) 
 
 def _longest_match(module: str, kind: str, names: set[str], flat: Mapping[str, str]) -> str | None:
     """The base's parameter whose dotted name, or its name with underscores, is the longest tail of `module`."""
-    parts = module.split(".")
-    tails = (".".join([*parts[start:], kind]) for start in range(len(parts)))
-    found = next((tail for tail in tails if tail in names), None)
-    if found is None and "." not in module:
-        words = module.split("_")
-        tail = next((t for t in ("_".join(words[start:]) for start in range(len(words))) if t in flat), None)
-        found = None if tail is None or f"{flat[tail]}.{kind}" not in names else f"{flat[tail]}.{kind}"
-    return found
+    modules = _tails(module, ".")
+    if "." not in module:
+        modules += [flat[tail] for tail in _tails(module, "_") if tail in flat][:1]
+    return next((f"{name}.{kind}" for name in modules if f"{name}.{kind}" in names), None)
+
+
+def _tails(name: str, separator: str) -> list[str]:
+    parts = name.split(separator)
+    return [separator.join(parts[start:]) for start in range(len(parts))]
 
 
 def _configuration(path: Path) -> dict[str, Any]:
