@@ -34,14 +34,8 @@ def write_merged(
 ) -> dict[str, records.MergedFile]:
     """Write the merged checkpoint of the same kind as the base to `out`, replacing what was there.
 
-    Args:
-        plan: what to fuse.
-        out: the folder or file to make.
-        device: ``cpu`` or ``cuda``; the bytes do not depend on it.
-        generated: files of a pipeline whose content is given here instead of the base's, by POSIX path.
-        known: the base's files whose sha256 is known already (a lock's), so that they are not hashed again.
-        progress: called with the number of bytes just written, from any thread.
-        untouched: how weights that do not change are taken over.
+    The bytes do not depend on the device. `generated` are files of a pipeline whose content is given here instead of
+    the base's, by POSIX path; `known` are the base's files whose sha256 a lock has, so that they are not hashed again.
 
     Returns:
         Every file of the result by POSIX path.

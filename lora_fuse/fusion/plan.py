@@ -9,16 +9,7 @@ from dataclasses import asdict, dataclass, field
 
 from lora_fuse.checkpoint import PROVENANCE, Checkpoint, Shard, TensorInfo, dtypes, open_checkpoint
 from lora_fuse.errors import BadCheckpoint, BadScale, require
-from lora_fuse.lora import (
-    Delta,
-    LoraDelta,
-    LoraFile,
-    LoraInput,
-    Selection,
-    make_delta,
-    match_targets,
-    open_lora,
-)
+from lora_fuse.lora import Delta, LoraDelta, LoraFile, LoraInput, Selection, make_delta, match_targets, open_lora
 from lora_fuse.models import COMPONENT
 from lora_fuse.recipe import Lock, Recipe, hf_cache, paths
 
