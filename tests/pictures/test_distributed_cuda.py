@@ -22,7 +22,6 @@ team, merged, out = DistributedRenderer("cuda", None), Path(sys.argv[1]), Path(s
 from lora_fuse.pictures.environment import environment, make_deterministic
 make_deterministic(on_gpu=True)
 import torch
-from lora_fuse.pictures.metrics import levels_of, png_of
 from lora_fuse.pictures.pairs import render_pairs
 from tests.support.on_gpu import CASES, SETUP, plan
 
