@@ -183,19 +183,21 @@ def test_a_filesystem_without_locks_fails(tmp_path: Path, monkeypatch: pytest.Mo
 def test_sources_that_cannot_be_had_are_refused(hub: LoopbackHub, tmp_path: Path) -> None:
     hub.push(LORA, {LORA_FILE: weights(7)})
     hub.create("bob/gated", gated=True)
-    with pytest.raises(BadSource, match="is not a folder"):
-        base_size(in_folder(tmp_path / "nowhere"), None)
-    with pytest.raises(BadSource, match=r"no model_index\.json"):
-        base_size(on_hub(LORA), None)
-    with pytest.raises(BadSource, match="no such repository"):
-        base_size(on_hub("bob/none"), None)
-    with pytest.raises(BadSource, match="has no other"):
-        lora_size(on_hub(LORA), "other", None)
-    with pytest.raises(BadSource, match=r"has no other\.safetensors"):
-        lora_size(on_hub(LORA), "other.safetensors", None)
     hub.push("bob/peft", {"l/adapter_config.json": b"{}", "l/adapter_model.bin": b"x"})
-    with pytest.raises(BadLora, match="pickle"):
-        lora_size(on_hub("bob/peft"), "l", None)
+    for source, said in (
+        (in_folder(tmp_path / "nowhere"), "is not a folder"),
+        (on_hub(LORA), r"no model_index\.json"),
+        (on_hub("bob/none"), "no such repository"),
+    ):
+        with pytest.raises(BadSource, match=said):
+            base_size(source, None)
+    for repo_id, filename, error, said in (
+        (LORA, "other", BadSource, "has no other"),
+        (LORA, "other.safetensors", BadSource, r"has no other\.safetensors"),
+        ("bob/peft", "l", BadLora, "pickle"),
+    ):
+        with pytest.raises(error, match=said):
+            lora_size(on_hub(repo_id), filename, None)
 
 
 def test_the_hub_s_list_is_that_of_the_download(hub: LoopbackHub) -> None:
