@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.hub_server import Fault, LoopbackHub
+from tests.support.machine import until
 from tests.support.publications import (
     COMMIT,
     MERGE,
@@ -22,7 +23,6 @@ from tests.support.publications import (
     repo,
     rows,
 )
-from tests.support.waiting import until
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from tests.hub_server import Fault, LoopbackHub
-from tests.support import disks
 from tests.support.downloads import BASE, BIG, CONTENT, FILE, LIMIT, LORA, Project, fetched, leftovers, processes
+from tests.support.machine import small_disk as mounted
+from tests.support.machine import until
 from tests.support.repositories import PIPELINE
-from tests.support.waiting import until
 
 ONCE = {
     "drop": Fault(CONTENT, drop_after=100_000),
@@ -136,7 +136,7 @@ def test_a_token_that_ends_on_the_way_is_named(hub: LoopbackHub, project: Projec
 
 @pytest.fixture
 def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    with disks.small_disk(tmp_path / "small", "6m") as folder:
+    with mounted(tmp_path / "small", "6m") as folder:
         monkeypatch.setenv("HF_HUB_CACHE", str(folder / "hub"))
         yield folder
 

@@ -9,11 +9,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from tests.hub_server.api import revision
-from tests.hub_server.changes import Changes
+from tests.hub_server.changes import Changes, Pulls
 from tests.hub_server.lfs import ranged
 from tests.hub_server.listings import Listings
 from tests.hub_server.model import HubError
-from tests.hub_server.pulls import Pulls
 
 MODEL = "/api/models/{owner}/{name}"
 

@@ -1,12 +1,97 @@
-"""Laws of whole files and of disk space: JSON is a mapping or refused, a disk that is too small is said in bytes."""
+"""Laws of files and disks: large files keep their bytes, JSON is a mapping or refused, too small a disk is refused."""
 
+import errno
+import hashlib
+import os
+import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lora_fuse.errors import BadCheckpoint, NoSpace
+from lora_fuse.machine import hashing_writer as hashed
+from lora_fuse.machine.direct_io import BLOCK, Reader, Writer, block_memory, too_large_to_cache
 from lora_fuse.machine.files import read_json
+from lora_fuse.machine.hashing_writer import HashingWriter
 from lora_fuse.machine.space import free_bytes, require
+
+CONTENT = np.random.default_rng(0).bytes(5 * BLOCK + 123)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("direct") / "file"
+    path.write_bytes(CONTENT)
+    return path
+
+
+def forget(path: Path) -> None:
+    """Take a file out of the page cache, so that it has to be read from the disk."""
+    with path.open("rb") as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@given(start=st.integers(0, len(CONTENT)), nbytes=st.integers(0, 2 * BLOCK), cached=st.booleans())
+@settings(deadline=None)
+def test_any_part_reads_as_it_is(file: Path, start: int, nbytes: int, cached: bool) -> None:
+    if not cached:
+        forget(file)
+    with Reader(file) as source:
+        assert bytes(source.read(block_memory(nbytes), start, nbytes)) == CONTENT[start : start + nbytes]
+
+
+@pytest.mark.parametrize("lengths", [[BLOCK], [BLOCK, 5], [2 * BLOCK, BLOCK, 1], [7], [BLOCK, 9, 9], []])
+@pytest.mark.parametrize("direct", [True, False])
+def test_what_is_written_is_what_was_given(tmp_path: Path, lengths: list[int], direct: bool) -> None:
+    memory, at = block_memory(2 * BLOCK), 0
+    (tmp_path / "out").write_bytes(b"an older and longer file" * BLOCK)
+    with Writer(tmp_path / "out", direct) as sink:
+        for nbytes in lengths:
+            memory[:nbytes] = CONTENT[at : at + nbytes]
+            sink.write(memory, nbytes)
+            at += nbytes
+    assert (tmp_path / "out").read_bytes() == CONTENT[:at]
+
+
+@given(st.lists(st.integers(0, 3 * BLOCK), max_size=12))
+@settings(deadline=None, max_examples=30)
+def test_a_hashed_file_has_the_bytes_and_their_hash(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int]
+) -> None:
+    path, whole = tmp_path_factory.mktemp("hashed") / "out", b""
+    told: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hashed, "WINDOW", 2 * BLOCK)
+        with HashingWriter(path, told.append, direct=True) as file:
+            for nbytes in lengths:
+                file.append(CONTENT[:nbytes])
+                whole += CONTENT[:nbytes]
+            record = file.finish()
+    assert path.read_bytes() == whole
+    assert (record.size, record.sha256) == (len(whole), hashlib.sha256(whole).hexdigest())
+    assert sum(told) == len(whole)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_file_that_may_not_grow_is_an_error(tmp_path: Path, direct: bool) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (BLOCK, before[1]))
+    try:
+        with HashingWriter(tmp_path / "out", lambda _: None, direct) as file:
+            file.append(CONTENT)
+            with pytest.raises(OSError, match=os.strerror(errno.EFBIG)):
+                file.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_only_what_is_small_beside_the_memory_goes_into_the_cache() -> None:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert [too_large_to_cache(nbytes) for nbytes in (1, memory)] == [False, True]
 
 
 def test_a_json_file_is_read(tmp_path: Path) -> None:

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.hub_server import LoopbackHub
-from tests.support.released import Project
-from tests.support.releases import Build, on_the_hub, private_key
+from tests.support.released import Build, Project, on_the_hub, private_key
 
 
 @pytest.fixture

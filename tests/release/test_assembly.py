@@ -18,8 +18,7 @@ from lora_fuse.release.signing import SIGNATURE
 from stages.export import export_formats
 from stages.publish import publish
 from tests.hub_server import LoopbackHub
-from tests.support.released import REPO, ROOT, Project
-from tests.support.releases import LORA_FILE, Build, flip, tiny_base, tiny_lora
+from tests.support.released import LORA_FILE, REPO, ROOT, Build, Project, flip, tiny_base, tiny_lora
 
 
 def test_everything_is_published_once_and_again_is_nothing_new(build: Build, hub: LoopbackHub, key: Path) -> None:

@@ -14,10 +14,11 @@ from lora_fuse.release.contents import BOM, LIST, PROVENANCE
 from lora_fuse.release.signing import SIGNATURE
 from stages.publish import publish
 from tests.hub_server import LoopbackHub
-from tests.support.released import REPO, Project
-from tests.support.releases import (
+from tests.support.released import (
     LORA_FILE,
+    REPO,
     WEIGHTS,
+    Project,
     flip,
     on_the_hub,
     private_key,

@@ -13,8 +13,7 @@ from lora_fuse.release.licences import SETTING, resolve_licence
 from stages.publish import publish
 from tests.hub_server import LoopbackHub
 from tests.support.cards import APACHE, BASE, LORA, MANIFEST, MIT, card, front_matter
-from tests.support.released import REPO
-from tests.support.releases import LORA_FILE, Build, on_the_hub, tiny_base
+from tests.support.released import LORA_FILE, REPO, Build, on_the_hub, tiny_base
 from tests.support.tiny import in_folder, on_hub
 
 

@@ -11,8 +11,7 @@ from lora_fuse.recipe.sections import Signer
 from lora_fuse.release.signing import keep_or_sign, sign
 from stages.publish import publish
 from tests.hub_server import LoopbackHub
-from tests.support.released import REPO, Project
-from tests.support.releases import Build, private_key, public_key
+from tests.support.released import REPO, Build, Project, private_key, public_key
 
 
 def test_the_signature_of_the_last_time_is_kept_while_it_is_right(folder: Path, key: Path, tmp_path: Path) -> None:

@@ -21,8 +21,7 @@ from lora_fuse.release.contents import BOM, LIST, PROVENANCE
 from lora_fuse.release.slsa import provenance_json, purl
 from stages.publish import publish
 from tests.hub_server import LoopbackHub
-from tests.support.released import REPO
-from tests.support.releases import LORA_FILE, Build
+from tests.support.released import LORA_FILE, REPO, Build
 
 
 def test_the_statement_is_in_toto_s_and_names_every_file_and_source(build: Build, hub: LoopbackHub) -> None:

@@ -12,8 +12,8 @@ import pytest
 
 from tests.hub_server import Fault, LoopbackHub
 from tests.support.downloads import BIG, CONTENT, FILE, LORA, Project, fetched, leftovers, processes
+from tests.support.machine import until
 from tests.support.merges import hashes, left, run, start
-from tests.support.waiting import until
 from tests.support.workspace import Workspace, ran
 
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}

@@ -26,7 +26,7 @@ from lora_fuse.studies.doctor import access, disk, memory, software
 from lora_fuse.studies.doctor.examination import _places, approved_pictures
 from lora_fuse.studies.doctor.finding import Finding, Status, fail, ok, table, verdict, warn
 from tests.hub_server import LoopbackHub
-from tests.support import disks
+from tests.support.machine import small_disk as mounted
 from tests.support.repositories import BASE, LORA, LORA_FILE, NOWHERE, PIPELINE, STRAYS, weights, write
 from tests.support.tiny import in_folder, on_hub
 
@@ -37,7 +37,7 @@ PARTS = {"transformer": 41 * GB, "text_encoder": 16 * GB, "vae": GB // 4}
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    with disks.small_disk(tmp_path / "small", "80m") as folder:
+    with mounted(tmp_path / "small", "80m") as folder:
         yield folder
 
 

@@ -1,7 +1,6 @@
 """Laws of `python -m stages.sweep`, run as a user runs it: real processes, also killed ones, and a real DVC queue."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -19,8 +18,8 @@ from lora_fuse.recipe.hf_cache import cache_dir
 from lora_fuse.recipe.paths import Artifacts
 from stages.sweep import expand, sweep
 from tests.hub_server import LoopbackHub
+from tests.support.machine import start, until
 from tests.support.repositories import PIPELINE
-from tests.support.waiting import until
 from tests.support.workspace import METRICS as RUN_METRICS
 from tests.support.workspace import Workspace
 
@@ -50,10 +49,7 @@ class Project:
         )
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "stages.sweep", *arguments, *QUICK, "--json"]
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=self.root, env=env, stdout=pipe, stderr=pipe, text=True)
+        return start(sys.executable, "-m", "stages.sweep", *arguments, *QUICK, "--json", cwd=self.root)
 
     def sweep(self, *arguments: str, code: int = 0) -> tuple[dict[str, Any], str]:
         """The facts of the last line, and all that was said."""

@@ -14,6 +14,7 @@ import yaml
 
 from stages.config import compose
 from tests.hub_server import Call, LoopbackHub
+from tests.support.machine import start
 from tests.support.repositories import PIPELINE, write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,14 +45,7 @@ class Project:
     def start(self, *arguments: str, stall: float = 2.5, workers: int = 4, **env: str) -> subprocess.Popen[str]:
         self.params["download"] = {"workers": workers, "stall_seconds": stall}
         (self.root / "params.yaml").write_text(yaml.safe_dump(self.params))
-        return subprocess.Popen(
-            [sys.executable, "-m", "stages.download", *arguments],
-            cwd=self.root,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **env},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        return start(sys.executable, "-m", "stages.download", *arguments, cwd=self.root, **env)
 
     def run(self, *arguments: str, code: int = 0, **options: Any) -> str:
         """Run it; returns its output, or its one error line if it was to be refused."""

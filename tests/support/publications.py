@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import re
 import signal
 import subprocess
@@ -19,8 +18,8 @@ from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.records import BuildRecord, Manifest, MergedFile, MergedLora, Tool, from_json, to_json
 from tests.hub_server import LoopbackHub, Repo
 from tests.hub_server.api import LFS_SUFFIXES
+from tests.support.machine import start, until
 from tests.support.released import leave_regression
-from tests.support.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
 REPO = "alice/merged"
@@ -104,10 +103,8 @@ class Place:
         (self.root / "params.yaml").write_text(yaml.safe_dump(params))
 
     def start(self, *arguments: str, **env: str) -> subprocess.Popen[str]:
-        command = [sys.executable, *(arguments or ("-m", "stages.publish"))]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        whole = {**os.environ, **self.env, **env, "PYTHONPATH": str(ROOT)}
-        return subprocess.Popen(command, cwd=self.root, env=whole, text=True, **pipes)  # type: ignore[call-overload, no-any-return]
+        program = arguments or ("-m", "stages.publish")
+        return start(sys.executable, *program, cwd=self.root, **{**self.env, **env})
 
     def run(self, *arguments: str, **env: str) -> Done:
         return finish(self.start(*arguments, **env))
