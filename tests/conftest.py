@@ -13,7 +13,7 @@ from xdist.scheduler import LoadScopeScheduling
 from tests.hub_server import LoopbackHub
 from tests.support import merges, tiny
 from tests.support.downloads import Project
-from tests.support.once import Once
+from tests.support.machine import Once
 from tests.support.workspace import Workspace
 
 CLEARED = ("HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET", "HF_XET_CACHE", "HF_TOKEN_PATH")

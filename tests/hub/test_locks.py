@@ -28,9 +28,6 @@ from tests.support.repositories import (
 )
 from tests.support.tiny import in_folder, on_hub
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
 # ---------------------------------------------------------------- what is pinned and taken
 
 

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 
 from tests.hub_server import Fault, LoopbackHub
-from tests.support.machine import until
+from tests.support.machine import ROOT, until
 from tests.support.publications import (
     COMMIT,
     MERGE,
     REPO,
-    ROOT,
     SHARDS,
     SIZE,
     Place,

@@ -27,7 +27,6 @@ FILES = {
     "scheduler/scheduler_config.json": b"{}",
     WEIGHTS: np.arange(30_000, dtype=np.float32).tobytes(),
 }
-COMMIT = "POST /api/models/alice/merged/commit/"
 
 refusal = partial(repositories.refusal, kind=PublishRefused)
 

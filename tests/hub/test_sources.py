@@ -11,7 +11,7 @@ from lora_fuse.hub.locks import lock_base, lock_lora, verify_files
 from lora_fuse.recipe.hf_cache import locate
 from lora_fuse.recipe.records import Lock, to_json
 from tests.hub_server import Fault, LoopbackHub
-from tests.support.downloads import ROOT
+from tests.support.machine import ROOT
 from tests.support.repositories import (
     BASE,
     LORA,

@@ -17,7 +17,7 @@ from stages.catalog import catalog
 from stages.config import load
 from stages.config.__main__ import main
 from tests.hub_server import LoopbackHub
-from tests.support.once import Once
+from tests.support.machine import Once
 from tests.support.workspace import Workspace, hub_environment
 
 NAMES = ["pocket_pastel", "pocket_soft"]  # `pocket` is the default recipe, which other tests build

@@ -26,11 +26,11 @@ from lora_fuse.studies.doctor import access, disk, memory, software
 from lora_fuse.studies.doctor.examination import _places, approved_pictures
 from lora_fuse.studies.doctor.finding import Finding, Status, fail, ok, table, verdict, warn
 from tests.hub_server import LoopbackHub
+from tests.support.machine import ROOT
 from tests.support.machine import small_disk as mounted
 from tests.support.repositories import BASE, LORA, LORA_FILE, NOWHERE, PIPELINE, STRAYS, weights, write
 from tests.support.tiny import in_folder, on_hub
 
-ROOT = Path(__file__).resolve().parents[2]
 GB = 10**9
 PARTS = {"transformer": 41 * GB, "text_encoder": 16 * GB, "vae": GB // 4}
 

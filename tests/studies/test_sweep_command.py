@@ -18,12 +18,11 @@ from lora_fuse.recipe.hf_cache import cache_dir
 from lora_fuse.recipe.paths import Artifacts
 from stages.sweep import expand, sweep
 from tests.hub_server import LoopbackHub
-from tests.support.machine import start, until
+from tests.support.machine import ROOT, start, until
 from tests.support.repositories import PIPELINE
 from tests.support.workspace import METRICS as RUN_METRICS
 from tests.support.workspace import Workspace
 
-ROOT = Path(__file__).resolve().parents[2]
 LONGEST = 300.0  # seconds that anything is waited for
 QUICK = ("~regress.cases.hat", "base.sampling.steps=6", "loras.lightning.path=loras")
 LORA = "pocket-lightning-4steps-v2.safetensors"

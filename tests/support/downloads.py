@@ -14,10 +14,9 @@ import yaml
 
 from stages.config import compose
 from tests.hub_server import Call, LoopbackHub
-from tests.support.machine import start
+from tests.support.machine import ROOT, start
 from tests.support.repositories import PIPELINE, write
 
-ROOT = Path(__file__).resolve().parents[2]
 BASE, LORA, FILE = "bob/base", "bob/lora", "lora.safetensors"
 CONTENT = "GET (/_lfs/|/cas/xorb/)"
 BIG = os.urandom(3_000_000)

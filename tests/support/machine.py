@@ -1,10 +1,13 @@
-"""What tests do to this machine: start a program, wait for what it does, mount a disk that is too small."""
+"""What tests do to this machine: start a program, wait for what it does, make a thing once, mount a small disk."""
 
+import fcntl
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -46,3 +49,27 @@ def start(*command: str, cwd: Path, **env: str) -> subprocess.Popen[str]:
     whole = {**os.environ, "PYTHONPATH": str(ROOT), **env}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=cwd, env=whole, stdout=pipe, stderr=pipe, text=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Once:
+    """A folder that all processes of a run share."""
+
+    root: Path
+
+    def __call__(self, name: str, make: Callable[[Path], object]) -> Path:
+        """Return the folder `name`, filled by `make` in the first process that asks; the others wait for it.
+
+        It is only to be read: a test that changes something works in a copy. Where `make` fails, it fails for each
+        process that asks.
+        """
+        self.root.mkdir(exist_ok=True)
+        folder = self.root / name
+        done = self.root / f"{name}.done"
+        with (self.root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                make(folder)
+                done.touch()
+        return folder

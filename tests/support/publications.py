@@ -18,10 +18,9 @@ from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.records import BuildRecord, Manifest, MergedFile, MergedLora, Tool, from_json, to_json
 from tests.hub_server import LoopbackHub, Repo
 from tests.hub_server.api import LFS_SUFFIXES
-from tests.support.machine import start, until
+from tests.support.machine import ROOT, start, until
 from tests.support.released import leave_regression
 
-ROOT = Path(__file__).resolve().parents[2]
 REPO = "alice/merged"
 SHARDS = [f"transformer/model-{number}.safetensors" for number in range(1, 5)]
 VOCABULARY = "tokenizer/spiece.model"
