@@ -1,6 +1,7 @@
-"""Laws of the arithmetic: one rounding, to nearest, ties to even, from float64."""
+"""Laws of the arithmetic: one rounding, to nearest, ties to even, from float64; on a GPU the bytes of the CPU."""
 
 from fractions import Fraction
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -9,12 +10,18 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
+from lora_fuse.checkpoint.shards import open_checkpoint
 from lora_fuse.fusion import torch_sums as fusion
+from lora_fuse.fusion.merge import write_merged
+from lora_fuse.fusion.plan import make_plan
 from lora_fuse.fusion.torch_rounding import FLOAT_FORMATS, narrow, round_doubtful, round_most
 from lora_fuse.fusion.torch_sums import fuse_rows
 from lora_fuse.lora.deltas import Delta, Hadamard, Kronecker, LowRank, Matrix, NotFinite
 from lora_fuse.lora.exact import nearest as nearest_of
+from lora_fuse.lora.inputs import LoraInput
+from tests.support.key_styles import ALGORITHMS, convolutions, update_of
 
 NUMPY: dict[torch.dtype, npt.DTypeLike] = {
     torch.bfloat16: ml_dtypes.bfloat16,
@@ -189,3 +196,20 @@ def test_the_sum_does_not_depend_on_the_blocks(block: tuple[int, int], monkeypat
         for j in range(8):
             exact = Fraction(float(weight[2 + i, j])) + sum(one.exact(2 + i, j) for one in differences)
             assert float(merged[i, j]) == nearest(exact, ml_dtypes.bfloat16)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16], ids=["F32", "BF16", "F16"])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_gpu_writes_the_bytes_that_a_cpu_writes(tmp_path: Path, name: str, dtype: type) -> None:
+    target, parts, _ = update_of(name)
+    module = target.rpartition(".")[0]
+    base, lora = tmp_path / "base.safetensors", tmp_path / "lora.safetensors"
+    save_file({key: tensor.astype(dtype) for key, tensor in convolutions().items()}, base)
+    save_file({f"{module}.{end}": np.asarray(part) for end, part in parts.items()}, lora)
+    plan = make_plan(open_checkpoint(base), [LoraInput("l", lora, 0.7)])
+    for device in ("cpu", "cuda"):
+        out = tmp_path / f"{device}.safetensors"
+        write_merged(plan, out, device=device, generated={}, known={}, progress=lambda _: None)
+    assert (tmp_path / "cuda.safetensors").read_bytes() == (tmp_path / "cpu.safetensors").read_bytes()
+    assert load_file(tmp_path / "cpu.safetensors")[target].tobytes() != load_file(base)[target].tobytes()

@@ -9,15 +9,14 @@ import pytest
 from lora_fuse.errors import BadLora
 from lora_fuse.lora.key_formats import FLAT_PREFIXES, FORMATS, PREFIXES
 from tests.support import tiny
-from tests.support.algorithms import ALGORITHMS, Tensors, X, convolutions, example
-from tests.support.key_styles import STYLES, merged, restyled, same
+from tests.support.key_styles import ALGORITHMS, STYLES, Tensors, X, convolutions, merged, restyled, same, update_of
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.7])
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16], ids=["F32", "BF16", "F16"])
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_is_its_formula(tmp_path: Path, name: str, dtype: type, scale: float) -> None:
-    target, parts, formula = example(name)
+    target, parts, formula = update_of(name)
     base: Tensors = {key: tensor.astype(dtype) for key, tensor in convolutions().items()}
     module = target.rpartition(".")[0]
     ours = merged(tmp_path, {f"{module}.{end}": np.asarray(part) for end, part in parts.items()}, scale, base)
