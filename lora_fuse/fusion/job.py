@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_fuse.checkpoint import diffusers_files
 from lora_fuse.errors import BadConfig
@@ -17,7 +18,10 @@ from lora_fuse.fusion.manifest import build_manifest, build_path, manifest_path,
 from lora_fuse.fusion.merge import bytes_to_copy, bytes_to_write, write_merged
 from lora_fuse.fusion.plan import Plan
 from lora_fuse.machine import files, progress
-from lora_fuse.recipe import Lock, Manifest, Recipe, checkout, records
+from lora_fuse.recipe import Lock, Manifest, checkout, records
+
+if TYPE_CHECKING:  # parameters are models of pydantic, and a plain fuse has none
+    from lora_fuse.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)

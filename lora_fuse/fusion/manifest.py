@@ -6,11 +6,15 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_fuse.errors import BadSource, Rerun
 from lora_fuse.fusion.plan import Plan
 from lora_fuse.machine import files
-from lora_fuse.recipe import Lock, Manifest, Recipe, records
+from lora_fuse.recipe import Lock, Manifest, records
+
+if TYPE_CHECKING:  # parameters are models of pydantic, and a plain fuse has none
+    from lora_fuse.recipe import Recipe
 
 
 def manifest_path(merged: Path) -> Path:

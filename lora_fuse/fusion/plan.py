@@ -6,12 +6,16 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
 from lora_fuse.checkpoint import PROVENANCE, Checkpoint, Shard, TensorInfo, dtypes, open_checkpoint
 from lora_fuse.errors import BadCheckpoint, BadScale, require
 from lora_fuse.lora import Delta, LoraDelta, LoraFile, LoraInput, Selection, make_delta, match_targets, open_lora
 from lora_fuse.models import COMPONENT
-from lora_fuse.recipe import Lock, Recipe, hf_cache, paths
+from lora_fuse.recipe import Lock, hf_cache, paths
+
+if TYPE_CHECKING:  # parameters are models of pydantic, and a plain fuse has none
+    from lora_fuse.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)

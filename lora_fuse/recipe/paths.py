@@ -9,15 +9,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lora_fuse.errors import BadSource, Rerun
 from lora_fuse.lora import LoraInput
 from lora_fuse.machine import files
 from lora_fuse.recipe import records
 from lora_fuse.recipe.hf_cache import locate
-from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.records import SCHEMA, BaseLock, Lock, LoraLock
+
+if TYPE_CHECKING:  # parameters are models of pydantic, and a plain fuse has none
+    from lora_fuse.recipe.recipe import Recipe
 
 ROOT = Path("artifacts")
 GOLDEN = ROOT / "golden"  # approved pictures, by recipe: every build of a recipe is compared with the same
@@ -104,7 +106,7 @@ class Artifacts:
 HERE = Artifacts()
 
 # Fuses and verifies files that are pinned already, beside the main build; what was found is for the caller to read.
-Merge: TypeAlias = Callable[[Recipe, Artifacts, Lock, Mapping[str, Lock]], None]
+Merge: TypeAlias = "Callable[[Recipe, Artifacts, Lock, Mapping[str, Lock]], None]"
 
 
 def read_text(path: Path, stage: str, *, force: bool = False) -> str:
