@@ -10,7 +10,7 @@ from lora_fuse.machine import interrupts
 
 
 def _last_resort(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Ctrl-C while a stage is being imported, or again while it ends: a line, as `lora_fuse.cli.guarded` has it."""
+    """Ctrl-C while a stage is being imported, or again while it ends: a line, as `interrupts.guarded` has it."""
     if issubclass(kind, KeyboardInterrupt):
         print("error: interrupted; whole results stay, `dvc repro` goes on", file=sys.stderr)
     else:

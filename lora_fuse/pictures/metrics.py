@@ -1,7 +1,7 @@
 """Distances between two pictures: one function each, of arrays only.
 
 A picture is `picture.Levels`. A new regression metric is a function here, a row in
-`METRICS` and a key of `lora_fuse.recipe.recipe.LimitParams`, whose value `conf/` gives: null decides nothing.
+`METRICS` and a key of `lora_fuse.recipe.sections.LimitParams`, whose value `conf/` gives: null decides nothing.
 Every function of two pictures is symmetric but for `ssimulacra2`, gives for identical ones the best value there is, and
 raises ValueError for two of different sizes.
 The libraries that measure are imported where they are used: a report that is only read needs none of them.
