@@ -21,7 +21,8 @@ from stages.run import next_commands, parse, run
 
 def approve(reason: str, only: list[str], add: bool, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:
     """Copy the candidates to `artifacts/golden/RECIPE/KEY/`, each with its record: who approved it and why."""
-    found = records.from_json(candidates.Candidates, paths.read_text(at.candidates, "regress"), str(at.candidates))
+    text = paths.read_text(at.candidates, "regress")
+    found = records.from_json(candidates.Candidates, text, str(at.candidates))
     if not set(only) <= set(found.cases) or not reason.strip():
         known = ", ".join(found.cases)
         raise BadConfig(f"a --reason and known cases are needed: got {reason!r} and {only}, of {known}")
@@ -29,7 +30,7 @@ def approve(reason: str, only: list[str], add: bool, at: Artifacts = paths.HERE,
     recipe = next(iter(chosen.values())).provenance.recipe
     run = records.from_json(run_record.RunRecord, paths.read_text(at.run, "regress", force=True), str(at.run))
     approval.check_weights(found.manifest_sha256, chosen, paths.read_object(at.verify, "verify"), at.verify)
-    approval.check_repeatable(run, found.manifest_sha256, Path.cwd())
+    approval.check_repeatable(run, text, Path.cwd())
     approval.check_asked(chosen, *check_declared(recipe, at.variant).asked)
     pictures = approval.read_pictures(at.images, chosen)
     approved = goldens.Goldens(paths.GOLDEN / recipe)

@@ -14,7 +14,7 @@ def summary(_: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> 
     if console.as_json:
         console.done("summary", facts=metrics)
     else:
-        run = run_record.read_run(at, metrics["manifest_sha256"])
+        run = run_record.read_run(at)
         then = command(gate.next_step(metrics), at)
         print(gate.summary_text(metrics, run, str(at.report), then))
     return 0

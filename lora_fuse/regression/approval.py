@@ -52,14 +52,14 @@ def _settings(scales: Mapping[str, float], steps: int) -> str:
     return f"{loras or 'no LoRA'} in {steps} steps"
 
 
-def check_repeatable(run: RunRecord, manifest_sha256: str, root: Path) -> None:
+def check_repeatable(run: RunRecord, candidates: str, root: Path) -> None:
     """Refuse pictures that no commit of the checkout at `root` would give again.
 
     Raises:
         CheckFailed: no commit would.
     """
-    if run.manifest_sha256 != manifest_sha256:
-        raise CheckFailed("the run's record is of another merge; nothing was approved", rerun=AGAIN)
+    if not run.is_of(candidates):
+        raise CheckFailed("the run's record is of other pictures than these; nothing was approved", rerun=AGAIN)
     modified = checkout.modified_files(root)
     if modified is None or run.tool.git is None:
         raise CheckFailed("this is no git checkout, so nothing says what made these pictures; nothing was approved")

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from lora_fuse.checkpoint import blocks
 from lora_fuse.models import pair_warnings
-from lora_fuse.pictures import encode, metrics, pairs, picture, render
+from lora_fuse.pictures import encode, environment, metrics, pairs, picture, render
 from lora_fuse.recipe import Manifest, records
 from lora_fuse.regression.candidates import Candidates, Provenance, differences
 from lora_fuse.regression.case_judgement import JudgedPair
@@ -62,14 +62,16 @@ def _json_number(value: float | None) -> float | None:
     return records.rounded(value) if value is not None and math.isfinite(value) else None
 
 
-def run_metrics(judged: Sequence[JudgedPair], run: RunRecord, recipe: str, scale: float) -> dict[str, Scalar]:
+def run_metrics(
+    judged: Sequence[JudgedPair], found: Candidates, key: environment.Key, scale: float
+) -> dict[str, Scalar]:
     """The content of `metrics.json`: what was measured and decided, and of what."""
     return flat_metrics(case.result for case in judged) | {
-        "recipe": recipe,
+        "recipe": next(iter(found.cases.values())).provenance.recipe,
         "scale": scale,
-        "environment": str(run.environment.key),
+        "environment": str(key),
         "unfused_by": judged[0].pair.unfused_by,
-        "manifest_sha256": run.manifest_sha256,
+        "manifest_sha256": found.manifest_sha256,
     }
 
 

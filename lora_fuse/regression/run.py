@@ -34,8 +34,8 @@ def judge(
     cases = judge_pairs(rendered, approved, Rules.of(params))
     manifest, manifest_sha256 = read_manifest(at.manifest)
     found = candidates(cases, manifest, manifest_sha256, setup)
-    run = RunRecord.of(manifest_sha256, here, {one.name: one.pair.merged for one in cases})
-    measured = run_metrics(cases, run, params.name, params.fuse.scale)
+    run = RunRecord.of(records.to_json(found), here, {one.name: one.pair.merged for one in cases})
+    measured = run_metrics(cases, found, here.key, params.fuse.scale)
     return Judged(manifest, cases, found, run, measured)
 
 

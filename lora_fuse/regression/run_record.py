@@ -5,6 +5,7 @@ The same results are made elsewhere, by others, in more time.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -23,27 +24,37 @@ Environment: TypeAlias = environment.Environment  # a field's name hides the mod
 class RunRecord:
     """Environment and tool that rendered the pictures of a run, when it was finished (UTC, ISO 8601), what each cost.
 
-    `costs` are by case, see `lora_fuse.pictures.cost.Cost`.
+    `candidates_sha256` is of the text of `candidates.json`: a merge has one manifest wherever it is made, and its
+    pictures differ from one kind of machine to the next. `costs` are by case, see `lora_fuse.pictures.cost.Cost`.
     """
 
     schema: int
-    manifest_sha256: str
+    candidates_sha256: str
     environment: Environment
     tool: records.Tool
     finished: str
     costs: dict[str, dict[str, float | int | None]]
 
     @classmethod
-    def of(cls, manifest_sha256: str, here: Environment, merged: Mapping[str, picture.Rendered]) -> RunRecord:
-        """Record a run that has just ended, of the merged pictures by case."""
+    def of(cls, candidates: str, here: Environment, merged: Mapping[str, picture.Rendered]) -> RunRecord:
+        """Record a run that has just ended: the text of its candidates, and its merged pictures by case."""
         costs = {name: asdict(one.cost) for name, one in merged.items()}
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        return cls(records.SCHEMA, manifest_sha256, here, checkout.this_tool(), now, costs)
+        return cls(records.SCHEMA, digest_of(candidates), here, checkout.this_tool(), now, costs)
+
+    def is_of(self, candidates: str) -> bool:
+        """True if these are the candidates of the run, by their text."""
+        return self.candidates_sha256 == digest_of(candidates)
 
 
-def read_run(at: Artifacts, manifest_sha256: str) -> RunRecord | None:
+def digest_of(text: str) -> str:
+    """The sha256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_run(at: Artifacts) -> RunRecord | None:
     """Read the record of the run that the results are of; None if they came from elsewhere."""
-    if not at.run.exists():
+    if not (at.run.exists() and at.candidates.exists()):
         return None
-    run = records.from_json(RunRecord, at.run.read_text(encoding="utf-8"), str(at.run))
-    return run if run.manifest_sha256 == manifest_sha256 else None
+    run = records.read(RunRecord, at.run)
+    return run if run.is_of(at.candidates.read_text(encoding="utf-8")) else None

@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import signal
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -43,10 +44,12 @@ def pairs(faults: Iterable[str]) -> list[tuple[str, str]]:
 def test_what_goes_wrong_once_is_overcome(hub: LoopbackHub, project: Project, transport: str, name: str) -> None:
     fault = replace(ONCE[name])
     hub.faults.append(fault)
+    begun = time.monotonic()
     project.run()
     assert fault.hits == ONCE[name].times
     assert project.lock()["files"][FILE]["size"] == len(BIG)
     assert not leftovers()
+    assert time.monotonic() - begun < 14
 
 
 def test_a_transfer_that_is_slow_but_moves_is_left_alone(hub: LoopbackHub, project: Project, transport: str) -> None:

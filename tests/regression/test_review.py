@@ -44,7 +44,7 @@ def run_of(merged: Levels, golden: Levels | None) -> Judged:
     found: Candidate = candidate(encode.png(merged), "good")
     cases, record = [JudgedPair(pair, result)], Candidates(1, "m", {"good": found})
     run = run_record()
-    metrics = run_metrics(cases, run, "pocket", 1.0)
+    metrics = run_metrics(cases, record, run.environment.key, 1.0)
     return Judged(MANIFEST, cases, record, run, metrics)
 
 

@@ -141,8 +141,9 @@ def test_what_a_run_leaves_for_approval_names_all_that_its_pictures_came_from(
         assert (provenance.base, provenance.loras) == ("pocket/model", recipe.loras)
         assert provenance.scheduler == dict(setup.scheduler)
         assert (provenance.case.prompt, provenance.case.seed) == (pair.case.prompt, pair.case.seed)
-    run = RunRecord.of("m" * 64, environment("cpu", "float32"), {one.name: one.pair.merged for one in judged})
+    run = RunRecord.of(to_json(found), environment("cpu", "float32"), {one.name: one.pair.merged for one in judged})
     assert from_json(RunRecord, to_json(run), "") == run
+    assert (run.is_of(to_json(found)), run.is_of(to_json(found) + " ")) == (True, False)
     assert (run.environment.key, list(run.costs)) == (environment("cpu", "float32").key, list(found.cases))
     assert run.tool.git is not None
 

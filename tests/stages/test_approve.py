@@ -16,7 +16,6 @@ import pytest
 from lora_fuse.recipe.records import Tool, from_json, to_json
 from lora_fuse.regression.candidates import Candidate, Candidates
 from lora_fuse.regression.goldens import GoldenRecord, Goldens
-from lora_fuse.regression.run_record import RunRecord
 from tests.support.approved import KEY, LORA, PROVENANCE, candidate, picture, png, run_record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +58,6 @@ class Run:
         for number, name in enumerate(CASES):
             (self.images / f"{name}.merged.png").write_bytes(png(seed + number))
         self.leave({name: candidate(png(seed + number), name) for number, name in enumerate(CASES)})
-        self.record_run(run_record())
         self.write(
             "regression/metrics.json",
             {"passed": False, "verdict": "no-golden", "recipe": "pocket", "manifest_sha256": "m"}
@@ -67,11 +65,14 @@ class Run:
             | {f"{name}.agrees": True for name in CASES},
         )
 
-    def record_run(self, run: RunRecord) -> None:
-        (self.root / RUN).write_text(to_json(run))
+    def record_run(self, **about: Any) -> None:
+        """Leave the record of the run that made the candidates."""
+        about = {"candidates": self.candidates.read_text(), **about}
+        (self.root / RUN).write_text(to_json(run_record(**about)))
 
     def leave(self, cases: dict[str, Candidate], manifest_sha256: str = "m") -> None:
         self.candidates.write_text(to_json(Candidates(1, manifest_sha256, cases)))
+        self.record_run()
 
     @property
     def candidates(self) -> Path:
@@ -159,7 +160,7 @@ def change(**changes: Any) -> Callable[[Run], None]:
 
 
 def tool(git: str | None, dirty: bool | None) -> Callable[[Run], None]:
-    return lambda run: run.record_run(run_record(tool=Tool("0.1.0", git, dirty)))
+    return lambda run: run.record_run(tool=Tool("0.1.0", git, dirty))
 
 
 def tamper(run: Run) -> None:
@@ -191,7 +192,7 @@ REFUSED: dict[str, tuple[Callable[[Run], None], int, str]] = {
     "a picture that is gone": (lambda run: (run.images / "b.merged.png").unlink(), 2, "b.merged.png cannot be read"),
     "no run": (lambda run: run.candidates.unlink(), 2, "dvc repro regress"),
     "no record of the run": (lambda run: (run.root / RUN).unlink(), 2, "run.json is not there; next: dvc repro -f"),
-    "the record of another run": (lambda run: run.record_run(run_record(manifest_sha256="o")), 1, "of another merge"),
+    "the record of another run": (lambda run: run.record_run(candidates="o"), 1, "of other pictures"),
     "half a record": (lambda run: void(run.candidates.write_text("{")), 2, "candidates.json is not a Candidates"),
 }
 

@@ -12,7 +12,7 @@ from lora_fuse.pictures.picture import Levels
 from lora_fuse.recipe.records import MergedLora, Tool
 from lora_fuse.regression.candidates import Candidate, CaseRecord, PictureInputs, Provenance
 from lora_fuse.regression.goldens import Approval
-from lora_fuse.regression.run_record import RunRecord
+from lora_fuse.regression.run_record import RunRecord, digest_of
 
 KEY = Key("cpu", "x86_64-avx2", 2, "float32", "2.13", "0.42")
 LORA = MergedLora("lightning", 1.0, "a" * 64, "l.safetensors", "owner/lora", None, "b" * 40)
@@ -38,8 +38,8 @@ PROVENANCE = Provenance.of(PICTURE_INPUTS, RunRecord(1, "m", ENVIRONMENT, TOOL, 
 APPROVAL = Approval("A Person <a@example.org>", "2026-11-25T12:00:00+00:00", "it is purple", ())
 
 
-def run_record(key: Key = KEY, manifest_sha256: str = "m", tool: Tool = TOOL) -> RunRecord:
-    return RunRecord(1, manifest_sha256, replace(ENVIRONMENT, key=key), tool, "2026-11-25T11:00:00+00:00", {})
+def run_record(key: Key = KEY, candidates: str = "", tool: Tool = TOOL) -> RunRecord:
+    return RunRecord(1, digest_of(candidates), replace(ENVIRONMENT, key=key), tool, "2026-11-25T11:00:00+00:00", {})
 
 
 def picture(seed: int = 0) -> Levels:
