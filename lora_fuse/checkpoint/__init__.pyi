@@ -1,10 +1,10 @@
 from . import blocks as blocks
 from . import dtypes as dtypes
+from . import file_kind as file_kind
 from . import repository_files as repository_files
 from .diffusers_layout import diffusers_files as diffusers_files
 from .header import Header as Header
 from .header import TensorInfo as TensorInfo
-from .header import pack_header as pack_header
 from .shards import PROVENANCE as PROVENANCE
 from .shards import Checkpoint as Checkpoint
 from .shards import Shard as Shard

@@ -62,23 +62,23 @@ class Header:
         """
         entries = json.loads(self.raw[PREFIX:].decode())
         entries.pop("__metadata__", None)
-        return pack_header(entries, {**self.metadata, name: value})
+        return self.pack(entries, {**self.metadata, name: value})
 
+    @staticmethod
+    def pack(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
+        """Length prefix and JSON of tensors in the order given, padded to 8 bytes as the format's own.
 
-def pack_header(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
-    """Length prefix and JSON of tensors in the order given, padded to 8 bytes as the format's own.
-
-    Raises:
-        BadCheckpoint: it would be larger than the reference implementation reads.
-    """
-    text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % PREFIX)
-    if len(text) > MAX_HEADER:
-        raise BadCheckpoint(
-            f"with the metadata {', '.join(map(repr, metadata))} the header of {len(entries)} tensors would be "
-            f"{len(text)} bytes, and safetensors reads {MAX_HEADER}; split the file into shards"
-        )
-    return struct.pack("<Q", len(text)) + text
+        Raises:
+            BadCheckpoint: it would be larger than the reference implementation reads.
+        """
+        text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % PREFIX)
+        if len(text) > MAX_HEADER:
+            raise BadCheckpoint(
+                f"with the metadata {', '.join(map(repr, metadata))} the header of {len(entries)} tensors would be "
+                f"{len(text)} bytes, and safetensors reads {MAX_HEADER}; split the file into shards"
+            )
+        return struct.pack("<Q", len(text)) + text
 
 
 def header_length(prefix: bytes, file_size: int, where: str) -> int:

@@ -6,11 +6,13 @@ Only headers are read here, so opening a 57 GB base takes milliseconds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from lora_fuse.checkpoint import file_kind
 from lora_fuse.checkpoint.header import PREFIX, Header, TensorInfo, header_length, parse_header
 from lora_fuse.checkpoint.repository_files import TEXT_SUFFIXES
 from lora_fuse.errors import BadCheckpoint
@@ -58,18 +60,31 @@ def read_header(path: Path) -> Header:
     """Read and check the header of a safetensors file.
 
     Raises:
-        BadCheckpoint: the file is missing, cannot be read, or is not a whole safetensors file.
+        BadCheckpoint: the file is missing, cannot be read, or is not a whole safetensors file; what it is instead is
+            said where that is known, and its name does not count.
     """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            prefix = file.read(PREFIX)
-            raw = prefix + file.read(header_length(prefix, size, str(path)))
+            start = file.read(file_kind.LOOKED_AT)
+            with _naming_other_kinds(start, str(path)):
+                end = PREFIX + header_length(start[:PREFIX], size, str(path))
+                return parse_header(start[:end] + file.read(max(0, end - len(start))), size, str(path))
     except FileNotFoundError as error:
         raise BadCheckpoint(f"no such file: {path}") from error
     except OSError as error:
         raise BadCheckpoint(f"cannot read {path}: {error.strerror}") from error
-    return parse_header(raw, size, str(path))
+
+
+@contextmanager
+def _naming_other_kinds(start: bytes, where: str) -> Iterator[None]:
+    """Say of a file that turns out to be no safetensors file what it is, where that is known."""
+    try:
+        yield
+    except BadCheckpoint as error:
+        if (kind := file_kind.kind_of(start)) is not None:
+            raise BadCheckpoint(f"{where} is {kind.what}, and no safetensors file: {kind.way_out}") from error
+        raise
 
 
 def open_checkpoint(

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_fuse.checkpoint import Checkpoint, Shard, TensorInfo, dtypes, pack_header
+from lora_fuse.checkpoint import Checkpoint, Header, Shard, TensorInfo, dtypes
 from lora_fuse.errors import BadCheckpoint
 from lora_fuse.machine import FileRecord, HashingWriter
 
@@ -92,7 +92,7 @@ def _header(tensors: list[tuple[TensorInfo, Shard | None]], metadata: Mapping[st
         offsets = [at, at + tensor.nbytes]
         entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
         at += tensor.nbytes
-    return pack_header(entries, {"format": "pt", **dict(sorted(metadata.items()))})
+    return Header.pack(entries, {"format": "pt", **dict(sorted(metadata.items()))})
 
 
 def _read(tensor: TensorInfo, shard: Shard | None) -> Iterator[bytes]:
