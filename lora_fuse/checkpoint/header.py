@@ -6,7 +6,7 @@ that map a tensor's name to its dtype, shape and data offsets, then the data; of
 Invariant of a `Header`: tensors are in file order, do not overlap, leave no hole and end where the file ends. What is
 accepted here the reference implementation reads, and as the same tensors. It refuses less: a key that stands in a
 header twice, a field that the format does not have (its meaning would be lost in a merge), an entry that is a list, a
-dtype that is not in `DTYPES`, a shape that no array can have.
+shape that no array can have.
 """
 
 from __future__ import annotations
@@ -157,15 +157,15 @@ def _tensor(name: str, entry: Any, data_start: int, where: str) -> TensorInfo:
         )
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise BadCheckpoint(f"{where}: {name!r} has the dtype {dtype!r}; known are {', '.join(DTYPES)}")
-    item = DTYPES[dtype].nbytes
-    if len(shape) > MAX_DIMENSIONS or math.prod(n or 1 for n in shape) * item > MAX_SIZE:
+    bits = DTYPES[dtype].bits
+    if len(shape) > MAX_DIMENSIONS or math.prod(n or 1 for n in shape) * bits > 8 * MAX_SIZE:
         raise BadCheckpoint(
             f"{where}: {name!r} has a shape of {len(shape)} dimensions that no array can have; fetch it again"
         )
     start, end = offsets
-    if end - start != math.prod(shape) * item:
+    if 8 * (end - start) != math.prod(shape) * bits:
         raise BadCheckpoint(
-            f"{where}: {name!r} is {dtype} {shape}, {math.prod(shape) * item} bytes, "
+            f"{where}: {name!r} is {dtype} {shape}, {math.prod(shape) * bits / 8:.16g} bytes, "
             f"but its data_offsets span {end - start}; fetch it again"
         )
     return TensorInfo(name, dtype, tuple(shape), data_start + start, data_start + end)

@@ -82,7 +82,7 @@ def _tensors(checkpoint: Checkpoint) -> list[tuple[TensorInfo, Shard | None]]:
     ]
     flags = [flag for setting, flag in layout.flags.items() if checkpoint.config.get(setting)]
     named += [(TensorInfo(layout.prefix + flag, "F32", (0,), 0, 0), None) for flag in flags]
-    return sorted(named, key=lambda pair: (-dtypes.DTYPES[pair[0].dtype].nbytes, pair[0].name))
+    return sorted(named, key=lambda pair: (-dtypes.DTYPES[pair[0].dtype].bits, pair[0].name))
 
 
 def _header(tensors: list[tuple[TensorInfo, Shard | None]], metadata: Mapping[str, str]) -> bytes:

@@ -57,7 +57,7 @@ class Weights:
         """Size of a tensor's data in bytes."""
         part = self._handles[name].get_slice(name)
         dtype = dtypes.DTYPES.get(part.get_dtype())
-        return math.prod(map(int, part.get_shape())) * (dtype.nbytes if dtype else 1)
+        return math.prod(map(int, part.get_shape())) * (dtype.bits if dtype else 8) // 8
 
     def same(self, other: Weights, name: str) -> bool:
         """True where a tensor has the same dtype, shape and bytes in both; read in blocks."""

@@ -320,7 +320,6 @@ ONLY_SAFETENSORS_READS = {
     "unknown field": ({"a": {**F32_PAIR, "scale": 2}}, 8, "'a' has 'scale', and the format knows"),
     "a list for an entry": ({"a": list(F32_PAIR.values())}, 8, "'a' lacks"),
     "a mapping for a dtype": ({"a": {**F32_PAIR, "dtype": {"F32": None}}}, 8, "'a' has the dtype"),
-    "unknown dtype": ({"a": {**F32_PAIR, "dtype": "F8_E8M0", "shape": [8]}}, 8, "'a' has the dtype 'F8_E8M0'"),
     "65 dimensions": ({"a": {**F32_PAIR, "shape": [1] * 64 + [2]}}, 8, "65 dimensions that no array can have"),
     "64 bits times zero": (
         {"a": {"dtype": "U8", "shape": [2**63, 0], "data_offsets": [0, 0]}},
@@ -365,9 +364,26 @@ def test_an_unusual_header_is_read_as_safetensors_reads_it(file: Path, entries: 
 
 
 def test_every_known_dtype_is_one_of_safetensors() -> None:
-    for dtype, size in ((name, kind.nbytes) for name, kind in DTYPES.items()):
-        blob = packed({"a": {"dtype": dtype, "shape": [2], "data_offsets": [0, 2 * size]}}, bytes(2 * size))
-        assert reference(blob) == {"a": (dtype, (2,), bytes(2 * size))}
+    for dtype, bits in ((name, kind.bits) for name, kind in DTYPES.items()):
+        blob = packed({"a": {"dtype": dtype, "shape": [8], "data_offsets": [0, bits]}}, bytes(bits))
+        assert reference(blob) == {"a": (dtype, (8,), bytes(bits))}
+
+
+def test_every_dtype_of_safetensors_is_known_by_its_name_in_numpy() -> None:
+    with pytest.raises(SafetensorError, match="expected one of") as refused:
+        deserialize(packed({"a": {"dtype": "no such", "shape": [0], "data_offsets": [0, 0]}}))  # type: ignore[no-untyped-call]
+    assert set(re.findall("`([A-Z0-9_]+)`", str(refused.value).partition("expected")[2])) == set(DTYPES)
+    for kind in DTYPES.values():
+        assert kind.numpy.itemsize == max(1, kind.bits // 8)
+
+
+@pytest.mark.parametrize(("shape", "end"), [([3], 2), ([4], 4), ([2, 2], 1)])
+def test_values_of_less_than_a_byte_fill_their_bytes(file: Path, shape: list[int], end: int) -> None:
+    blob = packed({"a": {"dtype": "F4", "shape": shape, "data_offsets": [0, end]}}, bytes(end))
+    file.write_bytes(blob)
+    assert reference(blob) is None
+    with pytest.raises(BadCheckpoint, match=r"F4 .* bytes, but its data_offsets span"):
+        read_header(file)
 
 
 def test_a_key_twice_is_found_among_many() -> None:

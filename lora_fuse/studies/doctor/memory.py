@@ -19,7 +19,7 @@ def weights(source: sizes.SourceSize, dtype: str) -> tuple[dict[str, int], bool]
     The headers of files that are here tell; other files are taken to be stored in the dtype of the pictures.
     """
     exact = not any(name in source.missing for names in source.weights.values() for name in names)
-    nbytes = {known.array_name: known.nbytes for known in dtypes.DTYPES.values()}
+    nbytes = {known.array_name: known.bits // 8 for known in dtypes.DTYPES.values()}
 
     def size(name: str) -> int:
         return _in_memory(source.root / name, nbytes[dtype]) if exact else source.sizes[name]
@@ -31,7 +31,7 @@ def _in_memory(path: Path, size: int) -> int:
     total = 0
     for tensor in read_header(path).tensors.values():
         stored = dtypes.DTYPES[tensor.dtype]
-        total += tensor.nbytes // stored.nbytes * (size if stored.is_float else stored.nbytes)
+        total += tensor.nbytes * 8 // stored.bits * size if stored.is_float else tensor.nbytes
     return total
 
 
