@@ -125,8 +125,12 @@ def _inspect(options: argparse.Namespace) -> int:
         print(f"  {line}: {count} modules")
     dtypes = Counter(tensor.dtype for tensor in lora.header.tensors.values())
     print("  dtypes: " + ", ".join(f"{dtype} x {count}" for dtype, count in sorted(dtypes.items())))
+    if lora.remarks:
+        print(f"  header entries that say nothing known: {', '.join(lora.remarks)}")
     for delta in lora.deltas:
-        print(f"  {delta.module}.{delta.part}  {'x'.join(map(str, delta.shape))}")
+        print(f"  {delta.module}.{delta.part}  {'x'.join(map(str, delta.shape))}  {delta.strength}")
+    for warning in lora.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     return 0
 
 

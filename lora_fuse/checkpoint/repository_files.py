@@ -6,7 +6,7 @@ Invariant: a name that is not on the list is never taken, so a repository cannot
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import PurePosixPath
 
 from lora_fuse.errors import BadLora, BadSource
@@ -15,6 +15,7 @@ MODEL_INDEX = "model_index.json"
 # the files of a PEFT folder, as PEFT names them
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+SAFETENSORS = frozenset({".safetensors", ".sft"})
 TEXT_SUFFIXES = frozenset({".json", ".txt", ".jinja", ".model"})
 PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
 # A second dot before the suffix marks a variant (`model.fp16.safetensors`), which is not taken.
@@ -111,8 +112,19 @@ def single_weights(component: str, names: Iterable[str], label: str) -> list[str
     return plain
 
 
+def config_beside(name: str, names: Collection[str]) -> str | None:
+    """The PEFT configuration that speaks of a LoRA's file: the one beside it, if that is not another file's.
+
+    `name` is a POSIX path, `names` what there is; of them, only those beside it are looked at.
+    """
+    path = PurePosixPath(name)
+    config = (path.parent / ADAPTER_CONFIG).as_posix()
+    is_weights = path.name == ADAPTER_WEIGHTS or (path.parent / ADAPTER_WEIGHTS).as_posix() not in names
+    return config if config in names and is_weights else None
+
+
 def lora_files(name: str, names: Iterable[str], label: str) -> list[str]:
-    """The files of a LoRA: itself, or the configuration and the weights of the PEFT folder that it is.
+    """The files of a LoRA: itself with the configuration beside it, or the two of the PEFT folder that it is.
 
     `name` is its POSIX path below its repository or folder, which has the files `names`; ``.`` for the top.
 
@@ -122,8 +134,8 @@ def lora_files(name: str, names: Iterable[str], label: str) -> list[str]:
     """
     path = PurePosixPath(name)
     known = set(names)
-    if path.suffix == ".safetensors":
-        return [name]
+    if name in known and path.suffix in SAFETENSORS:
+        return sorted({name, *(config for config in [config_beside(name, known)] if config)})
     below = sorted(other for other in known if path in PurePosixPath(other).parents)
     if name not in known and not below:
         raise BadSource(f"{label} has no {name}; check the name and the revision")

@@ -84,7 +84,7 @@ def lock_lora(
             "name a .safetensors file, or convert it"
         )
     name = path.as_posix()
-    if previous is not None and previous.lora_name != name:
+    if previous is not None and not previous.is_of(name):
         previous = replace(previous, files={})  # another file of the same repository: its commit stays
 
     def take(taken: VerifiedFiles) -> None:

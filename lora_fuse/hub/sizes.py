@@ -76,7 +76,7 @@ def lora_size(source: Source, filename: str, lock: Lock | None, *, timeout: floa
         BadSource: see `base_size`; also if there is no such file.
     """
     name = PurePosixPath(filename).as_posix()
-    known = lock if lock is not None and lock.lora_name == name else None
+    known = lock if lock is not None and lock.is_of(name) else None
     choose = partial(repository_files.lora_files, name, label=source.label)
     return _size(source, known, choose, partial(list_repository, timeout=timeout, once=once))
 

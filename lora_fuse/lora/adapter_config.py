@@ -1,84 +1,91 @@
-"""The scaling that PEFT keeps outside the tensors: `adapter_config.json`, or the same in a file's header. Pure."""
+"""PEFT's configuration of an adapter: `adapter_config.json`, or the same JSON in a file's header. Pure."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from lora_fuse.errors import BadLora
+from lora_fuse.lora.peft_fields import DEFAULT_ALPHA, FIELDS, check_fields
+from lora_fuse.lora.scaling import StatedScale
 
-Number = TypeVar("Number", int, float)
-# What would change the merge and has no formula here. A value that is false, empty or null is the usual one.
-REFUSED = ("fan_in_fan_out", "alora_invocation_tokens", "use_qalora", "corda_config", "arrow_config", "megatron_config")
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterConfig:
-    """Rank and alpha of every module, as far as a configuration tells; patterns as PEFT matches them."""
-
-    where: str = ""
-    rank: int | None = None
-    alpha: float | None = None
-    rank_stabilized: bool = False
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-
-    def rank_of(self, module: str) -> int | None:
-        """The rank that the configuration gives a module; None if it gives none."""
-        return _by_pattern(self.rank_pattern, module, self.rank)
-
-    def alpha_of(self, module: str, rank: int) -> float:
-        """The alpha that the configuration gives a module; without one, its rank: said here and nowhere else."""
-        alpha = _by_pattern(self.alpha_pattern, module, self.alpha)
-        return float(rank) if alpha is None else float(alpha)
-
-    def factor(self, alpha: float, rank: int) -> float:
-        """The factor of a low-rank product: alpha / rank, or alpha / sqrt(rank) with `use_rslora`.
-
-        Sources: Hu et al. 2021, arXiv:2106.09685, section 4.1; Kalajdzievski 2023, arXiv:2312.03732.
-        """
-        return alpha / math.sqrt(rank) if self.rank_stabilized else alpha / rank
+# The fields that only the configuration of an adapter has.
+TELLING = {name for name in FIELDS if "lora" in name or name.startswith(("peft_", "rank_", "alpha_"))} | {"r"}
 
 
-def _by_pattern(patterns: Mapping[str, Number], module: str, otherwise: Number | None) -> Number | None:
-    """As `peft.utils.other.get_pattern_key`: the first pattern that is a tail of the name, from a dot on."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return otherwise
+def parse_adapter_config(text: str, where: str, label: str) -> list[StatedScale]:
+    """Read PEFT's `adapter_config.json`, or JSON in which diffusers puts a component's name before each field.
 
-
-def parse_adapter_config(text: str, where: str) -> AdapterConfig:
-    """Read PEFT's `adapter_config.json`, or the same JSON that diffusers keeps in a header under ``transformer.``.
+    Returns:
+        The statement of each component, as a rule one; `label` is its place for a reader, `where` that of an error.
 
     Raises:
         BadLora: it is not such JSON, a pattern is no regular expression, or it asks for what cannot be merged.
     """
     try:
-        entries = {key.removeprefix("transformer."): value for key, value in json.loads(text).items()}
-        config = AdapterConfig(
-            where=where,
-            rank=_number(entries.get("r"), int),
-            alpha=_number(entries.get("lora_alpha"), float),
-            rank_stabilized=bool(entries.get("use_rslora")),
-            rank_pattern={str(k): int(v) for k, v in (entries.get("rank_pattern") or {}).items()},
-            alpha_pattern={str(k): float(v) for k, v in (entries.get("alpha_pattern") or {}).items()},
-        )
-        for pattern in (*config.rank_pattern, *config.alpha_pattern):
-            re.compile(pattern)
-    except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
+        entries = json.loads(text)
+        if not isinstance(entries, dict):
+            raise ValueError(f"it holds a {type(entries).__name__}")
+    except (ValueError, RecursionError) as error:
         raise BadLora(f"{where} is not a PEFT configuration: {error}") from error
-    for key in REFUSED:
-        if entries.get(key):
-            raise BadLora(f"{where} sets {key}={entries[key]!r}, which cannot be merged here; bake it with its trainer")
-    if (entries.get("peft_type") or "LORA") != "LORA":
-        raise BadLora(f"{where}: peft_type is {entries['peft_type']}; only LORA, with or without DoRA, can be merged")
-    return config
+    return [
+        config_scale(fields, where, f"{label} ({component})" if component else label, component)
+        for component, fields in by_component(entries).items()
+    ]
 
 
-def _number(value: Any, kind: Any) -> Any:
-    return None if value is None else kind(value)
+def by_component(entries: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Fields by the component before their names, as in ``unet.r``; the empty one for those without.
+
+    Source: `_pack_dict_with_prefix` in diffusers/loaders/lora_base.py.
+    """
+    groups: dict[str, dict[str, Any]] = defaultdict(dict)
+    for key, value in entries.items():
+        component, _, name = key.rpartition(".")
+        groups[component][name] = value
+    return groups
+
+
+def config_scale(
+    fields: Mapping[str, Any], where: str, label: str, component: str, default_alpha: float | None = DEFAULT_ALPHA
+) -> StatedScale:
+    """The statement of a configuration's fields, every one of them checked; `default_alpha` counts where none is said.
+
+    Raises:
+        BadLora: a field is of the wrong type, or asks for what cannot be merged.
+    """
+    check_fields(fields, where)
+    try:
+        stated = StatedScale(
+            label,
+            rank=int(fields["r"]) if fields.get("r") is not None else None,
+            alpha=float(fields["lora_alpha"]) if fields.get("lora_alpha") is not None else default_alpha,
+            rank_stabilized=_flag(fields, "use_rslora") or False,
+            rank_pattern={str(k): int(v) for k, v in (fields.get("rank_pattern") or {}).items()},
+            alpha_pattern={str(k): float(v) for k, v in (fields.get("alpha_pattern") or {}).items()},
+            component=component,
+            dora=_flag(fields, "use_dora"),
+            bias=_flag(fields, "lora_bias"),
+        )
+        for pattern in (*stated.rank_pattern, *stated.alpha_pattern):
+            re.compile(pattern)
+    except (ValueError, TypeError, AttributeError, re.error) as error:
+        raise BadLora(f"{where} is not a PEFT configuration: {error}") from error
+    return stated
+
+
+def _flag(fields: Mapping[str, Any], name: str) -> bool | None:
+    value = fields.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}, not true or false")
+    return value
+
+
+def is_peft_config(entries: object) -> bool:
+    """True for JSON that speaks of an adapter: it has a field that no other configuration has."""
+    if not isinstance(entries, dict):
+        return False
+    return any(set(fields) & TELLING for fields in by_component(entries).values())

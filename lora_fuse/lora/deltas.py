@@ -238,7 +238,7 @@ def _plain(algorithm: Algorithm, tensors: Tensors, factor: float) -> Delta:
             up = _flat(tensors["up"])
             down = tensors["down"]
             if "mid" in tensors:  # Tucker: the kernel between the two, lycoris/modules/locon.py
-                down = np.einsum("ijkl,jr->irkl", tensors["mid"], _flat(down))
+                down = np.einsum("ij...,jr->ir...", tensors["mid"], _flat(down))
             return LowRank(Matrix(up, _flat(down)), factor)
         case Algorithm.LOHA:
             return Hadamard(_side(tensors, 1), _side(tensors, 2), factor)
@@ -256,7 +256,7 @@ def _side(tensors: Tensors, n: int) -> Matrix:
     b = tensors[f"w{n}_b"]
     if f"t{n}" in tensors:
         a = a.T
-        b = np.einsum("ijkl,jr->irkl", tensors[f"t{n}"], b)
+        b = np.einsum("ij...,jr->ir...", tensors[f"t{n}"], b)
     return Matrix(np.ascontiguousarray(a), _flat(b))
 
 

@@ -13,8 +13,8 @@ from typing import Literal
 
 from lora_fuse.checkpoint import TensorInfo
 from lora_fuse.errors import BadLora, ShapeMismatch
-from lora_fuse.lora.adapter_config import AdapterConfig
 from lora_fuse.lora.key_formats import FORMATS, Algorithm, KeyFormat, other_component, read_key
+from lora_fuse.lora.scaling import StatedScale, scale_of
 
 SHOWN = 3  # offenders that an error names
 Roles = dict[str, TensorInfo]
@@ -26,7 +26,7 @@ class LoraDelta:
 
     `keys` are the tensors' names by role (see `key_formats`), `shape` the rows and columns of the delta as
     a matrix. The product of the tensors is multiplied by `factor`, which is made of `alpha` and `rank`; both are None
-    where the algorithm has none.
+    where the algorithm has none. `said_by` is the place that says alpha: the tensor, or an entry outside the tensors.
     """
 
     module: str
@@ -37,12 +37,17 @@ class LoraDelta:
     rank: int | None = None
     alpha: float | None = None
     factor: float = 1.0
+    said_by: str = "the algorithm has none"
 
     @property
     def algorithm(self) -> str:
         """The algorithm's name, with DoRA or without."""
-        dora = "dora_scale" in self.keys or "magnitude" in self.keys
-        return f"{self.format.algorithm} with DoRA" if dora else str(self.format.algorithm)
+        return f"{self.format.algorithm} with DoRA" if self.has_dora else str(self.format.algorithm)
+
+    @property
+    def has_dora(self) -> bool:
+        """True where the rows or columns of the result are given a length of their own."""
+        return "dora_scale" in self.keys or "magnitude" in self.keys
 
     @property
     def is_plain(self) -> bool:
@@ -55,34 +60,57 @@ class LoraDelta:
         text = f"{self.algorithm}, keys {self.format.name}"
         if self.rank is None or self.alpha is None:
             return text
-        return f"{text}, rank {self.rank}, alpha {self.alpha:g} (factor {self.factor:g})"
+        return f"{text}, rank {self.rank}, {self.strength}"
+
+    @property
+    def strength(self) -> str:
+        """Factor and alpha, and the place that says them, for a reader."""
+        alpha = "" if self.alpha is None else f"alpha {self.alpha:g}, "
+        return f"factor {self.factor:g} ({alpha}{self.said_by})"
 
 
 def parse_lora(
-    tensors: Mapping[str, TensorInfo], alphas: Mapping[str, float], config: AdapterConfig, where: str
+    tensors: Mapping[str, TensorInfo], alphas: Mapping[str, float], stated: Sequence[StatedScale], where: str
 ) -> tuple[LoraDelta, ...]:
     """Group a file's keys into deltas, every key exactly once.
 
-    `alphas` are the values of its `.alpha` keys. They win over the configuration's and are not multiplied with it.
+    `alphas` are the values of its `.alpha` keys, `stated` what other places say of strength and kind.
 
     Raises:
         BadLora: the file is empty, or a key is of no known format, for another component, twice there or alone.
-        ShapeMismatch: tensors of one module do not fit each other, or not the configuration.
+        ShapeMismatch: tensors of one module do not fit each other, or not what is stated.
     """
     if not tensors:
         raise BadLora(f"{where} is empty: it has no tensors")
-    modules = _modules(tensors, alphas, config, where)
+    modules = _modules(tensors, alphas, stated, where)
     deltas = [delta for module in modules for delta in module.deltas()]
     if lone := [key for module in modules for key in module.left()]:
         raise BadLora(
             f"{where}: {len(lone)} of {len(tensors)} keys have no partner ({_first(lone)}); "
             "the file is incomplete, fetch or export it again"
         )
+    for place in stated:
+        _check_kind(place, deltas, where)
     return tuple(sorted(deltas, key=lambda delta: (delta.module, delta.part)))
 
 
+def _check_kind(place: StatedScale, deltas: Sequence[LoraDelta], where: str) -> None:
+    """Compare what a place says of DoRA, biases and patterns with the tensors that are there."""
+    dora = any(delta.has_dora for delta in deltas)
+    bias = any("up bias" in delta.keys for delta in deltas)
+    for name, said, found in (("use_dora", place.dora, dora), ("lora_bias", place.bias, bias)):
+        if said is not None and said != found:
+            tensors = "has" if found else "has no"
+            raise BadLora(f"{where}: {place.where} sets {name}={said}, and the file {tensors} tensors of it")
+    if (place.rank_pattern or place.alpha_pattern) and not any("." in delta.module for delta in deltas):
+        raise BadLora(
+            f"{where}: {place.where} has patterns for names with dots, and the file's have underscores instead "
+            f"(first {deltas[0].module!r}); use the file that the configuration was written for"
+        )
+
+
 def _modules(
-    tensors: Mapping[str, TensorInfo], alphas: Mapping[str, float], config: AdapterConfig, where: str
+    tensors: Mapping[str, TensorInfo], alphas: Mapping[str, float], stated: Sequence[StatedScale], where: str
 ) -> list[_Module]:
     modules: dict[str, _Module] = {}
     unknown: list[str] = []
@@ -92,7 +120,7 @@ def _modules(
             unknown.append(key)
             continue
         name, format_, role = read
-        module = modules.setdefault(name, _Module(name, alphas, config, where))
+        module = modules.setdefault(name, _Module(name, alphas, stated, where))
         roles = module.shared if format_ is None else module.rows[format_.name]
         if role in roles:
             raise BadLora(f"{where}: {roles[role].name!r} and {key!r} mean the same; a file may hold one adapter only")
@@ -121,7 +149,7 @@ class _Module:
 
     name: str
     alphas: Mapping[str, float]
-    config: AdapterConfig
+    stated: Sequence[StatedScale]
     where: str
     rows: dict[str, Roles] = field(default_factory=lambda: defaultdict(dict))
     shared: Roles = field(default_factory=dict)
@@ -228,18 +256,8 @@ class _Module:
         own = self.shared.pop("alpha", None)
         if rank is None:  # LoKr of two whole matrices: LyCORIS and its readers do not apply an alpha there
             return LoraDelta(self.name, "weight", row, keys, shape)
-        configured = self.config.rank_of(self.name)
-        if configured is not None and configured != rank:
-            raise ShapeMismatch(
-                f"{self.where}: the factors of {self.name!r} have rank {rank}, and {self.config.where} says "
-                f"{configured}; the configuration belongs to another file"
-            )
-        alpha = self.config.alpha_of(self.name, rank) if own is None else self.alphas[own.name]
-        if not math.isfinite(alpha):
-            raise BadLora(
-                f"{self.where}: the alpha of {self.name!r} is {alpha}, not a finite number; the file is broken"
-            )
-        return LoraDelta(self.name, "weight", row, keys, shape, rank, alpha, self.config.factor(alpha, rank))
+        scale = scale_of(self.name, rank, None if own is None else self.alphas[own.name], self.stated, self.where)
+        return LoraDelta(self.name, "weight", row, keys, shape, rank, scale.alpha, scale.factor, scale.where)
 
     def _take_magnitude(self, shape: tuple[int, int]) -> dict[str, str]:
         taken = _take(self.shared, "dora_scale", "magnitude")

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lora_fuse.checkpoint import Header, TensorInfo, dtypes, read_header
+from lora_fuse.checkpoint import Header, TensorInfo, dtypes, read_header, repository_files
 from lora_fuse.errors import BadCheckpoint, BadLora
-from lora_fuse.lora.adapter_config import AdapterConfig, parse_adapter_config
+from lora_fuse.lora.adapter_config import parse_adapter_config
+from lora_fuse.lora.header_entries import read_entries
 from lora_fuse.lora.key_parser import LoraDelta, parse_lora
+from lora_fuse.lora.scaling import NOWHERE
 from lora_fuse.machine import files
 
 INTEGERS = {name for name, dtype in dtypes.DTYPES.items() if not dtype.is_float and name != "BOOL"}
@@ -24,7 +26,8 @@ INTEGERS = {name for name, dtype in dtypes.DTYPES.items() if not dtype.is_float 
 class LoraFile:
     """An opened LoRA: its header, the deltas that it holds, and the sha256 of the whole file.
 
-    Of a PEFT folder that is its weights' file, and `config_sha256` is of its `adapter_config.json`.
+    Of a PEFT folder that is its weights' file. `config_sha256` is of the `adapter_config.json` that counts, `remarks`
+    are the names of header entries of which nothing is known.
     """
 
     path: Path
@@ -32,6 +35,13 @@ class LoraFile:
     deltas: tuple[LoraDelta, ...]
     sha256: str
     config_sha256: str | None = None
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def ranks_without_alpha(self) -> list[int]:
+        """The ranks of modules of which no place says an alpha, although their keys are of a kind that has one."""
+        unsaid = {delta.rank for delta in self.deltas if delta.format.with_alpha and delta.said_by == NOWHERE}
+        return sorted(rank for rank in unsaid if rank is not None)
 
     def read(self, delta: LoraDelta) -> dict[str, npt.NDArray[np.float64]]:
         """The tensors of a delta by role, widened to float64 (exact for every dtype that a LoRA may have)."""
@@ -56,43 +66,68 @@ def _read(path: Path, tensor: TensorInfo, allowed: Collection[str] = dtypes.ROUN
 def open_lora(path: Path) -> LoraFile:
     """Open a LoRA file, or a PEFT folder with `adapter_config.json` and `adapter_model.safetensors`.
 
+    An `adapter_config.json` beside a file counts too, see `lora_fuse.checkpoint.repository_files.config_beside`.
+
     Raises:
-        BadLora: it is missing, is not safetensors, is truncated, holds NaN, or its keys do not add up.
+        BadLora: it is missing, is not safetensors, is truncated, holds NaN, its keys do not add up, or something that
+            is said of its strength is not understood or said in two ways.
     """
-    config = AdapterConfig()
-    file = path
-    config_sha256 = None
-    if path.is_dir():
-        config, file, config_sha256 = _open_peft_folder(path)
-    if file.suffix != ".safetensors":
+    file, config_file = _files(path)
+    if file.suffix.lower() not in repository_files.SAFETENSORS:
         raise BadLora(f"{file} is not a .safetensors file; a pickle can run code when it is opened, convert it first")
     try:
         header = read_header(file)
     except BadCheckpoint as error:
         raise BadLora(f"LoRA: {error}") from error
-    if "lora_adapter_metadata" in header.metadata:
-        config = parse_adapter_config(header.metadata["lora_adapter_metadata"], f"{file} (lora_adapter_metadata)")
+    entries = read_entries(header.metadata, header.tensors, str(file))
+    stated = list(entries.stated)
+    config = b""
+    if config_file is not None:
+        config = _read_config(config_file)
+        stated += parse_adapter_config(config.decode(), str(config_file), config_file.name)
     alphas = {name: _scalar(file, tensor) for name, tensor in header.tensors.items() if name.endswith(".alpha")}
-    deltas = parse_lora(header.tensors, alphas, config, str(file))
+    deltas = parse_lora(header.tensors, alphas, stated, str(file))
     for delta in deltas:
         for key in delta.keys.values():
             if not np.isfinite(_read(file, header.tensors[key])).all():
                 raise BadLora(f"{file}: {key!r} holds NaN or infinity; the file is broken, fetch or train it again")
-    return LoraFile(file, header, deltas, files.hash_file(file).sha256, config_sha256)
+    config_sha256 = hashlib.sha256(config).hexdigest() if config_file is not None else None
+    return LoraFile(file, header, deltas, files.hash_file(file).sha256, config_sha256, entries.remarks)
 
 
-def _open_peft_folder(folder: Path) -> tuple[AdapterConfig, Path, str]:
-    config = folder / "adapter_config.json"
-    weights = folder / "adapter_model.safetensors"
-    for needed in (config, weights):
-        if not needed.is_file():
-            raise BadLora(f"{folder} is no PEFT folder: it has no {needed.name}; give the .safetensors file itself")
+def _files(path: Path) -> tuple[Path, Path | None]:
+    """The file of weights, and the configuration that speaks of it.
+
+    Raises:
+        BadLora: a folder is no PEFT folder, or a file of one has lost its configuration.
+    """
+    folder = path if path.is_dir() else path.parent
+    names = {
+        name
+        for name in (repository_files.ADAPTER_CONFIG, repository_files.ADAPTER_WEIGHTS)
+        if (folder / name).is_file()
+    }
+    if path.is_dir():
+        for needed in (repository_files.ADAPTER_CONFIG, repository_files.ADAPTER_WEIGHTS):
+            if needed not in names:
+                raise BadLora(f"{folder} is no PEFT folder: it has no {needed}; give the .safetensors file itself")
+        path = folder / repository_files.ADAPTER_WEIGHTS
+    elif path.name in names and len(names) == 1:
+        raise BadLora(
+            f"{path} is the file of a PEFT folder, and {repository_files.ADAPTER_CONFIG}, which says its alpha, is not "
+            "beside it; fetch it from the same place"
+        )
+    config = repository_files.config_beside(path.name, names)
+    return path, folder / config if config else None
+
+
+def _read_config(path: Path) -> bytes:
     try:
-        content = config.read_bytes()
-        text = content.decode()
+        content = path.read_bytes()
+        content.decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise BadLora(f"{config} cannot be read: {error}; fetch the folder again") from error
-    return parse_adapter_config(text, str(config)), weights, hashlib.sha256(content).hexdigest()
+        raise BadLora(f"{path} cannot be read: {error}; fetch it again") from error
+    return content
 
 
 def _scalar(path: Path, tensor: TensorInfo) -> float:

@@ -69,6 +69,8 @@ def _check_fit(delta: LoraDelta, weight: TensorInfo, where: str) -> None:
 
 
 def _missing_message(missing: list[str], matched: int, weights: Mapping[str, TensorInfo], where: str) -> str:
+    if not matched and (fault := _prefix_fault(missing, weights)) is not None:
+        return f"{where}: none of {len(missing)} modules is in the base as it is named; {fault}"
     shown = []
     for name in sorted(missing)[:SHOWN]:
         near = difflib.get_close_matches(name, weights, n=1, cutoff=0.0)
@@ -77,3 +79,18 @@ def _missing_message(missing: list[str], matched: int, weights: Mapping[str, Ten
         f"{where}: {len(missing)} of {len(missing) + matched} modules are not in the base, first {', '.join(shown)}; "
         "use the LoRA made for this base, or the other base"
     )
+
+
+def _prefix_fault(missing: list[str], weights: Mapping[str, TensorInfo]) -> str | None:
+    """The beginning that all names have too much, or that the base's have before all of them; None if neither."""
+    first = missing[0].split(".")
+    for dots in range(1, len(first) - 1):
+        beginning = ".".join(first[:dots]) + "."
+        if all(name.startswith(beginning) and name.removeprefix(beginning) in weights for name in missing):
+            return f"all are, without {beginning!r} at the beginning of the names: take it off the LoRA's keys"
+    bare = min(spellings(missing[0], PREFIXES), key=len)
+    ahead = {weight.removesuffix(bare) for weight in weights if weight.endswith(f".{bare}")}
+    for beginning in sorted(ahead):
+        if all(beginning + min(spellings(name, PREFIXES), key=len) in weights for name in missing):
+            return f"all are, with {beginning!r} at the beginning of the names: put it before the LoRA's keys"
+    return None

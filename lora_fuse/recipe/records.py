@@ -12,6 +12,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import BadSource
 from lora_fuse.lora import Selection
 from lora_fuse.machine import FileRecord
@@ -79,15 +80,22 @@ class Lock:
     @property
     def lora_name(self) -> str:
         """Of a LoRA's lock, the POSIX path that is the LoRA: its file, or its folder if that is PEFT's."""
-        first = next(iter(self.files), "")
-        return first if len(self.files) < 2 else PurePosixPath(first).parent.as_posix()
+        weights = next((name for name in self.files if not name.endswith(".json")), "")
+        path = PurePosixPath(weights)
+        return (
+            path.parent.as_posix() if len(self.files) > 1 and path.name == repository_files.ADAPTER_WEIGHTS else weights
+        )
+
+    def is_of(self, lora: str) -> bool:
+        """True for the lock of the LoRA at a POSIX path, which may be a PEFT folder or the file of weights in it."""
+        return lora in (self.lora_name, *self.files)
 
 
 @dataclass(frozen=True, slots=True)
 class LoraLock:
     """All the LoRAs of a recipe, pinned, keyed by their name in it.
 
-    Each lock holds one safetensors file; of a PEFT folder, also the `adapter_config.json` beside it.
+    Each lock holds one safetensors file, and the `adapter_config.json` beside it if there is one.
     """
 
     schema: int

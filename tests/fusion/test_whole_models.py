@@ -14,7 +14,6 @@ from torch import nn
 from lora_fuse.checkpoint.header import TensorInfo
 from lora_fuse.checkpoint.shards import open_checkpoint
 from lora_fuse.fusion.torch_rounding import narrow
-from lora_fuse.lora.adapter_config import AdapterConfig
 from lora_fuse.lora.key_parser import parse_lora
 from lora_fuse.lora.matcher import match_targets
 from tests.support.key_styles import STYLES, fused
@@ -164,7 +163,7 @@ def test_no_two_layers_of_a_full_model_share_a_flattened_name(full: Callable[[],
     assert len(keys) == 3 * len(parts)
     weights = told({name: tuple(tensor.shape) for name, tensor in whole.state_dict().items()})
     alphas = {key: ALPHA for key in keys if key.endswith(".alpha")}
-    matched = match_targets(parse_lora(told(keys), alphas, AdapterConfig(), "l"), weights, "l")
+    matched = match_targets(parse_lora(told(keys), alphas, (), "l"), weights, "l")
     assert matched.keys() == shapes.keys()
     for name, update in matched.items():
         assert update.module.endswith(f"_{name.removesuffix('.weight').replace('.', '_')}")

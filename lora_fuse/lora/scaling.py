@@ -1,0 +1,119 @@
+"""The strength of a module: what the places say that state alpha and rank, and one answer of them all. Pure.
+
+Places are a tensor `X.alpha`, entries of the file's header and PEFT's configuration. One that speaks is enough; two
+that disagree are refused. docs/fuse.md has them in a table.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from lora_fuse.errors import BadLora, ShapeMismatch
+from lora_fuse.lora.key_formats import PREFIXES, spellings
+
+Number = TypeVar("Number", int, float)
+CLOSE = 2.0**-8  # relative; alphas are stored in dtypes down to bfloat16, which rounds by half as much
+NOWHERE = "nowhere: alpha = rank"
+
+
+@dataclass(frozen=True, slots=True)
+class StatedScale:
+    """The rank and alpha of modules as one place outside the tensors states them; None is not said there.
+
+    With `rank_stabilized` the factor is alpha / sqrt(rank). `component` is the beginning of the names that it is for,
+    ``unet`` for one, and `only_rank` the rank of those: a trainer's default says nothing of a module that was given
+    another. `dora` and `bias` say whether there are such tensors.
+    """
+
+    where: str
+    rank: int | None = None
+    alpha: float | None = None
+    rank_stabilized: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    component: str = ""
+    only_rank: int | None = None
+    dora: bool | None = None
+    bias: bool | None = None
+
+    def rank_of(self, module: str) -> int | None:
+        """The rank that this place gives a module."""
+        return _by_pattern(self.rank_pattern, module, self.rank)
+
+    def alpha_of(self, module: str) -> float | None:
+        """The alpha that this place gives a module."""
+        return _by_pattern(self.alpha_pattern, module, self.alpha)
+
+    def factor(self, alpha: float, rank: int) -> float:
+        """The factor of a low-rank product: alpha / rank, or alpha / sqrt(rank) with `use_rslora`.
+
+        Sources: Hu et al. 2021, arXiv:2106.09685, section 4.1; Kalajdzievski 2023, arXiv:2312.03732.
+        """
+        return alpha / math.sqrt(rank) if self.rank_stabilized else alpha / rank
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleScale:
+    """The strength of one module and the place that says it."""
+
+    alpha: float
+    factor: float
+    where: str
+
+
+def scale_of(module: str, rank: int, own: float | None, stated: Sequence[StatedScale], where: str) -> ModuleScale:
+    """The strength of a module with factors of a rank; `own` is the value of its ``.alpha`` tensor.
+
+    Raises:
+        BadLora: an alpha is not finite, or two places say different things.
+        ShapeMismatch: a place says another rank than the factors have.
+    """
+    said = [] if own is None else [ModuleScale(own, own / rank, ".alpha")]
+    for place in _for_module(stated, module, where):
+        told = place.rank_of(module)
+        if told is not None and told != rank:
+            raise ShapeMismatch(
+                f"{where}: the factors of {module!r} have rank {rank}, and {place.where} says {told}; "
+                "it belongs to another file"
+            )
+        alpha = place.alpha_of(module)
+        if alpha is not None and place.only_rank in (None, rank):
+            said.append(ModuleScale(alpha, place.factor(alpha, rank), place.where))
+    for scale in said:
+        if not math.isfinite(scale.alpha):
+            raise BadLora(f"{where}: the alpha of {module!r} is {scale.alpha}, not a finite number; the file is broken")
+        if not math.isclose(scale.factor, said[0].factor, rel_tol=CLOSE):
+            raise BadLora(
+                f"{where}: {said[0].where} gives {module!r} alpha {said[0].alpha:g} (factor {said[0].factor:g}), and "
+                f"{scale.where} alpha {scale.alpha:g} (factor {scale.factor:g}); take out the one that is wrong"
+            )
+    return said[0] if said else ModuleScale(float(rank), 1.0, NOWHERE)
+
+
+def _for_module(stated: Sequence[StatedScale], module: str, where: str) -> list[StatedScale]:
+    """The statements that are about a module: of several components, those of its own."""
+    general = [place for place in stated if not place.component]
+    special = [place for place in stated if place.component]
+    own = [place for place in special if module.startswith(f"{place.component}.")]
+    if not own and len({place.component for place in special}) > 1:
+        raise BadLora(
+            f"{where}: the header speaks of {' and '.join(sorted(place.where for place in special))}, and the name of "
+            f"{module!r} does not say which of them is meant; put the component before the names"
+        )
+    return general + (own or special)
+
+
+def _by_pattern(patterns: Mapping[str, Number], module: str, otherwise: Number | None) -> Number | None:
+    """As `peft.utils.other.get_pattern_key`: the first pattern that is a tail of the name, from a dot on.
+
+    PEFT's names begin inside the model, so that a pattern may also be for the whole of a name without its prefix.
+    """
+    names = spellings(module, PREFIXES)
+    for pattern, value in patterns.items():
+        if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+            return value
+    return otherwise
