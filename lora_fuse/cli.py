@@ -119,6 +119,8 @@ def _scheduler(options: argparse.Namespace) -> dict[str, object]:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    from lora_fuse.models import alpha_warnings
+
     lora = lora_fuse.open_lora(options.lora)
     print(f"{lora.path}: {len(lora.header.tensors)} keys, {len(lora.deltas)} modules, sha256 {lora.sha256}")
     for line, count in sorted(Counter(delta.description for delta in lora.deltas).items()):
@@ -129,7 +131,7 @@ def _inspect(options: argparse.Namespace) -> int:
         print(f"  header entries that say nothing known: {', '.join(lora.remarks)}")
     for delta in lora.deltas:
         print(f"  {delta.module}.{delta.part}  {'x'.join(map(str, delta.shape))}  {delta.strength}")
-    for warning in lora.warnings:
+    for warning in alpha_warnings([(lora.path.name, lora.ranks_without_alpha)]):
         print(f"warning: {warning}", file=sys.stderr)
     return 0
 
@@ -141,11 +143,12 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _print_plan(plan: Plan) -> None:
     from lora_fuse.machine import progress
-    from lora_fuse.models import pair_warnings
+    from lora_fuse.models import alpha_warnings, pair_warnings
     from lora_fuse.recipe import hf_cache
 
     base, _ = hf_cache.cached_from(plan.checkpoint.root.absolute())
-    for warning in pair_warnings(base, [hf_cache.cached_from(given.path.absolute()) for given in plan.inputs]):
+    warnings = pair_warnings(base, [hf_cache.cached_from(given.path.absolute()) for given in plan.inputs])
+    for warning in warnings + alpha_warnings([(lora.path.name, lora.ranks_without_alpha) for lora in plan.loras]):
         print(f"warning: {warning}", file=sys.stderr)
     for given in plan.inputs:
         print(f"fuse {given.path} at scale {given.scale:g}")

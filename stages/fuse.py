@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_fuse.fusion import FuseJob, plan_of
 from lora_fuse.machine import PLAIN, Console, progress
-from lora_fuse.models import pair_warnings
+from lora_fuse.models import alpha_warnings, pair_warnings
 from lora_fuse.recipe import Artifacts, Recipe, paths
 from stages.run import run_stage
 
@@ -14,9 +14,10 @@ KEPT = "shards that are finished are kept, artifacts/merged is as it was; `dvc r
 def fuse(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:
     """Write `merged/` and `merged.manifest.json`."""
     base, loras = at.read_locks()
-    for warning in pair_warnings(base.repo_id, [(lora.repo_id, lora.lora_name) for lora in loras.values()]):
-        console.warn(warning)
     plan = plan_of(base, loras, recipe)
+    warnings = pair_warnings(base.repo_id, [(lora.repo_id, lora.lora_name) for lora in loras.values()])
+    for warning in warnings + alpha_warnings([(lora.path.name, lora.ranks_without_alpha) for lora in plan.loras]):
+        console.warn(warning)
     job = FuseJob(
         plan,
         at.merged,

@@ -119,7 +119,7 @@ def _flat_scale(fields: Mapping[str, str], component: str, where: str) -> Stated
             raise BadLora(f"{where}: header {prefix}{key} is {fields[key]!r}; merged here are {', '.join(KNOWN_KINDS)}")
     rest = {key: _json(value) for key, value in fields.items() if key not in {*ALPHAS, *RANKS, *KINDS}}
     rest = {key: {"True": True, "False": False, "None": None}.get(value, value) for key, value in rest.items()}
-    label = f"header {', '.join(f'{prefix}{key}' for key in fields)}"
+    label = f"header {', '.join(f'{prefix}{key}' for key in sorted(fields))}"
     return config_scale({**rest, **told}, f"{where}: {label}", label, component, default_alpha=None)
 
 

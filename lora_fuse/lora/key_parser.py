@@ -60,7 +60,7 @@ class LoraDelta:
         text = f"{self.algorithm}, keys {self.format.name}"
         if self.rank is None or self.alpha is None:
             return text
-        return f"{text}, rank {self.rank}, {self.strength}"
+        return f"{text}, rank {self.rank}, alpha {self.alpha:g} (factor {self.factor:g})"
 
     @property
     def strength(self) -> str:

@@ -73,8 +73,6 @@ def open_lora(path: Path) -> LoraFile:
             is said of its strength is not understood or said in two ways.
     """
     file, config_file = _files(path)
-    if file.suffix.lower() not in repository_files.SAFETENSORS:
-        raise BadLora(f"{file} is not a .safetensors file; a pickle can run code when it is opened, convert it first")
     try:
         header = read_header(file)
     except BadCheckpoint as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -12,12 +12,13 @@ class Family:
     """A base on the Hub, the pipeline that runs it, and the LoRA files that were made for it.
 
     `loras` are patterns of ``repo_id/filename``. A file that matches another family's pattern and not this one's is a
-    known wrong pair: it may merge (the shapes agree) and still give worse pictures.
+    known wrong pair: it may merge (the shapes agree) and still give worse pictures. `alpha` is what those files have.
     """
 
     base: str
     pipeline: str
     loras: tuple[str, ...]
+    alpha: float = 8.0  # at rank 64: the headers of lightx2v's files
 
 
 _LIGHTNING = "lightx2v/Qwen-Image-Lightning"
@@ -55,6 +56,34 @@ def pair_warnings(base: str | None, loras: Iterable[tuple[str | None, str | None
                 f"{filename} was made for {made_for[0]}, not for {base}: it merges, and pictures may be worse"
             )
     return warnings
+
+
+TRAINERS_ALPHA = 1.0  # the default of --network_alpha in kohya-ss/sd-scripts and musubi-tuner
+
+
+def alpha_warnings(loras: Iterable[tuple[str | None, Sequence[int]]]) -> list[str]:
+    """A sentence for each LoRA without an alpha that should have one: its filename, and the ranks without.
+
+    The ranks are those of `lora_fuse.lora.LoraFile.ranks_without_alpha`.
+    """
+    warnings = []
+    for filename, ranks in loras:
+        name = (filename or "").rpartition("/")[2]
+        known = [family.alpha for family in FAMILIES if any(_is_named(name, pattern) for pattern in family.loras)]
+        alpha = known[0] if known else TRAINERS_ALPHA
+        of = "the files of its family have" if known else "trainers that write such keys have by default"
+        for rank in ranks:
+            warnings.append(
+                f"{name}: no alpha is said anywhere for modules of rank {rank}, so it counts as {rank} and the factor "
+                f"is 1; with alpha {alpha:g}, which {of}, it would be {alpha / rank:g}: then use that as the scale"
+            )
+    return warnings
+
+
+def _is_named(name: str, pattern: str) -> bool:
+    """True where a filename says by itself that a family's pattern means it."""
+    last = pattern.rpartition("/")[2]
+    return fnmatchcase(name, last if last != "*" else f"{pattern.split('/')[-2]}*")
 
 
 def _matches(family: Family, name: str) -> bool:

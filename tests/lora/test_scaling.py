@@ -1,4 +1,4 @@
-"""A LoRA's strength: every place that states it, alone, with another that disagrees, and in words that are not known."""
+"""A LoRA's strength: every place that states it, alone, beside one that disagrees, and in unknown words."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import EvaConfig, LoraConfig, PeftConfig, get_peft_model
 
 from lora_fuse.cli import main
 from lora_fuse.errors import BadLora, ShapeMismatch
@@ -116,7 +116,7 @@ def test_words_that_are_not_understood_are_refused(tmp_path: Path, header: Heade
 
 def test_a_rank_that_the_header_denies_is_refused(tmp_path: Path) -> None:
     for header in ({"alpha": "8", "rank": "128"}, {"ss_network_alpha": "1", "ss_network_dim": "8"}):
-        with pytest.raises(ShapeMismatch, match="have rank 4, and header .* says (128|8)"):
+        with pytest.raises(ShapeMismatch, match=r"have rank 4, and header .* says (128|8)"):
             opened(tmp_path, restyled("lightning", None), header)
 
 
@@ -150,15 +150,18 @@ def test_the_list_of_fields_is_pefts_own() -> None:
     assert theirs["lora_alpha"].default == DEFAULT_ALPHA
 
 
+@pytest.mark.filterwarnings("ignore:lora with eva initialization used")  # asks for less memory
 @pytest.mark.parametrize("kind", [True, "gaussian", "eva", "orthogonal", "mica", "pissa", "pissa_niter_4", "olora"])
 def test_a_kind_that_changes_the_base_is_refused_and_no_other(tmp_path: Path, kind: bool | str) -> None:
     torch.manual_seed(0)
+    layer = torch.nn.Linear(8, 8, bias=False)
     net = torch.nn.Sequential()
-    net.add_module("to_q", torch.nn.Linear(8, 8, bias=False))
-    before = net.to_q.weight.detach().clone()
-    model = get_peft_model(net, LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=kind))
+    net.add_module("to_q", layer)
+    before = layer.weight.detach().clone()
+    more = {"eva_config": EvaConfig()} if kind == "eva" else {}
+    model = get_peft_model(net, LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=kind, **more))
     model.save_pretrained(tmp_path)
-    changes = not torch.equal(model.base_model.model.to_q.base_layer.weight, before)
+    changes = not torch.equal(layer.weight, before)
     assert changes == (kind in {"pissa", "pissa_niter_4", "olora"})
     if changes:
         with pytest.raises(BadLora, match=f"init_lora_weights='{kind}'"):
@@ -204,3 +207,13 @@ def test_a_missing_alpha_is_noticed_where_trainers_write_one(tmp_path: Path, sty
     expected = [RANK] if "lora_down" in down else []
     assert opened(tmp_path, restyled(style, None), {}).ranks_without_alpha == expected
     assert opened(tmp_path, restyled(style, 2.0), {}).ranks_without_alpha == []
+
+
+def test_a_missing_alpha_is_warned_of_with_the_factor_that_it_would_give(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, factor in (("Qwen-Image-2512-Lightning-4steps-V1.0-bf16", "2"), ("mine", "0.25")):
+        path = tiny.write_lora(tmp_path / f"{name}.safetensors", tiny.lora_tensors(alpha=None))
+        assert main(["inspect", str(path)]) == 0
+        assert f"warning: {name}.safetensors: no alpha is said" in (said := capsys.readouterr().err)
+        assert f"it would be {factor}: then use that as the scale" in said
