@@ -154,6 +154,11 @@ STYLES = {
         "base_model.model.transformer.{}.lora_A.weight",
         "base_model.model.transformer.{}.lora_B.weight",
     ),
+    "simpletuner": (
+        "transformer.base_model.model.{}.lora.down.weight",
+        "transformer.base_model.model.{}.lora.up.weight",
+    ),
+    "unet": ("unet.{}.lora_A.weight", "unet.{}.lora_B.weight"),
     "old diffusers": ("transformer.{}.lora.down.weight", "transformer.{}.lora.up.weight"),
     "linear layer": ("transformer.{}.lora_linear_layer.down.weight", "transformer.{}.lora_linear_layer.up.weight"),
     "without .weight": ("{}.lora_A", "{}.lora_B"),
