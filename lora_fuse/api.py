@@ -42,23 +42,26 @@ def fuse(
     device: str = "auto",
     untouched: files.Untouched = "auto",
     scheduler: Mapping[str, object] | None = None,
+    replace: bool = False,
     show_progress: bool = False,
 ) -> Fused:
     """Write the merged checkpoint to `out` and its manifest beside it; the bytes do not depend on the device.
 
     Args:
         plan: what `plan` returned.
-        out: the folder or file to make; an earlier merge there is replaced when the new one is whole.
+        out: the folder or file to make; an earlier merge there is replaced when the new one is whole. A link stays,
+            and what it leads to is replaced.
         device: ``auto``, ``cpu`` or ``cuda``.
         untouched: how weights that do not change are taken over from the base, see `files.take_over`.
         scheduler: settings of the result's scheduler (a step-distilled LoRA needs its own); None keeps the base's.
+        replace: replace whatever else is at `out`, but for the base and the LoRAs.
         show_progress: show bytes and rate on stderr.
 
     Raises:
         Refused: there is no such device, no space, or something else at `out`; `out` is as it was.
     """
     with nullcontext() if show_progress else progress.silence():
-        return FuseJob(plan, out, device=device, untouched=untouched, scheduler=scheduler or {}).run()
+        return FuseJob(plan, out, device=device, untouched=untouched, scheduler=scheduler or {}, replace=replace).run()
 
 
 def verify(  # noqa: PLR0913 - by keyword, each is a choice of its own

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -52,12 +53,13 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(run=_plan)
     fuse = commands.add_parser("fuse", help="write BASE with the LoRAs fused into it to OUT")
     fuse.add_argument("base", type=Path, metavar="BASE")
-    fuse.add_argument("out", type=Path, metavar="OUT")
+    fuse.add_argument("out", metavar="OUT")
     fuse.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     fuse.add_argument(
         "--untouched", choices=("auto", "reflink", "hardlink", "copy"), default="auto", help="how to take over the rest"
     )
     fuse.add_argument("--scheduler", type=Path, metavar="JSON", help="scheduler settings for OUT; default: the base's")
+    fuse.add_argument("--replace", action="store_true", help="replace OUT even if lora-fuse did not make it")
     fuse.set_defaults(run=_fuse)
     verify = commands.add_parser(
         "verify", help="check a download against its list and signature; with BASE, re-derive the merge and compare"
@@ -166,14 +168,20 @@ def _fuse(options: argparse.Namespace) -> int:
     from lora_fuse.machine import progress
 
     plan = _make_plan(options)
+    out = Path(options.out)
+    if plan.checkpoint.kind == "file" and options.out.endswith(os.sep):
+        raise BadConfig(
+            f"BASE is a file, and OUT {options.out} a folder; name the file to write, {out / options.base.name}"
+        )
     scheduler = _scheduler(options)
     _print_plan(plan)
     fused = lora_fuse.fuse(
         plan,
-        options.out,
+        out,
         device=options.device,
         untouched=options.untouched,
         scheduler=scheduler,
+        replace=options.replace,
         show_progress=True,
     )
     files = fused.manifest.files
@@ -183,6 +191,8 @@ def _fuse(options: argparse.Namespace) -> int:
     for name, file in files.items():
         if file.origin == "fused":
             print(f"  {file.sha256}  {name}")
+    if fused.sharing:
+        print(fused.sharing)
     return 0
 
 

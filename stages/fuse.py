@@ -25,6 +25,7 @@ def fuse(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -
         untouched=recipe.fuse.untouched,
         pipeline=recipe.base.pipeline,
         scheduler=recipe.scheduler_config,
+        replace=True,  # the place is the pipeline's own
     )
     nbytes = job.nbytes
     shards = f"{len(plan.fused_shards)} of {len(plan.checkpoint.shards)} weight files"
@@ -39,7 +40,7 @@ def fuse(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -
     line = "{targets} of {tensors} tensors changed, {files} files in {merged}".format(**counts, merged=at.merged)
     facts = {**counts, "bytes_written": fused.bytes_written, "seconds": fused.seconds}
     written = f"{progress.human_rate(fused.bytes_written, fused.seconds)} written"
-    console.done("fuse", line, written, facts=facts, then="dvc repro verify")
+    console.done("fuse", line, written, *filter(None, [fused.sharing]), facts=facts, then="dvc repro verify")
     return 0
 
 

@@ -5,6 +5,7 @@ The command line, the stage and `lora_fuse.fuse` all go through here.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,10 +14,12 @@ from typing import TYPE_CHECKING
 
 from lora_fuse.checkpoint import diffusers_files
 from lora_fuse.errors import BadConfig
+from lora_fuse.fusion.destination import Destination
 from lora_fuse.fusion.device import fuse_device
-from lora_fuse.fusion.manifest import build_manifest, build_path, manifest_path, write_manifest
+from lora_fuse.fusion.manifest import build_manifest, manifest_path
 from lora_fuse.fusion.merge import bytes_to_copy, bytes_to_write, write_merged
 from lora_fuse.fusion.plan import Plan
+from lora_fuse.fusion.taking_over import ways_of
 from lora_fuse.machine import files, progress
 from lora_fuse.recipe import Lock, Manifest, checkout, records
 
@@ -26,11 +29,26 @@ if TYPE_CHECKING:  # parameters are models of pydantic, and a plain fuse has non
 
 @dataclass(frozen=True, slots=True)
 class Fused:
-    """A merge that was written: its manifest, the bytes that this took to write, and the seconds."""
+    """A merge that was written: its manifest, the bytes that this took to write, and the seconds.
+
+    `linked` are the files that are the base's own under a second name (POSIX paths): who edits one edits both.
+    """
 
     manifest: Manifest
     bytes_written: int
     seconds: float
+    linked: tuple[str, ...] = ()
+
+    @property
+    def sharing(self) -> str | None:
+        """The sentence about `linked` that whoever edits the merge has to know; None without such files."""
+        if not self.linked:
+            return None
+        size = progress.human_bytes(sum(self.manifest.files[name].size for name in self.linked))
+        return (
+            f"unchanged weights ({size} in {len(self.linked)} files) are hard links to the base's, so do not edit them "
+            "in place: --untouched copy (fuse.untouched) makes the merge independent"
+        )
 
 
 class FuseJob:
@@ -45,10 +63,14 @@ class FuseJob:
         untouched: files.Untouched = "auto",
         pipeline: str | None = None,
         scheduler: Mapping[str, object] | None = None,
+        replace: bool = False,
     ) -> None:
-        """Choose the device and generate the files; `pipeline` and `scheduler` are those of `diffusers_files`.
+        """Choose the device, generate the files and look at `out`.
+
+        `pipeline` and `scheduler` are those of `diffusers_files`, `replace` is that of `Destination`.
 
         Raises:
+            Refused: `out` may not be replaced, see `Destination.check`.
             NoDevice: the device asked for is not on this machine.
             BadConfig: a scheduler is given for a base that has none.
             BadCheckpoint: the base's own configuration cannot be read.
@@ -63,6 +85,9 @@ class FuseJob:
         self.generated: dict[str, bytes] = {}
         if pipeline or scheduler:
             self.generated = diffusers_files(base.root, pipeline=pipeline, scheduler=scheduler or {})
+        self._destination = Destination.at(out, replace=replace)
+        self._destination.check(plan, self.generated)
+        self._ways = ways_of(plan, self._destination.place, untouched)
 
     @property
     def label(self) -> str:
@@ -72,7 +97,7 @@ class FuseJob:
     @property
     def nbytes(self) -> int:
         """Bytes to write: the fused shards, and what cannot be shared with the base."""
-        return bytes_to_write(self.plan) + sum(bytes_to_copy(self.plan, self.out, self.untouched).values())
+        return bytes_to_write(self.plan) + sum(bytes_to_copy(self.plan, self._ways).values())
 
     def run(
         self, recipe: Recipe | None = None, base: Lock | None = None, loras: Mapping[str, Lock] | None = None
@@ -84,8 +109,16 @@ class FuseJob:
         """
         clock = progress.Stopwatch()
         nbytes = self.nbytes
+        written: list[Fused] = []
+
+        def beside(merged: Mapping[str, records.MergedFile]) -> dict[Path, str]:
+            manifest = build_manifest(self.plan, dict(merged), recipe=recipe, base=base, loras=loras)
+            linked = tuple(name for name, way in self._ways.items() if way == "hardlink" and name not in self.generated)
+            written.append(Fused(manifest, nbytes, clock.seconds, linked))
+            return self._records(written[0])
+
         with progress.byte_progress(self.label, nbytes) as advance:
-            merged = write_merged(
+            write_merged(
                 self.plan,
                 self.out,
                 device=self.device,
@@ -93,18 +126,21 @@ class FuseJob:
                 known=base.files if base else {},
                 progress=advance,
                 untouched=self.untouched,
+                replace=self._destination.replace,
+                beside=beside,
             )
-        manifest = build_manifest(self.plan, merged, recipe=recipe, base=base, loras=loras)
-        manifest_sha256 = write_manifest(manifest_path(self.out), manifest)
-        fused = Fused(manifest, nbytes, clock.seconds)
+        return written[0]
+
+    def _records(self, fused: Fused) -> dict[Path, str]:
+        """The manifest and the record of this build, by their paths."""
+        manifest = records.to_json(fused.manifest)
         build = records.BuildRecord(
             schema=records.SCHEMA,
-            manifest_sha256=manifest_sha256,
+            manifest_sha256=hashlib.sha256(manifest.encode()).hexdigest(),
             tool=checkout.this_tool(),
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
             device=self.device,
             bytes_written=fused.bytes_written,
             seconds=round(fused.seconds, 3),
         )
-        files.replace_text(build_path(manifest_path(self.out)), records.to_json(build))
-        return fused
+        return {manifest_path(self._destination.out): manifest, self._destination.build: records.to_json(build)}

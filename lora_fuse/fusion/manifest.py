@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from lora_fuse.errors import BadSource, Rerun
 from lora_fuse.fusion.plan import Plan
-from lora_fuse.machine import files
 from lora_fuse.recipe import Lock, Manifest, records
 
 if TYPE_CHECKING:  # parameters are models of pydantic, and a plain fuse has none
@@ -52,13 +51,6 @@ def build_manifest(
         targets=len(plan.targets),
         files=files,
     )
-
-
-def write_manifest(path: Path, manifest: Manifest) -> str:
-    """Write the manifest, whole or not at all; returns the sha256 of its text."""
-    text = records.to_json(manifest)
-    files.replace_text(path, text)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def build_path(manifest: Path) -> Path:

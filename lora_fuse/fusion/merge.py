@@ -5,24 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from threadpoolctl import threadpool_limits
 
-from lora_fuse.checkpoint import PROVENANCE, Checkpoint, Shard
+from lora_fuse.checkpoint import PROVENANCE, Shard
 from lora_fuse.errors import BadCheckpoint, BadLora, Refused
+from lora_fuse.fusion.destination import Destination
 from lora_fuse.fusion.plan import Plan
 from lora_fuse.fusion.stream import FuseOptions, Progress, Stopped, fuse_shard
+from lora_fuse.fusion.taking_over import Ways, take_over, ways_of
 from lora_fuse.machine import FileRecord, direct_io, files, space, staging
 from lora_fuse.recipe import records
 
 ENGINE = 1  # to be raised when the same inputs give other bytes
+Beside = Callable[[Mapping[str, records.MergedFile]], Mapping[Path, str]]
 _Identity = tuple[int, int, int]  # of a file: size, time of change, inode
 
 
-def write_merged(
+def write_merged(  # noqa: PLR0913 - by keyword, each is a choice of its own
     plan: Plan,
     out: Path,
     *,
@@ -31,46 +34,62 @@ def write_merged(
     known: Mapping[str, FileRecord],
     progress: Progress,
     untouched: files.Untouched = "auto",
+    replace: bool = False,
+    beside: Beside = lambda _: {},
 ) -> dict[str, records.MergedFile]:
     """Write the merged checkpoint of the same kind as the base to `out`, replacing what was there.
 
     The bytes do not depend on the device. `generated` are files of a pipeline whose content is given here instead of
     the base's, by POSIX path; `known` are the base's files whose sha256 a lock has, so that they are not hashed again.
+    `replace` is that of `Destination`; `beside` makes the texts that are put beside the result right after it, of its
+    files.
 
     Returns:
         Every file of the result by POSIX path.
 
     Raises:
         NoSpace: the disk has less room than the result needs; nothing was written.
+        Refused: `out` may not be replaced, see `Destination.check`; nothing was written.
         Busy: another process is writing the same result.
         Refused: the base or a LoRA turned out to be broken; `out` is as it was.
     """
-    _check_places(plan.checkpoint, out)
+    destination = Destination.at(out, replace=replace)
+    destination.check(plan, generated)
+    place = destination.place
+    ways = ways_of(plan, place, untouched)
     to_write = bytes_to_write(plan)
-    to_copy = bytes_to_copy(plan, out, untouched)
+    to_copy = bytes_to_copy(plan, ways)
     need = to_write + sum(to_copy.values()) + space.SPARE
-    space.require(files.nearest_folder(out), need, "the merged checkpoint", "make room, or write OUT on another disk")
+    space.require(files.nearest_folder(place), need, "the merged checkpoint", "make room, or write OUT on another disk")
     try:
         shards = {shard.relative: _identity(shard.path) for shard in plan.fused_shards}
         loras = {lora.path: _identity(lora.path) for lora in plan.loras}
-        with staging.staging_folder(out, _key(plan, shards)) as place:
+        with staging.staging_folder(place, _key(plan, shards)) as staged:
             way = FuseOptions(device, direct=direct_io.too_large_to_cache(to_write))
-            written = _fuse_shards(plan, place, way, shards, progress)
-            for name, record in _place_others(plan, place, generated, known, untouched):
+            written = _fuse_shards(plan, staged, way, shards, progress)
+            for name, record in _place_others(plan, staged, generated, known, ways):
                 written[name] = record
                 progress(to_copy.get(name, 0))
-            for path, before in loras.items():
-                if _identity(path) != before:
-                    raise BadLora(f"{path} changed while it was read; run again when nothing writes to it")
-            new = place.files
+            _refuse_changed(loras)
+            destination.check(plan, generated)  # it took a while
+            new = staged.files
             if plan.checkpoint.kind == "file":
                 ((name, record),) = written.items()
                 new = new / name
-                written = {out.name: record}
-            staging.replace_atomically(new, out)
+                written = {destination.out.name: record}
+            merged = dict(sorted(written.items()))
+            with files.prepared(beside(merged)) as put_beside:
+                staging.replace_atomically(new, place)
+                put_beside()
     except OSError as error:
         raise Refused(f"cannot write {out}: {error.strerror} ({error.filename or out}); it is as it was") from error
-    return dict(sorted(written.items()))
+    return merged
+
+
+def _refuse_changed(loras: Mapping[Path, _Identity]) -> None:
+    for path, before in loras.items():
+        if _identity(path) != before:
+            raise BadLora(f"{path} changed while it was read; run again when nothing writes to it")
 
 
 def _key(plan: Plan, shards: Mapping[str, _Identity]) -> str:
@@ -92,13 +111,9 @@ def bytes_to_write(plan: Plan) -> int:
     )
 
 
-def bytes_to_copy(plan: Plan, out: Path, untouched: files.Untouched) -> dict[str, int]:
-    """Bytes of each file that stays and cannot be shared with the base: it is on another disk, or is not to be."""
-    device = files.nearest_folder(out).stat().st_dev
-    fused = {shard.relative for shard in plan.fused_shards}
-    others = [*(shard.relative for shard in plan.checkpoint.shards), *plan.checkpoint.others]
-    stats = {name: _stat(plan.checkpoint.locate(name)) for name in others if name not in fused}
-    return {name: info.st_size for name, info in stats.items() if untouched == "copy" or info.st_dev != device}
+def bytes_to_copy(plan: Plan, ways: Ways) -> dict[str, int]:
+    """Bytes of each file that stays and is not shared with the base, by its way (`ways_of`)."""
+    return {name: _stat(plan.checkpoint.locate(name)).st_size for name, way in ways.items() if way == "copy"}
 
 
 def _fuse_shards(
@@ -141,7 +156,7 @@ def _place_others(
     place: staging.StagingFolder,
     generated: Mapping[str, bytes],
     known: Mapping[str, FileRecord],
-    untouched: files.Untouched,
+    ways: Ways,
 ) -> Iterator[tuple[str, records.MergedFile]]:
     """Place the base's unchanged files and the generated ones, one by one."""
     fused = {shard.relative for shard in plan.fused_shards}
@@ -150,23 +165,11 @@ def _place_others(
         if name not in generated:
             source = plan.checkpoint.locate(name)
             record = known.get(name) or files.hash_file(source)
-            # Weights are shared with the base: they are large and only ever replaced. Text is edited in place.
-            is_weight = ".safetensors" in (source.suffix, source.resolve().suffix)
-            files.take_over(source.resolve(), place.place(name), untouched if is_weight else "copy")
+            take_over(source, place.place(name), ways[name])
             yield name, records.MergedFile(record.size, record.sha256, "base")
     for name, content in generated.items():
         place.place(name).write_bytes(content)
         yield name, records.MergedFile(len(content), hashlib.sha256(content).hexdigest(), "generated")
-
-
-def _check_places(checkpoint: Checkpoint, out: Path) -> None:
-    base = checkpoint.root.resolve()
-    place = out.resolve()
-    if place == base or base in place.parents or place in base.parents:
-        raise Refused(f"OUT {out} and BASE {checkpoint.root} overlap; write the merged checkpoint somewhere else")
-    is_checkpoint = any((out / name).exists() for name in ("model_index.json", "config.json"))
-    if out.is_dir() and any(out.iterdir()) and not is_checkpoint:
-        raise Refused(f"OUT {out} is a folder with other things in it; it would be replaced, name another place")
 
 
 def _stat(path: Path) -> os.stat_result:

@@ -7,8 +7,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+import stat
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -16,6 +18,7 @@ from typing import Literal, TypeVar
 Content = TypeVar("Content")
 Untouched = Literal["auto", "reflink", "hardlink", "copy"]
 FICLONE = 0x40049409  # linux/fs.h
+WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,15 @@ def hash_file(path: Path) -> FileRecord:
 def nearest_folder(path: Path) -> Path:
     """The folder that `path` is, or the nearest one above that is there."""
     return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+
+
+def is_text(name: str) -> bool:
+    """False for a name of a file that is not UTF-8 on disk: no text, and so no JSON, can hold it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def total_size(place: Path) -> int:
@@ -68,22 +80,27 @@ def replace_text(path: Path, text: str) -> None:
 
 def replace_bytes(path: Path, content: bytes) -> None:
     """Give `path` a new content: a reader, or a kill at any moment, finds the old one or the new one."""
+    prepare(path, content).replace(path)
+
+
+def prepare(path: Path, content: bytes) -> Path:
+    """Write the next content of `path` beside it, to be renamed to it; returns where."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(content)
-    partial.replace(path)
+    return partial
 
 
 def take_over(source: Path, target: Path, how: Untouched) -> Untouched:
     """Make `target`, which is not there yet, a file with the content of `source`, which is no link; return how.
 
     ``reflink`` shares blocks until one side is written (btrfs, XFS and others), ``hardlink`` is the same file under two
-    names, ``copy`` shares nothing; ``auto`` is the first of them that the filesystem can do. What it cannot do becomes
-    a copy.
+    names, ``copy`` shares nothing; ``auto`` is the first of them that the filesystem can do, a hard link only of what
+    is read-only: who edits one name edits both. What it cannot do becomes a copy.
     """
     if how in ("auto", "reflink") and _reflink(source, target):
         return "reflink"
-    if how in ("auto", "hardlink"):
+    if how == "hardlink" or (how == "auto" and is_read_only(source)):
         with suppress(OSError):  # another filesystem, or one without links
             os.link(source, target)
             return "hardlink"
@@ -91,8 +108,56 @@ def take_over(source: Path, target: Path, how: Untouched) -> Untouched:
     return "copy"
 
 
-def link_between(source: Path, target: Path) -> Untouched:
+@contextmanager
+def prepared(texts: Mapping[Path, str]) -> Iterator[Callable[[], None]]:
+    """Write the next contents of some files, and yield the function that puts them in their places; or leave nothing.
+
+    Raises:
+        OSError: one of them cannot be written; all are as they were.
+    """
+    partials: dict[Path, Path] = {}
+
+    def put() -> None:
+        for path, partial in partials.items():
+            partial.replace(path)
+
+    try:
+        for path, text in texts.items():
+            partials[path] = prepare(path, text.encode())
+        yield put
+    finally:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
+
+
+def is_read_only(path: Path) -> bool:
+    """True where nobody has the right to write to a file, by its mode."""
+    return path.stat().st_mode & WRITE == 0
+
+
+def make_read_only(path: Path) -> None:
+    """Take the right to write to a file from everybody, under all its names.
+
+    Raises:
+        OSError: it is another user's.
+    """
+    path.chmod(stat.S_IMODE(path.stat().st_mode) & ~WRITE)
+
+
+def can_reflink(source: Path, folder: Path) -> bool:
+    """Try out whether a folder can share blocks with a file; nothing of it stays."""
+    try:
+        with source.open("rb") as old, tempfile.TemporaryFile(dir=folder) as new:
+            fcntl.ioctl(new, FICLONE, old.fileno())
+    except OSError:
+        return False
+    return True
+
+
+def link_between(source: Path, target: Path, *, read_only: bool) -> Untouched:
     """Try out how files of one folder can be taken over into another, with a file of one block that is removed again.
+
+    `read_only` says that the files are, or may be made so.
 
     Raises:
         OSError: one of the folders cannot be written.
@@ -101,6 +166,8 @@ def link_between(source: Path, target: Path) -> Untouched:
     new = target / f".probe-{os.getpid()}.new"
     try:
         old.write_bytes(bytes(4096))
+        if read_only:
+            make_read_only(old)
         return take_over(old, new, "auto")
     finally:
         for path in (old, new):

@@ -10,9 +10,10 @@ import ctypes
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from lora_fuse.machine.files import FileRecord, hash_file, replace_text
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2  # linux/fcntl.h, linux/fs.h
+PREVIOUS = "previous"  # in a staging folder: the last result, while the next one takes its place in two steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,19 +76,28 @@ def staging_folder(out: Path, key: str) -> Iterator[StagingFolder]:
     """
     with exclusive(out):
         mine = StagingFolder(out.parent / f".{out.name}.partial-{key[:16]}")
-        if _previous(out).exists() and not out.exists():  # a swap in two steps was killed between them
-            _previous(out).rename(out)
-        remove(_previous(out))
-        for other in out.parent.glob(f".{out.name}.partial-*"):
-            if other != mine.folder:
-                remove(other)
+        for folder in _staging_folders(out):
+            previous = folder / PREVIOUS
+            if previous.exists() and not out.exists():  # a swap in two steps was killed between them
+                previous.rename(out)
+            remove(previous)
+            if folder != mine.folder:
+                remove(folder)
         try:
             mine.files.mkdir(parents=True, exist_ok=True)
             yield mine
         except Exception:
             remove(mine.folder)
             raise
-        remove(mine.folder)
+        with suppress(OSError):  # what was replaced may be another user's; the next run tries again
+            remove(mine.folder)
+
+
+def _staging_folders(out: Path) -> list[Path]:
+    """The staging folders that earlier runs left of `out`: by name and content, as others may begin their names so."""
+    name = re.compile(rf"\.{re.escape(out.name)}\.partial-[0-9a-f]{{16}}")
+    here = [path for path in out.parent.iterdir() if name.fullmatch(path.name) and path.is_dir()]
+    return [path for path in here if {part.name for part in path.iterdir()} <= {"files", "done", PREVIOUS}]
 
 
 def exclusive(out: Path) -> AbstractContextManager[None]:
@@ -106,7 +117,7 @@ def holding(folder: Path) -> AbstractContextManager[None]:
 @contextmanager
 def _locked(path: Path, result: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as lock:
+    with path.open("a") as lock:  # a file of that name keeps what is in it
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -119,9 +130,10 @@ def replace_atomically(new: Path, out: Path) -> None:
     if not out.is_dir():
         new.replace(out)
     elif not _exchange(new, out):
-        out.rename(_previous(out))  # a folder cannot be renamed over another, so the old one steps aside first
+        previous = new.with_name(PREVIOUS)
+        out.rename(previous)  # a folder cannot be renamed over another, so the old one steps aside first
         new.rename(out)
-        remove(_previous(out))
+        remove(previous)
 
 
 def _exchange(new: Path, out: Path) -> bool:
@@ -131,10 +143,6 @@ def _exchange(new: Path, out: Path) -> bool:
     except (OSError, AttributeError):
         return False
     return bool(renameat2(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(out), RENAME_EXCHANGE) == 0)
-
-
-def _previous(out: Path) -> Path:
-    return out.parent / f".{out.name}.previous"
 
 
 def remove(path: Path) -> None:

@@ -73,6 +73,11 @@ def cached_from(path: PurePath) -> tuple[str | None, str | None]:
     return None, path.name
 
 
+def is_blob(path: PurePath) -> bool:
+    """True for a file's own place in the Hub client's cache, to which snapshots link."""
+    return path.parent.name == "blobs" and path.parent.parent.name.startswith("models--")
+
+
 def cached_at(path: PurePath) -> str | None:
     """``repo@commit`` of a folder or file in the Hub client's cache, see `cached_from`; None elsewhere."""
     repo_id, _ = cached_from(path)

@@ -170,8 +170,7 @@ def test_every_format_has_a_place_of_its_own_and_words() -> None:
 
 def test_pocket_exports_as_its_recipe_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stage itself, on pocket's base as if it were merged."""
-    from lora_fuse.fusion.manifest import write_manifest
-    from lora_fuse.recipe.records import Exports, Manifest, MergedFile, from_json
+    from lora_fuse.recipe.records import Exports, Manifest, MergedFile, from_json, to_json
     from stages.config import compose
     from stages.export import export_formats
 
@@ -185,7 +184,8 @@ def test_pocket_exports_as_its_recipe_asks(tmp_path: Path, monkeypatch: pytest.M
         path.relative_to(model).as_posix() for path in model.rglob("*") if path.suffix in {".json", ".safetensors"}
     ]
     files = {name: MergedFile(1, "5" * 64, "base") for name in names}
-    write_manifest(Path("artifacts/merged.manifest.json"), Manifest(1, "pocket", None, (), 1.0, 0, files))
+    manifest = to_json(Manifest(1, "pocket", None, (), 1.0, 0, files))
+    Path("artifacts/merged.manifest.json").write_text(manifest)
     assert export_formats(Recipe.parse(tree, "test")) == 0
     record = from_json(Exports, Path("artifacts/export.json").read_text(), "export.json")
     assert list(record.files) == ["diffusion_models/pocket.safetensors"]

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from lora_fuse.checkpoint.diffusers_layout import diffusers_files
 from lora_fuse.checkpoint.shards import open_checkpoint
 from lora_fuse.errors import BadCheckpoint, BadSource, Rerun
-from lora_fuse.fusion.manifest import build_manifest, check_files, read_manifest, write_manifest
+from lora_fuse.fusion.manifest import build_manifest, check_files, read_manifest
 from lora_fuse.fusion.plan import make_plan
 from lora_fuse.hub import lock_lora
 from lora_fuse.lora.inputs import LoraInput
@@ -32,7 +32,7 @@ MANIFEST = Manifest(
 
 
 def test_a_manifest_is_read_back_as_it_was_written(tmp_path: Path) -> None:
-    write_manifest(tmp_path / "m.json", MANIFEST)
+    (tmp_path / "m.json").write_text(to_json(MANIFEST))
     assert read_manifest(tmp_path / "m.json")[0] == MANIFEST
     assert '"from": "fused"' in (tmp_path / "m.json").read_text()
 

@@ -69,13 +69,16 @@ def locks(folder: Path) -> Finding:
         probe.unlink(missing_ok=True)
 
 
-def sharing(link: files.Untouched, rest: int, kinds: str) -> Finding:
+def sharing(link: files.Untouched, rest: int, kinds: str, editable: str | None) -> Finding:
     """Check that base and merge can share the files that the LoRAs do not change.
 
-    `link` is the best way that works, `rest` the bytes of those files, `kinds` the types of the filesystems.
+    `link` is the best way that works, `rest` the bytes of those files, `kinds` the types of the filesystems, `editable`
+    the base where it is a folder on the same disk: its files may be edited, so that no hard link to them is made.
     """
     if link != "copy" or not rest:
         return ok("sharing", f"{link} works between base and merge ({kinds})")
+    if editable is not None:
+        return ok("sharing", f"{progress.human_bytes(rest)} are copied, as {editable} may be edited ({kinds})")
     remedy = "put the base's cache (HF_HUB_CACHE) on the disk of artifacts/ to save them"
     found = f"base and merge cannot share files ({kinds}): {progress.human_bytes(rest)} are copied"
     return warn("sharing", found, "", remedy)

@@ -83,14 +83,16 @@ def _places(recipe: Recipe, at: Artifacts, found: Mapping[str, sizes.SourceSize]
     yield disk.locks(out)
     base = found.get("base")
     source = files.nearest_folder(cache if recipe.base.repo_id else Path(str(recipe.base.path)))
+    nearest = files.nearest_folder(out)
+    editable = recipe.base.path if source.stat().st_dev == nearest.stat().st_dev else None
     try:
         copies = recipe.fuse.untouched == "copy"
-        link = "copy" if copies else files.link_between(source, files.nearest_folder(out))
+        link = "copy" if copies else files.link_between(source, nearest, read_only=recipe.base.repo_id is not None)
     except OSError:
         link = "copy"
     fused = sum(base.sizes[name] for name in base.weights.get(COMPONENT, ())) if base else 0
     rest = base.total - fused if base else 0
-    yield disk.sharing(link, rest, " and ".join(dict.fromkeys(map(disk.filesystem, (source, out)))))
+    yield disk.sharing(link, rest, " and ".join(dict.fromkeys(map(disk.filesystem, (source, out)))), editable)
     if base is None:
         yield warn("disk", "what is needed is not known, as the base's size is unknown")
         return

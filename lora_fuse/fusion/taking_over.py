@@ -1,0 +1,67 @@
+"""Ways in which the base's files that do not change get into a merge: shared with the base, or copied.
+
+Text is copied, as it is edited in place. Weights are large, and only ever replaced. Where blocks cannot be shared
+(`files.Untouched`), a hard link is as good as that until somebody opens one of its two names and writes: it is made of
+read-only files only, and those of the Hub client's cache, which are never edited, are made so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from lora_fuse.errors import BadCheckpoint
+from lora_fuse.fusion.plan import Plan
+from lora_fuse.machine import files
+from lora_fuse.recipe import hf_cache
+
+Ways = Mapping[str, files.Untouched]
+
+
+def ways_of(plan: Plan, place: Path, untouched: files.Untouched) -> Ways:
+    """The way of each file of the base that does not change to `place`, by POSIX path, without ``auto``."""
+    fused = {shard.relative for shard in plan.fused_shards}
+    folder = files.nearest_folder(place)
+    others = [*(shard.relative for shard in plan.checkpoint.shards), *plan.checkpoint.others]
+    shares: dict[int, bool] = {}  # blocks, by device
+    ways: dict[str, files.Untouched] = {}
+    for name in others:
+        if name in fused:
+            continue
+        given = plan.checkpoint.locate(name)
+        source = given.resolve()
+        is_weight = ".safetensors" in (given.suffix, source.suffix)
+        device = _device(source)
+        ways[name] = "copy"
+        if not is_weight or untouched == "copy" or device != folder.stat().st_dev:
+            continue
+        if untouched != "hardlink" and device not in shares:
+            shares[device] = files.can_reflink(source, folder)
+        if untouched != "hardlink" and shares[device]:
+            ways[name] = "reflink"
+        elif untouched == "hardlink" or (untouched == "auto" and may_be_linked(source)):
+            ways[name] = "hardlink"
+    return ways
+
+
+def may_be_linked(source: Path) -> bool:
+    """True for a file that is read-only, or may be made so, since it lies in the Hub client's cache."""
+    return files.is_read_only(source) or hf_cache.is_blob(source)
+
+
+def take_over(source: Path, target: Path, way: files.Untouched) -> None:
+    """Make `target` a file with the content of `source`, through links; a hard link to the cache is read-only."""
+    source = source.resolve()
+    if way == "hardlink" and hf_cache.is_blob(source):
+        with suppress(OSError):  # another user's: see below
+            files.make_read_only(source)
+        way = "auto"  # a hard link if it is read-only now, or else a copy
+    files.take_over(source, target, way)
+
+
+def _device(source: Path) -> int:
+    try:
+        return source.stat().st_dev
+    except OSError as error:
+        raise BadCheckpoint(f"{source} is not there any more ({error.strerror}); fetch it again") from error
