@@ -39,10 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 runs[way].append(_measure(source, Path(temporary, "target"), way))
     print("| asked for | done | seconds, each run | median | MB of the disk |")
     print("|---|---|---|---|---|")
-    for way, of_way in runs.items():
+    for asked, of_way in runs.items():
         each = ", ".join(f"{seconds:.4f}" for _, seconds, _ in of_way)
         median = statistics.median(seconds for _, seconds, _ in of_way)
-        print(f"| {way} | {of_way[0][0]} | {each} | {median:.4f} | {of_way[0][2] / MEGABYTE:.0f} |")
+        print(f"| {asked} | {of_way[0][0]} | {each} | {median:.4f} | {of_way[0][2] / MEGABYTE:.0f} |")
 
 
 def _measure(source: Path, target: Path, way: files.Untouched) -> tuple[str, float, int]:
