@@ -76,8 +76,16 @@ class UnmatchedTargets(BadLora):
     """The LoRA names modules that the base does not have."""
 
 
+class WrongPrefix(UnmatchedTargets):
+    """The LoRA's modules are all in the base, but for the beginning of their names."""
+
+
 class ShapeMismatch(BadLora):
     """A LoRA's factors do not fit the weight they are meant for."""
+
+
+class FactorMismatch(ShapeMismatch):
+    """A LoRA's factors do not fit each other, or the rank that is said of them."""
 
 
 class BadScale(Refused):

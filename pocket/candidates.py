@@ -126,7 +126,7 @@ CANDIDATES: Mapping[str, Candidate] = {
     "half": Candidate("half as strong", SCALE, partial(times, 0.5)),
     "louder": Candidate("1.2 times as strong", SCALE, partial(times, 1.2)),
     "negated": Candidate("the other way round", SCALE, partial(times, -1.0)),
-    "style": Candidate("a LoRA for a style", BASE, file=LORAS["pastel"]),
+    "style": Candidate("a LoRA for a style", "broken: another effect", file=LORAS["pastel"]),
 }
 FIRST = ("alpha_ignored", "other_base", "no_effect")  # those that a new user is shown
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lora_fuse.checkpoint import TensorInfo
-from lora_fuse.errors import BadLora, ShapeMismatch
+from lora_fuse.errors import BadLora, FactorMismatch
 from lora_fuse.lora.key_formats import FORMATS, Algorithm, KeyFormat, other_component, read_key
 from lora_fuse.lora.scaling import StatedScale, scale_of
 
@@ -78,7 +78,7 @@ def parse_lora(
 
     Raises:
         BadLora: the file is empty, or a key is of no known format, for another component, twice there or alone.
-        ShapeMismatch: tensors of one module do not fit each other, or not what is stated.
+        FactorMismatch: tensors of one module do not fit each other, or not what is stated.
     """
     if not tensors:
         raise BadLora(f"{where} is empty: it has no tensors")
@@ -272,9 +272,9 @@ class _Module:
                 raise self._mismatch(taken, f"one magnitude for each of {shape[0]} rows or {shape[1]} columns")
         return {role: tensor.name for role, tensor in taken.items()}
 
-    def _mismatch(self, taken: Roles, expected: str) -> ShapeMismatch:
+    def _mismatch(self, taken: Roles, expected: str) -> FactorMismatch:
         shapes = ", ".join(f"{role} {list(tensor.shape)}" for role, tensor in taken.items())
-        return ShapeMismatch(f"{self.where}: the tensors of {self.name!r} do not fit: {shapes}; expected {expected}")
+        return FactorMismatch(f"{self.where}: the tensors of {self.name!r} do not fit: {shapes}; expected {expected}")
 
 
 def _take(roles: Roles, *names: str) -> Roles:

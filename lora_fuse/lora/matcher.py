@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 from lora_fuse.checkpoint import TensorInfo
-from lora_fuse.errors import BadLora, ShapeMismatch, UnmatchedTargets
+from lora_fuse.errors import BadLora, ShapeMismatch, UnmatchedTargets, WrongPrefix
 from lora_fuse.lora.key_formats import FLAT_PREFIXES, PREFIXES, spellings
 from lora_fuse.lora.key_parser import SHOWN, LoraDelta
 
@@ -17,7 +17,7 @@ def match_targets(deltas: Iterable[LoraDelta], weights: Mapping[str, TensorInfo]
     """The deltas of one file, by the name of the base's tensor that each changes.
 
     Raises:
-        UnmatchedTargets: a module is not in the base.
+        UnmatchedTargets: a module is not in the base; `WrongPrefix` if all are, but for the beginning of the names.
         ShapeMismatch: a delta does not fit its parameter.
         BadLora: two deltas mean the same parameter, or a name could mean two modules of the base.
     """
@@ -36,6 +36,8 @@ def match_targets(deltas: Iterable[LoraDelta], weights: Mapping[str, TensorInfo]
         _check_fit(delta, weights[name], where)
         matched[name] = delta
     if missing:
+        if not matched and (fault := _prefix_fault(missing, weights)) is not None:
+            raise WrongPrefix(f"{where}: none of {len(missing)} modules is in the base as it is named; {fault}")
         raise UnmatchedTargets(_missing_message(missing, len(matched), weights, where))
     return matched
 
@@ -69,8 +71,6 @@ def _check_fit(delta: LoraDelta, weight: TensorInfo, where: str) -> None:
 
 
 def _missing_message(missing: list[str], matched: int, weights: Mapping[str, TensorInfo], where: str) -> str:
-    if not matched and (fault := _prefix_fault(missing, weights)) is not None:
-        return f"{where}: none of {len(missing)} modules is in the base as it is named; {fault}"
     shown = []
     for name in sorted(missing)[:SHOWN]:
         near = difflib.get_close_matches(name, weights, n=1, cutoff=0.0)

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from lora_fuse.errors import BadLora, ShapeMismatch
-from lora_fuse.lora.key_formats import PREFIXES, spellings
+from lora_fuse.errors import BadLora, FactorMismatch
+from lora_fuse.lora.key_formats import PREFIXES, other_component, spellings
 
 Number = TypeVar("Number", int, float)
 CLOSE = 2.0**-8  # relative; alphas are stored in dtypes down to bfloat16, which rounds by half as much
@@ -70,13 +70,13 @@ def scale_of(module: str, rank: int, own: float | None, stated: Sequence[StatedS
 
     Raises:
         BadLora: an alpha is not finite, or two places say different things.
-        ShapeMismatch: a place says another rank than the factors have.
+        FactorMismatch: a place says another rank than the factors have.
     """
     said = [] if own is None else [ModuleScale(own, own / rank, ".alpha")]
     for place in _for_module(stated, module, where):
         told = place.rank_of(module)
         if told is not None and told != rank:
-            raise ShapeMismatch(
+            raise FactorMismatch(
                 f"{where}: the factors of {module!r} have rank {rank}, and {place.where} says {told}; "
                 "it belongs to another file"
             )
@@ -95,16 +95,17 @@ def scale_of(module: str, rank: int, own: float | None, stated: Sequence[StatedS
 
 
 def _for_module(stated: Sequence[StatedScale], module: str, where: str) -> list[StatedScale]:
-    """The statements that are about a module: of several components, those of its own."""
+    """The statements that are about a module: of several components those of its own, or else of the main one."""
     general = [place for place in stated if not place.component]
     special = [place for place in stated if place.component]
     own = [place for place in special if module.startswith(f"{place.component}.")]
-    if not own and len({place.component for place in special}) > 1:
+    own = own or [place for place in special if other_component(f"{place.component}.") is None] or special
+    if len({place.component for place in own}) > 1:
         raise BadLora(
-            f"{where}: the header speaks of {' and '.join(sorted(place.where for place in special))}, and the name of "
+            f"{where}: the header speaks of {' and '.join(sorted(place.where for place in own))}, and the name of "
             f"{module!r} does not say which of them is meant; put the component before the names"
         )
-    return general + (own or special)
+    return general + own
 
 
 def _by_pattern(patterns: Mapping[str, Number], module: str, otherwise: Number | None) -> Number | None:

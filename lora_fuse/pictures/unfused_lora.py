@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from lora_fuse.fusion import Plan, Target
 
 DIFFUSERS = "diffusers"
+# The places of a LoRA's strength that diffusers reads, as `lora_fuse.lora.LoraDelta.said_by` names them.
+READ_BY_DIFFUSERS = {".alpha", "nowhere: alpha = rank", "header lora_adapter_metadata (transformer)"}
 
 
 def attach(pipe: Pipeline, plan: Plan) -> str:
@@ -42,6 +44,8 @@ def _beyond_diffusers(plan: Plan) -> str | None:
         return "the recipe leaves modules out or scales them"
     if others := {delta.algorithm for lora in plan.loras for delta in lora.deltas if not delta.is_plain}:
         return f"diffusers does not read {', '.join(sorted(others))}"
+    if unread := {delta.said_by for lora in plan.loras for delta in lora.deltas} - READ_BY_DIFFUSERS:
+        return f"diffusers does not read the strength in {', '.join(sorted(unread))}"
     return None
 
 

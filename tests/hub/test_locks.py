@@ -207,6 +207,29 @@ def test_a_peft_folder_is_its_weights_and_its_configuration(
     assert len(hub.log) == asked
 
 
+@pytest.mark.parametrize("named", ["style/adapter_model.safetensors", "style/mine.safetensors"])
+@pytest.mark.parametrize("local", [True, False], ids=["local", "hub"])
+def test_a_file_that_is_named_itself_brings_the_configuration_beside_it(
+    hub: LoopbackHub, tmp_path: Path, local: bool, named: str
+) -> None:
+    files = {named: weights(7), "style/adapter_config.json": PEFT["style/adapter_config.json"]}
+    source = in_folder(write(tmp_path / "loras", {**files, **PEFT_STRAYS})) if local else on_hub(LORA)
+    if not local:
+        hub.push(LORA, {**files, **PEFT_STRAYS})
+    pinned = lock_lora(source, named, previous=None)
+    assert pinned.files == records(files)
+    assert (locate(pinned) / pinned.lora_name).name == ("style" if "adapter" in named else "mine.safetensors")
+    asked = len(hub.log)
+    assert lock_lora(source, named, previous=pinned) == pinned
+    assert len(hub.log) == asked
+
+
+def test_a_configuration_of_another_file_is_left_there(tmp_path: Path) -> None:
+    files = {**PEFT, "style/mine.safetensors": weights(9)}
+    pinned = lock_lora(in_folder(write(tmp_path / "loras", files)), "style/mine.safetensors", previous=None)
+    assert list(pinned.files) == ["style/mine.safetensors"]
+
+
 def test_a_flipped_byte_in_the_configuration_of_a_peft_folder_is_refused(hub: LoopbackHub) -> None:
     hub.push(LORA, PEFT)
     hub.faults.append(Fault(r"GET .*/resolve/.*/adapter_config\.json", times=-1, flip_at=3))

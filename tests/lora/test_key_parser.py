@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lora_fuse.checkpoint.header import TensorInfo
-from lora_fuse.errors import BadLora, ShapeMismatch, UnmatchedTargets
+from lora_fuse.errors import BadLora, ShapeMismatch, UnmatchedTargets, WrongPrefix
 from lora_fuse.lora.lora_file import LoraFile, open_lora
 from lora_fuse.lora.matcher import match_targets
 from tests.support import tiny
@@ -85,6 +85,20 @@ def test_a_module_that_the_base_lacks_is_refused_with_the_nearest_name(tmp_path:
         UnmatchedTargets, match=r"3 of 6 modules .*'transformer_blocks\.7\..*nearest.*'transformer_blocks\.1\."
     ):
         match_targets(lora.deltas, base_names(), "f")
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "said"),
+    [
+        ("net.unet.", "", "without 'net.unet.' at the beginning of the names: take it off"),
+        ("", "model.core.", "with 'model.core.' at the beginning of the names: put it before"),
+        ("transformer.", "model.core.", "with 'model.core.' at the beginning of the names: put it before"),
+    ],
+)
+def test_a_lora_whose_only_fault_is_a_prefix_is_told_which(tmp_path: Path, ours: str, theirs: str, said: str) -> None:
+    lora = opened(tmp_path, {f"{ours}{key}": tensor for key, tensor in tiny.lora_tensors().items()})
+    with pytest.raises(WrongPrefix, match=f"none of 6 modules is in the base as it is named; all are, {said}"):
+        match_targets(lora.deltas, {f"{theirs}{name}": tensor for name, tensor in base_names().items()}, "f")
 
 
 def test_one_weight_named_twice_is_refused(tmp_path: Path) -> None:

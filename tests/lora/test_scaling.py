@@ -42,6 +42,12 @@ ALONE: list[tuple[str, Header, float, str]] = [
     ("bare", packed({"r": 4, "lora_alpha": 2}, "unet"), 2 / 4, "header lora_adapter_metadata (unet)"),
     ("bare", packed({"lora_alpha": 2, "use_rslora": True}, "x"), 2 / 2, "header lora_adapter_metadata (x)"),
     ("bare", packed({"r": 4}), 8 / 4, "header lora_adapter_metadata (transformer)"),  # PEFT's default
+    (
+        "bare",
+        packed({"r": 4, "lora_alpha": 2}) | {"text_encoder.lora_alpha": "9"},
+        2 / 4,
+        "header lora_adapter_metadata",
+    ),
     ("bare", {"lora_config": json.dumps({"r": 4, "lora_alpha": 12})}, 12 / 4, "header lora_config"),
     ("diffusers", {"format": "pt", "author": "me", "ss_network_module": "networks.lora"}, 1, "nowhere: alpha = rank"),
 ]
@@ -105,7 +111,7 @@ def test_places_that_agree_or_are_about_others_are_no_trouble(tmp_path: Path, he
         ({"lora_adapter_metadata": "[1]"}, "header lora_adapter_metadata is not a PEFT configuration: it holds a list"),
         (packed({"use_rslora": "yes"}), "use_rslora is 'yes', not true or false"),
         ({"ss_network_alpha": "1", "ss_network_dim": "4"}, "a converter may have multiplied it in"),
-        ({**packed({"r": 4}, "text_encoder"), "unet.r": "4"}, "header speaks of .*text_encoder.* and header unet"),
+        ({**packed({"r": 4}, "transformer_2"), "unet.r": "4"}, "header speaks of .*transformer_2.* and header unet"),
     ],
     ids=str,
 )

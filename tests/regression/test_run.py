@@ -1,5 +1,6 @@
 """Laws of the regression run: real pocket pipelines, text to image because that is fastest."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -263,6 +264,23 @@ def test_the_differences_here_draw_what_diffusers_draws(pairs: list[Pair], setup
     ours = render(pipe, CASES[0], setup.sampling).levels.astype(int)
     assert np.abs(ours - pairs[0].unfused.levels).max() <= 1
     assert pairs[0].unfused_by == DIFFUSERS
+
+
+@pytest.mark.parametrize("place", ["header alpha", "header lora_config", "adapter_config.json"])
+def test_a_strength_that_diffusers_does_not_read_is_attached_here(tmp_path: Path, setup: Setup, place: str) -> None:
+    state = load_file(LORA)
+    state = {
+        key.replace("lora_down", "lora_A").replace("lora_up", "lora_B"): state[key] for key in state if "lora_" in key
+    }
+    config = json.dumps({"r": 8, "lora_alpha": 4})
+    headers = {"header alpha": {"alpha": "4"}, "header lora_config": {"lora_config": config}}
+    save_file(state, tmp_path / "l.safetensors", metadata=headers.get(place))
+    if place == "adapter_config.json":
+        (tmp_path / place).write_text(config)
+    pipe = load_pipeline(BASE, setup.pipeline, dtype="float32")
+    assert attach(pipe, plan(1.0, tmp_path / "l.safetensors")) == (
+        f"lora-fuse, for diffusers does not read the strength in {place}"
+    )
 
 
 @pytest.mark.parametrize("ours", [False, True])

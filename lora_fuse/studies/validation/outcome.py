@@ -18,6 +18,7 @@ class Cause(StrEnum):
     """The reasons for which a new version is broken."""
 
     BASE = "wrong base"
+    OTHER = "another effect"
     UNUSABLE = "unusable file"
     INVALID = "broken picture"
     MERGE = "wrong merge"

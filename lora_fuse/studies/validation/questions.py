@@ -18,6 +18,7 @@ from lora_fuse.studies.validation.outcome import Answer, CaseEvidence, Cause, Ju
 OVER_FLOOR = 2.0  # where a recipe leaves it open: a right merge comes to at most 1.7 (docs/regression.md)
 SAME_DIRECTION = 0.99  # cosine from which on two files hold the same differences, only stronger or weaker
 SAME_STRENGTH = 1.05  # how much stronger or weaker those may be
+UNRELATED = 0.2  # cosine below which an effect has nothing to do with the current one: random ones have 0
 WORKS = 0.2  # gain from which on a LoRA saves steps in a case; where the current one does not, nothing is to be lost
 
 
@@ -140,15 +141,20 @@ def fits(cases: Sequence[CaseEvidence], warnings: Sequence[str], bounds: section
     if effects:
         aligned = median(effect.alignment for effect in effects)
         strength = median(effect.strength for effect in effects)
+        cause = Cause.BASE if aligned < UNRELATED else Cause.OTHER
+        likely = (
+            "It was made for another base, as it seems."
+            if cause is Cause.BASE
+            else "It is for something else, as it seems: give it a recipe of its own."
+        )
         sentence = (
             f"It does not do on this base what the current version does: the cosine of the effects is {aligned:.2f}, "
-            f"and {max(strength, 0.0):.0%} of the current effect is there. It was made for another base, or for "
-            "something else."
+            f"and {max(strength, 0.0):.0%} of the current effect is there. {likely}"
         )
         question = "Does it do the same kind of thing?"
         limit = f">= {bounds.alignment:g}"
         holds = aligned >= bounds.alignment
-        answers.append(Answer(question, f"cosine {aligned:.2f}", limit, holds, Cause.BASE, sentence))
+        answers.append(Answer(question, f"cosine {aligned:.2f}", limit, holds, cause, sentence))
     return answers
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from lora_fuse import hub
-from lora_fuse.errors import BadLora, CheckFailed, Rerun, ShapeMismatch, UnmatchedTargets
+from lora_fuse.errors import BadLora, CheckFailed, FactorMismatch, Rerun, ShapeMismatch, UnmatchedTargets, WrongPrefix
 from lora_fuse.fusion import Plan, make_plan, plan_of
 from lora_fuse.lora import open_lora
 from lora_fuse.machine import Console, files, staging
@@ -112,10 +112,11 @@ class Validation:
         report = partial(self._report, base, new, current, name, str(here.key))
         try:
             plan = self._build(base, new, console)
-        except (UnmatchedTargets, ShapeMismatch) as error:
-            return report(refused(Cause.BASE, str(error)))
         except BadLora as error:
-            return report(refused(Cause.UNUSABLE, str(error)))
+            fits_not = isinstance(error, UnmatchedTargets | ShapeMismatch)
+            of_the_file = isinstance(error, WrongPrefix | FactorMismatch)
+            cause = Cause.BASE if fits_not and not of_the_file else Cause.UNUSABLE
+            return report(refused(cause, str(error)))
         versions = self._versions(plan, new, current)
         cases = Case.of(self.recipe)
         setup = pairs.Setup.of(self.recipe, baseline=self.teacher)
