@@ -108,6 +108,24 @@ OTHER_COMPONENTS = {
     "lora_vae": "VAE",
 }
 
+# Parts of keys of no format here, and what they are; the first that is in a key counts.
+UNREAD = {
+    r"oft_|boft_": "OFT or BOFT, which turns weights instead of adding to them",  # LyCORIS, PEFT, kohya
+    r"\.(?:a|b|bm)[12](?:\.weight)?$": "GLoRA",  # LyCORIS, modules/glora.py
+    r"\.on_input$|ia3_l": "(IA)3, which multiplies",  # LyCORIS, modules/ia3.py; PEFT
+    r"lora_embedding_": "a LoRA of an embedding",  # PEFT
+    r"lora_E|ranknum": "AdaLoRA",  # PEFT
+    r"lora_diag": "KaSA",  # PEFT
+    r"vera_": "VeRA",  # PEFT
+    r"\.(?:w|b)_norm$": "differences of norms",  # LyCORIS, modules/norms.py
+    r"\.diff_m$": "differences of a modulation",  # lightx2v, Wan
+    r"\.set_weight$": "weights in the place of the base's",  # ComfyUI
+    r"\bbundle_emb\b|^emb_params$": "an embedding beside the LoRA",  # OneTrainer, A1111
+    r"_lora\d?\.(?:down|up)\.": "an attention processor's, of diffusers before it used PEFT or of XLabs",
+    r"\.base_layer\.": "a model that PEFT has wrapped, not an adapter: save the adapter alone",
+    r"\.(?:weight|bias|scale)$": "whole parameters",
+}
+
 _ROLES = tuple(
     (re.compile(rf"(?P<module>.+?)\.{ending}"), format_, role)
     for format_ in FORMATS
@@ -121,6 +139,11 @@ def read_key(key: str) -> tuple[str, KeyFormat | None, str] | None:
         if match := pattern.fullmatch(key):
             return match["module"], format_, role
     return None
+
+
+def unread_kind(key: str) -> str | None:
+    """The kind of a key of no known format, as far as `UNREAD` tells."""
+    return next((kind for part, kind in UNREAD.items() if re.search(part, key)), None)
 
 
 def other_component(key: str) -> str | None:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from lora_fuse.checkpoint import TensorInfo
 from lora_fuse.errors import BadLora, FactorMismatch
-from lora_fuse.lora.key_formats import FORMATS, Algorithm, KeyFormat, other_component, read_key
+from lora_fuse.lora.key_formats import FORMATS, Algorithm, KeyFormat, other_component, read_key, unread_kind
 from lora_fuse.lora.scaling import StatedScale, scale_of
 
 SHOWN = 3  # offenders that an error names
@@ -132,9 +132,10 @@ def _modules(
             f"({_first(list(others))}), which is not fused here; split the file and leave them out on purpose"
         )
     if unknown:
+        kinds = sorted({kind for key in unknown if (kind := unread_kind(key)) is not None})
+        known = f"it has {', '.join(kinds)}" if kinds else f"known are {', '.join(row.name for row in FORMATS)}"
         raise BadLora(
-            f"{where}: {len(unknown)} of {len(tensors)} keys belong to no known format ({_first(unknown)}); "
-            f"known are {', '.join(row.name for row in FORMATS)}"
+            f"{where}: {len(unknown)} of {len(tensors)} keys belong to no known format ({_first(unknown)}); {known}"
         )
     return list(modules.values())
 

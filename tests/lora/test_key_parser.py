@@ -50,6 +50,11 @@ def test_a_peft_folder_gives_its_alpha(tmp_path: Path) -> None:
     ("stray", "said"),
     [
         ("x.lora_sideways.weight", r"1 of 19 keys belong to no known format \(first 'x.lora_sideways.weight'\)"),
+        ("x.oft_blocks", r"1 of 19 keys belong to no known format \(first 'x.oft_blocks'\); it has OFT or BOFT, which"),
+        ("x.a1.weight", "it has GLoRA"),
+        ("bundle_emb.my name.clip_l", "it has an embedding beside the LoRA"),
+        ("base_model.model.proj_out.weight", "it has whole parameters"),
+        ("x.processor.to_q_lora.down.weight", "it has an attention processor's"),
         ("x.hada_w1_a", r"1 of 19 keys have no partner \(first 'x.hada_w1_a'\)"),
         ("x.alpha", r"1 of 19 keys have no partner"),
         ("lora_te_x.lora_down.weight", r"1 of 19 keys are for the text encoder"),
