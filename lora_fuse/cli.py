@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import lora_fuse
 from lora_fuse.errors import BadConfig, naming_extras
-from lora_fuse.machine import interrupts
+from lora_fuse.machine import OnceParser, interrupts
 
 if TYPE_CHECKING:
     from lora_fuse import LoraInput, Plan, Selection
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand and give its exit code."""
-    options = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
     kept = "shards that are finished are kept beside OUT, which is as it was; the same command goes on with them"
-    return interrupts.guarded(lambda: _run(options), *([kept] if options.run is _fuse else []))
+    return interrupts.guarded(lambda: _run(_parser().parse_args(given)), *([kept] if given[:1] == ["fuse"] else []))
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -43,7 +43,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m lora_fuse", description="Fuse LoRAs into a checkpoint, exactly.")
+    parser = OnceParser(prog="python -m lora_fuse", description="Fuse LoRAs into a checkpoint, exactly.")
     commands = parser.add_subparsers(required=True, dest="command", metavar="inspect|plan|fuse|verify")
     inspect = commands.add_parser("inspect", help="what is in a LoRA: format, ranks, alphas, targets")
     inspect.add_argument("lora", type=Path, metavar="LORA")
@@ -101,9 +101,11 @@ def _make_plan(options: argparse.Namespace) -> Plan:
 
 
 def _selection(options: argparse.Namespace) -> Selection:
-    scales = {}
+    scales: dict[str, float] = {}
     for text in options.module_scale:
         pattern, _, number = text.rpartition("=")
+        if pattern in scales:
+            raise BadConfig(f"--module-scale {pattern} is given twice, {scales[pattern]:g} and {number}; give it once")
         try:
             scales[pattern] = float(number)
         except ValueError as error:

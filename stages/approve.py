@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lora_fuse.errors import BadConfig
-from lora_fuse.machine import PLAIN, Console, staging
+from lora_fuse.machine import PLAIN, Console, OnceParser, staging
 from lora_fuse.recipe import Artifacts, checkout, paths, records
 from lora_fuse.regression import approval, candidates, goldens, run_record
 from stages.config import check_declared, load
@@ -54,7 +54,7 @@ def approve_of(given: argparse.Namespace, console: Console) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m stages.approve")
+    parser = OnceParser(prog="python -m stages.approve")
     parser.add_argument("--reason", required=True, help="why these pictures are right; kept beside them")
     parser.add_argument("--case", action="append", default=[], help="only this case; may be given again")
     parser.add_argument("--add", action="store_true", help="keep the goldens that the case has, and allow this one too")

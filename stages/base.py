@@ -5,10 +5,9 @@ The key stands for repository and revision, or the folder, so the stage is the s
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from lora_fuse.machine import Console
+from lora_fuse.machine import Console, OnceParser
 from lora_fuse.recipe import Artifacts
 from stages.config.variants import COMPILED, read_compiled, refuse_unknown
 from stages.download import download
@@ -27,7 +26,7 @@ def base(key: str, console: Console) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m stages.base", description="Lock a base of variants.")
+    parser = OnceParser(prog="python -m stages.base", description="Lock a base of variants.")
     parser.add_argument("key", metavar="KEY", help="one of bases in variants/params.yaml")
     given, console = parse(parser)
     sys.exit(run("base", console, lambda: base(given.key, console)))

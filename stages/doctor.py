@@ -7,7 +7,7 @@ import shutil
 import sys
 from dataclasses import asdict
 
-from lora_fuse.machine import PLAIN, Console, painted
+from lora_fuse.machine import PLAIN, Console
 from lora_fuse.recipe import Artifacts, Recipe, paths
 from lora_fuse.studies.doctor import Status, examine, table, verdict
 from stages.run import run_stage
@@ -24,7 +24,7 @@ def doctor(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN)
                 console.wrong("doctor", *table([finding]))
     elif not console.as_json:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() or "COLUMNS" in os.environ else None
-        print("\n".join(painted(line, sys.stdout) for line in table(findings, width)))
+        console.rows(table(findings, width))
     facts = {"recipe": recipe.name, "fits": fits, "findings": [asdict(finding) for finding in findings]}
     console.done("doctor", verdict(recipe.name, findings), facts=facts, then="dvc repro" if fits else None)
     return 0 if fits else 1

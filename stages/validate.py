@@ -6,12 +6,11 @@ needs a reviewer (4), or broken, and by what (1). Without LORA it judges what th
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 from collections.abc import Sequence
 
-from lora_fuse.machine import Console, staging
+from lora_fuse.machine import Console, OnceParser, staging
 from lora_fuse.pictures import environment
 from lora_fuse.studies.validation import BUILD, VALIDATION, Outcome, Request, Validation, ValidationReport
 from stages.config import load
@@ -55,7 +54,7 @@ def requested(lora: str | None, name: str | None, scale: float | None, keep: boo
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m stages.validate", description="Judge a new version of a LoRA.")
+    parser = OnceParser(prog="python -m stages.validate", description="Judge a new version of a LoRA.")
     parser.add_argument("lora", nargs="?", metavar="LORA", help="owner/name[@revision]:file, or a file or PEFT folder")
     parser.add_argument("--recipe", help="that it is for (default: that of params.yaml)")
     parser.add_argument("--scale", type=float, help="to fuse it at (default: the recipe's)")

@@ -12,14 +12,18 @@ The compiled code is kept beside this file, or in the user's cache; the first us
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from contextlib import suppress
+from pickle import UnpicklingError
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import numba
 import numpy as np
 import numpy.typing as npt
+from numba.core.caching import FunctionCache
 
 from lora_fuse.checkpoint import dtypes
 
+UNREADABLE = (OSError, EOFError, ValueError, UnpicklingError)  # a full disk, or a file that was cut off on one
 UNIT = 2.0**-24  # half a unit in the last place of float32, relative
 
 # numba widens what is not converted
@@ -48,14 +52,28 @@ def compiled(fastmath: frozenset[str] = frozenset()) -> Callable[[Function], Fun
 
     def compile_(function: Function) -> Function:
         make: Any = numba.njit
-        options = {"nogil": True, "error_model": "numpy", "fastmath": set(fastmath)}
-        try:
-            made: Function = make(cache=True, **options)(function)
-        except RuntimeError:  # neither this folder nor the user's can be written to
-            made = make(**options)(function)
-        return made
+        keep: Any = _Cache
+        made: Any = make(nogil=True, error_model="numpy", fastmath=set(fastmath))(function)
+        with suppress(RuntimeError):  # neither this folder nor the user's can be written to
+            made._cache = keep(function)  # as `enable_caching` does
+        return cast(Function, made)
 
     return compile_
+
+
+class _Cache(FunctionCache):
+    """numba's cache on disk, without which work goes on: its disk may be full, or a file in it cut off."""
+
+    def load_overload(self, sig: object, target_context: object) -> Any:
+        numba_s: Any = super()
+        with suppress(*UNREADABLE):
+            return numba_s.load_overload(sig, target_context)
+        return None
+
+    def save_overload(self, sig: object, data: object) -> None:
+        numba_s: Any = super()
+        with suppress(*UNREADABLE):  # the index is read first
+            numba_s.save_overload(sig, data)
 
 
 @compiled()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lora_fuse.errors import BadSource, Rerun
 from lora_fuse.fusion.plan import Plan
+from lora_fuse.machine import files
 from lora_fuse.recipe import Lock, Manifest, records
 
 if TYPE_CHECKING:  # parameters are models of pydantic, and a plain fuse has none
@@ -23,7 +24,7 @@ def manifest_path(merged: Path) -> Path:
 
 def build_manifest(
     plan: Plan,
-    files: dict[str, records.MergedFile],
+    written: dict[str, records.MergedFile],
     *,
     recipe: Recipe | None = None,
     base: Lock | None = None,
@@ -36,7 +37,8 @@ def build_manifest(
     merged = []
     for given, lora in zip(plan.inputs, plan.loras, strict=True):
         lock = (loras or {}).get(given.name)
-        entry = records.MergedLora(given.name, given.scale, lora.sha256, config_sha256=lora.config_sha256)
+        name = files.as_text(given.name)
+        entry = records.MergedLora(name, given.scale, lora.sha256, config_sha256=lora.config_sha256)
         if lock:
             entry = replace(entry, filename=lock.lora_name, repo_id=lock.repo_id, path=lock.path)
             entry = replace(entry, revision=lock.revision, license=lock.license)
@@ -49,7 +51,7 @@ def build_manifest(
         scale=recipe.fuse.scale if recipe else plan.inputs[0].scale,
         selection=None if plan.selection.everything else plan.selection,
         targets=len(plan.targets),
-        files=files,
+        files=written,
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lora_fuse.checkpoint import PROVENANCE, Checkpoint, Shard, TensorInfo, dtypes, open_checkpoint
 from lora_fuse.errors import BadCheckpoint, BadScale, require
 from lora_fuse.lora import Delta, LoraDelta, LoraFile, LoraInput, Selection, make_delta, match_targets, open_lora
+from lora_fuse.machine import files
 from lora_fuse.models import COMPONENT
 from lora_fuse.recipe import Lock, hf_cache, paths
 
@@ -124,7 +125,12 @@ def plan_of(base: Lock, loras: Mapping[str, Lock], params: Recipe) -> Plan:
 
 
 def _refuse_unfit(checkpoint: Checkpoint) -> None:
-    """Refuse a base that is merged or quantised: a LoRA was trained for the plain weights."""
+    """Refuse a base that is merged or quantised, as a LoRA was trained for the plain weights, or cannot be listed."""
+    for name in (*(shard.relative for shard in checkpoint.shards), *checkpoint.others):
+        if checkpoint.kind != "file" and not files.is_text(name):
+            raise BadCheckpoint(
+                f"{checkpoint.root}: the name of {files.as_text(name)} is not UTF-8, and a manifest lists it; rename it"
+            )
     for shard in checkpoint.shards:
         if PROVENANCE in shard.header.metadata:
             raise BadCheckpoint(

@@ -7,6 +7,6 @@ from . import space as space
 from . import staging as staging
 from .console import PLAIN as PLAIN
 from .console import Console as Console
-from .console import painted as painted
 from .files import FileRecord as FileRecord
 from .hashing_writer import HashingWriter as HashingWriter
+from .once_parser import OnceParser as OnceParser

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -63,6 +63,10 @@ class Console:
     def wrong(self, stage: str, sentence: str) -> None:
         """Print a problem that a check found."""
         print(f"{self._name(stage)}: {painted(sentence, sys.stderr)}", file=sys.stderr, flush=True)
+
+    def rows(self, lines: Iterable[str]) -> None:
+        """Print the lines of a table, each verdict at the beginning of one in its colour."""
+        print("\n".join(painted(line, sys.stdout) for line in lines))
 
     def done(self, stage: str, *lines: str, facts: Mapping[str, object], then: str | None = None) -> None:
         """Print what was done: `lines` for a person, `facts` for a program; `then` is the next command."""

@@ -41,13 +41,14 @@ def nearest_folder(path: Path) -> Path:
     return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
 
 
+def as_text(name: str) -> str:
+    r"""A file's name as text can hold it: what is not UTF-8 on disk is escaped, ``\x83\x89``."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def is_text(name: str) -> bool:
-    """False for a name of a file that is not UTF-8 on disk: no text, and so no JSON, can hold it."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    """False for a name that text, and so JSON, cannot hold."""
+    return name == as_text(name)
 
 
 def total_size(place: Path) -> int:

@@ -13,6 +13,7 @@ from types import FrameType
 from lora_fuse.errors import LoraFuseError
 from lora_fuse.machine.console import painted
 from lora_fuse.machine.launch import is_first_to_fail
+from lora_fuse.machine.standard_streams import sturdy_streams
 
 
 class Terminated(KeyboardInterrupt):
@@ -45,20 +46,27 @@ def guarded(work: Callable[[], int], kept: str = "earlier results are as they we
     """Run `work` for its exit code; an error raised on purpose becomes one line on stderr and its exit code.
 
     Of the processes of a launch, only the first that fails prints its error. After Ctrl-C or SIGTERM, `kept` says what
-    is left, and how to go on.
+    is left, and how to go on. Work whose output cannot be written is done all the same, and 1 is its exit code.
     """
+    with sturdy_streams() as trouble:
+        try:
+            code = _guarded(work, kept)
+            if (reason := trouble()) is not None and code == 0:
+                return _failed(f"stdout cannot be written ({reason.strerror}); what was asked for is done", 1)
+        except BrokenPipeError:  # the reader has had enough, as `| head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+    return code
+
+
+def _guarded(work: Callable[[], int], kept: str) -> int:
     try:
         with stoppable():
-            code = work()
-            sys.stdout.flush()
-    except BrokenPipeError:  # the reader has had enough, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+            return work()
     except LoraFuseError as error:
         return _failed(str(error), error.exit_code)
     except KeyboardInterrupt as interrupt:
         return _failed(f"interrupted; {kept}", exit_code(interrupt))
-    return code
 
 
 def _failed(why: str, code: int) -> int:

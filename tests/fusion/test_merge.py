@@ -142,6 +142,12 @@ def test_other_dtypes_keep_theirs(tmp_path: Path, lora: LoraInput, dtype: type) 
     assert {tensor.dtype for tensor in shards(tmp_path / "out").values()} == {np.dtype(dtype)}
 
 
+def test_a_base_with_a_name_that_no_manifest_can_hold_is_refused(base: Path, lora: LoraInput) -> None:
+    (base / "vae" / os.fsdecode(b"\x83.json")).write_text("{}")
+    with pytest.raises(BadCheckpoint, match=r"the name of vae/\\x83\.json is not UTF-8, .*; rename it"):
+        make_plan(open_checkpoint(base), [lora])
+
+
 def test_a_base_in_a_dtype_that_cannot_be_rounded_to_is_refused(tmp_path: Path, lora: LoraInput) -> None:
     base = tiny.write_pipeline(tmp_path / "int", tiny.weights(np.int8))
     with pytest.raises(BadCheckpoint, match="I8"):

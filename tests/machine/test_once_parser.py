@@ -1,0 +1,54 @@
+"""Laws of the command line's parser: no value that was given is dropped in silence."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lora_fuse.cli import _parser, main
+from lora_fuse.machine import OnceParser
+
+
+def options_with_a_value() -> Iterator[tuple[str, str]]:
+    """Each subcommand with each of its options that take one value."""
+    (commands,) = (action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction))
+    for command, parser in commands.choices.items():
+        for action in parser._actions:
+            if action.option_strings and action.nargs is None and type(action).__name__ != "_AppendAction":
+                yield command, action.option_strings[0]
+
+
+def test_every_option_of_the_command_line_is_given_once(capsys: pytest.CaptureFixture[str]) -> None:
+    found = list(options_with_a_value())
+    assert {("plan", "--component"), ("fuse", "--device"), ("verify", "--rows"), ("fuse", "--scheduler")} <= set(found)
+    for command, option in found:
+        value = "cpu" if option == "--device" else "copy" if option == "--untouched" else "x"
+        with pytest.raises(SystemExit, match="2"):
+            main([command, "BASE", option, value, option, value])
+        assert f"argument {option}: given twice, {value} and {value}; give it once" in capsys.readouterr().err
+
+
+def test_two_components_are_both_named(capsys: pytest.CaptureFixture[str], tmp_path: Path, base: Path) -> None:
+    given = ["plan", str(base), "--lora", "x", "--component", "transformer", "--comp=transformer_2"]
+    with pytest.raises(SystemExit, match="2"):
+        main(given)
+    assert "--component: given twice, transformer and transformer_2" in capsys.readouterr().err
+
+
+def test_a_module_scale_is_given_once_for_a_pattern(capsys: pytest.CaptureFixture[str], base: Path) -> None:
+    assert main(["plan", str(base), "--lora", "x", "--module-scale", "a=1", "--module-scale", "a=2"]) == 2
+    assert capsys.readouterr().err == "error: --module-scale a is given twice, 1 and 2; give it once\n"
+
+
+@pytest.mark.parametrize("given", [(), ("-a1", "-q", "-b2", "-q"), ("-l3", "-l4", "-b2")])
+def test_what_is_given_once_or_appends_is_as_argparse_has_it(given: tuple[str, ...]) -> None:
+    results = []
+    for kind in (OnceParser, argparse.ArgumentParser):
+        parser = kind()
+        parser.add_argument("-a", default="1")
+        parser.add_argument("-b", type=int)
+        parser.add_argument("-l", action="append", default=[])
+        parser.add_argument("-q", action="store_true")
+        results.append({name: value for name, value in vars(parser.parse_args(given)).items() if name != "_seen"})
+    assert results[0] == results[1]
