@@ -269,11 +269,15 @@ def test_names_that_only_look_like_ours_are_left_alone(tmp_path: Path, base: Pat
     assert not ours.parent.exists()
 
 
-def test_a_record_that_cannot_be_written_is_found_before_the_merge(tmp_path: Path, base: Path, lora: LoraInput) -> None:
+def test_a_record_that_cannot_be_written_is_found_before_the_merge(
+    tmp_path: Path, base: Path, single: Path, lora: LoraInput
+) -> None:
     (tmp_path / "out.manifest.json").mkdir()
     before = state(tmp_path)
     with pytest.raises(Refused, match=r"out\.manifest\.json, where the merge's record is written, is a folder"):
         fuse(base, tmp_path / "out", lora, replace=True)
+    with pytest.raises(Refused, match=r"the name of OUT .* is not UTF-8"):
+        fuse(single, tmp_path / os.fsdecode(b"\x83"), lora)
     with pytest.raises(Refused, match="longer than"):
         fuse(base, tmp_path / ("x" * 240), lora)
     assert state(tmp_path) == before
