@@ -146,6 +146,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _print_plan(plan: Plan) -> None:
+    from lora_fuse.checkpoint import repository_files
     from lora_fuse.machine import progress
     from lora_fuse.models import alpha_warnings, pair_warnings
     from lora_fuse.recipe import hf_cache
@@ -164,6 +165,10 @@ def _print_plan(plan: Plan) -> None:
         count = sum(1 for target in plan.targets.values() if target.shard is shard)
         print(f"  {shard.relative}: {count} targets, {progress.human_bytes(shard.path.stat().st_size)}")
     print(f"{len(plan.checkpoint.others)} other files are taken over unchanged")
+    for line in repository_files.left_behind(plan.checkpoint.left):
+        print(f"  {line}")
+    for remark in plan.checkpoint.remarks:
+        print(f"warning: {remark}", file=sys.stderr)
 
 
 def _fuse(options: argparse.Namespace) -> int:

@@ -1,115 +1,261 @@
-"""The files of a diffusers pipeline repository that are worth having. Pure: names and parsed JSON in, names out.
+"""The files of a base, sorted: the weights to fuse, what is taken over, and what is left behind, each with the reason.
 
-Invariant: a name that is not on the list is never taken, so a repository cannot slip in a pickle or a script.
+`sort_files` is the one decision: plan, fuse, verify, download and publish go by it. But for `sort_folder` all is pure:
+names and parsed JSON in, names out. The roles of files are in `file_roles`, the choice among weights in `weight_sets`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterable
-from pathlib import PurePosixPath
+import os
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
-from lora_fuse.errors import BadLora, BadSource
+from lora_fuse.checkpoint.file_roles import Role, role_of
+from lora_fuse.checkpoint.weight_sets import FileListing, WeightSet, choose_weights
+from lora_fuse.errors import BadCheckpoint, BadLora, BadSource
+from lora_fuse.machine import files
 
 MODEL_INDEX = "model_index.json"
 # the files of a PEFT folder, as PEFT names them
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-SAFETENSORS = frozenset({".safetensors", ".sft"})
-TEXT_SUFFIXES = frozenset({".json", ".txt", ".jinja", ".model"})
-PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
-# A second dot before the suffix marks a variant (`model.fp16.safetensors`), which is not taken.
-_PLAIN_WEIGHTS = re.compile(r"[^./]+\.safetensors")
-_PLAIN_INDEX = re.compile(r"[^./]+\.safetensors\.index\.json")
+
+HIDDEN = "hidden: housekeeping of git, the Hub's client or a file manager"
+UNNAMED = f"in a folder that {MODEL_INDEX} does not name"
+WHOLE = "weights beside the components, which are not fused"
+OTHER_WEIGHTS = "other weights of the component to fuse, which would stay unfused"
+VARIANT = "other weights of a component, of which those that load without `variant` are taken"
+SHOWN = 5  # files of one reason that are named
+CONFIGS = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+FOR_PREFERRED = "other weights of a component, of which the variant is taken that the fused component has"
+
+
+@dataclass(frozen=True, slots=True)
+class SortedFiles:
+    """Files by POSIX path: `shards` are the weights to fuse, `others` is taken over, `left` stays behind, and why.
+
+    `variant` is what has to be asked for when they are loaded, as in diffusers; `missing` are components that
+    `model_index.json` names, without a file.
+    """
+
+    shards: tuple[str, ...]
+    index: str | None  # of the shards; one of `others`
+    others: tuple[str, ...]
+    left: Mapping[str, str]
+    variant: str | None = None
+    missing: tuple[str, ...] = ()
+
+
+def sort_folder(root: Path, component: str, names: Iterable[str] | None = None) -> SortedFiles:
+    """Sort the files of a folder on this machine, or those of them that are `names`; see `sort_files`.
+
+    Raises:
+        BadCheckpoint: as there; also if a file that is needed to decide cannot be read.
+    """
+
+    def read(name: str) -> object:
+        return files.read_json(root / name, dict, BadCheckpoint, "fetch the base again")
+
+    listed = list_files(root) if names is None else names
+    return sort_files(listed, component, label=str(root), read=read, fail=BadCheckpoint)
+
+
+def list_files(root: Path) -> list[str]:
+    """The POSIX paths of all files below a folder, through links to folders too; a link to a folder above is one name.
+
+    A dangling link is listed, and anything else that is no folder.
+    """
+    return sorted(path.relative_to(root).as_posix() for path in _walk(root, frozenset()))
+
+
+def _walk(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
+    info = folder.stat()
+    inside = above | {(info.st_dev, info.st_ino)}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            path = folder / entry.name
+            if not entry.is_dir() or (entry.is_symlink() and (entry.stat().st_dev, entry.stat().st_ino) in inside):
+                yield path
+            else:
+                yield from _walk(path, inside)
 
 
 def is_pickle(path: str) -> bool:
     """True for the name of a pickle, which can run code when it is loaded."""
-    return PurePosixPath(path).suffix.lower() in PICKLE_SUFFIXES
+    return role_of(path).role is Role.PICKLE
 
 
-def components(model_index: object, label: str) -> list[str]:
-    """The component folders that a `model_index.json` names: its `[library, class]` pairs that are not null.
+def is_weights(path: str) -> bool:
+    """True for the name of a safetensors file."""
+    return role_of(path).role is Role.WEIGHTS
 
-    Raises:
-        BadSource: it is not a mapping, or it names no component.
-    """
+
+def left_behind(left: Mapping[str, str]) -> list[str]:
+    """A line for each reason why files are left behind, with the first files by name."""
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for name, reason in left.items():
+        by_reason[reason].append(name)
+    return [
+        f"left behind: {', '.join(names[:SHOWN])}{f' and {more} more' if (more := len(names) - SHOWN) > 0 else ''} "
+        f"({reason})"
+        for reason, names in by_reason.items()
+    ]
+
+
+def named_components(model_index: object) -> dict[str, tuple[str, str]]:
+    """Library and class of the components that a `model_index.json` names: its pairs that are not null."""
     items = model_index.items() if isinstance(model_index, dict) else ()
     pairs = {name: value for name, value in items if not name.startswith("_") and isinstance(value, list)}
-    named = sorted(name for name, value in pairs.items() if value[:1] not in ([], [None]))
-    if not named:
-        raise BadSource(f"{MODEL_INDEX} of {label} names no component; name a diffusers pipeline")
-    return named
+    return {name: (value[0], value[1]) for name, value in sorted(pairs.items()) if len(value) == 2 and value[0]}
 
 
-def folder_files(component: str, names: Iterable[str]) -> list[str]:
-    """The paths that lie directly in a component's folder."""
-    return sorted(name for name in names if PurePosixPath(name).parent == PurePosixPath(component))
+def sort_files(
+    names: Iterable[str],
+    component: str,
+    *,
+    label: str,
+    read: Callable[[str], object],
+    fail: Callable[[str], Exception],
+) -> SortedFiles:
+    """Sort the files of a pipeline, of which `component` is to be fused, or those of a component (``""``) itself.
 
+    Taken over is what a library loads: of every component that `model_index.json` names configuration, vocabulary,
+    templates, the weights that are loaded without asking for a variant, code that the base itself asks for; and
+    licences. Where the component to fuse has its weights only as a variant, that variant is taken of the others too.
 
-def text_files(component: str, names: Iterable[str], label: str) -> list[str]:
-    """The texts of a component: configs, vocabularies, templates and the index of its safetensors shards.
-
-    Raises:
-        BadSource: the component has no file at all.
-    """
-    here = folder_files(component, names)
-    if not here:
-        raise BadSource(f"{label} has no folder {component}/, which its {MODEL_INDEX} names; get a complete copy")
-    texts = [name for name in here if PurePosixPath(name).suffix in TEXT_SUFFIXES]
-    return [name for name in texts if ".index." not in name or is_index(name)]
-
-
-def is_index(path: str) -> bool:
-    """True for the index of safetensors shards that are not a variant's or a pickle's."""
-    return _PLAIN_INDEX.fullmatch(PurePosixPath(path).name) is not None
-
-
-def indexed_weights(index: str, content: object, names: Iterable[str], label: str) -> list[str]:
-    """The shards that an index names.
+    Args:
+        names: the POSIX paths of all files.
+        component: the one to fuse.
+        label: the name of the place in messages.
+        read: gives the content of a JSON file by its path; None where it is not known yet.
+        fail: makes the error of a refusal.
 
     Raises:
-        BadSource: it is no index, or a shard is missing, elsewhere, or not a safetensors file.
+        fail: the component has no safetensors weights, or several sets of which none is plainly the one; a
+            component that is needed has weights only as pickles; an index cannot be followed.
     """
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise BadSource(f"{index} of {label} is no shard index: it has no weight_map; get a good copy")
-    held = set(names)
-    shards = []
-    for filename in sorted(set(map(str, weight_map.values()))):
-        shard = (PurePosixPath(index).parent / filename).as_posix()
-        if not _PLAIN_WEIGHTS.fullmatch(filename):
-            what = "a pickle" if is_pickle(filename) else "not a safetensors file beside it"
-            raise BadSource(f"{index} of {label} names {filename!r}, which is {what}; it cannot be taken")
-        if shard not in held:
-            raise BadSource(f"{label} has no {shard}, which its {index} names; get a complete copy")
-        shards.append(shard)
-    return shards
+    listing = FileListing(label, frozenset(names), read, fail)
+    named = named_components(read(MODEL_INDEX)) if component else {}
+    reasons: dict[str, str | None] = {}  # None: taken
+    folders: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(listing.names):
+        parts = PurePosixPath(name).parts
+        if any(part.startswith(".") for part in parts):
+            reasons[name] = HIDDEN
+        elif named and len(parts) > 1 and parts[0] not in {*named, component}:
+            reasons[name] = UNNAMED
+        else:
+            folders[name.rpartition("/")[0]].append(name)
+    for folder in (component, *named):
+        _refuse_only_pickles(listing, folder, folders[folder], named.get(folder))
+    fused = choose_weights(listing, component, _weights(folders[component]), None)
+    if fused is None:
+        raise fail(_no_weights(listing, component, folders))
+    for folder, inside in folders.items():
+        reasons |= _sort_one(_Folder(folder, inside, component, named.get(folder)), listing, fused)
+    tops = {folder.partition("/")[0] for folder, inside in folders.items() if inside}
+    others = (name for name, reason in reasons.items() if reason is None and name not in fused.files)
+    left = {name: reason for name, reason in sorted(reasons.items()) if reason is not None}
+    missing = tuple(sorted(named.keys() - tops))
+    return SortedFiles(fused.files, fused.index, tuple(sorted(others)), left, fused.variant, missing)
 
 
-def plain_weights(component: str, names: Iterable[str]) -> list[str]:
-    """The safetensors files of a component that are no variants; whether its index names them is not asked."""
-    return [name for name in folder_files(component, names) if _PLAIN_WEIGHTS.fullmatch(PurePosixPath(name).name)]
+@dataclass(frozen=True, slots=True)
+class _Folder:
+    """One folder, the files in it, the component to fuse, and library and class of the folder in `model_index.json`."""
+
+    path: str
+    names: Sequence[str]
+    component: str
+    pair: tuple[str, str] | None
+
+    @property
+    def is_fused(self) -> bool:
+        """True for the component to fuse and for what is below it."""
+        return not self.component or f"{self.path}/".startswith(f"{self.component}/")
 
 
-def single_weights(component: str, names: Iterable[str], label: str) -> list[str]:
-    """The weights of a component without an index: one safetensors file; none for a tokenizer or scheduler.
+def _sort_one(folder: _Folder, listing: FileListing, fused: WeightSet) -> dict[str, str | None]:
+    """For each file of a folder the reason why it stays behind; None for those that are taken."""
+    weights = _weights(folder.names)
+    chosen, reason = _choice(folder, weights, listing, fused)
+    taken = {Role.TEXT}
+    if _asks_for_code(folder, listing):
+        taken.add(Role.CODE)
+    if folder.pair is not None and not weights:
+        taken.add(Role.FOREIGN)  # for who loads them, as diffusers does with ONNX; there are no others
+    reasons: dict[str, str | None] = {}
+    for name in folder.names:
+        row = role_of(name)
+        if name in weights:
+            is_chosen = chosen is not None and name in (*chosen.files, chosen.index)
+            reasons[name] = None if is_chosen else reason
+        else:
+            reasons[name] = None if row.role in taken else row.reason
+    return reasons
 
-    Raises:
-        BadSource: it has several, or only pickles or variants.
+
+def _choice(
+    folder: _Folder, weights: Sequence[str], listing: FileListing, fused: WeightSet
+) -> tuple[WeightSet | None, str]:
+    """The weights of a folder that are taken, and why the others are not."""
+    if folder.is_fused:
+        return (fused if folder.path == folder.component else None), OTHER_WEIGHTS
+    if not folder.path:
+        return None, WHOLE
+    reason = VARIANT if fused.variant is None else FOR_PREFERRED
+    return choose_weights(listing, folder.path, weights, fused.variant), reason
+
+
+def _weights(names: Iterable[str]) -> list[str]:
+    return [name for name in names if role_of(name).role in (Role.WEIGHTS, Role.INDEX)]
+
+
+def _asks_for_code(folder: _Folder, listing: FileListing) -> bool:
+    """True where a class of the base is defined in the Python files of this folder.
+
+    So say a `module.py` of the module that `model_index.json` names for the component, or for the pipeline itself
+    (diffusers, `_get_custom_components_and_folders`), and `auto_map` in a configuration (transformers).
     """
-    here = folder_files(component, names)
-    plain = plain_weights(component, names)
-    if len(plain) > 1:
-        raise BadSource(
-            f"{component}/ of {label} has {len(plain)} safetensors files and no index ({plain[0]}, …); "
-            "keep one, or add the index"
+    code = {PurePosixPath(name).stem for name in folder.names if role_of(name).role is Role.CODE}
+    if not code:
+        return False
+    if folder.component and not folder.path:
+        index = listing.read(MODEL_INDEX)
+        pipeline = index.get("_class_name") if isinstance(index, dict) else None
+        return isinstance(pipeline, list) and pipeline[:1] != [] and pipeline[0] in code
+    if folder.pair is not None and folder.pair[0] in code:
+        return True
+    configs = (listing.read(name) for name in folder.names if PurePosixPath(name).name in CONFIGS)
+    return any(isinstance(config, dict) and config.get("auto_map") for config in configs)
+
+
+def _refuse_only_pickles(listing: FileListing, folder: str, names: Sequence[str], pair: tuple[str, str] | None) -> None:
+    """Refuse a component that a library would load from a pickle: without it the result would not load."""
+    pickles = [name for name in names if is_pickle(name)]
+    is_model = any(PurePosixPath(name).name == "config.json" for name in names)
+    if pickles and is_model and not _weights(names):
+        loader = f"{pair[0]}.{pair[1]}" if pair else "its class"
+        raise listing.fail(
+            f"{listing.place(folder)} has weights only as pickles ({pickles[0]}), which can run code and are never "
+            f"taken; write them as safetensors: {loader}.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
-    others = [name for name in here if is_pickle(name) or name.endswith(".safetensors")]
-    if not plain and others:
-        what = "weights only as pickles" if all(map(is_pickle, others)) else "weights only as a variant"
-        raise BadSource(f"{component}/ of {label} has {what} ({others[0]}); name a revision with plain safetensors")
-    return plain
+
+
+def _no_weights(listing: FileListing, component: str, folders: Mapping[str, Sequence[str]]) -> str:
+    """A sentence on a component to fuse that has no safetensors."""
+    if not component:
+        return f"{listing.label} has no safetensors weights; give a folder or a file that has some"
+    there = [folder for folder, names in folders.items() if folder and "/" not in folder and _weights(names)]
+    lacks = f"no safetensors weights in {component}/" if folders[component] else f"no component {component}"
+    if not there:
+        return f"{listing.label} has {lacks}, nor in any other component; get a complete copy"
+    return (
+        f"{listing.label} has {lacks}; it has weights in {', '.join(there)}: name the one that the LoRA is for, "
+        f"--component {there[0]}"
+    )
 
 
 def config_beside(name: str, names: Collection[str]) -> str | None:
@@ -119,8 +265,8 @@ def config_beside(name: str, names: Collection[str]) -> str | None:
     """
     path = PurePosixPath(name)
     config = (path.parent / ADAPTER_CONFIG).as_posix()
-    is_weights = path.name == ADAPTER_WEIGHTS or (path.parent / ADAPTER_WEIGHTS).as_posix() not in names
-    return config if config in names and is_weights else None
+    is_its = path.name == ADAPTER_WEIGHTS or (path.parent / ADAPTER_WEIGHTS).as_posix() not in names
+    return config if config in names and is_its else None
 
 
 def lora_files(name: str, names: Iterable[str], label: str) -> list[str]:
@@ -134,7 +280,7 @@ def lora_files(name: str, names: Iterable[str], label: str) -> list[str]:
     """
     path = PurePosixPath(name)
     known = set(names)
-    if name in known and path.suffix in SAFETENSORS:
+    if name in known and is_weights(name):
         return sorted({name, *(config for config in [config_beside(name, known)] if config)})
     below = sorted(other for other in known if path in PurePosixPath(other).parents)
     if name not in known and not below:

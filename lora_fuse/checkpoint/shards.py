@@ -9,20 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 from lora_fuse.checkpoint import file_kind
 from lora_fuse.checkpoint.header import PREFIX, Header, TensorInfo, header_length, parse_header
-from lora_fuse.checkpoint.repository_files import TEXT_SUFFIXES
+from lora_fuse.checkpoint.repository_files import MODEL_INDEX, sort_folder
 from lora_fuse.errors import BadCheckpoint
 from lora_fuse.machine import files
 
 PROVENANCE = "lora_fuse"  # the metadata entry of a fused shard: what was fused, as JSON
-
-# What a merged repository takes over from a base: weights as safetensors and the text that loads them. A pickle, a
-# README (the merged repository has a card of its own) or a stray file is left behind.
-KEPT_SUFFIXES = TEXT_SUFFIXES | {".safetensors"}
 
 Kind = Literal["pipeline", "component", "file"]
 
@@ -38,7 +34,10 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A base: its shards, and every other file that belongs to it (POSIX paths below `root`)."""
+    """A base: its shards, and every other file that is taken over with them (POSIX paths below `root`).
+
+    `left` are files that are not, each with the reason; `remarks` are sentences on what is odd and not wrong.
+    """
 
     root: Path
     kind: Kind
@@ -46,6 +45,8 @@ class Checkpoint:
     others: tuple[str, ...]
     config: Mapping[str, Any] = field(default_factory=dict)  # the component's config.json, if it has one
     label: str | None = None  # ``repo@commit``, where it is known; the headers of fused shards say it
+    left: Mapping[str, str] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
     def tensors(self) -> dict[str, TensorInfo]:
         """Every tensor of the component by name."""
@@ -92,72 +93,53 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a base from its headers; `component` is for a pipeline only.
 
-    Of a folder, `files` are the POSIX paths that belong to the base (a lock's); without them, all of a known kind are.
+    Of a folder, `files` are the POSIX paths that belong to the base (a lock's); without them, all files in it. They are
+    sorted by `repository_files.sort_files`.
 
     Raises:
-        BadCheckpoint: there is nothing there, or its index and shards contradict each other.
+        BadCheckpoint: there is nothing there, its index and shards contradict each other, or see `sort_files`.
     """
     if root.is_file():
         return Checkpoint(root, "file", (Shard(root, root.name, read_header(root)),), (), label=label)
-    kind: Kind = "pipeline" if (root / "model_index.json").is_file() else "component"
+    kind: Kind = "pipeline" if (root / MODEL_INDEX).is_file() else "component"
     if kind == "component" and not (root / "config.json").is_file():
         raise BadCheckpoint(
             f"{root} is no base: expected a folder with model_index.json (a pipeline) or config.json (a component), "
             "or one .safetensors file"
         )
-    prefix = f"{component}/" if kind == "pipeline" else ""
-    names = sorted(files) if files is not None else _kept_files(root)
-    shards = _component_shards(root, prefix, names)
-    taken = {shard.relative for shard in shards}
-    others = tuple(name for name in names if name not in taken)
-    config = root / f"{prefix}config.json"
-    return Checkpoint(root, kind, shards, others, _read(config) if config.exists() else {}, label)
+    folder = component if kind == "pipeline" else ""
+    found = sort_folder(root, folder, files)
+    shards = tuple(Shard(root / name, name, read_header(root / name)) for name in found.shards)
+    remarks = [
+        f"{MODEL_INDEX} names {name}, which the base does not have; OUT will lack it too" for name in found.missing
+    ]
+    if found.variant is not None:
+        remarks.append(
+            f"the weights are there as the variant {found.variant} only; load OUT with variant={found.variant!r}"
+        )
+    if found.index is not None:
+        remarks += _check_index(_read(root / found.index)["weight_map"], shards, root / found.index)
+    for name in found.others:
+        if not (root / name).is_file():
+            raise BadCheckpoint(f"{root / name} is a link to nothing or no plain file; get a complete copy of the base")
+    config = root / folder / "config.json"
+    settings = _read(config) if config.exists() else {}
+    return Checkpoint(root, kind, shards, found.others, settings, label, found.left, tuple(remarks))
 
 
 def _read(path: Path) -> dict[str, Any]:
     return files.read_json(path, dict, BadCheckpoint, "fetch the base again")
 
 
-def _kept_files(root: Path) -> list[str]:
-    names = [path.relative_to(root) for path in root.rglob("*") if path.is_file() and path.suffix in KEPT_SUFFIXES]
-    return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
-
-
-def _component_shards(root: Path, prefix: str, names: list[str]) -> tuple[Shard, ...]:
-    here = [name for name in names if name.startswith(prefix) and "/" not in name.removeprefix(prefix)]
-    indexes = [name for name in here if name.endswith(".safetensors.index.json")]
-    weights = [name for name in here if name.endswith(".safetensors")]
-    if len(indexes) == 1:
-        return _indexed_shards(root, indexes[0])
-    if not indexes and len(weights) == 1:
-        return (Shard(root / weights[0], weights[0], read_header(root / weights[0])),)
-    raise BadCheckpoint(
-        f"{root / prefix} has {len(indexes)} index files and {len(weights)} safetensors files; "
-        "expected one index with its shards, or one safetensors file"
-    )
-
-
-def _indexed_shards(root: Path, index: str) -> tuple[Shard, ...]:
-    weight_map = _read(root / index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise BadCheckpoint(f"{root / index} is no shard index: it has no weight_map; fetch the base again")
-    folder = PurePosixPath(index).parent
-    shards = []
-    for filename in sorted(set(weight_map.values())):
-        if PurePosixPath(filename).name != filename:
-            raise BadCheckpoint(f"{root / index} names {filename!r}: a shard lies beside its index, not elsewhere")
-        relative = (folder / filename).as_posix()
-        shards.append(Shard(root / relative, relative, read_header(root / relative)))
-    _check_index(weight_map, shards, root / index)
-    return tuple(shards)
-
-
-def _check_index(weight_map: dict[str, str], shards: list[Shard], index: Path) -> None:
+def _check_index(weight_map: Mapping[str, str], shards: Iterable[Shard], index: Path) -> list[str]:
+    """Remarks on an index; entries that no shard has are ignored, as libraries do: of tied weights there are such."""
     present = {(name, shard.path.name) for shard in shards for name in shard.header.tensors}
     listed = set(weight_map.items())
-    for name, filename in sorted(listed - present):
-        raise BadCheckpoint(
-            f"{index} puts {name!r} in {filename}, and that shard does not have it; fetch the base again"
-        )
     for name, filename in sorted(present - listed):
         raise BadCheckpoint(f"{filename} holds {name!r}, and {index} has no entry for it there; fetch the base again")
+    absent = sorted(name for name, _ in listed - present)
+    return (
+        [f"{index.name} has entries for tensors that no shard holds, as of tied weights: {', '.join(absent)}"]
+        if (absent)
+        else []
+    )

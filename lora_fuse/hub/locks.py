@@ -38,8 +38,8 @@ def lock_base(
 ) -> Lock:
     """Pin a diffusers pipeline, and have its files on this machine.
 
-    Taken are `model_index.json` and, of the component folders that it names, the text files and the
-    safetensors weights: the shards that an index names, or the one file. Variants (fp16, …) stay behind.
+    Taken are the files that a fuse takes, see `repository_files.sort_files`: variants (fp16, …), pickles and what no
+    library loads stay behind.
 
     Args:
         source: the base.
@@ -178,7 +178,10 @@ def _lock(
         opening = open_repository(source.repo_id, pinned, transfer)
     with opening as files:
         taken = VerifiedFiles(files)
-        take(taken)
+        if kept and kept.files and kept.repo_id and kept.revision == files.commit and not update:
+            taken.take(kept.files)  # what is locked stays locked, whatever would be chosen of that commit by now
+        else:
+            take(taken)
     records = dict(sorted(taken.records.items()))
     if kept and kept.repo_id and kept.revision == files.commit:
         _refuse_other_bytes(records, kept)

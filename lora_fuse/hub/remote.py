@@ -81,7 +81,7 @@ class RemoteRepository:
     def refuse_foreign_weights(self, remote: RemoteCommit, payload: Payload) -> None:
         """Refuse other weights in the repository: they would be loaded, or mistaken, for part of the checkpoint."""
         for name in sorted(payload.strangers(remote.files)):
-            if repository_files.is_pickle(name) or name.endswith(".safetensors"):
+            if repository_files.is_pickle(name) or repository_files.is_weights(name):
                 raise PublishRefused(
                     f"{self.repo_id} holds {name}, which is no part of this checkpoint; "
                     "delete it there, or name another repository"

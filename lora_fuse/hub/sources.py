@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import BadSource
 from lora_fuse.machine import FileRecord, progress
+from lora_fuse.models import COMPONENT
 from lora_fuse.recipe import License, stated_licence
 
 if TYPE_CHECKING:
@@ -57,13 +58,9 @@ def open_folder(root: Path) -> FileSource:
     """
     if not root.is_dir():
         raise BadSource(f"{root} is not a folder; name the folder that holds the files")
-    # Linked folders are entered at the top only: enough for a pipeline, and no loop can catch us.
-    below = [path for top in root.iterdir() for path in (top.rglob("*") if top.is_dir() else (top,))]
-    files = [path for path in below if not path.is_dir()]
     # A dangling link counts as empty here; it is refused when it is read.
-    sizes = {
-        path.relative_to(root).as_posix(): ExpectedFile(path.stat().st_size if path.exists() else 0) for path in files
-    }
+    paths = {name: root / name for name in repository_files.list_files(root)}
+    sizes = {name: ExpectedFile(path.stat().st_size if path.exists() else 0) for name, path in paths.items()}
     return FileSource(str(root), None, sizes, stated_licence.read_license(root), lambda *_: root)
 
 
@@ -112,28 +109,30 @@ class VerifiedFiles:
 
 
 def take_pipeline(taken: VerifiedFiles) -> None:
-    """Take the diffusers pipeline of a source, by the allow-list.
+    """Take the files of a source's diffusers pipeline that `repository_files.sort_files` takes, and say what it leaves.
 
     Raises:
-        BadSource: the source is no pipeline, is incomplete, or has no safetensors weights; or as `VerifiedFiles.take`.
+        BadSource: the source is no pipeline or is incomplete; or as `sort_files` and `VerifiedFiles.take`.
     """
-    names = taken.source.files
     label = taken.source.label
-    taken.take([repository_files.MODEL_INDEX])
-    texts = {
-        name: repository_files.text_files(name, names, label)
-        for name in repository_files.components(taken.json(repository_files.MODEL_INDEX), label)
-    }
-    taken.take(name for here in texts.values() for name in here)
-    weights: list[str] = []
-    for component, here in texts.items():
-        indexes = [name for name in here if repository_files.is_index(name)]
-        for index in indexes:
-            weights += repository_files.indexed_weights(index, taken.json(index), names, label)
-        weights += [] if indexes else repository_files.single_weights(component, names, label)
-    if not weights:
-        raise BadSource(f"{label} has no safetensors weights in {', '.join(texts)}; name a base that has some")
-    taken.take(weights)
+
+    def read(name: str) -> object:
+        taken.take([name])
+        return taken.json(name)
+
+    if not (named := repository_files.named_components(read(repository_files.MODEL_INDEX))):
+        raise BadSource(f"{repository_files.MODEL_INDEX} of {label} names no component; name a diffusers pipeline")
+    found = repository_files.sort_files(taken.source.files, COMPONENT, label=label, read=read, fail=BadSource)
+    if found.missing:
+        raise BadSource(
+            f"{label} has no folder {found.missing[0]}/, which its {repository_files.MODEL_INDEX} names among "
+            f"{', '.join(named)}; get a complete copy"
+        )
+    for line in repository_files.left_behind(found.left):
+        progress.log(f"download: {label}: {line}")
+    wanted = {*found.shards, *found.others}
+    taken.take(wanted)
+    taken.records = {name: record for name, record in taken.records.items() if name in wanted}
 
 
 def refuse_missing(names: Iterable[str], files: Mapping[str, ExpectedFile], label: str) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import BadCheckpoint
 from lora_fuse.lora import LoraInput, Selection
 from lora_fuse.machine import files, progress
@@ -125,18 +126,15 @@ def verify_merge(
 
 
 def weight_files(root: Path, component: str) -> list[Path]:
-    """The safetensors files of a file, a component folder or a pipeline's component.
+    """The safetensors files of a file, a component folder or a pipeline's component; those that a fuse would change.
 
     Raises:
-        BadCheckpoint: there are none.
+        BadCheckpoint: there are none, or see `repository_files.sort_files`.
     """
     if root.is_file():
         return [root]
-    folder = root / component if (root / "model_index.json").is_file() else root
-    shards = sorted(folder.glob("*.safetensors"))
-    if not shards:
-        raise BadCheckpoint(f"{folder} has no safetensors files to verify; is it a checkpoint?")
-    return shards
+    folder = component if (root / repository_files.MODEL_INDEX).is_file() else ""
+    return [root / name for name in repository_files.sort_folder(root, folder).shards]
 
 
 def _check_tensors(

@@ -49,6 +49,12 @@ ONLY_PICKLES = {
     "vae/model.bin": b"pickle",
 }
 
+TWO_OF_NO_NAME = {
+    **{name: data for name, data in PIPELINE.items() if name != "vae/model.safetensors"},
+    "vae/first.safetensors": weights(8),
+    "vae/second.safetensors": weights(9),
+}
+
 BROKEN = [
     ({"vae/config.json": b"{}"}, "has no model_index.json"),
     ({**NO_WEIGHTS, "model_index.json": PIPELINE["model_index.json"]}, "has no safetensors weights"),
@@ -56,7 +62,7 @@ BROKEN = [
     ({k: v for k, v in PIPELINE.items() if "2-of-2" not in k}, "has no transformer/model-2-of-2.safetensors"),
     ({k: v for k, v in PIPELINE.items() if not k.startswith("tokenizer")}, "has no folder tokenizer/"),
     ({**PIPELINE, "model_index.json": b"{"}, "model_index.json of SOURCE is not JSON"),
-    ({**PIPELINE, "vae/second.safetensors": weights(9)}, "vae/ of SOURCE has 2 safetensors files and no index"),
+    (TWO_OF_NO_NAME, "vae/ of SOURCE has 2 safetensors files and no index"),
 ]
 
 

@@ -63,7 +63,7 @@ STRAYS: dict[str, bytes] = {
     "transformer/diffusion_pytorch_model.bin": b"pickle",
     "vae/model.fp16.safetensors": weights(6),
     "vae/model.onnx": b"onnx",
-    "vae/sub/config.json": b"{}",
+    "vae/sub/model.ckpt": b"pickle",
 }
 
 

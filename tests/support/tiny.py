@@ -58,7 +58,12 @@ def write_component(folder: Path, tensors: Mapping[str, Array], shards: int = 2)
 def write_pipeline(folder: Path, tensors: Mapping[str, Array], shards: int = 2) -> Path:
     """A pipeline folder with that transformer, a small VAE file, a scheduler and files that must stay behind."""
     write_component(folder / "transformer", tensors, shards)
-    index = {"_class_name": "QwenImageEditPipeline", "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
+    index = {
+        "_class_name": "QwenImageEditPipeline",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "transformer": ["diffusers", "QwenImageTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKLQwenImage"],
+    }
     (folder / "model_index.json").write_text(json.dumps(index) + "\n")
     (folder / "scheduler").mkdir()
     scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift_terminal": 0.02}
