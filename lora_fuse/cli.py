@@ -135,7 +135,7 @@ def _inspect(options: argparse.Namespace) -> int:
         print(f"  header entries that say nothing known: {', '.join(lora.remarks)}")
     for delta in lora.deltas:
         print(f"  {delta.module}.{delta.part}  {'x'.join(map(str, delta.shape))}  {delta.strength}")
-    for warning in alpha_warnings([(lora.path.name, lora.ranks_without_alpha)]):
+    for warning in alpha_warnings([(lora.path.name, lora.missing_alphas)]):
         print(f"warning: {warning}", file=sys.stderr)
     return 0
 
@@ -153,7 +153,7 @@ def _print_plan(plan: Plan) -> None:
 
     base, _ = hf_cache.cached_from(plan.checkpoint.root.absolute())
     warnings = pair_warnings(base, [hf_cache.cached_from(given.path.absolute()) for given in plan.inputs])
-    for warning in warnings + alpha_warnings([(lora.path.name, lora.ranks_without_alpha) for lora in plan.loras]):
+    for warning in warnings + alpha_warnings([(lora.path.name, lora.missing_alphas) for lora in plan.loras]):
         print(f"warning: {warning}", file=sys.stderr)
     for given in plan.inputs:
         print(f"fuse {given.path} at scale {given.scale:g}")

@@ -16,7 +16,7 @@ def fuse(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -
     base, loras = at.read_locks()
     plan = plan_of(base, loras, recipe)
     warnings = pair_warnings(base.repo_id, [(lora.repo_id, lora.lora_name) for lora in loras.values()])
-    for warning in warnings + alpha_warnings([(lora.path.name, lora.ranks_without_alpha) for lora in plan.loras]):
+    for warning in warnings + alpha_warnings([(lora.path.name, lora.missing_alphas) for lora in plan.loras]):
         console.warn(warning)
     job = FuseJob(
         plan,

@@ -25,21 +25,24 @@ class Algorithm(StrEnum):
 class KeyFormat:
     """A way to write keys: by a tensor's role, a regular expression for what follows the module's name and a dot.
 
-    `with_alpha` says that who writes such keys writes an alpha for every module.
+    `usual_alpha` is the default of trainers that write such keys and an alpha for every module.
     """
 
     name: str
     algorithm: Algorithm
     endings: Mapping[str, str]
-    with_alpha: bool = False
+    usual_alpha: float | None = None
 
+
+KOHYA_ALPHA = 1.0  # of --network_alpha in sd-scripts and musubi-tuner; LyCORIS is trained with them
+PEFT_PREFIX = "base_model.model."
 
 FORMATS = (
     KeyFormat(
         "lora_down/lora_up",  # kohya-ss/sd-scripts, lightx2v, LyCORIS (lora_mid: its Tucker convolutions)
         Algorithm.LORA,
         {"down": r"lora_down\.weight", "up": r"lora_up\.weight", "mid": r"lora_mid\.weight"},
-        with_alpha=True,
+        usual_alpha=KOHYA_ALPHA,
     ),
     KeyFormat(
         "lora_A/lora_B",  # huggingface/peft and diffusers; `lora_B.bias` is PEFT's lora_bias
@@ -62,13 +65,13 @@ FORMATS = (
         "LoHa",  # LyCORIS, modules/loha.py
         Algorithm.LOHA,
         {name: f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
-        with_alpha=True,
+        usual_alpha=KOHYA_ALPHA,
     ),
     KeyFormat(
         "LoKr",  # LyCORIS, modules/lokr.py
         Algorithm.LOKR,
         {name: f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
-        with_alpha=True,
+        usual_alpha=KOHYA_ALPHA,
     ),
     KeyFormat("diff", Algorithm.FULL, {"diff": r"diff", "diff bias": r"diff_b"}),  # LyCORIS, modules/full.py; ComfyUI
 )
@@ -87,7 +90,7 @@ PREFIXES = (
     "unet.",  # diffusers
     "diffusion_model.",  # ComfyUI, ai-toolkit
     "model.diffusion_model.",
-    "base_model.model.",  # PEFT
+    PEFT_PREFIX,
     "base_model.model.transformer.",
     "transformer.base_model.model.",  # SimpleTuner
 )

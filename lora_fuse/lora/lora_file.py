@@ -15,7 +15,9 @@ from lora_fuse.checkpoint import Header, TensorInfo, dtypes, read_header, reposi
 from lora_fuse.errors import BadCheckpoint, BadLora
 from lora_fuse.lora.adapter_config import parse_adapter_config
 from lora_fuse.lora.header_entries import read_entries
+from lora_fuse.lora.key_formats import PEFT_PREFIX
 from lora_fuse.lora.key_parser import LoraDelta, parse_lora
+from lora_fuse.lora.peft_fields import DEFAULT_ALPHA
 from lora_fuse.lora.scaling import NOWHERE
 from lora_fuse.machine import files
 
@@ -38,10 +40,17 @@ class LoraFile:
     remarks: tuple[str, ...] = ()
 
     @property
-    def ranks_without_alpha(self) -> list[int]:
-        """The ranks of modules of which no place says an alpha, although their keys are of a kind that has one."""
-        unsaid = {delta.rank for delta in self.deltas if delta.format.with_alpha and delta.said_by == NOWHERE}
-        return sorted(rank for rank in unsaid if rank is not None)
+    def missing_alphas(self) -> dict[int, float]:
+        """By rank, the usual alpha of modules of which no place says one, although their keys are of a kind that has.
+
+        PEFT keeps it in a configuration, of which a file says nothing.
+        """
+        unsaid = [delta for delta in self.deltas if delta.said_by == NOWHERE]
+        usual = {
+            delta.rank: DEFAULT_ALPHA if delta.module.startswith(PEFT_PREFIX) else delta.format.usual_alpha
+            for delta in unsaid
+        }
+        return {rank: alpha for rank, alpha in sorted(usual.items()) if rank is not None and alpha is not None}
 
     def read(self, delta: LoraDelta) -> dict[str, npt.NDArray[np.float64]]:
         """The tensors of a delta by role, widened to float64 (exact for every dtype that a LoRA may have)."""

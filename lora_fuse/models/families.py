@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -58,21 +58,18 @@ def pair_warnings(base: str | None, loras: Iterable[tuple[str | None, str | None
     return warnings
 
 
-TRAINERS_ALPHA = 1.0  # the default of --network_alpha in kohya-ss/sd-scripts and musubi-tuner
+def alpha_warnings(loras: Iterable[tuple[str | None, Mapping[int, float]]]) -> list[str]:
+    """A sentence for each LoRA without an alpha that should have one.
 
-
-def alpha_warnings(loras: Iterable[tuple[str | None, Sequence[int]]]) -> list[str]:
-    """A sentence for each LoRA without an alpha that should have one: its filename, and the ranks without.
-
-    The ranks are those of `lora_fuse.lora.LoraFile.ranks_without_alpha`.
+    `loras` are filenames and what `lora_fuse.lora.LoraFile.missing_alphas` says of them.
     """
     warnings = []
-    for filename, ranks in loras:
+    for filename, missing in loras:
         name = (filename or "").rpartition("/")[2]
         known = [family.alpha for family in FAMILIES if any(_is_named(name, pattern) for pattern in family.loras)]
-        alpha = known[0] if known else TRAINERS_ALPHA
         of = "the files of its family have" if known else "trainers that write such keys have by default"
-        for rank in ranks:
+        for rank, usual in missing.items():
+            alpha = known[0] if known else usual
             warnings.append(
                 f"{name}: no alpha is said anywhere for modules of rank {rank}, so it counts as {rank} and the factor "
                 f"is 1; with alpha {alpha:g}, which {of}, it would be {alpha / rank:g}: then use that as the scale"

@@ -210,9 +210,9 @@ def test_inspect_shows_for_every_module_the_factor_and_its_place(
 @pytest.mark.parametrize("style", STYLES)
 def test_a_missing_alpha_is_noticed_where_trainers_write_one(tmp_path: Path, style: str) -> None:
     down, _ = STYLES[style]
-    expected = [RANK] if "lora_down" in down else []
-    assert opened(tmp_path, restyled(style, None), {}).ranks_without_alpha == expected
-    assert opened(tmp_path, restyled(style, 2.0), {}).ranks_without_alpha == []
+    expected = {RANK: 1.0} if "lora_down" in down else {RANK: 8.0} if down.startswith("base_model.") else {}
+    assert opened(tmp_path, restyled(style, None), {}).missing_alphas == expected
+    assert opened(tmp_path, restyled(style, 2.0), {}).missing_alphas == {}
 
 
 def test_a_missing_alpha_is_warned_of_with_the_factor_that_it_would_give(
