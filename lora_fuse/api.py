@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from lora_fuse.checkpoint import open_checkpoint
 from lora_fuse.errors import BadConfig
 from lora_fuse.fusion import Fused, FuseJob, Plan, make_plan
 from lora_fuse.lora import LoraInput, Selection
 from lora_fuse.machine import files, progress
-from lora_fuse.models import COMPONENT
+from lora_fuse.models import COMPONENT, needed_scheduler
 from lora_fuse.recipe import hf_cache
 from lora_fuse.verification import Expectation, Verification, verify_merge
+
+Scheduler: TypeAlias = Mapping[str, object] | Literal["auto"] | None
 
 
 def plan(
@@ -41,7 +43,7 @@ def fuse(
     *,
     device: str = "auto",
     untouched: files.Untouched = "auto",
-    scheduler: Mapping[str, object] | None = None,
+    scheduler: Scheduler = None,
     replace: bool = False,
     show_progress: bool = False,
 ) -> Fused:
@@ -53,15 +55,18 @@ def fuse(
             and what it leads to is replaced.
         device: ``auto``, ``cpu`` or ``cuda``.
         untouched: how weights that do not change are taken over from the base, see `files.take_over`.
-        scheduler: settings of the result's scheduler (a step-distilled LoRA needs its own); None keeps the base's.
+        scheduler: settings of the result's scheduler; ``auto`` are those that a known step-distilled LoRA needs, None
+            keeps the base's.
         replace: replace whatever else is at `out`, but for the base and the LoRAs.
         show_progress: show bytes and rate on stderr.
 
     Raises:
-        Refused: there is no such device, no space, or something else at `out`; `out` is as it was.
+        Refused: there is no such device, no space, something else at `out`, or no LoRA whose scheduler is known;
+            `out` is as it was.
     """
     with nullcontext() if show_progress else progress.silence():
-        return FuseJob(plan, out, device=device, untouched=untouched, scheduler=scheduler or {}, replace=replace).run()
+        settings = _settings(scheduler, plan.inputs)
+        return FuseJob(plan, out, device=device, untouched=untouched, scheduler=settings, replace=replace).run()
 
 
 def verify(  # noqa: PLR0913 - by keyword, each is a choice of its own
@@ -72,7 +77,7 @@ def verify(  # noqa: PLR0913 - by keyword, each is a choice of its own
     rows: int | Literal["all"] = 16,
     selection: Selection | None = None,
     component: str = COMPONENT,
-    scheduler: Mapping[str, object] | None = None,
+    scheduler: Scheduler = None,
     beside: frozenset[str] = frozenset(),
     show_progress: bool = False,
 ) -> Verification:
@@ -85,7 +90,7 @@ def verify(  # noqa: PLR0913 - by keyword, each is a choice of its own
         rows: rows of each target to derive again; everything else is compared with the base, whole.
         selection: the modules that were fused.
         component: the pipeline's component that was fused.
-        scheduler: the settings that its scheduler should have; None for the base's.
+        scheduler: the settings that its scheduler should have, as for `fuse`.
         beside: POSIX paths in `merged` that are no part of the merge, as a published repository has them.
         show_progress: show bytes and rate on stderr.
 
@@ -101,6 +106,12 @@ def verify(  # noqa: PLR0913 - by keyword, each is a choice of its own
             loras,
             component=component,
             rows=None if rows == "all" else rows,
-            expected=Expectation(scheduler=scheduler or {}, beside=beside),
+            expected=Expectation(scheduler=_settings(scheduler, loras), beside=beside),
             selection=selection,
         )
+
+
+def _settings(scheduler: Scheduler, loras: Sequence[LoraInput]) -> Mapping[str, object]:
+    if scheduler == "auto":
+        return needed_scheduler(lora.path.name for lora in loras).scheduler
+    return scheduler or {}

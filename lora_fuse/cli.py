@@ -10,7 +10,7 @@ import io
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,7 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     fuse.add_argument(
         "--untouched", choices=("auto", "reflink", "hardlink", "copy"), default="auto", help="how to take over the rest"
     )
-    fuse.add_argument("--scheduler", type=Path, metavar="JSON", help="scheduler settings for OUT; default: the base's")
+    fuse.add_argument(
+        "--scheduler",
+        type=Path,
+        metavar="JSON|auto",
+        help="settings for OUT; auto: the LoRA's; default: the base's",
+    )
     fuse.add_argument("--replace", action="store_true", help="replace OUT even if lora-fuse did not make it")
     fuse.set_defaults(run=_fuse)
     verify = commands.add_parser(
@@ -67,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("merged", type=Path, metavar="MERGED", help="a merged checkpoint, or a published repository")
     verify.add_argument("base", type=Path, metavar="BASE", nargs="?", help="what it was merged from")
     verify.add_argument("--rows", default="16", metavar="N|all", help="rows of each target to re-derive (default 16)")
-    verify.add_argument("--scheduler", type=Path, metavar="JSON", help="scheduler settings that MERGED should have")
+    verify.add_argument("--scheduler", type=Path, metavar="JSON|auto", help="settings that MERGED should have")
     verify.add_argument("--public-key", type=Path, metavar="FILE", help="the repository has to be signed by its owner")
     verify.add_argument("--identity", metavar="WHO", help="the repository has to be signed, keyless, by this identity")
     verify.add_argument("--issuer", metavar="URL", help="the OpenID issuer that vouches for --identity")
@@ -113,11 +118,16 @@ def _selection(options: argparse.Namespace) -> Selection:
     return lora_fuse.Selection(tuple(options.only), tuple(options.skip), scales)
 
 
-def _scheduler(options: argparse.Namespace) -> dict[str, object]:
+def _scheduler(options: argparse.Namespace) -> Mapping[str, object]:
     from lora_fuse.machine import files
+    from lora_fuse.models import needed_scheduler
 
     if options.scheduler is None:
         return {}
+    if options.scheduler == Path("auto"):
+        found = needed_scheduler([path.name for path in options.lora])
+        print(f"scheduler auto: that of {found.filename}, for {found.usage}")
+        return found.scheduler
     settings = files.read_json(options.scheduler, dict, lambda message: BadConfig(f"--scheduler {message}"))
     return {key: value for key, value in settings.items() if not key.startswith("_")}
 
@@ -145,15 +155,12 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
-def _print_plan(plan: Plan) -> None:
+def _print_plan(plan: Plan, scheduler: Mapping[str, object] | None = None) -> None:
     from lora_fuse.checkpoint import repository_files
+    from lora_fuse.fusion import cautions
     from lora_fuse.machine import progress
-    from lora_fuse.models import alpha_warnings, pair_warnings
-    from lora_fuse.recipe import hf_cache
 
-    base, _ = hf_cache.cached_from(plan.checkpoint.root.absolute())
-    warnings = pair_warnings(base, [hf_cache.cached_from(given.path.absolute()) for given in plan.inputs])
-    for warning in warnings + alpha_warnings([(lora.path.name, lora.missing_alphas) for lora in plan.loras]):
+    for warning in cautions(plan, scheduler):
         print(f"warning: {warning}", file=sys.stderr)
     for given in plan.inputs:
         print(f"fuse {given.path} at scale {given.scale:g}")
@@ -181,7 +188,7 @@ def _fuse(options: argparse.Namespace) -> int:
             f"BASE is a file, and OUT {options.out} a folder; name the file to write, {out / options.base.name}"
         )
     scheduler = _scheduler(options)
-    _print_plan(plan)
+    _print_plan(plan, scheduler)
     fused = lora_fuse.fuse(
         plan,
         out,

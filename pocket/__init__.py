@@ -5,10 +5,11 @@ Here is what all of these agree on; `pocket.train` makes the model, the rest use
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from lora_fuse.models import LIGHTNING
 
 POCKET = Path(__file__).resolve().parent
 LORAS = {
@@ -35,7 +36,7 @@ SCHEDULER: Mapping[str, Any] = {
     "use_exponential_sigmas": False,
     "use_karras_sigmas": False,
 }
-LIGHTNING_SCHEDULER = {**SCHEDULER, "base_shift": math.log(3), "max_shift": math.log(3), "shift_terminal": None}
+LIGHTNING_SCHEDULER = {**SCHEDULER, **LIGHTNING}
 
 # The 12 linears per block that the published rank-64 Lightning LoRAs cover.
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")

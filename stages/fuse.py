@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from lora_fuse.fusion import FuseJob, plan_of
+from lora_fuse.fusion import FuseJob, cautions, plan_of
 from lora_fuse.machine import PLAIN, Console, progress
-from lora_fuse.models import alpha_warnings, pair_warnings
 from lora_fuse.recipe import Artifacts, Recipe, paths
 from stages.run import run_stage
 
@@ -15,8 +14,7 @@ def fuse(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -
     """Write `merged/` and `merged.manifest.json`."""
     base, loras = at.read_locks()
     plan = plan_of(base, loras, recipe)
-    warnings = pair_warnings(base.repo_id, [(lora.repo_id, lora.lora_name) for lora in loras.values()])
-    for warning in warnings + alpha_warnings([(lora.path.name, lora.missing_alphas) for lora in plan.loras]):
+    for warning in cautions(plan, recipe.scheduler_config):
         console.warn(warning)
     job = FuseJob(
         plan,

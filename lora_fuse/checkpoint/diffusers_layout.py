@@ -6,11 +6,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from lora_fuse.checkpoint.repository_files import MODEL_INDEX
+from lora_fuse.checkpoint.repository_files import MODEL_INDEX, SCHEDULER_CONFIG
 from lora_fuse.errors import BadCheckpoint
 from lora_fuse.machine import files
-
-SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 
 
 def diffusers_files(base: Path, *, pipeline: str | None, scheduler: Mapping[str, object]) -> dict[str, bytes]:

@@ -18,6 +18,7 @@ from lora_fuse.errors import BadCheckpoint, BadLora, BadSource
 from lora_fuse.machine import files
 
 MODEL_INDEX = "model_index.json"
+SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 # the files of a PEFT folder, as PEFT names them
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -1,4 +1,5 @@
 from .adder import read_deltas as read_deltas
+from .cautions import cautions as cautions
 from .device import resolve_device as resolve_device
 from .job import Fused as Fused
 from .job import FuseJob as FuseJob
