@@ -77,8 +77,10 @@ def verify(  # noqa: PLR0913 - by keyword, each is a choice of its own
     rows: int | Literal["all"] = 16,
     selection: Selection | None = None,
     component: str = COMPONENT,
+    pipeline: str | None = None,
     scheduler: Scheduler = None,
     beside: frozenset[str] = frozenset(),
+    seed: int | None = None,
     show_progress: bool = False,
 ) -> Verification:
     """Derive a merge a second time, by other code, and compare; `Verification.passed` is the answer.
@@ -87,11 +89,14 @@ def verify(  # noqa: PLR0913 - by keyword, each is a choice of its own
         merged: the result of `fuse`.
         base: what it was merged from.
         loras: what was fused, with the scales that were applied.
-        rows: rows of each target to derive again; everything else is compared with the base, whole.
+        rows: rows of each target to derive again and to measure, and as many more that are drawn at random; everything
+            else is compared with the base, whole.
         selection: the modules that were fused.
         component: the pipeline's component that was fused.
+        pipeline: the class that its `model_index.json` should name; None for the base's.
         scheduler: the settings that its scheduler should have, as for `fuse`.
         beside: POSIX paths in `merged` that are no part of the merge, as a published repository has them.
+        seed: draws the same rows as an earlier verification (`Verification.drawn`); None for a new one.
         show_progress: show bytes and rate on stderr.
 
     Raises:
@@ -106,8 +111,9 @@ def verify(  # noqa: PLR0913 - by keyword, each is a choice of its own
             loras,
             component=component,
             rows=None if rows == "all" else rows,
-            expected=Expectation(scheduler=_settings(scheduler, loras), beside=beside),
+            expected=Expectation(pipeline, _settings(scheduler, loras), beside),
             selection=selection,
+            seed=seed,
         )
 
 

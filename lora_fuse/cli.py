@@ -21,7 +21,7 @@ from lora_fuse.machine import OnceParser, interrupts
 
 if TYPE_CHECKING:
     from lora_fuse import LoraInput, Plan, Selection
-    from lora_fuse.release import Trusted
+    from lora_fuse.release import Published, Trusted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("merged", type=Path, metavar="MERGED", help="a merged checkpoint, or a published repository")
     verify.add_argument("base", type=Path, metavar="BASE", nargs="?", help="what it was merged from")
     verify.add_argument("--rows", default="16", metavar="N|all", help="rows of each target to re-derive (default 16)")
+    verify.add_argument("--seed", type=int, metavar="N", help="draw the same rows as an earlier verification")
     verify.add_argument("--scheduler", type=Path, metavar="JSON|auto", help="settings that MERGED should have")
     verify.add_argument("--public-key", type=Path, metavar="FILE", help="the repository has to be signed by its owner")
     verify.add_argument("--identity", metavar="WHO", help="the repository has to be signed, keyless, by this identity")
@@ -219,9 +220,9 @@ def _verify(options: argparse.Namespace) -> int:
         raise BadConfig("BASE and --lora go together: give both to check the merge, none to check a download alone")
     trusted = _trusted(options)
     if trusted is None and options.base is not None and not is_published(options.merged):
-        return _verify_merge(options, frozenset())
-    code, beside = _verify_download(options.merged, trusted)
-    return code if options.base is None else max(code, _verify_merge(options, beside))
+        return _verify_merge(options, None)
+    code, published = _verify_download(options.merged, trusted)
+    return code if options.base is None else max(code, _verify_merge(options, published))
 
 
 def _trusted(options: argparse.Namespace) -> Trusted | None:
@@ -234,17 +235,17 @@ def _trusted(options: argparse.Namespace) -> Trusted | None:
     return Trusted(options.public_key, options.identity, options.issuer)
 
 
-def _verify_download(folder: Path, trusted: Trusted | None) -> tuple[int, frozenset[str]]:
+def _verify_download(folder: Path, trusted: Trusted | None) -> tuple[int, Published]:
     from lora_fuse.release import check_published
 
     found = check_published(folder, trusted)
     print(f"verify: {found.files} files of {folder} compared with its list, signature {found.signature}")
     _print_findings(found.notes, found.problems)
     print("download: passed" if not found.problems else f"download: FAILED, {len(found.problems)} problems")
-    return 1 if found.problems else 0, found.beside
+    return 1 if found.problems else 0, found
 
 
-def _verify_merge(options: argparse.Namespace, beside: frozenset[str]) -> int:
+def _verify_merge(options: argparse.Namespace, published: Published | None) -> int:
     found = lora_fuse.verify(
         options.merged,
         options.base,
@@ -252,14 +253,18 @@ def _verify_merge(options: argparse.Namespace, beside: frozenset[str]) -> int:
         rows="all" if options.rows == "all" else int(options.rows),
         selection=_selection(options),
         component=options.component,
-        scheduler=_scheduler(options),
-        beside=beside,
+        pipeline=published.pipeline if published else None,
+        scheduler=_scheduler(options) or (published.scheduler if published else {}),
+        beside=published.beside if published else frozenset(),
+        seed=options.seed,
         show_progress=True,
     )
     print(
         f"verify: {found.targets} targets ({found.modules} modules), {found.rows_checked} of {found.rows_total} rows, "
         f"{found.tensors_untouched} tensors and {found.files_untouched} files identical to the base"
     )
+    if found.drawn:
+        print(f"  and {found.drawn.rows} rows drawn at random; --seed {found.drawn.seed} draws them again")
     if found.changes:
         norms = sorted(change.relative_norm for change in found.changes.values())
         same = sum(change.unchanged for change in found.changes.values()) / len(found.changes)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from datetime import UTC, datetime
 
 from lora_fuse.fusion import check_files, read_manifest
 from lora_fuse.machine import PLAIN, Console, files, progress
 from lora_fuse.models import COMPONENT
-from lora_fuse.recipe import Artifacts, Recipe, hf_cache, paths
-from lora_fuse.verification import Expectation, verify_merge
+from lora_fuse.recipe import Artifacts, Lock, Manifest, Recipe, checkout, hf_cache, paths, records
+from lora_fuse.verification import Expectation, Verification, verify_merge
 from stages.run import run_stage
 
 
@@ -30,19 +31,19 @@ def verify(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN)
         paths.lora_inputs(loras, recipe),
         component=COMPONENT,
         rows=None if recipe.verify.rows == "all" else recipe.verify.rows,
-        expected=Expectation(recipe.base.pipeline, recipe.scheduler_config),
+        expected=_expectation(recipe, base, manifest),
         selection=recipe.fuse.selection,
     )
     for problem in check_files(manifest, at.merged):
         found.problem(problem)
     if found.targets != manifest.targets:
         found.problem(f"the manifest says {manifest.targets} targets, the LoRA files have {found.targets}")
-    content = {"passed": found.passed, "manifest_sha256": manifest_sha256, **dataclasses.asdict(found)}
-    files.replace_text(at.verify, json.dumps(content, indent=2) + "\n")
+    _write(at, manifest_sha256, found)
     for problem in found.problems:
         console.wrong("verify", problem)
     outcome = "passed" if found.passed else f"FAILED, {found.problem_count} problems"
-    line = f"{outcome}: {found.targets} targets, {found.rows_checked} of {found.rows_total} rows re-derived"
+    drawn = f" and {found.drawn.rows} drawn at random" if found.drawn else ""
+    line = f"{outcome}: {found.targets} targets, {found.rows_checked} of {found.rows_total} rows{drawn} re-derived"
     same = f"{found.tensors_untouched} tensors and {found.files_untouched} files compared with the base"
     counts = {name: getattr(found, name) for name in ("targets", "rows_checked", "rows_total", "problem_count")}
     facts = {"passed": found.passed, **counts, "seconds": clock.seconds}
@@ -50,6 +51,23 @@ def verify(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN)
         "verify", line, f"{same}: {progress.human_rate(size, clock.seconds)}", facts=facts, then="dvc repro regress"
     )
     return 0
+
+
+def _expectation(recipe: Recipe, base: Lock, manifest: Manifest) -> Expectation:
+    generated = frozenset(name for name, file in manifest.files.items() if file.origin == "generated")
+    return Expectation(
+        recipe.base.pipeline, recipe.scheduler_config, base_files=frozenset(base.files), generated=generated
+    )
+
+
+def _write(at: Artifacts, manifest_sha256: str, found: Verification) -> None:
+    """Write the result, which is the same for two right builds, and beside it what differs from run to run."""
+    content = {"passed": found.passed, "manifest_sha256": manifest_sha256, **dataclasses.asdict(found)}
+    drawn = content.pop("drawn") or {"seed": None, "rows": 0}
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    run = records.VerifyRecord(records.SCHEMA, manifest_sha256, drawn["seed"], drawn["rows"], checkout.this_tool(), now)
+    files.replace_text(at.verify_run, records.to_json(run))
+    files.replace_text(at.verify, json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

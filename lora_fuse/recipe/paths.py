@@ -49,6 +49,7 @@ class Artifacts:
     merged = _Below("merged")  # the merged repository
     manifest = _Below("merged.manifest.json")  # its files and what it was made of
     verify = _Below("verify.json")  # the result of the second derivation
+    verify_run = _Below("verify.run.json")  # the seed of its random rows, by whom and when: no out of the stage
     goldens = _Below("goldens.json")  # the list of the recipe's goldens
     regression = _Below("regression")  # the folder of all that `regress` writes
     images = _Below("regression/images")  # the run's pictures

@@ -186,6 +186,21 @@ class BuildRecord:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class VerifyRecord:
+    """The rows that a verification drew at random, beside those that `verify.json` is of: their seed and number.
+
+    `seed` is None where all rows were looked at. It lies beside `verify.json`, which is the same for every right build.
+    """
+
+    schema: int
+    manifest_sha256: str
+    seed: int | None
+    rows: int
+    tool: Tool
+    finished: str
+
+
 def rounded(value: float) -> float:
     """A measured number as records have it, to nine significant digits.
 

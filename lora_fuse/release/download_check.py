@@ -6,15 +6,16 @@ good as where it came from.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from lora_fuse.errors import BadSource, CheckFailed, Refused, require
 from lora_fuse.hub import sources
+from lora_fuse.machine import files
 from lora_fuse.recipe import Manifest, records
-from lora_fuse.release.contents import LIST
+from lora_fuse.release.contents import LIST, PROVENANCE
 from lora_fuse.release.signing import SIGNATURE, Trusted, check
 
 # Files and folders that the Hub, git and the Hub's client put beside a repository's own.
@@ -33,6 +34,8 @@ class Published:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # remarks that are no problem
     beside: frozenset[str] = frozenset()  # paths that are not part of the merge
+    pipeline: str | None = None  # the class that the recipe gave it, where the provenance says it
+    scheduler: Mapping[str, object] = field(default_factory=dict)  # the settings that the recipe gave it
 
 
 def is_published(folder: Path) -> bool:
@@ -72,6 +75,7 @@ def check_published(folder: Path, trusted: Trusted | None) -> Published:
     result.notes += [f"{name} is not in {LIST}" for name in harmless]
     generated = [name for name, file in manifest.files.items() if file.origin == "generated"]
     result.beside = frozenset([*generated, *extra, *housekeeping, LIST, SIGNATURE])
+    _read_recipe(folder / PROVENANCE, result)
     _check_signature(folder, trusted, extra, result)
     return result
 
@@ -86,6 +90,17 @@ def _check_listed(folder: Path, manifest: Manifest, result: Published) -> None:
             difference = sources.examine(folder / name, sources.ExpectedFile(file.size, file.sha256), advance)
             if isinstance(difference, str):
                 result.problems.append(f"{name}: {difference}")
+
+
+def _read_recipe(provenance: Path, result: Published) -> None:
+    """Read what the recipe changes of the base's own files, so that they can be made again."""
+    try:
+        statement = files.read_json(provenance, dict, BadSource)
+        recipe = statement["predicate"]["buildDefinition"]["externalParameters"]
+        result.pipeline = recipe["base"]["pipeline"]
+        result.scheduler = recipe["scheduler"] or {}
+    except (BadSource, KeyError, TypeError) as error:
+        result.notes.append(f"{PROVENANCE} does not say the recipe ({error}); what was generated is not made again")
 
 
 def _check_signature(folder: Path, trusted: Trusted | None, extra: Iterable[str], result: Published) -> None:

@@ -6,83 +6,29 @@ tail of its key. Nothing is refused here: what does not add up is listed, and fa
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
 import numpy.typing as npt
-from safetensors import safe_open
 
-from lora_fuse.checkpoint import dtypes
+from lora_fuse.errors import BadLora
 from lora_fuse.lora import LoraInput, Selection
+from lora_fuse.verification.strength import Strength, configuration_of, read_strength
+from lora_fuse.verification.weights import Array, Weights, opened
 
-Array = npt.NDArray[Any]
 Wide = npt.NDArray[np.float64]
+Groups = dict[tuple[str, str], dict[str, Array]]  # tensors by role, of each module's weight and bias
 
 KEY = re.compile(
     r"(?P<module>.+?)\.(?P<part>lora_down|lora_up|lora_mid|lora_A|lora_B|lora\.down|lora\.up|lora_linear_layer\.down|"
     r"lora_linear_layer\.up|(?:hada|lokr)_\w+|diff_b|diff|alpha|dora_scale|lora_magnitude_vector)"
     r"(?:\.(?!bias$)[^.]+)??(?:\.weight|(?P<bias>\.bias))?"
 )
-BLOCK = 4 << 20  # bytes of a tensor that are compared at a time, so that they stay in a cache
 DOWN = {"lora_down", "lora_A", "lora.down", "lora_linear_layer.down"}
 UP = {"lora_up", "lora_B", "lora.up", "lora_linear_layer.up"}
-
-
-class Weights:
-    """The tensors of the safetensors files in one place, by name, opened through safetensors."""
-
-    def __init__(self, files: Sequence[Path], stack: ExitStack) -> None:
-        self._handles: dict[str, Any] = {}
-        for file in files:
-            handle = stack.enter_context(safe_open(file, framework="np"))
-            self._handles.update(dict.fromkeys(handle.keys(), handle))
-
-    def names(self) -> set[str]:
-        """All tensor names."""
-        return set(self._handles)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-        return tuple(self._handles[name].get_slice(name).get_shape())
-
-    def nbytes(self, name: str) -> int:
-        """Size of a tensor's data in bytes."""
-        part = self._handles[name].get_slice(name)
-        dtype = dtypes.DTYPES.get(part.get_dtype())
-        return math.prod(map(int, part.get_shape())) * (dtype.bits if dtype else 8) // 8
-
-    def same(self, other: Weights, name: str) -> bool:
-        """True where a tensor has the same dtype, shape and bytes in both; read in blocks."""
-        ours, theirs = (side._handles[name].get_slice(name) for side in (self, other))
-        if (ours.get_dtype(), ours.get_shape()) != (theirs.get_dtype(), theirs.get_shape()):
-            return False
-        shape = ours.get_shape()
-        if not shape:
-            return self.tensor(name).tobytes() == other.tensor(name).tobytes()
-        rows = max(1, BLOCK // max(1, 8 * math.prod(shape[1:])))
-        blocks = (slice(row, min(row + rows, shape[0])) for row in range(0, shape[0], rows))
-        return all(np.array_equal(_bytes(ours[block]), _bytes(theirs[block])) for block in blocks)
-
-    def tensor(self, name: str) -> Array:
-        """The whole tensor in its own dtype."""
-        return np.asarray(self._handles[name].get_tensor(name))
-
-    def rows(self, name: str, rows: npt.NDArray[np.int64]) -> Array:
-        """Some rows of a matrix in its own dtype."""
-        part = self._handles[name].get_slice(name)
-        return np.concatenate([np.asarray(part[int(row) : int(row) + 1]) for row in rows])
-
-
-def _bytes(values: Array) -> npt.NDArray[np.uint8]:
-    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +48,7 @@ class ExpectedDelta:
         inside = self.scale if self.parts["peft"] else 1.0
         moved = weight + self._plain(np.arange(len(weight))) * (self.factor * inside)
         lengths = self.parts["dora"].astype(np.float64)
-        if lengths.size == len(weight):
+        if self.parts["peft"] or lengths.size == 1 or lengths.shape[0] != 1:
             moved *= lengths.reshape(-1, 1) / np.linalg.norm(moved, axis=1, keepdims=True)
         else:
             by_input = moved.reshape(len(moved), lengths.size, -1)
@@ -117,7 +63,7 @@ class ExpectedDelta:
         if "up" in wide:
             down = _matrix(wide["down"])
             if "lora_mid" in wide:
-                down = np.tensordot(wide["lora_mid"], down, (1, 0)).transpose(0, 3, 1, 2)
+                down = np.moveaxis(np.tensordot(wide["lora_mid"], down, (1, 0)), -1, 1)
             return np.asarray(_matrix(wide["up"])[block] @ _matrix(down))
         if "hada_w1_a" in wide:
             return np.asarray(np.multiply(*(_two(wide, "hada", n)[block] for n in (1, 2))))
@@ -136,8 +82,8 @@ def _two(parts: Mapping[str, Wide], kind: str, n: int) -> Wide:
     a = parts[f"{kind}_w{n}_a"]
     b = parts[f"{kind}_w{n}_b"]
     if f"{kind}_t{n}" in parts:
-        core = np.tensordot(a, parts[f"{kind}_t{n}"], (0, 0))  # out, rank, height, width
-        return _matrix(np.tensordot(core, b, (1, 0)).transpose(0, 3, 1, 2))
+        core = np.tensordot(a, parts[f"{kind}_t{n}"], (0, 0))  # out, rank, and the kernel's one to three dimensions
+        return _matrix(np.moveaxis(np.tensordot(core, b, (1, 0)), -1, 1))
     return np.asarray(a @ _matrix(b))
 
 
@@ -151,68 +97,74 @@ class Expected:
 
 
 def read_expected(loras: Sequence[LoraInput], base: Weights, selection: Selection) -> Expected:
-    """Work out what every LoRA should add at its scale; of `base`, only names are looked at."""
+    """Work out what every LoRA should add at its scale; of `base`, only names are looked at.
+
+    Raises:
+        BadLora: a file cannot be opened.
+    """
     found = Expected()
     flat = {name.rpartition(".")[0].replace(".", "_"): name.rpartition(".")[0] for name in base.names()}
     for given in loras:
-        config = _configuration(given.path)
-        for (module, kind), parts in _grouped_keys(given, found).items():
+        groups, strength = _read_file(given.path, found.problems)
+        for (module, kind), parts in groups.items():
             found.modules += 1
             name = _longest_match(module, kind, base.names(), flat)
             if name is None or not _complete(parts):
                 found.problems.append(f"{given.name}: {module} of the file has no {kind} in the base, or lacks a part")
                 continue
+            factor = strength.factor(module, name.rpartition(".")[0], parts)
             if (share := selection.share(name)) is not None:
-                delta = ExpectedDelta(parts, _factor(module, parts, config), given.scale * share)
-                found.deltas.setdefault(name, []).append(delta)
+                found.deltas.setdefault(name, []).append(ExpectedDelta(parts, factor, given.scale * share))
+        found.problems += [f"{given.name}: {problem}" for problem in dict.fromkeys(strength.problems)]
     return found
 
 
-def _grouped_keys(given: LoraInput, found: Expected) -> dict[tuple[str, str], dict[str, Array]]:
-    file = given.path / "adapter_model.safetensors" if given.path.is_dir() else given.path
-    groups: dict[tuple[str, str], dict[str, Array]] = {}
-    with safe_open(file, framework="np") as handle:
-        for key in handle.keys():  # noqa: SIM118  (a safetensors handle is not a mapping)
+def _read_file(path: Path, problems: list[str]) -> tuple[Groups, Strength]:
+    """The tensors of a LoRA by module and role, and what is said of their strength."""
+    file, config = configuration_of(path)
+    groups: Groups = {}
+    with opened(file, BadLora) as handle:
+        keys = set(handle.keys())
+        for key in sorted(keys):
             match = KEY.fullmatch(key)
             if match is None:
-                found.problems.append(f"{given.name}: the key {key} is of no known kind")
-                continue
-            part = match["part"]
-            value = np.asarray(handle.get_tensor(key))
-            if match["bias"] or part == "diff_b":
-                groups.setdefault((match["module"], "bias"), {})["diff"] = value
-                continue
-            parts = groups.setdefault((match["module"], "weight"), {})
-            part = "down" if part in DOWN else "up" if part in UP else part
-            if part in {"dora_scale", "lora_magnitude_vector"}:
-                parts["peft"] = np.array(part != "dora_scale")
-                part = "dora"
-            parts[part] = value
+                problems.append(f"{file}: the key {key} is of no known kind")
+            elif not _put(match, np.asarray(handle.get_tensor(key)), groups):
+                problems.append(f"{file}: another key means the same as {key}")
+        strength = read_strength(file, config, handle.metadata() or {}, keys)
     for (module, kind), parts in groups.items():
         weight = groups.get((module, "weight"), {})
-        if kind == "bias" and "up" in weight:  # a LoRA's own bias is scaled as its product is
-            parts.update({"of": weight["down"]} | {name: weight[name] for name in ("alpha",) if name in weight})
-    return {place: parts for place, parts in groups.items() if set(parts) != {"alpha"} or place[1] == "weight"}
+        if kind == "bias" and "of" in parts:  # a LoRA's own bias is scaled as its product is
+            weight["bias"] = parts["diff"]
+            parts["of"] = weight.get("down", parts["of"])
+            parts.update({name: weight[name] for name in ("alpha",) if name in weight})
+    return {
+        place: parts for place, parts in groups.items() if set(parts) != {"alpha"} or place[1] == "weight"
+    }, strength
+
+
+def _put(match: re.Match[str], value: Array, groups: Groups) -> bool:
+    """Put a tensor where its key says; False where another one is there."""
+    part = match["part"]
+    kind = "bias" if match["bias"] or part == "diff_b" else "weight"
+    parts = groups.setdefault((match["module"], kind), {})
+    if kind == "bias":
+        role = "diff"
+        parts.update({"of": value} if match["bias"] else {})
+    elif part in {"dora_scale", "lora_magnitude_vector"}:
+        role = "dora"
+        parts["peft"] = np.array(part != "dora_scale")
+    else:
+        role = "down" if part in DOWN else "up" if part in UP else part
+    free = role not in parts
+    parts[role] = value
+    return free
 
 
 def _complete(parts: Mapping[str, Array]) -> bool:
     whole = [{"diff"}, {"up", "down"}, {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}]
     sides = [{f"lokr_w{n}"} <= set(parts) or {f"lokr_w{n}_a", f"lokr_w{n}_b"} <= set(parts) for n in (1, 2)]
     return all(sides) or any(needed <= set(parts) for needed in whole)
-
-
-def _factor(module: str, parts: Mapping[str, Array], config: Mapping[str, Any]) -> float:
-    """The file's own factor of its product: alpha / rank, or alpha / sqrt(rank) with `use_rslora`."""
-    rows_are_rank = ("down", "of", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
-    rank = next((len(parts[name]) for name in rows_are_rank if name in parts), None)
-    if rank is None:
-        return 1.0
-    patterns = config.get("alpha_pattern") or {}
-    alphas = [value for pattern, value in patterns.items() if re.search(rf"(^|\.){pattern}$", module)]
-    alpha: Any = [*alphas, config.get("lora_alpha")][0]
-    if "alpha" in parts:
-        alpha = parts["alpha"].reshape(-1)[0]
-    return (rank if alpha is None else float(alpha)) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _longest_match(module: str, kind: str, names: set[str], flat: Mapping[str, str]) -> str | None:
@@ -226,13 +178,3 @@ def _longest_match(module: str, kind: str, names: set[str], flat: Mapping[str, s
 def _tails(name: str, separator: str) -> list[str]:
     parts = name.split(separator)
     return [separator.join(parts[start:]) for start in range(len(parts))]
-
-
-def _configuration(path: Path) -> dict[str, Any]:
-    """PEFT's configuration beside or inside the file; empty without one."""
-    if path.is_dir():
-        text = (path / "adapter_config.json").read_text(encoding="utf-8")
-    else:
-        with safe_open(path, framework="np") as handle:
-            text = (handle.metadata() or {}).get("lora_adapter_metadata", "{}")
-    return {key.removeprefix("transformer."): value for key, value in json.loads(text).items()}

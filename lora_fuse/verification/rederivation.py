@@ -7,10 +7,9 @@ dtype lies closer to the float64 sum. A mistake in one is not repeated in the ot
 
 from __future__ import annotations
 
-import filecmp
 import math
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import secrets
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,12 +18,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from lora_fuse.checkpoint import repository_files
-from lora_fuse.errors import BadCheckpoint
+from lora_fuse.checkpoint import PROVENANCE
 from lora_fuse.lora import LoraInput, Selection
 from lora_fuse.machine import files, progress
 from lora_fuse.recipe import records
-from lora_fuse.verification.expectation import Array, ExpectedDelta, Weights, read_expected
+from lora_fuse.verification.expectation import ExpectedDelta, read_expected
+from lora_fuse.verification.weights import Array, Weights, drawn_rows, row_blocks, weight_files
+from lora_fuse.verification.whole_files import compare_files, sort_base
 
 SLACK = 1 + 1e-9  # float64 sums taken in another order differ by about 1e-16 of the value
 SHOWN = 20  # problems that are spelled out; the rest is counted
@@ -43,11 +43,20 @@ class Change:
 
 
 @dataclass(slots=True)
+class DrawnRows:
+    """The rows that were drawn at random: the seed draws them again. They are beside those that are measured."""
+
+    seed: int
+    rows: int = 0
+
+
+@dataclass(slots=True)
 class Verification:
     """The result of a verification. Empty `problems` mean that the merge is right as far as was looked.
 
-    `notes` are no failures: a target whose difference is zero, which a real LoRA can have, and one whose difference is
-    larger than the weight itself, which is rarely meant.
+    `rows_checked` are those that the measurements are of, the same in every run, and `drawn` as many more that no
+    engine can know before; None where all rows were looked at. `notes` are no failures: a target whose difference is
+    zero, which a real LoRA can have, and one whose difference is larger than the weight itself, which is rarely meant.
     """
 
     modules: int = 0
@@ -60,6 +69,7 @@ class Verification:
     problems: list[str] = field(default_factory=list)
     changes: dict[str, Change] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    drawn: DrawnRows | None = None
 
     @property
     def passed(self) -> bool:
@@ -75,17 +85,22 @@ class Verification:
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """The expected content of the merged repository's generated files; None or empty is not looked at.
+    """The expected files of the merged repository beside the weights.
 
-    `beside` are POSIX paths that are no part of the merge, see `lora_fuse.release.download_check`.
+    `pipeline` and `scheduler` are the recipe's changes; without them the base's are expected. `beside` are POSIX paths
+    that are no part of the merge, see `lora_fuse.release.download_check`. `base_files` are those that the base's lock
+    has, all of which are taken; without a lock they are what lies there. `generated` are those that the manifest says
+    were made anew.
     """
 
     pipeline: str | None = None
     scheduler: Mapping[str, object] = field(default_factory=dict)
     beside: frozenset[str] = frozenset()
+    base_files: frozenset[str] | None = None
+    generated: frozenset[str] = frozenset()
 
 
-def verify_merge(
+def verify_merge(  # noqa: PLR0913 - by keyword, each is a choice of its own
     merged: Path,
     base: Path,
     loras: Sequence[LoraInput],
@@ -94,24 +109,27 @@ def verify_merge(
     rows: int | None,
     expected: Expectation,
     selection: Selection | None = None,
+    seed: int | None = None,
 ) -> Verification:
     """Compare a merged checkpoint with what the base and the LoRAs should have given; progress goes to stderr.
 
     As `lora_fuse.verify`, but that `rows` is None for all of them.
 
     Raises:
-        BadCheckpoint: one side has nothing to compare.
+        BadCheckpoint: one side has nothing to compare, or cannot be read.
+        BadLora: a LoRA cannot be read.
     """
     found = Verification()
+    if rows is not None:
+        found.drawn = DrawnRows(secrets.randbits(32) if seed is None else seed)
     with (
         progress.byte_progress("verify", files.total_size(merged), at_least=progress.FEW) as advance,
         ExitStack() as stack,
     ):
-        base_files = weight_files(base, component)
-        merged_files = weight_files(merged, component)
-        base_names, merged_names = ([file.name for file in side] for side in (base_files, merged_files))
-        if base_names != merged_names and base.is_dir():
-            found.problem(f"shards differ: base {', '.join(base_names)}, merged {', '.join(merged_names)}")
+        shards = sort_base(base, component, expected.base_files) if base.is_dir() else None
+        base_files = [base / name for name in shards.shards] if shards else [base]
+        merged_files = [merged / path.relative_to(base) for path in base_files]
+        merged_files = [path for path in merged_files if path.is_file()] or weight_files(merged, component)
         ours = Weights(merged_files, stack)
         theirs = Weights(base_files, stack)
         expected_sum = read_expected(loras, theirs, selection or Selection())
@@ -119,22 +137,23 @@ def verify_merge(
         found.targets = len(expected_sum.deltas)
         for problem in expected_sum.problems:
             found.problem(problem)
+        _check_metadata(ours, theirs, found)
         _check_tensors(ours, theirs, expected_sum.deltas, rows, found, advance)
-        if base.is_dir():
-            _check_files(merged, base, {*base_files, *merged_files}, expected, found, advance)
+        if shards is not None:
+            fused = {path.relative_to(merged).as_posix() for path in merged_files}
+            found.files_untouched, problems = compare_files(merged, base, fused, shards, expected, advance)
+            for problem in problems:
+                found.problem(problem)
     return found
 
 
-def weight_files(root: Path, component: str) -> list[Path]:
-    """The safetensors files of a file, a component folder or a pipeline's component; those that a fuse would change.
-
-    Raises:
-        BadCheckpoint: there are none, or see `repository_files.sort_files`.
-    """
-    if root.is_file():
-        return [root]
-    folder = component if (root / repository_files.MODEL_INDEX).is_file() else ""
-    return [root / name for name in repository_files.sort_folder(root, folder).shards]
+def _check_metadata(merged: Weights, base: Weights, found: Verification) -> None:
+    """Compare what the headers say beside tensors: a merge adds one entry and takes none."""
+    pairs = zip(sorted(merged.metadata.items()), sorted(base.metadata.items()), strict=False)
+    for (name, ours), (_, theirs) in pairs:
+        kept = {key: value for key, value in ours.items() if key != PROVENANCE}
+        if kept != theirs:
+            found.problem(f"{name}: its header says {kept}, the base's {theirs}")
 
 
 def _check_tensors(
@@ -166,17 +185,27 @@ def _check_target(
         return
     found.rows_total += total
     sums = np.zeros(4)
-    for block in row_blocks(name, total, rows):
+    for measured in row_blocks(name, total, rows):
+        block = measured
+        if found.drawn is not None and rows is not None and len(measured) < total:
+            drawn = drawn_rows(found.drawn.seed, name, total, rows, measured)
+            found.drawn.rows += len(drawn)
+            block = np.concatenate([measured, drawn])
         before = base.rows(name, block).reshape(len(block), -1)
         added = np.zeros(before.shape)
-        for delta in deltas:
-            added += delta.rows(block, partial(base.tensor, name))
+        try:
+            for delta in deltas:
+                added += delta.rows(block, partial(base.tensor, name))
+        except (ValueError, IndexError) as error:
+            found.problem(f"{name}: a delta does not fit {base.shape(name)}: {error}")
+            return
         wide = before.astype(np.float64)
         exact = wide + added
         ours = merged.rows(name, block).reshape(exact.shape)
-        sums += [np.square(wide).sum(), np.square(added).sum(), (before == ours).sum(), before.size]
+        parts = np.square(wide), np.square(added), before == ours, np.ones(before.shape)
+        sums += [part[: len(measured)].sum() for part in parts]
         wrong = ~is_nearest(ours, exact)
-        found.rows_checked += len(block)
+        found.rows_checked += len(measured)
         if wrong.any():
             row, column = np.argwhere(wrong)[0]
             found.problem(
@@ -198,15 +227,6 @@ def _change(base: float, added: float, same: float, seen: float) -> Change:
     return Change(records.rounded(norm), records.rounded(same / max(seen, 1)))
 
 
-def row_blocks(name: str, total: int, rows: int | None) -> Iterator[npt.NDArray[np.int64]]:
-    """Row numbers to look at: all of them in blocks, or the first, the last and some drawn by the tensor's name."""
-    if rows is None or rows >= total:
-        yield from np.array_split(np.arange(total), math.ceil(total / 256))
-        return
-    drawn = np.random.default_rng(zlib.crc32(name.encode())).choice(total, size=rows, replace=False)
-    yield np.unique(np.concatenate([drawn[: max(rows - 2, 0)], [0, total - 1]]))
-
-
 def is_nearest(values: Array, exact: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
     """True for each value that is the nearest of its dtype to `exact`: no further than half-way to either neighbour."""
     wide = values.astype(np.float64)
@@ -215,42 +235,3 @@ def is_nearest(values: Array, exact: npt.NDArray[np.float64]) -> npt.NDArray[np.
     down = np.nextafter(values, -infinity).astype(np.float64)
     off = exact - wide
     return np.asarray((off <= (up - wide) / 2 * SLACK) & (-off <= (wide - down) / 2 * SLACK))
-
-
-def _check_files(
-    merged: Path,
-    base: Path,
-    weights: set[Path],
-    expected: Expectation,
-    found: Verification,
-    advance: Callable[[int], None],
-) -> None:
-    generated: dict[Path, Mapping[str, object]] = {}
-    if expected.scheduler:
-        generated[merged / "scheduler" / "scheduler_config.json"] = expected.scheduler
-    if expected.pipeline is not None:
-        generated[merged / "model_index.json"] = {"_class_name": expected.pipeline}
-    for path, wanted in generated.items():
-        _check_json(path, wanted, found)
-    apart = {*weights, *generated, *(merged / name for name in expected.beside)}
-    for path in sorted(merged.rglob("*")):
-        if path.is_dir() or path in apart:
-            continue
-        twin = base / path.relative_to(merged)
-        found.files_untouched += 1
-        if not twin.is_file():
-            found.problem(f"{path.relative_to(merged)} is not in the base and no recipe asks for it")
-        elif not twin.samefile(path) and not filecmp.cmp(twin, path, shallow=False):
-            found.problem(f"{path.relative_to(merged)} differs from the base's")
-        advance(path.stat().st_size)
-
-
-def _check_json(path: Path, wanted: Mapping[str, object], found: Verification) -> None:
-    try:
-        content = files.read_json(path, dict, BadCheckpoint)
-    except BadCheckpoint as error:
-        found.problem(str(error))
-        return
-    for key, value in wanted.items():
-        if content.get(key) != value:
-            found.problem(f"{path.name}: {key} is {content.get(key)!r}, the recipe says {value!r}")

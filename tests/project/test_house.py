@@ -51,7 +51,7 @@ OWNERS = {
     "model_signing": "release",
     "numba": "fusion",
     "omegaconf": "stages",
-    "peft": "pictures",
+    "peft": "verification",
     "safetensors": "verification",
     "transformers": "pictures",
 }

@@ -1,5 +1,6 @@
 """A download is checked file by file, by its list, its signature, and its base and LoRA."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import snapshot_download
 
+from lora_fuse.machine.files import hash_file
 from lora_fuse.release.contents import BOM, LIST, PROVENANCE
 from lora_fuse.release.signing import SIGNATURE
 from stages.publish import publish
@@ -86,6 +88,22 @@ def test_the_merge_of_a_download_is_checked_with_base_and_lora(signed: Path, tmp
     assert verify(signed, base, "--lora", lora, "--scale", "0.5") == 1
 
 
+def test_what_a_download_says_is_generated_is_made_again_from_base_and_recipe(
+    signed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tiny_base(tmp_path / "b", "mit")
+    lora = tiny_lora(tmp_path / "l", "mit") / LORA_FILE
+    name = "scheduler/scheduler_config.json"
+    content = json.loads((signed / name).read_text())
+    (signed / name).write_text(json.dumps(content | {"use_dynamic_shifting": not content["use_dynamic_shifting"]}))
+    listed = json.loads((signed / LIST).read_text())
+    listed["files"][name] |= dataclasses.asdict(hash_file(signed / name))
+    (signed / LIST).write_text(json.dumps(listed))
+    assert verify(signed) == 0
+    assert verify(signed, base, "--lora", lora) == 1
+    assert "scheduler_config.json: use_dynamic_shifting is" in capsys.readouterr().err
+
+
 PUBLISHED = (WEIGHTS, "README.md", "model_index.json", "images/rabbit.png", "images/blocks.png", PROVENANCE, BOM)
 
 
@@ -130,8 +148,6 @@ def test_a_notice_that_somebody_adds_is_noted_and_does_no_harm(
 def test_a_list_that_was_changed_with_its_file_is_found_by_the_signature_only(signed: Path, signing_key: Path) -> None:
     was = json.loads((signed / LIST).read_text())["files"][WEIGHTS]["sha256"]
     flip(signed / WEIGHTS)
-    from lora_fuse.machine.files import hash_file
-
     (signed / LIST).write_text((signed / LIST).read_text().replace(was, hash_file(signed / WEIGHTS).sha256))
     assert verify(signed) == 0
     assert verify(signed, "--public-key", public_key(signing_key)) == 1

@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.workspace import METRICS, Workspace, ran
 
-RECORDS = ("artifacts/merged.build.json", "artifacts/regression/run.json")
+RECORDS = ("artifacts/merged.build.json", "artifacts/verify.run.json", "artifacts/regression/run.json")
 
 
 @pytest.fixture(scope="module")

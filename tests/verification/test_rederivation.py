@@ -11,11 +11,14 @@ from safetensors.numpy import load_file, save_file
 
 from lora_fuse.checkpoint.diffusers_layout import diffusers_files
 from lora_fuse.checkpoint.shards import open_checkpoint
+from lora_fuse.cli import main
+from lora_fuse.errors import BadLora
 from lora_fuse.fusion.merge import write_merged
 from lora_fuse.fusion.plan import make_plan
 from lora_fuse.lora.inputs import LoraInput
-from lora_fuse.verification import expectation as expected
+from lora_fuse.verification import weights
 from lora_fuse.verification.rederivation import Expectation, Verification, is_nearest, verify_merge
+from lora_fuse.verification.weights import row_blocks
 from tests.support import tiny
 
 SHARD = "transformer/diffusion_pytorch_model-00001-of-00002.safetensors"
@@ -41,8 +44,11 @@ class Merge:
         tensors = load_file(self.out / SHARD)
         tensors[name] = tensors[name].copy()
         tensors[name].flat[0] += np.array(change, tensors[name].dtype)
+        self.write(tensors)
+
+    def write(self, tensors: dict[str, npt.NDArray[np.generic]], metadata: dict[str, str] | None = None) -> None:
         (self.out / SHARD).unlink()
-        save_file(tensors, self.out / SHARD)
+        save_file(tensors, self.out / SHARD, metadata=metadata or {"format": "pt"})
 
 
 @pytest.fixture
@@ -90,21 +96,19 @@ def test_the_same_bytes_as_something_else_are_found(
 ) -> None:
     tensors = load_file(merge.out / SHARD)
     name = next(name for name in tensors if name.endswith(".bias"))
-    (merge.out / SHARD).unlink()
-    save_file({**tensors, name: change(tensors[name])}, merge.out / SHARD)
+    merge.write({**tensors, name: change(tensors[name])})
     assert merge.verify(rows=1).problems == [f"{name} is no target of any LoRA and differs from the base"]
 
 
 @pytest.mark.parametrize("block", [1, 64, 1 << 20])
 def test_a_change_in_the_last_block_is_found(merge: Merge, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expected, "BLOCK", block)
+    monkeypatch.setattr(weights, "BLOCK", block)
     assert merge.verify(rows=1).passed
     tensors = load_file(merge.out / SHARD)
     name = next(name for name in tensors if name.endswith(".bias"))
     tensors[name] = tensors[name].copy()
     tensors[name][-1] += 1
-    (merge.out / SHARD).unlink()
-    save_file(tensors, merge.out / SHARD)
+    merge.write(tensors)
     assert merge.verify(rows=1).problem_count == 1
 
 
@@ -126,7 +130,7 @@ def test_a_key_that_the_base_lacks_is_found(tmp_path: Path, merge: Merge) -> Non
     ("file", "content", "problem"),
     [
         ("scheduler/scheduler_config.json", {"shift_terminal": 0.02, "base_shift": 1.0}, "shift_terminal is 0.02"),
-        ("model_index.json", {"_class_name": "QwenImageEditPipeline"}, "_class_name is 'QwenImageEditPipeline'"),
+        ("model_index.json", {"_class_name": "QwenImageEditPipeline"}, '_class_name is "QwenImageEditPipeline"'),
         ("vae/config.json", {"changed": 1}, "differs from the base's"),
         ("vae/new.json", {}, "is not in the base"),
     ],
@@ -141,3 +145,79 @@ def test_nearest_accepts_ties_and_nothing_further() -> None:
     values = np.array([1.0, 1.0, 1.0], dtype=tiny.BF16)  # the next number is 1 + 2**-7
     exact = np.array([1 + 2.0**-8, 1 + 2.0**-8 + 2.0**-20, 1 - 2.0**-9 - 2.0**-20])
     assert is_nearest(values, exact).tolist() == [True, False, False]
+
+
+class Rows:
+    """A weight of 64 rows, and merges that are right in some rows only."""
+
+    def __init__(self, folder: Path) -> None:
+        rng = np.random.default_rng(1)
+        self.folder = folder
+        self.weight = rng.standard_normal((64, 8)).astype(np.float32)
+        self.parts = {"x.lora_A.weight": rng.standard_normal((2, 8)), "x.lora_B.weight": rng.standard_normal((64, 2))}
+        self.base = tiny.write_component(folder / "base", {"x.weight": self.weight}, 1)
+        self.lora = tiny.write_lora(folder / "l.safetensors", self.parts)
+
+    def merge(self, wrong: npt.NDArray[np.int64]) -> None:
+        right = (self.weight + self.parts["x.lora_B.weight"] @ self.parts["x.lora_A.weight"]).astype(np.float32)
+        right[wrong] = self.weight[wrong]
+        tiny.write_component(self.folder / "out", {"x.weight": right}, 1)
+
+    def verify(self, rows: int | None = 8, seed: int | None = None) -> Verification:
+        given = [LoraInput("l", self.lora, 1.0)]
+        return verify_merge(
+            self.folder / "out", self.base, given, component="", rows=rows, expected=Expectation(), seed=seed
+        )
+
+
+def test_wrong_rows_are_found_beyond_those_that_an_engine_can_know(tmp_path: Path) -> None:
+    rows = Rows(tmp_path)
+    (known,) = row_blocks("x.weight", 64, 8)
+    rows.merge(np.setdiff1d(np.arange(64), known))
+    found = rows.verify()
+    assert found.problem_count == 1
+    assert found.drawn is not None
+    assert found.drawn.rows == 8
+
+
+def test_the_rows_that_are_drawn_are_others_in_every_run_and_a_seed_draws_them_again(tmp_path: Path) -> None:
+    rows = Rows(tmp_path)
+    (known,) = row_blocks("x.weight", 64, 8)
+    rows.merge(np.setdiff1d(np.arange(64), known)[:1])  # one wrong row
+    runs = [rows.verify(seed=seed) for seed in range(40)]
+    assert {run.passed for run in runs} == {True, False}
+    assert [rows.verify(seed=seed).passed for seed in range(40)] == [run.passed for run in runs]
+    drawn = [run.drawn.seed for run in (rows.verify(), rows.verify()) if run.drawn]
+    assert len(set(drawn)) == 2
+    assert not rows.verify(rows=None).passed
+    assert rows.verify(rows=None).drawn is None
+
+
+def test_what_is_measured_does_not_depend_on_the_seed(tmp_path: Path) -> None:
+    """Two right builds have one `verify.json`."""
+    rows = Rows(tmp_path)
+    rows.merge(np.array([], int))
+    found = [rows.verify(seed=seed) for seed in (1, 2)]
+    for each in found:
+        each.drawn = None
+    assert found[0] == found[1]
+
+
+def test_the_command_line_names_the_seed_and_takes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = Rows(tmp_path)
+    rows.merge(np.array([], int))
+    command = ["verify", str(tmp_path / "out"), str(rows.base), "--lora", str(rows.lora), "--rows", "8"]
+    assert main(command) == 0
+    assert "8 rows drawn at random; --seed " in capsys.readouterr().out
+    assert main([*command, "--seed", "7"]) == 0
+    assert "; --seed 7 draws them again" in capsys.readouterr().out
+
+
+def test_a_lora_that_does_not_fit_is_a_problem_and_no_traceback(tmp_path: Path) -> None:
+    rows = Rows(tmp_path)
+    rows.merge(np.array([], int))
+    tiny.write_lora(rows.lora, {**rows.parts, "x.lora_B.weight": np.ones((5, 2))})
+    assert "does not fit" in rows.verify().problems[0]
+    rows.lora.write_bytes(b"x")
+    with pytest.raises(BadLora, match="cannot be opened"):
+        rows.verify()

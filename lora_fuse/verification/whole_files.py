@@ -1,0 +1,164 @@
+"""The files of a merged repository beside the fused weights, compared with the base's in both directions.
+
+A file is the base's byte for byte, or it is made here again from the base and the recipe, by other lines than the
+engine's. One that is missing is as wrong as one too many.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Set
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from lora_fuse.checkpoint import repository_files
+from lora_fuse.errors import BadCheckpoint
+from lora_fuse.machine import files
+
+if TYPE_CHECKING:
+    from lora_fuse.verification.rederivation import Expectation
+
+INDEX = "model_index.json"
+SCHEDULER = "scheduler/scheduler_config.json"
+# Files that no merge leaves behind, whatever the engine's table of files says.
+NEEDED = re.compile(r"(licen[cs]e|notice)[^/]*|[^/]+\.(json|txt|model)", re.IGNORECASE)
+WEIGHTS = (".safetensors", ".sft")
+
+
+def sort_base(base: Path, component: str, names: Set[str] | None) -> repository_files.SortedFiles:
+    """Sort the files of a base, those of its lock or all that lie there, as every fuse does: what is left is named.
+
+    Raises:
+        BadCheckpoint: the component has no weights, see `repository_files.sort_files`.
+    """
+    folder = component if (base / INDEX).is_file() else ""
+    return repository_files.sort_folder(base, folder, names or _listed(base))
+
+
+def compare_files(
+    merged: Path,
+    base: Path,
+    fused: Set[str],
+    base_sorted: repository_files.SortedFiles,
+    expected: Expectation,
+    advance: Callable[[int], None],
+) -> tuple[int, list[str]]:
+    """Compare all files but `fused`, the POSIX paths of the fused weights; `advance` is told the bytes of each.
+
+    What `base_sorted` leaves behind may be missing, but for what is needed by the lines here.
+
+    Returns:
+        The number of files that were compared with the base's, and what is wrong.
+    """
+    problems: list[str] = []
+    made = dict(_made_again(base, expected, problems))
+    problems += [f"{name} is called generated, and no recipe asks for it" for name in expected.generated - made.keys()]
+    theirs = {*base_sorted.shards, *base_sorted.others, *base_sorted.left}
+    beside = expected.beside - made.keys()
+    ours = _listed(merged) - beside
+    components = _components(base / INDEX, problems)
+    left = {name for name in base_sorted.left if not _is_needed(name, components)}
+    needed = (theirs - left | made.keys()) - beside
+    problems += [f"{name} is in the base and not in {merged}" for name in sorted(needed - ours)]
+    problems += _unfused(ours, fused)
+    compared = 0
+    for name in sorted(ours - fused):
+        if name in made:
+            problems += _differences(merged / name, made[name])
+            continue
+        compared += 1
+        if name not in theirs:
+            problems.append(f"{name} is not in the base and no recipe asks for it")
+        elif not _same(merged / name, base / name):
+            problems.append(f"{name} differs from the base's")
+        advance((merged / name).stat().st_size)
+    problems += _incomplete(merged, components, theirs, ours)
+    return compared, problems
+
+
+def _listed(folder: Path, place: PurePosixPath = PurePosixPath(), above: tuple[Path, ...] = ()) -> frozenset[str]:
+    """Every file below a folder, also behind links; a link to a folder above is one name."""
+    names: set[str] = set()
+    inside = (*above, folder.resolve())
+    for path in folder.iterdir():
+        if path.is_dir() and path.resolve() not in inside:
+            names |= _listed(path, place / path.name, inside)
+        else:
+            names.add(str(place / path.name))
+    return frozenset(names)
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other) or filecmp.cmp(one, other, shallow=False)
+    except OSError:
+        return False
+
+
+def _made_again(base: Path, expected: Expectation, problems: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The content of what the recipe changes: the class of the pipeline; all of a scheduler but for its own class."""
+    changes: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+    if expected.pipeline is not None:
+        changes[INDEX] = lambda index: index | {"_class_name": expected.pipeline}
+    if expected.scheduler:
+        changes[SCHEDULER] = lambda old: {key: old[key] for key in old if key[:1] == "_"} | dict(expected.scheduler)
+    for name, change in changes.items():
+        try:
+            yield name, change(files.read_json(base / name, dict, BadCheckpoint))
+        except BadCheckpoint as error:
+            problems.append(str(error))
+
+
+def _differences(path: Path, wanted: Mapping[str, Any]) -> Iterator[str]:
+    try:
+        content = files.read_json(path, dict, BadCheckpoint)
+    except BadCheckpoint as error:
+        yield str(error)
+        return
+    for key in sorted(content.keys() | wanted.keys()):
+        ours, theirs = (json.dumps(side[key]) if key in side else "not there" for side in (content, wanted))
+        if ours != theirs:
+            yield f"{path.name}: {key} is {ours}, base and recipe say {theirs}"
+
+
+def _components(index: Path, problems: list[str]) -> list[str]:
+    """The folders that a pipeline's index names: pairs of a library and a class."""
+    if not index.is_file():
+        return []
+    try:
+        content = files.read_json(index, dict, BadCheckpoint)
+    except BadCheckpoint as error:
+        problems.append(str(error))
+        return []
+    pairs = {name: value for name, value in content.items() if not name.startswith("_") and isinstance(value, list)}
+    return sorted(name for name, value in pairs.items() if any(value))
+
+
+def _is_needed(name: str, components: list[str]) -> bool:
+    """True for licences and for the texts of a component that is named, whatever they are."""
+    path = PurePosixPath(name)
+    named = len(path.parts) < 3 and path.parent.name in ("", *components) and not path.name.startswith(".")
+    return named and ".index." not in path.name and NEEDED.fullmatch(path.name) is not None
+
+
+def _unfused(ours: Set[str], fused: Set[str]) -> Iterator[str]:
+    """Weights beside the fused ones, or at the top of a pipeline: whoever loads them has no merge."""
+    folders = {PurePosixPath(name).parent for name in fused} | {PurePosixPath()}
+    for name in sorted(ours - fused):
+        if name.endswith(WEIGHTS) and PurePosixPath(name).parent in folders:
+            yield f"{name} holds weights that were not fused"
+
+
+def _incomplete(merged: Path, components: list[str], theirs: Set[str], ours: Set[str]) -> Iterator[str]:
+    """The components that are not there, or have lost all of their weights."""
+    for component in components:
+        if not (merged / component).is_dir():
+            yield f"{INDEX} names {component}, and {merged} has no such folder"
+            continue
+        with_weights = [
+            any(name.startswith(f"{component}/") and name.endswith(WEIGHTS) for name in side) for side in (theirs, ours)
+        ]
+        if with_weights == [True, False]:
+            yield f"{component}/ has weights in the base, and none in {merged}"
