@@ -135,7 +135,6 @@ def _read_file(path: Path, problems: list[str]) -> tuple[Groups, Strength]:
     for (module, kind), parts in groups.items():
         weight = groups.get((module, "weight"), {})
         if kind == "bias" and "of" in parts:  # a LoRA's own bias is scaled as its product is
-            weight["bias"] = parts["diff"]
             parts["of"] = weight.get("down", parts["of"])
             parts.update({name: weight[name] for name in ("alpha",) if name in weight})
     return {

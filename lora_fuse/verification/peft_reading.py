@@ -35,7 +35,7 @@ SILENT = {
 HARMLESS: Mapping[str, tuple[object, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    "init_lora_weights": (True, "gaussian", "eva", "orthogonal", "mica"),  # the others move weights of the base
+    "init_lora_weights": (True, "true", "gaussian", "eva", "orthogonal", "mica"),  # the others move weights of the base
 }
 
 
@@ -91,8 +91,7 @@ def read_config(
     A `whole` one is loaded by PEFT, and PEFT's default of alpha counts where it says none.
     """
     for name, value in entries.items():
-        unset = value is None or value is False or value in ("", [], {})
-        if name not in SILENT and not unset and value not in HARMLESS.get(name, ()):
+        if name not in SILENT and value and value not in HARMLESS.get(name, ()):
             problems.append(f"{place}: {name} is {value!r}, and then a merge is not base + factors")
     try:
         read = _loaded(entries) if whole else SimpleNamespace(**entries)

@@ -27,7 +27,11 @@ FLAGS = {"use_rslora": "use_rslora", "rslora": "use_rslora", "rs_lora": "use_rsl
 # A field that makes JSON the configuration of an adapter, wherever it stands.
 TELLING = {"peft_type", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"}
 WORDS = {"alpha", "alphas", "rslora", "scale", "scales", "scaling", "multiplier", "strength", "dora", "pissa", "olora"}
-TRAINING = ("ss_", "sshs_", "modelspec.", "ot_")  # how, not what: kohya, ModelSpec, OneTrainer
+# How it was trained, not what it is: kohya, ModelSpec, OneTrainer, ai-toolkit, ComfyUI.
+TRAINING = ("ss_", "sshs_", "modelspec.", "ot_", "software", "training_info", "prompt", "workflow")
+# Fields of a configuration that may be entries of their own.
+FIELDS = (*STRENGTH, "init_lora_weights", "use_qalora", "fan_in_fan_out", "layer_replication", "target_parameters")
+ENCODERS = ("text_encoder", "image_encoder", "vae")  # components that a module without any is not of
 UNSAID = (None, "", "None", "Dynamic")  # kohya's words for a number that the whole run does not have
 KOHYA_OTHERS = re.compile(r"algo|preset|rs_lora|\w*(dim|dims|alpha|alphas)")  # arguments that give modules others
 CLOSE = 2.0**-8  # an alpha may have been stored in bfloat16
@@ -56,7 +60,12 @@ class Strength:
             own = float(parts["alpha"].reshape(-1)[0]) if parts["alpha"].size == 1 else math.nan
             said.append((own / rank, f"{module}.alpha says {own:g}"))
         for claim in claims:
-            self._check_kind(claim, module, parts, rank, names)
+            stated = claim.rank_of(names)
+            if stated is not None and stated != rank:
+                self.problems.append(f"{module} has factors of rank {rank}, and {claim.place} says {stated:g}")
+            if claim.dora is not None and "up" in parts and claim.dora != ("dora" in parts):
+                there = "a" if "dora" in parts else "no"
+                self.problems.append(f"{module} has {there} DoRA, and {claim.place} says {claim.dora}")
             alpha = claim.alpha_of(names)
             if alpha is not None and claim.only_rank in (None, rank):
                 said.append(_factor(claim, alpha, rank))
@@ -72,20 +81,11 @@ class Strength:
     def _about(self, module: str) -> list[Claim]:
         """The claims that are of a module: those of no component, and of its own or of the only one."""
         components = {claim.component for claim in self.claims} - {""}
-        own = {name for name in components if module.startswith(f"{name}.")} or components
+        own = {name for name in components if module.startswith(f"{name}.")}
+        own = own or {name for name in components if not name.startswith(ENCODERS)} or components
         if len(own) > 1:
             self.problems.append(f"{module} may be of any component that is spoken of: {', '.join(sorted(own))}")
         return [claim for claim in self.claims if claim.component in {"", *own}]
-
-    def _check_kind(self, claim: Claim, module: str, parts: Parts, rank: int, names: tuple[str, str]) -> None:
-        stated = claim.rank_of(names)
-        if stated is not None and stated != rank:
-            self.problems.append(f"{module} has factors of rank {rank}, and {claim.place} says {stated:g}")
-        if "up" not in parts:
-            return
-        for what, said, there in (("DoRA", claim.dora, "dora" in parts), ("bias", claim.bias, "bias" in parts)):
-            if said is not None and said != there:
-                self.problems.append(f"{module} has {'a' if there else 'no'} {what}, and {claim.place} says {said}")
 
 
 def _factor(claim: Claim, alpha: float, rank: int) -> tuple[float, str]:
@@ -108,6 +108,11 @@ def read_strength(file: Path, config: Path | None, metadata: Mapping[str, str], 
             _read_configuration(json.loads(config.read_text(encoding="utf-8")), str(config), found)
         except (OSError, ValueError, RecursionError) as error:
             found.problems.append(f"{config} cannot be read: {error}")
+    biased = any(re.search(r"lora_(B|up)\b.*\.bias$", key) for key in keys)
+    denied = [claim for claim in found.claims if claim.bias not in (None, biased)]
+    found.problems += [
+        f"the file has {'a' if biased else 'no'} bias, and {one.place} says {one.bias}" for one in denied
+    ]
     return found
 
 
@@ -124,7 +129,9 @@ def configuration_of(path: Path) -> tuple[Path, Path | None]:
 def _read_entry(key: str, text: str, place: str, flat: dict[str, dict[str, Any]], found: Strength) -> None:
     value = _parsed(text)
     component, _, name = key.rpartition(".")
-    known = {**NUMBERS, **FLAGS, **{name: name for name in STRENGTH}}
+    known = {**{name: name for name in FIELDS}, **NUMBERS, **FLAGS}
+    if key.startswith(TRAINING):
+        return
     is_config = isinstance(value, dict) and any(str(inner).rpartition(".")[2] in TELLING for inner in value)
     if key == "lora_adapter_metadata" or is_config:
         _read_configuration(value, place, found)
@@ -132,7 +139,7 @@ def _read_entry(key: str, text: str, place: str, flat: dict[str, dict[str, Any]]
         entries = flat.setdefault(component, {})
         if entries.setdefault(known[name], value) != value:
             found.problems.append(f"{place} says {text}, and another entry {entries[known[name]]}")
-    elif not key.startswith(TRAINING):
+    else:
         inner = [str(name) for name in value] if isinstance(value, dict) else []
         words = {word for part in (key, *inner) for word in re.split(r"[^a-z]+", part.lower())}
         if said := sorted(words & WORDS):
@@ -177,7 +184,7 @@ def _read_kohya(metadata: Mapping[str, str], keys: set[str], file: Path, found: 
         return
     plain = not any(map(KOHYA_OTHERS.fullmatch, arguments))
     if plain and (has_alphas or (trained_there and rank is not None)):
-        found.claims.append(Claim(place, alpha=alpha, only_rank=rank))
+        found.claims.append(Claim(place, rank=None if has_alphas else rank, alpha=alpha, only_rank=rank))
     elif not has_alphas and alpha != rank:
         found.problems.append(f"{place} says {alpha:g} at rank {rank}, and no tensor says whether the factors have it")
 

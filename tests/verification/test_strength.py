@@ -229,7 +229,9 @@ DISAGREEING: dict[str, tuple[Tensors, dict[str, str], tuple[str, ...]]] = {
     "no number": (adapter(), {"alpha": "many"}, ("many",)),
     "no flag": (adapter(), {"use_rslora": "perhaps"}, ("perhaps",)),
     "components": (
-        adapter(), {"lora_adapter_metadata": header(**{"unet.lora_alpha": 1, "vae.lora_alpha": 1})}, ("unet, vae",)),
+        adapter(),
+        {"lora_adapter_metadata": header(**{"unet.lora_alpha": 1, "transformer.lora_alpha": 1})},
+        ("transformer, unet",)),
     "one key twice": ({**adapter(), **adapter("kohya")}, {}, ("means the same",)),
     "an unknown key": ({**adapter(), "blocks.0.to_q.oft_blocks": UP[NAMES[0]]}, {}, ("oft_blocks",)),
 }  # fmt: skip
@@ -244,6 +246,7 @@ def test_two_places_that_disagree_and_what_nobody_understands_are_problems(tmp_p
 
 def test_what_says_nothing_of_strength_is_no_problem(tmp_path: Path) -> None:
     told = {"format": "pt", "software": header(name="ai-toolkit"), "ss_scale_weight_norms": "1.0", "name": "x"}
+    told |= {"ot_config": header(lora_alpha=3, peft_type="LORA"), "workflow": header(scale=1)}  # trainers' own settings
     told |= {"modelspec.title": "alpha", "ss_huber_scale": "1", "training_info": header(step=100)}
     assert Case(tmp_path, adapter(), told).verify(1).problems == []
 
