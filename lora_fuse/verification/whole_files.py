@@ -78,15 +78,15 @@ def compare_files(
     return compared, problems
 
 
-def _listed(folder: Path, place: PurePosixPath = PurePosixPath(), above: tuple[Path, ...] = ()) -> frozenset[str]:
+def _listed(folder: Path, place: str = "", above: tuple[Path, ...] = ()) -> frozenset[str]:
     """Every file below a folder, also behind links; a link to a folder above is one name."""
     names: set[str] = set()
     inside = (*above, folder.resolve())
     for path in folder.iterdir():
         if path.is_dir() and path.resolve() not in inside:
-            names |= _listed(path, place / path.name, inside)
+            names |= _listed(path, f"{place}{path.name}/", inside)
         else:
-            names.add(str(place / path.name))
+            names.add(f"{place}{path.name}")
     return frozenset(names)
 
 

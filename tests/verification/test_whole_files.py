@@ -6,12 +6,14 @@ The merge here is made by copying and by numpy, so that no law rests on what the
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from lora_fuse.checkpoint import repository_files
 from lora_fuse.lora.inputs import LoraInput
 from lora_fuse.verification.rederivation import Expectation, Verification, verify_merge
 from tests.support import tiny
@@ -95,7 +97,7 @@ MISSING = [
 @pytest.mark.parametrize("name", MISSING)
 def test_a_file_that_the_merge_lacks_is_found(made: Repository, name: str) -> None:
     (made.out / name).unlink()
-    assert made.verify().problems == [f"{name} is in the base and not in {made.out}"]
+    assert made.verify().problems[0] == f"{name} is in the base and not in {made.out}"
 
 
 @pytest.mark.parametrize("component", ["vae", "tokenizer", "scheduler"])
@@ -150,8 +152,21 @@ def test_by_a_lock_every_file_of_it_is_taken_and_no_other(made: Repository) -> N
     assert made.verify(Expectation(base_files=taken)).problems == []
     without = made.verify(Expectation(base_files=taken - {"LICENSE"}))
     assert without.problems == ["LICENSE is not in the base and no recipe asks for it"]
-    more = made.verify(Expectation(base_files=taken | {"README.md"}))
-    assert more.problems == [f"README.md is in the base and not in {made.out}"]
+    (made.out / "NOTICE").unlink()
+    assert made.verify(Expectation(base_files=taken - {"NOTICE"})).problems == []
+    assert made.verify(Expectation(base_files=taken)).problems == [f"NOTICE is in the base and not in {made.out}"]
+
+
+@pytest.mark.parametrize("lost", ["LICENSE", "tokenizer/vocab.json", "vae/diffusion_pytorch_model.safetensors"])
+def test_what_is_needed_is_no_matter_of_the_table_that_the_engine_goes_by(
+    made: Repository, lost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = repository_files.sort_folder(made.base, "transformer")
+    others = tuple(name for name in right.others if name != lost)
+    wrong = replace(right, others=others, left={**right.left, lost: "by mistake"})
+    monkeypatch.setattr(repository_files, "sort_folder", lambda *_: wrong)
+    (made.out / lost).unlink()
+    assert any(text.startswith(lost.partition("/diff")[0]) for text in made.verify().problems)
 
 
 def _without(made: Repository, component: str) -> Expectation:
