@@ -1,6 +1,6 @@
 from . import blocks as blocks
 from . import dtypes as dtypes
-from . import file_kind as file_kind
+from . import fitness as fitness
 from . import repository_files as repository_files
 from .diffusers_layout import diffusers_files as diffusers_files
 from .header import Header as Header

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from lora_fuse.checkpoint import file_kind
 from lora_fuse.checkpoint.header import PREFIX, Header, TensorInfo, header_length, parse_header
+from lora_fuse.checkpoint.quantisation import Quantised, quantised_modules
 from lora_fuse.checkpoint.repository_files import MODEL_INDEX, sort_folder
 from lora_fuse.errors import BadCheckpoint
 from lora_fuse.machine import files
@@ -51,6 +52,11 @@ class Checkpoint:
     def tensors(self) -> dict[str, TensorInfo]:
         """Every tensor of the component by name."""
         return {name: tensor for shard in self.shards for name, tensor in shard.header.tensors.items()}
+
+    def quantised(self) -> dict[str, Quantised]:
+        """The modules of the component that are quantised, by name."""
+        metadata = {key: value for shard in self.shards for key, value in shard.header.metadata.items()}
+        return quantised_modules(self.tensors(), metadata)
 
     def locate(self, relative: str) -> Path:
         """The file on disk behind a POSIX path of this base."""

@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from lora_fuse.checkpoint import PROVENANCE, Checkpoint, Shard, TensorInfo, dtypes, open_checkpoint
+from lora_fuse.checkpoint import Checkpoint, Shard, TensorInfo, dtypes, fitness, open_checkpoint
 from lora_fuse.errors import BadCheckpoint, BadScale, require
 from lora_fuse.lora import Delta, LoraDelta, LoraFile, LoraInput, Selection, make_delta, match_targets, open_lora
-from lora_fuse.machine import files
 from lora_fuse.models import COMPONENT
 from lora_fuse.recipe import Lock, hf_cache, paths
 
@@ -94,12 +93,12 @@ def make_plan(checkpoint: Checkpoint, inputs: Sequence[LoraInput], selection: Se
     Raises:
         BadScale: a scale is not finite.
         BadLora: a file cannot be used (see `open_lora` and `match_targets` for the kinds).
-        BadCheckpoint: a target has a dtype that cannot be rounded to.
+        BadCheckpoint: the base cannot be fused into, or a target is quantised or of a dtype that is not rounded to.
         BadConfig: a pattern of the selection matches no target, or it leaves none.
         MissingExtra: a target is not plain (see `Plan.plain`), and torch is not installed.
     """
     chosen = selection or Selection()
-    _refuse_unfit(checkpoint)
+    fitness.refuse_unfit(checkpoint)
     for given in inputs:
         if not math.isfinite(given.scale):
             raise BadScale(f"the scale of {given.name} is {given.scale}, not a finite number; 1.0 is the usual one")
@@ -107,11 +106,14 @@ def make_plan(checkpoint: Checkpoint, inputs: Sequence[LoraInput], selection: Se
     weights = checkpoint.tensors()
     deltas: dict[str, list[ScaledDelta]] = {}
     for given, lora in sorted(zip(inputs, loras, strict=True), key=_order):
-        for name, delta in match_targets(lora.deltas, weights, str(lora.path)).items():
+        with fitness.blaming_a_quantised_base(checkpoint):
+            matched = match_targets(lora.deltas, weights, str(lora.path))
+        for name, delta in matched.items():
             deltas.setdefault(name, []).append(ScaledDelta(lora, delta, given.scale * (chosen.share(name) or 0.0)))
     chosen.check(deltas)
     skipped = tuple(sorted(name for name in deltas if chosen.share(name) is None))
     kept = {name: scaled for name, scaled in deltas.items() if name not in skipped}
+    fitness.refuse_quantised(checkpoint, kept)
     targets = _targets(checkpoint, kept)
     if (beyond := next(filter(None, map(_beyond_plain, targets.values())), None)) is not None:
         require("torch", beyond)
@@ -122,26 +124,6 @@ def plan_of(base: Lock, loras: Mapping[str, Lock], params: Recipe) -> Plan:
     """Match the pinned LoRAs against the pinned base, as the recipe chooses and scales them."""
     checkpoint = open_checkpoint(hf_cache.locate(base), COMPONENT, base.files, base.label if base.repo_id else None)
     return make_plan(checkpoint, paths.lora_inputs(loras, params), params.fuse.selection)
-
-
-def _refuse_unfit(checkpoint: Checkpoint) -> None:
-    """Refuse a base that is merged or quantised, as a LoRA was trained for the plain weights, or cannot be listed."""
-    for name in (*(shard.relative for shard in checkpoint.shards), *checkpoint.others):
-        if checkpoint.kind != "file" and not files.is_text(name):
-            raise BadCheckpoint(
-                f"{checkpoint.root}: the name of {files.as_text(name)} is not UTF-8, and a manifest lists it; rename it"
-            )
-    for shard in checkpoint.shards:
-        if PROVENANCE in shard.header.metadata:
-            raise BadCheckpoint(
-                f"{shard.path} is merged already ({shard.header.metadata[PROVENANCE]}); fuse into the original base, "
-                "all LoRAs in one run"
-            )
-    if checkpoint.config.get("quantization_config"):
-        raise BadCheckpoint(
-            f"{checkpoint.root} is quantised ({checkpoint.config['quantization_config']}); "
-            "fuse into the unquantised base and quantise the result"
-        )
 
 
 def _order(pair: tuple[LoraInput, LoraFile]) -> tuple[str, str, float]:
@@ -161,8 +143,8 @@ def _targets(checkpoint: Checkpoint, deltas: dict[str, list[ScaledDelta]]) -> di
                 continue
             if tensor.dtype not in dtypes.ROUNDABLE:
                 raise BadCheckpoint(
-                    f"{shard.path}: the target {name!r} is {tensor.dtype}, which cannot be rounded to; "
-                    f"use a base in {', '.join(dtypes.ROUNDABLE)}"
+                    f"{shard.path}: the target {name!r} is {tensor.dtype}, as quantised weights are, and no sum can be "
+                    f"rounded to that; use a base in {', '.join(dtypes.ROUNDABLE)}"
                 )
             targets[name] = Target(tensor, shard, tuple(deltas[name]))
     return targets

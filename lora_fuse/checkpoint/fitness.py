@@ -1,0 +1,96 @@
+"""The fitness of a base: plain weights as they were trained, neither merged nor quantised nor with a LoRA attached."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from lora_fuse.checkpoint.shards import PROVENANCE, Checkpoint, Shard
+from lora_fuse.errors import BadCheckpoint, ShapeMismatch, UnmatchedTargets
+from lora_fuse.machine import files
+
+UNQUANTISED = "fuse into the unquantised base, in bf16, fp16 or fp32, and quantise the result"
+WHOLE_FILE = "quantization_config"  # in a header: nunchaku's
+# the module that PEFT puts in the place of another, and the factors that it holds (peft/tuners/lora/layer.py)
+WRAPPED = ".base_layer."
+FACTOR = re.compile(r"\.lora_(A|B|down|up)\b")
+
+
+def refuse_unfit(checkpoint: Checkpoint) -> None:
+    """Refuse a base that is merged or quantised, as a LoRA was trained for the plain weights, or cannot be listed."""
+    for name in (*(shard.relative for shard in checkpoint.shards), *checkpoint.others):
+        if checkpoint.kind != "file" and not files.is_text(name):
+            raise BadCheckpoint(
+                f"{checkpoint.root}: the name of {files.as_text(name)} is not UTF-8, and a manifest lists it; rename it"
+            )
+    for shard in checkpoint.shards:
+        _refuse_marked(shard)
+    if checkpoint.config.get("quantization_config"):
+        raise BadCheckpoint(
+            f"{checkpoint.root} is quantised ({checkpoint.config['quantization_config']}); {UNQUANTISED}"
+        )
+
+
+def _refuse_marked(shard: Shard) -> None:
+    """Refuse a file that is no plain base by its header: merged, quantised as a whole, a LoRA, or with one in it."""
+    metadata = shard.header.metadata
+    if PROVENANCE in metadata:
+        raise BadCheckpoint(
+            f"{shard.path} is merged already ({metadata[PROVENANCE]}); fuse into the original base, "
+            "all LoRAs in one run"
+        )
+    if WHOLE_FILE in metadata:
+        raise BadCheckpoint(
+            f"{shard.path} is quantised ({WHOLE_FILE} in its header: {metadata[WHOLE_FILE]}); {UNQUANTISED}"
+        )
+    names = list(shard.header.tensors)
+    wrapped = next((name for name in names if WRAPPED in name), None)
+    factor = next((name for name in names if FACTOR.search(name)), None)
+    if wrapped is not None:
+        raise BadCheckpoint(
+            f"{shard.path} was saved with a LoRA attached: {wrapped!r} is PEFT's name of a wrapped weight; load it, "
+            "call unload_lora_weights() (of PEFT itself unload()), save it again, and name the LoRA with --lora"
+        )
+    if factor is not None:
+        raise BadCheckpoint(
+            f"{shard.path} is a LoRA, as {factor!r} says, and no base; the base comes first, the LoRA after --lora"
+        )
+
+
+@contextmanager
+def blaming_a_quantised_base(checkpoint: Checkpoint) -> Iterator[None]:
+    """Say of a base that is quantised as a whole that this is why a LoRA does not fit it.
+
+    Raises:
+        BadCheckpoint: a LoRA does not fit, and most of the modules with a matrix are quantised.
+    """
+    try:
+        yield
+    except (UnmatchedTargets, ShapeMismatch) as error:
+        found = [one for one in checkpoint.quantised().values() if one.certain]
+        matrices = (name for name, tensor in checkpoint.tensors().items() if len(tensor.shape) > 1)
+        plain = {name.removesuffix(".weight") for name in matrices if name.endswith(".weight")}
+        if len(found) < len(plain - {one.module for one in found}):
+            raise
+        first = min(found, key=lambda one: one.module)
+        raise BadCheckpoint(
+            f"{checkpoint.root} is quantised: of {len(found)} modules {first.module!r} is the first, as "
+            f"{first.evidence!r} says ({first.what}); {UNQUANTISED}"
+        ) from error
+
+
+def refuse_quantised(checkpoint: Checkpoint, targets: Iterable[str]) -> None:
+    """Refuse a target that is quantised, whatever its dtype: the sum would be scaled a second time.
+
+    Raises:
+        BadCheckpoint: there is one.
+    """
+    quantised = checkpoint.quantised()
+    for name in targets:
+        found = quantised.get(name.rpartition(".")[0])
+        if found is not None and not name.endswith(".bias"):
+            raise BadCheckpoint(
+                f"{checkpoint.root}: the target {name!r} is quantised, as {found.evidence!r} says ({found.what}); "
+                f"{UNQUANTISED}"
+            )
