@@ -2,7 +2,7 @@
 
 Text is copied, as it is edited in place. Weights are large, and only ever replaced. Where blocks cannot be shared
 (`files.Untouched`), a hard link is as good as that until somebody opens one of its two names and writes: it is made of
-read-only files only, and those of the Hub client's cache, which are never edited, are made so.
+read-only files only. Those of the Hub client's cache are made so, as the client makes those that repositories share.
 """
 
 from __future__ import annotations
@@ -40,24 +40,25 @@ def ways_of(plan: Plan, place: Path, untouched: files.Untouched) -> Ways:
             shares[device] = files.can_reflink(source, folder)
         if untouched != "hardlink" and shares[device]:
             ways[name] = "reflink"
-        elif untouched == "hardlink" or (untouched == "auto" and may_be_linked(source)):
+        elif untouched == "hardlink" or (untouched == "auto" and (files.is_read_only(source) or _is_cached(given))):
             ways[name] = "hardlink"
     return ways
 
 
-def may_be_linked(source: Path) -> bool:
-    """True for a file that is read-only, or may be made so, since it lies in the Hub client's cache."""
-    return files.is_read_only(source) or hf_cache.is_blob(source)
-
-
-def take_over(source: Path, target: Path, way: files.Untouched) -> None:
-    """Make `target` a file with the content of `source`, through links; a hard link to the cache is read-only."""
-    source = source.resolve()
-    if way == "hardlink" and hf_cache.is_blob(source):
+def take_over(given: Path, target: Path, way: files.Untouched) -> None:
+    """Make `target` a file with the content of a base's, through links; a hard link to the cache is read-only."""
+    source = given.resolve()
+    if way == "hardlink" and _is_cached(given):
         with suppress(OSError):  # another user's: see below
             files.make_read_only(source)
         way = "auto"  # a hard link if it is read-only now, or else a copy
     files.take_over(source, target, way)
+
+
+def _is_cached(given: Path) -> bool:
+    """True for a file of a snapshot in the Hub client's cache, wherever its content lies there."""
+    repo_id, _ = hf_cache.cached_from(given.parent.resolve() / given.name)
+    return repo_id is not None
 
 
 def _device(source: Path) -> int:

@@ -6,11 +6,15 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from lora_fuse.errors import naming_extras
+from lora_fuse.recipe import hf_cache
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from huggingface_hub import HfApi
+
+
+cache_dir = hf_cache.cache_dir
 
 
 def endpoint() -> str:
@@ -24,17 +28,13 @@ def token() -> str | None:
 
 
 def is_offline() -> bool:
-    """`HF_HUB_OFFLINE` or `TRANSFORMERS_OFFLINE` forbids the network."""
-    return _is_on("HF_HUB_OFFLINE") or _is_on("TRANSFORMERS_OFFLINE")
+    """True where the client is told to use no network (`HF_HUB_OFFLINE`, `TRANSFORMERS_OFFLINE`)."""
+    return bool(hf_cache.client_settings().HF_HUB_OFFLINE)
 
 
 def is_without_xet() -> bool:
-    """`HF_HUB_DISABLE_XET` keeps transfers to plain HTTP."""
-    return _is_on("HF_HUB_DISABLE_XET")
-
-
-def _is_on(name: str) -> bool:
-    return os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"}  # as the client reads switches
+    """True where the client is told to transfer by plain HTTP (`HF_HUB_DISABLE_XET`)."""
+    return bool(hf_cache.client_settings().HF_HUB_DISABLE_XET)
 
 
 def client() -> HfApi:

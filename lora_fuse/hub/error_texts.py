@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import errno
 
-from lora_fuse.hub.client import endpoint, token
-from lora_fuse.recipe import hf_cache
+from lora_fuse.hub.client import cache_dir, endpoint, token
 
 # Scopes of fine-grained tokens, by the Hub's names.
 READ = "repo.content.read"
@@ -22,7 +21,7 @@ def client_exceptions() -> tuple[type[Exception], ...]:
 
 def full_disk() -> str:
     """The text for a disk that filled up on the way."""
-    return f"the disk of {hf_cache.cache_dir()} is full; make room, or set HF_HUB_CACHE to a larger disk, and run again"
+    return f"the disk of {cache_dir()} is full; make room, or set HF_HUB_CACHE to a larger disk, and run again"
 
 
 def is_full_disk(error: BaseException) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_fuse.errors import BadSource, NoSpace
-from lora_fuse.hub.client import is_without_xet
+from lora_fuse.hub.client import cache_dir, is_without_xet
 from lora_fuse.hub.error_texts import full_disk
 from lora_fuse.hub.leftovers import remove_leftovers
 from lora_fuse.hub.retry import DELAYS
@@ -149,7 +149,7 @@ def _plan_words(label: str, files: Sequence[tuple[str, int, bool]], to_fetch: in
     total = progress.human_bytes(sum(size for _, size, _ in files))
     cached = sum(not fetch for _, _, fetch in files)
     here = f"{cached} here already, " if cached else ""
-    free = progress.human_bytes(space.free_bytes(hf_cache.cache_dir()))
+    free = progress.human_bytes(space.free_bytes(cache_dir()))
     return f"{len(files)} files, {total} from {label}: {here}{progress.human_bytes(to_fetch)} to fetch, {free} free"
 
 
@@ -183,7 +183,7 @@ class _FetchWatch:
             if "plan" in message:
                 to_fetch = self.progress.plan(self.order.label, message["plan"], silent=self.order.again)
                 way_out = "make room, or set HF_HUB_CACHE to a larger disk"
-                space.require(hf_cache.cache_dir(), to_fetch, self.order.label, way_out)
+                space.require(cache_dir(), to_fetch, self.order.label, way_out)
                 self.worker.send("go")
             if self._shows_movement(message) or self._blobs() != blobs:
                 moved = time.monotonic()

@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_fuse.errors import Refused
-from lora_fuse.hub.client import client, endpoint, token
+from lora_fuse.hub.client import cache_dir, client, endpoint, token
 from lora_fuse.hub.error_texts import cause, client_exceptions, explain, is_full_disk, is_passing
 from lora_fuse.hub.retry import PUBLISH, is_from_api, redacted, requested_pause
-from lora_fuse.recipe import hf_cache
 
 CHUNK = 1 << 20  # bytes after which the client writes and reports; its own 10 MB hide a slow connection's progress
 WRITTEN = "huggingface_hub.snapshot_download"  # the client's name for its bar of bytes written to disk
@@ -83,7 +82,7 @@ def _fetch(order: dict[str, Any], say: Say, lines: queue.SimpleQueue[str]) -> di
     arguments: dict[str, Any] = {
         "revision": order["commit"],
         "allow_patterns": [escape(name) for name in order["names"]],
-        "cache_dir": hf_cache.cache_dir(),
+        "cache_dir": cache_dir(),
         "endpoint": endpoint(),
         "token": token() or False,
         "library_name": "lora-fuse",

@@ -156,12 +156,12 @@ def rate(work: str) -> float | None:
 def remember(work: str, amount: float, seconds: float) -> None:
     """Keep a rate for the next run, if the work was long enough to have one; a cache that cannot be written is none."""
     if seconds >= SHORTEST and amount > 0:
-        with suppress(OSError):
+        with suppress(OSError, RuntimeError):  # nor is there one for a user without a home
             replace_text(rates_file(), json.dumps(_rates() | {work: amount / seconds}, indent=2) + "\n")
 
 
 def _rates() -> dict[str, object]:
     try:
         return read_json(rates_file(), dict, OSError)
-    except OSError:
+    except (OSError, RuntimeError):
         return {}

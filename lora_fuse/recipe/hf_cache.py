@@ -1,24 +1,42 @@
-"""The Hub client's cache on this machine, read without the client and without a network.
+"""The Hub client's cache on this machine, read without a network, and of the client with its settings only.
 
 Layout: huggingface.co/docs/huggingface_hub/guides/manage-cache, ``models--OWNER--NAME/snapshots/COMMIT/...``.
 """
 
 from __future__ import annotations
 
-import os
+from importlib.util import find_spec, module_from_spec
 from itertools import pairwise
 from pathlib import Path, PurePath
+from types import ModuleType
 
-from lora_fuse.errors import BadSource, Rerun
+from lora_fuse.errors import BadSource, MissingExtra, Rerun, naming_extras
 from lora_fuse.recipe.records import Lock
 
 NAMED = 3  # missing files that a message names
 
 
+def client_settings() -> ModuleType:
+    """The Hub client's own settings (`huggingface_hub.constants`), by its own rules, of the environment as it is now.
+
+    The client reads the environment once, when it is imported; its rules are run anew here, which takes half a
+    millisecond and imports nothing else of it.
+
+    Raises:
+        MissingExtra: the client is not installed.
+    """
+    with naming_extras("the Hub's cache"):
+        spec = find_spec("huggingface_hub.constants")
+    if spec is None or spec.loader is None:
+        raise MissingExtra("huggingface_hub has no constants, so its cache is not known: pip install 'lora-fuse[hub]'")
+    settings = module_from_spec(spec)
+    spec.loader.exec_module(settings)
+    return settings
+
+
 def cache_dir() -> Path:
-    """The Hub client's cache: the client's rules, but read at each call and not at import."""
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser().absolute()
+    """The Hub client's cache, where the client has it."""
+    return Path(client_settings().HF_HUB_CACHE).absolute()
 
 
 def repository_folder(repo_id: str) -> Path:
@@ -71,11 +89,6 @@ def cached_from(path: PurePath) -> tuple[str | None, str | None]:
         if part.startswith("models--") and below == "snapshots":
             return "/".join(part.split("--")[1:]), "/".join(path.parts[index + 3 :])
     return None, path.name
-
-
-def is_blob(path: PurePath) -> bool:
-    """True for a file's own place in the Hub client's cache, to which snapshots link."""
-    return path.parent.name == "blobs" and path.parent.parent.name.startswith("models--")
 
 
 def cached_at(path: PurePath) -> str | None:

@@ -20,8 +20,11 @@ def lora(tmp_path: Path) -> LoraInput:
     return LoraInput("l", tiny.write_lora(tmp_path / "l.safetensors", tiny.lora_tensors()), 1.0)
 
 
-def cached(base: Path, hub: Path) -> Path:
-    """The base as the Hub's client keeps it: blobs, and a snapshot of links to them."""
+def cached(base: Path, hub: Path, *, shared: bool) -> Path:
+    """The base as the Hub's client keeps it: blobs, and a snapshot of links to them.
+
+    `shared` moves the blobs to where all repositories have them, and leaves links, as the client does with Xet's.
+    """
     snapshot = hub / "models--a--b" / "snapshots" / ("c" * 40)
     blobs = hub / "models--a--b" / "blobs"
     blobs.mkdir(parents=True)
@@ -30,6 +33,10 @@ def cached(base: Path, hub: Path) -> Path:
         link.parent.mkdir(parents=True, exist_ok=True)
         path.rename(blobs / str(number))
         link.symlink_to(os.path.relpath(blobs / str(number), link.parent))
+        if shared:
+            (hub / "blobs" / "ab").mkdir(parents=True, exist_ok=True)
+            (blobs / str(number)).rename(hub / "blobs" / "ab" / str(number))
+            (blobs / str(number)).symlink_to(Path("../../blobs/ab", str(number)))
     return snapshot
 
 
@@ -45,10 +52,11 @@ def test_weights_are_taken_over_as_asked_and_text_is_copied(
 
 
 @pytest.mark.skipif(can_reflink(Path(__file__), Path(tempfile.gettempdir())), reason="blocks are shared here")
+@pytest.mark.parametrize("shared", [False, True])
 def test_the_cache_is_shared_read_only_and_that_is_said(
-    tmp_path: Path, base: Path, lora: LoraInput, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, base: Path, lora: LoraInput, capsys: pytest.CaptureFixture[str], shared: bool
 ) -> None:
-    snapshot = cached(base, tmp_path / "hub")
+    snapshot = cached(base, tmp_path / "hub", shared=shared)
     assert not is_read_only(snapshot / VAE)
     arguments = ["fuse", str(snapshot), str(tmp_path / "out"), "--lora", str(lora.path)]
     assert main(arguments) == 0
@@ -72,6 +80,8 @@ def test_a_base_that_is_read_only_already_is_linked(tmp_path: Path, base: Path, 
     (base / VAE).chmod(0o444)
     lora_fuse.fuse(lora_fuse.plan(base, [lora]), tmp_path / "out")
     assert (tmp_path / "out" / VAE).samefile(base / VAE)
+    lora_fuse.fuse(lora_fuse.plan(base, [lora]), tmp_path / "out", untouched="reflink")
+    assert not (tmp_path / "out" / VAE).samefile(base / VAE)
 
 
 def test_what_cannot_be_shared_is_copied(tmp_path: Path) -> None:
