@@ -29,7 +29,7 @@ ASK = "from huggingface_hub import constants as c; print(c.HF_HUB_CACHE, c.HF_HU
         {"XDG_CACHE_HOME": "$SCRATCH/xdg", "HF_HUB_DISABLE_XET": "no"},
         {"HUGGINGFACE_CO_STAGING": "1"},
     ],
-    ids=lambda given: "+".join(given),
+    ids="+".join,
 )
 def test_the_environment_means_what_it_means_to_the_client(
     given: dict[str, str], monkeypatch: pytest.MonkeyPatch
@@ -52,7 +52,6 @@ def test_a_place_in_the_working_folder_is_named_whole(tmp_path: Path, monkeypatc
 
 def test_without_the_client_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [])
-    monkeypatch.setattr(sys, "meta_path", [])
     for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(MissingExtra, match=r"lora-fuse\[hub\]"):
