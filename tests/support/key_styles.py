@@ -25,6 +25,8 @@ RNG = np.random.default_rng(5)
 X = "transformer_blocks.0.attn.to_q"  # 24 x 16, with a bias
 CONV = "conv_in"  # 6 x 4 x 3 x 3
 POINT = "conv_out"  # 8 x 6 x 1 x 1
+LINE = "conv_line"  # 6 x 4 x 3
+VOLUME = "conv_volume"  # 6 x 4 x 2 x 3 x 3
 POSITIVE = ("dora_scale", "lora_magnitude_vector.weight")
 
 
@@ -37,6 +39,8 @@ def convolutions() -> Tensors:
         f"{CONV}.weight": random(6, 4, 3, 3).astype(tiny.BF16),
         f"{CONV}.bias": random(6).astype(tiny.BF16),
         f"{POINT}.weight": random(8, 6, 1, 1).astype(tiny.BF16),
+        f"{LINE}.weight": random(6, 4, 3).astype(tiny.BF16),
+        f"{VOLUME}.weight": random(6, 4, 2, 3, 3).astype(tiny.BF16),
     }
 
 
@@ -51,7 +55,7 @@ def kernel(t: Tensors) -> Any:
 
 def tucker_kernel(t: Tensors) -> Any:
     up, mid, down = (t[f"lora_{part}.weight"] for part in ("up", "mid", "down"))
-    return np.einsum("pi,ijhw,jr->prhw", up[..., 0, 0], mid, down[..., 0, 0])
+    return np.einsum("pi,ij...,jr->pr...", up.reshape(len(up), -1), mid, down.reshape(len(down), -1))
 
 
 def hadamard(t: Tensors, side: int) -> Any:
@@ -59,7 +63,7 @@ def hadamard(t: Tensors, side: int) -> Any:
 
 
 def tucker(core: Array, a: Array, b: Array) -> Any:
-    return np.einsum("ijkl,jr,ip->prkl", core, b, a)
+    return np.einsum("ij...,jr,ip->pr...", core, b, a)
 
 
 def tucker_hadamard(t: Tensors, side: int) -> Any:
@@ -68,7 +72,7 @@ def tucker_hadamard(t: Tensors, side: int) -> Any:
 
 def kronecker_kernel(t: Tensors) -> Any:
     w2 = tucker(t["lokr_t2"], t["lokr_w2_a"], t["lokr_w2_b"])
-    return np.einsum("ab,cdkl->acbdkl", t["lokr_w1"], w2).reshape(6, 4, 3, 3)
+    return np.einsum("ab,cd...->acbd...", t["lokr_w1"], w2).reshape(6, 4, *w2.shape[2:])
 
 
 def unit(moved: Array, *axes: int) -> Any:
@@ -84,10 +88,12 @@ LINEAR = {"lora_down.weight": (4, 16), "lora_up.weight": (24, 4)}
 KERNEL = {"lora_down.weight": (3, 4, 3, 3), "lora_up.weight": (6, 3, 1, 1)}
 PEFT = {"lora_A.weight": (4, 16), "lora_B.weight": (24, 4)}
 HADAMARD = {"hada_w1_a": (24, 3), "hada_w1_b": (3, 16), "hada_w2_a": (24, 3), "hada_w2_b": (3, 16)}
-CORES = {
-    "hada_w1_a": (3, 6), "hada_w1_b": (3, 4), "hada_t1": (3, 3, 3, 3),
-    "hada_w2_a": (3, 6), "hada_w2_b": (3, 4), "hada_t2": (3, 3, 3, 3),
-}  # fmt: skip
+
+
+def cores(*kernel: int) -> dict[str, tuple[int, ...]]:
+    sides = {f"hada_w{n}_{side}": (3, rows) for n in (1, 2) for side, rows in (("a", 6), ("b", 4))}
+    return sides | {f"hada_t{n}": (3, 3, *kernel) for n in (1, 2)}
+
 
 # By name: the parameter, the shapes of what the file holds, its alpha, and the formula.
 ALGORITHMS: Mapping[str, tuple[str, Mapping[str, tuple[int, ...]], float | None, Formula]] = {
@@ -98,10 +104,27 @@ ALGORITHMS: Mapping[str, tuple[str, Mapping[str, tuple[int, ...]], float | None,
         f"{CONV}.weight",
         {"lora_down.weight": (3, 4, 1, 1), "lora_mid.weight": (3, 3, 3, 3), "lora_up.weight": (6, 3, 1, 1)}, None,
         lambda t, w, s: w + s * tucker_kernel(t)),
+    "LoRA, Tucker of one dimension": (
+        f"{LINE}.weight", {"lora_down.weight": (3, 4, 1), "lora_mid.weight": (3, 3, 3), "lora_up.weight": (6, 3, 1)},
+        None, lambda t, w, s: w + s * tucker_kernel(t)),
+    "LoRA, Tucker of three dimensions": (
+        f"{VOLUME}.weight",
+        {"lora_down.weight": (3, 4, 1, 1, 1), "lora_mid.weight": (3, 3, 2, 3, 3), "lora_up.weight": (6, 3, 1, 1, 1)},
+        1.5, lambda t, w, s: w + s * 0.5 * tucker_kernel(t)),
+    "LoHa, Tucker of one dimension": (f"{LINE}.weight", cores(3), None,
+                                      lambda t, w, s: w + s * tucker_hadamard(t, 1) * tucker_hadamard(t, 2)),
+    "LoHa, Tucker of three dimensions": (f"{VOLUME}.weight", cores(2, 3, 3), None,
+                                         lambda t, w, s: w + s * tucker_hadamard(t, 1) * tucker_hadamard(t, 2)),
+    "LoKr, Tucker of one dimension": (
+        f"{LINE}.weight", {"lokr_w1": (2, 2), "lokr_w2_a": (3, 3), "lokr_w2_b": (3, 2), "lokr_t2": (3, 3, 3)}, None,
+        lambda t, w, s: w + s * kronecker_kernel(t)),
+    "LoKr, Tucker of three dimensions": (
+        f"{VOLUME}.weight", {"lokr_w1": (2, 2), "lokr_w2_a": (3, 3), "lokr_w2_b": (3, 2), "lokr_t2": (3, 3, 2, 3, 3)},
+        None, lambda t, w, s: w + s * kronecker_kernel(t)),
     "LoRA, 1x1 as linear": (f"{POINT}.weight", {"lora_down.weight": (2, 6), "lora_up.weight": (8, 2)}, None,
                             lambda t, w, s: w + s * product(t)[..., None, None]),
     "LoHa": (f"{X}.weight", HADAMARD, 1.5, lambda t, w, s: w + s * 0.5 * hadamard(t, 1) * hadamard(t, 2)),
-    "LoHa, Tucker": (f"{CONV}.weight", CORES, None,
+    "LoHa, Tucker": (f"{CONV}.weight", cores(3, 3), None,
                      lambda t, w, s: w + s * tucker_hadamard(t, 1) * tucker_hadamard(t, 2)),
     "LoKr, whole": (f"{X}.weight", {"lokr_w1": (4, 2), "lokr_w2": (6, 8)}, 64,  # alpha does not count here
                     lambda t, w, s: w + s * np.kron(t["lokr_w1"], t["lokr_w2"])),
