@@ -263,7 +263,7 @@ def _verify_merge(options: argparse.Namespace, published: Published | None) -> i
         f"verify: {found.targets} targets ({found.modules} modules), {found.rows_checked} of {found.rows_total} rows, "
         f"{found.tensors_untouched} tensors and {found.files_untouched} files identical to the base"
     )
-    if found.drawn:
+    if found.drawn and found.drawn.rows:
         print(f"  and {found.drawn.rows} rows drawn at random; --seed {found.drawn.seed} draws them again")
     if found.changes:
         norms = sorted(change.relative_norm for change in found.changes.values())

@@ -42,7 +42,7 @@ def verify(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN)
     for problem in found.problems:
         console.wrong("verify", problem)
     outcome = "passed" if found.passed else f"FAILED, {found.problem_count} problems"
-    drawn = f" and {found.drawn.rows} drawn at random" if found.drawn else ""
+    drawn = f" and {found.drawn.rows} drawn at random" if found.drawn and found.drawn.rows else ""
     line = f"{outcome}: {found.targets} targets, {found.rows_checked} of {found.rows_total} rows{drawn} re-derived"
     same = f"{found.tensors_untouched} tensors and {found.files_untouched} files compared with the base"
     counts = {name: getattr(found, name) for name in ("targets", "rows_checked", "rows_total", "problem_count")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from lora_fuse.checkpoint import dtypes, repository_files
+from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import BadCheckpoint
 
 Array = npt.NDArray[Any]
@@ -36,7 +37,10 @@ def opened(file: Path, error: Callable[[str], Exception]) -> AbstractContextMana
 
 
 class Weights:
-    """The tensors of the safetensors files in one place, by name, opened through safetensors."""
+    """The tensors of safetensors files in one place, by name; safetensors opens them and gives values.
+
+    Bytes are compared as they lie in the files: numpy has no name for some dtypes.
+    """
 
     def __init__(self, paths: Sequence[Path], stack: ExitStack) -> None:
         """Open the files.
@@ -45,37 +49,45 @@ class Weights:
             BadCheckpoint: one cannot be opened.
         """
         self._handles: dict[str, Any] = {}
+        self._places: dict[
+            str, tuple[Path, int, dict[str, Any]]
+        ] = {}  # file, where its data begins, entry in the header
         self.metadata: dict[str, dict[str, str]] = {}  # of each file's header, by the file's name
         for path in paths:
             handle = stack.enter_context(opened(path, BadCheckpoint))
-            self.metadata[path.name] = handle.metadata() or {}
             self._handles.update(dict.fromkeys(handle.keys(), handle))
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                entries = json.loads(file.read(length))
+            self.metadata[path.name] = entries.pop("__metadata__", {})
+            self._places.update({name: (path, 8 + length, entry) for name, entry in entries.items()})
 
     def names(self) -> set[str]:
         """All tensor names."""
-        return set(self._handles)
+        return set(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
-        return tuple(self._handles[name].get_slice(name).get_shape())
+        return tuple(self._places[name][2]["shape"])
 
     def nbytes(self, name: str) -> int:
         """Size of a tensor's data in bytes."""
-        part = self._handles[name].get_slice(name)
-        dtype = dtypes.DTYPES.get(part.get_dtype())
-        return math.prod(map(int, part.get_shape())) * (dtype.bits if dtype else 8) // 8
+        start, end = self._places[name][2]["data_offsets"]
+        return int(end - start)
 
     def same(self, other: Weights, name: str) -> bool:
         """True where a tensor has the same dtype, shape and bytes in both; read in blocks."""
-        ours, theirs = (side._handles[name].get_slice(name) for side in (self, other))
-        if (ours.get_dtype(), ours.get_shape()) != (theirs.get_dtype(), theirs.get_shape()):
-            return False
-        shape = ours.get_shape()
-        if not shape:
-            return self.tensor(name).tobytes() == other.tensor(name).tobytes()
-        rows = max(1, BLOCK // max(1, 8 * math.prod(shape[1:])))
-        blocks = (slice(row, min(row + rows, shape[0])) for row in range(0, shape[0], rows))
-        return all(np.array_equal(_bytes(ours[block]), _bytes(theirs[block])) for block in blocks)
+        ours, theirs = (side._places[name][2] for side in (self, other))
+        alike = (ours["dtype"], ours["shape"]) == (theirs["dtype"], theirs["shape"])
+        return alike and all(one == two for one, two in zip(self._blocks(name), other._blocks(name), strict=True))
+
+    def _blocks(self, name: str) -> Iterator[bytes]:
+        path, data, entry = self._places[name]
+        start, end = entry["data_offsets"]
+        with path.open("rb") as file:
+            file.seek(data + start)
+            for at in range(start, end, BLOCK):
+                yield file.read(min(BLOCK, end - at))
 
     def tensor(self, name: str) -> Array:
         """The whole tensor in its own dtype."""
@@ -85,10 +97,6 @@ class Weights:
         """Some rows of a matrix in its own dtype."""
         part = self._handles[name].get_slice(name)
         return np.concatenate([np.asarray(part[int(row) : int(row) + 1]) for row in rows])
-
-
-def _bytes(values: Array) -> npt.NDArray[np.uint8]:
-    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
 
 def weight_files(root: Path, component: str) -> list[Path]:

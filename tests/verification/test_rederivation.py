@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as torch_save
 
 from lora_fuse.checkpoint.diffusers_layout import diffusers_files
 from lora_fuse.checkpoint.shards import open_checkpoint
@@ -221,3 +223,24 @@ def test_a_lora_that_does_not_fit_is_a_problem_and_no_traceback(tmp_path: Path) 
     rows.lora.write_bytes(b"x")
     with pytest.raises(BadLora, match="cannot be opened"):
         rows.verify()
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e8m0fnu", "complex64"])
+def test_tensors_of_dtypes_that_numpy_has_no_name_for_are_compared_byte_by_byte(tmp_path: Path, dtype: str) -> None:
+    lora = tiny.write_lora(
+        tmp_path / "l.safetensors", {"x.lora_A.weight": np.ones((1, 4)), "x.lora_B.weight": np.ones((8, 1))}
+    )
+    other = torch.arange(64, dtype=torch.uint8).view(getattr(torch, dtype))
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("base", "right", "wrong")}
+    changed = other.view(torch.uint8).clone()
+    changed[63] = 0
+    for name, path in files.items():
+        kept = changed.view(other.dtype) if name == "wrong" else other
+        torch_save({"x.weight": torch.full((8, 4), 1.0 + (name != "base")), "other": kept}, path)
+
+    def verify(name: str) -> list[str]:
+        given = [LoraInput("l", lora, 1.0)]
+        return verify_merge(files[name], files["base"], given, component="", rows=None, expected=Expectation()).problems
+
+    assert verify("right") == []
+    assert verify("wrong") == ["other is no target of any LoRA and differs from the base"]
