@@ -8,6 +8,7 @@ dtype lies closer to the float64 sum. A mistake in one is not repeated in the ot
 from __future__ import annotations
 
 import math
+import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -27,6 +28,8 @@ from lora_fuse.verification.weights import Array, Weights, drawn_rows, row_block
 from lora_fuse.verification.whole_files import compare_files, sort_base
 
 SLACK = 1 + 1e-9  # float64 sums taken in another order differ by about 1e-16 of the value
+# A tensor beside a weight that says its numbers are not yet the weight: they are multiplied, or quantised.
+SCALE = re.compile(r"(?P<module>.+)\.(?:scale_weight|weight_scale\w*|weight_zero_point|comfy_quant|weight\..+)")
 SHOWN = 20  # problems that are spelled out; the rest is counted
 
 
@@ -166,6 +169,11 @@ def _check_tensors(
 ) -> None:
     for name in sorted(base.names() ^ merged.names()):
         found.problem(f"{name} is only in the {'base' if name in base.names() else 'merged'} checkpoint")
+    scales = {f"{match['module']}.weight": match[0] for match in map(SCALE.fullmatch, base.names()) if match}
+    for name in sorted(deltas.keys() & scales.keys()):
+        found.problem(
+            f"{name} is no plain weight in the base: {scales[name]} goes with it, so the sum is of other numbers"
+        )
     for name in sorted(base.names() & merged.names()):
         if name in deltas:
             _check_target(name, merged, base, deltas[name], rows, found)

@@ -244,3 +244,14 @@ def test_tensors_of_dtypes_that_numpy_has_no_name_for_are_compared_byte_by_byte(
 
     assert verify("right") == []
     assert verify("wrong") == ["other is no target of any LoRA and differs from the base"]
+
+
+@pytest.mark.parametrize("beside", ["scale_weight", "weight_scale_inv", "weight.absmax"])
+def test_a_weight_that_a_scale_goes_with_is_no_weight_to_add_to(tmp_path: Path, beside: str) -> None:
+    rows = Rows(tmp_path)
+    rows.merge(np.array([], int))
+    for folder in ("base", "out"):
+        path = tmp_path / folder / "diffusion_pytorch_model.safetensors"
+        save_file({**load_file(path), f"x.{beside}": np.ones(1, np.float32)}, path, metadata={"format": "pt"})
+    (problem,) = rows.verify().problems
+    assert problem.startswith(f"x.weight is no plain weight in the base: x.{beside} goes with it")
