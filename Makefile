@@ -34,7 +34,9 @@ $(READY): pyproject.toml constraints.txt
 doctor: $(READY)
 	@python -m stages.doctor
 
+# An archive or a copy has no .git; DVC does without if it is told to, but for experiments.
 repro: $(READY)
+	@git rev-parse --git-dir >/dev/null 2>&1 || test -e .git || dvc config --local core.no_scm true
 	@dvc repro --quiet; status=$$?; python -m stages.summary; exit $$status
 
 check: $(READY)
