@@ -52,7 +52,7 @@ def by_component(entries: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def config_scale(
     fields: Mapping[str, Any], where: str, label: str, component: str, default_alpha: float | None = DEFAULT_ALPHA
 ) -> StatedScale:
-    """The statement of a configuration's fields, every one of them checked; `default_alpha` counts where none is said.
+    """The statement of a configuration's fields, each of them checked; `default_alpha` counts where no place says one.
 
     Raises:
         BadLora: a field is of the wrong type, or asks for what cannot be merged.
@@ -62,7 +62,8 @@ def config_scale(
         stated = StatedScale(
             label,
             rank=int(fields["r"]) if fields.get("r") is not None else None,
-            alpha=float(fields["lora_alpha"]) if fields.get("lora_alpha") is not None else default_alpha,
+            alpha=float(fields["lora_alpha"]) if fields.get("lora_alpha") is not None else None,
+            default_alpha=default_alpha,
             rank_stabilized=_flag(fields, "use_rslora") or False,
             rank_pattern={str(k): int(v) for k, v in (fields.get("rank_pattern") or {}).items()},
             alpha_pattern={str(k): float(v) for k, v in (fields.get("alpha_pattern") or {}).items()},
@@ -74,6 +75,10 @@ def config_scale(
             re.compile(pattern)
     except (ValueError, TypeError, AttributeError, re.error) as error:
         raise BadLora(f"{where} is not a PEFT configuration: {error}") from error
+    if stated.rank_stabilized and stated.alpha is None and default_alpha is None:
+        raise BadLora(
+            f"{where} says use_rslora and no alpha that it is about; write .alpha tensors with the right value"
+        )
     return stated
 
 

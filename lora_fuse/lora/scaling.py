@@ -26,12 +26,13 @@ class StatedScale:
 
     With `rank_stabilized` the factor is alpha / sqrt(rank). `component` is the beginning of the names that it is for,
     ``unet`` for one, and `only_rank` the rank of those: a trainer's default says nothing of a module that was given
-    another. `dora` and `bias` say whether there are such tensors.
+    another. `default_alpha` counts where no place says one. `dora` and `bias` say whether there are such tensors.
     """
 
     where: str
     rank: int | None = None
     alpha: float | None = None
+    default_alpha: float | None = None
     rank_stabilized: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -73,7 +74,8 @@ def scale_of(module: str, rank: int, own: float | None, stated: Sequence[StatedS
         FactorMismatch: a place says another rank than the factors have.
     """
     said = [] if own is None else [ModuleScale(own, own / rank, ".alpha")]
-    for place in _for_module(stated, module, where):
+    places = _for_module(stated, module, where)
+    for place in places:
         told = place.rank_of(module)
         if told is not None and told != rank:
             raise FactorMismatch(
@@ -83,6 +85,10 @@ def scale_of(module: str, rank: int, own: float | None, stated: Sequence[StatedS
         alpha = place.alpha_of(module)
         if alpha is not None and place.only_rank in (None, rank):
             said.append(ModuleScale(alpha, place.factor(alpha, rank), place.where))
+    defaults = [place for place in places if place.default_alpha is not None]
+    for place in defaults if not said else ():
+        alpha = place.default_alpha or 0.0
+        said.append(ModuleScale(alpha, place.factor(alpha, rank), f"the default of {place.where}"))
     for scale in said:
         if not math.isfinite(scale.alpha):
             raise BadLora(f"{where}: the alpha of {module!r} is {scale.alpha}, not a finite number; the file is broken")

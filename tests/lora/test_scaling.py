@@ -41,7 +41,8 @@ ALONE: list[tuple[str, Header, float, str]] = [
     ("diffusers", packed({"r": 4, "lora_alpha": 2}), 2 / 4, "header lora_adapter_metadata (transformer)"),
     ("bare", packed({"r": 4, "lora_alpha": 2}, "unet"), 2 / 4, "header lora_adapter_metadata (unet)"),
     ("bare", packed({"lora_alpha": 2, "use_rslora": True}, "x"), 2 / 2, "header lora_adapter_metadata (x)"),
-    ("bare", packed({"r": 4}), 8 / 4, "header lora_adapter_metadata (transformer)"),  # PEFT's default
+    ("bare", packed({"r": 4}), 8 / 4, "the default of header lora_adapter_metadata (transformer)"),  # PEFT's own
+    ("lightning", {"alpha": "6", **packed({"r": 4})}, 6 / 4, "header alpha"),
     (
         "bare",
         packed({"r": 4, "lora_alpha": 2}) | {"text_encoder.lora_alpha": "9"},
@@ -109,6 +110,7 @@ def test_places_that_agree_or_are_about_others_are_no_trouble(tmp_path: Path, he
         (packed({"init_lora_weights": "olora"}, "unet"), "sets init_lora_weights='olora'.* changes the base"),
         (packed({"use_dora": True}), "sets use_dora=True, and the file has no tensors of it"),
         ({"lora_adapter_metadata": "[1]"}, "header lora_adapter_metadata is not a PEFT configuration: it holds a list"),
+        ({"unet.use_rslora": "True"}, "header unet.use_rslora says use_rslora and no alpha that it is about"),
         (packed({"use_rslora": "yes"}), "use_rslora is 'yes', not true or false"),
         ({"ss_network_alpha": "1", "ss_network_dim": "4"}, "a converter may have multiplied it in"),
         ({**packed({"r": 4}, "transformer_2"), "unet.r": "4"}, "header speaks of .*transformer_2.* and header unet"),
