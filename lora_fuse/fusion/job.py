@@ -6,8 +6,8 @@ The command line, the stage and `lora_fuse.fuse` all go through here.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -113,8 +113,7 @@ class FuseJob:
 
         def beside(merged: Mapping[str, records.MergedFile]) -> dict[Path, str]:
             manifest = build_manifest(self.plan, dict(merged), recipe=recipe, base=base, loras=loras)
-            linked = tuple(name for name, way in self._ways.items() if way == "hardlink" and name not in self.generated)
-            written.append(Fused(manifest, nbytes, clock.seconds, linked))
+            written.append(Fused(manifest, nbytes, clock.seconds))
             return self._records(written[0])
 
         with progress.byte_progress(self.label, nbytes) as advance:
@@ -129,7 +128,14 @@ class FuseJob:
                 replace=self._destination.replace,
                 beside=beside,
             )
-        return written[0]
+        return replace(written[0], linked=tuple(self._linked()))
+
+    def _linked(self) -> Iterator[str]:
+        """The files that are the base's in the end: what was meant to be linked may have become a copy."""
+        for name, way in self._ways.items():
+            merged = self._destination.place / name
+            if way == "hardlink" and merged.is_file() and merged.samefile(self.plan.checkpoint.locate(name)):
+                yield name
 
     def _records(self, fused: Fused) -> dict[Path, str]:
         """The manifest and the record of this build, by their paths."""

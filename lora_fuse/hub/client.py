@@ -18,8 +18,8 @@ cache_dir = hf_cache.cache_dir
 
 
 def endpoint() -> str:
-    """The Hub to talk to: `HF_ENDPOINT`, or huggingface.co."""
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    """The Hub that the client talks to (`HF_ENDPOINT`); an empty variable is as good as none."""
+    return str(hf_cache.client_settings().ENDPOINT or "https://huggingface.co")
 
 
 def token() -> str | None:
