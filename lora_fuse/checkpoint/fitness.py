@@ -71,7 +71,7 @@ def blaming_a_quantised_base(checkpoint: Checkpoint) -> Iterator[None]:
         found = [one for one in checkpoint.quantised().values() if one.certain]
         matrices = (name for name, tensor in checkpoint.tensors().items() if len(tensor.shape) > 1)
         plain = {name.removesuffix(".weight") for name in matrices if name.endswith(".weight")}
-        if len(found) < len(plain - {one.module for one in found}):
+        if not found or len(found) < len(plain - {one.module for one in found}):
             raise
         first = min(found, key=lambda one: one.module)
         raise BadCheckpoint(

@@ -100,12 +100,15 @@ class Destination:
             raise Refused(f"the name of OUT {self.out} is not UTF-8, and the manifest holds it; name it otherwise")
 
     def _refuse_unwritable(self) -> None:
-        for written in (self.place, self.out.absolute()):
-            nearest = next(path for path in written.parents if path.exists())
-            if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-                what = "is not writable" if nearest.is_dir() else "is a file"
-                raise Refused(f"OUT {self.out} cannot be written: {nearest} {what}; name another place")
-        longest = os.pathconf(nearest, "PC_NAME_MAX") - ADDED
+        above = [next(path for path in way.parents if path.exists()) for way in (self.place, self.out.absolute())]
+        for folder in (
+            *above,
+            *([self.place] if self.place.is_dir() else []),
+        ):  # it moves, too
+            if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+                what = "is not writable" if folder.is_dir() else "is a file"
+                raise Refused(f"OUT {self.out} cannot be written: {folder} {what}; name another place")
+        longest = os.pathconf(above[0], "PC_NAME_MAX") - ADDED
         if len(os.fsencode(self.place.name)) > longest:
             raise Refused(f"the name of OUT {self.out} is longer than {longest} bytes; name it shorter")
         for path in (manifest_path(self.out), self.build):

@@ -148,6 +148,12 @@ def test_a_base_with_a_name_that_no_manifest_can_hold_is_refused(base: Path, lor
         make_plan(open_checkpoint(base), [lora])
 
 
+def test_a_base_without_a_matrix_lacks_the_modules_and_is_no_quantised_one(tmp_path: Path, lora: LoraInput) -> None:
+    tiny.write_component(tmp_path / "base", {"w": np.ones(6, np.float32)}, shards=1)
+    with pytest.raises(BadLora, match="6 of 6 modules are not in the base"):
+        make_plan(open_checkpoint(tmp_path / "base"), [lora])
+
+
 def test_a_base_in_a_dtype_that_cannot_be_rounded_to_is_refused(tmp_path: Path, lora: LoraInput) -> None:
     base = tiny.write_pipeline(tmp_path / "int", tiny.weights(np.int8))
     with pytest.raises(BadCheckpoint, match="I8"):
