@@ -130,6 +130,17 @@ def test_a_merge_needs_room_beside_the_last_one(small_disk: Path) -> None:
     assert (short.status, "make room for" in short.remedy) == (Status.FAIL, True)
 
 
+def test_where_the_last_merge_is_a_link_its_target_s_disk_counts(small_disk: Path, tmp_path: Path) -> None:
+    write(tmp_path / "base", PIPELINE)
+    out = tmp_path / "artifacts"
+    out.mkdir()
+    assert named(places(in_folder(tmp_path / "base"), out), "disk").status is Status.OK
+    (out / "merged").symlink_to(small_disk / "merged")
+    (small_disk / "filler").write_bytes(bytes(20_000_000))
+    found = named(places(in_folder(tmp_path / "base"), out), "disk")
+    assert (found.status, str(small_disk) in found.found) == (Status.FAIL, True)
+
+
 def test_what_is_fetched_and_what_is_merged_are_added_up_on_one_disk(
     hub: LoopbackHub, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

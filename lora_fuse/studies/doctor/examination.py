@@ -75,7 +75,8 @@ def _size(label: str, size: sizes.SourceSize) -> Finding:
 def _places(recipe: Recipe, at: Artifacts, found: Mapping[str, sizes.SourceSize]) -> Iterator[Finding]:
     """Disks: what is fetched goes to the cache, what is merged beside the last merge; it may be the same disk."""
     cache = hf_cache.cache_dir()
-    out = at.merged.parent
+    merged = at.merged.resolve() if at.merged.is_symlink() else at.merged  # a merge goes through the link
+    out = merged.parent
     uses_cache = _uses_the_hub(recipe)
     yield disk.writable("artifacts", out)
     if uses_cache:
@@ -107,9 +108,9 @@ def _places(recipe: Recipe, at: Artifacts, found: Mapping[str, sizes.SourceSize]
     elif fetch:
         parts["and what is fetched, on the same disk"] = fetch
     needed = sum(parts.values())
-    own = _own_bytes(at.merged)
+    own = _own_bytes(merged)
     if own:
-        yield disk.rebuild("disk", at.merged, space.free_bytes(out), needed, own, same=_is_of(recipe, at))
+        yield disk.rebuild("disk", merged, space.free_bytes(out), needed, own, same=_is_of(recipe, at))
     else:
         yield disk.room("disk", out, space.free_bytes(out), needed, ", ".join(parts))
 
