@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Literal, TypeAlias
 
 from lora_fuse.checkpoint import open_checkpoint
 from lora_fuse.errors import BadConfig
-from lora_fuse.fusion import Fused, FuseJob, Plan, make_plan
+from lora_fuse.fusion import Fused, FuseJob, Plan, cautions, make_plan
 from lora_fuse.lora import LoraInput, Selection
 from lora_fuse.machine import files, progress
 from lora_fuse.models import COMPONENT, needed_scheduler
@@ -49,6 +50,8 @@ def fuse(
 ) -> Fused:
     """Write the merged checkpoint to `out` and its manifest beside it; the bytes do not depend on the device.
 
+    What merges and is a mistake nevertheless, as a known LoRA of another base, is a `UserWarning`.
+
     Args:
         plan: what `plan` returned.
         out: the folder or file to make; an earlier merge there is replaced when the new one is whole. A link stays,
@@ -66,6 +69,8 @@ def fuse(
     """
     with nullcontext() if show_progress else progress.silence():
         settings = _settings(scheduler, plan.inputs)
+        for caution in cautions(plan, settings):
+            warnings.warn(caution, stacklevel=2)
         return FuseJob(plan, out, device=device, untouched=untouched, scheduler=settings, replace=replace).run()
 
 

@@ -9,6 +9,7 @@ import argparse
 import io
 import os
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout
@@ -190,15 +191,16 @@ def _fuse(options: argparse.Namespace) -> int:
         )
     scheduler = _scheduler(options)
     _print_plan(plan, scheduler)
-    fused = lora_fuse.fuse(
-        plan,
-        out,
-        device=options.device,
-        untouched=options.untouched,
-        scheduler=scheduler,
-        replace=options.replace,
-        show_progress=True,
-    )
+    with warnings.catch_warnings(action="ignore"):  # they are printed
+        fused = lora_fuse.fuse(
+            plan,
+            out,
+            device=options.device,
+            untouched=options.untouched,
+            scheduler=scheduler,
+            replace=options.replace,
+            show_progress=True,
+        )
     files = fused.manifest.files
     total = progress.human_bytes(sum(file.size for file in files.values()))
     written = progress.human_rate(fused.bytes_written, fused.seconds)

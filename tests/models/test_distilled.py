@@ -106,6 +106,8 @@ def test_auto_is_the_same_from_python_and_refused_where_nothing_is_known(
     tmp_path: Path, base: Path, lora: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [LoraInput("l", lora, 1.0)]
+    with pytest.warns(UserWarning, match="was distilled for 4 steps"):
+        lora_fuse.fuse(lora_fuse.plan(base, given), tmp_path / "out")
     lora_fuse.fuse(lora_fuse.plan(base, given), tmp_path / "out", scheduler="auto")
     assert scheduler_of(tmp_path / "out") == dict(LIGHTNING)
     assert lora_fuse.verify(tmp_path / "out", base, given, scheduler="auto").passed
