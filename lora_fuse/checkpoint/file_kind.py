@@ -25,6 +25,11 @@ class FileKind:
     way_out: str
 
 
+POINTER = FileKind(
+    (b"version https://git-lfs", b"version https://hawser"),
+    "a pointer of git-lfs, not the file that it stands for",
+    "run `git lfs pull` in its folder, or fetch the file with `hf download`",
+)
 # By source: ggml-org/ggml docs/gguf.md; zip, as torch.save writes it: APPNOTE.TXT 4.3.7; PROTO of pickletools; git-lfs
 # docs/spec.md; HTML and XML error pages; HDF5's format specification, III.A; RFC 1952 (gzip), RFC 8878 (zstd); xz, 7z,
 # rar, PNG, JPEG and RIFF by their own; numpy.lib.format; ISO 32000 (PDF).
@@ -36,11 +41,7 @@ KINDS = (
     ),
     FileKind((b"pk\x03\x04",), "a pickle in a zip, as torch.save writes it, or another zip", _CONVERT),
     FileKind(tuple(b"\x80%c" % protocol for protocol in range(2, 6)), "a pickle", _CONVERT),
-    FileKind(
-        (b"version https://git-lfs", b"version https://hawser"),
-        "a pointer of git-lfs, not the file that it stands for",
-        "run `git lfs pull` in its folder, or fetch the file with `hf download`",
-    ),
+    POINTER,
     FileKind((b"<!doctype", b"<html", b"<?xml", b"<head", b"<error"), "a web page, saved in place of the file", _FETCH),
     FileKind((b'{"', b"{\n", b"{ "), "JSON, as a server answers when it refuses", _FETCH),
     FileKind((b"\x89hdf",), "an HDF5 file, as Keras writes it", "take the safetensors file of the same model"),

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from lora_fuse.checkpoint import file_kind
 from lora_fuse.checkpoint.header import PREFIX, Header, TensorInfo, header_length, parse_header
 from lora_fuse.checkpoint.quantisation import Quantised, quantised_modules
-from lora_fuse.checkpoint.repository_files import MODEL_INDEX, sort_folder
+from lora_fuse.checkpoint.repository_files import MODEL_INDEX, is_weights, sort_folder
 from lora_fuse.errors import BadCheckpoint
 from lora_fuse.machine import files
 
@@ -70,17 +70,13 @@ def read_header(path: Path) -> Header:
         BadCheckpoint: the file is missing, cannot be read, or is not a whole safetensors file; what it is instead is
             said where that is known, and its name does not count.
     """
-    try:
+    with _reading(path):
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(file_kind.LOOKED_AT)
             with _naming_other_kinds(start, str(path)):
                 end = PREFIX + header_length(start[:PREFIX], size, str(path))
                 return parse_header(start[:end] + file.read(max(0, end - len(start))), size, str(path))
-    except FileNotFoundError as error:
-        raise BadCheckpoint(f"no such file: {path}") from error
-    except OSError as error:
-        raise BadCheckpoint(f"cannot read {path}: {error.strerror}") from error
 
 
 @contextmanager
@@ -119,15 +115,15 @@ def open_checkpoint(
     remarks = [
         f"{MODEL_INDEX} names {name}, which the base does not have; OUT will lack it too" for name in found.missing
     ]
-    if found.variant is not None:
+    if found.variants:
+        which = ", ".join(f"{variant} of {name}" if name else variant for name, variant in found.variants.items())
         remarks.append(
-            f"the weights are there as the variant {found.variant} only; load OUT with variant={found.variant!r}"
+            f"weights are there only as a variant ({which}); ask for it when you load OUT, as the base needs"
         )
     if found.index is not None:
         remarks += _check_index(_read(root / found.index)["weight_map"], shards, root / found.index)
     for name in found.others:
-        if not (root / name).is_file():
-            raise BadCheckpoint(f"{root / name} is a link to nothing or no plain file; get a complete copy of the base")
+        _refuse_unreadable(root / name)
     config = root / folder / "config.json"
     settings = _read(config) if config.exists() else {}
     return Checkpoint(root, kind, shards, found.others, settings, label, found.left, tuple(remarks))
@@ -135,6 +131,30 @@ def open_checkpoint(
 
 def _read(path: Path) -> dict[str, Any]:
     return files.read_json(path, dict, BadCheckpoint, "fetch the base again")
+
+
+def _refuse_unreadable(path: Path) -> None:
+    """Refuse a file that is taken over and could not be loaded: weights that are none, a link to nothing, a pointer."""
+    if not path.is_file():
+        raise BadCheckpoint(f"{path} is a link to nothing or no plain file; get a complete copy of the base")
+    if is_weights(path.name):
+        read_header(path)
+        return
+    with _reading(path), path.open("rb") as file:
+        kind = file_kind.kind_of(file.read(file_kind.LOOKED_AT))
+    if kind is file_kind.POINTER:
+        raise BadCheckpoint(f"{path} is {kind.what}: {kind.way_out}")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Refuse a file that is not there or cannot be read."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise BadCheckpoint(f"no such file: {path}") from error
+    except OSError as error:
+        raise BadCheckpoint(f"cannot read {path}: {error.strerror}") from error
 
 
 def _check_index(weight_map: Mapping[str, str], shards: Iterable[Shard], index: Path) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import BadCheckpoint
 from lora_fuse.fusion.plan import Plan
 from lora_fuse.machine import files
@@ -31,7 +32,7 @@ def ways_of(plan: Plan, place: Path, untouched: files.Untouched) -> Ways:
             continue
         given = plan.checkpoint.locate(name)
         source = given.resolve()
-        is_weight = ".safetensors" in (given.suffix, source.suffix)
+        is_weight = repository_files.is_weights(given.name) or repository_files.is_weights(source.name)
         device = _device(source)
         ways[name] = "copy"
         if not is_weight or untouched == "copy" or device != folder.stat().st_dev:

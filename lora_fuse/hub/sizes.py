@@ -43,7 +43,7 @@ class SourceSize:
     @property
     def weights(self) -> dict[str, list[str]]:
         """The safetensors files of each component."""
-        names = sorted(name for name in self.sizes if name.endswith(".safetensors"))
+        names = sorted(filter(repository_files.is_weights, self.sizes))
         return {folder: list(below) for folder, below in groupby(names, lambda name: PurePosixPath(name).parts[0])}
 
     def below(self, component: str) -> int:

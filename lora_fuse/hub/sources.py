@@ -128,6 +128,12 @@ def take_pipeline(taken: VerifiedFiles) -> None:
             f"{label} has no folder {found.missing[0]}/, which its {repository_files.MODEL_INDEX} names among "
             f"{', '.join(named)}; get a complete copy"
         )
+    if found.variants:
+        component, variant = next(iter(found.variants.items()))
+        raise BadSource(
+            f"{component}/ of {label} has weights only as a variant ({variant}), and pictures are made without "
+            "asking for one; name a revision with plain safetensors"
+        )
     for line in repository_files.left_behind(found.left):
         progress.log(f"download: {label}: {line}")
     wanted = {*found.shards, *found.others}

@@ -65,7 +65,7 @@ def test_a_pipeline_without_oddities_is_taken_whole() -> None:
         None,
         tuple(sorted({*WHOLE, "model_index.json"} - {f"unet/{PLAIN}"})),
         {},
-        None,
+        {},
         ("text_encoder",),
     )
 
@@ -183,7 +183,7 @@ def test_the_weights_are_those_that_a_library_loads(kind: str) -> None:
     assert (found.shards, found.index) == (tuple(shards), index)
     assert set(found.others) == {"config.json", *([index] if index else [])}
     assert found.left.keys() == set(files) - {*shards, index}
-    assert found.variant == ("fp16" if "variant's" in kind or "a variant alone" in kind else None)
+    assert found.variants == ({"": "fp16"} if "variant's" in kind or kind == "a variant alone" else {})
 
 
 REFUSED: dict[str, tuple[list[str], dict[str, object], str]] = {
@@ -204,7 +204,7 @@ REFUSED: dict[str, tuple[list[str], dict[str, object], str]] = {
     "an index without a map": (["m.safetensors", INDEX], {INDEX[:-5]: {"weight_map": []}}, "has no weight_map"),
     "pickles": (["pytorch_model.bin"], {}, "weights only as pickles (pytorch_model.bin)"),
     "nothing": ([], {}, "no safetensors weights"),
-    "another framework": (["model.gguf"], {}, "no safetensors weights"),
+    "another framework": (["model-Q4.gguf"], {}, "has its weights as model-Q4.gguf only"),
 }
 
 
@@ -228,6 +228,7 @@ def test_the_variant_of_the_fused_component_is_taken_of_the_others_too() -> None
     found = sort(["unet/config.json", f"unet/{FP16}", "vae/config.json", f"vae/{PLAIN}", f"vae/{FP16}"])
     assert found.shards == (f"unet/{FP16}",)
     assert f"vae/{FP16}" in found.others
+    assert found.variants == {"unet": "fp16", "vae": "fp16"}
     assert "the variant is taken that the fused component has" in found.left[f"vae/{PLAIN}"]
 
 

@@ -54,6 +54,14 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda base: dangle(base / "vae/config.json"),
         "vae/config.json is a link to nothing",
     ),
+    "weights of another component that are none": (
+        lambda base: (base / "vae/diffusion_pytorch_model.safetensors").write_bytes(b"<html>"),
+        "vae/diffusion_pytorch_model.safetensors is a web page",
+    ),
+    "a text that is a pointer": (
+        lambda base: (base / "vae/vocab.json").write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "vae/vocab.json is a pointer of git-lfs",
+    ),
     "index without a map": (lambda base: (base / INDEX).write_text("{}"), "weight_map"),
     "two candidates, no index": (lambda base: (base / INDEX).unlink(), "has 2 safetensors files and no index"),
 }

@@ -55,7 +55,13 @@ TWO_OF_NO_NAME = {
     "vae/second.safetensors": weights(9),
 }
 
+ONLY_A_VARIANT = {
+    **{name: data for name, data in PIPELINE.items() if name != "vae/model.safetensors"},
+    "vae/model.fp16.safetensors": weights(8),
+}
+
 BROKEN = [
+    (ONLY_A_VARIANT, "vae/ of SOURCE has weights only as a variant (fp16)"),
     ({"vae/config.json": b"{}"}, "has no model_index.json"),
     ({**NO_WEIGHTS, "model_index.json": PIPELINE["model_index.json"]}, "has no safetensors weights"),
     (ONLY_PICKLES, "vae/ of SOURCE has weights only as pickles"),
