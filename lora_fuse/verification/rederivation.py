@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from lora_fuse.checkpoint import PROVENANCE
 from lora_fuse.lora import LoraInput, Selection
 from lora_fuse.machine import files, progress
 from lora_fuse.recipe import records
@@ -151,12 +150,11 @@ def verify_merge(  # noqa: PLR0913 - by keyword, each is a choice of its own
 
 
 def _check_metadata(merged: Weights, base: Weights, found: Verification) -> None:
-    """Compare what the headers say beside tensors: a merge adds one entry and takes none."""
+    """Compare what the headers say beside tensors: a merge may add entries, and loses and changes none."""
     pairs = zip(sorted(merged.metadata.items()), sorted(base.metadata.items()), strict=False)
     for (name, ours), (_, theirs) in pairs:
-        kept = {key: value for key, value in ours.items() if key != PROVENANCE}
-        if kept != theirs:
-            found.problem(f"{name}: its header says {kept}, the base's {theirs}")
+        for key in sorted(key for key, value in theirs.items() if ours.get(key) != value):
+            found.problem(f"{name}: its header says {key} {ours.get(key)!r}, the base's {theirs[key]!r}")
 
 
 def _check_tensors(
