@@ -109,6 +109,8 @@ def verify(  # noqa: PLR0913 - by keyword, each is a choice of its own
     """
     if rows != "all" and rows < 1:
         raise BadConfig(f"rows is {rows!r}; give a number of rows, or all")
+    if seed is not None and seed < 0:
+        raise BadConfig(f"the seed is {seed}; give a number that is not negative, as an earlier verification named it")
     with nullcontext() if show_progress else progress.silence():
         return verify_merge(
             merged,

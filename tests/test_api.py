@@ -73,6 +73,8 @@ def test_what_cannot_be_used_is_refused_and_nothing_is_written(tmp_path: Path, b
         fuse(component, tmp_path / "out", scheduler={"shift": 1.0})
     with pytest.raises(BadConfig, match="rows"):
         verify(base, base, [lora], rows=0)
+    with pytest.raises(BadConfig, match="the seed is -1"):
+        verify(base, base, [lora], seed=-1)
     assert sorted(tmp_path.rglob("*")) == before
 
 

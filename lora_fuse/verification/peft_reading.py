@@ -110,7 +110,7 @@ def read_config(
             dora=_flag(said.get("use_dora")),
             bias=_flag(said.get("lora_bias")),
         )
-    except (TypeError, ValueError, AttributeError, ImportError, re.error) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError, ImportError, re.error) as error:
         problems.append(f"{place} is no configuration of a LoRA: {error}")
         return None
 

@@ -178,8 +178,8 @@ def _read_kohya(metadata: Mapping[str, str], keys: set[str], file: Path, found: 
     trained_there = any(".lora_down." in key for key in keys)
     try:
         alpha = float(str(numbers[0]))
-        rank = None if numbers[1] in UNSAID else int(str(numbers[1]))
-    except ValueError:
+        rank = None if numbers[1] in UNSAID else int(float(str(numbers[1])))
+    except (ValueError, OverflowError):
         found.problems.append(f"{place} and ss_network_dim say {numbers}, which are no numbers")
         return
     plain = not any(map(KOHYA_OTHERS.fullmatch, arguments))

@@ -227,6 +227,8 @@ DISAGREEING: dict[str, tuple[Tensors, dict[str, str], tuple[str, ...]]] = {
     "a scale inside": (adapter(), {"settings": header(scale=0.5)}, ("settings", "scale")),
     "no JSON": (adapter(), {"lora_adapter_metadata": "{"}, ("lora_adapter_metadata",)),
     "no number": (adapter(), {"alpha": "many"}, ("many",)),
+    "no number that a computer has": (adapter(), {"alpha": "1" + "0" * 400}, ("no configuration",)),
+    "an endless rank": (adapter(), {"ss_network_alpha": "2", "ss_network_dim": "inf"}, ("no numbers",)),
     "no flag": (adapter(), {"use_rslora": "perhaps"}, ("perhaps",)),
     "components": (
         adapter(),
