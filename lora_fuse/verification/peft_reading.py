@@ -68,10 +68,11 @@ class Claim:
 
 
 def _by_pattern(patterns: Mapping[str, float], names: Sequence[str], otherwise: float | None) -> float | None:
+    if not patterns:  # the import takes seconds
+        return otherwise
     matches = _pattern_reader()
-    return next(
-        (value for pattern, value in patterns.items() if any(matches(pattern, name) for name in names)), otherwise
-    )
+    matched = (value for pattern, value in patterns.items() if any(matches(pattern, name) for name in names))
+    return next(matched, otherwise)
 
 
 @cache

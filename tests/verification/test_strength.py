@@ -6,6 +6,7 @@ The merges here are made by numpy, with the factor that an engine would have tak
 import dataclasses
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -311,3 +312,17 @@ def test_a_whole_bias_beside_a_lora_is_not_scaled(tmp_path: Path) -> None:
         given = [LoraInput("l", lora, 1.0)]
         found = verify_merge(out, root, given, component="", rows=None, expected=Expectation())
         assert found.passed == (name == "right"), found.problems
+
+
+def test_a_lora_without_a_configuration_is_verified_without_peft_and_torch(tmp_path: Path) -> None:
+    """Their import takes seconds."""
+    case = Case(tmp_path, adapter(), {"alpha": "1"})
+    case.verify(0.25)
+    code = (
+        "import sys; from lora_fuse.cli import main; print(main(sys.argv[1:]), {'peft', 'torch'} & sys.modules.keys())"
+    )
+    arguments = ["verify", tmp_path / "out", case.base, "--lora", case.lora]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "0 set()"
