@@ -104,6 +104,8 @@ def open_checkpoint(
     if root.is_file():
         return Checkpoint(root, "file", (Shard(root, root.name, read_header(root)),), (), label=label)
     kind: Kind = "pipeline" if (root / MODEL_INDEX).is_file() else "component"
+    if not root.exists():
+        raise BadCheckpoint(f"there is no {root}; name the base, a folder or a .safetensors file")
     if kind == "component" and not (root / "config.json").is_file():
         raise BadCheckpoint(
             f"{root} is no base: expected a folder with model_index.json (a pipeline) or config.json (a component), "
@@ -112,9 +114,12 @@ def open_checkpoint(
     folder = component if kind == "pipeline" else ""
     found = sort_folder(root, folder, files)
     shards = tuple(Shard(root / name, name, read_header(root / name)) for name in found.shards)
-    remarks = [
-        f"{MODEL_INDEX} names {name}, which the base does not have; OUT will lack it too" for name in found.missing
-    ]
+    if found.missing:
+        raise BadCheckpoint(
+            f"{root} has no {', '.join(found.missing)}, which its {MODEL_INDEX} names; get a complete copy, or "
+            f"fuse into {root / component} alone"
+        )
+    remarks = []
     if found.variants:
         which = ", ".join(f"{variant} of {name}" if name else variant for name, variant in found.variants.items())
         remarks.append(

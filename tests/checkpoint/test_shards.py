@@ -43,6 +43,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda base: edit_index(base, "norm.weight", "diffusion_pytorch_model-00002-of-00002.safetensors"),
         r"'norm\.weight'.*no entry for it there",
     ),
+    "missing component": (
+        lambda base: shutil.rmtree(base / "vae"),
+        "has no vae, which its model_index.json names; .* or fuse into .*/transformer alone",
+    ),
     "missing shard": (lambda base: (base / SECOND).unlink(), f"has no {SECOND}"),
     "shard outside its folder": (
         lambda base: edit_index(base, "norm.weight", "../vae/diffusion_pytorch_model.safetensors"),
@@ -78,6 +82,8 @@ def test_a_broken_base_is_refused(base: Path, kind: str) -> None:
 def test_a_place_that_is_no_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadCheckpoint, match="no base"):
         open_checkpoint(tmp_path)
+    with pytest.raises(BadCheckpoint, match="there is no"):
+        open_checkpoint(tmp_path / "nowhere")
 
 
 def test_an_entry_of_the_index_that_no_shard_has_is_remarked_on(base: Path) -> None:
@@ -87,13 +93,6 @@ def test_an_entry_of_the_index_that_no_shard_has_is_remarked_on(base: Path) -> N
     assert tied.tensors().keys() == plain.tensors().keys()
     assert plain.remarks == ()
     assert "tied weights: tied.weight" in tied.remarks[0]
-
-
-def test_a_component_that_is_named_and_not_there_is_remarked_on(base: Path) -> None:
-    shutil.rmtree(base / "vae")
-    assert open_checkpoint(base).remarks == (
-        "model_index.json names vae, which the base does not have; OUT will lack it too",
-    )
 
 
 def test_a_base_without_the_component_names_those_that_it_has(base: Path) -> None:
