@@ -46,15 +46,15 @@ def _refuse_marked(shard: Shard) -> None:
         )
     names = list(shard.header.tensors)
     wrapped = next((name for name in names if WRAPPED in name), None)
-    factor = next((name for name in names if FACTOR.search(name)), None)
     if wrapped is not None:
         raise BadCheckpoint(
             f"{shard.path} was saved with a LoRA attached: {wrapped!r} is PEFT's name of a wrapped weight; load it, "
             "call unload_lora_weights() (of PEFT itself unload()), save it again, and name the LoRA with --lora"
         )
-    if factor is not None:
+    factors = [name for name in names if FACTOR.search(name)]
+    if 2 * len(factors) > len(names):
         raise BadCheckpoint(
-            f"{shard.path} is a LoRA, as {factor!r} says, and no base; the base comes first, the LoRA after --lora"
+            f"{shard.path} is a LoRA, as {factors[0]!r} says, and no base; the base comes first, the LoRA after --lora"
         )
 
 

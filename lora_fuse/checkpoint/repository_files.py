@@ -45,6 +45,21 @@ class SortedFiles:
     variants: Mapping[str, str] = field(default_factory=dict)  # the variant by component
     missing: tuple[str, ...] = ()
 
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences on what who loads the result has to know."""
+        found = []
+        if self.variants:
+            which = ", ".join(f"{variant} of {name}" if name else variant for name, variant in self.variants.items())
+            found.append(
+                f"weights are there only as a variant ({which}); OUT loads as the base does, with that variant"
+            )
+        if code := [name for name in self.others if role_of(name).role is Role.CODE]:
+            found.append(
+                f"code of the base is taken over ({', '.join(code)}); it runs for who trusts remote code, only"
+            )
+        return found
+
 
 def sort_folder(root: Path, component: str, names: Iterable[str] | None = None) -> SortedFiles:
     """Sort the files of a folder on this machine, or those of them that are `names`; see `sort_files`.

@@ -104,12 +104,10 @@ def open_checkpoint(
     if root.is_file():
         return Checkpoint(root, "file", (Shard(root, root.name, read_header(root)),), (), label=label)
     kind: Kind = "pipeline" if (root / MODEL_INDEX).is_file() else "component"
-    if not root.exists():
-        raise BadCheckpoint(f"there is no {root}; name the base, a folder or a .safetensors file")
     if kind == "component" and not (root / "config.json").is_file():
         raise BadCheckpoint(
-            f"{root} is no base: expected a folder with model_index.json (a pipeline) or config.json (a component), "
-            "or one .safetensors file"
+            f"{root} is {'no base' if root.exists() else 'not there'}: expected a folder with model_index.json (a "
+            "pipeline) or config.json (a component), or one .safetensors file"
         )
     folder = component if kind == "pipeline" else ""
     found = sort_folder(root, folder, files)
@@ -119,12 +117,7 @@ def open_checkpoint(
             f"{root} has no {', '.join(found.missing)}, which its {MODEL_INDEX} names; get a complete copy, or "
             f"fuse into {root / component} alone"
         )
-    remarks = []
-    if found.variants:
-        which = ", ".join(f"{variant} of {name}" if name else variant for name, variant in found.variants.items())
-        remarks.append(
-            f"weights are there only as a variant ({which}); ask for it when you load OUT, as the base needs"
-        )
+    remarks = found.remarks
     if found.index is not None:
         remarks += _check_index(_read(root / found.index)["weight_map"], shards, root / found.index)
     for name in found.others:

@@ -134,7 +134,7 @@ def take_pipeline(taken: VerifiedFiles) -> None:
             f"{component}/ of {label} has weights only as a variant ({variant}), and pictures are made without "
             "asking for one; name a revision with plain safetensors"
         )
-    for line in repository_files.left_behind(found.left):
+    for line in [*found.remarks, *repository_files.left_behind(found.left)]:
         progress.log(f"download: {label}: {line}")
     wanted = {*found.shards, *found.others}
     taken.take(wanted)

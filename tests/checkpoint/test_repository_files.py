@@ -229,6 +229,7 @@ def test_the_variant_of_the_fused_component_is_taken_of_the_others_too() -> None
     assert found.shards == (f"unet/{FP16}",)
     assert f"vae/{FP16}" in found.others
     assert found.variants == {"unet": "fp16", "vae": "fp16"}
+    assert "(fp16 of unet, fp16 of vae)" in found.remarks[0]
     assert "the variant is taken that the fused component has" in found.left[f"vae/{PLAIN}"]
 
 
@@ -250,6 +251,9 @@ def test_code_that_the_base_asks_for_is_taken_with_what_lies_beside_it(kind: str
     names = [*WHOLE, "tokenizer/tokenizer_config.json", name, beside]
     assert {name, beside} <= set(sort(names, contents=contents).others)
     assert {name, beside} == sort(names).left.keys()
+    assert name in sort(names, contents=contents).remarks[0]
+    assert "trusts remote code" in sort(names, contents=contents).remarks[0]
+    assert sort(names).remarks == []
 
 
 def test_onnx_is_taken_where_a_component_has_nothing_else() -> None:

@@ -82,7 +82,7 @@ def test_a_broken_base_is_refused(base: Path, kind: str) -> None:
 def test_a_place_that_is_no_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadCheckpoint, match="no base"):
         open_checkpoint(tmp_path)
-    with pytest.raises(BadCheckpoint, match="there is no"):
+    with pytest.raises(BadCheckpoint, match="nowhere is not there: expected"):
         open_checkpoint(tmp_path / "nowhere")
 
 
