@@ -117,14 +117,15 @@ def read_config(
 
 
 def _loaded(entries: Mapping[str, Any]) -> Any:
-    """The configuration as PEFT's own class has it."""
+    """The configuration as PEFT's own class has it, of the fields that are set and not silent."""
+    told = {name: value for name, value in entries.items() if name in STRENGTH or (value and name not in SILENT)}
     try:
         from peft import LoraConfig
     except ImportError:
-        return SimpleNamespace(**{**STRENGTH, **entries})
+        return SimpleNamespace(**{**STRENGTH, **told})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return LoraConfig.from_peft_type(**{**entries, "peft_type": "LORA", "runtime_config": None})
+        return LoraConfig.from_peft_type(**{**told, "peft_type": "LORA"})
 
 
 def _number(value: Any) -> float | None:

@@ -25,7 +25,7 @@ NUMBERS = dict.fromkeys(("alpha", "lora_alpha", "network_alpha"), "lora_alpha")
 NUMBERS |= dict.fromkeys(("rank", "r", "lora_rank", "lora_dim", "network_dim"), "r")
 FLAGS = {"use_rslora": "use_rslora", "rslora": "use_rslora", "rs_lora": "use_rslora", "use_dora": "use_dora"}
 # A field that makes JSON the configuration of an adapter, wherever it stands.
-TELLING = {"peft_type", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"}
+TELLING = {*STRENGTH, "peft_type", "init_lora_weights", "lora_dropout"}
 WORDS = {"alpha", "alphas", "rslora", "scale", "scales", "scaling", "multiplier", "strength", "dora", "pissa", "olora"}
 # How it was trained, not what it is: kohya, ModelSpec, OneTrainer, ai-toolkit, ComfyUI.
 TRAINING = ("ss_", "sshs_", "modelspec.", "ot_", "software", "training_info", "prompt", "workflow")
