@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from lora_fuse.errors import BadCheckpoint
 from lora_fuse.lora import LoraInput, Selection
 from lora_fuse.machine import files, progress
 from lora_fuse.recipe import records
@@ -29,6 +30,7 @@ from lora_fuse.verification.whole_files import compare_files, sort_base
 SLACK = 1 + 1e-9  # float64 sums taken in another order differ by about 1e-16 of the value
 # A tensor beside a weight that says its numbers are not yet the weight: they are multiplied, or quantised.
 SCALE = re.compile(r"(?P<module>.+)\.(?:scale_weight|weight_scale\w*|weight_zero_point|comfy_quant|weight\..+)")
+FLOATS = ("F16", "BF16", "F32", "F64")
 SHOWN = 20  # problems that are spelled out; the rest is counted
 
 
@@ -118,9 +120,10 @@ def verify_merge(  # noqa: PLR0913 - by keyword, each is a choice of its own
     As `lora_fuse.verify`, but that `rows` is None for all of them.
 
     Raises:
-        BadCheckpoint: one side has nothing to compare, or cannot be read.
+        BadCheckpoint: one side has nothing to compare, is of another kind, or cannot be read.
         BadLora: a LoRA cannot be read.
     """
+    _refuse_other_kinds(merged, base)
     found = Verification()
     if rows is not None:
         found.drawn = DrawnRows(secrets.randbits(32) if seed is None else seed)
@@ -147,6 +150,16 @@ def verify_merge(  # noqa: PLR0913 - by keyword, each is a choice of its own
             for problem in problems:
                 found.problem(problem)
     return found
+
+
+def _refuse_other_kinds(merged: Path, base: Path) -> None:
+    """Refuse two places of which one is not there, or is a folder and the other a file."""
+    for place in (merged, base):
+        if not place.exists():
+            raise BadCheckpoint(f"no such file or folder: {place}")
+    kinds = ["a folder" if place.is_dir() else "a file" for place in (merged, base)]
+    if kinds[0] != kinds[1]:
+        raise BadCheckpoint(f"{merged} is {kinds[0]}, and its base {base} {kinds[1]}; name two of one kind")
 
 
 def _check_metadata(merged: Weights, base: Weights, found: Verification) -> None:
@@ -188,6 +201,9 @@ def _check_target(
     total = base.shape(name)[0]
     if merged.shape(name) != base.shape(name):
         found.problem(f"{name} has the shape {merged.shape(name)}, the base has {base.shape(name)}")
+        return
+    if merged.dtype(name) != base.dtype(name) or base.dtype(name) not in FLOATS:
+        found.problem(f"{name} is {merged.dtype(name)}, the base's {base.dtype(name)}; sums are rounded to {FLOATS}")
         return
     found.rows_total += total
     sums = np.zeros(4)

@@ -70,6 +70,10 @@ class Weights:
         """Shape of a tensor."""
         return tuple(self._places[name][2]["shape"])
 
+    def dtype(self, name: str) -> str:
+        """The dtype of a tensor by its name in the header."""
+        return str(self._places[name][2]["dtype"])
+
     def nbytes(self, name: str) -> int:
         """Size of a tensor's data in bytes."""
         start, end = self._places[name][2]["data_offsets"]

@@ -73,7 +73,7 @@ def compare_files(
             problems.append(f"{name} is not in the base and no recipe asks for it")
         elif not _same(merged / name, base / name):
             problems.append(f"{name} differs from the base's")
-        advance((merged / name).stat().st_size)
+        advance((merged / name).lstat().st_size)
     problems += _incomplete(merged, components, theirs, ours)
     return compared, problems
 

@@ -246,6 +246,18 @@ def test_tensors_of_dtypes_that_numpy_has_no_name_for_are_compared_byte_by_byte(
     assert verify("wrong") == ["other is no target of any LoRA and differs from the base"]
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float16", "float8_e4m3fn"])
+def test_a_target_of_another_dtype_is_found(tmp_path: Path, dtype: str) -> None:
+    rows = Rows(tmp_path)
+    rows.merge(np.array([], int))
+    path = tmp_path / "out/diffusion_pytorch_model.safetensors"
+    weight = torch.from_numpy(load_file(path)["x.weight"]).to(getattr(torch, dtype))
+    torch_save({"x.weight": weight}, path, metadata={"format": "pt"})
+    (problem,) = rows.verify().problems
+    assert problem.startswith("x.weight is F")
+    assert "the base's F32" in problem
+
+
 @pytest.mark.parametrize("beside", ["scale_weight", "weight_scale_inv", "weight.absmax"])
 def test_a_weight_that_a_scale_goes_with_is_no_weight_to_add_to(tmp_path: Path, beside: str) -> None:
     rows = Rows(tmp_path)

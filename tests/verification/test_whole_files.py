@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_fuse.checkpoint import repository_files
+from lora_fuse.cli import main
 from lora_fuse.lora.inputs import LoraInput
 from lora_fuse.verification.rederivation import Expectation, Verification, verify_merge
 from tests.support import tiny
@@ -233,3 +234,19 @@ def test_a_file_that_broke_off_is_no_checkpoint(made: Repository) -> None:
     (made.out / WEIGHTS).write_bytes((made.out / WEIGHTS).read_bytes()[:-4])
     with pytest.raises(BadCheckpoint, match="cannot be opened as safetensors"):
         made.verify()
+
+
+def test_what_cannot_be_compared_is_refused_in_one_line(
+    made: Repository, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = made.loras[0].path
+    for merged, base in ((tmp_path / "nowhere", made.base), (made.out, tmp_path / "nowhere"), (lora, made.base)):
+        assert main(["verify", str(merged), str(base), "--lora", str(lora)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+
+
+def test_a_link_to_nothing_is_no_file(made: Repository) -> None:
+    (made.out / "vae/config.json").unlink()
+    (made.out / "vae/config.json").symlink_to("/nowhere")
+    assert made.verify().problems == ["vae/config.json differs from the base's"]
