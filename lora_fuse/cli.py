@@ -176,8 +176,6 @@ def _print_plan(plan: Plan, scheduler: Mapping[str, object] | None = None) -> No
     print(f"{len(plan.checkpoint.others)} other files are taken over unchanged")
     for line in repository_files.left_behind(plan.checkpoint.left):
         print(f"  {line}")
-    for remark in plan.checkpoint.remarks:
-        print(f"warning: {remark}", file=sys.stderr)
 
 
 def _fuse(options: argparse.Namespace) -> int:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from lora_fuse import cli
+from lora_fuse.checkpoint.component_folder import OTHER_WEIGHTS
 from lora_fuse.recipe.records import Manifest, from_json
 from tests.support import tiny
 
@@ -57,6 +59,28 @@ def test_plan_writes_nothing(tmp_path: Path, base: Path, lora: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     assert run("plan", base, "--lora", lora).returncode == 0
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_plan_names_what_is_left_behind_and_what_is_odd(
+    base: Path, lora: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tiny base has a card and a pickle."""
+    shard = base / "transformer" / "diffusion_pytorch_model-00001-of-00002.safetensors"
+    (base / "transformer" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(shard.read_bytes())
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps({**index, "_class_name": ["pipeline", "Own"]}))
+    (base / "pipeline.py").write_text("class Own: ...")
+    assert cli.main(["plan", str(base), "--lora", str(lora)]) == 0
+    said = capsys.readouterr()
+    assert [line for line in said.out.splitlines() if "left behind" in line] == [
+        f"  left behind: {name} ({reason})"
+        for name, reason in {
+            "README.md": "a model card; a published merge has its own",
+            "transformer/diffusion_pytorch_model.fp16.safetensors": OTHER_WEIGHTS,
+            "vae/diffusion_pytorch_model.bin": "a pickle, which can run code when it is loaded",
+        }.items()
+    ]
+    assert "warning: code of the base is taken over (pipeline.py)" in said.err
 
 
 def test_a_known_wrong_pair_in_the_hub_cache_is_warned_of(tmp_path: Path, base: Path, lora: Path) -> None:

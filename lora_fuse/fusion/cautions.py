@@ -1,4 +1,4 @@
-"""Warnings of what merges and is a mistake nevertheless: the base, the strength, or the scheduler is another's."""
+"""Warnings of what merges and may be a mistake: base, strength or scheduler is another's, or the base is odd."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def cautions(plan: Plan, scheduler: Mapping[str, object] | None = None) -> list[
     base, _ = hf_cache.cached_from(plan.checkpoint.root.absolute())
     warnings = pair_warnings(base, [hf_cache.cached_from(given.path.absolute()) for given in plan.inputs])
     warnings += alpha_warnings([(lora.path.name, lora.missing_alphas) for lora in plan.loras])
+    warnings += plan.checkpoint.remarks
     if scheduler:
         return warnings
     own: dict[str, object] | None = None

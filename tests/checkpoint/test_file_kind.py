@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -47,7 +48,10 @@ OTHERS = {
     "GGUF": (b"GGUF" + (3).to_bytes(4, "little") + bytes(300), "a GGUF file"),
     "pointer": (POINTER, "a pointer of git-lfs"),
     "page": (b"\n<!DOCTYPE html><html><head><title>Sign in</title>", "a web page"),
-    "refusal": (b'{"error":"Repository not found"}', "JSON, as a server answers"),
+    "refusal": (b'{"error":"Repository not found"}', "what a server answers when it refuses"),
+    "configuration": (json.dumps({"_class_name": "P"}, indent=2).encode(), "JSON: a configuration"),
+    "gated": (b"Access to model a/b is restricted. You must have access to it.", "a server's refusal"),
+    "gone": (b"Entry not found", "a server's refusal"),
     "numpy": (saved(lambda file: np.save(file, ARRAY)), "a numpy array"),
     "png": (saved(lambda file: Image.new("RGB", (4, 4)).save(file, "PNG")), "a picture"),
     "jpeg": (saved(lambda file: Image.new("RGB", (4, 4)).save(file, "JPEG")), "a picture"),
