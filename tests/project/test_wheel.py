@@ -98,7 +98,8 @@ def test_the_core_inspects_plans_fuses_and_verifies(commands: Path, tmp_path: Pa
         ("verify", out, base, "--lora", lora, "--scale", 0.8, "--rows", "all"),
     ):
         done = run(commands / "lora-fuse", *command)
-        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+        said = [line for line in done.stderr.splitlines() if " left" not in line]  # progress, on a slow machine
+        assert (done.returncode, said) == (0, []), done.stderr
     assert done.stdout.endswith("verify: passed\n")
     (out / "lora_fuse.json").write_bytes((tmp_path / "out.manifest.json").read_bytes())
     assert run(commands / "lora-fuse", "verify", out).stdout.endswith("download: passed\n")
