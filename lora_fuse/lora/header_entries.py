@@ -30,6 +30,8 @@ KNOWN_KINDS = ("lora", "locon", "loha", "lokr", "dora", "lycoris", "full")
 KOHYA_ALPHA = "ss_network_alpha"
 KOHYA_RANK = "ss_network_dim"
 KOHYA_ARGS = "ss_network_args"
+# Arguments that give modules other ranks, alphas or algorithms: sd-scripts, networks/lora.py; LyCORIS, kohya.py.
+KOHYA_OTHERS = re.compile(r"algo|preset|rs_lora|\w*(dim|dims|alpha|alphas)")
 KOHYA_UNSAID = ("None", "Dynamic", "")  # sd-scripts/networks/resize_lora.py writes Dynamic
 DIFFUSERS = "lora_adapter_metadata"  # diffusers/loaders/lora_base.py, LORA_ADAPTER_METADATA_KEY
 MEANINGLESS = (
@@ -142,7 +144,8 @@ def _kohya(metadata: Mapping[str, str], keys: Collection[str], where: str) -> li
     number = _number(alpha, f"{where}: {label}")
     rank = metadata.get(KOHYA_RANK, "")
     only = None if rank in KOHYA_UNSAID else int(_number(rank, f"{where}: header {KOHYA_RANK}"))
-    has_args = _json(metadata.get(KOHYA_ARGS, "{}")) not in ({}, None, "None", "")
+    args = _json(metadata.get(KOHYA_ARGS, "{}"))
+    has_args = isinstance(args, dict) and any(map(KOHYA_OTHERS.fullmatch, args))
     has_alphas = any(key.endswith(".alpha") for key in keys)
     if has_alphas:
         return [] if has_args else [StatedScale(label, alpha=number, only_rank=only)]

@@ -70,6 +70,10 @@ def test_one_place_that_states_it_is_enough(
         ({"ss_network_alpha": "1", "ss_network_dim": "4"}, r"alpha 2 .*header ss_network_alpha alpha 1 "),
         (packed({"r": 4, "lora_alpha": 12}), r"alpha 2 .*\(transformer\) alpha 12 \(factor 3\)"),
         (packed({"r": 4, "lora_alpha": 2, "use_rslora": True}), r"factor 0\.5.*alpha 2 \(factor 1\)"),
+        (
+            {"ss_network_alpha": "1", "ss_network_dim": "4", "ss_network_args": '{"loraplus_lr_ratio": "4"}'},
+            r"alpha 2 .*header ss_network_alpha alpha 1 ",
+        ),
         ({"alpha": "2", "lora_alpha": "3"}, "its header says alpha 2 and lora_alpha 3"),
         ({"alpha": "2", **packed({"r": 4, "lora_alpha": 4})}, r"alpha 2 .*alpha 4 "),
     ],
