@@ -84,15 +84,20 @@ class ComponentFolder:
                 reasons[name] = None if row.role in taken else row.reason
         return reasons
 
-    def refuse_only_pickles(self) -> None:
+    def refuse_only_pickles(self, chosen: WeightSet | None, variant: str | None) -> None:
         """Refuse a component that a library would load from a pickle: without it the result would not load.
 
+        `chosen` are its weights, `variant` is what the component to fuse has to be loaded with.
+
         Raises:
-            listing.fail: it is one.
+            listing.fail: it has no others, or as safetensors only a variant that nobody asks for.
         """
         pickles = self._of(Role.PICKLE)
         is_model = any(PurePosixPath(name).name == "config.json" for name in self.names)
-        if pickles and is_model and not self.weights:
+        if chosen is not None:
+            plain = [name for name in pickles if PurePosixPath(name).name.count(".") == 1]
+            pickles = plain if chosen.variant not in (None, variant) else []
+        if pickles and is_model:
             loader = ".".join(self.asked) if self.asked else "CLASS"
             raise self.listing.fail(
                 f"{self.listing.place(self.path)} has weights only as pickles ({pickles[0]}), which can run code and "

@@ -151,7 +151,7 @@ def sort_files(
 
     Raises:
         fail: the component has no safetensors weights, or several sets of which none is plainly the one; a
-            component that is needed has weights only as pickles; an index cannot be followed.
+            component that is needed would be loaded from a pickle; an index cannot be followed.
     """
     listing = FileListing(label, frozenset(names), read, fail)
     index = read(MODEL_INDEX) if component else None
@@ -168,11 +168,13 @@ def sort_files(
         else:
             inside.setdefault(name.rpartition("/")[0], []).append(name)
     folders = [ComponentFolder(path, held, component, asked.get(path), listing) for path, held in inside.items()]
-    for folder in folders[: len(named) + 1]:
-        folder.refuse_only_pickles()
     if (fused := folders[0].choose(None)) is None:
+        folders[0].refuse_only_pickles(None, None)
         raise fail(folders[0].without_weights(folders))
     chosen = {folder.path: folder.choose(fused) for folder in folders}
+    for folder in folders:
+        if folder.path in named and not folder.is_fused:
+            folder.refuse_only_pickles(chosen[folder.path], fused.variant)
     for folder in folders:
         reasons |= folder.verdicts(chosen[folder.path], fused.variant)
     others = (name for name, reason in reasons.items() if reason is None and name not in fused.files)

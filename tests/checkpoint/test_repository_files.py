@@ -222,6 +222,16 @@ def test_a_component_of_pickles_alone_is_refused_and_its_class_named() -> None:
     ):
         sort([*WHOLE, "text_encoder/config.json", "text_encoder/pytorch_model.bin"])
     sort([*WHOLE, "tokenizer/cache.bin"])  # no model
+    sort([*WHOLE, "config.json", "whole-model.ckpt"])  # no component
+
+
+def test_a_component_that_loads_without_a_variant_only_from_a_pickle_is_refused() -> None:
+    encoder = ["text_encoder/config.json", "text_encoder/pytorch_model.bin", "text_encoder/model.fp16.safetensors"]
+    with pytest.raises(BadSource, match=r"text_encoder/ of here has weights only as pickles"):
+        sort([*WHOLE, *encoder])
+    as_variant = [name for name in WHOLE if name != f"unet/{PLAIN}"] + [f"unet/{FP16}"]
+    assert "text_encoder/model.fp16.safetensors" in sort([*as_variant, *encoder]).others
+    assert sort([*WHOLE, *encoder, "text_encoder/model.safetensors"]).variants == {}
 
 
 def test_the_variant_of_the_fused_component_is_taken_of_the_others_too() -> None:
