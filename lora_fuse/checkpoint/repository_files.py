@@ -151,7 +151,8 @@ def sort_files(
 
     Raises:
         fail: the component has no safetensors weights, or several sets of which none is plainly the one; a
-            component that is needed would be loaded from a pickle; an index cannot be followed.
+            component that is needed would be loaded from a pickle, or has no file that is taken; an index cannot be
+            followed.
     """
     listing = FileListing(label, frozenset(names), read, fail)
     index = read(MODEL_INDEX) if component else None
@@ -177,6 +178,7 @@ def sort_files(
             folder.refuse_only_pickles(chosen[folder.path], fused.variant)
     for folder in folders:
         reasons |= folder.verdicts(chosen[folder.path], fused.variant)
+    _refuse_emptied(named, reasons, listing)
     others = (name for name, reason in reasons.items() if reason is None and name not in fused.files)
     return SortedFiles(
         fused.files,
@@ -186,6 +188,18 @@ def sort_files(
         {path: weights.variant for path, weights in sorted(chosen.items()) if weights and weights.variant},
         tuple(sorted(named.keys() - {path.partition("/")[0] for path, held in inside.items() if held})),
     )
+
+
+def _refuse_emptied(named: Iterable[str], reasons: Mapping[str, str | None], listing: FileListing) -> None:
+    """Refuse a component of which no file is taken: the pipeline would not load any more."""
+    for path in named:
+        held = {name: reason for name, reason in reasons.items() if name.startswith(f"{path}/")}
+        if held and None not in held.values():
+            name, reason = min(held.items())
+            raise listing.fail(
+                f"{path}/ of {listing.label}, which {MODEL_INDEX} names, has no file that is taken ({name}: {reason}); "
+                "give its vocabulary a usual name, or take the component out of the index"
+            )
 
 
 def _own_class(model_index: object) -> dict[str, tuple[str, str]]:

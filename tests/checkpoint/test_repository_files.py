@@ -225,6 +225,15 @@ def test_a_component_of_pickles_alone_is_refused_and_its_class_named() -> None:
     sort([*WHOLE, "config.json", "whole-model.ckpt"])  # no component
 
 
+def test_a_component_of_which_nothing_would_be_taken_is_refused() -> None:
+    others = [name for name in WHOLE if not name.startswith("tokenizer/")]
+    with pytest.raises(
+        BadSource, match=r"tokenizer/ of here, .*has no file that is taken \(tokenizer/words\.xyz: of no"
+    ):
+        sort([*others, "tokenizer/words.xyz"])
+    assert "tokenizer/words.xyz" in sort([*others, "tokenizer/words.xyz", "tokenizer/vocab.json"]).left
+
+
 def test_a_component_that_loads_without_a_variant_only_from_a_pickle_is_refused() -> None:
     encoder = ["text_encoder/config.json", "text_encoder/pytorch_model.bin", "text_encoder/model.fp16.safetensors"]
     with pytest.raises(BadSource, match=r"text_encoder/ of here has weights only as pickles"):
