@@ -46,13 +46,13 @@ def guarded(work: Callable[[], int], kept: str = "earlier results are as they we
     """Run `work` for its exit code; an error raised on purpose becomes one line on stderr and its exit code.
 
     Of the processes of a launch, only the first that fails prints its error. After Ctrl-C or SIGTERM, `kept` says what
-    is left, and how to go on. Work whose output cannot be written is done all the same, and 1 is its exit code.
+    is left, and how to go on. Work whose output cannot be written is done all the same, and 2 is its exit code: 1 is for checks.
     """
     with sturdy_streams() as trouble:
         try:
             code = _guarded(work, kept)
             if (reason := trouble()) is not None and code == 0:
-                return _failed(f"stdout cannot be written ({reason.strerror}); what was asked for is done", 1)
+                return _failed(f"stdout cannot be written ({reason.strerror}); what was asked for is done", 2)
         except BrokenPipeError:  # the reader has had enough, as `| head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 
 import pytest
 
@@ -241,10 +242,12 @@ def test_the_disk_behind_a_link_is_the_one_that_needs_room(tmp_path: Path, base:
 
 def test_what_comes_there_while_it_is_written_stays(tmp_path: Path, base: Path, lora: LoraInput) -> None:
     out = tmp_path / "out"
+    lock = Lock()
 
-    def meanwhile(_: int) -> None:
-        if not out.exists():
-            pipeline(out)
+    def meanwhile(_: int) -> None:  # from any thread
+        with lock:
+            if not out.exists():
+                pipeline(out)
 
     with pytest.raises(Refused, match="did not make"):
         write_merged(

@@ -40,7 +40,7 @@ def test_a_merge_is_whole_though_stdout_cannot_be_written(
     tmp_path: Path, base: Path, lora: Path, redirections: str, said: bytes
 ) -> None:
     done = shell(tmp_path, redirections, "fuse", base, "out", "--lora", lora)
-    assert (done.returncode, done.stdout, done.stderr) == (1, b"", said)
+    assert (done.returncode, done.stdout, done.stderr) == (2, b"", said)
     assert (tmp_path / "out.manifest.json").is_file()
     assert lora_fuse.verify(tmp_path / "out", base, [LoraInput("l", lora, 1.0)]).passed
 
