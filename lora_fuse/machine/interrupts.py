@@ -46,7 +46,7 @@ def guarded(work: Callable[[], int], kept: str = "earlier results are as they we
     """Run `work` for its exit code; an error raised on purpose becomes one line on stderr and its exit code.
 
     Of the processes of a launch, only the first that fails prints its error. After Ctrl-C or SIGTERM, `kept` says what
-    is left, and how to go on. Work whose output cannot be written is done all the same, and 2 is its exit code: 1 is for checks.
+    is left, and how to go on. Work whose output cannot be written is done all the same, and 2 is its exit code.
     """
     with sturdy_streams() as trouble:
         try:
