@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -115,7 +115,8 @@ def _flip_map(a: Levels, b: Levels) -> npt.NDArray[np.float32]:
 class Metric:
     """A distance between two pictures, how a person calls it, its digits and unit, and which way is nearer.
 
-    `best` is its value for identical pictures; `of_latents` says that it measures their final latents instead.
+    `best` is its value for identical pictures, and `worst` that of no pictures further apart, infinite where there is
+    none; `of_latents` says that it measures their final latents instead.
     """
 
     measure: Callable[[Any, Any], float]
@@ -123,6 +124,7 @@ class Metric:
     digits: str
     unit: str = ""
     best: float = 0.0
+    worst: float = math.inf
     of_latents: bool = False
 
     @property
@@ -133,6 +135,14 @@ class Metric:
     def holds(self, value: float, bound: float) -> bool:
         """True for a value within a bound; a NaN is within none."""
         return value >= bound if self.higher_is_nearer else value <= bound
+
+    def can_be(self, value: float) -> bool:
+        """True for a finite value that two pictures can have."""
+        return math.isfinite(value) and min(self.best, self.worst) <= value <= max(self.best, self.worst)
+
+    def tightest(self, bounds: Iterable[float]) -> float:
+        """The bound that lets the least through."""
+        return max(bounds) if self.higher_is_nearer else min(bounds)
 
     def loosened(self, bound: float, floor: float, times: float) -> float:
         """A bound that is never tighter than `times` the distance that the noise floor has: of a PSNR, in amplitude."""
@@ -153,14 +163,14 @@ class Metric:
 
 METRICS: Mapping[str, Metric] = MappingProxyType(
     {
-        "psnr_db": Metric(psnr_db, "PSNR", ".2f", " dB", best=math.inf),
-        "max_abs": Metric(max_abs, "largest difference", "g", " levels"),
-        "mean_abs": Metric(mean_abs, "mean difference", ".3g", " levels"),
-        "changed_share": Metric(changed_share, "share of changed pixels", ".3g"),
-        "ssim": Metric(ssim, "SSIM", ".4f", best=1.0),
-        "ssimulacra2": Metric(ssimulacra2, "SSIMULACRA 2", ".1f", best=100.0),
-        "flip": Metric(flip, "FLIP", ".4f"),
-        "flip_worst": Metric(flip_worst, "FLIP of the worst block", ".4f"),
+        "psnr_db": Metric(psnr_db, "PSNR", ".2f", " dB", best=math.inf, worst=0.0),
+        "max_abs": Metric(max_abs, "largest difference", "g", " levels", worst=PEAK),
+        "mean_abs": Metric(mean_abs, "mean difference", ".3g", " levels", worst=PEAK),
+        "changed_share": Metric(changed_share, "share of changed pixels", ".3g", worst=1.0),
+        "ssim": Metric(ssim, "SSIM", ".4f", best=1.0, worst=-1.0),
+        "ssimulacra2": Metric(ssimulacra2, "SSIMULACRA 2", ".1f", best=100.0, worst=-math.inf),
+        "flip": Metric(flip, "FLIP", ".4f", worst=1.0),
+        "flip_worst": Metric(flip_worst, "FLIP of the worst block", ".4f", worst=1.0),
         "comb_db": Metric(comb_db, "comb of a grid", ".1f", " dB"),
         "latents_l2": Metric(latents_l2, "latents, relative L2", ".2e", of_latents=True),
     }

@@ -51,6 +51,8 @@ def examine(
     golden, vs_golden = _nearest_golden(merged, goldens) or (None, None)
     vs_unfused = _compare_if_possible(merged, unfused)
     of_floor = None if floor is None else _compare_if_possible(floor, unfused)
+    floor_here = None if of_floor is None else of_floor.values
+    floor_then = None if golden is None else golden.floor
     result = CaseResult(
         case,
         Facts.of(merged),
@@ -61,8 +63,8 @@ def examine(
         agrees=False,
         verdict=Verdict.INVALID,
         reasons=(),
-        unfused_limits=rules.unfused.over(None if of_floor is None else of_floor.values, rules.over_floor),
-        golden_limits=rules.golden.over(None if golden is None else golden.floor, rules.over_floor),
+        unfused_limits=rules.unfused.over(rules.over_floor, floor_here),
+        golden_limits=rules.golden.over(rules.over_floor, floor_here, floor_then),
     )
     facts = {"merged": result.facts, "unfused": Facts.of(unfused)}
     faults = [*_faults(facts), *_wrong_sizes(facts, case.size)]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lora_fuse.errors import BadGolden, BadSource, Rerun
 from lora_fuse.machine import FileRecord, files
-from lora_fuse.pictures import environment, picture
+from lora_fuse.pictures import environment, metrics, picture
 from lora_fuse.recipe import Lock, Recipe, paths, records
 from lora_fuse.regression.candidates import SCHEMA, Candidate, Provenance, digest
 from lora_fuse.regression.run_record import RunRecord
@@ -193,7 +193,25 @@ def _checked(picture: Path, record: Path) -> tuple[Path, GoldenRecord]:
     case = found.provenance.case.name
     if (picture.parent.name, picture.stem.partition(".")[0]) != (key, case):
         raise BadGolden(f"the golden {picture} was approved as {key}/{case}; put it back, or approve a run")
+    _check_floor(record, found.floor)
     return picture, found
+
+
+def _check_floor(record: Path, floor: Mapping[str, float]) -> None:
+    """Refuse a noise floor that no run can have measured: its numbers loosen what the picture is held to."""
+    for name, value in floor.items():
+        metric = metrics.METRICS.get(name)
+        if metric is None:
+            raise BadGolden(
+                f"{record} has a noise floor of {name!r}, and the metrics are {', '.join(metrics.METRICS)}",
+                rerun=_restoring(record),
+            )
+        if not metric.can_be(value):
+            raise BadGolden(
+                f"{record} has a noise floor of {value:g} in {name}, and two pictures can have {metric.best:g} to "
+                f"{metric.worst:g}",
+                rerun=_restoring(record),
+            )
 
 
 def _restoring(path: Path) -> Rerun:

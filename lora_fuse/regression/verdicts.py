@@ -69,16 +69,22 @@ class Limits:
 
     bounds: Mapping[str, float]
 
-    def over(self, floor: Values | None, times: float | None) -> Limits:
-        """The limits that can be held where rounding alone does `floor`: no bound is tighter than `times` that.
+    def over(self, times: float | None, *floors: Values | None) -> Limits:
+        """The limits that can be held where rounding alone does `floors`: no bound is tighter than `times` the least.
 
-        Some pictures are chaotic in 16 bits: one flipped rounding moves whole regions, whoever renders them.
+        Some pictures are chaotic in 16 bits: one flipped rounding moves whole regions, whoever renders them. A floor
+        that was not measured loosens nothing.
         """
-        if floor is None or times is None:
+        if times is None:
             return self
-        measured = [name for name in self.bounds if math.isfinite(floor.get(name, math.nan))]
-        loosened = {name: metrics.METRICS[name].loosened(self.bounds[name], floor[name], times) for name in measured}
-        return Limits({**self.bounds, **loosened})
+        bounds = {}
+        for name, bound in self.bounds.items():
+            metric = metrics.METRICS[name]
+            measured = [(floor or {}).get(name, metric.best) for floor in floors]
+            bounds[name] = metric.tightest(
+                metric.loosened(bound, floor, times) if metric.can_be(floor) else bound for floor in measured
+            )
+        return Limits(bounds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +95,8 @@ class Rules:
         unfused: limits of merged against unfused.
         golden: limits of merged against golden.
         over_floor: how many times the noise floor the latents of that first pair may be apart, and the limits at
-            least allow; None decides and changes nothing. A golden's floor is that of the run it is from.
+            least allow; None decides and changes nothing. Against a golden the lower of two floors counts, that of
+            this run and that of the golden's: no record can say of itself how far a picture may be from it.
         sigmas: what the pipeline must visit, without the final 0; None leaves it open.
     """
 

@@ -226,11 +226,29 @@ def test_beyond_twice_the_floor_a_noisy_case_is_a_regression_as_well() -> None:
     assert in_noise(noisy(scene(), 55), NOISY, 2.0).verdict is Verdict.REGRESSION
 
 
-def test_a_golden_brings_the_floor_of_its_own_run() -> None:
-    apart = noisy(scene(), 8)
-    quiet, loud = (Golden(scene(), name="g.png", floor={"psnr_db": psnr, "max_abs": 8.0}) for psnr in (80.0, 35.0))
-    rules = Rules(UNFUSED, GOLDEN, 2.0)
+QUIET = {"psnr_db": 80.0, "max_abs": 1.0}
+LOUD = {"psnr_db": 35.0, "max_abs": 8.0}
+ANYTHING = {"psnr_db": 0.0, "max_abs": 255.0}
+
+
+@pytest.mark.parametrize(
+    ("then", "here", "verdict"),
+    [
+        (LOUD, 8, Verdict.DRIFT),
+        (QUIET, 8, Verdict.REGRESSION),  # a model that has become noisier does not loosen its own limits
+        (None, 8, Verdict.REGRESSION),
+        ({"max_abs": 8.0}, 8, Verdict.REGRESSION),
+        (LOUD, 1, Verdict.REGRESSION),  # nor does a record that says so of itself
+        (ANYTHING, 1, Verdict.REGRESSION),
+        (ANYTHING, 0, Verdict.REGRESSION),  # of a run that rounding does not move at all
+        (ANYTHING, 8, Verdict.DRIFT),
+    ],
+)
+def test_against_a_golden_the_lower_of_two_floors_counts(
+    then: dict[str, float] | None, here: int, verdict: Verdict
+) -> None:
     latents = np.ones(8, np.float32)
-    for golden, verdict in ((quiet, Verdict.REGRESSION), (loud, Verdict.DRIFT)):
-        merged = Picture(apart, latents=latents)
-        assert examine(CASE, merged, merged, [golden], rules, merged).verdict is verdict
+    merged = Picture(noisy(scene(), 8), latents=latents)
+    floor = Picture(noisy(merged.levels, here), latents=latents)
+    golden = Golden(scene(), name="g.png", floor=then)
+    assert examine(CASE, merged, merged, [golden], Rules(UNFUSED, GOLDEN, 2.0), floor).verdict is verdict

@@ -1,6 +1,7 @@
 """Laws of the goldens: what was approved comes back exactly, and nothing else ever does."""
 
 import json
+import math
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from lora_fuse.errors import BadGolden, Rerun
 from lora_fuse.pictures.environment import Environment
+from lora_fuse.pictures.metrics import METRICS
 from lora_fuse.recipe.records import Tool, to_json
 from lora_fuse.regression.candidates import CaseRecord, Provenance, differences
 from lora_fuse.regression.goldens import Goldens
@@ -102,6 +104,41 @@ def test_a_record_that_is_none_is_refused(held: tuple[Goldens, Path], content: b
     with pytest.raises(BadGolden, match=r"rabbit\.json") as caught:
         goldens.for_run(KEY, ["rabbit"])
     assert caught.value.rerun == Rerun("restore", settings=(str(path.parent),))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_abs", 1e6),
+        ("max_abs", -1.0),
+        ("mean_abs", 256),
+        ("changed_share", 1.5),
+        ("flip", 1e6),
+        ("flip_worst", 2.0),
+        ("comb_db", math.inf),
+        ("latents_l2", math.nan),
+        ("psnr_db", -20.0),
+        ("psnr_db", -math.inf),
+        ("ssim", -2.0),
+        ("ssim", 1.5),
+        ("ssimulacra2", -math.inf),
+        ("lpips", 0.1),
+    ],
+)
+def test_a_noise_floor_that_no_run_can_have_is_refused(held: tuple[Goldens, Path], name: str, value: float) -> None:
+    goldens, path = held
+    record = json.loads(path.with_suffix(".json").read_text())
+    record["floor"][name] = value
+    path.with_suffix(".json").write_text(json.dumps(record))
+    message = refusal(goldens)
+    assert "rabbit.json has a noise floor of " in message
+    assert name in message
+
+
+@pytest.mark.parametrize("record", sorted(Path(__file__).parents[2].glob("artifacts/golden/*/*/*.json")), ids=str)
+def test_the_floors_of_what_is_approved_here_are_floors(record: Path) -> None:
+    floor = json.loads(record.read_text())["floor"]
+    assert all(METRICS[name].can_be(value) for name, value in floor.items())
 
 
 def test_a_golden_that_is_no_picture_is_refused(tmp_path: Path) -> None:
