@@ -10,19 +10,19 @@ from stages.config.variants import Compiled, read_compiled
 from stages.run import command, run_stage
 
 CATALOG = paths.ROOT / "catalog"
+PAGES = tuple(CATALOG / f"catalog.{kind}" for kind in ("html", "md", "json"))
 
 
 def catalog(_: Recipe, __: Artifacts, console: Console = PLAIN) -> int:
     """Write `catalog.html`, `catalog.md` and `catalog.json`."""
     compiled = read_compiled()
     entries = [entry_of(compiled, name) for name in compiled.builds]
-    page = CATALOG / "catalog.html"
-    files.replace_text(page, catalog_html(entries))
-    files.replace_text(CATALOG / "catalog.md", catalog_markdown(entries, CATALOG))
-    files.replace_text(CATALOG / "catalog.json", catalog_json(entries))
+    texts = (catalog_html(entries), catalog_markdown(entries, CATALOG), catalog_json(entries))
+    for page, text in zip(PAGES, texts, strict=True):
+        files.replace_text(page, text)
     lines = [f"{entry.name}: {entry.state}{f', {entry.verdict}' if entry.verdict else ''}" for entry in entries]
-    facts = {"variants": {entry.name: entry.state for entry in entries}, "page": str(page)}
-    console.done("catalog", *lines, f"see {page}", facts=facts)
+    facts = {"variants": {entry.name: entry.state for entry in entries}, "page": str(PAGES[0])}
+    console.done("catalog", *lines, f"see {PAGES[0]}", facts=facts)
     return 0
 
 
@@ -35,4 +35,4 @@ def entry_of(compiled: Compiled, name: str) -> CatalogEntry:
 
 
 if __name__ == "__main__":
-    run_stage(catalog, writes=False)
+    run_stage(catalog, writes=False, pages=PAGES)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from lora_fuse.errors import BadConfig, LoraFuseError, Rerun, naming_extras
+from lora_fuse.errors import BadConfig, Busy, LoraFuseError, Rerun, naming_extras
 from lora_fuse.machine import Console, interrupts, launch, progress, staging
 from lora_fuse.recipe import Artifacts, Lock, Recipe, paths
 from stages.config import load
@@ -19,23 +19,43 @@ ALONE = "DVC_STAGE" not in os.environ  # DVC goes on with the next stage by itse
 KEPT = "earlier results are as they were; `dvc repro` goes on with this stage"
 
 
-def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Console]:
-    """The arguments of a command that has its own, and ``--quiet`` and ``--json`` as every stage has them."""
+def parse(parser: argparse.ArgumentParser, pages: Iterable[Path] = ()) -> tuple[argparse.Namespace, Console]:
+    """The arguments of a command that has its own, and ``--quiet`` and ``--json`` as every stage has them.
+
+    `pages` are as of `run`.
+    """
     parser.add_argument("--quiet", action="store_true", help="say only what is wrong")
     parser.add_argument("--json", action="store_true", help="say it as one JSON object")
-    given = parser.parse_args()
+    try:
+        given = parser.parse_args()
+    except SystemExit as end:
+        if end.code:  # a usage error, and no --help
+            _remove(pages)
+        raise
     return given, Console(given.quiet, given.json, alone=ALONE)
 
 
-def run(name: str, console: Console, work: Callable[[], int], kept: str = KEPT) -> int:
-    """Do a stage's work and return its exit code; report a refusal or an interrupt in one way."""
+def _remove(pages: Iterable[Path]) -> None:
+    for page in pages:
+        staging.remove(page)
+
+
+def run(name: str, console: Console, work: Callable[[], int], kept: str = KEPT, pages: Iterable[Path] = ()) -> int:
+    """Do a stage's work and return its exit code; report a refusal or an interrupt in one way.
+
+    `pages`, files and folders, are what an earlier request was answered with: one that fails leaves none of them to be
+    taken for its own answer, unless another run is at work and will write them.
+    """
 
     def told() -> int:
         try:
             with naming_extras(name), progress.silence() if console.quiet else nullcontext():
                 return work()
-        except LoraFuseError as error:
-            console.failed(name, error.exit_code, str(error))
+        except Exception as error:
+            if not isinstance(error, Busy):
+                _remove(pages)
+            if isinstance(error, LoraFuseError):
+                console.failed(name, error.exit_code, str(error))
             raise
         except KeyboardInterrupt as interrupt:
             console.failed(name, interrupts.exit_code(interrupt), f"interrupted; {kept}")
@@ -52,6 +72,7 @@ def run_stage(
     at: Artifacts = paths.HERE,
     spread: bool = False,  # a launcher may start it as several processes; the first of them writes
     writes: bool = True,  # it holds the build's folder, so that no other changes it meanwhile
+    pages: Iterable[Path] = (),  # what it answers with, as of `run`
 ) -> None:
     """Run a stage as a program: its parameters by the rule above, its errors as one line, its result as exit code.
 
@@ -76,7 +97,7 @@ def run_stage(
         with next_commands(where), holds:
             return stage(params, where, replace(console, variant=variant), **chosen)
 
-    sys.exit(run(name, console, work, kept))
+    sys.exit(run(name, console, work, kept, pages))
 
 
 def _variant(arguments: Sequence[str]) -> tuple[str | None, list[str]]:

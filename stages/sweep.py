@@ -29,6 +29,7 @@ from stages.config.composition import split_sweep
 from stages.run import merge, run_stage
 
 SWEEP = Artifacts(paths.ROOT / "sweep")
+SHEET = tuple(SWEEP.root / f"sweep.{kind}" for kind in ("html", "json", "md"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,4 +100,4 @@ def build_points(plan: SweepPlan, builder: PointBuilder, command: str, console: 
 
 
 if __name__ == "__main__":
-    run_stage(sweep, "keep", read=expand, at=SWEEP, writes=False)  # several processes may share one
+    run_stage(sweep, "keep", read=expand, at=SWEEP, writes=False, pages=SHEET)  # several processes may share one

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from lora_fuse.machine import Console, OnceParser, staging
 from lora_fuse.pictures import environment
-from lora_fuse.studies.validation import BUILD, VALIDATION, Outcome, Request, Validation, ValidationReport
+from lora_fuse.studies.validation import ANSWER, BUILD, VALIDATION, Outcome, Request, Validation, ValidationReport
 from stages.config import load
 from stages.run import command, merge, parse, run
 
@@ -61,7 +61,7 @@ if __name__ == "__main__":
     parser.add_argument("--name", help="of the recipe's LoRA that it takes the place of, if there are several")
     parser.add_argument("--keep", action="store_true", help="keep the merged checkpoint; it is removed otherwise")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an override, as of any stage")
-    given, said = parse(parser)
+    given, said = parse(parser, ANSWER)
     overrides = [*([f"recipe={given.recipe}"] if given.recipe else []), *given.set]
     wanted = requested(given.lora, given.name, given.scale, given.keep, overrides)
-    sys.exit(run("validate", said, lambda: validate(wanted, said), KEPT))
+    sys.exit(run("validate", said, lambda: validate(wanted, said), KEPT, ANSWER))

@@ -1,4 +1,5 @@
 from .outcome import Outcome as Outcome
+from .validation import ANSWER as ANSWER
 from .validation import BUILD as BUILD
 from .validation import VALIDATION as VALIDATION
 from .validation import Request as Request

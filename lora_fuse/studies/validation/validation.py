@@ -42,6 +42,7 @@ VALIDATION = paths.ROOT / "validation"
 BUILD = Artifacts(VALIDATION / "build")
 PAGES = ("validation.md", "validation.html", "validation.json", "junit.xml")
 THUMBNAILS = "thumbnails"
+ANSWER = tuple(VALIDATION / name for name in (*PAGES, THUMBNAILS))  # all that a validation leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +98,8 @@ class Validation:
     def check(self) -> None:
         """Refuse what cannot end well, and remove the pages of the last validation, which are not this one's."""
         pairs.check_cases(Case.of(self.recipe), pairs.Setup.of(self.recipe))
-        for name in PAGES:
-            (VALIDATION / name).unlink(missing_ok=True)
-        staging.remove(VALIDATION / THUMBNAILS)
+        for path in ANSWER:
+            staging.remove(path)
 
     def judge(self, here: environment.Environment, console: Console) -> ValidationReport:
         """Fetch, fuse, verify, render and decide."""
