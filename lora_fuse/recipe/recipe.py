@@ -13,9 +13,9 @@ from lora_fuse.recipe import sections
 class Recipe(sections.Section):
     """All of `params.yaml`: one buildable variant."""
 
-    name: sections.Text
+    name: sections.Name
     base: sections.BaseParams
-    loras: Annotated[dict[str, sections.LoraParams], Field(min_length=1)]
+    loras: Annotated[dict[sections.Name, sections.LoraParams], Field(min_length=1)]
     download: sections.DownloadParams
     fuse: sections.FuseParams
     scheduler: sections.SchedulerParams | None  # null keeps the base's own

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from lora_fuse.errors import BadConfig
 from lora_fuse.lora import Selection
@@ -22,7 +22,22 @@ from lora_fuse.machine import files
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
-CaseName = Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")]  # part of file names and of flat metric keys
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def _check_name(name: str) -> str:
+    """Return a name that is one part of a path, as a recipe's becomes folders and files.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not NAME.fullmatch(name):
+        raise ValueError(f"{_short(name)} cannot name a file; take up to 64 of A-Z a-z 0-9 . _ -, no mark first")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_check_name)]  # of a recipe, a variant, a LoRA
+CaseName = Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,64}$")]  # part of file names and of flat metric keys
 Tag = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Device = Literal["auto", "cpu", "cuda"]
 Placement = Literal["cuda", "model_offload", "group_offload", "balanced", "cpu"]

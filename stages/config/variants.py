@@ -74,9 +74,9 @@ class Compiled(sections.Section):
     """The content of `variants/params.yaml`."""
 
     bases: dict[str, str]  # for each distinct base, by the key of its lock, a variant that is built from it
-    builds: dict[str, Build]  # all variants
-    published: list[str]  # those that have a repository
-    variants: dict[str, dict[str, Any]]  # each one's parameters, as `lora_fuse.recipe.Recipe` has them
+    builds: dict[sections.Name, Build]  # all variants
+    published: list[sections.Name]  # those that have a repository
+    variants: dict[sections.Name, dict[str, Any]]  # each one's parameters, as `lora_fuse.recipe.Recipe` has them
 
     def params(self, name: str) -> Recipe:
         """The parameters of a variant.

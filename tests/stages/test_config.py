@@ -126,6 +126,26 @@ def changed(path: str, value: object) -> dict[str, Any]:
     return tree
 
 
+NO_NAMES = ["../../x", "a/b", "/x", "..", ".", ".x", "-x", "a\\b", "a b", "x\n", "\x1b[2J", "", "ä", "x" * 65]
+
+
+@pytest.mark.parametrize("name", NO_NAMES)
+def test_a_name_that_is_a_path_is_refused_with_the_name_and_the_rule(name: str) -> None:
+    tree = compose()
+    lora = tree["loras"]["lightning"]
+    for changed_tree in (tree | {"name": name}, tree | {"loras": {name: lora}}):
+        with pytest.raises(BadConfig, match="take up to 64 of A-Z a-z 0-9 ") as refused:
+            Recipe.parse(changed_tree, "params.yaml")
+        assert repr(name)[:70] in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["pocket", "Qwen-Image-2.1", "2512_lightning", "x" * 64])
+def test_a_name_that_is_one_part_of_a_path_is_a_name(name: str) -> None:
+    tree = compose()
+    recipe = Recipe.parse(tree | {"name": name, "loras": {name: tree["loras"]["lightning"]}}, "params.yaml")
+    assert (recipe.name, list(recipe.loras)) == (name, [name])
+
+
 @pytest.mark.parametrize(
     ("path", "value"),
     [

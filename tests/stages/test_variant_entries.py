@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lora_fuse.errors import BadConfig, Rerun
 from lora_fuse.recipe.paths import Artifacts
@@ -143,6 +144,15 @@ def test_an_edited_compiled_file_is_refused_with_the_way_out(text: str) -> None:
     COMPILED.write_text(text)
     with pytest.raises(BadConfig, match=r"variants/params\.yaml.*write it anew: python -m stages\.config"):
         read_compiled()
+
+
+def test_a_compiled_variant_that_is_a_path_is_refused() -> None:
+    assert main([]) == 0
+    tree = yaml.safe_load(COMPILED.read_text())
+    tree["variants"]["../../x"] = tree["variants"]["pocket"]
+    COMPILED.write_text(yaml.safe_dump(tree))
+    with pytest.raises(BadConfig, match=r"variants/params\.yaml.*'\.\./\.\./x' cannot name a file.*python -m stages"):
+        load_variant("../../x")
 
 
 @pytest.mark.parametrize(
