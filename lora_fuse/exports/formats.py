@@ -98,6 +98,14 @@ def _format(name: str) -> ExportFormat:
     return FORMATS[name]
 
 
+def is_export(path: str) -> bool:
+    """True for a POSIX path that some format gives to some model."""
+    ends = [one.place.split("{}") for one in FORMATS.values()]
+    return any(
+        path.startswith(start) and path.endswith(end) and "/" not in path[len(start) : -len(end)] for start, end in ends
+    )
+
+
 def words(place: str) -> str:
     """A few words on the format of a file, by its path."""
     return next(

@@ -6,23 +6,29 @@ good as where it came from.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import BadSource, CheckFailed, Refused, require
-from lora_fuse.hub import sources
+from lora_fuse.exports import is_export
+from lora_fuse.hub import payload, sources
 from lora_fuse.machine import files
 from lora_fuse.recipe import Manifest, records
-from lora_fuse.release.contents import LIST, PROVENANCE
+from lora_fuse.release.contents import BOM, LIST, PROVENANCE
 from lora_fuse.release.signing import SIGNATURE, Trusted, check
 
 # Files and folders that the Hub, git and the Hub's client put beside a repository's own.
 HOUSEKEEPING = (".cache", ".git", ".gitattributes", ".gitignore", ".huggingface")
 # Files that people may add to a repository: no library loads them.
-READ_BY_PEOPLE = frozenset({".md", ".png", ".jpg", ".jpeg", ".webp", ".gif", ".svg", ".pdf"})
-NOTICES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
+READ_BY_PEOPLE = re.compile(r".+\.(md|png|jpe?g|webp|gif|svg|pdf)|(licen[cs]e|notice|copying)(\.txt|\.rst)?", re.I)
+# Files that a publication makes, beside exports: no other is generated because a list says so.
+MADE_BESIDE = frozenset({payload.CARD, PROVENANCE, BOM})
+PICTURES = re.compile(r"images/[a-z0-9_-]+(\.input[0-9]*)?\.(png|jpe?g|webp|gif|bmp|tiff?)")
+MADE_AGAIN = frozenset({repository_files.MODEL_INDEX, repository_files.SCHEDULER_CONFIG})  # by whoever has the base
 
 
 @dataclass(slots=True)
@@ -67,14 +73,14 @@ def check_published(folder: Path, trusted: Trusted | None) -> Published:
         return result
     result.files = len(manifest.files)
     _check_listed(folder, manifest, result)
-    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    names = {path.relative_to(folder).as_posix() for path in found}
     housekeeping = {name for name in names if name.partition("/")[0] in HOUSEKEEPING}
     extra = sorted(names - housekeeping - {LIST, SIGNATURE} - manifest.files.keys())
-    harmless = [name for name in extra if _is_read_by_people(name)]
+    harmless = [name for name in extra if _is_read_by_people(folder / name)]
     result.problems += [f"{name} is not in {LIST}, so nobody published it" for name in extra if name not in harmless]
     result.notes += [f"{name} is not in {LIST}" for name in harmless]
-    generated = [name for name, file in manifest.files.items() if file.origin == "generated"]
-    result.beside = frozenset([*generated, *extra, *housekeeping, LIST, SIGNATURE])
+    result.beside = frozenset([*_made_beside(manifest, result), *extra, *housekeeping, LIST, SIGNATURE])
     _read_recipe(folder / PROVENANCE, result)
     _check_signature(folder, trusted, extra, result)
     return result
@@ -92,6 +98,18 @@ def _check_listed(folder: Path, manifest: Manifest, result: Published) -> None:
                 result.problems.append(f"{name}: {difference}")
 
 
+def _made_beside(manifest: Manifest, result: Published) -> list[str]:
+    """Names that were made for the repository; what else is called generated is a problem, and part of the merge."""
+    beside = []
+    for name in sorted(name for name, file in manifest.files.items() if file.origin == "generated"):
+        if name in MADE_BESIDE or PICTURES.fullmatch(name) or is_export(name):
+            beside.append(name)
+        elif name not in MADE_AGAIN:
+            result.problems.append(f"{name} is called generated in {LIST}, and no publication makes such a file")
+    result.notes += [f"{name} is an export: it is not derived again" for name in beside if is_export(name)]
+    return beside
+
+
 def _read_recipe(provenance: Path, result: Published) -> None:
     """Read what the recipe changes of the base's own files, so that they can be made again."""
     try:
@@ -100,7 +118,9 @@ def _read_recipe(provenance: Path, result: Published) -> None:
         result.pipeline = recipe["base"]["pipeline"]
         result.scheduler = recipe["scheduler"] or {}
     except (BadSource, KeyError, TypeError) as error:
-        result.notes.append(f"{PROVENANCE} does not say the recipe ({error}); what was generated is not made again")
+        result.notes.append(
+            f"{PROVENANCE} does not say the recipe ({error}); what it changes is compared with the base's"
+        )
 
 
 def _check_signature(folder: Path, trusted: Trusted | None, extra: Iterable[str], result: Published) -> None:
@@ -121,6 +141,5 @@ def _check_signature(folder: Path, trusted: Trusted | None, extra: Iterable[str]
         result.problems.append(str(error))
 
 
-def _is_read_by_people(name: str) -> bool:
-    path = PurePosixPath(name)
-    return path.suffix.lower() in READ_BY_PEOPLE or path.name.upper().startswith(NOTICES)
+def _is_read_by_people(path: Path) -> bool:
+    return READ_BY_PEOPLE.fullmatch(path.name) is not None and path.is_file()

@@ -88,6 +88,33 @@ def test_the_merge_of_a_download_is_checked_with_base_and_lora(signed: Path, tmp
     assert verify(signed, base, "--lora", lora, "--scale", "0.5") == 1
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "text_encoder/model.safetensors",
+        "tokenizer/run.py",
+        "images/run.py",
+        "images/deep/rabbit.png",
+        "diffusion_models/deep/x.safetensors",
+        "transformer/config.json",
+    ],
+)
+def test_only_what_a_publication_makes_is_generated_whatever_the_list_says(
+    signed: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (signed / name).parent.mkdir(parents=True, exist_ok=True)
+    (signed / name).write_bytes(b"{}  ")
+    listed = json.loads((signed / LIST).read_text())
+    listed["files"][name] = {**dataclasses.asdict(hash_file(signed / name)), "from": "generated"}
+    (signed / LIST).write_text(json.dumps(listed))
+    assert verify(signed) == 1
+    assert f"{name} is called generated in {LIST}, and no publication makes" in capsys.readouterr().err
+    lora = tiny_lora(tmp_path / "l", "mit") / LORA_FILE
+    assert verify(signed, tiny_base(tmp_path / "b", "mit"), "--lora", lora) == 1
+    merge = capsys.readouterr().err.partition("no publication makes")[2]
+    assert name in merge  # it is no part of the base either
+
+
 def test_what_a_download_says_is_generated_is_made_again_from_base_and_recipe(
     signed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,11 +150,26 @@ def test_a_flipped_byte_is_found_with_and_without_a_key(
         (lambda root: (root / WEIGHTS).unlink(), f"{WEIGHTS}: it cannot be read"),
         (lambda root: (root / "transformer/more.safetensors").write_bytes(b"x"), "more.safetensors is not in"),
         (lambda root: (root / "run.py").write_text("x"), "run.py is not in"),
+        (lambda root: (root / "LICENSE_x.py").write_text("x"), "LICENSE_x.py is not in"),
+        (lambda root: (root / "license.safetensors").write_text("x"), "license.safetensors is not in"),
+        (lambda root: (root / "more").symlink_to(root / "vae"), "more is not in"),
+        (lambda root: (root / "more.png").symlink_to(root / "vae"), "more.png is not in"),
         (lambda root: (root / LIST).write_text("{}"), f"{LIST} is no list of files"),
         (lambda root: (root / LIST).write_bytes(b"\xff"), f"{LIST} is no list of files"),
         (lambda root: (root / LIST).write_text('"../'.join((root / LIST).read_text().rsplit('"vae/', 1))), "leads out"),
     ],
-    ids=["missing", "more weights", "code", "empty list", "no text", "outside"],
+    ids=[
+        "missing",
+        "more weights",
+        "code",
+        "notice",
+        "licence",
+        "folder",
+        "picture",
+        "empty list",
+        "no text",
+        "outside",
+    ],
 )
 def test_other_files_than_the_list_s_are_found(
     signed: Path, damage: Callable[[Path], object], said: str, capsys: pytest.CaptureFixture[str]
