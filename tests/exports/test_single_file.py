@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from lora_fuse.checkpoint.shards import Checkpoint, open_checkpoint
 from lora_fuse.errors import BadCheckpoint, BadConfig, NoSpace
-from lora_fuse.exports.formats import FORMATS, export, export_size, words
+from lora_fuse.exports.formats import FORMATS, export, export_size, is_export, words
 from lora_fuse.machine.files import FileRecord, hash_file
 from lora_fuse.recipe.recipe import Recipe
 from tests.support import tiny
@@ -166,6 +166,12 @@ print(int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]
 
 def test_every_format_has_a_place_of_its_own_and_words() -> None:
     assert all("{}" in one.place and words(one.place.format("x")) == one.words for one in FORMATS.values())
+
+
+def test_a_path_that_a_format_gives_is_an_export_and_no_other() -> None:
+    assert all(is_export(one.place.format("x-1.0")) for one in FORMATS.values())
+    others = ("diffusion_models/a/b.safetensors", "diffusion_models/x.py", "x.safetensors", "vae/x.safetensors")
+    assert not any(map(is_export, others))
 
 
 def test_pocket_exports_as_its_recipe_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from lora_fuse.errors import PublishRefused
 from lora_fuse.fusion.manifest import read_manifest
 from lora_fuse.recipe.paths import HERE as at  # noqa: N811
 from lora_fuse.release.contents import BOM, LIST, PROVENANCE
+from lora_fuse.release.download_check import check_published
 from lora_fuse.release.signing import SIGNATURE
 from stages.export import export_formats
 from stages.publish import publish
@@ -34,6 +35,19 @@ def test_everything_is_published_once_and_again_is_nothing_new(build: Build, hub
     publish(params)
     assert hub.registry.repos[REPO].head.oid == head.oid
     assert not [path for path in Path("artifacts").iterdir() if path.name.startswith(".release")]
+
+
+def test_all_that_a_publication_makes_is_known_to_who_checks_it(build: Build, hub: LoopbackHub, tmp_path: Path) -> None:
+    params = build().params("export.formats=[single_file]")
+    export_formats(params)
+    publish(params)
+    for name in hub.registry.repos[REPO].head.tree:
+        path = tmp_path / "fetched" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(hub.read(REPO, name))
+    found = check_published(tmp_path / "fetched", None)
+    assert found.problems == []
+    assert found.notes == ["diffusion_models/pocket.safetensors is an export: it is not derived again"]
 
 
 def test_no_path_of_this_machine_is_published(
