@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import lora_fuse
 from lora_fuse.errors import BadConfig, naming_extras
-from lora_fuse.machine import OnceParser, interrupts
+from lora_fuse.machine import OnceParser, interrupts, text
 
 if TYPE_CHECKING:
     from lora_fuse import LoraInput, Plan, Selection
@@ -109,14 +109,14 @@ def _make_plan(options: argparse.Namespace) -> Plan:
 
 def _selection(options: argparse.Namespace) -> Selection:
     scales: dict[str, float] = {}
-    for text in options.module_scale:
-        pattern, _, number = text.rpartition("=")
+    for given in options.module_scale:
+        pattern, _, number = given.rpartition("=")
         if pattern in scales:
             raise BadConfig(f"--module-scale {pattern} is given twice, {scales[pattern]:g} and {number}; give it once")
         try:
             scales[pattern] = float(number)
         except ValueError as error:
-            raise BadConfig(f"--module-scale {text!r}: expected PATTERN=NUMBER, as in '*.attn.*=0.5'") from error
+            raise BadConfig(f"--module-scale {given!r}: expected PATTERN=NUMBER, as in '*.attn.*=0.5'") from error
     return lora_fuse.Selection(tuple(options.only), tuple(options.skip), scales)
 
 
@@ -128,7 +128,7 @@ def _scheduler(options: argparse.Namespace) -> Mapping[str, object]:
         return {}
     if options.scheduler == Path("auto"):
         found = needed_scheduler([path.name for path in options.lora])
-        print(f"scheduler auto: that of {found.filename}, for {found.usage}")
+        text.say(f"scheduler auto: that of {found.filename}, for {found.usage}")
         return found.scheduler
     settings = files.read_json(options.scheduler, dict, lambda message: BadConfig(f"--scheduler {message}"))
     return {key: value for key, value in settings.items() if not key.startswith("_")}
@@ -138,17 +138,17 @@ def _inspect(options: argparse.Namespace) -> int:
     from lora_fuse.models import alpha_warnings
 
     lora = lora_fuse.open_lora(options.lora)
-    print(f"{lora.path}: {len(lora.header.tensors)} keys, {len(lora.deltas)} modules, sha256 {lora.sha256}")
+    text.say(f"{lora.path}: {len(lora.header.tensors)} keys, {len(lora.deltas)} modules, sha256 {lora.sha256}")
     for line, count in sorted(Counter(delta.description for delta in lora.deltas).items()):
-        print(f"  {line}: {count} modules")
+        text.say(f"  {line}: {count} modules")
     dtypes = Counter(tensor.dtype for tensor in lora.header.tensors.values())
-    print("  dtypes: " + ", ".join(f"{dtype} x {count}" for dtype, count in sorted(dtypes.items())))
+    text.say("  dtypes: " + ", ".join(f"{dtype} x {count}" for dtype, count in sorted(dtypes.items())))
     if lora.remarks:
-        print(f"  header entries that say nothing known: {', '.join(lora.remarks)}")
+        text.say(f"  header entries that say nothing known: {', '.join(lora.remarks)}")
     for delta in lora.deltas:
-        print(f"  {delta.module}.{delta.part}  {'x'.join(map(str, delta.shape))}  {delta.strength}")
+        text.say(f"  {delta.module}.{delta.part}  {'x'.join(map(str, delta.shape))}  {delta.strength}")
     for warning in alpha_warnings([(lora.path.name, lora.missing_alphas)]):
-        print(f"warning: {warning}", file=sys.stderr)
+        text.say(f"warning: {warning}", sys.stderr)
     return 0
 
 
@@ -163,19 +163,19 @@ def _print_plan(plan: Plan, scheduler: Mapping[str, object] | None = None) -> No
     from lora_fuse.machine import progress
 
     for warning in cautions(plan, scheduler):
-        print(f"warning: {warning}", file=sys.stderr)
+        text.say(f"warning: {warning}", sys.stderr)
     for given in plan.inputs:
-        print(f"fuse {given.path} at scale {given.scale:g}")
+        text.say(f"fuse {given.path} at scale {given.scale:g}")
     tensors = len(plan.checkpoint.tensors())
-    print(f"{len(plan.targets)} of {tensors} tensors change ({plan.modules} modules in the LoRA files)")
+    text.say(f"{len(plan.targets)} of {tensors} tensors change ({plan.modules} modules in the LoRA files)")
     if plan.skipped:
-        print(f"  {len(plan.skipped)} are left as they are by --only and --skip, first {plan.skipped[0]}")
+        text.say(f"  {len(plan.skipped)} are left as they are by --only and --skip, first {plan.skipped[0]}")
     for shard in plan.checkpoint.shards:
         count = sum(1 for target in plan.targets.values() if target.shard is shard)
-        print(f"  {shard.relative}: {count} targets, {progress.human_bytes(shard.path.stat().st_size)}")
-    print(f"{len(plan.checkpoint.others)} other files are taken over unchanged")
+        text.say(f"  {shard.relative}: {count} targets, {progress.human_bytes(shard.path.stat().st_size)}")
+    text.say(f"{len(plan.checkpoint.others)} other files are taken over unchanged")
     for line in repository_files.left_behind(plan.checkpoint.left):
-        print(f"  {line}")
+        text.say(f"  {line}")
 
 
 def _fuse(options: argparse.Namespace) -> int:
@@ -202,12 +202,12 @@ def _fuse(options: argparse.Namespace) -> int:
     files = fused.manifest.files
     total = progress.human_bytes(sum(file.size for file in files.values()))
     written = progress.human_rate(fused.bytes_written, fused.seconds)
-    print(f"merged: {options.out}, {total} in {len(files)} files; written: {written}")
+    text.say(f"merged: {options.out}, {total} in {len(files)} files; written: {written}")
     for name, file in files.items():
         if file.origin == "fused":
-            print(f"  {file.sha256}  {name}")
+            text.say(f"  {file.sha256}  {name}")
     if fused.sharing:
-        print(fused.sharing)
+        text.say(fused.sharing)
     return 0
 
 
@@ -239,9 +239,9 @@ def _verify_download(folder: Path, trusted: Trusted | None) -> tuple[int, Publis
     from lora_fuse.release import check_published
 
     found = check_published(folder, trusted)
-    print(f"verify: {found.files} files of {folder} compared with its list, signature {found.signature}")
+    text.say(f"verify: {found.files} files of {folder} compared with its list, signature {found.signature}")
     _print_findings(found.notes, found.problems)
-    print("download: passed" if not found.problems else f"download: FAILED, {len(found.problems)} problems")
+    text.say("download: passed" if not found.problems else f"download: FAILED, {len(found.problems)} problems")
     return 1 if found.problems else 0, found
 
 
@@ -259,24 +259,24 @@ def _verify_merge(options: argparse.Namespace, published: Published | None) -> i
         seed=options.seed,
         show_progress=True,
     )
-    print(
+    text.say(
         f"verify: {found.targets} targets ({found.modules} modules), {found.rows_checked} of {found.rows_total} rows, "
         f"{found.tensors_untouched} tensors and {found.files_untouched} files identical to the base"
     )
     if found.drawn and found.drawn.rows:
-        print(f"  and {found.drawn.rows} rows drawn at random; --seed {found.drawn.seed} draws them again")
+        text.say(f"  and {found.drawn.rows} rows drawn at random; --seed {found.drawn.seed} draws them again")
     if found.changes:
         norms = sorted(change.relative_norm for change in found.changes.values())
         same = sum(change.unchanged for change in found.changes.values()) / len(found.changes)
         spread = f"{norms[0]:.3g} to {norms[-1]:.3g}, median {norms[len(norms) // 2]:.3g}"
-        print(f"  norm of difference over weight: {spread}; {same:.1%} of the weights are unchanged by rounding")
+        text.say(f"  norm of difference over weight: {spread}; {same:.1%} of the weights are unchanged by rounding")
     _print_findings(found.notes, found.problems)
-    print("verify: passed" if found.passed else f"verify: FAILED, {found.problem_count} problems")
+    text.say("verify: passed" if found.passed else f"verify: FAILED, {found.problem_count} problems")
     return 0 if found.passed else 1
 
 
 def _print_findings(notes: Sequence[str], problems: Sequence[str]) -> None:
-    for text in notes:
-        print(f"  note: {text}")
-    for text in problems:
-        print(f"  problem: {text}", file=sys.stderr)
+    for note in notes:
+        text.say(f"  note: {note}")
+    for problem in problems:
+        text.say(f"  problem: {problem}", sys.stderr)

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from lora_fuse.machine import text
+
 LONGEST = 2000  # characters of a message
 # The extras of pyproject.toml, with the libraries of each that are imported here; all others are the core's.
 EXTRAS = {
@@ -45,8 +47,8 @@ class LoraFuseError(Exception):
         self.rerun = rerun
 
     def __str__(self) -> str:
-        """One line; of a very long one, as names in a broken file may make it, the beginning and the end."""
-        line = " ".join(super().__str__().splitlines())
+        """One line, see `text.line`; of a very long one, as names in a broken file may make it, beginning and end."""
+        line = text.line(" ".join(super().__str__().splitlines()))
         return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} […] {line[-LONGEST // 2 :]}"
 
 

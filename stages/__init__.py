@@ -6,13 +6,13 @@ import sys
 from types import TracebackType
 
 from lora_fuse.errors import require
-from lora_fuse.machine import interrupts
+from lora_fuse.machine import interrupts, text
 
 
 def _last_resort(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Ctrl-C while a stage is being imported, or again while it ends: a line, as `interrupts.guarded` has it."""
     if issubclass(kind, KeyboardInterrupt):
-        print("error: interrupted; whole results stay, `dvc repro` goes on", file=sys.stderr)
+        text.say("error: interrupted; whole results stay, `dvc repro` goes on", sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 

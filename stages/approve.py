@@ -12,11 +12,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lora_fuse.errors import BadConfig
-from lora_fuse.machine import PLAIN, Console, OnceParser, staging
+from lora_fuse.machine import Console, OnceParser, staging
 from lora_fuse.recipe import Artifacts, checkout, paths, records
 from lora_fuse.regression import approval, candidates, goldens, run_record
 from stages.config import check_declared, load
-from stages.run import next_commands, parse, run
+from stages.run import PLAIN, next_commands, parse, run
 
 
 def approve(reason: str, only: list[str], add: bool, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from lora_fuse.errors import Rerun
-from lora_fuse.machine import PLAIN, Console, files
+from lora_fuse.machine import Console, files
 from lora_fuse.recipe import Artifacts, Recipe, paths
 from lora_fuse.studies.catalog import CatalogEntry, catalog_html, catalog_json, catalog_markdown, gather
 from stages.config.variants import Compiled, read_compiled
-from stages.run import command, run_stage
+from stages.run import PLAIN, command, run_stage
 
 CATALOG = paths.ROOT / "catalog"
 PAGES = tuple(CATALOG / f"catalog.{kind}" for kind in ("html", "md", "json"))

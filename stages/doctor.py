@@ -7,10 +7,10 @@ import shutil
 import sys
 from dataclasses import asdict
 
-from lora_fuse.machine import PLAIN, Console
+from lora_fuse.machine import Console
 from lora_fuse.recipe import Artifacts, Recipe, paths
 from lora_fuse.studies.doctor import Status, examine, table, verdict
-from stages.run import run_stage
+from stages.run import PLAIN, run_stage
 
 
 def doctor(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from lora_fuse import hub
 from lora_fuse.hub import locks
-from lora_fuse.machine import PLAIN, Console, files, progress
+from lora_fuse.machine import Console, files, progress
 from lora_fuse.recipe import Artifacts, Lock, Recipe, Source, paths, records
-from stages.run import run_stage
+from stages.run import PLAIN, run_stage
 
 KEPT = "whole files stay in the Hub client's cache, the locks are as they were; `dvc repro` goes on with the rest"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from lora_fuse.checkpoint import PROVENANCE, open_checkpoint
 from lora_fuse.exports import export, export_size
 from lora_fuse.fusion import read_manifest
-from lora_fuse.machine import PLAIN, Console, files, progress
+from lora_fuse.machine import Console, files, progress
 from lora_fuse.models import COMPONENT
 from lora_fuse.recipe import Artifacts, Recipe, paths, records
-from stages.run import run_stage
+from stages.run import PLAIN, run_stage
 
 
 def export_formats(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from lora_fuse.fusion import FuseJob, cautions, plan_of
-from lora_fuse.machine import PLAIN, Console, progress
+from lora_fuse.machine import Console, progress
 from lora_fuse.recipe import Artifacts, Recipe, paths
-from stages.run import run_stage
+from stages.run import PLAIN, run_stage
 
 KEPT = "shards that are finished are kept, artifacts/merged is as it was; `dvc repro` goes on with the next shard"
 

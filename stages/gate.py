@@ -6,10 +6,10 @@ with. 4 a person has to look: within the limits of a golden of another environme
 
 from __future__ import annotations
 
-from lora_fuse.machine import PLAIN, Console
+from lora_fuse.machine import Console
 from lora_fuse.recipe import Artifacts, Recipe, paths
 from lora_fuse.regression import gate as decisions
-from stages.run import command, run_stage
+from stages.run import PLAIN, command, run_stage
 
 
 def gate(_: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:

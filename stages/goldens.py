@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
-from lora_fuse.machine import PLAIN, Console, files
+from lora_fuse.machine import Console, files
 from lora_fuse.recipe import Artifacts, Recipe, paths
-from stages.run import run_stage
+from stages.run import PLAIN, run_stage
 
 
 def goldens(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:

@@ -11,10 +11,10 @@ from functools import partial
 from lora_fuse import hub
 from lora_fuse.errors import PublishRefused
 from lora_fuse.fusion import read_manifest
-from lora_fuse.machine import PLAIN, Console, progress
+from lora_fuse.machine import Console, progress
 from lora_fuse.recipe import Artifacts, Recipe, checkout, paths
 from lora_fuse.release import checked_release
-from stages.run import run_stage
+from stages.run import PLAIN, run_stage
 
 KEPT = "what was sent stays in its pull request; publish again, it goes on with the rest"
 
@@ -25,11 +25,11 @@ def publish(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN
     clock = progress.Stopwatch()
     if dry_run:
         manifest, card, beside = checked_release(recipe, at)
-        text = hub.preview(at.merged, manifest, card, beside, repo_id=wanted.repo_id, tag=wanted.tag)
+        preview = hub.preview(at.merged, manifest, card, beside, repo_id=wanted.repo_id, tag=wanted.tag)
         if console.as_json:
-            console.done("publish", facts={"dry_run": text})
+            console.done("publish", facts={"dry_run": preview})
         else:
-            print(text)
+            console.rows(preview.split("\n"))
         return 0
     if not wanted.enabled:
         reason = "publish.enabled is false" if at.variant is None else "conf/variants.yaml gives it no repo_id"

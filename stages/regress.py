@@ -8,11 +8,11 @@ from __future__ import annotations
 from functools import partial
 
 from lora_fuse.fusion import plan_of, read_manifest
-from lora_fuse.machine import PLAIN, Console, progress
+from lora_fuse.machine import Console, progress
 from lora_fuse.pictures import Case, DistributedRenderer, environment, pairs, render_progress
 from lora_fuse.recipe import Artifacts, Recipe, paths
 from lora_fuse.regression import goldens, judge, write_regression
-from stages.run import command, run_stage
+from stages.run import PLAIN, command, run_stage
 
 GATE = "dvc repro gate"
 KEPT = "the last pictures are as they were, none of this run's is kept; `dvc repro` goes on with them from the first"

@@ -16,6 +16,7 @@ from lora_fuse.recipe import Artifacts, Lock, Recipe, paths
 from stages.config import load
 
 ALONE = "DVC_STAGE" not in os.environ  # DVC goes on with the next stage by itself
+PLAIN = Console()  # of a stage that is called, and not run as a program
 KEPT = "earlier results are as they were; `dvc repro` goes on with this stage"
 
 

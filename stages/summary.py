@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from lora_fuse.machine import PLAIN, Console
+from lora_fuse.machine import Console
 from lora_fuse.recipe import Artifacts, Recipe, paths
 from lora_fuse.regression import gate, run_record
-from stages.run import command, run_stage
+from stages.run import PLAIN, command, run_stage
 
 
 def summary(_: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:
@@ -16,7 +16,7 @@ def summary(_: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> 
     else:
         run = run_record.read_run(at)
         then = command(gate.next_step(metrics), at)
-        print(gate.summary_text(metrics, run, str(at.report), then))
+        console.rows(gate.summary_text(metrics, run, str(at.report), then).split("\n"))
     return 0
 
 

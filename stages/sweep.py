@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from lora_fuse.errors import BadConfig, Busy
-from lora_fuse.machine import PLAIN, Console
+from lora_fuse.machine import Console
 from lora_fuse.recipe import Artifacts, paths
 from lora_fuse.studies.sweep import (
     PointBuilder,
@@ -26,7 +26,7 @@ from lora_fuse.studies.sweep import (
 )
 from stages.config import load
 from stages.config.composition import split_sweep
-from stages.run import merge, run_stage
+from stages.run import PLAIN, merge, run_stage
 
 SWEEP = Artifacts(paths.ROOT / "sweep")
 SHEET = tuple(SWEEP.root / f"sweep.{kind}" for kind in ("html", "json", "md"))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
 from lora_fuse.errors import naming_extras
+from lora_fuse.machine import text
 from lora_fuse.recipe import hf_cache
 
 if TYPE_CHECKING:
@@ -42,7 +44,16 @@ def client() -> HfApi:
     with naming_extras("the Hub"):
         from huggingface_hub import HfApi
 
+    for handler in logging.getLogger("huggingface_hub").handlers:
+        handler.addFilter(_as_line)  # the same one is added once
     return HfApi(endpoint=endpoint(), token=token() or False, library_name="lora-fuse")
+
+
+def _as_line(record: logging.LogRecord) -> bool:
+    """Let the client, which passes a Hub's warnings on, log a line as all other lines are."""
+    record.msg = text.line(record.getMessage())
+    record.args = ()
+    return True
 
 
 def card_text(front_matter: Mapping[str, Any], body: str) -> str:

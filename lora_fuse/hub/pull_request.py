@@ -14,7 +14,7 @@ from lora_fuse.errors import PublishRefused
 from lora_fuse.hub.client import is_without_xet
 from lora_fuse.hub.retry import DELAYS, PUBLISH, silence
 from lora_fuse.hub.worker_process import AttemptFailed, WorkerProcess
-from lora_fuse.machine import progress
+from lora_fuse.machine import progress, text
 
 if TYPE_CHECKING:
     from lora_fuse.hub.payload import Payload
@@ -65,7 +65,7 @@ class PullRequest:
                     number = opened  # it landed, and only the answer was lost
                 elif failure.without_xet and xet:
                     xet = False
-                    print(f"publish: {failure}; once more without Xet", file=sys.stderr, flush=True)
+                    text.say(f"publish: {failure}; once more without Xet", sys.stderr)
                 elif failure.pause is None or failures == len(DELAYS):
                     raise PublishRefused(str(failure)) from failure
                 else:

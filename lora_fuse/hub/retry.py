@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from lora_fuse.errors import BadConfig, BadSource, NoSpace, PublishRefused, Refused
-from lora_fuse.hub.client import endpoint, token
+from lora_fuse.hub.client import endpoint
 from lora_fuse.hub.error_texts import READ, WRITE, client_exceptions, explain, full_disk, is_full_disk, is_passing
+from lora_fuse.machine import text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,7 +49,7 @@ class Caller:
             if is_full_disk(error):
                 raise NoSpace(f"{what}: {full_disk()}") from error
             scope = READ if self.refusal is BadSource else WRITE
-            raise self.refusal(redacted(f"{what}: {explain(error, repo_id, scope)}")) from error
+            raise self.refusal(f"{what}: {explain(error, repo_id, scope)}") from error
 
     def ask(self, what: str, repo_id: str, work: Callable[[], Answer]) -> Answer:
         """Make a call that does no harm twice, and repeat it where that may help.
@@ -82,7 +83,7 @@ class Caller:
 
     def wait(self, seconds: float, reason: str) -> None:
         """Say why, and wait."""
-        print(f"{self.stage}: {reason}; once more in {seconds:g} s", file=sys.stderr, flush=True)
+        text.say(f"{self.stage}: {reason}; once more in {seconds:g} s", sys.stderr)
         time.sleep(seconds)
 
 
@@ -124,10 +125,3 @@ def bound_requests(longest: float = 120.0) -> None:
     hooks = get_session().event_hooks
     timeout = Timeout(min(silence(), longest))
     set_client_factory(lambda: Client(event_hooks=hooks, follow_redirects=True, timeout=timeout))
-
-
-def redacted(text: str) -> str:
-    """A text without the token, and without the query of any address, which may hold a signature."""
-    secret = token()
-    text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1?…", text)
-    return text.replace(secret, "(token)") if secret else text

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import BadSource
-from lora_fuse.machine import FileRecord, progress
+from lora_fuse.machine import FileRecord, progress, text
 from lora_fuse.models import COMPONENT
 from lora_fuse.recipe import License, stated_licence
 
@@ -99,7 +99,7 @@ class VerifiedFiles:
         expected = self.source.files[name]
         result = examine(self._root / name, expected, advance)
         if isinstance(result, str) and self.source.commit:
-            print(f"download: {name} of {self.source.label}: {result}; fetching it again", file=sys.stderr, flush=True)
+            text.say(f"download: {name} of {self.source.label}: {result}; fetching it again", sys.stderr)
             self.source.fetch([name], True)
             result = examine(self._root / name, expected, lambda _: None)
         if isinstance(result, str):

@@ -19,7 +19,7 @@ from lora_fuse.hub.error_texts import full_disk
 from lora_fuse.hub.leftovers import remove_leftovers
 from lora_fuse.hub.retry import DELAYS
 from lora_fuse.hub.worker_process import AttemptFailed, WorkerProcess
-from lora_fuse.machine import progress, space
+from lora_fuse.machine import progress, space, text
 from lora_fuse.recipe import hf_cache, sections
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Transfers:
                         raise BadSource(f"{order.label}: {_reasons(failures)}") from failure
                     without = " without Xet" if failure.without_xet else ""
                     self._xet = self._xet and not failure.without_xet
-                    print(f"download: {order.label}: {failure}; trying again{without}", file=sys.stderr, flush=True)
+                    text.say(f"download: {order.label}: {failure}; trying again{without}", sys.stderr)
                     time.sleep(0 if failure.stalled else max(failure.pause or 0, DELAYS[len(failures) - 1]))
 
     def close(self) -> None:

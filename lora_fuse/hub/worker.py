@@ -25,7 +25,7 @@ from typing import Any
 from lora_fuse.errors import Refused
 from lora_fuse.hub.client import cache_dir, client, endpoint, token
 from lora_fuse.hub.error_texts import cause, client_exceptions, explain, is_full_disk, is_passing
-from lora_fuse.hub.retry import PUBLISH, is_from_api, redacted, requested_pause
+from lora_fuse.hub.retry import PUBLISH, is_from_api, requested_pause
 
 CHUNK = 1 << 20  # bytes after which the client writes and reports; its own 10 MB hide a slow connection's progress
 WRITTEN = "huggingface_hub.snapshot_download"  # the client's name for its bar of bytes written to disk
@@ -158,8 +158,6 @@ def _commit(order: dict[str, Any], say: Say) -> dict[str, Any]:
     from huggingface_hub import CommitOperationAdd
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    for handler in logging.getLogger("huggingface_hub").handlers:
-        handler.addFilter(_redact)
     if not order["bars"]:
         disable_progress_bars()
     threading.Thread(target=_beat, args=[say], daemon=True).start()
@@ -185,12 +183,6 @@ def _commit(order: dict[str, Any], say: Say) -> dict[str, Any]:
         without_xet = not isinstance(error.__cause__, (HTTPError, ValueError))
         return {"failed": {"reason": str(error), "pause": pause, "without_xet": without_xet, "full": False}}
     return {"result": commit.pr_num}
-
-
-def _redact(record: logging.LogRecord) -> bool:
-    record.msg = redacted(record.getMessage())
-    record.args = ()
-    return True
 
 
 def _beat(say: Say) -> None:

@@ -5,7 +5,7 @@ from . import launch as launch
 from . import progress as progress
 from . import space as space
 from . import staging as staging
-from .console import PLAIN as PLAIN
+from . import text as text
 from .console import Console as Console
 from .files import FileRecord as FileRecord
 from .hashing_writer import HashingWriter as HashingWriter

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from lora_fuse.errors import LoraFuseError
-from lora_fuse.machine.console import painted
+from lora_fuse.machine import text
 from lora_fuse.machine.launch import is_first_to_fail
 from lora_fuse.machine.standard_streams import sturdy_streams
 
@@ -71,5 +71,5 @@ def _guarded(work: Callable[[], int], kept: str) -> int:
 
 def _failed(why: str, code: int) -> int:
     if is_first_to_fail():
-        print(painted(f"error: {why}", sys.stderr), file=sys.stderr, flush=True)
+        text.say(f"error: {why}", sys.stderr)
     return code

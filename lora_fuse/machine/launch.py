@@ -13,6 +13,8 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_fuse.machine import text
+
 LOST = (
     "another process of this run ended, or its launcher was told to; nothing was written, earlier results are as they "
     "were: run again"
@@ -83,5 +85,5 @@ class PeerWatcher:
     def _wait(self) -> None:
         signal.sigwait({signal.SIGTERM})
         if not self._done and is_first_to_fail():
-            print(f"error: {LOST}", file=sys.stderr, flush=True)
+            text.say(f"error: {LOST}", sys.stderr)
         os._exit(128 + signal.SIGTERM if self._done else 2)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, NoReturn
+
+from lora_fuse.machine import text
 
 
 class OnceParser(argparse.ArgumentParser):
@@ -13,6 +15,10 @@ class OnceParser(argparse.ArgumentParser):
         super().__init__(**how)
         self.register("action", None, _StoreOnce)
         self.register("action", "store", _StoreOnce)
+
+    def error(self, message: str) -> NoReturn:
+        """End with usage and message, whose words may be names of files."""
+        super().error(text.line(message))
 
 
 class _StoreOnce(argparse.Action):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from lora_fuse.machine import text
 from lora_fuse.machine.files import read_json, replace_text
 
 EVERY = 10.0  # seconds between plain lines
@@ -84,7 +85,7 @@ def is_silent() -> bool:
 def log(line: str) -> None:
     """Print a line to stderr that is good to know and nothing more."""
     if not is_silent():
-        print(line, file=sys.stderr, flush=True)
+        text.say(line, sys.stderr)
 
 
 @contextmanager
@@ -114,7 +115,7 @@ def byte_progress(label: str, total: int, *, at_least: int = 0) -> Iterator[Call
 
 def bar(label: str, total: float, **how: object) -> tqdm[None]:
     """A bar on stderr as wide as the terminal, which goes when it is done: a summary follows."""
-    return tqdm(total=total, desc=label, file=sys.stderr, dynamic_ncols=True, leave=False, **how)  # type: ignore[call-overload, no-any-return]
+    return tqdm(total=total, desc=text.line(label), file=sys.stderr, dynamic_ncols=True, leave=False, **how)  # type: ignore[call-overload, no-any-return]
 
 
 class _Lines:

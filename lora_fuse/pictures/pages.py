@@ -10,6 +10,8 @@ import base64
 import hashlib
 from collections.abc import Callable, Mapping
 
+from lora_fuse.machine import text
+
 SLIDER = """
 for (const slider of document.querySelectorAll(".slider")) {
   const range = slider.querySelector("input");
@@ -25,17 +27,24 @@ def render_page(
 ) -> str:
     """Fill a template of a package's folder `templates`, which may include `style.css`, `slider` and `slider_hash`.
 
-    In pages of HTML the values are escaped; one that is missing is an error.
+    Every value is escaped, by HTML's rules and `text.xml` or by those of Markdown, unless it is `Markdown` or marked
+    safe; one that is missing is an error.
     """
     import jinja2
 
     loaders = [jinja2.PackageLoader(name) for name in (package, "lora_fuse.pictures")]
+    html = ".html" in template
     environment = jinja2.Environment(
         loader=jinja2.ChoiceLoader(loaders),
-        autoescape=".html" in template,  # noqa: S701  (the other pages are Markdown)
+        autoescape=html,  # noqa: S701 (Markdown has rules of its own)
+        finalize=_seen if html else text.markdown,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= filters or {}
+    environment.filters |= {"code": text.code, "link": text.link, **(filters or {})}
     return environment.get_template(template).render(slider=SLIDER, slider_hash=SLIDER_HASH, **values)
+
+
+def _seen(value: object) -> object:
+    return value if hasattr(value, "__html__") else text.xml(value)

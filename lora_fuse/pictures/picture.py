@@ -9,12 +9,15 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lora_fuse.pictures import encode
 from lora_fuse.pictures.cost import Cost
 
 Levels: TypeAlias = npt.NDArray[np.uint8]  # (height, width, 3), 0 to 255
+FORMATS = ("PNG", "JPEG", "WEBP")  # those of a picture from outside
+LARGEST = 1 << 26  # pixels of one: 8192 x 8192, 200 MB of levels
+
 Latents: TypeAlias = npt.NDArray[np.float32]  # of any shape
 
 
@@ -62,8 +65,20 @@ def levels_of(image: Image.Image) -> Levels:
 def read_levels(path: Path) -> Levels:
     """The levels of a picture file, upright and RGB as `diffusers.utils.load_image` gives it.
 
+    The file may be anybody's: of Pillow's formats, some of which start other programs, it is one of `FORMATS`, and its
+    size is looked at before it is decoded.
+
     Raises:
-        OSError: the file is missing or no picture.
+        OSError: the file is missing, no whole picture of these formats, or larger than `LARGEST`.
     """
-    with Image.open(path) as image:
-        return levels_of(ImageOps.exif_transpose(image))
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > LARGEST:
+                raise OSError(f"it has {image.width} x {image.height} pixels; give one of at most {LARGEST}")
+            return levels_of(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError as error:
+        raise OSError(f"it is none of {', '.join(FORMATS)}; save it as one of them") from error
+    except OSError:
+        raise
+    except Exception as error:  # a broken picture may raise anything in Pillow's readers
+        raise OSError(f"it is no whole picture ({type(error).__name__}: {error})") from error

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lora_fuse.machine import progress
+from lora_fuse.machine import progress, text
 
 if TYPE_CHECKING:
     from lora_fuse.pictures.cases import Sampling
@@ -121,7 +121,7 @@ def watching(task: Task) -> Iterator[RenderProgress]:
 
             def update(sentence: str, done: int) -> None:
                 shown.update(done - shown.n)
-                shown.set_description_str(sentence)
+                shown.set_description_str(text.line(sentence))
 
             yield RenderProgress(task, update)
     else:

@@ -12,14 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
-
 from lora_fuse.exports import words
 from lora_fuse.hub import client
-from lora_fuse.machine import FileRecord
+from lora_fuse.machine import FileRecord, text
 from lora_fuse.models import pair_warnings
+from lora_fuse.pictures import pages
 from lora_fuse.recipe import License, Manifest, records
-from lora_fuse.release.licences import MergeLicence
+from lora_fuse.release.licences import WAY_OUT, MergeLicence
 
 EXAMPLE = "A rabbit in a meadow"
 EXAMPLE_EDIT = "Change the rabbit's color to purple"
@@ -93,53 +92,37 @@ def model_card(
     inputs = example.inputs if example else ()
     prompt = example.prompt if example else EXAMPLE_EDIT if usage.edits else EXAMPLE
     scheduler = SCHEDULER if SCHEDULER in manifest.files and manifest.files[SCHEDULER].origin == "generated" else None
-    text = (
-        _environment()
-        .get_template("card.md.j2")
-        .render(
-            manifest=manifest,
-            usage=usage,
-            evidence=evidence,
-            exports=exports,
-            repo_id=repo_id,
-            title=(repo_id or manifest.recipe or "merged").rpartition("/")[2],
-            source=source,
-            warnings=pair_warnings(*manifest.pair),
-            example=example,  # the case that the snippet makes
-            pictures=[f'load_image(hf_hub_download("{source}", "{name}"))' for name in inputs],
-            area=usage.condition_area if usage.edits else None,  # the pipelines have no argument for it
-            prompt=json.dumps(prompt, ensure_ascii=False),
-            negative_prompt=json.dumps(usage.negative_prompt),
-            licence=_licence_sentence(licence),
-            scheduler=scheduler,
-            options=_options(manifest, scheduler, repo_id),
-            version=tool.version + (f" (git {tool.git})" if tool.git else ""),
-        )
+    body = pages.render_page(
+        "lora_fuse.release",
+        "card.md.j2",
+        filters={"word": _word, "python": _python, "file": _file, "format_words": words},
+        manifest=manifest,
+        usage=usage,
+        evidence=evidence,
+        exports=exports,
+        repo_id=repo_id,
+        title=(repo_id or manifest.recipe or "merged").rpartition("/")[2],
+        source=source,
+        warnings=pair_warnings(*manifest.pair),
+        example=example,  # the case that the snippet makes
+        pictures=[text.Markdown(f"load_image(hf_hub_download({_python(source)}, {_python(name)}))") for name in inputs],
+        area=usage.condition_area if usage.edits else None,  # the pipelines have no argument for it
+        prompt=prompt,
+        licence=_licence_sentence(licence),
+        scheduler=scheduler,
+        options=text.Markdown(" \\\n  ".join(_options(manifest, scheduler, repo_id))),
+        version=tool.version + (f" (git {tool.git})" if tool.git else ""),
     )
-    return client.card_text(_front_matter(manifest, usage, licence.license), text)
-
-
-def _environment() -> jinja2.Environment:
-    # Markdown, not HTML: escaping would spoil it.
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("lora_fuse.release"),
-        autoescape=False,  # noqa: S701
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"cell": _cell, "file": _file, "format_words": words}
-    return environment
+    return client.card_text(_front_matter(manifest, usage, licence.license), body + "\n")
 
 
 def _front_matter(manifest: Manifest, usage: Usage, licence: License) -> dict[str, Any]:
     named = [manifest.base.repo_id if manifest.base else None, *(lora.repo_id for lora in manifest.loras)]
-    repos = list(dict.fromkeys(repo for repo in named if repo))
+    repos = list(dict.fromkeys(text.line(repo) for repo in named if repo))
     fields = {
         "license": licence.id,
-        "license_name": licence.name or "unknown" if licence.id == "other" else None,
-        "license_link": licence.link,
+        "license_name": text.line(licence.name or "unknown") if licence.id == "other" else None,
+        "license_link": text.line(licence.link) if licence.link else None,
         "base_model": repos,
         "base_model_relation": "merge" if repos else None,
         "library_name": "diffusers",
@@ -149,26 +132,31 @@ def _front_matter(manifest: Manifest, usage: Usage, licence: License) -> dict[st
     return {key: value for key, value in fields.items() if value}
 
 
-def _cell(text: str) -> str:
-    """A table's cell: one line, with every sign of Markdown escaped."""
-    line = " ".join(text.split())
-    return "".join(f"\\{sign}" if sign in "\\|`*_[]<>" else sign for sign in line)
-
-
-def _licence_sentence(licence: MergeLicence) -> str:
+def _licence_sentence(licence: MergeLicence) -> text.Markdown:
     if licence.problem is not None:
-        return (
-            "> **Warning:** the licence of this merge is not settled, and it is not for the public: "
-            f"{licence.problem.partition(';')[0]}."
+        problem = text.markdown(licence.problem.removesuffix(f"; {WAY_OUT}"))
+        return text.Markdown(
+            f"> **Warning:** the licence of this merge is not settled, and it is not for the public: {problem}."
         )
     how = ", stated by hand" if licence.license.origin == "by hand" else ""
     parts = ", ".join(dict.fromkeys(licence.notices.values()))
-    return f"Licence of the merge: {licence.license.label}{how}; its parts: {parts}. Keep the notices of all of them."
+    return text.markdown(
+        f"Licence of the merge: {licence.license.label}{how}; its parts: {parts}. Keep the notices of all of them."
+    )
 
 
-def _file(lora: records.MergedLora) -> str:
-    """The file of a LoRA as a word of a command line."""
-    return shlex.quote(lora.filename or f"{lora.name}.safetensors")
+def _word(value: str) -> text.Markdown:
+    """A word of a command line, on one line."""
+    return text.Markdown(shlex.quote(text.line(value)))
+
+
+def _python(value: str | None) -> text.Markdown:
+    """A string, or None, as Python has it; characters that nobody sees are escaped as Python reads them."""
+    return text.Markdown(None if value is None else text.line(json.dumps(value, ensure_ascii=False)))
+
+
+def _file(lora: records.MergedLora) -> text.Markdown:
+    return _word(lora.filename or f"{lora.name}.safetensors")
 
 
 def _options(manifest: Manifest, scheduler: str | None, repo_id: str | None) -> list[str]:
@@ -180,7 +168,7 @@ def _options(manifest: Manifest, scheduler: str | None, repo_id: str | None) -> 
     if chosen := manifest.selection:
         scales = [f"{pattern}={factor!r}" for pattern, factor in chosen.scales.items()]
         for name, values in (("only", chosen.only), ("skip", chosen.skip), ("module-scale", scales)):
-            options += [f"--{name} {shlex.quote(value)}" for value in values]
+            options += [f"--{name} {_word(value)}" for value in values]
     if scheduler:
         options.append('--scheduler "$SCHEDULER"' if repo_id else f"--scheduler {scheduler}")
     return options

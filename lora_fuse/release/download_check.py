@@ -93,7 +93,10 @@ def _check_listed(folder: Path, manifest: Manifest, result: Published) -> None:
             if path.is_absolute() or ".." in path.parts:
                 result.problems.append(f"{name} in {LIST} leads out of the folder")
                 continue
-            difference = sources.examine(folder / name, sources.ExpectedFile(file.size, file.sha256), advance)
+            try:
+                difference = sources.examine(folder / name, sources.ExpectedFile(file.size, file.sha256), advance)
+            except ValueError:  # a NUL, or half of a character
+                difference = "no file can have this name"
             if isinstance(difference, str):
                 result.problems.append(f"{name}: {difference}")
 

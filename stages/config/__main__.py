@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from lora_fuse.errors import CheckFailed
-from lora_fuse.machine import files, interrupts
+from lora_fuse.machine import files, interrupts, text
 from lora_fuse.recipe import Recipe
 from stages.config import PARAMS
 from stages.config.composition import compose
@@ -28,23 +28,24 @@ def main(arguments: Sequence[str]) -> int:
         path: yaml.safe_dump(content, sort_keys=True, allow_unicode=True, width=110) for path, content in wanted.items()
     }
     if "--check" in arguments:
-        for path, text in texts.items():
-            _check(path, text)
+        for path, yaml_text in texts.items():
+            _check(path, yaml_text)
         return 0
-    for path, text in texts.items():
-        files.replace_text(path, text)
-    print(f"{PARAMS} written: recipe {tree['name']}")
-    print(f"{COMPILED} written: {', '.join(variants['variants']) or 'no variants'}")
+    for path, yaml_text in texts.items():
+        files.replace_text(path, yaml_text)
+    text.say(f"{PARAMS} written: recipe {tree['name']}")
+    text.say(f"{COMPILED} written: {', '.join(variants['variants']) or 'no variants'}")
     return 0
 
 
 def _check(path: Path, wanted: str) -> None:
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    if yaml.safe_load(text) == yaml.safe_load(wanted):
-        print(f"{path} is what conf/ composes to")
+    there = path.read_text(encoding="utf-8") if path.exists() else ""
+    if yaml.safe_load(there) == yaml.safe_load(wanted):
+        text.say(f"{path} is what conf/ composes to")
         return
-    diff = difflib.unified_diff(text.splitlines(), wanted.splitlines(), str(path), "conf/", lineterm="", n=0)
-    print("\n".join(diff))
+    diff = difflib.unified_diff(there.splitlines(), wanted.splitlines(), str(path), "conf/", lineterm="", n=0)
+    for line in diff:
+        text.say(line)
     raise CheckFailed(f"{path} is not what conf/ composes to; write it anew: python -m stages.config")
 
 

@@ -9,6 +9,12 @@ from typing import Any
 from lora_fuse.errors import BadConfig
 
 CONF = Path("conf")
+# Functions that a value may call, of OmegaConf and Hydra: all are off. A recipe of a pull request would read the
+# environment of the machine that validates it.
+RESOLVERS = (
+    *("oc.create", "oc.decode", "oc.deprecated", "oc.dict.keys", "oc.dict.values", "oc.env", "oc.select"),
+    *("hydra", "now", "python_version"),
+)
 
 
 def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -25,6 +31,8 @@ def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     try:
         with initialize_config_dir(str(CONF.absolute()), version_base=None):
+            for resolver in RESOLVERS:
+                OmegaConf.clear_resolver(resolver)
             composed = hydra_compose("config", overrides=list(overrides))
         tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:

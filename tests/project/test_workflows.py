@@ -138,6 +138,23 @@ def test_only_the_step_that_publishes_has_a_secret() -> None:
     )
 
 
+def test_only_the_last_command_of_gitlab_s_job_has_the_token(tmp_path: Path) -> None:
+    """Every program of the job is one that says what it has."""
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    for name in ("make", "python", "pip", "dvc"):
+        (tmp_path / name).write_text('#!/bin/sh\necho "${HF_TOKEN:-none}"\n', encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    jobs = read(GITLAB)
+    lines = [*jobs[".gpu"]["before_script"], *jobs["publish"]["script"]]
+    assert "before_script" not in jobs["publish"]
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HF_TOKEN": "hf_secret"}
+    shell = ["sh", "-ec", "\n".join(lines)]
+    done = subprocess.run(shell, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    *before, last = done.stdout.split()
+    assert (set(before), last, len(before)) == ({"none"}, "hf_secret", 5)
+
+
 def test_only_pushed_code_runs_on_a_machine_of_one_s_own() -> None:
     for path in WORKFLOWS:
         workflow = read(path)

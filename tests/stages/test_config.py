@@ -26,6 +26,15 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.parametrize("call", ["oc.env:HOME", "oc.decode:'1'", "oc.select:name", "now:%Y", "hydra:runtime.cwd"])
+def test_a_value_calls_no_function(call: str) -> None:
+    """A recipe of a pull request is text of somebody: it does not read the environment of who validates it."""
+    with pytest.raises(BadConfig, match=r"Unsupported interpolation type"):
+        compose([f"base.path=${{{call}}}"])
+    with pytest.raises(BadConfig, match=r"Unsupported interpolation type|Error resolving interpolation"):
+        compose([f"recipe=${{{call}}}"])
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_composes_to_checked_parameters(recipe: str) -> None:
     params = load([f"recipe={recipe}"])

@@ -14,7 +14,8 @@ import pytest
 
 from lora_fuse.cli import main
 from lora_fuse.machine import progress as rates
-from lora_fuse.machine.console import Console, painted
+from lora_fuse.machine import text
+from lora_fuse.machine.console import Console
 from lora_fuse.machine.progress import byte_progress, estimate, human_bytes, human_rate, human_seconds, log, silence
 from lora_fuse.pictures.cases import Sampling
 from lora_fuse.pictures.render_progress import Task, passes, watching
@@ -36,6 +37,11 @@ class Terminal(io.StringIO):
 
     def isatty(self) -> bool:
         return True
+
+
+def painted(line: str, stream: io.StringIO) -> str:
+    text.say(line, stream)
+    return stream.getvalue().removesuffix("\n")
 
 
 # ---------------------------------------------------------------- the console

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lora_fuse.machine import progress
+from lora_fuse.machine import progress, text
 from lora_fuse.pictures import pages
 from lora_fuse.studies.catalog.entry import CatalogEntry
 
@@ -44,31 +44,34 @@ def catalog_markdown(entries: Sequence[CatalogEntry], folder: Path) -> str:
         )
         for entry in entries
     ]
-    table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    table.insert(1, "|---" * len(rows[0]) + "|")
+    table = text.markdown_table(rows)
     sections = [_section(entry, folder) for entry in entries]
-    return "\n".join(["# Variants", "", summary(entries), "", *table, "", *sections])
+    return "\n".join(["# Variants", "", summary(entries), "", table, "", *sections])
 
 
 def _section(entry: CatalogEntry, folder: Path) -> str:
-    lines = [f"## {entry.name}", "", f"- recipe {entry.recipe}, {entry.pipeline}", f"- base {_code(entry.base.label)}"]
+    shown = text.markdown
+    lines = [f"## {shown(entry.name)}", "", f"- recipe {shown(entry.recipe)}, {shown(entry.pipeline)}"]
+    lines.append(f"- base {text.code(entry.base.label)}")
     for lora in entry.loras:
-        sha256 = f", sha256 {_code(lora.sha256)}" if lora.sha256 else ""
-        lines.append(f"- LoRA {lora.name}: {_code(f'{lora.label}/{lora.file}')} at scale {lora.scale:g}{sha256}")
+        sha256 = f", sha256 {text.code(lora.sha256)}" if lora.sha256 else ""
+        lines.append(
+            f"- LoRA {shown(lora.name)}: {text.code(f'{lora.label}/{lora.file}')} at scale {lora.scale:g}{sha256}"
+        )
     if entry.size:
         lines.append(f"- {progress.human_bytes(entry.size.total)}, {sharing(entry)}; {entry.targets} weights changed")
     if entry.verdict:
-        lines.append(f"- {entry.verdict} on {entry.environment}, {entry.judged}")
+        lines.append(f"- {shown(f'{entry.verdict} on {entry.environment}, {entry.judged}')}")
     if entry.publication:
-        tag = f", tag {entry.publication.tag}" if entry.publication.tag else ""
-        lines.append(f"- published as {_code(f'{entry.publication.repo_id}@{entry.publication.commit}')}{tag}")
-    lines += [f"- {note}" for note in (*entry.notes, *(entry.publication.notes if entry.publication else ()))]
+        tag = f", tag {shown(entry.publication.tag)}" if entry.publication.tag else ""
+        lines.append(f"- published as {text.code(f'{entry.publication.repo_id}@{entry.publication.commit}')}{tag}")
+    lines += [f"- {shown(note)}" for note in (*entry.notes, *(entry.publication.notes if entry.publication else ()))]
     if entry.command:
-        lines.append(f"- next: {_code(entry.command)}")
+        lines.append(f"- next: {text.code(entry.command)}")
     pictures = [
-        f"![{entry.name}, {shown.case}]({os.path.relpath(shown.path, folder)})"
-        for shown in entry.pictures
-        if shown.thumbnail
+        f"![{shown(f'{entry.name}, {one.case}')}]({text.link(os.path.relpath(one.path, folder))})"
+        for one in entry.pictures
+        if one.thumbnail
     ]
     return "\n".join([*lines, "", *([" ".join(pictures), ""] if pictures else [])])
 
@@ -112,10 +115,6 @@ def _published(entry: CatalogEntry) -> str:
         return f"not yet: {entry.repo_id}" if entry.repo_id else "not to be"
     older = " (older)" if entry.publication.notes else ""
     return f"{entry.publication.repo_id}, {entry.publication.tag or entry.publication.commit[:12]}{older}"
-
-
-def _code(text: str) -> str:
-    return f"`{text}`"
 
 
 def _web(url: str | None) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lora_fuse.machine import text
 from lora_fuse.pictures import encode, pages
 from lora_fuse.studies.sweep.curves import Curve, curve
 from lora_fuse.studies.sweep.numbers import NEARER, title_of
@@ -128,19 +129,22 @@ def sheet_markdown(sheet: Sheet) -> str:
         key for key in ("baseline.latents_l2", "baseline.flip", "baseline.psnr_db", "over_floor") if key in sheet.curves
     ]
     heads = ["point", "to the golden", *map(title_of, shown)]
-    lines = [f"## Sweep of {sheet.recipe}", "", f"**Recommended: {sheet.recommendation.label or 'none'}.**"]
-    lines += [*sheet.recommendation.reasons, ""]
-    lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    best = text.markdown(sheet.recommendation.label or "none")
+    lines = [f"## Sweep of {text.markdown(sheet.recipe)}", "", f"**Recommended: {best}.**"]
+    lines += [*map(text.markdown, sheet.recommendation.reasons), ""]
+    rows: list[list[object]] = [list(heads)]
     built = {column.key: at for at, column in enumerate(sheet.built)}
     for column in sheet.columns:
-        name = f"**{column.label}**" if column.label == sheet.recommendation.label else column.label
+        chosen = column.label == sheet.recommendation.label
+        name = text.Markdown(f"**{text.markdown(column.label.strip())}**") if chosen else column.label
         if column.metrics is None:
-            lines.append(f"| {name} | refused: {(column.refused or '').replace('|', '/')} |" + " |" * len(shown))
+            rows.append([name, f"refused: {column.refused or ''}", *[""] * len(shown)])
             continue
         numbers = [_text(sheet.curves[key][built[column.key]]) for key in shown]
-        lines.append(f"| {name} | {column.metrics['verdict']} | " + " | ".join(numbers) + " |")
+        rows.append([name, column.metrics["verdict"], *numbers])
     note = f"Means over {len(sheet.rows)} cases; {sheet.run}; the base alone: {sheet.alone}; {sheet.environment}."
-    return "\n".join([*lines, "", note, "", f"`{sheet.command}`", ""])
+    table = text.markdown_table(rows)
+    return "\n".join([*lines, table, "", text.markdown(note), "", text.code(sheet.command), ""])
 
 
 def _short(label: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_fuse.machine import text
 from lora_fuse.pictures import encode, metrics, pages, picture, render
 from lora_fuse.regression import verdicts
 from lora_fuse.studies.validation.file_comparison import FileComparison, FileFacts
@@ -98,13 +99,7 @@ def validation_md(validation: ValidationReport, thumbnails: Mapping[str, str]) -
         table=table,
         columns=next(iter(table.values()), {}),
         thumbnails=thumbnails,
-        cell=_cell,
     )
-
-
-def _cell(text: object) -> str:
-    """The text of a cell in a Markdown table: no bar and no line end may break it, no markup is meant."""
-    return str(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
 def validation_html(validation: ValidationReport) -> str:
@@ -194,22 +189,22 @@ def junit_xml(validation: ValidationReport) -> str:
     """A test for each question, as every CI shows them: skipped if a person has to look, failed by what is broken."""
     from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite
 
-    suite = TestSuite(f"validate {validation.recipe}")
-    suite.add_property("lora", validation.new.label)
-    suite.add_property("sha256", validation.new.sha256)
-    suite.add_property("verdict", validation.verdict)
+    recipe = text.xml(validation.recipe)
+    suite = TestSuite(f"validate {recipe}")
+    suite.add_property("lora", text.xml(validation.new.label))
+    suite.add_property("sha256", text.xml(validation.new.sha256))
+    suite.add_property("verdict", text.xml(validation.verdict))
     for answer in validation.judgement.findings:
-        case = TestCase(answer.question, f"lora_fuse.validation.{validation.recipe}")
+        case = TestCase(text.xml(answer.question), f"lora_fuse.validation.{recipe}")
         if not answer.holds:
-            failure = Failure(answer.sentence or answer.measured, str(answer.cause))
-            failure.text = f"measured {answer.measured}, limit {answer.limit}"
+            failure = Failure(text.xml(answer.sentence or answer.measured), str(answer.cause))
+            failure.text = text.xml(f"measured {answer.measured}, limit {answer.limit}")
             case.result = [failure]
         suite.add_testcase(case)
     if validation.judgement.outcome is Outcome.CHANGED:
-        look = TestCase("Has a person looked at the new pictures?", f"lora_fuse.validation.{validation.recipe}")
-        look.result = [Skipped(validation.judgement.reason)]
+        look = TestCase("Has a person looked at the new pictures?", f"lora_fuse.validation.{recipe}")
+        look.result = [Skipped(text.xml(validation.judgement.reason))]
         suite.add_testcase(look)
     xml = JUnitXml("lora-fuse")
     xml.add_testsuite(suite)
-    text: str = xml.tostring().decode("utf-8")  # type: ignore[no-untyped-call]
-    return text
+    return str(xml.tostring(), "utf-8")  # type: ignore[no-untyped-call]
