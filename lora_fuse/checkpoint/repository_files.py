@@ -27,6 +27,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 HIDDEN = "hidden: housekeeping of git, the Hub's client or a file manager"
 UNNAMED = f"in a folder that {MODEL_INDEX} does not name"
+LOST = "lost+found"  # at the top of a disk, for root alone
 SHOWN = 5  # files of one reason that are named
 
 
@@ -69,16 +70,31 @@ def sort_folder(root: Path, component: str, names: Iterable[str] | None = None) 
     """
 
     def read(name: str) -> object:
-        return files.read_json(root / name, dict, BadCheckpoint, "fetch the base again")
+        return files.read_json(locate(root, name), dict, BadCheckpoint, "fetch the base again")
 
     listed = list_files(root) if names is None else names
     return sort_files(listed, component, label=str(root), read=read, fail=BadCheckpoint)
+
+
+def locate(root: Path, name: str) -> Path:
+    """The path of a file of a base.
+
+    Raises:
+        BadCheckpoint: a link leads out of the base, see `files.inside`.
+    """
+    try:
+        return files.inside(root, name)
+    except OSError as error:
+        raise BadCheckpoint(f"cannot read {root / name}: {error.strerror}") from error
 
 
 def list_files(root: Path) -> list[str]:
     """The POSIX paths of all files below a folder, through links to folders too; a link to a folder above is one name.
 
     A dangling link is listed, and anything else that is no folder.
+
+    Raises:
+        BadSource: a folder cannot be read, so that nobody knows what is missing.
     """
     return sorted(path.relative_to(root).as_posix() for path in _walk(root, frozenset()))
 
@@ -88,9 +104,14 @@ def _walk(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
     inside = above | {(info.st_dev, info.st_ino)}
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except PermissionError:  # as a disk's lost+found
-        yield folder
-        return
+    except OSError as error:
+        if folder.name == LOST:
+            yield folder
+            return
+        raise BadSource(
+            f"{folder} cannot be listed ({error.strerror}), so what is in it is not known; give yourself the right to "
+            "read it, or take it away"
+        ) from error
     for entry in entries:
         path = folder / entry.name
         if not entry.is_dir() or (entry.is_symlink() and (entry.stat().st_dev, entry.stat().st_ino) in inside):

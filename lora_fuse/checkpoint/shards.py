@@ -6,16 +6,17 @@ Only headers are read here, so opening a 57 GB base takes milliseconds.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from lora_fuse.checkpoint import file_kind
 from lora_fuse.checkpoint.header import PREFIX, Header, TensorInfo, header_length, parse_header
 from lora_fuse.checkpoint.quantisation import Quantised, quantised_modules
-from lora_fuse.checkpoint.repository_files import MODEL_INDEX, is_weights, sort_folder
+from lora_fuse.checkpoint.repository_files import MODEL_INDEX, is_weights, locate, sort_folder
 from lora_fuse.errors import BadCheckpoint
 from lora_fuse.machine import files
 
@@ -70,13 +71,12 @@ def read_header(path: Path) -> Header:
         BadCheckpoint: the file is missing, cannot be read, or is not a whole safetensors file; what it is instead is
             said where that is known, and its name does not count.
     """
-    with _reading(path):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(file_kind.LOOKED_AT)
-            with _naming_other_kinds(start, str(path)):
-                end = PREFIX + header_length(start[:PREFIX], size, str(path))
-                return parse_header(start[:end] + file.read(max(0, end - len(start))), size, str(path))
+    with _reading(path), files.open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(file_kind.LOOKED_AT)
+        with _naming_other_kinds(start, str(path)):
+            end = PREFIX + header_length(start[:PREFIX], size, str(path))
+            return parse_header(start[:end] + file.read(max(0, end - len(start))), size, str(path))
 
 
 @contextmanager
@@ -111,7 +111,7 @@ def open_checkpoint(
         )
     folder = component if kind == "pipeline" else ""
     found = sort_folder(root, folder, files)
-    shards = tuple(Shard(root / name, name, read_header(root / name)) for name in found.shards)
+    shards = tuple(Shard(root / name, name, read_header(locate(root, name))) for name in found.shards)
     if found.missing:
         raise BadCheckpoint(
             f"{root} has no {', '.join(found.missing)}, which its {MODEL_INDEX} names; get a complete copy, or "
@@ -121,8 +121,8 @@ def open_checkpoint(
     if found.index is not None:
         remarks += _check_index(_read(root / found.index)["weight_map"], shards, root / found.index)
     for name in found.others:
-        _refuse_unreadable(root / name)
-    config = root / folder / "config.json"
+        _refuse_unreadable(locate(root, name))
+    config = locate(root, PurePosixPath(folder, "config.json").as_posix())
     settings = _read(config) if config.exists() else {}
     return Checkpoint(root, kind, shards, found.others, settings, label, found.left, tuple(remarks))
 
@@ -138,7 +138,7 @@ def _refuse_unreadable(path: Path) -> None:
     if is_weights(path.name):
         read_header(path)
         return
-    with _reading(path), path.open("rb") as file:
+    with _reading(path), files.open_regular(path) as file:
         kind = file_kind.kind_of(file.read(file_kind.LOOKED_AT))
     if kind is file_kind.POINTER:
         raise BadCheckpoint(f"{path} is {kind.what}: {kind.way_out}")

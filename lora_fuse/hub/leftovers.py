@@ -6,6 +6,7 @@ import fcntl
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from lora_fuse.machine import files
 from lora_fuse.recipe import hf_cache
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def remove_leftovers(repo_id: str, before: float) -> int:
 def _lock(path: Path) -> Iterator[bool]:
     """Hold the client's lock if nobody else does; yields whether that is so."""
     try:
-        file = path.open("r+b")
+        file = files.open_lock(path, create=False)
     except FileNotFoundError:
         yield True
         return

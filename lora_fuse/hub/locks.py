@@ -104,7 +104,7 @@ def verify_files(root: Path, files: Mapping[str, FileRecord]) -> None:
         words = f"{name} in {root} is not what was locked: {difference}; run the download stage"
         return BadSource(words, rerun=Rerun("download", force=True))
 
-    check_records({name: root / name for name in files}, files, refusal)
+    check_records({name: root / name for name in files}, files, refusal, root)
 
 
 def will_lock(sources: Sequence[Source], previous: Sequence[Lock]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import BadSource
-from lora_fuse.machine import FileRecord, progress, text
+from lora_fuse.machine import FileRecord, files, progress, text
 from lora_fuse.models import COMPONENT
 from lora_fuse.recipe import License, stated_licence
 
@@ -51,10 +52,10 @@ class FileSource:
 
 
 def open_folder(root: Path) -> FileSource:
-    """List a local folder; links to files are followed.
+    """List a local folder, and what links to folders show.
 
     Raises:
-        BadSource: `root` is not a folder.
+        BadSource: `root` is not a folder, or one below it cannot be read.
     """
     if not root.is_dir():
         raise BadSource(f"{root} is not a folder; name the folder that holds the files")
@@ -91,17 +92,17 @@ class VerifiedFiles:
             BadSource: the file is not JSON.
         """
         try:
-            return json.loads((self._root / name).read_bytes())
-        except ValueError as error:
+            return json.loads(files.read_bytes(self._root / name))
+        except (OSError, ValueError, RecursionError) as error:
             raise BadSource(f"{name} of {self.source.label} is not JSON: {error}; get a good copy") from error
 
     def _checked(self, name: str, advance: Callable[[int], None]) -> FileRecord:
         expected = self.source.files[name]
-        result = examine(self._root / name, expected, advance)
+        result = examine(self._root / name, expected, advance, self._root)
         if isinstance(result, str) and self.source.commit:
             text.say(f"download: {name} of {self.source.label}: {result}; fetching it again", sys.stderr)
             self.source.fetch([name], True)
-            result = examine(self._root / name, expected, lambda _: None)
+            result = examine(self._root / name, expected, lambda _: None, self._root)
         if isinstance(result, str):
             advice = "it was fetched twice, so report it to its owner" if self.source.commit else "mend the folder"
             raise BadSource(f"{name} of {self.source.label}: {result}; {advice}")
@@ -148,16 +149,21 @@ def refuse_missing(names: Iterable[str], files: Mapping[str, ExpectedFile], labe
             raise BadSource(f"{label} has no {name}; check the name and the revision")
 
 
-def examine(path: Path, expected: ExpectedFile, advance: Callable[[int], None]) -> FileRecord | str:
+def examine(
+    path: Path, expected: ExpectedFile, advance: Callable[[int], None], root: Path | None = None
+) -> FileRecord | str:
     r"""Hash a file: its record, or a few words on how it differs from what was expected.
 
+    It is a regular file, and no link leads it out of `root`, where that is given (`files.inside`).
     The git id of a file is the SHA-1 of ``blob SIZE\0`` and its content (git-scm.com/book, "Git Objects").
     """
     sha256 = hashlib.sha256()
     try:
-        size = path.stat().st_size
-        blob = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-        with path.open("rb") as file:
+        if root is not None:
+            files.inside(root, path.relative_to(root).as_posix())
+        with files.open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            blob = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
             while block := file.read(BLOCK):
                 sha256.update(block)
                 if expected.blob_id:
@@ -177,15 +183,18 @@ def examine(path: Path, expected: ExpectedFile, advance: Callable[[int], None]) 
 
 
 def check_records(
-    paths: Mapping[str, Path], records: Mapping[str, FileRecord], refusal: Callable[[str, str], Exception]
+    paths: Mapping[str, Path],
+    records: Mapping[str, FileRecord],
+    refusal: Callable[[str, str], Exception],
+    root: Path | None = None,
 ) -> None:
     """Hash files in the order of their names, and raise the `refusal` for the first that differs from its record.
 
-    `refusal` makes the error of the file's name and a few words on how it differs.
+    `refusal` makes the error of the file's name and a few words on how it differs; `root` is that of `examine`.
     """
     with hashing(sum(record.size for record in records.values())) as advance:
         for name, path in sorted(paths.items()):
-            result = examine(path, ExpectedFile(records[name].size, records[name].sha256), advance)
+            result = examine(path, ExpectedFile(records[name].size, records[name].sha256), advance, root)
             if isinstance(result, str):
                 raise refusal(name, result)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ def _read(path: Path, tensor: TensorInfo, allowed: Collection[str] = dtypes.ROUN
     if tensor.dtype not in allowed:
         raise BadLora(f"{path}: {tensor.name!r} is {tensor.dtype}; a LoRA holds {', '.join(dtypes.ROUNDABLE)}")
     try:
-        with path.open("rb") as file:
+        with files.open_regular(path) as file:
             file.seek(tensor.start)
             data = file.read(tensor.nbytes)
     except OSError as error:
@@ -106,18 +107,22 @@ def _files(path: Path) -> tuple[Path, Path | None]:
     """The file of weights, and the configuration that speaks of it.
 
     Raises:
-        BadLora: a folder is no PEFT folder, or a file of one has lost its configuration.
+        BadLora: a folder is no PEFT folder, a link leads out of it, or a file of one has lost its configuration.
     """
     folder = path if path.is_dir() else path.parent
     names = {
         name
         for name in (repository_files.ADAPTER_CONFIG, repository_files.ADAPTER_WEIGHTS)
-        if (folder / name).is_file()
+        if os.path.lexists(folder / name)  # what cannot be read is refused, and not left out
     }
     if path.is_dir():
         for needed in (repository_files.ADAPTER_CONFIG, repository_files.ADAPTER_WEIGHTS):
             if needed not in names:
                 raise BadLora(f"{folder} is no PEFT folder: it has no {needed}; give the .safetensors file itself")
+            try:
+                files.inside(folder, needed)
+            except OSError as error:
+                raise BadLora(f"{folder / needed} cannot be read: {error.strerror}") from error
         path = folder / repository_files.ADAPTER_WEIGHTS
     elif path.name in names and len(names) == 1:
         raise BadLora(
@@ -130,7 +135,7 @@ def _files(path: Path) -> tuple[Path, Path | None]:
 
 def _read_config(path: Path) -> bytes:
     try:
-        content = path.read_bytes()
+        content = files.read_bytes(path)
         content.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise BadLora(f"{path} cannot be read: {error}; fetch it again") from error

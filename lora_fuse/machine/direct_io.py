@@ -64,7 +64,7 @@ class Reader(_File):
     """A file to read from."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, os.O_RDONLY, direct=True)
+        super().__init__(path, os.O_RDONLY | os.O_NONBLOCK, direct=True)  # a named pipe would wait
 
     def read(self, memory: memoryview, start: int, nbytes: int) -> memoryview:
         """Bytes from `start` on, as a part of `memory`; fewer than `nbytes` where the file ends."""

@@ -1,7 +1,8 @@
-"""Whole files: hashed as they are, replaced whole or not at all."""
+"""Whole files: opened if they are regular and no link leads out, hashed as they are, replaced whole or not at all."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -12,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -19,6 +21,15 @@ Content = TypeVar("Content")
 Untouched = Literal["auto", "reflink", "hardlink", "copy"]
 FICLONE = 0x40049409  # linux/fs.h
 WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
+MOST = 100_000_000  # bytes of a file that is read whole, as of a safetensors header; a large vocabulary has 40 million
+SPECIAL = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+CACHED = ("blobs", "snapshots")  # in the Hub client's folder of a repository, ``models--OWNER--NAME``
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +42,105 @@ class FileRecord:
 
 def hash_file(path: Path) -> FileRecord:
     """Size in bytes and sha256 of a file."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileRecord(path.stat().st_size, digest)
+        return FileRecord(os.fstat(file.fileno()).st_size, digest)
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Open a regular file to read from it; nothing else is opened, as a named pipe waits and a device has no end.
+
+    Raises:
+        OSError: it cannot be opened, or is something else.
+    """
+    refuse_special(path, path.stat())
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    try:
+        refuse_special(path, os.fstat(file.fileno()))
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def refuse_special(path: Path, info: os.stat_result) -> None:
+    """Refuse what is no regular file, by what `stat` says of it.
+
+    Raises:
+        OSError: it is none; `strerror` says what it is.
+    """
+    if not stat.S_ISREG(info.st_mode):
+        kind = SPECIAL.get(stat.S_IFMT(info.st_mode), "something else")
+        raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", str(path))
+
+
+def read_bytes(path: Path, most: int = MOST) -> bytes:
+    """The content of a regular file of at most `most` bytes.
+
+    Raises:
+        OSError: it cannot be read, is none, or is larger.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(most + 1) if size <= most else b""
+    if max(size, len(content)) > most:
+        raise OSError(errno.EFBIG, f"it has {max(size, len(content))} bytes, and at most {most} are read", str(path))
+    return content
+
+
+def read_text(path: Path) -> str:
+    """As `read_bytes`, as text.
+
+    Raises:
+        OSError: see there.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    return read_bytes(path).decode()
+
+
+def inside(root: Path, name: str) -> Path:
+    """The path of a file below a folder from outside, `name` is its POSIX path; no link leads out of the folder.
+
+    Links within it count as files, and so do those to where the Hub's client keeps its files. A folder right below
+    `root` may be a link to anywhere: so people keep a component on another disk. In a git clone it may not, as links
+    are there what the author of the repository wrote.
+
+    Raises:
+        OSError: a link leads elsewhere; `strerror` names its target.
+    """
+    path = root / name
+    top = root / Path(name).parts[0]
+    own = [root, *([top] if top != path and not (root / ".git").exists() else [])]
+    folders = [os.path.realpath(folder) for folder in own]
+    target = Path(os.path.realpath(path))
+    if not any(target.is_relative_to(folder) for folder in folders) and not _is_cached(path, target):
+        raise OSError(errno.EXDEV, f"a link leads to {target}, out of {root}: copy the file to its place", str(path))
+    return path
+
+
+def _is_cached(path: Path, target: Path) -> bool:
+    """True for a link into the Hub client's cache, to a file that really lies there, or in what repositories share."""
+    first = Path(os.path.realpath(path.parent), path.readlink() if path.is_symlink() else path.name)
+    for above in Path(os.path.realpath(first.parent), first.name).parents:
+        if above.parent.name.startswith("models--") and above.name in CACHED:
+            return target.is_relative_to(above.parent) or target.is_relative_to(above.parent.parent / "blobs")
+    return False
+
+
+def open_lock(path: Path, *, create: bool = True) -> FileIO:
+    """Open a lock file, and make it if it is not there; what is in it stays, and no link is followed.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+    file = os.fdopen(os.open(path, flags, 0o666), "rb", buffering=0)
+    try:
+        refuse_special(path, os.fstat(file.fileno()))
+    except OSError:
+        file.close()
+        raise
+    return file
 
 
 def nearest_folder(path: Path) -> Path:
@@ -65,7 +172,7 @@ def read_json(path: Path, kind: type[Content], error: Callable[[str], Exception]
     """
     ending = f"; {remedy}" if remedy else ""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as reason:
         raise error(f"{path} is not readable JSON ({reason}){ending}") from reason
     if not isinstance(content, kind):
@@ -148,7 +255,7 @@ def make_read_only(path: Path) -> None:
 def can_reflink(source: Path, folder: Path) -> bool:
     """Try out whether a folder can share blocks with a file; nothing of it stays."""
     try:
-        with source.open("rb") as old, tempfile.TemporaryFile(dir=folder) as new:
+        with open_regular(source) as old, tempfile.TemporaryFile(dir=folder) as new:
             fcntl.ioctl(new, FICLONE, old.fileno())
     except OSError:
         return False
@@ -177,7 +284,7 @@ def link_between(source: Path, target: Path, *, read_only: bool) -> Untouched:
 
 def _reflink(source: Path, target: Path) -> bool:
     try:
-        with source.open("rb") as old, target.open("wb") as new:
+        with open_regular(source) as old, target.open("wb") as new:
             fcntl.ioctl(new, FICLONE, old.fileno())
     except OSError:
         target.unlink(missing_ok=True)

@@ -12,16 +12,18 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lora_fuse.errors import Busy
-from lora_fuse.machine.files import FileRecord, hash_file, replace_text
+from lora_fuse.errors import Busy, Refused
+from lora_fuse.machine.files import FileRecord, hash_file, open_lock, read_text, replace_text
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2  # linux/fcntl.h, linux/fs.h
+PRIVATE = 0o700  # mode of a staging folder
 PREVIOUS = "previous"  # in a staging folder: the last result, while the next one takes its place in two steps
 
 
@@ -56,7 +58,7 @@ class StagingFolder:
 
     def _finished(self, name: str) -> FileRecord | None:
         try:
-            record = FileRecord(**json.loads(self._mark(name).read_text(encoding="utf-8")))
+            record = FileRecord(**json.loads(read_text(self._mark(name))))
             return record if hash_file(self.files / name) == record else None
         except (OSError, ValueError, TypeError):
             return None
@@ -69,10 +71,13 @@ class StagingFolder:
 def staging_folder(out: Path, key: str) -> Iterator[StagingFolder]:
     """Hold `out`, a folder or file, and prepare its next content; `key` is a hash of all that the bytes depend on.
 
-    Files that an error leaves are removed, those that a kill leaves are kept.
+    Files that an error leaves are removed, those that a kill leaves are kept: nobody else can have put them there, as
+    the folder is closed to others, and one of another user is not gone on with.
 
     Raises:
         Busy: another process holds it.
+        Refused: its lock cannot be opened.
+        OSError: nothing can be prepared beside it.
     """
     with exclusive(out):
         mine = StagingFolder(out.parent / f".{out.name}.partial-{key[:16]}")
@@ -84,7 +89,12 @@ def staging_folder(out: Path, key: str) -> Iterator[StagingFolder]:
             if folder != mine.folder:
                 remove(folder)
         try:
-            mine.files.mkdir(parents=True, exist_ok=True)
+            if not _is_own(mine.folder):
+                remove(mine.folder)
+                mine.folder.mkdir(PRIVATE)
+            with suppress(OSError):  # a filesystem without modes
+                mine.folder.chmod(PRIVATE)
+            mine.files.mkdir(exist_ok=True)
             yield mine
         except Exception:
             remove(mine.folder)
@@ -96,8 +106,17 @@ def staging_folder(out: Path, key: str) -> Iterator[StagingFolder]:
 def _staging_folders(out: Path) -> list[Path]:
     """The staging folders that earlier runs left of `out`: by name and content, as others may begin their names so."""
     name = re.compile(rf"\.{re.escape(out.name)}\.partial-[0-9a-f]{{16}}")
-    here = [path for path in out.parent.iterdir() if name.fullmatch(path.name) and path.is_dir()]
+    here = [path for path in out.parent.iterdir() if name.fullmatch(path.name) and _is_own(path)]
     return [path for path in here if {part.name for part in path.iterdir()} <= {"files", "done", PREVIOUS}]
+
+
+def _is_own(folder: Path) -> bool:
+    """True for a folder of this user's, which is no link."""
+    try:
+        info = folder.lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid()
 
 
 def exclusive(out: Path) -> AbstractContextManager[None]:
@@ -105,6 +124,7 @@ def exclusive(out: Path) -> AbstractContextManager[None]:
 
     Raises:
         Busy: another process holds it.
+        Refused: the lock file cannot be opened, or is a link or a named pipe.
     """
     return _locked(out.parent / f".{out.name}.lock", out)
 
@@ -117,7 +137,13 @@ def holding(folder: Path) -> AbstractContextManager[None]:
 @contextmanager
 def _locked(path: Path, result: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as lock:  # a file of that name keeps what is in it
+    try:
+        file = open_lock(path)
+    except OSError as error:
+        raise Refused(
+            f"the lock {path} cannot be opened ({error.strerror}); it has to be a file that you may write, and no link"
+        ) from error
+    with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

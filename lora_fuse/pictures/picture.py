@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from lora_fuse.machine import files
 from lora_fuse.pictures import encode
 from lora_fuse.pictures.cost import Cost
 
@@ -71,6 +72,7 @@ def read_levels(path: Path) -> Levels:
     Raises:
         OSError: the file is missing, no whole picture of these formats, or larger than `LARGEST`.
     """
+    files.refuse_special(path, path.stat())
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > LARGEST:

@@ -117,7 +117,7 @@ def read_text(path: Path, stage: str, *, force: bool = False) -> str:
         BadSource: it is not there; the stage that makes it has to run, by `force` although nothing changed.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return files.read_text(path)
     except FileNotFoundError as error:
         raise BadSource(f"{path} is not there", rerun=Rerun(stage, force=force)) from error
 

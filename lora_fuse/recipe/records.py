@@ -15,7 +15,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import BadSource
 from lora_fuse.lora import Selection
-from lora_fuse.machine import FileRecord
+from lora_fuse.machine import FileRecord, files
 
 SCHEMA = 1
 
@@ -236,4 +236,4 @@ def read(kind: type[Record], path: Path) -> Record:
         BadSource: the file holds no such record.
         FileNotFoundError: it is not there.
     """
-    return from_json(kind, path.read_text(encoding="utf-8"), str(path))
+    return from_json(kind, files.read_text(path), str(path))

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from lora_fuse.machine import files
 from lora_fuse.recipe.records import License
 
 NAMES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE", "LICENCE.md", "LICENCE.txt", "COPYING")
-READ = 1 << 16  # characters of a file that are looked at
+READ = 1 << 18  # bytes of a file that are looked at
 FRONT_MATTER = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---\s*(\n|\Z)", re.DOTALL)
 
 # The Hub's id of a text, by words that must all stand near its beginning in this order, the more special first.
@@ -45,7 +46,7 @@ def read_license(folder: Path) -> License | None:
     """
     import yaml
 
-    readme = FRONT_MATTER.match(_text(folder / "README.md"))
+    readme = FRONT_MATTER.match(_text(folder, "README.md"))
     try:
         card = yaml.safe_load(readme[1]) if readme else None
     except yaml.YAMLError:
@@ -53,15 +54,15 @@ def read_license(folder: Path) -> License | None:
     if isinstance(card, dict) and (stated := license_of(card, "front matter")):
         return stated
     for name in NAMES:
-        if text := _text(folder / name):
+        if text := _text(folder, name):
             known = next((id_ for id_, words in TEXTS if re.search(words, text, re.DOTALL)), None)
             return License(known, origin="licence file") if known else License("other", name, None, "licence file")
     return None
 
 
-def _text(path: Path) -> str:
+def _text(folder: Path, name: str) -> str:
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            return file.read(READ)
+        with files.open_regular(files.inside(folder, name)) as file:
+            return file.read(READ).decode("utf-8", "replace")
     except OSError:  # not there, or not for us: it states nothing
         return ""

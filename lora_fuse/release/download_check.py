@@ -67,8 +67,8 @@ def check_published(folder: Path, trusted: Trusted | None) -> Published:
         )
     result = Published()
     try:
-        manifest = records.from_json(Manifest, (folder / LIST).read_text(encoding="utf-8"), str(folder / LIST))
-    except (BadSource, UnicodeDecodeError) as error:
+        manifest = records.from_json(Manifest, files.read_text(folder / LIST), str(folder / LIST))
+    except (BadSource, OSError, UnicodeDecodeError) as error:
         result.problems.append(f"{LIST} is no list of files: {str(error).partition(';')[0]}")
         return result
     result.files = len(manifest.files)
@@ -94,7 +94,8 @@ def _check_listed(folder: Path, manifest: Manifest, result: Published) -> None:
                 result.problems.append(f"{name} in {LIST} leads out of the folder")
                 continue
             try:
-                difference = sources.examine(folder / name, sources.ExpectedFile(file.size, file.sha256), advance)
+                expected = sources.ExpectedFile(file.size, file.sha256)
+                difference = sources.examine(folder / name, expected, advance, folder)
             except ValueError:  # a NUL, or half of a character
                 difference = "no file can have this name"
             if isinstance(difference, str):

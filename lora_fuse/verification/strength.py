@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from lora_fuse.machine import files
 from lora_fuse.verification.peft_reading import STRENGTH, Claim, read_config
 
 Parts = Mapping[str, npt.NDArray[Any]]
@@ -105,7 +106,7 @@ def read_strength(file: Path, config: Path | None, metadata: Mapping[str, str], 
     _read_kohya(metadata, keys, file, found)
     if config is not None:
         try:
-            _read_configuration(json.loads(config.read_text(encoding="utf-8")), str(config), found)
+            _read_configuration(json.loads(files.read_text(config)), str(config), found)
         except (OSError, ValueError, RecursionError) as error:
             found.problems.append(f"{config} cannot be read: {error}")
     biased = any(re.search(r"lora_(B|up)\b.*\.bias$", key) for key in keys)

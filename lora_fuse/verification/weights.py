@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import BadCheckpoint
+from lora_fuse.machine import files
 
 Array = npt.NDArray[Any]
 
@@ -30,6 +31,7 @@ def opened(file: Path, error: Callable[[str], Exception]) -> AbstractContextMana
         error: it cannot be opened.
     """
     try:
+        files.refuse_special(file, file.stat())  # a named pipe would wait
         handle: AbstractContextManager[Any] = safe_open(file, framework="np")
     except (OSError, SafetensorError) as reason:
         raise error(f"{file} cannot be opened as safetensors ({reason}); fetch or make it again") from reason

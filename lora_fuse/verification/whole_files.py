@@ -79,10 +79,22 @@ def compare_files(
 
 
 def _listed(folder: Path, place: str = "", above: tuple[Path, ...] = ()) -> frozenset[str]:
-    """Every file below a folder, also behind links; a link to a folder above is one name."""
+    """Every file below a folder, also behind links; a link to a folder above is one name.
+
+    Raises:
+        BadCheckpoint: a folder cannot be read.
+    """
     names: set[str] = set()
     inside = (*above, folder.resolve())
-    for path in folder.iterdir():
+    try:
+        paths = list(folder.iterdir())
+    except OSError as error:
+        if folder.name == "lost+found":
+            return frozenset({place.rstrip("/")})
+        raise BadCheckpoint(
+            f"{folder} cannot be listed ({error.strerror}); give yourself the right to read it"
+        ) from error
+    for path in paths:
         if path.is_dir() and path.resolve() not in inside:
             names |= _listed(path, f"{place}{path.name}/", inside)
         else:

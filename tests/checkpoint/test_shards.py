@@ -1,14 +1,16 @@
 """Laws of a base: what its index says and what its shards hold is the same, or it is refused."""
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 from lora_fuse.checkpoint.shards import open_checkpoint
-from lora_fuse.errors import BadCheckpoint
+from lora_fuse.errors import BadCheckpoint, BadSource
 from tests.support import tiny
 
 INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
@@ -109,19 +111,23 @@ def test_linked_folders_are_followed_and_loops_end(tmp_path: Path, base: Path) -
     linked = tmp_path / "linked"
     linked.mkdir()
     for part in base.iterdir():
-        (linked / part.name).symlink_to(part)
+        if part.is_dir():
+            (linked / part.name).symlink_to(part)
+        else:
+            shutil.copy(part, linked)
+    (linked / "NOTICE").symlink_to("model_index.json")  # within the base
     (base / "vae" / "loop").symlink_to(linked)
     (base / "vae" / "itself").symlink_to(".")
     found = open_checkpoint(linked)
     assert found.tensors() == plain.tensors()
-    assert found.others == plain.others
+    assert found.others == ("NOTICE", *plain.others)
     assert {"vae/itself", "vae/loop"} <= found.left.keys()
 
 
 def test_a_component_may_be_a_link_into_the_hubs_cache(tmp_path: Path, base: Path) -> None:
     """Its files are links to blobs without a suffix there."""
-    blobs = tmp_path / "cache" / "blobs"
-    snapshot = tmp_path / "cache" / "snapshots" / "1" / "transformer"
+    blobs = tmp_path / "models--a--b" / "blobs"
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "1" / "transformer"
     for folder in (blobs, snapshot):
         folder.mkdir(parents=True)
     for number, path in enumerate(sorted((base / "transformer").iterdir())):
@@ -130,3 +136,88 @@ def test_a_component_may_be_a_link_into_the_hubs_cache(tmp_path: Path, base: Pat
     (base / "transformer").rmdir()
     (base / "transformer").symlink_to(snapshot)
     assert open_checkpoint(base).tensors().keys() == tiny.weights().keys()
+
+
+def put_aside(path: Path, into: Path) -> None:
+    """Leave a link where something was."""
+    into.parent.mkdir(parents=True, exist_ok=True)
+    path.rename(into)
+    path.symlink_to(into)
+
+
+def put_pipe(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def clone_with_linked_component(base: Path) -> None:
+    (base / ".git").mkdir()
+    put_aside(base / "vae", base.parent / "vae")
+
+
+# Something at a path of a base that no part of one is, and the words that refuse it.
+FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a private file": (
+        lambda base: (base / "vae/notes.txt").symlink_to("/etc/hostname"),
+        r"vae/notes\.txt: a link leads to /etc/hostname, out of .*/base: copy the file",
+    ),
+    "a licence that is none": (lambda base: (base / "LICENSE").symlink_to("/etc/hostname"), "a link leads to /etc"),
+    "a shard elsewhere": (lambda base: put_aside(base / SECOND, base.parent / "x"), "a link leads to .*/x, out of"),
+    "an index elsewhere": (lambda base: put_aside(base / INDEX, base.parent / "x"), "a link leads to .*/x, out of"),
+    "a folder of a folder": (
+        lambda base: (base / "vae/sub").symlink_to(base.parent / "sub"),
+        r"vae/sub/LICENSE\.txt: a link leads to .*/sub/LICENSE\.txt, out of",
+    ),
+    "a component of a git clone": (
+        clone_with_linked_component,
+        "vae/.*: a link leads to .*/vae/.*, out of",
+    ),
+    "a named pipe": (lambda base: put_pipe(base / "vae/vocab.json"), r"vae/vocab\.json is .* no plain file"),
+    "a pipe of weights": (lambda base: put_pipe(base / SECOND), "it is a named pipe, not a regular file"),
+    "a device": (lambda base: (base / "vae/vocab.json").symlink_to("/dev/zero"), "a link leads to /dev/zero"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_is_no_file_of_the_base_is_refused(tmp_path: Path, base: Path, kind: str) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "LICENSE.txt").write_text("a licence")
+    change, message = FOREIGN[kind]
+    change(base)
+    with pytest.raises(BadCheckpoint, match=message):
+        open_checkpoint(base)
+
+
+@pytest.fixture
+def as_nobody() -> Iterator[Path]:
+    """A folder of this user's, who is not root while a test lasts: root reads everything."""
+    root = os.geteuid() == 0
+    with TemporaryDirectory() as folder:
+        if root:
+            os.chown(folder, 65534, 65534)
+            os.seteuid(65534)
+        try:
+            yield Path(folder)
+        finally:
+            if root:
+                os.seteuid(0)
+
+
+def test_what_stays_behind_may_be_anything(base: Path) -> None:
+    plain = open_checkpoint(base)
+    (base / "vae/notes.md").symlink_to("/etc/hostname")
+    os.mkfifo(base / "vae/pipe")
+    found = open_checkpoint(base)
+    assert found.others == plain.others
+    assert {"vae/notes.md", "vae/pipe"} <= found.left.keys()
+
+
+def test_a_folder_that_cannot_be_read_is_no_gap(as_nobody: Path) -> None:
+    base = tiny.write_pipeline(as_nobody / "base", tiny.weights())
+    (base / "lost+found").mkdir(0)  # of a disk, for root alone
+    assert "lost+found" in open_checkpoint(base).left
+    (base / "vae").chmod(0)
+    with pytest.raises(BadSource, match=r"base/vae cannot be listed \(Permission denied\)"):
+        open_checkpoint(base)
+    (base / "vae").chmod(0o700)
+    (base / "lost+found").chmod(0o700)

@@ -1,13 +1,16 @@
 """Sources that are refused, and why: not whole, not to be had, or with other bytes than the Hub names."""
 
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lora_fuse.errors import BadLora
 from lora_fuse.hub.locks import lock_base, lock_lora, verify_files
+from lora_fuse.machine.files import MOST
 from lora_fuse.recipe.hf_cache import locate
 from lora_fuse.recipe.records import Lock, to_json
 from tests.hub_server import Fault, LoopbackHub
@@ -94,6 +97,38 @@ def test_a_dangling_link_in_a_local_base_is_refused(tmp_path: Path) -> None:
     refusal(
         lambda: lock_base(in_folder(root), previous=None), "vae/model.safetensors", "cannot be read", "mend the folder"
     )
+
+
+def too_large(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(MOST + 1)  # a hole: it takes no room
+
+
+NO_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "tokenizer/vocab.json": (os.mkfifo, "it is a named pipe, not a regular file"),
+    "tokenizer/merges.txt": (lambda path: path.symlink_to("/dev/zero"), "a link leads to /dev/zero, out of"),
+    "tokenizer/notes.txt": (lambda path: path.symlink_to("/etc/hostname"), "a link leads to /etc/hostname, out of"),
+    "model_index.json": (
+        too_large,
+        f"has {MOST + 1} bytes, and at most {MOST} are read",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_FILES)
+def test_only_what_lies_in_a_local_base_is_opened(tmp_path: Path, name: str) -> None:
+    root = write(tmp_path / "base", PIPELINE)
+    put, said = NO_FILES[name]
+    (root / name).unlink(missing_ok=True)
+    put(root / name)
+    refusal(lambda: lock_base(in_folder(root), previous=None), name, said)
+
+
+def test_a_link_out_of_the_loras_folder_is_refused(tmp_path: Path) -> None:
+    elsewhere = write(tmp_path / "elsewhere", {LORA_FILE: weights(7)})
+    (tmp_path / "loras" / LORA_FILE).parent.mkdir(parents=True)
+    (tmp_path / "loras" / LORA_FILE).symlink_to(elsewhere / LORA_FILE)
+    refusal(lambda: lock_lora(in_folder(tmp_path / "loras"), LORA_FILE, previous=None), "a link leads to", "out of")
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Laws of LoRA files: every key is consumed or the file is refused, alpha is never lost, PEFT's settings count."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -160,3 +161,21 @@ def test_a_broken_peft_configuration_is_refused(tmp_path: Path, content: bytes) 
     (tmp_path / "adapter_config.json").write_bytes(content)
     with pytest.raises(BadLora, match=r"adapter_config\.json (is not a PEFT configuration|cannot be read): "):
         open_lora(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_what_is_no_file_of_a_peft_folder_is_refused(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    weights = tiny.write_lora(folder / "adapter_model.safetensors", tiny.lora_tensors("peft", alpha=None))
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 2}')
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BadLora, match=f"adapter/{name} cannot be read: a link leads to .*elsewhere, out of"):
+        open_lora(folder)
+    assert open_lora(weights).deltas  # a file that is named itself may be a link
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    for given in (folder, weights):
+        with pytest.raises(BadLora, match="it is a named pipe, not a regular file"):
+            open_lora(given)

@@ -4,6 +4,8 @@ import errno
 import hashlib
 import os
 import resource
+import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_fuse.errors import BadCheckpoint, NoSpace
+from lora_fuse.machine import files
 from lora_fuse.machine import hashing_writer as hashed
 from lora_fuse.machine.direct_io import BLOCK, Reader, Writer, block_memory, too_large_to_cache
 from lora_fuse.machine.files import read_json
 from lora_fuse.machine.hashing_writer import HashingWriter
 from lora_fuse.machine.space import free_bytes, require
+from lora_fuse.pictures.picture import read_levels
 
 CONTENT = np.random.default_rng(0).bytes(5 * BLOCK + 123)
 
@@ -123,3 +127,87 @@ def test_a_disk_with_less_than_is_needed_is_refused_with_both_numbers(tmp_path: 
     need = 2 * free_bytes(there) + 1
     with pytest.raises(NoSpace, match=rf"the file needs .* \({need} bytes\), and the disk of .*yet has .* free; make"):
         require(there, need, "the file", "make room")
+
+
+def make(path: Path, kind: str) -> Path:
+    """Something that is no regular file; opened like one, a pipe waits for ever."""
+    if kind == "a named pipe":
+        os.mkfifo(path)
+    elif kind == "a socket":
+        with socket.socket(socket.AF_UNIX) as one:
+            one.bind(str(path))
+    elif kind == "a device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    return path
+
+
+@pytest.mark.parametrize("kind", ["a named pipe", "a socket", "a device", "a folder"])
+@pytest.mark.parametrize("read", [files.open_regular, files.read_bytes, files.hash_file, read_levels])
+def test_only_regular_files_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, read: Callable[[Path], object]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a socket's path is short
+    with pytest.raises(OSError, match=f"it is {kind}, not a regular file"):
+        read(make(Path("x"), kind))
+
+
+def test_what_is_read_whole_has_a_bound(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"1234")
+    assert files.read_bytes(path, 4) == b"1234"
+    with pytest.raises(OSError, match="it has 4 bytes, and at most 3 are read"):
+        files.read_bytes(path, 3)
+    os.truncate(path, files.MOST + 1)  # a hole: it takes no room
+    with pytest.raises(BadCheckpoint, match=f"has {files.MOST + 1} bytes, and at most {files.MOST} are read"):
+        read_json(path, dict, BadCheckpoint)
+    if Path("/proc/self/maps").exists():  # whose size is 0, whatever it holds
+        with pytest.raises(OSError, match="it has 11 bytes, and at most 10 are read"):
+            files.read_bytes(Path("/proc/self/maps"), 10)
+
+
+def hub_cache(folder: Path) -> Path:
+    """A snapshot in which `shown` is a link to a blob, and `shared` one by way of what repositories share."""
+    blobs = folder / "models--a--b" / "blobs"
+    snapshot = folder / "models--a--b" / "snapshots" / "1"
+    for made in (blobs, snapshot, folder / "blobs"):
+        made.mkdir(parents=True)
+    (blobs / "ab").write_text("content")
+    (folder / "blobs" / "cd").write_text("content")
+    (blobs / "cd").symlink_to("../../blobs/cd")
+    (blobs / "ef").symlink_to("/etc/hostname")
+    for name, blob in {"shown": "ab", "shared": "cd", "forged": "ef"}.items():
+        (snapshot / name).symlink_to(f"../../blobs/{blob}")
+    return snapshot
+
+
+def test_links_into_the_hubs_cache_are_its_own(tmp_path: Path) -> None:
+    snapshot = hub_cache(tmp_path / "hub")
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "blob").symlink_to(snapshot.parents[1] / "blobs" / "ab")  # as older clients make local folders
+    (base / "file").symlink_to(snapshot / "shown")
+    (base / "folder").symlink_to(snapshot)
+    (tmp_path / "whole").symlink_to(snapshot)
+    for root, name in ((snapshot, "shown"), (snapshot, "shared"), (tmp_path / "whole", "shared")):
+        assert files.inside(root, name).read_text() == "content"
+    for name in ("blob", "file", "folder/shown", "folder/shared"):
+        assert files.inside(base, name).read_text() == "content"
+
+
+@pytest.mark.parametrize("name", ["forged", "models--x/blobs/k", "key", "up", "sub/key", "aside/key"])
+def test_no_link_leads_out_of_a_folder(tmp_path: Path, name: str) -> None:
+    base = hub_cache(tmp_path / "hub")
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "key").write_text("secret")
+    (base / "models--x" / "blobs").mkdir(parents=True)
+    (base / "models--x" / "blobs" / "k").symlink_to(tmp_path / "blobs" / "key")
+    (base / "key").symlink_to(tmp_path / "blobs" / "key")
+    (base / "up").symlink_to("models--x/blobs/k")
+    (base / "sub").mkdir()
+    (base / "sub" / "key").symlink_to(tmp_path / "blobs" / "key")
+    (base / "aside").symlink_to(tmp_path / "blobs")
+    (base / ".git").mkdir()
+    with pytest.raises(OSError, match=r"a link leads to .*(key|hostname), out of .*: copy the file"):
+        files.inside(base, name)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -144,6 +145,12 @@ def test_a_flipped_byte_is_found_with_and_without_a_key(
     assert verify(signed, "--public-key", public_key(signing_key)) == 1
 
 
+def put(path: Path, make: Callable[[Path], object]) -> None:
+    """Put something else in the place of a file."""
+    path.unlink()
+    make(path)
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -157,6 +164,9 @@ def test_a_flipped_byte_is_found_with_and_without_a_key(
         (lambda root: (root / LIST).write_text("{}"), f"{LIST} is no list of files"),
         (lambda root: (root / LIST).write_bytes(b"\xff"), f"{LIST} is no list of files"),
         (lambda root: (root / LIST).write_text('"../'.join((root / LIST).read_text().rsplit('"vae/', 1))), "leads out"),
+        (lambda root: put(root / WEIGHTS, os.mkfifo), f"{WEIGHTS}: it cannot be read (it is a named pipe, not a"),
+        (lambda root: put(root / LIST, os.mkfifo), f"has no {LIST}"),
+        (lambda root: put(root / WEIGHTS, lambda path: path.symlink_to("/etc/hostname")), "a link leads to /etc/host"),
     ],
     ids=[
         "missing",
@@ -169,13 +179,16 @@ def test_a_flipped_byte_is_found_with_and_without_a_key(
         "empty list",
         "no text",
         "outside",
+        "pipe",
+        "pipe of a list",
+        "link",
     ],
 )
 def test_other_files_than_the_list_s_are_found(
     signed: Path, damage: Callable[[Path], object], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     damage(signed)
-    assert verify(signed) == 1
+    assert verify(signed) == (2 if "has no" in said else 1)
     assert said in capsys.readouterr().err
 
 

@@ -4,6 +4,7 @@ The merge here is made by copying and by numpy, so that no law rests on what the
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from lora_fuse.checkpoint import repository_files
 from lora_fuse.cli import main
+from lora_fuse.errors import BadCheckpoint
 from lora_fuse.lora.inputs import LoraInput
 from lora_fuse.verification.rederivation import Expectation, Verification, verify_merge
 from tests.support import tiny
@@ -229,10 +231,15 @@ def test_a_header_that_lost_an_entry_is_found(made: Repository) -> None:
 
 
 def test_a_file_that_broke_off_is_no_checkpoint(made: Repository) -> None:
-    from lora_fuse.errors import BadCheckpoint
-
     (made.out / WEIGHTS).write_bytes((made.out / WEIGHTS).read_bytes()[:-4])
     with pytest.raises(BadCheckpoint, match="cannot be opened as safetensors"):
+        made.verify()
+
+
+def test_what_is_no_file_is_no_checkpoint(made: Repository) -> None:
+    (made.out / WEIGHTS).unlink()
+    os.mkfifo(made.out / WEIGHTS)
+    with pytest.raises(BadCheckpoint, match="it is a named pipe, not a regular file"):
         made.verify()
 
 

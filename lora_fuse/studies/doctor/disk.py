@@ -55,7 +55,7 @@ def locks(folder: Path) -> Finding:
     """Try that flock(2) keeps a second run out; some network filesystems let everybody in."""
     probe = files.nearest_folder(folder) / f".probe-{os.getpid()}.lock"
     try:
-        with probe.open("w") as one, probe.open("w") as other:
+        with files.open_lock(probe) as one, files.open_lock(probe) as other:
             fcntl.flock(one, fcntl.LOCK_EX | fcntl.LOCK_NB)
             try:
                 fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
