@@ -73,7 +73,7 @@ def config_scale(
         )
         for pattern in (*stated.rank_pattern, *stated.alpha_pattern):
             re.compile(pattern)
-    except (ValueError, TypeError, AttributeError, re.error) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
         raise BadLora(f"{where} is not a PEFT configuration: {error}") from error
     if stated.rank_stabilized and stated.alpha is None and default_alpha is None:
         raise BadLora(

@@ -109,18 +109,20 @@ def _flat_scale(fields: Mapping[str, str], component: str, where: str) -> Stated
     """The statement of entries that are each a field, as in ``transformer.lora_alpha``."""
     prefix = f"{component}." if component else ""
     told: dict[str, Any] = {}
-    names = {"lora_alpha": ALPHAS, "r": RANKS}
-    for name, spellings in names.items():
+    for name, spellings in (("lora_alpha", ALPHAS), ("r", RANKS)):
         values = {key: _number(fields[key], f"{where}: header {prefix}{key}") for key in spellings if key in fields}
         if len(set(values.values())) > 1:
             said = " and ".join(f"{prefix}{key} {value:g}" for key, value in values.items())
             raise BadLora(f"{where}: its header says {said}; take out the one that is wrong")
-        told |= dict.fromkeys((name,) if values else (), *set(values.values()))
+        if values:
+            told[name] = next(iter(values.values()))
     for key in KINDS:
         if key in fields and fields[key].lower() not in KNOWN_KINDS:
             raise BadLora(f"{where}: header {prefix}{key} is {fields[key]!r}; merged here are {', '.join(KNOWN_KINDS)}")
-    rest = {key: _json(value) for key, value in fields.items() if key not in {*ALPHAS, *RANKS, *KINDS}}
-    rest = {key: {"True": True, "False": False, "None": None}.get(value, value) for key, value in rest.items()}
+    python = {"True": "true", "False": "false", "None": "null"}  # words that JSON writes otherwise
+    rest = {
+        key: _json(python.get(value, value)) for key, value in fields.items() if key not in {*ALPHAS, *RANKS, *KINDS}
+    }
     label = f"header {', '.join(f'{prefix}{key}' for key in sorted(fields))}"
     return config_scale({**rest, **told}, f"{where}: {label}", label, component, default_alpha=None)
 

@@ -154,7 +154,9 @@ def test_a_rank_that_the_configuration_denies_is_refused(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "content", [b"\xff\xfe", b"[" * 100_000, b"7", b'{"r": "x"}'], ids=["binary", "deep", "7", "text"]
+    "content",
+    [b"\xff\xfe", b"[" * 100_000, b"7", b'{"r": "x"}', b'{"r": Infinity}'],
+    ids=["binary", "deep", "7", "text", "infinite"],
 )
 def test_a_broken_peft_configuration_is_refused(tmp_path: Path, content: bytes) -> None:
     tiny.write_lora(tmp_path / "adapter_model.safetensors", tiny.lora_tensors("peft", alpha=None))

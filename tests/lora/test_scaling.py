@@ -35,6 +35,12 @@ ALONE: list[tuple[str, Header, float, str]] = [
     ("bare", {"lora_alpha": "6"}, 6 / 4, "header lora_alpha"),
     ("lightning", {"network_alpha": "2", "network_dim": "4"}, 2 / 4, "header network_alpha, network_dim"),
     ("diffusers", {"transformer.lora_alpha": "64", "transformer.r": "4"}, 16, "header transformer.lora_alpha"),
+    (
+        "diffusers",
+        {"transformer.lora_alpha": "6", "transformer.target_modules": '["to_q"]'},
+        6 / 4,
+        "header transformer",
+    ),
     ("bare", {"unet.lora_alpha": "2", "unet.use_rslora": "True"}, 2 / 2, "header unet.lora_alpha, unet.use_rslora"),
     ("kohya", {"ss_network_alpha": "1", "ss_network_dim": "4"}, 1 / 4, "header ss_network_alpha"),
     ("diffusers", {"ss_network_alpha": "4.0", "ss_network_dim": "4"}, 1, "header ss_network_alpha"),
