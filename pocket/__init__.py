@@ -20,23 +20,7 @@ LORAS = {
 SIDE = 128  # pixels: of the pictures that it was trained on, in and out
 
 # Qwen-Image-Edit's own. A Lightning LoRA wants another, and a merged repository must carry that one.
-SCHEDULER: Mapping[str, Any] = {
-    "base_image_seq_len": 256,
-    "base_shift": 0.5,
-    "invert_sigmas": False,
-    "max_image_seq_len": 8192,
-    "max_shift": 0.9,
-    "num_train_timesteps": 1000,
-    "shift": 1.0,
-    "shift_terminal": 0.02,
-    "stochastic_sampling": False,
-    "time_shift_type": "exponential",
-    "use_beta_sigmas": False,
-    "use_dynamic_shifting": True,
-    "use_exponential_sigmas": False,
-    "use_karras_sigmas": False,
-}
-LIGHTNING_SCHEDULER = {**SCHEDULER, **LIGHTNING}
+SCHEDULER: Mapping[str, Any] = {**LIGHTNING, "base_shift": 0.5, "max_shift": 0.9, "shift_terminal": 0.02}
 
 # The 12 linears per block that the published rank-64 Lightning LoRAs cover.
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")

@@ -16,8 +16,9 @@ from PIL import Image
 from lora_fuse.checkpoint import open_checkpoint
 from lora_fuse.fusion import FuseJob, Plan, make_plan
 from lora_fuse.lora import LoraInput
+from lora_fuse.models import LIGHTNING
 from lora_fuse.pictures import metrics, pairs, picture, render
-from pocket import LIGHTNING_SCHEDULER, LORAS, POCKET, SCHEDULER, SIDE
+from pocket import LORAS, POCKET, SCHEDULER, SIDE
 from pocket.tasks import Task
 
 EDIT = "QwenImageEditPipeline"
@@ -37,8 +38,8 @@ class Setting:
 
 
 MANY = Setting("base, 40 steps", 40, SCHEDULER)
-FEW = Setting("base, 4 steps", 4, LIGHTNING_SCHEDULER)
-MERGED = Setting("merged, 4 steps", 4, LIGHTNING_SCHEDULER, fused=True)
+FEW = Setting("base, 4 steps", 4, LIGHTNING)
+MERGED = Setting("merged, 4 steps", 4, LIGHTNING, fused=True)
 SCALES = tuple(replace(FEW, name=f"base + LoRA x {scale}", scale=scale) for scale in (0.8, 0.9, 1.0, 1.1, 1.2))
 OWN_SCHEDULER = replace(MERGED, name="merged, the base's scheduler", scheduler=SCHEDULER)
 EIGHT = replace(MERGED, name="merged, 8 steps", steps=8)

@@ -85,10 +85,11 @@ def scale_of(module: str, rank: int, own: float | None, stated: Sequence[StatedS
         alpha = place.alpha_of(module)
         if alpha is not None and place.only_rank in (None, rank):
             said.append(ModuleScale(alpha, place.factor(alpha, rank), place.where))
-    defaults = [place for place in places if place.default_alpha is not None]
-    for place in defaults if not said else ():
-        alpha = place.default_alpha or 0.0
-        said.append(ModuleScale(alpha, place.factor(alpha, rank), f"the default of {place.where}"))
+    said = said or [
+        ModuleScale(place.default_alpha, place.factor(place.default_alpha, rank), f"the default of {place.where}")
+        for place in places
+        if place.default_alpha is not None
+    ]
     for scale in said:
         if not math.isfinite(scale.alpha):
             raise BadLora(f"{where}: the alpha of {module!r} is {scale.alpha}, not a finite number; the file is broken")

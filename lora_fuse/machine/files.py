@@ -54,13 +54,18 @@ def open_regular(path: Path) -> BufferedReader:
         OSError: it cannot be opened, or is something else.
     """
     refuse_special(path, path.stat())
-    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    return os.fdopen(_open_regular(path, os.O_RDONLY), "rb")
+
+
+def _open_regular(path: Path, flags: int) -> int:
+    """The descriptor of a regular file; it is looked at once it is open, since what a name means can change."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     try:
-        refuse_special(path, os.fstat(file.fileno()))
+        refuse_special(path, os.fstat(descriptor))
     except OSError:
-        file.close()
+        os.close(descriptor)
         raise
-    return file
+    return descriptor
 
 
 def refuse_special(path: Path, info: os.stat_result) -> None:
@@ -133,14 +138,8 @@ def open_lock(path: Path, *, create: bool = True) -> FileIO:
     Raises:
         OSError: it cannot be opened, or is no regular file.
     """
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | (os.O_CREAT if create else 0)
-    file = os.fdopen(os.open(path, flags, 0o666), "rb", buffering=0)
-    try:
-        refuse_special(path, os.fstat(file.fileno()))
-    except OSError:
-        file.close()
-        raise
-    return file
+    flags = os.O_RDWR | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
+    return os.fdopen(_open_regular(path, flags), "rb", buffering=0)
 
 
 def nearest_folder(path: Path) -> Path:

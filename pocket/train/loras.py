@@ -16,7 +16,7 @@ from pocket.train.flow import flow_loss, load_base, velocity
 from pocket.train.recipe import Recipe
 from pocket.train.runtime import DEVICE, Rates, Tensors, log, optimize
 
-SIGMAS = (1.0, 0.9, 0.75, 0.5, 0.0)  # LIGHTNING_SCHEDULER's in four steps
+SIGMAS = (1.0, 0.9, 0.75, 0.5, 0.0)  # the Lightning scheduler's in four steps
 SPLITS = (2, 3, 4, 7)  # the teacher's steps between two of them
 PUBLISHED = {"A.weight": "down.weight", "B.weight": "up.weight"}  # names of the factors, by PEFT's
 
