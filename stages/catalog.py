@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_fuse.errors import Rerun
-from lora_fuse.machine import Console, files
+from lora_fuse.machine import Console, staging
 from lora_fuse.recipe import Artifacts, Recipe, paths
 from lora_fuse.studies.catalog import CatalogEntry, catalog_html, catalog_json, catalog_markdown, gather
 from stages.config.variants import Compiled, read_compiled
@@ -18,8 +18,9 @@ def catalog(_: Recipe, __: Artifacts, console: Console = PLAIN) -> int:
     compiled = read_compiled()
     entries = [entry_of(compiled, name) for name in compiled.builds]
     texts = (catalog_html(entries), catalog_markdown(entries, CATALOG), catalog_json(entries))
-    for page, text in zip(PAGES, texts, strict=True):
-        files.replace_text(page, text)
+    with staging.exclusive(CATALOG), staging.whole(CATALOG) as folder:
+        for page, text in zip(PAGES, texts, strict=True):
+            (folder / page.name).write_text(text, encoding="utf-8")
     lines = [f"{entry.name}: {entry.state}{f', {entry.verdict}' if entry.verdict else ''}" for entry in entries]
     facts = {"variants": {entry.name: entry.state for entry in entries}, "page": str(PAGES[0])}
     console.done("catalog", *lines, f"see {PAGES[0]}", facts=facts)

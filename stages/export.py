@@ -26,8 +26,6 @@ def export_formats(recipe: Recipe, at: Artifacts = paths.HERE, console: Console 
     with progress.byte_progress("export", size, at_least=1) as advance:
         exported = export(checkpoint, at.exported, formats, name=recipe.name, metadata=metadata, progress=advance)
     files.replace_text(at.exports, records.to_json(records.Exports(records.SCHEMA, manifest_sha256, exported)))
-    sums = [f"{record.sha256}  {name}\n" for name, record in exported.items()]
-    files.replace_text(at.exported / "SHA256SUMS", "".join(sums))  # for sha256sum -c; and DVC warns of an empty folder
     lines = [
         f"{name}, {progress.human_bytes(record.size)}, sha256 {record.sha256}" for name, record in exported.items()
     ]

@@ -12,9 +12,10 @@ from pathlib import Path
 from lora_fuse.checkpoint import Checkpoint
 from lora_fuse.errors import BadConfig
 from lora_fuse.exports.single_file import single_file_size, write_single_file
-from lora_fuse.machine import FileRecord, space
+from lora_fuse.machine import FileRecord, files, space, staging
 
 Progress = Callable[[int], None]
+SUMS = "SHA256SUMS"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +61,12 @@ def export(
     metadata: Mapping[str, str],
     progress: Progress,
 ) -> dict[str, FileRecord]:
-    """Write a merged checkpoint in other formats; what was in `out`, a folder of nothing else, is replaced.
+    """Write a merged checkpoint in other formats; `out`, a folder of nothing else that the caller holds, is replaced.
 
     File names have the model's `name` in them, headers the `metadata`; `progress` gets the bytes just written.
 
     Returns:
-        Every file by its POSIX path below `out`.
+        Every file by its POSIX path below `out`, but for `SUMS`, the list of them that ``sha256sum -c`` reads.
 
     Raises:
         BadConfig: a format is unknown; nothing was written.
@@ -74,21 +75,14 @@ def export(
     """
     chosen = {_format(one).place.format(name): _format(one) for one in formats}
     need = export_size(checkpoint, formats, metadata) + space.SPARE if chosen else 0
-    out.mkdir(parents=True, exist_ok=True)
-    space.require(out, need, "the export", "make room, or take a format out of export.formats")
+    space.require(files.nearest_folder(out), need, "the export", "make room, or take a format out of export.formats")
     records = {}
-    for place, one in sorted(chosen.items()):
-        target = out / place
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.partial")
-        try:
-            records[place] = one.write(checkpoint, partial, metadata, progress)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
-    for path in [path for path in out.rglob("*") if path.is_file()]:
-        if path.relative_to(out).as_posix() not in records:
-            path.unlink()  # of an earlier run
+    with staging.whole(out) as folder:
+        for place, one in sorted(chosen.items()):
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+            records[place] = one.write(checkpoint, folder / place, metadata, progress)
+        sums = [f"{record.sha256}  {place}\n" for place, record in records.items()]
+        (folder / SUMS).write_text("".join(sums), encoding="utf-8")
     return records
 
 

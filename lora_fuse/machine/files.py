@@ -186,8 +186,9 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """Give `path` a new content: a reader, or a kill at any moment, finds the old one or the new one."""
+    """Give `path` a new content: a reader, a kill or a power failure at any moment finds the old one or the new one."""
     prepare(path, content).replace(path)
+    sync(path.parent)
 
 
 def prepare(path: Path, content: bytes) -> Path:
@@ -195,7 +196,28 @@ def prepare(path: Path, content: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(content)
+    sync(partial)
     return partial
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk (fsync(2)); some filesystems know no such folder."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_all(place: Path) -> None:
+    """As `sync`, of a file, or of a folder and all that is below it."""
+    below = place.rglob("*") if place.is_dir() else []
+    for path in [*below, place]:
+        if not path.is_symlink():
+            sync(path)
 
 
 def take_over(source: Path, target: Path, how: Untouched) -> Untouched:
@@ -227,6 +249,7 @@ def prepared(texts: Mapping[Path, str]) -> Iterator[Callable[[], None]]:
     def put() -> None:
         for path, partial in partials.items():
             partial.replace(path)
+            sync(path.parent)
 
     try:
         for path, text in texts.items():

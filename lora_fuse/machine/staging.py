@@ -19,11 +19,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lora_fuse.errors import Busy, Refused
-from lora_fuse.machine.files import FileRecord, hash_file, open_lock, read_text, replace_text
+from lora_fuse.machine.files import FileRecord, hash_file, open_lock, read_text, replace_text, sync, sync_all
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2  # linux/fcntl.h, linux/fs.h
 PRIVATE = 0o700  # mode of a staging folder
+ANEW = "0" * 16  # key of what no run goes on with
 PREVIOUS = "previous"  # in a staging folder: the last result, while the next one takes its place in two steps
 
 
@@ -79,28 +80,53 @@ def staging_folder(out: Path, key: str) -> Iterator[StagingFolder]:
         Refused: its lock cannot be opened.
         OSError: nothing can be prepared beside it.
     """
-    with exclusive(out):
-        mine = StagingFolder(out.parent / f".{out.name}.partial-{key[:16]}")
-        for folder in _staging_folders(out):
-            previous = folder / PREVIOUS
-            if previous.exists() and not out.exists():  # a swap in two steps was killed between them
-                previous.rename(out)
-            remove(previous)
-            if folder != mine.folder:
-                remove(folder)
-        try:
-            if not _is_own(mine.folder):
-                remove(mine.folder)
-                mine.folder.mkdir(PRIVATE)
-            with suppress(OSError):  # a filesystem without modes
-                mine.folder.chmod(PRIVATE)
-            mine.files.mkdir(exist_ok=True)
-            yield mine
-        except Exception:
+    with exclusive(out), _prepared(out, key) as mine:
+        yield mine
+
+
+@contextmanager
+def whole(out: Path, *, stays: Iterable[str] = ()) -> Iterator[Path]:
+    """Prepare all of the next content of a folder that the caller holds, in an empty one that takes its place at once.
+
+    After an error or a kill `out` is as it was, and so it is until the end. Names in `stays` are taken along.
+
+    Raises:
+        OSError: nothing can be prepared beside it.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _prepared(out, ANEW) as mine:
+        remove(mine.files)
+        mine.files.mkdir()
+        yield mine.files
+        for name in stays:
+            if (out / name).exists():
+                (out / name).rename(mine.files / name)
+        replace_atomically(mine.files, out)
+
+
+@contextmanager
+def _prepared(out: Path, key: str) -> Iterator[StagingFolder]:
+    mine = StagingFolder(out.parent / f".{out.name}.partial-{key[:16]}")
+    for folder in _staging_folders(out):
+        previous = folder / PREVIOUS
+        if previous.exists() and not out.exists():  # a swap in two steps was killed between them
+            previous.rename(out)
+        remove(previous)
+        if folder != mine.folder:
+            remove(folder)
+    try:
+        if not _is_own(mine.folder):
             remove(mine.folder)
-            raise
-        with suppress(OSError):  # what was replaced may be another user's; the next run tries again
-            remove(mine.folder)
+            mine.folder.mkdir(PRIVATE)
+        with suppress(OSError):  # a filesystem without modes
+            mine.folder.chmod(PRIVATE)
+        mine.files.mkdir(exist_ok=True)
+        yield mine
+    except Exception:
+        remove(mine.folder)
+        raise
+    with suppress(OSError):  # what was replaced may be another user's; the next run tries again
+        remove(mine.folder)
 
 
 def _staging_folders(out: Path) -> list[Path]:
@@ -152,7 +178,11 @@ def _locked(path: Path, result: Path) -> Iterator[None]:
 
 
 def replace_atomically(new: Path, out: Path) -> None:
-    """Put `new` in the place of `out`; where the system can, they change names at once, and `new` is the old one."""
+    """Put `new` in the place of `out`; where the system can, they change names at once, and `new` is the old one.
+
+    All of `new` is on the disk before, so that a power failure leaves one or the other as well.
+    """
+    sync_all(new)
     if not out.is_dir():
         new.replace(out)
     elif not _exchange(new, out):
@@ -160,6 +190,7 @@ def replace_atomically(new: Path, out: Path) -> None:
         out.rename(previous)  # a folder cannot be renamed over another, so the old one steps aside first
         new.rename(out)
         remove(previous)
+    sync(out.parent)
 
 
 def _exchange(new: Path, out: Path) -> bool:

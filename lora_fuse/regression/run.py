@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_fuse.errors import Rerun
 from lora_fuse.fusion import read_manifest
-from lora_fuse.machine import files
+from lora_fuse.machine import staging
 from lora_fuse.pictures import environment, pairs
 from lora_fuse.recipe import Artifacts, Recipe, records
 from lora_fuse.regression.candidates import candidates
@@ -47,13 +47,14 @@ def write_regression(
     verify: Mapping[str, Any],
     command: Callable[[Rerun], str],
 ) -> None:
-    """Write the pictures, the candidates, the metrics, the plots' data, the run's record and the report."""
-    save_pictures(judged.cases, at.images)
-    files.replace_text(at.candidates, records.to_json(judged.found))
-    files.replace_text(at.run, records.to_json(judged.run))
+    """Write the pictures, the candidates, the metrics, the plots' data, the run's record and the report, at once."""
     blocks = [asdict(block) for block in block_changes(verify["changes"])]
     contents = ((at.metrics, judged.metrics), (at.cases, case_rows(judged.metrics)), (at.blocks, blocks))
-    for path, content in contents:
-        files.replace_text(path, json.dumps(content, indent=2) + "\n")
+    texts = {path: json.dumps(content, indent=2) + "\n" for path, content in contents}
+    texts |= {at.candidates: records.to_json(judged.found), at.run: records.to_json(judged.run)}
     then = next_step(judged.metrics) if verify["passed"] else Rerun("fuse", force=True)
-    files.replace_text(at.report, report_html(review(judged, verify, Rules.of(params), setup, command(then))))
+    texts[at.report] = report_html(review(judged, verify, Rules.of(params), setup, command(then)))
+    with staging.whole(at.regression) as folder:
+        save_pictures(judged.cases, folder / at.images.name)
+        for path, text in texts.items():
+            (folder / path.name).write_text(text, encoding="utf-8")

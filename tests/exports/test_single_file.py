@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from lora_fuse.checkpoint.shards import Checkpoint, open_checkpoint
 from lora_fuse.errors import BadCheckpoint, BadConfig, NoSpace
-from lora_fuse.exports.formats import FORMATS, export, export_size, is_export, words
+from lora_fuse.exports.formats import FORMATS, SUMS, export, export_size, is_export, words
 from lora_fuse.machine.files import FileRecord, hash_file
 from lora_fuse.recipe.recipe import Recipe
 from tests.support import tiny
@@ -110,14 +110,20 @@ def test_a_shard_that_was_cut_meanwhile_leaves_no_file(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-4])
     with pytest.raises(BadCheckpoint, match="ends within"):
         single_file(checkpoint, tmp_path / "out")
-    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_an_earlier_run_left_goes(tmp_path: Path) -> None:
     checkpoint = component(tmp_path / "t")
     single_file(checkpoint, tmp_path / "out")
+    assert sums(tmp_path / "out") == [(hash_file(tmp_path / "out" / PLACE).sha256, PLACE)]
     assert export(checkpoint, tmp_path / "out", [], name="x", metadata={}, progress=lambda _: None) == {}
-    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert sums(tmp_path / "out") == []
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == [SUMS]
+
+
+def sums(out: Path) -> list[tuple[str, ...]]:
+    return [tuple(line.split("  ")) for line in (out / SUMS).read_text().splitlines()]
 
 
 def test_too_little_room_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import pytest
 
 from lora_fuse.errors import Refused
 from lora_fuse.machine.files import FileRecord
-from lora_fuse.machine.staging import exclusive, staging_folder
+from lora_fuse.machine.staging import exclusive, staging_folder, whole
+from tests.support.kills import kill_at_every_step
 
 KEY = "a" * 64
 NAME = f".out.partial-{KEY[:16]}"
@@ -72,3 +73,66 @@ def test_a_folder_of_another_user_is_neither_gone_on_with_nor_put_in_place(tmp_p
         assert staged.keep_finished(["a"]) == {}
         assert staged.folder.stat().st_uid == 0
     assert not (tmp_path / "out").exists()
+
+
+def names(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+def renewed(out: Path, *, stays: tuple[str, ...] = (), page: str = "page.html") -> None:
+    with whole(out, stays=stays) as folder:
+        (folder / "pictures").mkdir()
+        (folder / "pictures" / "new.png").write_bytes(b"new")
+        (folder / page).write_text("new")
+
+
+def test_a_kill_at_any_step_leaves_the_old_folder_or_the_new_one_whole(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "pictures").mkdir(parents=True)
+    (out / "pictures" / "old.png").write_bytes(b"old")
+    (out / "page.html").write_text("old")
+    old = names(out)
+    new = {"pictures", "pictures/new.png", "page.html"}
+    seen = []
+
+    def look() -> None:
+        seen.append(names(out))
+        assert (seen[-1], (out / "page.html").read_text()) in ((old, "old"), (new, "new"))
+
+    assert kill_at_every_step(lambda: renewed(out), tmp_path, look) > 5
+    assert seen[0] == old
+    assert seen[-1] == new
+    assert names(tmp_path) == {"out", *(f"out/{name}" for name in new)}  # nothing of a killed run is left
+
+
+def test_a_failure_leaves_the_folder_as_it_was_and_nothing_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "page.html").write_text("old")
+    with pytest.raises(IsADirectoryError):
+        renewed(tmp_path / "out", page=".")
+    assert names(tmp_path) == {"out", "out/page.html"}
+    assert (tmp_path / "out" / "page.html").read_text() == "old"
+
+
+def test_what_stays_is_taken_along_if_it_is_there(tmp_path: Path) -> None:
+    (tmp_path / "out" / "build").mkdir(parents=True)
+    (tmp_path / "out" / "build" / "kept").write_text("kept")
+    (tmp_path / "out" / "else").write_text("")
+    renewed(tmp_path / "out", stays=("build", "missing"))
+    assert names(tmp_path / "out") == {"pictures", "pictures/new.png", "page.html", "build", "build/kept"}
+
+
+def test_all_is_on_the_disk_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    synced: list[str] = []
+    sync = os.fsync
+
+    def record(descriptor: int) -> None:
+        sync(descriptor)
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().relative_to(tmp_path).as_posix())
+
+    monkeypatch.setattr(os, "fsync", record)
+    renewed(tmp_path / "out")
+    files = f".out.partial-{'0' * 16}/files"
+    assert {f"{files}/page.html", f"{files}/pictures", f"{files}/pictures/new.png", files} == set(synced[:-1])
+    assert synced[-1] == "."

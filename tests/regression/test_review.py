@@ -12,13 +12,17 @@ from lora_fuse.pictures.cases import Case, Sampling
 from lora_fuse.pictures.cost import Cost
 from lora_fuse.pictures.pairs import Pair, Setup
 from lora_fuse.pictures.picture import Levels, Picture, Rendered
+from lora_fuse.recipe.paths import Artifacts
 from lora_fuse.recipe.records import Lock, Manifest
 from lora_fuse.regression.candidates import Candidate, Candidates
 from lora_fuse.regression.case_judgement import JudgedPair, examine
 from lora_fuse.regression.goldens import Approved, GoldenRecord
 from lora_fuse.regression.report import report_html
 from lora_fuse.regression.review import Judged, block_changes, case_rows, review, run_metrics
+from lora_fuse.regression.run import write_regression
+from stages.config import load
 from tests.support.approved import APPROVAL, PROVENANCE, candidate, run_record
+from tests.support.kills import kill_at_every_step
 from tests.support.reports import RULES, latents, scene
 
 
@@ -88,3 +92,23 @@ def test_the_page_names_no_file_of_this_machine() -> None:
     page = report_html(review(judged, VERIFY, RULES, SETUP, NEXT))
     assert str(Path.cwd()) not in page
     assert str(Path.home()) not in page or str(Path.home()) == "/"
+
+
+def test_a_kill_at_any_step_leaves_all_of_the_last_run_or_all_of_this_one(tmp_path: Path) -> None:
+    at = Artifacts(tmp_path)
+    recipe = load(["recipe=pocket"])
+    files = (at.candidates, at.metrics, at.run, at.cases, at.blocks, at.report)
+
+    def write(merged: Levels) -> None:
+        write_regression(recipe, at, SETUP, run_of(merged, None), VERIFY, lambda _: NEXT)
+
+    def content() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (*files, *at.images.iterdir())}
+
+    write(scene(0))
+    old = content()
+    seen = []
+    assert kill_at_every_step(lambda: write(scene(1)), tmp_path, lambda: seen.append(content())) > 8
+    assert seen[0] == old
+    assert all(one in (old, seen[-1]) for one in seen)
+    assert {name for name, content in old.items() if content != seen[-1][name]} >= {"candidates.json", "report.html"}

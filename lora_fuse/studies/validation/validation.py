@@ -12,7 +12,7 @@ from lora_fuse import hub
 from lora_fuse.errors import BadLora, CheckFailed, FactorMismatch, Rerun, ShapeMismatch, UnmatchedTargets, WrongPrefix
 from lora_fuse.fusion import Plan, make_plan, plan_of
 from lora_fuse.lora import open_lora
-from lora_fuse.machine import Console, files, staging
+from lora_fuse.machine import Console, staging
 from lora_fuse.models import COMPONENT
 from lora_fuse.pictures import Case, encode, environment, pairs, render_progress
 from lora_fuse.recipe import Artifacts, Lock, Recipe, hf_cache, paths
@@ -199,9 +199,6 @@ class Validation:
     def write(self, report: ValidationReport) -> tuple[list[str], dict[str, Any]]:
         """Write the pages; return the last lines for the terminal, and the facts for ``--json``."""
         thumbnails = {case.sides.name: f"{THUMBNAILS}/{case.sides.name}.png" for case in report.cases}
-        for case in report.cases:
-            (VALIDATION / THUMBNAILS).mkdir(parents=True, exist_ok=True)
-            files.replace_bytes(VALIDATION / thumbnails[case.sides.name], encode.png(strip(case)))
         facts = report_facts(report)
         texts = (
             validation_md(report, thumbnails),
@@ -209,8 +206,12 @@ class Validation:
             json.dumps(facts, indent=2) + "\n",
             junit_xml(report),
         )
-        for page, text in zip(PAGES, texts, strict=True):
-            files.replace_text(VALIDATION / page, text)
+        with staging.whole(VALIDATION, stays=[BUILD.root.name]) as folder:
+            (folder / THUMBNAILS).mkdir()
+            for case in report.cases:
+                (folder / thumbnails[case.sides.name]).write_bytes(encode.png(strip(case)))
+            for page, text in zip(PAGES, texts, strict=True):
+                (folder / page).write_text(text, encoding="utf-8")
         lines = [f"{report.verdict}: {report.judgement.reason}", f"see {VALIDATION / 'validation.html'}"]
         return [*lines, f"next: {report.next_step}"], facts
 
