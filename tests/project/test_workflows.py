@@ -145,14 +145,86 @@ def test_only_the_last_command_of_gitlab_s_job_has_the_token(tmp_path: Path) -> 
     for name in ("make", "python", "pip", "dvc"):
         (tmp_path / name).write_text('#!/bin/sh\necho "${HF_TOKEN:-none}"\n', encoding="utf-8")
         (tmp_path / name).chmod(0o755)
+    (tmp_path / "git").write_text('#!/bin/sh\necho "${CI_COMMIT_SHA:-none}" "${HF_TOKEN:-none}"\n', encoding="utf-8")
+    (tmp_path / "git").chmod(0o755)
     jobs = read(GITLAB)
-    lines = [*jobs[".gpu"]["before_script"], *jobs["publish"]["script"]]
-    assert "before_script" not in jobs["publish"]
-    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HF_TOKEN": "hf_secret"}
+    assert "environment" not in jobs["build"]
+    lines = [*jobs["publish"]["before_script"], *jobs["publish"]["script"]]
+    lines[1] = lines[1].replace('$CI_COMMIT_SHA"', '$CI_COMMIT_SHA none"')
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HF_TOKEN": "hf_secret", "CI_COMMIT_SHA": "5" * 40}
     shell = ["sh", "-ec", "\n".join(lines)]
     done = subprocess.run(shell, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-    *before, last = done.stdout.split()
-    assert (set(before), last, len(before)) == ({"none"}, "hf_secret", 5)
+    assert done.stdout.split() == ["hf_secret"]
+    assert not re.search(r"make|pip |python", "\n".join(lines))
+
+
+def test_another_commit_than_the_tag_s_is_not_published(tmp_path: Path) -> None:
+    lines = read(GITLAB)["publish"]["script"]
+    env = {"PATH": "/usr/bin:/bin", "CI_COMMIT_SHA": "5" * 40}
+    shell = ["sh", "-ec", lines[0]]
+    done = subprocess.run(shell, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stdout.startswith("error: this folder holds another commit")
+
+
+def test_validating_and_publishing_share_no_runner_and_no_cache() -> None:
+    of_github = {
+        name: read(GITHUB / f"workflows/{name}.yml")["jobs"][name]["runs-on"] for name in ("validate", "publish")
+    }
+    assert {name: labels[-1] for name, labels in of_github.items()} == {
+        "validate": "gpu-validate",
+        "publish": "gpu-publish",
+    }
+    jobs = read(GITLAB)
+    runners = {}
+    for name in ("validate", "build", "publish"):
+        kinds = [name]
+        while "extends" in jobs[kinds[-1]]:
+            kinds.append(jobs[kinds[-1]]["extends"])
+        variables: dict[str, str] = {}
+        for kind in reversed(kinds):
+            variables |= jobs[kind].get("variables", {})
+        assert all("$RUNNER/" in variables[cache] for cache in variables if cache.endswith(("_DIR", "_HOME")))
+        runners[name] = variables["RUNNER"]
+    assert jobs[".gpu"]["tags"] == ["$RUNNER"]
+    assert runners == {"validate": "gpu-validate", "build": "gpu-publish", "publish": "gpu-publish"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "owned"),
+    [
+        (["README.md", "lora_fuse/cli.py", "docs/ci.md"], []),
+        (["artifacts/golden/pocket/key/a b.json", "README.md"], ["artifacts/golden/pocket/key/a b.json"]),
+        (["conf/regress/_pocket.yaml", "dvc.lock"], ["conf/regress/_pocket.yaml", "dvc.lock"]),
+        ([".github/workflows/x.yml", "docs/CODEOWNERS"], [".github/workflows/x.yml", "docs/CODEOWNERS"]),
+    ],
+)
+def test_a_change_of_what_decides_is_named(changed: list[str], owned: list[str], repository: Path) -> None:
+    """Also where the branch is behind: what others changed meanwhile is none of it."""
+    (repository / "docs").mkdir(exist_ok=True)
+    shutil.copy(ROOT / "docs" / "CODEOWNERS", repository / "docs")
+    commit(repository, "owners")
+    git(repository, "switch", "-q", "-c", "asked")
+    for name in changed:
+        (repository / name).parent.mkdir(parents=True, exist_ok=True)
+        with (repository / name).open("a", encoding="utf-8") as file:
+            file.write("# changed\n")
+    commit(repository, "asked")
+    git(repository, "switch", "-q", "branch")
+    (repository / "params.yaml").write_text("x", encoding="utf-8")
+    commit(repository, "meanwhile")
+    git(repository, "switch", "-q", "asked")
+    command = [str(ROOT / ".ci" / "owned"), "branch"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == owned
+
+
+def test_each_line_of_owners_is_of_something_that_is_here() -> None:
+    lines = (ROOT / "docs" / "CODEOWNERS").read_text(encoding="utf-8").splitlines()
+    paths = [line.split()[0] for line in lines if not line.startswith("#")]
+    assert [path for path in paths if not (ROOT / path[1:]).exists()] == [
+        "/.gitlab-ci.yml"
+    ]  # docs/gitlab-ci.yml's place
 
 
 def test_only_pushed_code_runs_on_a_machine_of_one_s_own() -> None:
@@ -231,11 +303,15 @@ def repository(tmp_path: Path) -> Path:
         for name in names:
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text("x", encoding="utf-8")
-        git(tmp_path, "add", "-A")
-        git(tmp_path, "-c", "user.name=x", "-c", "user.email=x@y", "commit", "-q", "-m", str(number))
+        commit(tmp_path, str(number))
         if number == 0:
             git(tmp_path, "switch", "-q", "-c", "branch")
     return tmp_path
+
+
+def commit(folder: Path, words: str) -> None:
+    git(folder, "add", "-A")
+    git(folder, "-c", "user.name=x", "-c", "user.email=x@y", "commit", "-q", "-m", words)
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -260,7 +336,7 @@ def test_the_recipes_of_a_push(since: str, names: str, repository: Path) -> None
 
 def test_a_recipe_that_was_removed_is_not_validated(repository: Path) -> None:
     (repository / "conf/recipe/a.yaml").unlink()
-    git(repository, "-c", "user.name=x", "-c", "user.email=x@y", "commit", "-qam", "without a")
+    commit(repository, "without a")
     command = [str(ROOT / ".ci" / "recipes"), "HEAD~1", "main"]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == '[""]'
