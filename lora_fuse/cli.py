@@ -68,7 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     fuse.add_argument("--replace", action="store_true", help="replace OUT even if lora-fuse did not make it")
     fuse.set_defaults(run=_fuse)
     verify = commands.add_parser(
-        "verify", help="check a download against its list and signature; with BASE, re-derive the merge and compare"
+        "verify",
+        help="check a download against its list, and who signed it, where a signer is named; with BASE, re-derive the "
+        "merge and compare",
     )
     verify.add_argument("merged", type=Path, metavar="MERGED", help="a merged checkpoint, or a published repository")
     verify.add_argument("base", type=Path, metavar="BASE", nargs="?", help="what it was merged from")
@@ -78,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--public-key", type=Path, metavar="FILE", help="the repository has to be signed by its owner")
     verify.add_argument("--identity", metavar="WHO", help="the repository has to be signed, keyless, by this identity")
     verify.add_argument("--issuer", metavar="URL", help="the OpenID issuer that vouches for --identity")
+    verify.add_argument("--repository", metavar="OWNER/NAME", help="the release has to be one of this repository")
+    verify.add_argument("--tag", metavar="TAG", help="the release has to be this one")
     verify.set_defaults(run=_verify)
     for command in (fuse, verify):
         command.add_argument("--quiet", action="store_true", help="say only what is wrong")
@@ -219,9 +223,10 @@ def _verify(options: argparse.Namespace) -> int:
     if (options.base is None) != (not options.lora):
         raise BadConfig("BASE and --lora go together: give both to check the merge, none to check a download alone")
     trusted = _trusted(options)
-    if trusted is None and options.base is not None and not is_published(options.merged):
+    expected = {name: value for name in ("repository", "tag") if (value := getattr(options, name)) is not None}
+    if not (trusted or expected) and options.base is not None and not is_published(options.merged):
         return _verify_merge(options, None)
-    code, published = _verify_download(options.merged, trusted)
+    code, published = _verify_download(options.merged, trusted, expected)
     return code if options.base is None else max(code, _verify_merge(options, published))
 
 
@@ -235,17 +240,21 @@ def _trusted(options: argparse.Namespace) -> Trusted | None:
     return Trusted(options.public_key, options.identity, options.issuer)
 
 
-def _verify_download(folder: Path, trusted: Trusted | None) -> tuple[int, Published]:
+def _verify_download(folder: Path, trusted: Trusted | None, expected: Mapping[str, str]) -> tuple[int, Published]:
     from lora_fuse.release import check_published
 
-    found = check_published(folder, trusted)
-    text.say(f"verify: {found.files} files of {folder} compared with its list, signature {found.signature}")
+    found = check_published(folder, trusted, expected)
+    text.say(f"verify: {found.files} files of {folder} compared with its list, {found.signature}")
+    text.say(f"  release, by its list: {found.release}")
     _print_findings(found.notes, found.problems)
-    text.say("download: passed" if not found.problems else f"download: FAILED, {len(found.problems)} problems")
+    outcome = f"passed, {found.signature}" if not found.problems else f"FAILED, {len(found.problems)} problems"
+    text.say(f"download: {outcome}")
     return 1 if found.problems else 0, found
 
 
 def _verify_merge(options: argparse.Namespace, published: Published | None) -> int:
+    if published and published.recipe_note:
+        text.say(f"  note: {published.recipe_note}")
     found = lora_fuse.verify(
         options.merged,
         options.base,

@@ -171,6 +171,34 @@ class Manifest:
 
 
 @dataclass(frozen=True, slots=True)
+class Builder(Tool):
+    """The builder of a release, and the address of the repository that it was run from, where that is known."""
+
+    repository: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseList(Manifest):
+    """The list of a published repository: the manifest with every file of it, and the name of the release.
+
+    `repository` is ``owner/name`` on the Hub and `tag` the name of the commit there; each is None where a release has
+    none, and `builder` only in a list that was made before lists had names.
+    """
+
+    repository: str | None = None
+    tag: str | None = None
+    builder: Builder | None = None
+
+    def __str__(self) -> str:
+        if self.builder is None:
+            return "its list is an older one and names no repository, tag or builder"
+        named = [self.repository or "no repository", f"tag {self.tag}" if self.tag else "no tag"]
+        commit = f"{self.builder.git or 'no commit'}{', modified' if self.builder.dirty else ''}"
+        named += [f"built by lora-fuse {self.builder.version} ({self.builder.repository or 'no address'}@{commit})"]
+        return ", ".join([*named, f"of the base {self.base.label if self.base else 'unknown'}"])
+
+
+@dataclass(frozen=True, slots=True)
 class BuildRecord:
     """The builder of a merge, the time when it was finished (UTC, ISO 8601), the device and the seconds.
 

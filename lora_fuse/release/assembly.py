@@ -14,7 +14,7 @@ from lora_fuse.regression import candidates, gate
 from lora_fuse.release.block_plot import block_plot
 from lora_fuse.release.bom import bom_json
 from lora_fuse.release.card import Usage, model_card
-from lora_fuse.release.contents import BOM, PROVENANCE, public_parameters, write_release
+from lora_fuse.release.contents import BOM, PROVENANCE, named, public_parameters, write_release
 from lora_fuse.release.licences import MergeLicence, resolve_licence
 from lora_fuse.release.regression_evidence import PLOT, judged_pictures, performance_metrics, shown_evidence
 from lora_fuse.release.slsa import provenance_json
@@ -29,6 +29,7 @@ def contents_of(
     manifest_sha256: str,
     metrics: dict[str, Any],
     licence: MergeLicence,
+    tool: records.Tool,
 ) -> tuple[dict[str, bytes], dict[str, Addition]]:
     """The files that are published beside the merged checkpoint: texts and plot made now, and those that lie here.
 
@@ -42,10 +43,14 @@ def contents_of(
     pictures = judged_pictures(cases, judged, manifest_sha256, at.images)
     blocks = [(row["block"], row["relative_norm"]) for row in paths.read_rows(at.blocks, "regress")]
     evidence = shown_evidence(metrics, cases, PLOT if blocks else None)
-    repo_id = params.publish.repo_id
-    tool = read_build(at.manifest, manifest_sha256).tool
     card = model_card(
-        manifest, usage=usage, evidence=evidence, licence=licence, tool=tool, repo_id=repo_id, exports=exports
+        manifest,
+        usage=usage,
+        evidence=evidence,
+        licence=licence,
+        tool=tool,
+        publish=params.publish,
+        exports=exports,
     )
     parameters = public_parameters(params.model_dump(include=SECTIONS))
     repository = checkout.this_repository()
@@ -54,7 +59,7 @@ def contents_of(
         manifest,
         manifest_sha256,
         exports,
-        name=repo_id or params.name,
+        name=params.publish.repo_id or params.name,
         licence=licence.license,
         usage=usage,
         figures=performance_metrics(metrics, cases),
@@ -90,6 +95,8 @@ def checked_release(params: Recipe, at: Artifacts) -> tuple[Manifest, str, dict[
     licence = resolve_licence(manifest, params.publish.license)
     if licence.problem and not params.publish.private:
         raise PublishRefused(licence.problem)
-    texts, additions = contents_of(params, at, manifest, manifest_sha256, metrics, licence)
-    beside = write_release(at.release, at.merged, manifest, texts, additions, params.publish.signing.signer)
+    tool = read_build(at.manifest, manifest_sha256).tool
+    texts, additions = contents_of(params, at, manifest, manifest_sha256, metrics, licence, tool)
+    release = named(manifest, params.publish.repo_id, params.publish.tag, tool)
+    beside = write_release(at.release, at.merged, release, texts, additions, params.publish.signing.signer)
     return manifest, beside.pop(payload.CARD)[0].read_text(encoding="utf-8"), beside

@@ -17,7 +17,7 @@ from lora_fuse.hub import client
 from lora_fuse.machine import FileRecord, text
 from lora_fuse.models import pair_warnings
 from lora_fuse.pictures import pages
-from lora_fuse.recipe import License, Manifest, records
+from lora_fuse.recipe import License, Manifest, records, sections
 from lora_fuse.release.licences import WAY_OUT, MergeLicence
 
 EXAMPLE = "A rabbit in a meadow"
@@ -80,13 +80,14 @@ def model_card(
     evidence: Evidence,
     licence: MergeLicence,
     tool: records.Tool,
-    repo_id: str | None,
+    publish: sections.PublishParams,
     exports: Mapping[str, FileRecord],
 ) -> str:
     """A README.md with front matter as the Hub reads it (huggingface.co/docs/hub/model-cards).
 
-    `repo_id` is None for the card of a folder; `exports` are the files in other formats, by their path in there.
+    Without a `repo_id` it is the card of a folder; `exports` are the files in other formats, by their path in there.
     """
+    repo_id = publish.repo_id
     source = repo_id or "merged"
     example = next((case for case in evidence.cases if bool(case.inputs) == usage.edits), None)
     inputs = example.inputs if example else ()
@@ -101,6 +102,8 @@ def model_card(
         evidence=evidence,
         exports=exports,
         repo_id=repo_id,
+        tag=publish.tag,
+        signer=publish.signing.signer,
         title=(repo_id or manifest.recipe or "merged").rpartition("/")[2],
         source=source,
         warnings=pair_warnings(*manifest.pair),

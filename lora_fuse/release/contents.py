@@ -1,7 +1,8 @@
 """Files of a published repository beside the merged checkpoint: card, pictures, provenance, a list, a signature.
 
-The list, `lora_fuse.json`, is the manifest with every other file of the repository in it, so that a download can be
-checked file by file; the signature, `model.sig`, is over all of them and the list. `download_check` checks both.
+The list, `lora_fuse.json`, is the manifest with every other file of the repository in it and the name of the release,
+so that a download can be checked file by file and no other release stands in for it; the signature, `model.sig`, is
+over all of them and the list. `download_check` checks both.
 
 Invariant: all of it is made from records and pictures that the pipeline left, without the network, and the same build
 gives the same bytes (an ECDSA signature is not, so the last one is kept while it is right).
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from lora_fuse.errors import PublishRefused
 from lora_fuse.hub import Addition
 from lora_fuse.machine import files
-from lora_fuse.recipe import Manifest, records, sections
+from lora_fuse.recipe import Manifest, checkout, records, sections
 from lora_fuse.release.signing import SIGNATURE, keep_or_sign
 
 LIST = "lora_fuse.json"
@@ -30,7 +31,7 @@ BOM = "bom.cdx.json"
 def write_release(
     folder: Path,
     merged: Path,
-    manifest: Manifest,
+    manifest: records.ReleaseList,
     texts: Mapping[str, bytes],
     additions: Mapping[str, Addition],
     signer: sections.Signer | None,
@@ -66,7 +67,14 @@ def write_release(
     return beside
 
 
-def listed(manifest: Manifest, additions: Mapping[str, Addition]) -> Manifest:
+def named(manifest: Manifest, repository: str | None, tag: str | None, tool: records.Tool) -> records.ReleaseList:
+    """The manifest with the name of the release that it becomes, and who built it."""
+    parts = {part.name: getattr(manifest, part.name) for part in fields(Manifest)}
+    builder = records.Builder(tool.version, tool.git, tool.dirty, checkout.this_repository())
+    return records.ReleaseList(**parts, repository=repository, tag=tag, builder=builder)
+
+
+def listed(manifest: records.ReleaseList, additions: Mapping[str, Addition]) -> records.ReleaseList:
     """The manifest as it is published: with every file of the repository, and no path of this machine."""
     generated = {
         name: records.MergedFile(record.size, record.sha256, "generated") for name, (_, record) in additions.items()

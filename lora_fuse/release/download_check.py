@@ -1,7 +1,7 @@
 """Check of a published repository after its download: every file against its list, the list against the signature.
 
-`lora_fuse.json` says what every byte should be, and `model.sig` who says so. Without a signature the list is only as
-good as where it came from.
+`lora_fuse.json` says what every byte should be and which release it is, and `model.sig` who says so. Without a
+signature that was checked the list is only as good as where it came from, and so is everything that is read from it.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any
 
 from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import BadSource, CheckFailed, Refused, require
 from lora_fuse.exports import is_export
 from lora_fuse.hub import payload, sources
 from lora_fuse.machine import files
-from lora_fuse.recipe import Manifest, records
+from lora_fuse.recipe import records
 from lora_fuse.release.contents import BOM, LIST, PROVENANCE
 from lora_fuse.release.signing import SIGNATURE, Trusted, check
 
@@ -28,6 +28,9 @@ READ_BY_PEOPLE = re.compile(r".+\.(md|png|jpe?g|webp|gif|svg|pdf)|(licen[cs]e|no
 # Files that a publication makes, beside exports: no other is generated because a list says so.
 MADE_BESIDE = frozenset({payload.CARD, PROVENANCE, BOM})
 PICTURES = re.compile(r"images/[a-z0-9_-]+(\.input[0-9]*)?\.(png|jpe?g|webp|gif|bmp|tiff?)")
+RIGHT = "signature right"
+UNSIGNED = "unsigned"
+NOT_CHECKED = "signed by a key that was not checked"
 MADE_AGAIN = frozenset({repository_files.MODEL_INDEX, repository_files.SCHEDULER_CONFIG})  # by whoever has the base
 
 
@@ -36,12 +39,23 @@ class Published:
     """Result of a check; the folder is as it was published, as far as it was checked, if there are no problems."""
 
     files: int = 0  # in the list
-    signature: Literal["right", "wrong", "missing", "not checked"] = "not checked"
+    release: str = "no release"  # which one the list says that it is
+    signature: str = UNSIGNED  # in words
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # remarks that are no problem
     beside: frozenset[str] = frozenset()  # paths that are not part of the merge
     pipeline: str | None = None  # the class that the recipe gave it, where the provenance says it
     scheduler: Mapping[str, object] = field(default_factory=dict)  # the settings that the recipe gave it
+
+    @property
+    def recipe_note(self) -> str | None:
+        """A remark on `pipeline` and `scheduler`, where nobody who is trusted has signed what they were read from."""
+        if self.pipeline is None or self.signature == RIGHT:
+            return None
+        return (
+            f"the class {self.pipeline} and the scheduler's settings are expected as the download's own {PROVENANCE} "
+            f"has them, {self.signature}; --scheduler JSON expects yours"
+        )
 
 
 def is_published(folder: Path) -> bool:
@@ -49,10 +63,11 @@ def is_published(folder: Path) -> bool:
     return (folder / LIST).is_file()
 
 
-def check_published(folder: Path, trusted: Trusted | None) -> Published:
+def check_published(folder: Path, trusted: Trusted | None, expected: Mapping[str, str] | None = None) -> Published:
     """Check a downloaded repository; links, as in the Hub client's cache, are followed.
 
-    Without a trusted signer the signature is not checked.
+    Without a trusted signer the signature is not checked. `expected` are the `repository` and the `tag` that the list
+    has to name.
 
     Raises:
         Refused: there is no list, or the public key cannot be used.
@@ -67,11 +82,15 @@ def check_published(folder: Path, trusted: Trusted | None) -> Published:
         )
     result = Published()
     try:
-        manifest = records.from_json(Manifest, files.read_text(folder / LIST), str(folder / LIST))
+        manifest = records.from_json(records.ReleaseList, files.read_text(folder / LIST), str(folder / LIST))
     except (BadSource, OSError, UnicodeDecodeError) as error:
         result.problems.append(f"{LIST} is no list of files: {str(error).partition(';')[0]}")
         return result
     result.files = len(manifest.files)
+    result.release = str(manifest)
+    for what, wanted in (expected or {}).items():
+        if (said := getattr(manifest, what)) != wanted:
+            result.problems.append(f"{LIST} names {f'the {what} {said}' if said else f'no {what}'}, expected {wanted}")
     _check_listed(folder, manifest, result)
     found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     names = {path.relative_to(folder).as_posix() for path in found}
@@ -82,11 +101,11 @@ def check_published(folder: Path, trusted: Trusted | None) -> Published:
     result.notes += [f"{name} is not in {LIST}" for name in harmless]
     result.beside = frozenset([*_made_beside(manifest, result), *extra, *housekeeping, LIST, SIGNATURE])
     _read_recipe(folder / PROVENANCE, result)
-    _check_signature(folder, trusted, extra, result)
+    result.signature = _check_signature(folder, trusted, extra, result)
     return result
 
 
-def _check_listed(folder: Path, manifest: Manifest, result: Published) -> None:
+def _check_listed(folder: Path, manifest: records.ReleaseList, result: Published) -> None:
     with sources.hashing(sum(file.size for file in manifest.files.values())) as advance:
         for name, file in sorted(manifest.files.items()):
             path = PurePosixPath(name)
@@ -102,7 +121,7 @@ def _check_listed(folder: Path, manifest: Manifest, result: Published) -> None:
                 result.problems.append(f"{name}: {difference}")
 
 
-def _made_beside(manifest: Manifest, result: Published) -> list[str]:
+def _made_beside(manifest: records.ReleaseList, result: Published) -> list[str]:
     """Names that were made for the repository; what else is called generated is a problem, and part of the merge."""
     beside = []
     for name in sorted(name for name, file in manifest.files.items() if file.origin == "generated"):
@@ -119,30 +138,38 @@ def _read_recipe(provenance: Path, result: Published) -> None:
     try:
         statement = files.read_json(provenance, dict, BadSource)
         recipe = statement["predicate"]["buildDefinition"]["externalParameters"]
-        result.pipeline = recipe["base"]["pipeline"]
-        result.scheduler = recipe["scheduler"] or {}
+        result.pipeline = _of_kind(str, recipe["base"]["pipeline"])
+        result.scheduler = _of_kind(dict, recipe["scheduler"] or {})
     except (BadSource, KeyError, TypeError) as error:
         result.notes.append(
             f"{PROVENANCE} does not say the recipe ({error}); what it changes is compared with the base's"
         )
 
 
-def _check_signature(folder: Path, trusted: Trusted | None, extra: Iterable[str], result: Published) -> None:
+def _of_kind(kind: type[Any], value: object) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r} is no {kind.__name__}")
+    return value
+
+
+def _check_signature(folder: Path, trusted: Trusted | None, extra: Iterable[str], result: Published) -> str:
+    """Check the signature, if somebody is trusted to sign; returns what is to be said of it."""
     is_signed = (folder / SIGNATURE).is_file()
     if trusted is None:
         if is_signed:
             result.notes.append(f"{SIGNATURE} was not checked: give --public-key FILE, or --identity and --issuer")
-        return
+        return NOT_CHECKED if is_signed else UNSIGNED
     if not is_signed:
-        result.signature = "missing"
         result.problems.append(f"{SIGNATURE} is not there, and a signature is asked for")
-        return
+        return UNSIGNED
+    if result.problems:  # whatever they are, it signs files that are as their list says
+        return "signature not checked, as the files are wrong"
     try:
         check(folder, trusted, unsigned=extra)
-        result.signature = "right"
     except CheckFailed as error:
-        result.signature = "wrong"
         result.problems.append(str(error))
+        return "signature wrong"
+    return RIGHT
 
 
 def _is_read_by_people(path: Path) -> bool:

@@ -83,14 +83,11 @@ def check(folder: Path, trusted: Trusted, unsigned: Iterable[str] = ()) -> None:
     """Check that `model.sig` in a folder is a signature of every file in it but those `unsigned`.
 
     Raises:
-        BadKey: the public key cannot be used.
+        BadKey: the public key cannot be used, or Sigstore's own keys cannot be had.
         MissingExtra: `model_signing` is not installed.
         CheckFailed: `model.sig` is no signature, one by somebody else, or of other files.
     """
     verifying = _library("verifying")
-    from cryptography.exceptions import InvalidSignature
-    from sigstore.errors import Error as SigstoreError
-
     config = verifying.Config().set_hashing_config(_hashing(unsigned))
     if trusted.key is not None:
         try:
@@ -98,12 +95,23 @@ def check(folder: Path, trusted: Trusted, unsigned: Iterable[str] = ()) -> None:
         except UNUSABLE as error:
             raise BadKey(f"{trusted.key} is no public key on {CURVES} in PEM; name the file of one") from error
     else:
-        config.use_sigstore_verifier(identity=trusted.identity, oidc_issuer=trusted.issuer)
+        try:
+            config.use_sigstore_verifier(identity=trusted.identity, oidc_issuer=trusted.issuer)
+        except Exception as error:  # it asks the network, by several libraries
+            raise BadKey(
+                f"Sigstore, which vouches for {_whom(trusted)}, cannot be asked: {_reason(error)}; give --public-key "
+                "FILE, or try again with a network"
+            ) from error
     try:
         config.verify(folder, folder / SIGNATURE)
-    except (*UNUSABLE, InvalidSignature, SigstoreError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckFailed(f"{SIGNATURE} is no signature of these files by {_whom(trusted)}: {reason}") from error
+    except Exception as error:  # what is no signature may raise anything in those libraries
+        raise CheckFailed(
+            f"{SIGNATURE} is no signature of these files by {_whom(trusted)}: {_reason(error)}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _whom(trusted: Trusted) -> str:
@@ -140,8 +148,7 @@ def _keyless(config: Any, folder: Path, target: Path) -> None:
     try:
         config.use_sigstore_signer(use_ambient_credentials=True).sign(folder, target)
     except (SigstoreError, IssuerError, OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise BadKey(f"Sigstore gave no signature: {reason}; sign with a key, publish.signing.key") from error
+        raise BadKey(f"Sigstore gave no signature: {_reason(error)}; sign with a key, publish.signing.key") from error
 
 
 def _public_key(key: Path) -> bytes:

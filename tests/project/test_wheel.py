@@ -102,7 +102,7 @@ def test_the_core_inspects_plans_fuses_and_verifies(commands: Path, tmp_path: Pa
         assert (done.returncode, said) == (0, []), done.stderr
     assert done.stdout.endswith("verify: passed\n")
     (out / "lora_fuse.json").write_bytes((tmp_path / "out.manifest.json").read_bytes())
-    assert run(commands / "lora-fuse", "verify", out).stdout.endswith("download: passed\n")
+    assert run(commands / "lora-fuse", "verify", out).stdout.endswith("download: passed, unsigned\n")
     wrong = run(commands / "lora-fuse", "verify", out, base, "--lora", lora, "--scale", 0.7)
     assert wrong.returncode == 1
     fuse_with_torch(base, tmp_path / "here", lora, 0.8)

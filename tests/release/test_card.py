@@ -12,7 +12,19 @@ from lora_fuse.machine.files import FileRecord
 from lora_fuse.release.block_plot import block_plot
 from lora_fuse.release.card import Usage, model_card
 from lora_fuse.release.licences import resolve_licence
-from tests.support.cards import BASE, COMMIT, EVIDENCE, LORA, MANIFEST, RABBIT, SHA256, TOOL, card, front_matter
+from tests.support.cards import (
+    BASE,
+    COMMIT,
+    EVIDENCE,
+    LORA,
+    MANIFEST,
+    RABBIT,
+    SHA256,
+    TOOL,
+    card,
+    front_matter,
+    publishing,
+)
 
 
 def snippet(text: str) -> str:
@@ -163,13 +175,23 @@ def test_exports_are_listed_with_their_sha256() -> None:
     exports = {"diffusion_models/x.safetensors": FileRecord(3, "e" * 64)}
     usage = Usage("QwenImageEditPipeline", 4, 1.0, " ", None)
     settled = resolve_licence(MANIFEST)
+    where = publishing("alice/edit", tag="v1", key="signing.pem")
     text = model_card(
-        MANIFEST, usage=usage, evidence=EVIDENCE, licence=settled, tool=TOOL, repo_id="alice/edit", exports=exports
+        MANIFEST, usage=usage, evidence=EVIDENCE, licence=settled, tool=TOOL, publish=where, exports=exports
     )
     assert (
         f"| `diffusion_models/x.safetensors` | the transformer in one file, with ComfyUI's keys | `{'e' * 64}` |"
         in text
     )
+    release = 'verify "$(hf download alice/edit --revision v1 --quiet)" --repository alice/edit --tag v1\n'
+    assert release in text
+    assert "is checked with `--public-key FILE`" in text
+
+
+def test_a_card_without_a_signature_says_so_and_names_no_other_release() -> None:
+    assert 'verify "$(hf download alice/edit --quiet)" --repository alice/edit\n' in card()
+    assert "Nobody signed it" in card()
+    assert "lora_fuse verify FOLDER\n" in card(repo_id=None)
 
 
 def test_the_plot_of_the_blocks_is_small_and_the_same_each_time() -> None:

@@ -45,7 +45,8 @@ def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
             patch.setenv(f"HF_{name}", value)
         project = Project(root / "project", patch, on_the_hub(hub, root, "apache-2.0", "mit"))
         project.build()
-        assert publish(project.params(f"publish.signing.key={private_key(root / 'signing.pem')}")) == 0
+        signing = f"publish.signing.key={private_key(root / 'signing.pem')}"
+        assert publish(project.params(signing, "publish.tag=v1")) == 0
         snapshot_download(REPO, endpoint=hub.url, token="hf_write", local_dir=root / "plain")  # noqa: S106
         snapshot_download(REPO, endpoint=hub.url, token="hf_write", cache_dir=root / "links")  # noqa: S106
     return root
@@ -62,10 +63,50 @@ def signing_key(downloads: Path, tmp_path: Path) -> Path:
     return Path(shutil.copy(downloads / "signing.pem", tmp_path / "owner.pem"))
 
 
-def test_a_download_is_right_by_its_list_and_its_signature(signed: Path, signing_key: Path) -> None:
+def test_a_download_is_right_by_its_list_and_its_signature_and_no_more_is_said_than_was_checked(
+    signed: Path, signing_key: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert (signed / ".cache").is_dir()  # the client's own
     assert verify(signed) == 0
+    assert capsys.readouterr().out.endswith("download: passed, signed by a key that was not checked\n")
     assert verify(signed, "--public-key", public_key(signing_key)) == 0
+    assert capsys.readouterr().out.endswith("download: passed, signature right\n")
+    (signed / SIGNATURE).unlink()
+    assert verify(signed) == 0
+    assert capsys.readouterr().out.endswith("download: passed, unsigned\n")
+
+
+def test_a_download_says_which_release_it_is_and_no_other_stands_in_for_it(
+    signed: Path, signing_key: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An older release, and one of another repository, are signed by the same key."""
+    by = ["--public-key", public_key(signing_key)]
+    assert verify(signed, *by, "--repository", REPO, "--tag", "v1") == 0
+    listed = json.loads((signed / LIST).read_text())
+    told = f"release, by its list: {REPO}, tag v1, built by lora-fuse {listed['builder']['version']} ("
+    out = capsys.readouterr().out
+    assert told in out
+    assert f"of the base carol/base@{listed['base']['revision']}" in out
+    assert verify(signed, *by, "--repository", REPO, "--tag", "v2") == 1
+    assert f"{LIST} names the tag v1, expected v2" in capsys.readouterr().err
+    assert verify(signed, *by, "--repository", "alice/other") == 1
+    assert f"{LIST} names the repository {REPO}, expected alice/other" in capsys.readouterr().err
+    (signed / LIST).write_text(json.dumps({**listed, "tag": "v2"}))
+    assert verify(signed, *by, "--tag", "v2") == 1
+    assert f"{SIGNATURE} is no signature of these files" in capsys.readouterr().err
+
+
+def test_an_older_list_without_names_is_read_and_is_not_the_release_that_is_asked_for(
+    signed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = json.loads((signed / LIST).read_text())
+    for name in ("repository", "tag", "builder"):
+        del listed[name]
+    (signed / LIST).write_text(json.dumps(listed))
+    assert verify(signed) == 0
+    assert "its list is an older one and names no repository, tag or builder" in capsys.readouterr().out
+    assert verify(signed, "--tag", "v1") == 1
+    assert f"{LIST} names no tag, expected v1" in capsys.readouterr().err
 
 
 def test_the_links_of_the_client_s_cache_are_as_good(downloads: Path, signing_key: Path) -> None:
@@ -82,11 +123,21 @@ def test_the_library_s_own_command_accepts_the_signature(signed: Path, signing_k
     assert "Verification succeeded" in done.stdout, done.stderr
 
 
-def test_the_merge_of_a_download_is_checked_with_base_and_lora(signed: Path, tmp_path: Path) -> None:
+def test_the_merge_of_a_download_is_checked_with_base_and_lora(
+    signed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base = tiny_base(tmp_path / "b", "mit")
     lora = tiny_lora(tmp_path / "l", "mit") / LORA_FILE
-    assert verify(signed, base, "--lora", lora, "--scale", "1.0", "--rows", "all") == 0
     assert verify(signed, base, "--lora", lora, "--scale", "0.5") == 1
+    capsys.readouterr()
+    assert verify(signed, base, "--lora", lora, "--scale", "1.0", "--rows", "all") == 0
+    recipe = "note: the class QwenImageEditPipeline and the scheduler's settings are expected as the download's own"
+    assert recipe in capsys.readouterr().out
+    (signed / PROVENANCE).write_text(
+        (signed / PROVENANCE).read_text().replace('"scheduler": {', '"scheduler": [0], "x": {')
+    )
+    assert verify(signed, base, "--lora", lora) == 1
+    assert f"{PROVENANCE} does not say the recipe ([0] is no dict)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -214,14 +265,36 @@ def test_a_signature_by_another_key_is_found(signed: Path, tmp_path: Path, capsy
     assert f"{SIGNATURE} is no signature of these files by the key of {other}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"junk", b"\xff", None], ids=str)
-def test_a_broken_or_missing_signature_is_found(signed: Path, signing_key: Path, content: bytes | None) -> None:
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"junk", b"\xff", b"[" * 100_000, None], ids=["", "{}", "junk", "xff", "deep", "none"]
+)
+def test_a_broken_or_missing_signature_is_found_in_one_line(
+    signed: Path, signing_key: Path, content: bytes | None, capsys: pytest.CaptureFixture[str]
+) -> None:
     if content is None:
         (signed / SIGNATURE).unlink()
     else:
         (signed / SIGNATURE).write_bytes(content)
     assert verify(signed) == 0
+    capsys.readouterr()
     assert verify(signed, "--public-key", public_key(signing_key)) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_file_that_is_none_is_not_opened_for_its_signature(signed: Path, signing_key: Path) -> None:
+    put(signed / WEIGHTS, os.mkfifo)
+    assert verify(signed, "--public-key", public_key(signing_key)) == 1
+
+
+def test_sigstore_that_cannot_be_asked_is_one_line(
+    signed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    for name in ("DATA", "CACHE"):
+        monkeypatch.setenv(f"XDG_{name}_HOME", str(tmp_path))
+    assert verify(signed, "--identity", "a@example.org", "--issuer", "https://example.org") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: Sigstore, which vouches for a@example.org (https://example.org), cannot be asked: ")
 
 
 @pytest.mark.parametrize("kind", ["missing", "private", "junk"])
