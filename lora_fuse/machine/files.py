@@ -192,12 +192,21 @@ def replace_bytes(path: Path, content: bytes) -> None:
 
 
 def prepare(path: Path, content: bytes) -> Path:
-    """Write the next content of `path` beside it, to be renamed to it; returns where."""
+    """Write the next content of `path` beside it, to be renamed to it; returns where.
+
+    The name is this process' own, and what another user may have put there is not followed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    _write_new(partial, content)
     sync(partial)
     return partial
+
+
+def _write_new(path: Path, content: bytes) -> None:
+    path.unlink(missing_ok=True)
+    with path.open("xb") as file:
+        file.write(content)
 
 
 def sync(path: Path) -> None:
@@ -295,7 +304,7 @@ def link_between(source: Path, target: Path, *, read_only: bool) -> Untouched:
     old = source / f".probe-{os.getpid()}"
     new = target / f".probe-{os.getpid()}.new"
     try:
-        old.write_bytes(bytes(4096))
+        _write_new(old, bytes(4096))
         if read_only:
             make_read_only(old)
         return take_over(old, new, "auto")

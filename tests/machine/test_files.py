@@ -211,3 +211,16 @@ def test_no_link_leads_out_of_a_folder(tmp_path: Path, name: str) -> None:
     (base / ".git").mkdir()
     with pytest.raises(OSError, match=r"a link leads to .*(key|hostname), out of .*: copy the file"):
         files.inside(base, name)
+
+
+def test_what_another_user_put_in_the_place_of_the_next_content_is_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    planted = tmp_path / f".record.json.{os.getpid()}.partial"
+    planted.symlink_to(victim)
+    files.replace_text(tmp_path / "record.json", "{}")
+    assert (victim.read_text(), (tmp_path / "record.json").read_text()) == ("precious", "{}")
+    (tmp_path / f".probe-{os.getpid()}").symlink_to(victim)
+    files.link_between(tmp_path, tmp_path, read_only=True)
+    assert (victim.read_text(), victim.stat().st_mode & 0o200) == ("precious", 0o200)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["record.json", "victim"]
