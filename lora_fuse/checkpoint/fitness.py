@@ -1,11 +1,17 @@
-"""The fitness of a base: plain weights as they were trained, neither merged nor quantised nor with a LoRA attached."""
+"""The fitness of a base: plain weights as they were trained, neither merged nor quantised nor with a LoRA attached.
+
+And of one that is to be loaded, that it asks for no code.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+from lora_fuse.checkpoint.foreign_code import asked_code
+from lora_fuse.checkpoint.repository_files import MODEL_INDEX, list_files, locate
 from lora_fuse.checkpoint.shards import PROVENANCE, Checkpoint, Shard
 from lora_fuse.errors import BadCheckpoint, ShapeMismatch, UnmatchedTargets
 from lora_fuse.machine import files
@@ -30,6 +36,37 @@ def refuse_unfit(checkpoint: Checkpoint) -> None:
         raise BadCheckpoint(
             f"{checkpoint.root} is quantised ({checkpoint.config['quantization_config']}); {UNQUANTISED}"
         )
+
+
+def refuse_code(contents: Iterable[tuple[str, object]], label: str, fail: Callable[[str], Exception]) -> None:
+    """Refuse a base whose JSON asks for code, see `asked_code`; `contents` are parsed files by POSIX path.
+
+    Raises:
+        fail: a file does; the message names it, the key and its value.
+    """
+    for name, content in contents:
+        for words in asked_code(name, content):
+            raise fail(
+                f"{label}: {words}; no code of a base is run here: take a copy whose classes are all diffusers' or "
+                "transformers', or take the entry out"
+            )
+
+
+def refuse_code_of(folder: Path, fail: Callable[[str], Exception]) -> None:
+    """As `refuse_code`, of the JSON files of a pipeline on this machine that are at its top or in its components.
+
+    Raises:
+        fail: as there, or a file is no JSON.
+    """
+
+    def read(name: str) -> object:
+        return files.read_json(locate(folder, name), object, fail, "get a good copy")
+
+    index = read(MODEL_INDEX)
+    parts = index if isinstance(index, dict) else {}
+    names = [name for name in list_files(folder) if name.endswith(".json")]
+    held = [name for name in names if "/" not in name or name.partition("/")[0] in parts]
+    refuse_code(((name, read(name)) for name in held), str(folder), fail)
 
 
 def _refuse_marked(shard: Shard) -> None:

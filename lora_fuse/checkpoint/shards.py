@@ -6,14 +6,16 @@ Only headers are read here, so opening a 57 GB base takes milliseconds.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from lora_fuse.checkpoint import file_kind
+from lora_fuse.checkpoint.foreign_code import asked_code
 from lora_fuse.checkpoint.header import PREFIX, Header, TensorInfo, header_length, parse_header
 from lora_fuse.checkpoint.quantisation import Quantised, quantised_modules
 from lora_fuse.checkpoint.repository_files import MODEL_INDEX, is_weights, locate, sort_folder
@@ -21,6 +23,8 @@ from lora_fuse.errors import BadCheckpoint
 from lora_fuse.machine import files
 
 PROVENANCE = "lora_fuse"  # the metadata entry of a fused shard: what was fused, as JSON
+
+SMALL = 1 << 20  # bytes of a configuration; vocabularies are larger, and a fuse does not read them
 
 Kind = Literal["pipeline", "component", "file"]
 
@@ -117,7 +121,7 @@ def open_checkpoint(
             f"{root} has no {', '.join(found.missing)}, which its {MODEL_INDEX} names; get a complete copy, or "
             f"fuse into {root / component} alone"
         )
-    remarks = found.remarks
+    remarks = found.remarks + _asks_for_code(root, found.others)
     if found.index is not None:
         remarks += _check_index(_read(root / found.index)["weight_map"], shards, root / found.index)
     for name in found.others:
@@ -129,6 +133,17 @@ def open_checkpoint(
 
 def _read(path: Path) -> dict[str, Any]:
     return files.read_json(path, dict, BadCheckpoint, "fetch the base again")
+
+
+def _asks_for_code(root: Path, names: Iterable[str]) -> list[str]:
+    """A remark where configurations ask for code: a fuse may go on, as it runs none; see `fitness.refuse_code`."""
+    asked: list[str] = []
+    for path, name in ((locate(root, name), name) for name in names if name.endswith(".json")):
+        with suppress(OSError, ValueError, RecursionError):
+            if path.stat().st_size <= SMALL:
+                asked += asked_code(name, json.loads(files.read_bytes(path)))
+    more = f" (and {len(asked) - 1} more)" if len(asked) > 1 else ""
+    return [f"{asked[0]}{more}: a fuse runs no code, download and pictures refuse the base"] if asked else []
 
 
 def _refuse_unreadable(path: Path) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_fuse.checkpoint import repository_files
+from lora_fuse.checkpoint import fitness, repository_files
 from lora_fuse.errors import BadSource
 from lora_fuse.machine import FileRecord, files, progress, text
 from lora_fuse.models import COMPONENT
@@ -113,7 +113,8 @@ def take_pipeline(taken: VerifiedFiles) -> None:
     """Take the files of a source's diffusers pipeline that `repository_files.sort_files` takes, and say what it leaves.
 
     Raises:
-        BadSource: the source is no pipeline or is incomplete; or as `sort_files` and `VerifiedFiles.take`.
+        BadSource: the source is no pipeline, is incomplete, or asks for code; or as `sort_files` and
+            `VerifiedFiles.take`.
     """
     label = taken.source.label
 
@@ -138,6 +139,9 @@ def take_pipeline(taken: VerifiedFiles) -> None:
     for line in [*found.remarks, *repository_files.left_behind(found.left)]:
         progress.log(f"download: {label}: {line}")
     wanted = {*found.shards, *found.others}
+    configurations = sorted(name for name in wanted if name.endswith(".json"))
+    taken.take(configurations)
+    fitness.refuse_code(((name, taken.json(name)) for name in configurations), label, BadSource)
     taken.take(wanted)
     taken.records = {name: record for name, record in taken.records.items() if name in wanted}
 

@@ -1,4 +1,4 @@
-"""The environment that pictures are made in: described, made deterministic, and named by the key of its goldens.
+"""The environment that pictures are made in: described, made deterministic, sealed, named by the key of its goldens.
 
 torch is imported inside the functions: what it reads from the environment has to be set before.
 """
@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 from lora_fuse.errors import NoDevice
+from lora_fuse.hub import client
 
 # Read when CUDA starts, and when torch, MKL and oneDNN choose their kernels. Every x86 processor of the last ten years
 # has AVX2: pinned to it, and MKL to the code that all of them share, machines differ less; it costs no time here.
@@ -109,6 +111,32 @@ def make_deterministic(threads: int | None = None, *, on_gpu: bool = False) -> N
     torch.backends.cuda.enable_flash_sdp(not on_gpu)
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cuda.enable_math_sdp(True)
+
+
+@contextmanager
+def sealed() -> Iterator[None]:
+    """Shut in the libraries that load and run a base: no network, no token, and nobody on stdin to ask.
+
+    Whatever loads or renders does so within; a base that is trusted too much finds nothing to take and nowhere to go.
+    """
+    with client.cut_off(), _at_end_of_stdin():
+        yield
+
+
+@contextmanager
+def _at_end_of_stdin() -> Iterator[None]:
+    """Let whoever reads from stdin, here or in a process that is started, find its end."""
+    theirs = sys.stdin
+    with Path(os.devnull).open(encoding="utf-8") as nothing:  # descriptor 0 itself, where that is closed
+        kept = os.dup(0)
+        try:
+            os.dup2(nothing.fileno(), 0)
+            sys.stdin = nothing
+            yield
+        finally:
+            sys.stdin = theirs
+            os.dup2(kept, 0)
+            os.close(kept)
 
 
 def check_gpu(placement: str) -> None:

@@ -1,12 +1,14 @@
 """Pictures from a diffusers folder, with or without LoRAs: the only module that knows diffusers and transformers.
 
-Nothing is fetched, the libraries print nothing, and what they let pass with a warning (a LoRA of which no layer was
-loaded) is refused. They are imported inside the functions: three seconds that a no-op must not pay.
+Nothing is fetched or asked, no code of a base runs, the libraries print nothing, and what they let pass with a warning
+(a LoRA of which no layer was loaded) is refused. They are imported inside the functions: three seconds that a no-op
+must not pay.
 """
 
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -17,9 +19,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lora_fuse.errors import OutOfMemory, RenderFailed
+from lora_fuse.checkpoint import fitness
+from lora_fuse.errors import LoraFuseError, OutOfMemory, RenderFailed
 from lora_fuse.pictures.cases import Case, Sampling
 from lora_fuse.pictures.cost import Meter
+from lora_fuse.pictures.environment import sealed
 from lora_fuse.pictures.picture import Levels, Picture, Rendered, read_levels
 
 Pipeline: TypeAlias = Any  # a diffusers.DiffusionPipeline; diffusers is not typed
@@ -84,20 +88,23 @@ def condition_area(pixels: int | None) -> Iterator[None]:
             module.calculate_dimensions = function
 
 
+@sealed()
 def load_pipeline(folder: Path, pipeline: str, *, dtype: str, shared: Mapping[str, object] | None = None) -> Pipeline:
     """Load a diffusers folder on the CPU as the named pipeline class, whichever class its model_index.json names.
 
     The folder is complete: nothing is looked up elsewhere. Weights stored in another dtype are converted. Of `shared`,
-    parts of another pipeline (see `shared_components`), those that this one has no use for are left out.
+    parts of another pipeline (see `shared_components`), those that this one has no use for are left out. No pipeline
+    here needs a chat template: those of the folder are taken off, so that none is ever rendered.
 
     Raises:
-        RenderFailed: the class or dtype is unknown, or the folder cannot be loaded as it.
+        RenderFailed: the class or dtype is unknown, the folder asks for code, or it cannot be loaded as that class.
     """
     check_pipeline(pipeline)
     if dtype not in DTYPES:
         raise RenderFailed(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
     if not (folder / "model_index.json").is_file():
         raise RenderFailed(f"{folder} has no model_index.json: give the folder of a whole diffusers pipeline")
+    fitness.refuse_code_of(folder, RenderFailed)
     quiet_libraries()
     allow_missing_torchvision()
     import diffusers
@@ -106,11 +113,27 @@ def load_pipeline(folder: Path, pipeline: str, *, dtype: str, shared: Mapping[st
     kind = getattr(diffusers, pipeline)
     parts = {name: part for name, part in (shared or {}).items() if name in inspect.signature(kind).parameters}
     try:
-        pipe = kind.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True, **parts)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise RenderFailed(f"{folder} cannot be loaded as {pipeline}: {one_line(error)}") from error
+        pipe = kind.from_pretrained(
+            folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False, **parts
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # a broken configuration may raise anything in the libraries
+        where = folder / (_part_of(error) or "")
+        raise RenderFailed(f"{where} cannot be loaded as {pipeline}: {_named(error)}") from error
     pipe.set_progress_bar_config(disable=True)
+    parts_read = list(pipe.components.values())
+    parts_read += [part.tokenizer for part in parts_read if hasattr(part, "tokenizer")]
+    for part in parts_read:
+        if getattr(part, "chat_template", None) is not None:
+            part.chat_template = None
     return pipe
+
+
+def _part_of(error: Exception) -> str | None:
+    """The component that diffusers was loading when it failed: an argument of its function for one."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "load_sub_model"]
+    return str(frames[0].f_locals.get("name", "")) if frames else None
 
 
 def check_pipeline(pipeline: str) -> None:
@@ -137,13 +160,14 @@ def shared_components(pipe: Pipeline) -> dict[str, object]:
     return {name: part for name, part in pipe.components.items() if name not in own and part is not None}
 
 
+@sealed()
 def render(pipe: Pipeline, case: Case, sampling: Sampling, on_step: Callable[[], None] = lambda: None) -> Rendered:
     """Make one picture, the noise drawn on the CPU so that every device starts from the same.
 
     The pipeline is loaded and placed; `on_step` is called at the end of every denoising step.
 
     Raises:
-        RenderFailed: an input picture cannot be read, or their number does not suit the pipeline.
+        RenderFailed: an input picture cannot be read, their number does not suit the pipeline, or that cannot run.
         OutOfMemory: the GPU's memory is short.
     """
     import torch
@@ -177,6 +201,10 @@ def render(pipe: Pipeline, case: Case, sampling: Sampling, on_step: Callable[[],
             )
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(f"case {case.name} does not fit the GPU's memory") from error
+    except (MemoryError, LoraFuseError):
+        raise
+    except Exception as error:  # a configuration that loads may still not fit together
+        raise RenderFailed(f"{type(pipe).__name__} cannot make case {case.name}: {_named(error)}") from error
     cost = meter.stop()
     levels, nonfinite = _to_levels(output.images[0])
     return Rendered(levels, nonfinite, sigmas=tuple(pipe.scheduler.sigmas.tolist()), latents=final[0], cost=cost)
@@ -211,6 +239,10 @@ def open_picture(path: Path, case: Case) -> Picture:
         return Picture(read_levels(path))
     except OSError as error:
         raise RenderFailed(f"case {case.name}: input picture {path} cannot be read: {one_line(error)}") from error
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def one_line(error: Exception) -> str:

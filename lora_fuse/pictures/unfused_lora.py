@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_fuse.errors import RenderFailed
 from lora_fuse.lora import Decomposed, Delta, LoraInput
+from lora_fuse.pictures.environment import sealed
 from lora_fuse.pictures.render import Pipeline, one_line
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def _beyond_diffusers(plan: Plan) -> str | None:
     return None
 
 
+@sealed()
 def load_loras(pipe: Pipeline, loras: Sequence[LoraInput], expected_modules: int) -> int:
     """Attach LoRAs, unfused, and check that they arrived: diffusers may load no layer at all and only warn.
 
@@ -77,7 +79,9 @@ def _load_lora(pipe: Pipeline, lora: LoraInput, adapter: str) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second LoRA is what is meant
-            pipe.load_lora_weights(lora.path.parent, weight_name=lora.path.name, adapter_name=adapter)
+            pipe.load_lora_weights(
+                lora.path.parent, weight_name=lora.path.name, adapter_name=adapter, local_files_only=True
+            )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise RenderFailed(f"diffusers cannot load LoRA {lora.name} ({lora.path}): {one_line(error)}") from error
 

@@ -75,6 +75,22 @@ def test_a_local_folder_is_pinned_by_the_same_hashes_and_no_commit(tmp_path: Pat
     assert locate(pinned) == root
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer/tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil/code--m.X", None]}}),
+        ("model_index.json", {"_class_name": "P", "transformer": ["diffusers", "T"], "vae": ["os", "system"]}),
+        ("vae/config.json", {"_class_name": ["own", "Vae"]}),
+    ],
+)
+def test_a_base_that_asks_for_code_is_refused_before_its_weights_come(
+    name: str, content: object, hub: LoopbackHub
+) -> None:
+    hub.push(BASE, {**PIPELINE, name: text(content)})
+    refusal(lock, f"{BASE}@", f"{name} says ", "no code of a base is run here")
+    assert not [call.line for call in hub.calls(BASE) if "resolve" in call.line and ".safetensors" in call.line[-20:]]
+
+
 def test_tags_commits_and_branches_can_be_named(hub: LoopbackHub) -> None:
     commit = hub.push(BASE, PIPELINE)
     hub.registry.repos[BASE].tags["v1"] = commit.oid
