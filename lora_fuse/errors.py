@@ -31,7 +31,7 @@ EXTRAS = {
 class Rerun:
     """The step to run next, for who knows how steps are run: a stage, and what it is told."""
 
-    stage: str  # its name, or several with a space between; ``build`` is all of them, ``restore`` brings files back
+    stage: str  # its name, or several with a space between; ``build`` is all, ``restore`` and ``bind`` are for goldens
     force: bool = False  # although nothing that it depends on changed
     cases: tuple[str, ...] = ()  # that it is for; empty for all
     settings: tuple[str, ...] = ()  # ``key=value`` for it alone; of ``restore``, the paths

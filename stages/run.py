@@ -123,6 +123,8 @@ def command(step: Rerun, at: Artifacts = paths.HERE) -> str:
         return " && ".join(_restoring(Path(path)) for path in step.settings)
     if step.stage == "config":
         return "python -m stages.config"
+    if step.stage == "bind":
+        return 'python -m stages.approve --bind --reason "…"'
     if step.stage == "approve":
         cases = "".join(f" --case {case}" for case in step.cases)
         return f'python -m stages.approve{whose}{cases} --reason "…"' + ("  # if it is meant" if cases else "")

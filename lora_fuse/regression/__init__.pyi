@@ -1,4 +1,5 @@
 from . import approval as approval
+from . import approved_list as approved_list
 from . import candidates as candidates
 from . import case_judgement as case_judgement
 from . import gate as gate

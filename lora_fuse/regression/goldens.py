@@ -1,8 +1,9 @@
 """Approved pictures: ``artifacts/golden/RECIPE/KEY/CASE.png``, each with a record of what it is a picture of, and why.
 
 ``CASE.png`` is the first of a case, ``CASE.2.png`` another one that was approved as well; ``CASE.json`` and so on are
-their records. A picture without a record, a record without its picture, or a picture that is not the recorded one is
-refused: nothing is a golden that nobody approved.
+their records, and `SHA256SUMS` the list of both, see `approved_list`. A picture without a record, a record without its
+picture, one that is not the recorded one, and whatever is not as the list has it is refused: nothing is a golden that
+nobody approved.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from lora_fuse.errors import BadGolden, BadSource, Rerun
 from lora_fuse.machine import FileRecord, files
 from lora_fuse.pictures import environment, metrics, picture
 from lora_fuse.recipe import Lock, Recipe, paths, records
+from lora_fuse.regression import approved_list
+from lora_fuse.regression.approved_list import restoring
 from lora_fuse.regression.candidates import SCHEMA, Candidate, Provenance, digest
 from lora_fuse.regression.run_record import RunRecord
 from lora_fuse.regression.verdicts import Golden
@@ -72,13 +75,26 @@ class Goldens:
         """Every golden of a key, or of one of its cases: the picture's path and its record, checked.
 
         Raises:
-            BadGolden: a picture or a record is missing, cannot be read, or they are not of each other.
+            BadGolden: the list or a golden is missing, cannot be read, or they are not of each other.
         """
         folder = self._folder / str(key)
-        names = {path.stem for path in folder.glob("*") if path.suffix in {".png", ".json"}}
-        for name in sorted(names):
-            if case is None or name.partition(".")[0] == case:
-                yield _checked(folder / f"{name}.png", folder / f"{name}.json")
+        yield from _all_checked(folder, approved_list.read_list(folder), case)
+
+    def bind(self, remark: str) -> list[Path]:
+        """Write the list of every folder of goldens that has none, as they stand; returns the lists.
+
+        Raises:
+            BadGolden: see `records`; that folder has no list.
+        """
+        written = []
+        for folder in sorted(path for path in self._folder.glob("*") if approved_list.goldens_in(path)):
+            path = folder / approved_list.LIST
+            if not path.exists():
+                sums = approved_list.sums_of(folder)
+                list(_all_checked(folder, sums, None))
+                approved_list.write_list(folder, sums, remark)
+                written.append(path)
+        return written
 
     def refuse_other_base(self, base: str, files: Mapping[str, FileRecord]) -> None:
         """Refuse goldens that were approved for another base than this recipe has, whatever machine they are of.
@@ -135,7 +151,7 @@ class Goldens:
         check_picture(picture, candidate)
         case = candidate.provenance.case.name
         key = run.environment.key
-        present = list(self.records(key, case))
+        present = [(path, record) for path, record in self.records(key) if path.stem.partition(".")[0] == case]
         for path, record in present:
             if record.sha256 == candidate.sha256 and (beside or len(present) == 1):
                 return path  # approved already, for a reason that stands
@@ -153,6 +169,8 @@ class Goldens:
             if path != golden:
                 path.unlink()
                 path.with_suffix(".json").unlink()
+        remark = f"approved by {approval.by}, {approval.at}: {approval.reason}"
+        approved_list.write_list(golden.parent, approved_list.sums_of(golden.parent), remark)
         return golden
 
 
@@ -174,21 +192,24 @@ def _read_record(path: Path) -> GoldenRecord:
         return records.from_json(GoldenRecord, path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError, BadSource) as error:
         what = str(error).removesuffix("; run its stage again")
-        raise BadGolden(f"the record {path} cannot be read ({what})", rerun=_restoring(path.parent)) from error
+        raise BadGolden(f"the record {path} cannot be read ({what})", rerun=restoring(path.parent)) from error
 
 
-def _checked(picture: Path, record: Path) -> tuple[Path, GoldenRecord]:
-    if not record.exists():
+def _all_checked(folder: Path, listed: Mapping[str, str], case: str | None) -> Iterator[tuple[Path, GoldenRecord]]:
+    for name in sorted({Path(name).stem for name in listed}):
+        if case is None or name.partition(".")[0] == case:
+            yield _checked(folder / f"{name}.png", folder / f"{name}.json", listed)
+
+
+def _checked(picture: Path, record: Path, listed: Mapping[str, str]) -> tuple[Path, GoldenRecord]:
+    if record.name not in listed:
         raise BadGolden(f"{picture} has no record {record.name}, so nobody approved it; remove it and approve a run")
+    if picture.name not in listed:
+        raise BadGolden(f"{record} has no picture {picture.name}; remove it and approve a run")
+    approved_list.check_sum(record, listed)
     found = _read_record(record)
-    try:
-        sha256 = hashlib.sha256(picture.read_bytes()).hexdigest()
-    except OSError as error:
-        raise BadGolden(f"the golden {picture} cannot be read ({error})", rerun=_restoring(picture)) from error
-    if sha256 != found.sha256:
-        raise BadGolden(
-            f"the golden {picture} has sha256 {sha256}, and {found.sha256} was approved", rerun=_restoring(picture)
-        )
+    approved_list.check_sum(picture, {picture.name: found.sha256})
+    approved_list.check_sum(picture, listed)
     key = str(found.provenance.environment.key)
     case = found.provenance.case.name
     if (picture.parent.name, picture.stem.partition(".")[0]) != (key, case):
@@ -204,22 +225,18 @@ def _check_floor(record: Path, floor: Mapping[str, float]) -> None:
         if metric is None:
             raise BadGolden(
                 f"{record} has a noise floor of {name!r}, and the metrics are {', '.join(metrics.METRICS)}",
-                rerun=_restoring(record),
+                rerun=restoring(record),
             )
         if not metric.can_be(value):
             raise BadGolden(
                 f"{record} has a noise floor of {value:g} in {name}, and two pictures can have {metric.best:g} to "
                 f"{metric.worst:g}",
-                rerun=_restoring(record),
+                rerun=restoring(record),
             )
-
-
-def _restoring(path: Path) -> Rerun:
-    return Rerun("restore", settings=(str(path),))
 
 
 def _levels(path: Path) -> picture.Levels:
     try:
         return picture.read_levels(path)
     except OSError as error:
-        raise BadGolden(f"the golden {path} is no picture ({error})", rerun=_restoring(path)) from error
+        raise BadGolden(f"the golden {path} is no picture ({error})", rerun=restoring(path)) from error

@@ -2,6 +2,9 @@
 
 import json
 import math
+import re
+import subprocess
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from lora_fuse.errors import BadGolden, Rerun
 from lora_fuse.pictures.environment import Environment
 from lora_fuse.pictures.metrics import METRICS
 from lora_fuse.recipe.records import Tool, to_json
+from lora_fuse.regression.approved_list import LIST, read_list, sums_of, write_list
 from lora_fuse.regression.candidates import CaseRecord, Provenance, differences
 from lora_fuse.regression.goldens import Goldens
 from tests.support.approved import APPROVAL, ENVIRONMENT, KEY, LORA, PROVENANCE, candidate, picture, png, run_record
@@ -27,7 +31,12 @@ def approve(goldens: Goldens, seed: int = 0, *, beside: bool = False, **about: A
 
 
 def names(root: Path) -> list[str]:
-    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix in (".png", ".json"))
+
+
+def list_again(folder: Path) -> None:
+    """Leave the list of somebody who edits goldens and knows of it."""
+    write_list(folder, sums_of(folder), "edited")
 
 
 @pytest.fixture
@@ -89,11 +98,13 @@ def test_a_picture_that_was_changed_is_refused_with_both_sha256(held: tuple[Gold
 
 
 @pytest.mark.parametrize(
-    ("gone", "said"), [(".json", "rabbit.png has no record rabbit.json"), (".png", "rabbit.png cannot be read")]
+    ("gone", "said"), [(".json", "rabbit.png has no record rabbit.json"), (".png", "has no picture rabbit.png")]
 )
 def test_half_a_golden_is_refused(held: tuple[Goldens, Path], gone: str, said: str) -> None:
     goldens, path = held
     path.with_suffix(gone).unlink()
+    assert f"{path.with_suffix(gone)} was approved and is not there" in refusal(goldens)
+    list_again(path.parent)
     assert said in refusal(goldens)
 
 
@@ -101,6 +112,7 @@ def test_half_a_golden_is_refused(held: tuple[Goldens, Path], gone: str, said: s
 def test_a_record_that_is_none_is_refused(held: tuple[Goldens, Path], content: bytes) -> None:
     goldens, path = held
     path.with_suffix(".json").write_bytes(content)
+    list_again(path.parent)
     with pytest.raises(BadGolden, match=r"rabbit\.json") as caught:
         goldens.for_run(KEY, ["rabbit"])
     assert caught.value.rerun == Rerun("restore", settings=(str(path.parent),))
@@ -130,6 +142,7 @@ def test_a_noise_floor_that_no_run_can_have_is_refused(held: tuple[Goldens, Path
     record = json.loads(path.with_suffix(".json").read_text())
     record["floor"][name] = value
     path.with_suffix(".json").write_text(json.dumps(record))
+    list_again(path.parent)
     message = refusal(goldens)
     assert "rabbit.json has a noise floor of " in message
     assert name in message
@@ -155,14 +168,83 @@ def test_a_golden_in_another_place_is_not_one_of_there(held: tuple[Goldens, Path
         there = path.parent / f"{place.format(other=NEAR)}{suffix}"
         there.parent.mkdir(exist_ok=True)
         there.write_bytes(path.with_suffix(suffix).read_bytes())
+    list_again(there.parent)
     with pytest.raises(BadGolden, match=f"was approved as {KEY}/rabbit"):
         goldens.for_run(KEY if place == "photo" else NEAR, ["photo" if place == "photo" else "rabbit"])
 
 
-def test_another_case_s_broken_golden_is_not_looked_at(held: tuple[Goldens, Path]) -> None:
+# The list
+
+
+def edit(path: Path) -> None:
+    path.write_text(path.read_text().replace("it is purple", "it is  purple"))
+
+
+TAMPERED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a record edited": (lambda path: edit(path.with_suffix(".json")), "rabbit.json has sha256 "),
+    "a record added": (lambda path: path.with_name("a.json").write_text("{}"), "a.json is not in SHA256SUMS"),
+    "a picture added": (lambda path: path.with_name("a.png").write_bytes(png()), "a.png is not in SHA256SUMS"),
+    "no list": (lambda path: path.with_name(LIST).unlink(), "has no SHA256SUMS, so nothing says"),
+    "an empty list": (lambda path: path.with_name(LIST).write_text(""), "is not in SHA256SUMS"),
+    "no text": (lambda path: path.with_name(LIST).write_bytes(b"\xff"), "SHA256SUMS cannot be read"),
+    "no sums": (lambda path: path.with_name(LIST).write_text("rabbit.png"), "the line 'rabbit.png', which lists no"),
+    "twice": (lambda path: path.with_name(LIST).write_text(f"{'0' * 64}  a.png\n" * 2), "which lists no golden"),
+}
+
+
+@pytest.mark.parametrize("kind", TAMPERED)
+def test_what_is_not_as_the_list_of_an_approval_has_it_is_no_golden_and_no_approval_makes_it_one(
+    held: tuple[Goldens, Path], kind: str
+) -> None:
     goldens, path = held
-    path.with_name("photo.png").write_bytes(b"")
+    tamper, said = TAMPERED[kind]
+    tamper(path)
+    assert said in refusal(goldens)
+    with pytest.raises(BadGolden, match=re.escape(said)):
+        approve(goldens, 1, name="hat")
+
+
+def test_two_goldens_that_are_swapped_are_refused(held: tuple[Goldens, Path]) -> None:
+    goldens, path = held
+    approve(goldens, 1, name="hat")
+    for suffix in (".png", ".json"):
+        ours, theirs = (path.with_name(f"{name}{suffix}") for name in ("rabbit", "hat"))
+        content = ours.read_bytes()
+        ours.write_bytes(theirs.read_bytes())
+        theirs.write_bytes(content)
+    assert "rabbit.json has sha256 " in refusal(goldens)
+
+
+def test_the_list_is_one_that_coreutils_check_and_names_who_approved(held: tuple[Goldens, Path]) -> None:
+    _, path = held
+    done = subprocess.run(["sha256sum", "--check", "--strict", LIST], cwd=path.parent, capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (0, b"rabbit.json: OK\nrabbit.png: OK\n")
+    assert path.with_name(LIST).read_text().startswith(f"# approved by {APPROVAL.by}, {APPROVAL.at}: {APPROVAL.reason}")
+
+
+def test_goldens_of_before_there_were_lists_are_bound_as_they_are_after_a_look_at_each(
+    held: tuple[Goldens, Path], tmp_path: Path
+) -> None:
+    goldens, path = held
+    before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
+    path.with_name(LIST).unlink()
+    with pytest.raises(BadGolden) as caught:
+        goldens.for_run(KEY, ["rabbit"])
+    assert caught.value.rerun == Rerun("bind")
+    assert goldens.bind("bound by A Person: as they were") == [path.with_name(LIST)]
+    assert goldens.bind("again") == []
     assert len(goldens.for_run(KEY, ["rabbit"])["rabbit"]) == 1
+    assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before
+    path.with_name(LIST).unlink()
+    path.write_bytes(png(1))
+    with pytest.raises(BadGolden, match=r"rabbit\.png has sha256 "):
+        goldens.bind("x")
+    assert not path.with_name(LIST).exists()
+
+
+@pytest.mark.parametrize("folder", sorted(Path(__file__).parents[2].glob("artifacts/golden/*/*/")), ids=str)
+def test_what_is_approved_here_is_as_its_list_has_it(folder: Path) -> None:
+    assert read_list(folder) == sums_of(folder)
 
 
 # Approving

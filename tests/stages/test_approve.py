@@ -91,7 +91,9 @@ class Run:
         return self.stage("approve", "--reason", reason, *arguments)
 
     def goldens(self) -> list[str]:
-        return sorted(path.name for path in (self.root / "artifacts/golden").rglob("*") if path.is_file())
+        return sorted(
+            path.name for path in (self.root / "artifacts/golden").rglob("*") if path.suffix in (".png", ".json")
+        )
 
     def record(self, name: str) -> GoldenRecord:
         return from_json(GoldenRecord, (self.golden / f"{name}.json").read_text(), name)
@@ -114,6 +116,22 @@ def test_an_approval_has_who_when_and_why_beside_the_picture(run: Run) -> None:
     assert record.provenance == replace(PROVENANCE, case=replace(PROVENANCE.case, name="b"))
     found = Goldens(run.golden.parent).for_run(KEY, CASES)
     assert [(found[name][0].levels == picture(seed)).all() for seed, name in enumerate(CASES)] == [True, True]
+
+
+def test_goldens_without_a_list_are_refused_until_somebody_binds_them(run: Run) -> None:
+    run.approve()
+    listed = run.golden / "SHA256SUMS"
+    text = listed.read_text()
+    listed.unlink()
+    run.render(5)
+    refused = run.approve()
+    assert refused.returncode == 2
+    assert refused.stderr.endswith('; next: python -m stages.approve --bind --reason "…"\n')
+    bound = run.approve("--bind", reason="as they were")
+    assert (bound.returncode, bound.stdout) == (0, f"bound: artifacts/golden/pocket/{KEY}/SHA256SUMS\n")
+    assert listed.read_text().partition("\n")[2] == text.partition("\n")[2]
+    assert listed.read_text().partition("\n")[0].endswith(": as they were")
+    assert run.approve().returncode == 0
 
 
 def test_one_case_can_be_approved_and_the_others_keep_theirs(run: Run) -> None:
