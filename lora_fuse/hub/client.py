@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lora_fuse.errors import naming_extras
+from lora_fuse.hub.wire.guard import guard
 from lora_fuse.machine import text
 from lora_fuse.recipe import hf_cache
 
@@ -76,9 +77,11 @@ def _set_environment(values: Mapping[str, str | None]) -> None:
 
 
 def client() -> HfApi:
-    """A Hub client for the endpoint and token of the environment."""
+    """A Hub client for the endpoint and token of the environment, guarded (`lora_fuse.hub.wire.guard`)."""
     with naming_extras("the Hub"):
         from huggingface_hub import HfApi
+
+    guard(endpoint)
 
     for handler in logging.getLogger("huggingface_hub").handlers:
         handler.addFilter(_as_line)  # the same one is added once

@@ -5,18 +5,13 @@ from __future__ import annotations
 import errno
 
 from lora_fuse.hub.client import cache_dir, endpoint, token
+from lora_fuse.hub.wire.guard import NO_HUB, UnsafeExchange
 
 # Scopes of fine-grained tokens, by the Hub's names.
 READ = "repo.content.read"
 WRITE = "repo.write"
+LONGEST = 500  # characters of a Hub's words in a message
 IN_TROUBLE = frozenset({408, 429, 500, 502, 503, 504})  # the same request may work in a moment
-
-
-def client_exceptions() -> tuple[type[Exception], ...]:
-    """The classes that the client raises: Xet raises RuntimeError, an ill-formed name ValueError."""
-    from httpx2 import HTTPError  # the client's HTTP library, whose errors it lets through
-
-    return (HTTPError, OSError, RuntimeError, ValueError)
 
 
 def full_disk() -> str:
@@ -51,9 +46,12 @@ def cause(error: BaseException) -> BaseException:
 
 def explain(error: BaseException, repo_id: str, scope: str = READ) -> str:
     """The reason for an error of the client about a repository, and the way out; a token needs `scope` for the call."""
+    from httpx2 import HTTPError  # the client's HTTP library, whose errors it lets through
     from huggingface_hub import errors
 
     error = cause(error)
+    if isinstance(error, UnsafeExchange):
+        return str(error)
     page = f"{endpoint()}/{repo_id}"
     give = f"give HF_TOKEN the scope {scope} for it" if token() else "set HF_TOKEN"
     gated = (
@@ -73,16 +71,18 @@ def explain(error: BaseException, repo_id: str, scope: str = READ) -> str:
     for kind, reason in reasons:
         if isinstance(error, kind):
             return reason
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    first = (str(error).strip() or type(error).__name__).splitlines()[0][:LONGEST]
     if isinstance(error, errors.HfHubHTTPError):
         return _status(error, first, scope)
+    if isinstance(error, RecursionError) or not isinstance(error, (HTTPError, OSError, RuntimeError, ValueError)):
+        return f"{endpoint()} gave an answer that the client cannot read ({type(error).__name__}: {first}); {NO_HUB}"
     without = ", if need be with HF_HUB_DISABLE_XET=1" if isinstance(error, RuntimeError) else ""  # Xet's own class
     return f"{type(error).__name__}: {first}; check the connection and run again{without}"
 
 
 def _status(error: Exception, first: str, scope: str) -> str:
     status: int = error.response.status_code  # type: ignore[attr-defined]
-    message = getattr(error, "server_message", None) or first
+    message = (getattr(error, "server_message", None) or first)[:LONGEST]
     ways_out = {
         401: "renew HF_TOKEN" if token() else "set HF_TOKEN",
         403: f"give HF_TOKEN the right to do this (scope {scope}), at {endpoint()}/settings/tokens",

@@ -5,6 +5,7 @@ Anything else in the merged folder is refused.
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from lora_fuse.recipe import Manifest
 
 CARD = "README.md"
+# Files and folders that the Hub, git and the Hub's client put beside a repository's own.
+HOUSEKEEPING = (".cache", ".git", ".gitattributes", ".gitignore", ".huggingface")
+# Files that people may add to a repository: no library loads them.
+READ_BY_PEOPLE = re.compile(r".+\.(md|png|jpe?g|webp|gif|svg|pdf)|(licen[cs]e|notice|copying)(\.txt|\.rst)?", re.I)
 Addition = tuple[Path, FileRecord]  # a file beside the manifest's: its path here, and the record it must match
 
 
@@ -50,6 +55,16 @@ class Payload:
     def strangers(self, remote: Mapping[str, ExpectedFile]) -> dict[str, ExpectedFile]:
         """The files of a repository that are not the payload's."""
         return {name: file for name, file in remote.items() if name not in self.files}
+
+
+def is_read_by_people(name: str) -> bool:
+    """True for a file, by its POSIX path, that no library loads."""
+    return READ_BY_PEOPLE.fullmatch(PurePosixPath(name).name) is not None
+
+
+def is_let_be(name: str) -> bool:
+    """True for a file that may lie in a repository beside what was published there."""
+    return name.partition("/")[0] in HOUSEKEEPING or is_read_by_people(name)
 
 
 @contextmanager

@@ -15,8 +15,7 @@ from lora_fuse.hub.client import endpoint, token
 from lora_fuse.hub.payload import open_payload
 from lora_fuse.hub.pull_request import PullRequest
 from lora_fuse.hub.remote import RemoteCommit, RemoteRepository
-from lora_fuse.hub.retry import bound_requests
-from lora_fuse.machine import FileRecord, files, progress
+from lora_fuse.machine import FileRecord, files, progress, text
 from lora_fuse.recipe import Manifest, records
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ class Receipt:
             NoSpace: it cannot be written, though it is true.
         """
         try:
-            files.replace_text(path, records.to_json(self))
+            files.replace_text(path, text.redacted(records.to_json(self)))
         except OSError as error:
             raise NoSpace(
                 f"{path} cannot be written ({error.strerror}), {self}; make room and publish again"
@@ -99,24 +98,23 @@ def publish(  # noqa: PLR0913 - each is a choice of its own, by keyword
 
     Raises:
         PublishRefused: there is no token, the files are not the manifest's, the repository cannot be had, is
-            visible to more people than asked or holds other weights, the tag is on another commit, somebody changed
+            visible to more people than asked or holds other files, the tag is on another commit, somebody changed
             the same files meanwhile, or a file arrived as something else.
     """
     if token() is None:
         raise PublishRefused("publishing needs an access token; set HF_TOKEN to one that may write to " + repo_id)
     key = hashlib.sha256(records.to_json(manifest).encode()).hexdigest()
     with open_payload(merged, manifest, card, beside) as payload:
-        bound_requests()
         repository = RemoteRepository(repo_id)
         main = repository.open(private=private)
-        repository.refuse_foreign_weights(main, payload)
+        repository.refuse_strangers(main, payload)
         tagged = repository.tagged(tag) if tag else None
         before = repository.read(tagged) if tagged and tagged != main.commit else None
         if before and not payload.differences(before.files):
             main = before  # published and tagged already; main has moved on since, as where variants share it
         elif payload.differences(main.files):
             repository.refuse_other_tag(tag or "", tagged, None)
-            pull = PullRequest(repository, payload, main, key, message)
+            pull = PullRequest(repository, payload, main, key, text.redacted(message))
             main = pull.merge(pull.fill(), private=private)
         if tag:
             repository.tag(tag, main.commit)
@@ -141,10 +139,12 @@ def preview(
     The arguments are `publish`'s; `repo_id` is None if that is not known yet.
 
     Raises:
-        PublishRefused: these files would not be published anywhere.
+        PublishRefused: these files would not be published anywhere, or not beside what is there.
     """
     with open_payload(merged, manifest, card, beside) as payload:
         remote, place = _look(repo_id)
+        if repo_id and remote:
+            RemoteRepository(repo_id).refuse_strangers(remote, payload)
         states = _states(payload, remote)
     sizes = {name: payload.files[name].size for name, state in states.items() if state != "same"}
     lines = [f"{states[name]:7} {record.size:>12} {record.sha256} {name}" for name, record in payload.files.items()]
@@ -157,7 +157,6 @@ def preview(
 def _look(repo_id: str | None) -> tuple[RemoteCommit | None, str]:
     if repo_id is None:
         return None, "publish.repo_id is null, so nothing is compared"
-    bound_requests()
     try:
         remote = RemoteRepository(repo_id).read()
     except PublishRefused as refusal:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from lora_fuse.errors import PublishRefused
 from lora_fuse.hub.client import is_without_xet
 from lora_fuse.hub.retry import DELAYS, PUBLISH, silence
+from lora_fuse.hub.wire.pace import TOO_SLOW, Pace
 from lora_fuse.hub.worker_process import AttemptFailed, WorkerProcess
 from lora_fuse.machine import progress, text
 
@@ -80,7 +81,7 @@ class PullRequest:
         """
         now = self.repository.read()
         self.repository.refuse_public(now, private=private)
-        self.repository.refuse_foreign_weights(now, self.payload)
+        self.repository.refuse_strangers(now, self.payload)
         self._refuse_overwriting(now)
         try:
             self.repository.merge(number)
@@ -90,7 +91,7 @@ class PullRequest:
                 raise
             return now  # another run has published the same
         now = self.repository.read()
-        self.repository.refuse_foreign_weights(now, self.payload)
+        self.repository.refuse_strangers(now, self.payload)
         if differing := self.payload.differences(now.files):
             name = min(differing)
             raise PublishRefused(
@@ -155,14 +156,19 @@ class PullRequest:
         }
         what = f"publishing to {repo_id}"
         with closing(WorkerProcess(silence(), xet=xet, shows_stderr=True)) as worker:
+            pace = Pace(worker.stall_seconds)
             try:
                 worker.send(order)
-                while message := worker.receive(worker.stall_seconds):
+                while pace.quiet <= pace.seconds:
+                    message = worker.receive(min(pace.seconds / 8, 0.5))
+                    if "ready" in message:
+                        pace = Pace(silence())
                     if "result" in message:
                         return message["result"]  # type: ignore[no-any-return]
                     if failed := message.get("failed"):
                         raise AttemptFailed(failed["reason"], pause=failed["pause"], without_xet=failed["without_xet"])
+                    pace.add(message.get("moved", 0))
             except EOFError as error:
                 raise AttemptFailed(f"{what}: the process that sends was ended; publish again") from error
-        reason = f"{what}: no byte moved for {silence():g} s; check the connection and publish again"
+        reason = f"{what}: {TOO_SLOW} {silence():g} s; check the connection and publish again"
         raise AttemptFailed(reason, without_xet=True, stalled=True)

@@ -5,20 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import PublishRefused
 from lora_fuse.hub.client import client, endpoint
-from lora_fuse.hub.error_texts import client_exceptions
+from lora_fuse.hub.payload import is_let_be
 from lora_fuse.hub.repository import remote_files
 from lora_fuse.hub.retry import PUBLISH
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from huggingface_hub import DiscussionWithDetails
 
     from lora_fuse.hub.payload import Payload
     from lora_fuse.hub.sources import ExpectedFile
+
+SHOWN = 5  # strange files that a message names
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,26 +79,15 @@ class RemoteRepository:
                 f"{endpoint()}/{self.repo_id}/settings, name another one, or set publish.private to false"
             )
 
-    def refuse_foreign_weights(self, remote: RemoteCommit, payload: Payload) -> None:
-        """Refuse other weights in the repository: they would be loaded, or mistaken, for part of the checkpoint."""
-        for name in sorted(payload.strangers(remote.files)):
-            if repository_files.is_pickle(name) or repository_files.is_weights(name):
-                raise PublishRefused(
-                    f"{self.repo_id} holds {name}, which is no part of this checkpoint; "
-                    "delete it there, or name another repository"
-                )
-
-    def _ask_once(self, what: str, work: Callable[[], object], landed: Callable[[], bool]) -> None:
-        """Ask for a change until it has `landed`: an answer that is lost counts."""
-
-        def attempt() -> None:
-            try:
-                work()
-            except client_exceptions():
-                if not landed():
-                    raise
-
-        PUBLISH.ask(what, self.repo_id, attempt)
+    def refuse_strangers(self, remote: RemoteCommit, payload: Payload) -> None:
+        """Refuse a repository with files that a download's check would not let pass: code, weights, settings."""
+        strangers = sorted(name for name in payload.strangers(remote.files) if not is_let_be(name))
+        if strangers:
+            more = f" and {len(strangers) - SHOWN} more" if len(strangers) > SHOWN else ""
+            raise PublishRefused(
+                f"{self.repo_id} holds {', '.join(strangers[:SHOWN])}{more}, which is no part of this checkpoint: "
+                "a library may load it, and a download's `verify` fails; delete it there, or name another repository"
+            )
 
     # ------------------------------------------------------------ pull requests
 
@@ -115,7 +105,7 @@ class RemoteRepository:
         )
         if not pulls:
             return []
-        me = str(PUBLISH.ask(what, self.repo_id, lambda: client().whoami())["name"])
+        me = PUBLISH.ask(what, self.repo_id, lambda: str(client().whoami()["name"]))
         return [self.pull(pull.num) for pull in sorted(pulls, key=lambda pull: pull.num) if pull.author == me]
 
     def pull(self, number: int) -> DiscussionWithDetails:
@@ -134,10 +124,11 @@ class RemoteRepository:
     def merge(self, number: int) -> None:
         """Merge a pull request."""
         try:
-            self._ask_once(
+            PUBLISH.ask(
                 f"merging {endpoint()}/{self.repo_id}/discussions/{number}",
+                self.repo_id,
                 lambda: client().merge_pull_request(self.repo_id, number),
-                lambda: self.pull(number).status == "merged",
+                landed=lambda: self.pull(number).status == "merged",
             )
         except PublishRefused as refusal:
             raise PublishRefused(
@@ -149,8 +140,8 @@ class RemoteRepository:
     def tagged(self, tag: str) -> str | None:
         """The commit that a tag is on."""
         what = f"listing the tags of {self.repo_id}"
-        refs = PUBLISH.ask(what, self.repo_id, lambda: client().list_repo_refs(self.repo_id))
-        return next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
+        refs = PUBLISH.ask(what, self.repo_id, lambda: client().list_repo_refs(self.repo_id).tags)
+        return next((ref.target_commit for ref in refs if ref.name == tag), None)
 
     def refuse_other_tag(self, tag: str, tagged: str | None, commit: str | None) -> None:
         """Refuse a tag that is on another commit: a tag that moves is no pin."""
@@ -174,8 +165,9 @@ class RemoteRepository:
             return tagged is not None
 
         if not is_tagged():
-            self._ask_once(
+            PUBLISH.ask(
                 f"tagging {self.repo_id}@{commit} as {tag}",
+                self.repo_id,
                 lambda: client().create_tag(self.repo_id, tag=tag, revision=commit),
-                is_tagged,
+                landed=is_tagged,
             )

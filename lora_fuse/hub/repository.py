@@ -38,7 +38,7 @@ def open_repository(repo_id: str, revision: str | None, transfer: sections.Downl
     with closing(Transfers(transfer)) as transfers:
 
         def fetch(names: Iterable[str], again: bool) -> Path:
-            if wanted := tuple(names):
+            if wanted := {name: files[name].size for name in names}:
                 transfers.fetch(FetchOrder(repo_id, commit, wanted, again))
             return hf_cache.snapshot_folder(repo_id, commit)
 
@@ -55,11 +55,8 @@ def list_repository(repo_id: str, revision: str | None, *, timeout: float, once:
     """
     label = f"{repo_id}@{revision or 'main'}"
     ask = DOWNLOAD.call if once else DOWNLOAD.ask
-    # The client itself has no time limit for this call.
     info = ask(
-        label,
-        repo_id,
-        lambda: client().model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout),
+        label, repo_id, lambda: client().model_info(repo_id, revision=revision, files_metadata=True), within=timeout
     )
     if info.sha is None:
         raise BadSource(f"{label}: {endpoint()} names no commit, so it cannot be pinned; use another Hub")

@@ -1,21 +1,25 @@
 """Questions to a Hub: bounded in time, asked again where that may help, and refused in one line.
 
-The Hub client has no timeout of its own, and does not repeat the calls that change something. Here every call is
-bounded, and those that may be repeated are, as often as `DELAYS` has entries.
+The Hub client has no timeout of its own, and does not repeat the calls that change something; a time limit of its HTTP
+library begins anew with every byte. Here every call is bounded as a whole, with all its pages and pauses, and those
+that may be repeated are, as often as `DELAYS` has entries.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
+import threading
 import time
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from lora_fuse.errors import BadConfig, BadSource, NoSpace, PublishRefused, Refused
-from lora_fuse.hub.client import endpoint
-from lora_fuse.hub.error_texts import READ, WRITE, client_exceptions, explain, full_disk, is_full_disk, is_passing
+from lora_fuse.hub.client import client, endpoint
+from lora_fuse.hub.error_texts import READ, WRITE, explain, full_disk, is_full_disk, is_passing
 from lora_fuse.machine import text
 
 if TYPE_CHECKING:
@@ -25,6 +29,7 @@ DELAYS = (1.0, 2.0, 4.0)  # seconds before the second, third and fourth attempt 
 # Seconds that a Hub may make us wait: the window of its rate limits (huggingface.co/docs/hub/rate-limits).
 LONGEST = 300.0
 SILENCE = LONGEST + 60.0  # seconds
+ANSWER = 120.0  # seconds that a Hub may take for one answer, where no setting says less
 Answer = TypeVar("Answer")
 
 
@@ -36,36 +41,65 @@ class Caller:
     refusal: type[Refused]  # the error that a failed call becomes
     repeats_timeouts: bool  # a timeout is tried again like other trouble
 
-    def call(self, what: str, repo_id: str, work: Callable[[], Answer]) -> Answer:
+    def call(
+        self,
+        what: str,
+        repo_id: str,
+        work: Callable[[], Answer],
+        *,
+        within: float | None = None,
+        landed: Callable[[], Answer] | None = None,
+    ) -> Answer:
         """Make a call once.
+
+        Args:
+            what: the call, as the message of a failure names it.
+            repo_id: the repository that it is about.
+            work: calls the client, and looks at its answer.
+            within: seconds that it may take as a whole; `ANSWER`, or `silence` if that is less, where it is None.
+            landed: after a failure, true if what was asked for is there, as an answer may be lost; it is the result.
 
         Raises:
             NoSpace: the disk of the cache is full.
             Refused: as the class `refusal`, if it failed; the message has no token and no signed address in it.
         """
+        seconds = min(silence(), ANSWER) if within is None else within
+        client()  # its import is not in the time that the Hub has
         try:
-            return work()
-        except client_exceptions() as error:
+            return in_time(seconds, work)
+        except Refused:
+            raise
+        except Exception as error:  # the client raises anything where an answer is none
+            if landed is not None and (answer := landed()):
+                return answer
             if is_full_disk(error):
                 raise NoSpace(f"{what}: {full_disk()}") from error
             scope = READ if self.refusal is BadSource else WRITE
             raise self.refusal(f"{what}: {explain(error, repo_id, scope)}") from error
 
-    def ask(self, what: str, repo_id: str, work: Callable[[], Answer]) -> Answer:
-        """Make a call that does no harm twice, and repeat it where that may help.
+    def ask(
+        self,
+        what: str,
+        repo_id: str,
+        work: Callable[[], Answer],
+        *,
+        within: float | None = None,
+        landed: Callable[[], Answer] | None = None,
+    ) -> Answer:
+        """Make a call that does no harm twice, and repeat it where that may help; see `call`.
 
         Raises:
             Refused: see `call`.
         """
         for delay in DELAYS:
             try:
-                return self.call(what, repo_id, work)
+                return self.call(what, repo_id, work, within=within, landed=landed)
             except self.refusal as error:
                 pause = self.pause_after(error.__cause__, delay)
                 if pause is None:
                     raise
                 self.wait(pause, str(error))
-        return self.call(what, repo_id, work)
+        return self.call(what, repo_id, work, within=within, landed=landed)
 
     def pause_after(self, error: BaseException | None, delay: float) -> float | None:
         """Seconds after which the same call may be made again: `delay`, or what the Hub asks for; None if never.
@@ -102,7 +136,7 @@ def requested_pause(error: BaseException, delay: float) -> float:
     """Seconds that the header ``Retry-After`` of an answer asks to wait; `delay` if there is none."""
     response = getattr(error, "response", None)
     seconds = response.headers.get("retry-after", "") if response is not None else ""
-    return float(seconds) if seconds.isdigit() else delay
+    return float(seconds) if re.fullmatch("[0-9]{1,9}", seconds) else delay
 
 
 def silence() -> float:
@@ -117,11 +151,25 @@ def silence() -> float:
     return float(seconds)
 
 
-def bound_requests(longest: float = 120.0) -> None:
-    """End every later request of this process's Hub client after `longest` seconds, or `silence` if that is less."""
-    from httpx2 import Client, Timeout
-    from huggingface_hub import get_session, set_client_factory
+def in_time(seconds: float, work: Callable[[], Answer]) -> Answer:
+    """Do work that may hang in a thread of its own, which is left behind when the time is up.
 
-    hooks = get_session().event_hooks
-    timeout = Timeout(min(silence(), longest))
-    set_client_factory(lambda: Client(event_hooks=hooks, follow_redirects=True, timeout=timeout))
+    Raises:
+        httpx2.ReadTimeout: the time is up.
+    """
+    from httpx2 import ReadTimeout, Request
+
+    if math.isinf(seconds):
+        return work()
+    future: Future[Answer] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # it is raised where the result is taken  # noqa: BLE001
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    if not wait([future], seconds).done:
+        raise ReadTimeout(f"no whole answer in {seconds:g} s", request=Request("GET", f"{endpoint()}/api/"))
+    return future.result()

@@ -1,14 +1,16 @@
 """Files of a commit brought into the cache by the Hub client in a process of its own, which is watched.
 
-Bounds: a transfer that stops moving is ended and tried once more, over plain HTTP if it was free to use Xet; a Hub in
-trouble is asked again as often as `lora_fuse.hub.retry` says; a file that another process holds is waited for only
-while it moves, or for a while. Files that are finished stay, whatever happens, and are not fetched again.
+Bounds: a transfer that stops moving, or nearly (`lora_fuse.hub.wire.pace`), is ended and tried once more, over plain
+HTTP if it was free to use Xet; one that brings more bytes than the Hub's list says is ended; a Hub in trouble is asked
+again as often as `lora_fuse.hub.retry` says; a file that another process holds is waited for only while it moves, or
+for a while. Files that are finished stay, whatever happens, and are not fetched again.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,8 +20,10 @@ from lora_fuse.hub.client import cache_dir, is_without_xet
 from lora_fuse.hub.error_texts import full_disk
 from lora_fuse.hub.leftovers import remove_leftovers
 from lora_fuse.hub.retry import DELAYS
+from lora_fuse.hub.wire.guard import NO_HUB
+from lora_fuse.hub.wire.pace import TOO_SLOW, Pace
 from lora_fuse.hub.worker_process import AttemptFailed, WorkerProcess
-from lora_fuse.machine import progress, space, text
+from lora_fuse.machine import files, progress, space, text
 from lora_fuse.recipe import hf_cache, sections
 
 if TYPE_CHECKING:
@@ -30,18 +34,34 @@ OTHERS = 10  # times `stall_seconds`: how long another process may hold a file w
 
 @dataclass(frozen=True, slots=True)
 class FetchOrder:
-    """Files to fetch: `names` of a repository at a commit, even if they are in the cache (`again`)."""
+    """Files to fetch of a repository at a commit, even if they are in the cache (`again`)."""
 
     repo_id: str
     commit: str
-    names: tuple[str, ...]
+    sizes: Mapping[str, int | None]  # bytes by the files' names, as the Hub lists them
     again: bool
 
     @property
     def label(self) -> str:
         """The repository and its commit, and the file if it is the only one."""
         whole = f"{self.repo_id}@{self.commit}"
-        return whole if len(self.names) > 1 else f"{self.names[0]} of {whole}"
+        return whole if len(self.sizes) > 1 else f"{next(iter(self.sizes))} of {whole}"
+
+    def promised(self, plan: Sequence[tuple[str, int, bool]]) -> int:
+        """Bytes of all its files, by the Hub's list and what it says of each; of one without a size, `files.MOST`.
+
+        Raises:
+            AttemptFailed: the two differ, so one of them is wrong.
+        """
+        total = 0
+        for name, size, _ in plan:
+            listed = self.sizes.get(name)
+            if listed is not None and size not in (0, listed):
+                raise AttemptFailed(
+                    f"{name} has {size} bytes where it is fetched from, and {listed} in the Hub's list; {NO_HUB}"
+                )
+            total += listed or size or files.MOST
+        return total
 
 
 class Transfers:
@@ -164,6 +184,8 @@ class _FetchWatch:
     xet: bool
     note: str = ""
     waiting: bool = False
+    written: int = 0  # bytes
+    most: int = files.MOST  # bytes that may be written
 
     def until_done(self) -> None:
         """Give the order and watch until it is carried out.
@@ -174,25 +196,37 @@ class _FetchWatch:
             EOFError: the worker ended without a word.
         """
         self.worker.send({"order": "fetch", **asdict(self.order), "workers": self.how.workers})
-        moved = time.monotonic()
+        pace = Pace(self.worker.stall_seconds)
         blobs = self._blobs()
         while True:
             message = self.worker.receive(timeout=min(self.how.stall_seconds / 8, 0.5))
             if "result" in message:
                 return
             if "plan" in message:
+                self.most = self.order.promised(message["plan"])
                 to_fetch = self.progress.plan(self.order.label, message["plan"], silent=self.order.again)
                 way_out = "make room, or set HF_HUB_CACHE to a larger disk"
                 space.require(cache_dir(), to_fetch, self.order.label, way_out)
                 self.worker.send("go")
-            if self._shows_movement(message) or self._blobs() != blobs:
-                moved = time.monotonic()
-                blobs = self._blobs()
+            if "ready" in message:
+                pace = Pace(self.how.stall_seconds)
+            moved = self._moved(message)
+            pace.add(moved)
+            now = self._blobs()
+            is_done = "plan" in message or "finished" in message or now.keys() != blobs.keys()
+            if is_done or (self.waiting and (moved or now != blobs)):  # of another process no bytes are counted
+                pace.restart()
                 self.waiting = False
-            self._refuse_silence(time.monotonic() - moved)
+            blobs = now
+            self._refuse_silence(pace)
 
-    def _shows_movement(self, message: dict[str, Any]) -> bool:
-        """Note a message; true if it says that something moved."""
+    def _moved(self, message: dict[str, Any]) -> float:
+        """Note a message; returns the bytes that it says have moved.
+
+        Raises:
+            AttemptFailed: it says that the worker failed, or that more came than was promised.
+            NoSpace: it says that the disk is full.
+        """
         self.note = message.get("note", self.note)
         self.waiting = self.waiting or "waiting" in message
         if failed := message.get("failed"):
@@ -200,26 +234,30 @@ class _FetchWatch:
                 raise NoSpace(f"{self.order.label}: {full_disk()}")
             without_xet = self.xet and failed["without_xet"]
             raise AttemptFailed(failed["reason"], pause=failed["pause"], without_xet=without_xet)
-        self.progress.add(int(message.get("done", 0)))
-        return not message.keys().isdisjoint({"ready", "plan", "done", "moved"})
+        done = int(message.get("done", 0))
+        self.written += done
+        if self.written > self.most:
+            raise AttemptFailed(f"more than the {self.most} bytes that the Hub promises came; {NO_HUB}")
+        self.progress.add(done)
+        return done + float(message.get("moved", 0))
 
-    def _blobs(self) -> list[tuple[str, int]]:
-        """Names and sizes of the files on the disk, of this process or of one that is waited for."""
-        sizes = []
+    def _blobs(self) -> dict[str, int]:
+        """Sizes by name of the files on the disk, of this process or of one that is waited for."""
+        sizes = {}
         for path in sorted((hf_cache.repository_folder(self.order.repo_id) / "blobs").glob("*")):
             try:
-                sizes.append((path.name, path.lstat().st_size))
+                sizes[path.name] = path.lstat().st_size
             except FileNotFoundError:  # just finished
                 continue
         return sizes
 
-    def _refuse_silence(self, quiet: float) -> None:
-        """Raise `AttemptFailed` if nothing moved for `quiet` seconds, and that is too long."""
+    def _refuse_silence(self, pace: Pace) -> None:
+        """Raise `AttemptFailed` if too little moved for too long."""
         last = f" (last: {self.note.splitlines()[0]})" if self.note else ""
-        if self.waiting and quiet > OTHERS * self.how.stall_seconds:
+        if self.waiting and pace.quiet > OTHERS * self.how.stall_seconds:
             raise AttemptFailed(
-                f"another process fetches it and has not moved for {quiet:.0f} s{last}; end that, run again"
+                f"another process fetches it and has not moved for {pace.quiet:.0f} s{last}; end that, run again"
             )
-        if not self.waiting and quiet > self.worker.stall_seconds:
-            reason = f"no byte came for {quiet:.0f} s{last}"
+        if not self.waiting and pace.quiet > pace.seconds:
+            reason = f"{TOO_SLOW} {pace.quiet:.0f} s{last}"
             raise AttemptFailed(reason, pause=0.0, without_xet=self.xet, stalled=True)

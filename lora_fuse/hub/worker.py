@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import queue
 import socket
@@ -24,11 +25,12 @@ from typing import Any
 
 from lora_fuse.errors import Refused
 from lora_fuse.hub.client import cache_dir, client, endpoint, token
-from lora_fuse.hub.error_texts import cause, client_exceptions, explain, is_full_disk, is_passing
+from lora_fuse.hub.error_texts import cause, explain, is_full_disk, is_passing
 from lora_fuse.hub.retry import PUBLISH, is_from_api, requested_pause
 
 CHUNK = 1 << 20  # bytes after which the client writes and reports; its own 10 MB hide a slow connection's progress
-WRITTEN = "huggingface_hub.snapshot_download"  # the client's name for its bar of bytes written to disk
+# The client's names for its bars of bytes, written to disk and received; the one without a name counts files.
+KINDS = {"huggingface_hub.snapshot_download": "done", "huggingface_hub.snapshot_download.transfer": "moved"}
 SHORT = "Consistency check failed"  # the client's words for a body that ends early
 BEAT = 0.5  # seconds between two looks at what a commit moves
 READ = 1 << 16  # bytes; the look itself reads far fewer
@@ -42,7 +44,7 @@ def main() -> None:
     say = _speaker()
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=[lines], daemon=True).start()
-    client_exceptions()  # imports the client's HTTP library
+    client()  # imports it, and has it guarded
     say(ready=True)
     while True:
         order = json.loads(lines.get())
@@ -81,7 +83,7 @@ def _fetch(order: dict[str, Any], say: Say, lines: queue.SimpleQueue[str]) -> di
     _report_warnings(say)
     arguments: dict[str, Any] = {
         "revision": order["commit"],
-        "allow_patterns": [escape(name) for name in order["names"]],
+        "allow_patterns": [escape(name) for name in order["sizes"]],
         "cache_dir": cache_dir(),
         "endpoint": endpoint(),
         "token": token() or False,
@@ -95,7 +97,7 @@ def _fetch(order: dict[str, Any], say: Say, lines: queue.SimpleQueue[str]) -> di
         say(plan=[[file.filename, file.file_size or 0, file.will_download] for file in files])
         lines.get()
         return {"result": str(snapshot_download(order["repo_id"], **arguments))}
-    except client_exceptions() as error:
+    except Exception as error:  # the client raises anything where an answer is none  # noqa: BLE001
         return {"failed": _fetch_failure(error, order["repo_id"])}
 
 
@@ -109,7 +111,7 @@ def _progress_reporter(say: Say) -> type[Any]:
             super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
 
         def update(self, n: float | None = 1) -> bool | None:
-            say(**{"done" if self.what == WRITTEN else "moved": n})
+            say(**{KINDS.get(str(self.what), "finished"): n})
             return super().update(n)
 
     return Reporter
@@ -165,55 +167,65 @@ def _commit(order: dict[str, Any], say: Say) -> dict[str, Any]:
     revision = order["revision"]
     additions = [CommitOperationAdd(name, path) for name, path in sorted(order["paths"].items())]
     try:
-        commit = PUBLISH.call(
+        number = PUBLISH.call(
             f"publishing to {repo_id}",
             repo_id,
-            lambda: client().create_commit(
-                repo_id,
-                additions,
-                commit_message=order["title"],
-                commit_description=order["description"],
-                revision=revision,
-                create_pr=revision is None,
-                parent_commit=order["parent"],
+            lambda: (
+                client()
+                .create_commit(
+                    repo_id,
+                    additions,
+                    commit_message=order["title"],
+                    commit_description=order["description"],
+                    revision=revision,
+                    create_pr=revision is None,
+                    parent_commit=order["parent"],
+                )
+                .pr_num
             ),
+            within=math.inf,  # whoever gave the order watches what moves
         )
     except Refused as error:
         pause = PUBLISH.pause_after(error.__cause__, 1.0)
         without_xet = not isinstance(error.__cause__, (HTTPError, ValueError))
         return {"failed": {"reason": str(error), "pause": pause, "without_xet": without_xet, "full": False}}
-    return {"result": commit.pr_num}
+    return {"result": number}
 
 
 def _beat(say: Say) -> None:
-    """Tell the parent twice a second if bytes moved over the wire, or were read from a large file."""
-    wire = read = 0
+    """Tell the parent twice a second how many bytes moved over the wire, or were read from a large file."""
+    wire: dict[str, int] = {}
+    read = 0
     while True:
         wire_now = bytes_on_the_wire()
         read_now = bytes_read()
-        if wire_now != wire or read_now - read > READ:
-            say(moved=True)
+        moved = sum(max(count - wire.get(name, 0), 0) for name, count in wire_now.items())
+        if read_now - read > READ:
+            moved += read_now - read
+        if moved:
+            say(moved=moved)
         wire = wire_now
         read = read_now
         time.sleep(BEAT)
 
 
-def bytes_on_the_wire() -> int:
-    """Bytes that this process's connections have sent and received; where that is not known, a number that changes."""
+def bytes_on_the_wire() -> dict[str, int]:
+    """Bytes that each connection of this process has sent and received; where that is not known, a growing number."""
     if sys.platform != "linux":
-        return time.monotonic_ns()
-    total = 0
+        return {"": time.monotonic_ns()}
+    totals = {}
     for entry in list(os.scandir("/proc/self/fd")):
         try:
-            if not str(Path(entry.path).readlink()).startswith("socket:"):
+            target = str(Path(entry.path).readlink())
+            if not target.startswith("socket:"):
                 continue
             with socket.socket(fileno=os.dup(int(entry.name))) as connection:
                 info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, BYTES_ACKED + 16)
         except OSError:  # it was closed meanwhile, or is no TCP connection
             continue
         if len(info) == BYTES_ACKED + 16:
-            total += sum(struct.unpack_from("QQ", info, BYTES_ACKED))
-    return total
+            totals[target] = sum(struct.unpack_from("QQ", info, BYTES_ACKED))
+    return totals
 
 
 def bytes_read() -> int:

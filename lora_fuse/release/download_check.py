@@ -21,10 +21,6 @@ from lora_fuse.recipe import records
 from lora_fuse.release.contents import BOM, LIST, PROVENANCE
 from lora_fuse.release.signing import SIGNATURE, Trusted, check
 
-# Files and folders that the Hub, git and the Hub's client put beside a repository's own.
-HOUSEKEEPING = (".cache", ".git", ".gitattributes", ".gitignore", ".huggingface")
-# Files that people may add to a repository: no library loads them.
-READ_BY_PEOPLE = re.compile(r".+\.(md|png|jpe?g|webp|gif|svg|pdf)|(licen[cs]e|notice|copying)(\.txt|\.rst)?", re.I)
 # Files that a publication makes, beside exports: no other is generated because a list says so.
 MADE_BESIDE = frozenset({payload.CARD, PROVENANCE, BOM})
 PICTURES = re.compile(r"images/[a-z0-9_-]+(\.input[0-9]*)?\.(png|jpe?g|webp|gif|bmp|tiff?)")
@@ -94,9 +90,9 @@ def check_published(folder: Path, trusted: Trusted | None, expected: Mapping[str
     _check_listed(folder, manifest, result)
     found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     names = {path.relative_to(folder).as_posix() for path in found}
-    housekeeping = {name for name in names if name.partition("/")[0] in HOUSEKEEPING}
+    housekeeping = {name for name in names if name.partition("/")[0] in payload.HOUSEKEEPING}
     extra = sorted(names - housekeeping - {LIST, SIGNATURE} - manifest.files.keys())
-    harmless = [name for name in extra if _is_read_by_people(folder / name)]
+    harmless = [name for name in extra if payload.is_read_by_people(name) and (folder / name).is_file()]
     result.problems += [f"{name} is not in {LIST}, so nobody published it" for name in extra if name not in harmless]
     result.notes += [f"{name} is not in {LIST}" for name in harmless]
     result.beside = frozenset([*_made_beside(manifest, result), *extra, *housekeeping, LIST, SIGNATURE])
@@ -170,7 +166,3 @@ def _check_signature(folder: Path, trusted: Trusted | None, extra: Iterable[str]
         result.problems.append(str(error))
         return "signature wrong"
     return RIGHT
-
-
-def _is_read_by_people(path: Path) -> bool:
-    return READ_BY_PEOPLE.fullmatch(path.name) is not None and path.is_file()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lora_fuse.errors import PublishRefused
-from lora_fuse.hub import Receipt, lock_lora, publish
+from lora_fuse.hub import Receipt, lock_lora, preview, publish
 from lora_fuse.machine.files import FileRecord
 from lora_fuse.recipe.records import Manifest, MergedFile, MergedLora, from_json, to_json
 from tests.hub_server import Fault, LoopbackHub
@@ -198,17 +198,22 @@ def test_a_manifest_with_a_card_of_its_own_is_refused(hub: LoopbackHub, merged: 
     assert "README.md" in refusal(lambda: push(merged, manifest(**{"README.md": own})))
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "transformer/model-9.safetensors"])
-def test_a_repository_with_other_weights_is_refused(hub: LoopbackHub, merged: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "transformer/model-9.safetensors", "modeling.py", "vae/config.json", "LICENSE_x.py"]
+)
+def test_a_repository_with_files_that_a_download_s_check_refuses_is_refused(
+    hub: LoopbackHub, merged: Path, name: str
+) -> None:
     hub.create(REPO, private=True)
     hub.push(REPO, {name: b"other weights", "LICENSE": b"kept"})
     refusal(lambda: push(merged), f"{REPO} holds {name}")
+    refusal(lambda: preview(merged, manifest(), CARD, repo_id=REPO, tag=None), f"{REPO} holds {name}")
     assert uploads(hub) == 0
 
 
-def test_files_that_are_no_weights_are_left_in_the_repository(hub: LoopbackHub, merged: Path) -> None:
+def test_what_only_people_read_is_left_in_the_repository(hub: LoopbackHub, merged: Path) -> None:
     hub.create(REPO, private=True)
-    hub.push(REPO, {"LICENSE": b"kept"})
+    hub.push(REPO, {"LICENSE": b"kept", "assets/a.png": b"kept"})
     push(merged)
     assert hub.read(REPO, "LICENSE") == b"kept"
 
@@ -232,6 +237,14 @@ def test_the_token_is_in_nothing_that_is_kept_or_published(
     receipt = push(merged)
     published = b"".join(hub.read(REPO, name) for name in hub.registry.repos[REPO].head.tree)
     assert b"hf_write" not in published + to_json(receipt).encode() + "".join(capfd.readouterr()).encode()
+
+
+def test_a_token_that_got_into_a_title_or_receipt_is_taken_out(hub: LoopbackHub, merged: Path, tmp_path: Path) -> None:
+    receipt = push(merged, message="merged with hf_write", tag="v-hf_write")
+    (pull,) = hub.registry.repos[REPO].pulls.values()
+    assert pull.title.startswith("merged with (token), manifest ")
+    receipt.write(tmp_path / "publish.json")
+    assert '"tag": "v-(token)"' in (tmp_path / "publish.json").read_text()
 
 
 # ---------------------------------------------------------------- when success is claimed

@@ -25,6 +25,7 @@ class Fault:
         flip_at: invert the byte at this offset of the body.
         delay: seconds to wait first.
         bytes_per_s: throttle.
+        trickle: seconds before each byte of the body.
     """
 
     match: str
@@ -40,6 +41,7 @@ class Fault:
     flip_at: int | None = None
     delay: float = 0.0
     bytes_per_s: float | None = None
+    trickle: float = 0.0
     hits: int = 0
 
     def strikes(self, line: str) -> bool:
@@ -93,6 +95,11 @@ class _Sender:
     async def plain(self, message: Message) -> None:
         self._call.status = message.get("status", self._call.status)
         self._call.sent += len(message.get("body", b""))
+        if self._fault is not None and self._fault.trickle:
+            for byte in message.get("body", b""):
+                await asyncio.sleep(self._fault.trickle)
+                await self._send({**message, "body": bytes([byte]), "more_body": True})
+            message = {**message, "body": b""} if "body" in message else message
         await self._send(message)
 
     async def __call__(self, message: Message) -> None:

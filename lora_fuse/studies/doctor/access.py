@@ -42,9 +42,8 @@ def token(*, needed: bool, publishes: bool) -> Finding:
         return ok("token", "HF_TOKEN is not set; public repositories need none")
     if client.is_offline():
         return ok("token", "HF_TOKEN is set; not asked about, as HF_HUB_OFFLINE is set")
-    retry.bound_requests(PATIENCE)
     try:
-        account = retry.PUBLISH.call("HF_TOKEN", "", lambda: client.client().whoami())
+        account = retry.PUBLISH.call("HF_TOKEN", "", lambda: client.client().whoami(), within=PATIENCE)
     except PublishRefused as refusal:
         how = fail if needed or publishes else warn
         return how("token", f"HF_TOKEN is set and not good: {refusal}", "", "renew it, or unset it for what is public")
