@@ -6,7 +6,7 @@ that map a tensor's name to its dtype, shape and data offsets, then the data; of
 Invariant of a `Header`: tensors are in file order, do not overlap, leave no hole and end where the file ends. What is
 accepted here the reference implementation reads, and as the same tensors. It refuses less: a key that stands in a
 header twice, a field that the format does not have (its meaning would be lost in a merge), an entry that is a list, a
-shape that no array can have.
+shape that no array can have, more entries and longer names than a model has.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
 MAX_DIMENSIONS = 64  # numpy's limit
 MAX_NUMBER = 2**64 - 1  # as the reference reads a shape or an offset
 MAX_SIZE = 2**63 - 1  # bytes of a tensor, as numpy and torch count them
+MAX_NAME = 1000  # characters of a tensor's
+# The most of each sign that a header has: entries (a mixture of experts has some ten thousand), lists, items of them.
+MAX_SIGNS = {b"{": 500_000, b"[": 1_000_000, b",": 10_000_000}
 FIELDS = ("dtype", "shape", "data_offsets")
 
 
@@ -106,6 +109,9 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
     Raises:
         BadCheckpoint: the JSON is not a safetensors header, or its offsets do not tile the file exactly.
     """
+    for sign, most in MAX_SIGNS.items():
+        if (count := raw.count(sign)) > most:
+            raise BadCheckpoint(f"{where}: its header has {count} times {sign.decode()!r}, and at most {most} are read")
     try:
         entries = json.loads(raw[PREFIX:].decode(), object_pairs_hook=_mapping, parse_int=_integer)
     except (ValueError, RecursionError) as error:
@@ -144,6 +150,8 @@ def _integer(digits: str) -> float:
 def _tensor(name: str, entry: Any, data_start: int, where: str) -> TensorInfo:
     if not isinstance(entry, dict) or not entry.keys() >= set(FIELDS):
         raise BadCheckpoint(f"{where}: the header entry of {name!r} lacks {' or '.join(FIELDS)}; fetch it again")
+    if len(name) > MAX_NAME:
+        raise BadCheckpoint(f"{where}: the name {name[:60]!r}… has {len(name)} characters, at most {MAX_NAME} are read")
     if unknown := sorted(entry.keys() - set(FIELDS)):
         raise BadCheckpoint(
             f"{where}: the header entry of {name!r} has {unknown[0]!r}, and the format knows {', '.join(FIELDS)}; "

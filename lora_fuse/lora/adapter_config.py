@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lora_fuse.errors import BadLora
+from lora_fuse.lora.name_patterns import NamePatterns, is_a_name
 from lora_fuse.lora.peft_fields import DEFAULT_ALPHA, FIELDS, check_fields
 from lora_fuse.lora.scaling import StatedScale
 
@@ -65,21 +65,29 @@ def config_scale(
             alpha=float(fields["lora_alpha"]) if fields.get("lora_alpha") is not None else None,
             default_alpha=default_alpha,
             rank_stabilized=_flag(fields, "use_rslora") or False,
-            rank_pattern={str(k): int(v) for k, v in (fields.get("rank_pattern") or {}).items()},
-            alpha_pattern={str(k): float(v) for k, v in (fields.get("alpha_pattern") or {}).items()},
+            rank_pattern=NamePatterns({k: int(v) for k, v in (fields.get("rank_pattern") or {}).items()}, where),
+            alpha_pattern=NamePatterns({k: float(v) for k, v in (fields.get("alpha_pattern") or {}).items()}, where),
             component=component,
             dora=_flag(fields, "use_dora"),
             bias=_flag(fields, "lora_bias"),
+            has_expressions=not all(map(is_a_name, _patterns(fields))),
         )
-        for pattern in (*stated.rank_pattern, *stated.alpha_pattern):
-            re.compile(pattern)
-    except (ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise BadLora(f"{where} is not a PEFT configuration: {error}") from error
     if stated.rank_stabilized and stated.alpha is None and default_alpha is None:
         raise BadLora(
             f"{where} says use_rslora and no alpha that it is about; write .alpha tensors with the right value"
         )
     return stated
+
+
+def _patterns(fields: Mapping[str, Any]) -> Iterator[object]:
+    """All that PEFT takes for regular expressions; where it takes a list for names, that is none."""
+    for name in ("rank_pattern", "alpha_pattern"):
+        yield from fields.get(name) or {}
+    given = [fields.get(name) for name in ("target_modules", "exclude_modules", "layers_pattern")]
+    yield from (one for one in given if isinstance(one, str))
+    yield from given[-1] if isinstance(given[-1], list) else ()
 
 
 def _flag(fields: Mapping[str, Any], name: str) -> bool | None:

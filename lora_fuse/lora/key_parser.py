@@ -17,6 +17,7 @@ from lora_fuse.lora.key_formats import FORMATS, Algorithm, KeyFormat, other_comp
 from lora_fuse.lora.scaling import StatedScale, scale_of
 
 SHOWN = 3  # offenders that an error names
+LARGE_RANK = 1024  # what a rank may be in a weight of any size; above, no more than its longer side
 Roles = dict[str, TensorInfo]
 
 
@@ -257,6 +258,11 @@ class _Module:
         own = self.shared.pop("alpha", None)
         if rank is None:  # LoKr of two whole matrices: LyCORIS and its readers do not apply an alpha there
             return LoraDelta(self.name, "weight", row, keys, shape)
+        if rank > max(LARGE_RANK, *shape):
+            raise FactorMismatch(
+                f"{self.where}: {self.name!r} has rank {rank} for a delta of {shape[0]}x{shape[1]}, and no more than "
+                f"{max(LARGE_RANK, *shape)} is of use; its factors would fill the memory, fetch or export it again"
+            )
         scale = scale_of(self.name, rank, None if own is None else self.alphas[own.name], self.stated, self.where)
         return LoraDelta(self.name, "weight", row, keys, shape, rank, scale.alpha, scale.factor, scale.where)
 

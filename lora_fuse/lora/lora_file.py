@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from lora_fuse.lora.peft_fields import DEFAULT_ALPHA
 from lora_fuse.lora.scaling import NOWHERE
 from lora_fuse.machine import files
 
+BLOCK = 1 << 26  # bytes that are looked at at once
 INTEGERS = {name for name, dtype in dtypes.DTYPES.items() if not dtype.is_float and name != "BOOL"}
 
 
@@ -30,7 +31,8 @@ class LoraFile:
     """An opened LoRA: its header, the deltas that it holds, and the sha256 of the whole file.
 
     Of a PEFT folder that is its weights' file. `config_sha256` is of the `adapter_config.json` that counts, `remarks`
-    are the names of header entries of which nothing is known.
+    are the names of header entries of which nothing is known, `expressions` the places outside the tensors whose
+    patterns are more than names.
     """
 
     path: Path
@@ -39,6 +41,7 @@ class LoraFile:
     sha256: str
     config_sha256: str | None = None
     remarks: tuple[str, ...] = ()
+    expressions: tuple[str, ...] = ()
 
     @property
     def missing_alphas(self) -> dict[int, float]:
@@ -97,10 +100,22 @@ def open_lora(path: Path) -> LoraFile:
     deltas = parse_lora(header.tensors, alphas, stated, str(file))
     for delta in deltas:
         for key in delta.keys.values():
-            if not np.isfinite(_read(file, header.tensors[key])).all():
+            if not _is_finite(file, header.tensors[key]):
                 raise BadLora(f"{file}: {key!r} holds NaN or infinity; the file is broken, fetch or train it again")
     config_sha256 = hashlib.sha256(config).hexdigest() if config_file is not None else None
-    return LoraFile(file, header, deltas, files.hash_file(file).sha256, config_sha256, entries.remarks)
+    expressions = tuple(place.where for place in stated if place.has_expressions)
+    return LoraFile(file, header, deltas, files.hash_file(file).sha256, config_sha256, entries.remarks, expressions)
+
+
+def _is_finite(path: Path, tensor: TensorInfo) -> bool:
+    """True without NaN and infinity; in blocks, as it is not known yet whether so large a tensor is of any use."""
+    size = max(1, dtypes.DTYPES[tensor.dtype].bits // 8)
+    for start in range(tensor.start, max(tensor.end, tensor.start + 1), BLOCK):
+        end = min(start + BLOCK, tensor.end)
+        part = replace(tensor, shape=((end - start) // size,), start=start, end=end)
+        if not np.isfinite(_read(path, part)).all():
+            return False
+    return True
 
 
 def _files(path: Path) -> tuple[Path, Path | None]:

@@ -61,9 +61,12 @@ def _parameter(
 
 
 def _check_fit(delta: LoraDelta, weight: TensorInfo, where: str) -> None:
-    rows = weight.shape[0] if weight.shape else 1
-    columns = math.prod(weight.shape[1:])
-    if (rows, columns) != delta.shape:
+    if not weight.shape or 0 in weight.shape:
+        raise ShapeMismatch(
+            f"{where}: {delta.module!r} is for the base's {weight.name!r}, of the shape {list(weight.shape)}, and only "
+            "to rows of numbers something is added; take it out of the LoRA, or get a good copy of the base"
+        )
+    if (weight.shape[0], math.prod(weight.shape[1:])) != delta.shape:
         raise ShapeMismatch(
             f"{where}: {delta.module!r} gives a {'x'.join(map(str, delta.shape))} delta, and the base's "
             f"{weight.name!r} is {'x'.join(map(str, weight.shape))}; this LoRA was made for another base"

@@ -7,15 +7,13 @@ that disagree are refused. docs/fuse.md has them in a table.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from lora_fuse.errors import BadLora, FactorMismatch
 from lora_fuse.lora.key_formats import PREFIXES, other_component, spellings
+from lora_fuse.lora.name_patterns import NamePatterns
 
-Number = TypeVar("Number", int, float)
 CLOSE = 2.0**-8  # relative; alphas are stored in dtypes down to bfloat16, which rounds by half as much
 NOWHERE = "nowhere: alpha = rank"
 
@@ -26,7 +24,8 @@ class StatedScale:
 
     With `rank_stabilized` the factor is alpha / sqrt(rank). `component` is the beginning of the names that it is for,
     ``unet`` for one, and `only_rank` the rank of those: a trainer's default says nothing of a module that was given
-    another. `default_alpha` counts where no place says one. `dora` and `bias` say whether there are such tensors.
+    another. `default_alpha` counts where no place says one. Patterns are for the names of a file, and for those without
+    their prefixes, as PEFT's begin inside the model. `dora` and `bias` say whether there are such tensors.
     """
 
     where: str
@@ -34,20 +33,21 @@ class StatedScale:
     alpha: float | None = None
     default_alpha: float | None = None
     rank_stabilized: bool = False
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rank_pattern: NamePatterns[int] = field(default_factory=NamePatterns)
+    alpha_pattern: NamePatterns[float] = field(default_factory=NamePatterns)
     component: str = ""
     only_rank: int | None = None
     dora: bool | None = None
     bias: bool | None = None
+    has_expressions: bool = False  # of its patterns, also those that choose modules
 
     def rank_of(self, module: str) -> int | None:
         """The rank that this place gives a module."""
-        return _by_pattern(self.rank_pattern, module, self.rank)
+        return self.rank_pattern.find(spellings(module, PREFIXES), self.rank)
 
     def alpha_of(self, module: str) -> float | None:
         """The alpha that this place gives a module."""
-        return _by_pattern(self.alpha_pattern, module, self.alpha)
+        return self.alpha_pattern.find(spellings(module, PREFIXES), self.alpha)
 
     def factor(self, alpha: float, rank: int) -> float:
         """The factor of a low-rank product: alpha / rank, or alpha / sqrt(rank) with `use_rslora`.
@@ -113,15 +113,3 @@ def _for_module(stated: Sequence[StatedScale], module: str, where: str) -> list[
             f"{module!r} does not say which of them is meant; put the component before the names"
         )
     return general + own
-
-
-def _by_pattern(patterns: Mapping[str, Number], module: str, otherwise: Number | None) -> Number | None:
-    """As `peft.utils.other.get_pattern_key`: the first pattern that is a tail of the name, from a dot on.
-
-    PEFT's names begin inside the model, so that a pattern may also be for the whole of a name without its prefix.
-    """
-    names = spellings(module, PREFIXES)
-    for pattern, value in patterns.items():
-        if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
-            return value
-    return otherwise

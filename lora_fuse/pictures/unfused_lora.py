@@ -43,6 +43,8 @@ def attach(pipe: Pipeline, plan: Plan) -> str:
 def _beyond_diffusers(plan: Plan) -> str | None:
     if not plan.selection.everything:
         return "the recipe leaves modules out or scales them"
+    if places := {place for lora in plan.loras for place in lora.expressions}:
+        return f"diffusers would match the patterns in {', '.join(sorted(places))} without an end"
     if others := {delta.algorithm for lora in plan.loras for delta in lora.deltas if not delta.is_plain}:
         return f"diffusers does not read {', '.join(sorted(others))}"
     if unread := {delta.said_by for lora in plan.loras for delta in lora.deltas} - READ_BY_DIFFUSERS:

@@ -1,18 +1,23 @@
 """PEFT's configuration of an adapter, read by PEFT itself where it is installed, else by a few lines that do the same.
 
+Patterns are matched here, as PEFT would take as long as somebody's pattern takes; a test holds both together.
+
 `adapter_config.json` and diffusers' `lora_adapter_metadata` are such configurations. What a field may say and the merge
 still be the product of the factors was read in PEFT 0.21.2, peft/tuners/lora/config.py, layer.py and variants.py.
 """
 
 from __future__ import annotations
 
+import math
 import re
+import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+
+from lora_fuse.errors import BadLora
 
 # Fields that say how strong the product is, with PEFT's defaults.
 STRENGTH: Mapping[str, Any] = {
@@ -39,6 +44,64 @@ HARMLESS: Mapping[str, tuple[object, ...]] = {
 }
 
 
+SECONDS = 5.0  # for all matches of one place's patterns
+LARGEST = 1000  # characters of a pattern, and copies that its counts make of a part
+NAME = re.compile(r"\^?[\w.-]*")  # a pattern that is a name, quick for any engine
+COUNT = re.compile(r"\{(\d*),?(\d*)\}")
+
+
+class Tails:
+    """Numbers by a pattern of how names end, from a dot on; the first pattern counts.
+
+    Raises:
+        ValueError: a pattern is none, or too large.
+    """
+
+    def __init__(self, numbers: Mapping[str, Any], place: str) -> None:
+        self.place = place
+        self.seconds = SECONDS
+        self.numbers = [(_ending(pattern), float(number)) for pattern, number in numbers.items()]
+
+    def find(self, names: Sequence[str], otherwise: float | None) -> float | None:
+        """The number of a module, by the names that it has in the file and in the base.
+
+        Raises:
+            BadLora: it takes too long.
+        """
+        started = time.monotonic()
+        try:
+            found = (number for ending, number in self.numbers if any(self._ends(name, ending) for name in names))
+            return next(found, otherwise)
+        except TimeoutError as error:
+            raise BadLora(
+                f"{self.place}: its patterns take more than {SECONDS:g} s to match, as at {names[0]!r}; spell the "
+                "names of modules out"
+            ) from error
+        finally:
+            self.seconds -= time.monotonic() - started
+
+    def _ends(self, name: str, ending: Any) -> bool:
+        if self.seconds <= 0:
+            raise TimeoutError
+        limit = {} if isinstance(ending, re.Pattern) else {"timeout": self.seconds}
+        return ending.match(name, **limit) is not None
+
+
+def _ending(pattern: str) -> Any:
+    """The expression of PEFT's `get_pattern_key`: of `regex`, which can be told a time, unless it is but a name."""
+    import regex
+
+    whole = rf"(.*\.)?({pattern})$"
+    copies = math.prod(max([1, *map(int, filter(None, pair))]) for pair in COUNT.findall(pattern))
+    if max(len(pattern), copies) > LARGEST or "{" in COUNT.sub("", pattern):
+        raise ValueError(f"{pattern[:60]!r} is too large a pattern, or has a brace that is no count")
+    try:
+        plain = re.compile(whole)
+        return plain if NAME.fullmatch(pattern) else regex.compile(whole)
+    except (re.error, regex.error, RecursionError, ArithmeticError) as error:
+        raise ValueError(f"{pattern[:60]!r} is no pattern: {error}") from error
+
+
 @dataclass(frozen=True, slots=True)
 class Claim:
     """One place's claim of rank, alpha and kind; None is not said there, and `component` is whom it speaks of.
@@ -52,36 +115,19 @@ class Claim:
     alpha: float | None = None
     default_alpha: float | None = None
     stabilized: bool = False
-    rank_pattern: Mapping[str, float] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rank_pattern: Tails | None = None
+    alpha_pattern: Tails | None = None
     dora: bool | None = None
     bias: bool | None = None
     only_rank: int | None = None
 
     def rank_of(self, names: Sequence[str]) -> float | None:
         """The rank claimed for a module, by the names that it has in the file and in the base."""
-        return _by_pattern(self.rank_pattern, names, self.rank)
+        return self.rank_pattern.find(names, self.rank) if self.rank_pattern else self.rank
 
     def alpha_of(self, names: Sequence[str]) -> float | None:
         """The alpha claimed for a module."""
-        return _by_pattern(self.alpha_pattern, names, self.alpha)
-
-
-def _by_pattern(patterns: Mapping[str, float], names: Sequence[str], otherwise: float | None) -> float | None:
-    if not patterns:  # the import takes seconds
-        return otherwise
-    matches = _pattern_reader()
-    matched = (value for pattern, value in patterns.items() if any(matches(pattern, name) for name in names))
-    return next(matched, otherwise)
-
-
-@cache
-def _pattern_reader() -> Callable[[str, str], bool]:
-    try:
-        from peft.utils.other import get_pattern_key
-    except ImportError:
-        return lambda pattern, name: re.match(rf"(.*\.)?({pattern})$", name) is not None
-    return lambda pattern, name: get_pattern_key([pattern], name) == pattern
+        return self.alpha_pattern.find(names, self.alpha) if self.alpha_pattern else self.alpha
 
 
 def read_config(
@@ -97,8 +143,6 @@ def read_config(
     try:
         read = _loaded(entries) if whole else SimpleNamespace(**entries)
         said = {name: getattr(read, name) for name in STRENGTH if entries.get(name) is not None}
-        for pattern in (*said.get("rank_pattern", ()), *said.get("alpha_pattern", ())):
-            re.compile(pattern)
         return Claim(
             place,
             component,
@@ -106,12 +150,12 @@ def read_config(
             alpha=_number(said.get("lora_alpha")),
             default_alpha=_number(read.lora_alpha) if whole else None,
             stabilized=_flag(said.get("use_rslora")) or False,
-            rank_pattern={key: float(value) for key, value in said.get("rank_pattern", {}).items()},
-            alpha_pattern={key: float(value) for key, value in said.get("alpha_pattern", {}).items()},
+            rank_pattern=Tails(said["rank_pattern"], place) if said.get("rank_pattern") else None,
+            alpha_pattern=Tails(said["alpha_pattern"], place) if said.get("alpha_pattern") else None,
             dora=_flag(said.get("use_dora")),
             bias=_flag(said.get("lora_bias")),
         )
-    except (TypeError, ValueError, ArithmeticError, AttributeError, ImportError, re.error) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError, ImportError) as error:
         problems.append(f"{place} is no configuration of a LoRA: {error}")
         return None
 

@@ -204,6 +204,13 @@ def test_a_hostile_header_is_refused(entries: object, reason: str) -> None:
         parse(entries)
 
 
+def test_a_name_longer_than_any_model_s_is_refused() -> None:
+    spot = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
+    assert list(parse({"x" * 1000: spot}, data=0).tensors) == ["x" * 1000]
+    with pytest.raises(BadCheckpoint, match=r"the name 'xxx.* has 1001 characters, at most 1000 are read"):
+        parse({"x" * 1001: spot}, data=0)
+
+
 def test_a_truncated_file_is_refused_with_both_sizes(tmp_path: Path) -> None:
     path = tmp_path / "f.safetensors"
     save_file({"a": np.ones(100)}, path)
@@ -384,6 +391,16 @@ def test_values_of_less_than_a_byte_fill_their_bytes(file: Path, shape: list[int
     assert reference(blob) is None
     with pytest.raises(BadCheckpoint, match=r"F4 .* bytes, but its data_offsets span"):
         read_header(file)
+
+
+def test_more_entries_than_a_model_has_are_refused_unparsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(header_module, "MAX_SIGNS", {b"{": 3, b"[": 9, b",": 20})
+    spot = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
+    assert len(parse({"a": spot, "b": spot}, data=0).tensors) == 2
+    with pytest.raises(BadCheckpoint, match=r"its header has 4 times '\{', and at most 3 are read"):
+        parse({"a": spot, "b": spot, "c": spot}, data=0)
+    with pytest.raises(BadCheckpoint, match=r"its header has 10 times '\[', and at most 9 are read"):
+        parse({"a": spot | {"shape": [[]] * 8}}, data=0)
 
 
 def test_a_key_twice_is_found_among_many() -> None:

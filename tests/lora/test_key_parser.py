@@ -9,6 +9,7 @@ import pytest
 
 from lora_fuse.checkpoint.header import TensorInfo
 from lora_fuse.errors import BadLora, ShapeMismatch, UnmatchedTargets, WrongPrefix
+from lora_fuse.lora import lora_file
 from lora_fuse.lora.lora_file import LoraFile, open_lora
 from lora_fuse.lora.matcher import match_targets
 from tests.support import tiny
@@ -122,6 +123,36 @@ def test_factors_that_do_not_fit_are_refused_with_both_shapes(tmp_path: Path) ->
     tensors[f"{key}.lora_up.weight"] = np.ones((24, 3), np.float32)
     with pytest.raises(ShapeMismatch, match=r"do not fit: down \[4, 16\], up \[24, 3\]"):
         opened(tmp_path, tensors)
+
+
+@pytest.mark.parametrize("style", ["lora", "hada"])
+def test_a_rank_that_is_of_no_use_is_refused_with_both_sizes(tmp_path: Path, style: str) -> None:
+    """By its shapes alone: the factors of such a file may be larger than the memory."""
+    down, up = np.zeros((1025, 3), np.float16), np.zeros((2, 1025), np.float16)
+    keys = {"lora": {"lora_down.weight": down, "lora_up.weight": up}}
+    keys["hada"] = {"hada_w1_a": up, "hada_w1_b": down, "hada_w2_a": up, "hada_w2_b": down}
+    with pytest.raises(BadLora, match=r"'x' has rank 1025 for a delta of 2x3, and no more than 1024 is of use"):
+        opened(tmp_path, {f"x.{key}": tensor for key, tensor in keys[style].items()})
+    wide = np.zeros((2, 1024), np.float16)
+    assert opened(tmp_path, {"x.lora_down.weight": down[:1024], "x.lora_up.weight": wide}).deltas[0].rank == 1024
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (3, 0)])
+def test_a_weight_without_rows_or_columns_is_no_target(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    lora = opened(tmp_path, {"x.diff": np.zeros(shape or (1,), np.float32)})
+    base = {"x.weight": TensorInfo("x.weight", "F32", shape, 0, 0)}
+    with pytest.raises(ShapeMismatch, match=r"f: 'x' is for the base's 'x\.weight', of the shape \["):
+        match_targets(lora.deltas, base, "f")
+
+
+def test_nan_is_found_in_any_block_of_a_factor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora_file, "BLOCK", 64)
+    for at in (0, 15, 16, 79):
+        bad = np.zeros((80, 1), np.float32)
+        bad[at] = np.nan
+        with pytest.raises(BadLora, match=r"'x\.diff' holds NaN"):
+            opened(tmp_path, {"x.diff": bad})
+    opened(tmp_path, {"x.diff": np.zeros((80, 1), np.float32)})
 
 
 def test_an_alpha_that_is_not_finite_is_refused(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from lora_fuse.pictures.noise_floor import jitter
 from lora_fuse.pictures.pairs import Pair, Setup, check_cases, render_all, render_pairs
 from lora_fuse.pictures.picture import levels_of
 from lora_fuse.pictures.render import load_pipeline, make_scheduler, render
-from lora_fuse.pictures.unfused_lora import DIFFUSERS, attach, attach_differences
+from lora_fuse.pictures.unfused_lora import DIFFUSERS, _beyond_diffusers, attach, attach_differences
 from lora_fuse.recipe.records import Lock, Manifest, MergedLora, from_json, to_json
 from lora_fuse.regression.candidates import Candidates, candidates
 from lora_fuse.regression.case_judgement import judge_pairs, save_pictures
@@ -279,6 +279,28 @@ def test_a_strength_that_diffusers_does_not_read_is_attached_here(tmp_path: Path
     assert attach(pipe, plan(1.0, tmp_path / "l.safetensors")) == (
         f"lora-fuse, for diffusers does not read the strength in {place}"
     )
+
+
+@pytest.mark.parametrize(
+    ("fields", "ours"),
+    [
+        ({"target_modules": ["to_q"], "rank_pattern": {"blocks.0.attn.to_q": 8}}, False),
+        ({"target_modules": "(.|.|.|.)+$o"}, True),
+        ({"layers_pattern": ["(.|.|.|.)+$o"]}, True),
+        ({"alpha_pattern": {"x(.|.|.|.)+$o": 4}}, True),
+    ],
+)
+def test_patterns_that_may_never_end_are_not_given_to_diffusers(
+    tmp_path: Path, fields: dict[str, object], ours: bool
+) -> None:
+    state = load_file(LORA)
+    state = {
+        key.replace("lora_down", "lora_A").replace("lora_up", "lora_B"): state[key] for key in state if "lora_" in key
+    }
+    config = {f"transformer.{key}": value for key, value in {"r": 8, "lora_alpha": 8, **fields}.items()}
+    save_file(state, tmp_path / "l.safetensors", metadata={"lora_adapter_metadata": json.dumps(config)})
+    expected = "diffusers would match the patterns in header lora_adapter_metadata (transformer) without an end"
+    assert _beyond_diffusers(plan(1.0, tmp_path / "l.safetensors")) == (expected if ours else None)
 
 
 @pytest.mark.parametrize("ours", [False, True])

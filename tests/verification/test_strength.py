@@ -17,6 +17,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from lora_fuse.errors import BadLora
 from lora_fuse.lora.inputs import LoraInput
 from lora_fuse.verification import peft_reading
 from lora_fuse.verification.expectation import ExpectedDelta
@@ -144,12 +145,16 @@ def test_a_configuration_means_what_peft_makes_of_it(
     case = Case(tmp_path, adapter(prefix="base_model.model."))
     if not installed:
         monkeypatch.setitem(sys.modules, "peft", None)
-        monkeypatch.setitem(sys.modules, "peft.utils.other", None)
-    peft_reading._pattern_reader.cache_clear()
     for given in (case.lora, case.lora.parent):  # the file that is named itself, and the folder
         assert case.verify(factors, given).problems == []
         assert case.verify(dict.fromkeys(NAMES, 1.0), given).problem_count == len(NAMES)
-    peft_reading._pattern_reader.cache_clear()
+
+
+def test_a_pattern_that_never_ends_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peft_reading, "SECONDS", 0.1)
+    case = Case(tmp_path).config({**PEFT, "alpha_pattern": {"(.|.|.|.)+$o": 1}})
+    with pytest.raises(BadLora, match=r"adapter_config\.json: its patterns take more than 0\.1 s"):
+        case.verify(0.25)
 
 
 def test_a_configuration_is_of_the_file_that_it_lies_beside(tmp_path: Path) -> None:
@@ -183,6 +188,7 @@ NOT_A_PRODUCT: dict[str, tuple[object, str]] = {
     "rank_pattern": ({"rank_pattern": {"to_q": 2}}, "says 2"),
     "no number": ({"lora_alpha": "many"}, "no configuration of a LoRA"),
     "no pattern": ({"alpha_pattern": {"(": 1}}, "no configuration of a LoRA"),
+    "a pattern of copies": ({"alpha_pattern": {"(a{1000}){1000}": 1}}, "no configuration of a LoRA"),
     "no mapping": (["r", 4], "no configuration of a LoRA"),
 }
 
