@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from lora_fuse import hub
 from lora_fuse.hub import locks
-from lora_fuse.machine import Console, files, progress
+from lora_fuse.machine import Console, file_state, files, progress
 from lora_fuse.recipe import Artifacts, Lock, Recipe, Source, paths, records
 from stages.run import PLAIN, run_stage
 
@@ -31,27 +31,33 @@ def download(
     sources: list[Source] = [*([] if loras_only else [recipe.base]), *wanted.values()]
     before = [*([base_before] if base_before else []), *loras_before.values()]
     console.will("download", locks.will_lock(sources, before))
+    seen = file_state.SeenFiles(paths.SEEN)
     # LoRAs first, as they are small: what is wrong with them is found before the base is fetched.
     loras = {
         name: hub.lock_lora(
-            lora, lora.filename, previous=loras_before.get(name), update=update, transfer=recipe.download
+            lora,
+            lora.filename,
+            previous=loras_before.get(name),
+            update=update,
+            transfer=recipe.download,
+            note=seen.note,
         )
         for name, lora in wanted.items()
     }
     pairs = [(loras_before.get(name), lora) for name, lora in loras.items()]
     base: Lock | None = None
     if not loras_only:
-        base = hub.lock_base(recipe.base, previous=base_before, update=update, transfer=recipe.download)
+        base = hub.lock_base(recipe.base, previous=base_before, update=update, transfer=recipe.download, note=seen.note)
         pairs.insert(0, (base_before, base))
     at.write_locks(base, None if base_only else loras)
-    pinned = [lock for _, lock in pairs]
+    seen.write()
     moved = locks.moved(pairs)
-    sizes = {lock.label: lock.size for lock in pinned}
+    sizes = {lock.label: lock.size for _, lock in pairs}
     files.replace_text(at.base_sources if base_only else at.sources, records.to_json(sizes))
+    lines = [locks.checked([lock for _, lock in some]) for some in (pairs[:1], pairs[1:]) if some]
+    lines.append(progress.human_rate(sum(sizes.values()), clock.seconds))
     facts = {"bytes": sizes, "moved": moved, "seconds": clock.seconds}
-    lines = [locks.checked(some) for some in (pinned[:1], pinned[1:]) if some]
-    rate = progress.human_rate(sum(sizes.values()), clock.seconds)
-    console.done("download", *lines, rate, facts=facts, then="dvc repro fuse")
+    console.done("download", *lines, facts=facts, then="dvc repro fuse")
     if update and moved and not console.as_json:
         console.done("update", *moved, facts={})
     return 0

@@ -13,6 +13,7 @@ KEPT = "shards that are finished are kept, artifacts/merged is as it was; `dvc r
 def fuse(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:
     """Write `merged/` and `merged.manifest.json`."""
     base, loras = at.read_locks()
+    inputs = at.hold(base, loras)
     plan = plan_of(base, loras, recipe)
     for warning in cautions(plan, recipe.scheduler_config):
         console.warn(warning)
@@ -29,7 +30,8 @@ def fuse(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -
     shards = f"{len(plan.fused_shards)} of {len(plan.checkpoint.shards)} weight files"
     to_write = f"{progress.human_bytes(nbytes)} to write to {at.merged} on {job.device}"
     console.will("fuse", f"{shards}, {to_write}{progress.estimate(job.label, nbytes)}")
-    fused = job.run(recipe, base, loras)
+    fused = job.run(recipe, base, loras, inputs.states)
+    inputs.keep()
     counts = {
         "targets": len(plan.targets),
         "tensors": len(plan.checkpoint.tensors()),

@@ -20,28 +20,28 @@ KEPT = "the last pictures are as they were, none of this run's is kept; `dvc rep
 
 def regress(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:
     """Write the pictures, the candidates, `metrics.json` and `report.html`; the gate decides on them."""
-    settings = recipe.regress
     base, loras = at.read_locks()
     read_manifest(at.manifest)
     verify = paths.read_object(at.verify, "verify")
-    team = DistributedRenderer(settings.placement, settings.threads)
-    environment.make_deterministic(settings.threads, on_gpu=settings.placement != "cpu")
-    here = environment.environment(settings.placement, settings.dtype)
-    cases = Case.of(recipe)
     setup = pairs.Setup.of(recipe)
-    pairs.check_cases(cases, setup)
-    approved = goldens.Goldens.of(recipe, base).for_run(here.key, [case.name for case in cases])
-    task = render_progress.Task(f"regress {recipe.name} {here.key}", team.share(len(cases)), setup.sides)
-    clock = progress.Stopwatch()
-    console.will("regress", f"{task}{team}, on {here.key}{task.estimate}")
-    plan = plan_of(base, loras, recipe)
-    with render_progress.watching(task) as watch:
-        rendered = team.render(
-            cases, str(here.key), lambda mine: pairs.render_pairs(at.merged, plan, mine, setup, watch)
-        )
-    if rendered is None:  # another process judges and writes
-        return 0
-    judged = judge(recipe, at, setup, here, rendered, approved)
+    cases = Case.of(recipe)
+    with at.held(base, loras, [image for case in cases for image in case.images]):
+        team = DistributedRenderer(setup.placement, recipe.regress.threads)
+        environment.make_deterministic(recipe.regress.threads, on_gpu=setup.placement != "cpu")
+        here = environment.environment(setup.placement, setup.dtype)
+        pairs.check_cases(cases, setup)
+        approved = goldens.Goldens.of(recipe, base).for_run(here.key, [case.name for case in cases])
+        task = render_progress.Task(f"regress {recipe.name} {here.key}", team.share(len(cases)), setup.sides)
+        clock = progress.Stopwatch()
+        console.will("regress", f"{task}{team}, on {here.key}{task.estimate}")
+        plan = plan_of(base, loras, recipe)
+        with render_progress.watching(task) as watch:
+            rendered = team.render(
+                cases, str(here.key), lambda mine: pairs.render_pairs(at.merged, plan, mine, setup, watch)
+            )
+        if rendered is None:  # another process judges and writes
+            return 0
+        judged = judge(recipe, at, setup, here, rendered, approved)
     write_regression(recipe, at, setup, judged, verify, partial(command, at=at))
     verdict = judged.metrics["verdict"]
     facts = {"verdict": verdict, "environment": str(here.key), "report": str(at.report), "seconds": clock.seconds}

@@ -25,15 +25,16 @@ def verify(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN)
         "verify",
         f"derives {rows} of {manifest.targets} targets again, compares the rest{progress.estimate('verify', size)}",
     )
-    found = verify_merge(
-        at.merged,
-        hf_cache.locate(base),
-        paths.lora_inputs(loras, recipe),
-        component=COMPONENT,
-        rows=None if recipe.verify.rows == "all" else recipe.verify.rows,
-        expected=_expectation(recipe, base, manifest),
-        selection=recipe.fuse.selection,
-    )
+    with at.held(base, loras):
+        found = verify_merge(
+            at.merged,
+            hf_cache.locate(base),
+            paths.lora_inputs(loras, recipe),
+            component=COMPONENT,
+            rows=None if recipe.verify.rows == "all" else recipe.verify.rows,
+            expected=_expectation(recipe, base, manifest),
+            selection=recipe.fuse.selection,
+        )
     for problem in check_files(manifest, at.merged):
         found.problem(problem)
     if found.targets != manifest.targets:

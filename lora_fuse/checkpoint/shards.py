@@ -20,7 +20,7 @@ from lora_fuse.checkpoint.header import PREFIX, Header, TensorInfo, header_lengt
 from lora_fuse.checkpoint.quantisation import Quantised, quantised_modules
 from lora_fuse.checkpoint.repository_files import MODEL_INDEX, is_weights, locate, sort_folder
 from lora_fuse.errors import BadCheckpoint
-from lora_fuse.machine import files
+from lora_fuse.machine import file_state, files
 
 PROVENANCE = "lora_fuse"  # the metadata entry of a fused shard: what was fused, as JSON
 
@@ -42,7 +42,8 @@ class Shard:
 class Checkpoint:
     """A base: its shards, and every other file that is taken over with them (POSIX paths below `root`).
 
-    `left` are files that are not, each with the reason; `remarks` are sentences on what is odd and not wrong.
+    `left` are files that are not, each with the reason; `remarks` are sentences on what is odd and not wrong. `states`
+    are those of all its files, by their places on disk, from before they were looked into.
     """
 
     root: Path
@@ -53,6 +54,7 @@ class Checkpoint:
     label: str | None = None  # ``repo@commit``, where it is known; the headers of fused shards say it
     left: Mapping[str, str] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
+    states: Mapping[Path, file_state.FileState] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, TensorInfo]:
         """Every tensor of the component by name."""
@@ -106,7 +108,9 @@ def open_checkpoint(
         BadCheckpoint: there is nothing there, its index and shards contradict each other, or see `sort_files`.
     """
     if root.is_file():
-        return Checkpoint(root, "file", (Shard(root, root.name, read_header(root)),), (), label=label)
+        states = _states([root])
+        shard = Shard(root, root.name, read_header(root))
+        return Checkpoint(root, "file", (shard,), (), label=label, states=states)
     kind: Kind = "pipeline" if (root / MODEL_INDEX).is_file() else "component"
     if kind == "component" and not (root / "config.json").is_file():
         raise BadCheckpoint(
@@ -115,7 +119,8 @@ def open_checkpoint(
         )
     folder = component if kind == "pipeline" else ""
     found = sort_folder(root, folder, files)
-    shards = tuple(Shard(root / name, name, read_header(locate(root, name))) for name in found.shards)
+    states = _states(locate(root, name) for name in (*found.shards, *found.others))
+    shards = tuple(Shard(root / name, name, read_header(root / name)) for name in found.shards)
     if found.missing:
         raise BadCheckpoint(
             f"{root} has no {', '.join(found.missing)}, which its {MODEL_INDEX} names; get a complete copy, or "
@@ -125,10 +130,10 @@ def open_checkpoint(
     if found.index is not None:
         remarks += _check_index(_read(root / found.index)["weight_map"], shards, root / found.index)
     for name in found.others:
-        _refuse_unreadable(locate(root, name))
+        _refuse_unreadable(root / name)
     config = locate(root, PurePosixPath(folder, "config.json").as_posix())
     settings = _read(config) if config.exists() else {}
-    return Checkpoint(root, kind, shards, found.others, settings, label, found.left, tuple(remarks))
+    return Checkpoint(root, kind, shards, found.others, settings, label, found.left, tuple(remarks), states)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -144,6 +149,12 @@ def _asks_for_code(root: Path, names: Iterable[str]) -> list[str]:
                 asked += asked_code(name, json.loads(files.read_bytes(path)))
     more = f" (and {len(asked) - 1} more)" if len(asked) > 1 else ""
     return [f"{asked[0]}{more}: a fuse runs no code, download and pictures refuse the base"] if asked else []
+
+
+def _states(paths: Iterable[Path]) -> dict[Path, file_state.FileState]:
+    """The states of files; who opens one that is not there says so."""
+    found = ((path, file_state.state_of(path)) for path in paths)
+    return {path: state for path, state in found if state is not None}
 
 
 def _refuse_unreadable(path: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from lora_fuse.checkpoint import Checkpoint, Header, Shard, TensorInfo, dtypes
 from lora_fuse.errors import BadCheckpoint
-from lora_fuse.machine import FileRecord, HashingWriter
+from lora_fuse.machine import FileRecord, direct_io
 
 BLOCK = 8 << 20  # bytes read at once
 
@@ -48,7 +48,7 @@ def write_single_file(
         BadCheckpoint: ComfyUI's names of such a model are not known, or a shard is not what its header says.
     """
     tensors = _tensors(checkpoint)
-    with HashingWriter(path, progress, direct=False) as file:
+    with direct_io.HashingWriter(path, progress, direct=False) as file:
         file.append(_header(tensors, metadata))
         for tensor, shard in tensors:
             for block in _read(tensor, shard):

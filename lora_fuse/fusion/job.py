@@ -20,7 +20,7 @@ from lora_fuse.fusion.manifest import build_manifest, manifest_path
 from lora_fuse.fusion.merge import bytes_to_copy, bytes_to_write, write_merged
 from lora_fuse.fusion.plan import Plan
 from lora_fuse.fusion.taking_over import ways_of
-from lora_fuse.machine import files, progress
+from lora_fuse.machine import file_state, files, progress
 from lora_fuse.recipe import Lock, Manifest, checkout, records
 
 if TYPE_CHECKING:  # parameters are models of pydantic, and a plain fuse has none
@@ -100,9 +100,16 @@ class FuseJob:
         return bytes_to_write(self.plan) + sum(bytes_to_copy(self.plan, self._ways).values())
 
     def run(
-        self, recipe: Recipe | None = None, base: Lock | None = None, loras: Mapping[str, Lock] | None = None
+        self,
+        recipe: Recipe | None = None,
+        base: Lock | None = None,
+        loras: Mapping[str, Lock] | None = None,
+        states: file_state.FileStates | None = None,
     ) -> Fused:
         """Write the merge and its manifest, and show progress; the locks say where base and LoRAs came from.
+
+        `states` are those in which the base's files were what the lock says, see `write_merged`; without them its
+        files are hashed.
 
         Raises:
             NoSpace, Busy, Refused: see `write_merged`.
@@ -122,11 +129,13 @@ class FuseJob:
                 self.out,
                 device=self.device,
                 generated=self.generated,
-                known=base.files if base else {},
+                known=base.files if base and states else {},
                 progress=advance,
                 untouched=self.untouched,
                 replace=self._destination.replace,
                 beside=beside,
+                states=states,
+                hash_inputs=recipe is not None and recipe.fuse.inputs == "hash",
             )
         return replace(written[0], linked=tuple(self._linked()))
 

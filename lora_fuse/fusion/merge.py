@@ -5,24 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import astuple
 from pathlib import Path
 
 from threadpoolctl import threadpool_limits
 
 from lora_fuse.checkpoint import PROVENANCE, Shard
-from lora_fuse.errors import BadCheckpoint, BadLora, Refused
+from lora_fuse.errors import BadCheckpoint, Refused
 from lora_fuse.fusion.destination import Destination
 from lora_fuse.fusion.plan import Plan
-from lora_fuse.fusion.stream import FuseOptions, Progress, Stopped, fuse_shard
+from lora_fuse.fusion.stream import FuseOptions, Progress, Stopped, fuse_shard, refuse_other_content
 from lora_fuse.fusion.taking_over import Ways, take_over, ways_of
-from lora_fuse.machine import FileRecord, direct_io, files, space, staging
+from lora_fuse.machine import FileRecord, direct_io, file_state, files, space, staging
 from lora_fuse.recipe import records
 
 ENGINE = 1  # to be raised when the same inputs give other bytes
 Beside = Callable[[Mapping[str, records.MergedFile]], Mapping[Path, str]]
-_Identity = tuple[int, int, int]  # of a file: size, time of change, inode
 
 
 def write_merged(  # noqa: PLR0913 - by keyword, each is a choice of its own
@@ -36,13 +37,16 @@ def write_merged(  # noqa: PLR0913 - by keyword, each is a choice of its own
     untouched: files.Untouched = "auto",
     replace: bool = False,
     beside: Beside = lambda _: {},
+    states: file_state.FileStates | None = None,
+    hash_inputs: bool = False,
 ) -> dict[str, records.MergedFile]:
     """Write the merged checkpoint of the same kind as the base to `out`, replacing what was there.
 
     The bytes do not depend on the device. `generated` are files of a pipeline whose content is given here instead of
-    the base's, by POSIX path; `known` are the base's files whose sha256 a lock has, so that they are not hashed again.
-    `replace` is that of `Destination`; `beside` makes the texts that are put beside the result right after it, of its
-    files.
+    the base's, by POSIX path; `known` are the base's files whose sha256 a lock has: they are not hashed again, or with
+    `hash_inputs` all are, as they are read, and have to be those. `replace` is that of `Destination`; `beside` makes
+    the texts that are put beside the result right after it, of its files. All inputs have to stay as they were when the
+    plan was made, or as `states` has them from before: that is told of links to them that were made here.
 
     Returns:
         Every file of the result by POSIX path.
@@ -51,7 +55,7 @@ def write_merged(  # noqa: PLR0913 - by keyword, each is a choice of its own
         NoSpace: the disk has less room than the result needs; nothing was written.
         Refused: `out` may not be replaced, see `Destination.check`; nothing was written.
         Busy: another process is writing the same result.
-        Refused: the base or a LoRA turned out to be broken; `out` is as it was.
+        Refused: the base or a LoRA turned out to be broken, or changed meanwhile; `out` is as it was.
     """
     destination = Destination.at(out, replace=replace)
     destination.check(plan, generated)
@@ -62,15 +66,15 @@ def write_merged(  # noqa: PLR0913 - by keyword, each is a choice of its own
     need = to_write + sum(to_copy.values()) + space.SPARE
     space.require(files.nearest_folder(place), need, "the merged checkpoint", "make room, or write OUT on another disk")
     try:
-        shards = {shard.relative: _identity(shard.path) for shard in plan.fused_shards}
-        loras = {lora.path: _identity(lora.path) for lora in plan.loras}
-        with staging.staging_folder(place, _key(plan, shards)) as staged:
-            way = FuseOptions(device, direct=direct_io.too_large_to_cache(to_write))
-            written = _fuse_shards(plan, staged, way, shards, progress)
-            for name, record in _place_others(plan, staged, generated, known, ways):
+        states = _watched(plan, states)
+        pinned = {name: record.sha256 for name, record in known.items()} if hash_inputs else {}
+        with staging.staging_folder(place, _key(plan, states, pinned)) as staged:
+            way = FuseOptions(device, direct=direct_io.too_large_to_cache(to_write), pinned=pinned)
+            written = _fuse_shards(plan, staged, way, states, progress)
+            for name, record in _place_others(plan, staged, generated, known, pinned, ways, states):
                 written[name] = record
                 progress(to_copy.get(name, 0))
-            _refuse_changed(loras)
+            _refuse_changed(states)
             destination.check(plan, generated)  # it took a while
             new = staged.files
             if plan.checkpoint.kind == "file":
@@ -78,28 +82,40 @@ def write_merged(  # noqa: PLR0913 - by keyword, each is a choice of its own
                 new = new / name
                 written = {destination.out.name: record}
             merged = dict(sorted(written.items()))
-            with files.prepared(beside(merged)) as put_beside:
-                staging.replace_atomically(new, place)
-                put_beside()
+            _replace(new, place, beside(merged), states)
     except OSError as error:
         raise Refused(f"cannot write {out}: {error.strerror} ({error.filename or out}); it is as it was") from error
     return merged
 
 
-def _refuse_changed(loras: Mapping[Path, _Identity]) -> None:
-    for path, before in loras.items():
-        if _identity(path) != before:
-            raise BadLora(f"{path} changed while it was read; run again when nothing writes to it")
+def _replace(new: Path, place: Path, beside: Mapping[Path, str], states: file_state.FileStates) -> None:
+    """Put the new result and the texts beside it in their places, and remove the old one with its links to the base."""
+    with files.prepared(beside) as put_beside:
+        staging.replace_atomically(new, place)
+        put_beside()
+    with states.linking(), suppress(OSError):  # it may be another user's
+        staging.remove(new)
 
 
-def _key(plan: Plan, shards: Mapping[str, _Identity]) -> str:
-    """A hash of all that the bytes of fused shards depend on; a base shard is known by what `stat` says of it."""
+def _watched(plan: Plan, states: file_state.FileStates | None) -> file_state.FileStates:
+    """The states of all that is read: those that were given, and for other files those of the plan."""
+    watched = states or file_state.FileStates()
+    for path, state in (*plan.checkpoint.states.items(), *((lora.path, lora.state) for lora in plan.loras)):
+        watched.add(path, state)
+    return watched
+
+
+def _refuse_changed(states: file_state.FileStates, paths: Iterable[Path] | None = None) -> None:
+    for path in states.changed(paths):
+        if not path.exists():
+            raise BadCheckpoint(f"{path} is not there any more; fetch it again")
+        raise Refused(f"{path} changed while it was read; run again when nothing writes to it")
+
+
+def _key(plan: Plan, states: file_state.FileStates, pinned: Mapping[str, str]) -> str:
+    """A hash of all that the bytes of fused shards depend on; a base shard is known by its state, or also pinned."""
+    shards = {shard.relative: [*astuple(states[shard.path]), pinned.get(shard.relative)] for shard in plan.fused_shards}
     return hashlib.sha256(json.dumps([ENGINE, plan.provenance, shards]).encode()).hexdigest()
-
-
-def _identity(path: Path) -> _Identity:
-    info = _stat(path)
-    return info.st_size, info.st_mtime_ns, info.st_ino
 
 
 def bytes_to_write(plan: Plan) -> int:
@@ -117,7 +133,7 @@ def bytes_to_copy(plan: Plan, ways: Ways) -> dict[str, int]:
 
 
 def _fuse_shards(
-    plan: Plan, place: staging.StagingFolder, way: FuseOptions, shards: Mapping[str, _Identity], progress: Progress
+    plan: Plan, place: staging.StagingFolder, way: FuseOptions, states: file_state.FileStates, progress: Progress
 ) -> dict[str, records.MergedFile]:
     """Fuse the shards that change, several at a time; those that a killed run has finished are not made again."""
     done = place.keep_finished([shard.relative for shard in plan.fused_shards])
@@ -127,8 +143,7 @@ def _fuse_shards(
             progress(done[shard.relative].size)
             return done[shard.relative]
         record = fuse_shard(shard, plan.targets, place.place(shard.relative), way, plan.provenance, progress)
-        if _identity(shard.path) != shards[shard.relative]:
-            raise BadCheckpoint(f"{shard.path} changed while it was read; run again when nothing writes to it")
+        _refuse_changed(states, [shard.path])
         place.finish(shard.relative, record)
         return record
 
@@ -156,16 +171,25 @@ def _place_others(
     place: staging.StagingFolder,
     generated: Mapping[str, bytes],
     known: Mapping[str, FileRecord],
+    pinned: Mapping[str, str],
     ways: Ways,
+    states: file_state.FileStates,
 ) -> Iterator[tuple[str, records.MergedFile]]:
-    """Place the base's unchanged files and the generated ones, one by one."""
+    """Place the base's unchanged files and the generated ones, one by one; hashed is what was placed."""
     fused = {shard.relative for shard in plan.fused_shards}
     same = [shard.relative for shard in plan.checkpoint.shards if shard.relative not in fused]
     for name in [*same, *plan.checkpoint.others]:
+        source = plan.checkpoint.locate(name)
+        placed = source
         if name not in generated:
-            source = plan.checkpoint.locate(name)
-            record = known.get(name) or files.hash_file(source)
-            take_over(source, place.place(name), ways[name])
+            placed = place.place(name)
+            take_over(source, placed, ways[name], states)
+        if name in pinned or name not in known:
+            record = files.hash_file(placed)
+            refuse_other_content(source, record.sha256, pinned.get(name, record.sha256))
+        else:
+            record = known[name]
+        if name not in generated:
             yield name, records.MergedFile(record.size, record.sha256, "base")
     for name, content in generated.items():
         place.place(name).write_bytes(content)

@@ -30,7 +30,7 @@ class ScaledDelta:
         """Read its tensors.
 
         Raises:
-            BadLora: the file cannot be read, or ended early.
+            BadLora: see `LoraFile.read`.
         """
         return make_delta(self.delta.format.algorithm, self.lora.read(self.delta), self.delta.factor, self.scale)
 
@@ -85,10 +85,13 @@ class Plan:
         return sum(len(lora.deltas) for lora in self.loras)
 
 
-def make_plan(checkpoint: Checkpoint, inputs: Sequence[LoraInput], selection: Selection | None = None) -> Plan:
+def make_plan(
+    checkpoint: Checkpoint, inputs: Sequence[LoraInput], selection: Selection | None = None, *, digests: bool = False
+) -> Plan:
     """Match every LoRA against the base.
 
-    LoRAs are summed in the order of their sha256, so the order on a command line cannot show in the result.
+    LoRAs are summed in the order of their sha256, so the order on a command line cannot show in the result. `digests`
+    are those of `LoraFile`.
 
     Raises:
         BadScale: a scale is not finite.
@@ -102,7 +105,7 @@ def make_plan(checkpoint: Checkpoint, inputs: Sequence[LoraInput], selection: Se
     for given in inputs:
         if not math.isfinite(given.scale):
             raise BadScale(f"the scale of {given.name} is {given.scale}, not a finite number; 1.0 is the usual one")
-    loras = tuple(open_lora(given.path) for given in inputs)
+    loras = tuple(open_lora(given.path, digests=digests) for given in inputs)
     weights = checkpoint.tensors()
     deltas: dict[str, list[ScaledDelta]] = {}
     for given, lora in sorted(zip(inputs, loras, strict=True), key=_order):
@@ -121,9 +124,20 @@ def make_plan(checkpoint: Checkpoint, inputs: Sequence[LoraInput], selection: Se
 
 
 def plan_of(base: Lock, loras: Mapping[str, Lock], params: Recipe) -> Plan:
-    """Match the pinned LoRAs against the pinned base, as the recipe chooses and scales them."""
+    """Match the pinned LoRAs against the pinned base, as the recipe chooses and scales them.
+
+    Raises:
+        BadSource: a LoRA is not what its lock says, by the bytes that were read.
+    """
     checkpoint = open_checkpoint(hf_cache.locate(base), COMPONENT, base.files, base.label if base.repo_id else None)
-    return make_plan(checkpoint, paths.lora_inputs(loras, params), params.fuse.selection)
+    inputs = paths.lora_inputs(loras, params)
+    plan = make_plan(checkpoint, inputs, params.fuse.selection, digests=params.fuse.inputs == "hash")
+    for given, lora in zip(inputs, plan.loras, strict=True):
+        for name, record in loras[given.name].files.items():
+            sha256 = lora.config_sha256 if name.endswith(".json") else lora.sha256
+            if sha256 != record.sha256:
+                raise hf_cache.other_content(loras[given.name], name, sha256)
+    return plan
 
 
 def _order(pair: tuple[LoraInput, LoraFile]) -> tuple[str, str, float]:

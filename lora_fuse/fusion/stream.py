@@ -8,22 +8,24 @@ for the same cores. Memory does not grow with the model.
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 from lora_fuse.checkpoint import PROVENANCE, Shard
-from lora_fuse.errors import BadCheckpoint
+from lora_fuse.errors import BadCheckpoint, Rerun
 from lora_fuse.fusion.adder import Adder, read_sum
 from lora_fuse.fusion.pieces import BUFFER, pieces
 from lora_fuse.fusion.plan import Target
 from lora_fuse.lora import NotFinite
-from lora_fuse.machine import FileRecord, HashingWriter, direct_io
+from lora_fuse.machine import FileRecord, direct_io
 
 WORKERS = 4  # at most, of a shard: a single thread hashes it, and more are not needed to keep that one busy
 SHARDS = 3  # at a time, at most: each has buffers of its own, some 200 MB
@@ -45,10 +47,14 @@ class Stopped(Exception):
 
 @dataclass(frozen=True, slots=True)
 class FuseOptions:
-    """Options that the bytes do not depend on: the device, writing past the cache, and an event that stops the run."""
+    """Options that the bytes do not depend on: the device, writing past the cache, and an event that stops the run.
+
+    `pinned` are the sha256 that files of the base have to have as they are read, by POSIX path; others are not hashed.
+    """
 
     device: str
     direct: bool
+    pinned: Mapping[str, str] = field(default_factory=dict)
     stop: Event = field(default_factory=Event)
 
     @property
@@ -72,14 +78,15 @@ def fuse_shard(
     """Write the merged shard to `to`, hashing on the way; `provenance` goes into its header.
 
     Raises:
-        BadCheckpoint: the base shard cannot be read, ended early (it changed since its header was read), or holds NaN
-            or infinity where something is added; or a sum is too large for its dtype.
+        BadCheckpoint: the base shard cannot be read, ended early (it changed since its header was read), is not what
+            it is pinned to, or holds NaN or infinity where something is added; or a sum is too large for its dtype.
         Stopped: `way.stop` was set.
     """
     slots = [Buffer() for _ in range(2 * way.workers + 2)]
+    pin = _Pin(way.pinned.get(shard.relative), hashlib.sha256(shard.header.raw))
     with (
         direct_io.open_shard(shard.path) as source,
-        HashingWriter(to, progress, way.direct) as output,
+        direct_io.HashingWriter(to, progress, way.direct) as output,
         _pinned(way.device, slots),
         _threads(way.workers) as (reader, workers, packer),
     ):
@@ -90,7 +97,7 @@ def fuse_shard(
                 raise Stopped
             if slot.busy is not None:
                 slot.busy.result()
-            data = reader.submit(direct_io.read_exactly, source, slot.memory, at, piece.nbytes)
+            data = reader.submit(pin.read, source, slot.memory, at, piece.nbytes)
             if piece.target is not None:
                 if piece.first_row == 0:  # the pieces of one target come one after another
                     adder = read_sum(piece.target, way.device)
@@ -100,7 +107,41 @@ def fuse_shard(
         for slot in slots:
             if slot.busy is not None:
                 slot.busy.result()
+        pin.check(shard.path)
         return output.finish()
+
+
+@dataclass(frozen=True, slots=True)
+class _Pin:
+    """The sha256 that a shard has to have, None for any, and the hash of header and bytes that were read so far."""
+
+    wanted: str | None
+    read_so_far: Any
+
+    def read(self, source: direct_io.Reader, memory: memoryview, start: int, nbytes: int) -> memoryview:
+        """Read the next bytes, before anything is added to them."""
+        data = direct_io.read_exactly(source, memory, start, nbytes)
+        if self.wanted is not None:
+            self.read_so_far.update(data)
+        return data
+
+    def check(self, path: Path) -> None:
+        if self.wanted is not None:
+            refuse_other_content(path, self.read_so_far.hexdigest(), self.wanted)
+
+
+def refuse_other_content(path: Path, sha256: str, wanted: str) -> None:
+    """Refuse a file of the base whose bytes, as they were read, are not those that were pinned.
+
+    Raises:
+        BadCheckpoint: they are not.
+    """
+    if sha256 != wanted:
+        raise BadCheckpoint(
+            f"{path} is not what was locked: read were bytes of sha256 {sha256}, the lock says {wanted}; run the "
+            "download stage",
+            rerun=Rerun("download", force=True),
+        )
 
 
 def _add(target: Target, adder: Adder, first: int, read: Future[memoryview]) -> memoryview:

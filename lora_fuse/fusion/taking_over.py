@@ -7,6 +7,7 @@ read-only files only. Those of the Hub client's cache are made so, as the client
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import BadCheckpoint
 from lora_fuse.fusion.plan import Plan
-from lora_fuse.machine import files
+from lora_fuse.machine import file_state, files
 from lora_fuse.recipe import hf_cache
 
 Ways = Mapping[str, files.Untouched]
@@ -46,13 +47,19 @@ def ways_of(plan: Plan, place: Path, untouched: files.Untouched) -> Ways:
     return ways
 
 
-def take_over(given: Path, target: Path, way: files.Untouched) -> None:
-    """Make `target` a file with the content of a base's, through links; a hard link to the cache is read-only."""
+def take_over(given: Path, target: Path, way: files.Untouched, states: file_state.FileStates) -> None:
+    """Make `target` a file with the content of a base's, through links; a hard link to the cache is read-only.
+
+    The `states` of the base's files are told of the link.
+    """
     source = given.resolve()
-    if way == "hardlink" and _is_cached(given):
-        with suppress(OSError):  # another user's: see below
-            files.make_read_only(source)
-        way = "auto"  # a hard link if it is read-only now, or else a copy
+    if way == "hardlink":
+        with states.linking([given]), suppress(OSError):  # another filesystem, or another user's file
+            if _is_cached(given):
+                files.make_read_only(source)
+            os.link(source, target)
+            return
+        way = "copy"
     files.take_over(source, target, way)
 
 

@@ -15,10 +15,11 @@ from lora_fuse.hub.sources import (
     FileSource,
     VerifiedFiles,
     check_records,
+    ignored,
     open_folder,
     take_pipeline,
 )
-from lora_fuse.machine import FileRecord, progress
+from lora_fuse.machine import FileRecord, file_state, progress
 from lora_fuse.recipe import Lock, Source, hf_cache, sections
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def lock_base(
     offline: bool = False,
     update: bool = False,
     transfer: sections.DownloadParams = DEFAULT_TRANSFER,
+    note: file_state.Note = ignored,
 ) -> Lock:
     """Pin a diffusers pipeline, and have its files on this machine.
 
@@ -47,13 +49,14 @@ def lock_base(
         offline: use no network, as with `HF_HUB_OFFLINE`: a repository must be locked and here already.
         update: take the commit that the revision means now, whatever is locked.
         transfer: parallel files and the time limit of a fetch.
+        note: told of every file that was hashed, and of its state then.
 
     Raises:
         BadSource: the source cannot be had, is no such pipeline, has weights only as pickles, or sends other
             bytes than its Hub promises, twice.
         NoSpace: the disk has no room for it.
     """
-    return _lock(source, previous, take_pipeline, offline or is_offline(), update, transfer)
+    return _lock(source, previous, take_pipeline, offline or is_offline(), update, transfer, note)
 
 
 def lock_lora(
@@ -64,6 +67,7 @@ def lock_lora(
     offline: bool = False,
     update: bool = False,
     transfer: sections.DownloadParams = DEFAULT_TRANSFER,
+    note: file_state.Note = ignored,
 ) -> Lock:
     """Pin one LoRA, and have it on this machine: a file, or a PEFT folder's weights and configuration.
 
@@ -90,11 +94,11 @@ def lock_lora(
     def take(taken: VerifiedFiles) -> None:
         taken.take(repository_files.lora_files(name, taken.source.files, taken.source.label))
 
-    return _lock(source, previous, take, offline or is_offline(), update, transfer)
+    return _lock(source, previous, take, offline or is_offline(), update, transfer, note)
 
 
-def verify_files(root: Path, files: Mapping[str, FileRecord]) -> None:
-    """Hash every file again.
+def verify_files(root: Path, files: Mapping[str, FileRecord], note: file_state.Note = ignored) -> None:
+    """Hash every file again; `note` is told of each.
 
     Raises:
         BadSource: a file cannot be read, or has another size or sha256 than its record.
@@ -104,7 +108,7 @@ def verify_files(root: Path, files: Mapping[str, FileRecord]) -> None:
         words = f"{name} in {root} is not what was locked: {difference}; run the download stage"
         return BadSource(words, rerun=Rerun("download", force=True))
 
-    check_records({name: root / name for name in files}, files, refusal, root)
+    check_records({name: root / name for name in files}, files, refusal, root, note)
 
 
 def will_lock(sources: Sequence[Source], previous: Sequence[Lock]) -> str:
@@ -159,13 +163,14 @@ def _lock(
     offline: bool,
     update: bool,
     transfer: sections.DownloadParams,
+    note: file_state.Note,
 ) -> Lock:
     asked = (source.repo_id, source.path, source.revision)
     kept = previous if previous and asked == (previous.repo_id, previous.path, previous.requested) else None
     opening: AbstractContextManager[FileSource]
     if source.repo_id is None:
         opening = nullcontext(open_folder(Path(str(source.path))))
-    elif kept and kept.files and not update and _is_whole(kept, complain=offline):
+    elif kept and kept.files and not update and _is_whole(kept, note, complain=offline):
         return kept
     elif offline and update:
         raise BadSource(f"an update asks the Hub what {source.label} has now; unset HF_HUB_OFFLINE for it")
@@ -177,7 +182,7 @@ def _lock(
         pinned = kept.revision if kept and not update else source.revision
         opening = open_repository(source.repo_id, pinned, transfer)
     with opening as files:
-        taken = VerifiedFiles(files)
+        taken = VerifiedFiles(files, note)
         if kept and kept.files and kept.repo_id and kept.revision == files.commit and not update:
             taken.take(kept.files)  # what is locked stays locked, whatever would be chosen of that commit by now
         else:
@@ -188,9 +193,9 @@ def _lock(
     return Lock(source.repo_id, source.path, source.revision, files.commit, records, files.license)
 
 
-def _is_whole(lock: Lock, *, complain: bool) -> bool:
+def _is_whole(lock: Lock, note: file_state.Note, *, complain: bool) -> bool:
     try:
-        verify_files(hf_cache.locate(lock), lock.files)
+        verify_files(hf_cache.locate(lock), lock.files, note)
     except BadSource:
         if complain:
             raise

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,15 +15,13 @@ from typing import TYPE_CHECKING
 
 from lora_fuse.checkpoint import fitness, repository_files
 from lora_fuse.errors import BadSource
-from lora_fuse.machine import FileRecord, files, progress, text
+from lora_fuse.machine import FileRecord, file_state, files, progress, text
 from lora_fuse.models import COMPONENT
 from lora_fuse.recipe import License, stated_licence
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from contextlib import AbstractContextManager
-
-BLOCK = 1 << 20  # bytes read at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +62,16 @@ def open_folder(root: Path) -> FileSource:
     return FileSource(str(root), None, sizes, stated_licence.read_license(root), lambda *_: root)
 
 
+def ignored(_: Path, __: file_state.FileState, ___: FileRecord) -> None:
+    """Take no note of a file that was hashed."""
+
+
 @dataclass(slots=True)
 class VerifiedFiles:
-    """Files taken from a source so far, by POSIX path; each is as the source lists it."""
+    """Files taken from a source so far, by POSIX path; each is as the source lists it, and `note` is told of it."""
 
     source: FileSource
+    note: file_state.Note = ignored
     records: dict[str, FileRecord] = field(default_factory=dict)
     _root: Path = Path()
 
@@ -98,11 +100,11 @@ class VerifiedFiles:
 
     def _checked(self, name: str, advance: Callable[[int], None]) -> FileRecord:
         expected = self.source.files[name]
-        result = examine(self._root / name, expected, advance, self._root)
+        result = examine(self._root / name, expected, advance, self._root, self.note)
         if isinstance(result, str) and self.source.commit:
             text.say(f"download: {name} of {self.source.label}: {result}; fetching it again", sys.stderr)
             self.source.fetch([name], True)
-            result = examine(self._root / name, expected, lambda _: None, self._root)
+            result = examine(self._root / name, expected, lambda _: None, self._root, self.note)
         if isinstance(result, str):
             advice = "it was fetched twice, so report it to its owner" if self.source.commit else "mend the folder"
             raise BadSource(f"{name} of {self.source.label}: {result}; {advice}")
@@ -154,36 +156,35 @@ def refuse_missing(names: Iterable[str], files: Mapping[str, ExpectedFile], labe
 
 
 def examine(
-    path: Path, expected: ExpectedFile, advance: Callable[[int], None], root: Path | None = None
+    path: Path,
+    expected: ExpectedFile,
+    advance: file_state.Advance,
+    root: Path | None = None,
+    note: file_state.Note = ignored,
 ) -> FileRecord | str:
     r"""Hash a file: its record, or a few words on how it differs from what was expected.
 
-    It is a regular file, and no link leads it out of `root`, where that is given (`files.inside`).
-    The git id of a file is the SHA-1 of ``blob SIZE\0`` and its content (git-scm.com/book, "Git Objects").
+    It is a regular file, and no link leads it out of `root`, where that is given (`files.inside`); `note` is told of
+    one that is as expected. The git id of a file is the SHA-1 of ``blob SIZE\0`` and its content
+    (git-scm.com/book, "Git Objects").
     """
-    sha256 = hashlib.sha256()
     try:
         if root is not None:
             files.inside(root, path.relative_to(root).as_posix())
-        with files.open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            blob = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-            while block := file.read(BLOCK):
-                sha256.update(block)
-                if expected.blob_id:
-                    blob.update(block)
-                advance(len(block))
+        blob = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+        record, state = file_state.hash_steady(path, advance, *([blob] if expected.blob_id else []))
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
     pairs = (
-        ("size", expected.size, size),
-        ("sha256", expected.sha256, sha256.hexdigest()),
+        ("size", expected.size, record.size),
+        ("sha256", expected.sha256, record.sha256),
         ("git blob", expected.blob_id, blob.hexdigest()),
     )
     for what, wanted, got in pairs:
         if wanted is not None and wanted != got:
             return f"{what} {got}, expected {wanted}"
-    return FileRecord(size, sha256.hexdigest())
+    note(path, state, record)
+    return record
 
 
 def check_records(
@@ -191,16 +192,22 @@ def check_records(
     records: Mapping[str, FileRecord],
     refusal: Callable[[str, str], Exception],
     root: Path | None = None,
+    note: file_state.Note = ignored,
 ) -> None:
-    """Hash files in the order of their names, and raise the `refusal` for the first that differs from its record.
+    """Hash files, several at a time, and raise the `refusal` for the first by name that differs from its record.
 
-    `refusal` makes the error of the file's name and a few words on how it differs; `root` is that of `examine`.
+    `refusal` makes the error of the file's name and a few words on how it differs; `root` and `note` are those of
+    `examine`.
     """
+
+    def check(name: str, advance: file_state.Advance) -> None:
+        expected = ExpectedFile(records[name].size, records[name].sha256)
+        result = examine(paths[name], expected, advance, root, note)
+        if isinstance(result, str):
+            raise refusal(name, result)
+
     with hashing(sum(record.size for record in records.values())) as advance:
-        for name, path in sorted(paths.items()):
-            result = examine(path, ExpectedFile(records[name].size, records[name].sha256), advance, root)
-            if isinstance(result, str):
-                raise refusal(name, result)
+        file_state.in_threads(check, sorted(paths), advance)
 
 
 def hashing(total: int) -> AbstractContextManager[Callable[[int], None]]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from lora_fuse.lora.key_formats import PEFT_PREFIX
 from lora_fuse.lora.key_parser import LoraDelta, parse_lora
 from lora_fuse.lora.peft_fields import DEFAULT_ALPHA
 from lora_fuse.lora.scaling import NOWHERE
-from lora_fuse.machine import files
+from lora_fuse.machine import file_state, files
 
 BLOCK = 1 << 26  # bytes that are looked at at once
 INTEGERS = {name for name, dtype in dtypes.DTYPES.items() if not dtype.is_float and name != "BOOL"}
@@ -30,18 +32,21 @@ INTEGERS = {name for name, dtype in dtypes.DTYPES.items() if not dtype.is_float 
 class LoraFile:
     """An opened LoRA: its header, the deltas that it holds, and the sha256 of the whole file.
 
-    Of a PEFT folder that is its weights' file. `config_sha256` is of the `adapter_config.json` that counts, `remarks`
-    are the names of header entries of which nothing is known, `expressions` the places outside the tensors whose
-    patterns are more than names.
+    Of a PEFT folder that is its weights' file, which was in `state` when it was hashed and has to stay so. `digests`
+    are the sha256 of its tensors, if they are to be compared when they are read. `config_sha256` is of the
+    `adapter_config.json` that counts, `remarks` are the names of header entries of which nothing is known,
+    `expressions` the places outside the tensors whose patterns are more than names.
     """
 
     path: Path
     header: Header
     deltas: tuple[LoraDelta, ...]
     sha256: str
+    state: file_state.FileState
     config_sha256: str | None = None
     remarks: tuple[str, ...] = ()
     expressions: tuple[str, ...] = ()
+    digests: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def missing_alphas(self) -> dict[int, float]:
@@ -57,29 +62,70 @@ class LoraFile:
         return {rank: alpha for rank, alpha in sorted(usual.items()) if rank is not None and alpha is not None}
 
     def read(self, delta: LoraDelta) -> dict[str, npt.NDArray[np.float64]]:
-        """The tensors of a delta by role, widened to float64 (exact for every dtype that a LoRA may have)."""
+        """The tensors of a delta by role, widened to float64 (exact for every dtype that a LoRA may have).
+
+        Raises:
+            BadLora: the file cannot be read, or is not any more what was hashed.
+        """
         tensors = {role: self.header.tensors[key] for role, key in delta.keys.items()}
-        return {role: _read(self.path, tensor).astype(np.float64) for role, tensor in tensors.items()}
+        with _opened(self.path, self.state) as file:
+            found = {
+                role: _read(self.path, file, tensor, self.digests.get(tensor.name)) for role, tensor in tensors.items()
+            }
+        return {role: values.astype(np.float64) for role, values in found.items()}
 
 
-def _read(path: Path, tensor: TensorInfo, allowed: Collection[str] = dtypes.ROUNDABLE) -> npt.NDArray[Any]:
-    if tensor.dtype not in allowed:
-        raise BadLora(f"{path}: {tensor.name!r} is {tensor.dtype}; a LoRA holds {', '.join(dtypes.ROUNDABLE)}")
+@contextmanager
+def _opened(path: Path, state: file_state.FileState) -> Iterator[BufferedReader]:
+    """The file, which is in a state and has to be in it still when it was read."""
     try:
         with files.open_regular(path) as file:
-            file.seek(tensor.start)
-            data = file.read(tensor.nbytes)
+            yield file
+            if file_state.FileState.of(os.fstat(file.fileno())) != state:
+                raise BadLora(f"{path} changed while it was read; run again when nothing writes to it")
     except OSError as error:
         raise BadLora(f"{path} cannot be read ({error.strerror}); check the disk or fetch it again") from error
+
+
+def _read(
+    path: Path,
+    file: BufferedReader,
+    tensor: TensorInfo,
+    digest: bytes | None = None,
+    allowed: Collection[str] = dtypes.ROUNDABLE,
+) -> npt.NDArray[Any]:
+    """The values of a tensor, which have the sha256 `digest` if that is given."""
+    if tensor.dtype not in allowed:
+        raise BadLora(f"{path}: {tensor.name!r} is {tensor.dtype}; a LoRA holds {', '.join(dtypes.ROUNDABLE)}")
+    file.seek(tensor.start)
+    data = file.read(tensor.nbytes)
     if len(data) < tensor.nbytes:
         raise BadLora(f"{path} ended {tensor.nbytes - len(data)} bytes early: it changed while it was read")
+    if digest is not None and hashlib.sha256(data).digest() != digest:
+        raise BadLora(f"{path}: {tensor.name!r} is read as other bytes than before; check the disk, fetch it again")
     return np.frombuffer(data, dtype=dtypes.DTYPES[tensor.dtype].numpy).reshape(tensor.shape)
 
 
-def open_lora(path: Path) -> LoraFile:
+def _hash(file: BufferedReader, header: Header, *, digests: bool) -> tuple[str, dict[str, bytes]]:
+    """The sha256 of the whole file, with the header that was parsed, and if asked for of the bytes of each tensor."""
+    whole = hashlib.sha256(header.raw)
+    parts = {}
+    file.seek(len(header.raw))
+    for tensor in header.tensors.values():  # they leave no hole
+        part = hashlib.sha256()
+        for start in range(0, tensor.nbytes, BLOCK):
+            block = file.read(min(BLOCK, tensor.nbytes - start))
+            for digest in (whole, part) if digests else (whole,):
+                digest.update(block)
+        parts[tensor.name] = part.digest()
+    return whole.hexdigest(), parts if digests else {}
+
+
+def open_lora(path: Path, *, digests: bool = False) -> LoraFile:
     """Open a LoRA file, or a PEFT folder with `adapter_config.json` and `adapter_model.safetensors`.
 
     An `adapter_config.json` beside a file counts too, see `lora_fuse.checkpoint.repository_files.config_beside`.
+    `digests` are those of `LoraFile`.
 
     Raises:
         BadLora: it is missing, is not safetensors, is truncated, holds NaN, its keys do not add up, or something that
@@ -87,33 +133,37 @@ def open_lora(path: Path) -> LoraFile:
     """
     file, config_file = _files(path)
     try:
+        state = file_state.state_of(file)
         header = read_header(file)
     except BadCheckpoint as error:
         raise BadLora(f"LoRA: {error}") from error
+    if state is None:  # it was not there yet a moment ago
+        raise BadLora(f"LoRA: no such file: {file}")
     entries = read_entries(header.metadata, header.tensors, str(file))
     stated = list(entries.stated)
     config = b""
     if config_file is not None:
         config = _read_config(config_file)
         stated += parse_adapter_config(config.decode(), str(config_file), config_file.name)
-    alphas = {name: _scalar(file, tensor) for name, tensor in header.tensors.items() if name.endswith(".alpha")}
-    deltas = parse_lora(header.tensors, alphas, stated, str(file))
-    for delta in deltas:
-        for key in delta.keys.values():
-            if not _is_finite(file, header.tensors[key]):
+    with _opened(file, state) as content:
+        alphas = {name: _scalar(file, content, one) for name, one in header.tensors.items() if name.endswith(".alpha")}
+        deltas = parse_lora(header.tensors, alphas, stated, str(file))
+        for key in (key for delta in deltas for key in delta.keys.values()):
+            if not _is_finite(file, content, header.tensors[key]):
                 raise BadLora(f"{file}: {key!r} holds NaN or infinity; the file is broken, fetch or train it again")
+        sha256, parts = _hash(content, header, digests=digests)
     config_sha256 = hashlib.sha256(config).hexdigest() if config_file is not None else None
     expressions = tuple(place.where for place in stated if place.has_expressions)
-    return LoraFile(file, header, deltas, files.hash_file(file).sha256, config_sha256, entries.remarks, expressions)
+    return LoraFile(file, header, deltas, sha256, state, config_sha256, entries.remarks, expressions, parts)
 
 
-def _is_finite(path: Path, tensor: TensorInfo) -> bool:
+def _is_finite(path: Path, file: BufferedReader, tensor: TensorInfo) -> bool:
     """True without NaN and infinity; in blocks, as it is not known yet whether so large a tensor is of any use."""
     size = max(1, dtypes.DTYPES[tensor.dtype].bits // 8)
     for start in range(tensor.start, max(tensor.end, tensor.start + 1), BLOCK):
         end = min(start + BLOCK, tensor.end)
         part = replace(tensor, shape=((end - start) // size,), start=start, end=end)
-        if not np.isfinite(_read(path, part)).all():
+        if not np.isfinite(_read(path, file, part)).all():
             return False
     return True
 
@@ -157,8 +207,8 @@ def _read_config(path: Path) -> bytes:
     return content
 
 
-def _scalar(path: Path, tensor: TensorInfo) -> float:
-    values = _read(path, tensor, INTEGERS | set(dtypes.ROUNDABLE))
+def _scalar(path: Path, file: BufferedReader, tensor: TensorInfo) -> float:
+    values = _read(path, file, tensor, allowed=INTEGERS | set(dtypes.ROUNDABLE))
     if values.size != 1:
         raise BadLora(f"{path}: {tensor.name!r} has the shape {list(tensor.shape)}; an alpha is one number")
     return float(values.reshape(-1)[0])

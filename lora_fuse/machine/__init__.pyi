@@ -1,4 +1,5 @@
 from . import direct_io as direct_io
+from . import file_state as file_state
 from . import files as files
 from . import interrupts as interrupts
 from . import launch as launch
@@ -8,5 +9,4 @@ from . import staging as staging
 from . import text as text
 from .console import Console as Console
 from .files import FileRecord as FileRecord
-from .hashing_writer import HashingWriter as HashingWriter
 from .once_parser import OnceParser as OnceParser

@@ -1,4 +1,4 @@
-"""Large files read and written past the page cache, where the system can.
+"""Large files read and written past the page cache, where the system can, and hashed while they are written.
 
 A checkpoint that is larger than what a cache is good for pays for the cache's pages and waits for the disk as well.
 What is in the cache already is read from there. O_DIRECT wants memory, offsets and lengths in whole blocks (open(2),
@@ -8,17 +8,26 @@ NOTES), so memory comes from here and holds a block more than is asked for at ei
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Self
 
+import numpy as np
+
 from lora_fuse.errors import BadCheckpoint
+from lora_fuse.machine.files import FileRecord
 
 SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 BLOCK = 4096  # bytes; a multiple of every disk's own
+WINDOW = 32 << 20  # bytes; whole blocks: a disk takes a large request at several times the speed of small ones
+WINDOWS = 3  # one fills, one is hashed and written, one is between
 
 
 def blocks(nbytes: int) -> int:
@@ -152,3 +161,79 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise BadCheckpoint(f"{path} cannot be read ({error.strerror}); check the disk or fetch it again") from error
+
+
+@dataclass(slots=True)
+class _Window:
+    memory: memoryview = field(default_factory=lambda: block_memory(WINDOW))
+    filled: int = 0
+    busy: tuple[Future[None], ...] = ()
+
+    def wait(self) -> None:
+        for future in self.busy:
+            future.result()
+        self.filled = 0
+        self.busy = ()
+
+
+class HashingWriter:
+    """Takes bytes in order, from one thread; `finish` gives size and sha256."""
+
+    def __init__(self, path: Path, progress: Callable[[int], None], direct: bool) -> None:
+        """Open `path` anew; `progress` is told how many more bytes are written, `direct` writes past the cache."""
+        self._writer = Writer(path, direct)
+        self._progress = progress
+        self._digest = hashlib.sha256()
+        self._size = 0
+        self._windows = cycle([_Window() for _ in range(WINDOWS)])
+        self._window = next(self._windows)
+        self._hashing = ThreadPoolExecutor(1, "hash")
+        self._writing = ThreadPoolExecutor(1, "write")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for pool in (self._hashing, self._writing):
+            pool.shutdown(cancel_futures=True)
+        self._writer.__exit__(*error)
+
+    def append(self, data: memoryview | bytes) -> None:
+        """Take some bytes; they are copied.
+
+        Raises:
+            OSError: an earlier window could not be written.
+        """
+        left = np.frombuffer(data, dtype=np.uint8)
+        while len(left):
+            window = self._window
+            part, left = np.split(left, [WINDOW - window.filled])
+            np.copyto(np.frombuffer(window.memory, dtype=np.uint8, count=len(part), offset=window.filled), part)
+            window.filled += len(part)
+            if window.filled == WINDOW:
+                self._send()
+
+    def _send(self) -> None:
+        window = self._window
+        nbytes = window.filled
+        self._size += nbytes
+        hashing = self._hashing.submit(self._digest.update, window.memory[:nbytes])
+        window.busy = (hashing, self._writing.submit(self._write, window.memory, nbytes))
+        self._window = next(self._windows)
+        self._window.wait()
+
+    def _write(self, memory: memoryview, nbytes: int) -> None:
+        self._writer.write(memory, nbytes)
+        self._progress(nbytes)
+
+    def finish(self) -> FileRecord:
+        """Write what is left; the file is whole then.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        self._send()
+        for _ in range(WINDOWS):
+            self._window.wait()
+            self._window = next(self._windows)
+        return FileRecord(self._size, self._digest.hexdigest())

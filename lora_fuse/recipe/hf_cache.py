@@ -14,6 +14,7 @@ from lora_fuse.errors import BadSource, MissingExtra, Rerun, naming_extras
 from lora_fuse.recipe.records import Lock
 
 NAMED = 3  # missing files that a message names
+AGAIN = Rerun("download", force=True)
 
 
 def client_settings() -> ModuleType:
@@ -71,16 +72,25 @@ def locate(lock: Lock) -> Path:
         raise BadSource(
             f"{', '.join(missing[:NAMED])}{more} of {lock.label} "
             f"{'is' if len(missing) == 1 else 'are'} not on this machine; run the download stage",
-            rerun=Rerun("download", force=True),
+            rerun=AGAIN,
         )
     for name, record in sorted(lock.files.items()):
         size = (root / name).stat().st_size
         if size != record.size:
             raise BadSource(
                 f"{name} of {lock.label} has {size} bytes, its lock says {record.size}; run the download stage",
-                rerun=Rerun("download", force=True),
+                rerun=AGAIN,
             )
     return root
+
+
+def other_content(lock: Lock, name: str, sha256: str | None) -> BadSource:
+    """The error about a file that is not what its lock says, by its sha256; None where it is not there."""
+    return BadSource(
+        f"{name} of {lock.label} is not what was locked: its sha256 is {sha256}, the lock says "
+        f"{lock.files[name].sha256}; run the download stage",
+        rerun=AGAIN,
+    )
 
 
 def cached_from(path: PurePath) -> tuple[str | None, str | None]:

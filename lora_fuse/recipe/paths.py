@@ -5,7 +5,8 @@ A variant's are those of variants/dvc.yaml.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lora_fuse.errors import BadSource, Rerun
 from lora_fuse.lora import LoraInput
-from lora_fuse.machine import files
+from lora_fuse.machine import file_state, files
 from lora_fuse.recipe import records
+from lora_fuse.recipe.held_inputs import HeldInputs
 from lora_fuse.recipe.hf_cache import locate
 from lora_fuse.recipe.records import SCHEMA, BaseLock, Lock, LoraLock
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:  # parameters are models of pydantic, and a plain fuse has non
     from lora_fuse.recipe.recipe import Recipe
 
 ROOT = Path("artifacts")
+SEEN = ROOT / "sources.seen.json"  # the states of files that were hashed on this machine, for all builds here
 GOLDEN = ROOT / "golden"  # approved pictures, by recipe: every build of a recipe is compared with the same
 
 
@@ -102,6 +105,25 @@ class Artifacts:
         base = records.read(BaseLock, self.base_lock).base if self.base_lock.exists() else None
         loras = records.read(LoraLock, self.lora_lock).loras if self.lora_lock.exists() else {}
         return base, loras
+
+    def hold(self, base: Lock, loras: Mapping[str, Lock], pictures: Iterable[Path] = ()) -> HeldInputs:
+        """Look at the pinned files before they are read, see `HeldInputs`; `pictures` are read with them.
+
+        Raises:
+            BadSource: a file is not here, or not what its lock says.
+        """
+        return HeldInputs(file_state.SeenFiles(SEEN), [base, *loras.values()], pictures)
+
+    @contextmanager
+    def held(self, base: Lock, loras: Mapping[str, Lock], pictures: Iterable[Path] = ()) -> Iterator[None]:
+        """As `hold`, and look at all of it again after what is done within: it reads, and its caller writes then.
+
+        Raises:
+            BadSource: also if a file changed meanwhile.
+        """
+        inputs = self.hold(base, loras, pictures)
+        yield
+        inputs.check()
 
 
 HERE = Artifacts()

@@ -130,7 +130,9 @@ class FuseParams(Section):
     """Settings of a fuse: `scale` multiplies every LoRA's own entry in `lora_scales` (1.0 where there is none).
 
     `only`, `skip` and `scales` are patterns of modules, see `lora_fuse.lora.inputs`; `untouched` is how weights that do
-    not change are taken over, see `lora_fuse.machine.files.take_over`.
+    not change are taken over, see `lora_fuse.machine.files.take_over`. With `inputs` ``stat``, what was hashed by
+    `download` is known to be the same by its state (`lora_fuse.machine.file_state`); with ``hash``, every byte of base
+    and LoRAs is hashed as it is read, too.
     """
 
     scale: Finite
@@ -140,6 +142,7 @@ class FuseParams(Section):
     scales: dict[str, Finite]
     device: Device
     untouched: files.Untouched
+    inputs: Literal["stat", "hash"]
 
     def scale_of(self, lora: str) -> float:
         """The scale that is applied to one LoRA."""

@@ -14,11 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_fuse.errors import BadCheckpoint, NoSpace
-from lora_fuse.machine import files
-from lora_fuse.machine import hashing_writer as hashed
-from lora_fuse.machine.direct_io import BLOCK, Reader, Writer, block_memory, too_large_to_cache
+from lora_fuse.machine import direct_io, files
+from lora_fuse.machine.direct_io import BLOCK, HashingWriter, Reader, Writer, block_memory, too_large_to_cache
 from lora_fuse.machine.files import read_json
-from lora_fuse.machine.hashing_writer import HashingWriter
 from lora_fuse.machine.space import free_bytes, require
 from lora_fuse.pictures.picture import read_levels
 
@@ -69,7 +67,7 @@ def test_a_hashed_file_has_the_bytes_and_their_hash(
     path, whole = tmp_path_factory.mktemp("hashed") / "out", b""
     told: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hashed, "WINDOW", 2 * BLOCK)
+        patch.setattr(direct_io, "WINDOW", 2 * BLOCK)
         with HashingWriter(path, told.append, direct=True) as file:
             for nbytes in lengths:
                 file.append(CONTENT[:nbytes])
