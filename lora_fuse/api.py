@@ -12,7 +12,7 @@ from lora_fuse.checkpoint import open_checkpoint
 from lora_fuse.errors import BadConfig
 from lora_fuse.fusion import Fused, FuseJob, Plan, cautions, make_plan
 from lora_fuse.lora import LoraInput, Selection
-from lora_fuse.machine import files, progress
+from lora_fuse.machine import files, progress, text
 from lora_fuse.models import COMPONENT, needed_scheduler
 from lora_fuse.recipe import hf_cache
 from lora_fuse.verification import Expectation, Verification, verify_merge
@@ -70,7 +70,7 @@ def fuse(
     with nullcontext() if show_progress else progress.silence():
         settings = _settings(scheduler, plan.inputs)
         for caution in cautions(plan, settings):
-            warnings.warn(caution, stacklevel=2)
+            warnings.warn(text.line(caution), stacklevel=2)
         return FuseJob(plan, out, device=device, untouched=untouched, scheduler=settings, replace=replace).run()
 
 

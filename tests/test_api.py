@@ -88,3 +88,14 @@ def test_progress_is_silent_unless_asked_for(
 def test_an_unknown_name_is_no_part_of_the_library() -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
         lora_fuse.no_such_name  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_a_warning_shows_foreign_text_as_its_escapes(base: Path, tmp_path: Path) -> None:
+    config = base / "transformer/config.json"
+    config.write_text(json.dumps({"auto_map": {"AutoModel": "evil--m.X\x1b[2J\u202e"}}, ensure_ascii=False))
+    lora = tiny.write_lora(tmp_path / "l.safetensors", tiny.lora_tensors())
+    with pytest.warns(UserWarning, match="asks|auto_map") as caught:
+        fuse(plan(base, [LoraInput("l", lora, 1.0)]), tmp_path / "OUT")
+    shown = str(caught[0].message)
+    assert shown.isprintable()
+    assert "evil--m.X" in shown

@@ -6,10 +6,11 @@ the file's, whatever the weight's dtype is.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+from lora_fuse.machine import files
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ def quantised_modules(names: Iterable[str], metadata: Mapping[str, str]) -> dict
             if module is not None and rank <= found.get(module, (rank,))[0]:
                 found[module] = rank, Quantised(module, mark.what, name, mark.certain)
     layers = _layers(metadata.get(BY_LAYER, "{}"))
-    listed = [module for module in modules if any(f".{module}".endswith(f".{layer}") for layer in layers)]
+    listed = [module for module in modules if not layers.isdisjoint(_tails(module))]
     return {module: one for module, (_, one) in found.items()} | {
         module: Quantised(module, "ComfyUI, mixed", f"{BY_LAYER} in the header") for module in listed
     }
@@ -93,9 +94,15 @@ def _module_of(name: str, mark: QuantisationMark) -> str | None:
     return next((".".join(parts[:-count]) for count in counts), None)
 
 
-def _layers(text: str) -> list[str]:
+def _tails(module: str) -> list[str]:
+    """A name, and what is left of it behind each dot."""
+    parts = module.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
+
+
+def _layers(text: str) -> set[str]:
     try:
-        layers = json.loads(text).get("layers", {})
+        layers = files.parse_json(text).get("layers", {})
     except (ValueError, AttributeError):
-        return []
-    return list(map(str, layers)) if isinstance(layers, dict) else []
+        return set()
+    return set(map(str, layers)) if isinstance(layers, dict) else set()

@@ -6,7 +6,6 @@ Only headers are read here, so opening a 57 GB base takes milliseconds.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -144,9 +143,9 @@ def _asks_for_code(root: Path, names: Iterable[str]) -> list[str]:
     """A remark where configurations ask for code: a fuse may go on, as it runs none; see `fitness.refuse_code`."""
     asked: list[str] = []
     for path, name in ((locate(root, name), name) for name in names if name.endswith(".json")):
-        with suppress(OSError, ValueError, RecursionError):
+        with suppress(OSError, ValueError):
             if path.stat().st_size <= SMALL:
-                asked += asked_code(name, json.loads(files.read_bytes(path)))
+                asked += asked_code(name, files.parse_json(files.read_bytes(path)))
     more = f" (and {len(asked) - 1} more)" if len(asked) > 1 else ""
     return [f"{asked[0]}{more}: a fuse runs no code, download and pictures refuse the base"] if asked else []
 

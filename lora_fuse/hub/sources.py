@@ -7,7 +7,6 @@ verified in the same way. No network is used in this module.
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,8 +93,8 @@ class VerifiedFiles:
             BadSource: the file is not JSON.
         """
         try:
-            return json.loads(files.read_bytes(self._root / name))
-        except (OSError, ValueError, RecursionError) as error:
+            return files.parse_json(files.read_bytes(self._root / name))
+        except (OSError, ValueError) as error:
             raise BadSource(f"{name} of {self.source.label} is not JSON: {error}; get a good copy") from error
 
     def _checked(self, name: str, advance: Callable[[int], None]) -> FileRecord:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,6 +10,7 @@ from lora_fuse.errors import BadLora
 from lora_fuse.lora.name_patterns import NamePatterns, is_a_name
 from lora_fuse.lora.peft_fields import DEFAULT_ALPHA, FIELDS, check_fields
 from lora_fuse.lora.scaling import StatedScale
+from lora_fuse.machine import files
 
 # The fields that only the configuration of an adapter has.
 TELLING = {name for name in FIELDS if "lora" in name or name.startswith(("peft_", "rank_", "alpha_"))} | {"r"}
@@ -26,10 +26,10 @@ def parse_adapter_config(text: str, where: str, label: str) -> list[StatedScale]
         BadLora: it is not such JSON, a pattern is no regular expression, or it asks for what cannot be merged.
     """
     try:
-        entries = json.loads(text)
+        entries = files.parse_json(text)
         if not isinstance(entries, dict):
             raise ValueError(f"it holds a {type(entries).__name__}")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise BadLora(f"{where} is not a PEFT configuration: {error}") from error
     return [
         config_scale(fields, where, f"{label} ({component})" if component else label, component)

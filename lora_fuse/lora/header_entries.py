@@ -6,7 +6,6 @@ neither. Of the last kind, one whose name speaks of strength or kind is refused,
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from lora_fuse.errors import BadLora
 from lora_fuse.lora.adapter_config import config_scale, is_peft_config, parse_adapter_config
 from lora_fuse.lora.peft_fields import FIELDS
 from lora_fuse.lora.scaling import StatedScale
+from lora_fuse.machine import files
 
 # One alpha, or one rank, for all modules. `alpha` and `rank`: lightx2v (sgl-project/sglang#36082, diffusers#14408);
 # `network_alpha`, `network_dim`: kohya's options; `lora_alpha`, `r`: PEFT's fields (SimpleTuner, ComfyUI#15830).
@@ -91,8 +91,8 @@ def read_entries(metadata: Mapping[str, str], keys: Collection[str], where: str)
 
 def _json(value: str) -> Any:
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
+        return files.parse_json(value)
+    except ValueError:
         return value
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -11,6 +10,7 @@ from lora_fuse.checkpoint import TensorInfo
 from lora_fuse.errors import BadLora, ShapeMismatch, UnmatchedTargets, WrongPrefix
 from lora_fuse.lora.key_formats import FLAT_PREFIXES, PREFIXES, spellings
 from lora_fuse.lora.key_parser import SHOWN, LoraDelta
+from lora_fuse.machine import text
 
 
 def match_targets(deltas: Iterable[LoraDelta], weights: Mapping[str, TensorInfo], where: str) -> dict[str, LoraDelta]:
@@ -76,7 +76,7 @@ def _check_fit(delta: LoraDelta, weight: TensorInfo, where: str) -> None:
 def _missing_message(missing: list[str], matched: int, weights: Mapping[str, TensorInfo], where: str) -> str:
     shown = []
     for name in sorted(missing)[:SHOWN]:
-        near = difflib.get_close_matches(name, weights, n=1, cutoff=0.0)
+        near = text.nearest(name, weights)
         shown.append(f"{name!r} (nearest in the base: {near[0] if near else 'none'!r})")
     return (
         f"{where}: {len(missing)} of {len(missing) + matched} modules are not in the base, first {', '.join(shown)}; "

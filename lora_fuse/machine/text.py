@@ -7,10 +7,13 @@ token is in no message.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import TextIO
 from urllib.parse import quote
 
@@ -28,6 +31,8 @@ _IN_A_LINE = re.compile(f"[\x00-\x1f{_UNSEEN}]")
 _IN_A_FILE = re.compile(f"[\x00-\x08\x0b-\x1f{_UNSEEN}]")
 _TOKEN = re.compile(r"(?:hf_(?:oauth_|jwt_|app_)?|api_org_)[A-Za-z0-9]{20}[A-Za-z0-9._-]*")
 _QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"\\]+")
+
+COMPARED = 200  # characters of names that are compared
 
 _SIGNS = re.compile(r"[\\`*_\[\]|~$]")
 # The beginning of a line that is a heading, an item of a list, or a rule below the line before.
@@ -73,6 +78,16 @@ def markdown(text: object) -> Markdown:
     shown = _BEGINNING.sub(lambda found: f"{found[0][:-1]}\\{found[0][-1]}", shown)
     shown = re.sub("[&<>]", lambda found: _HTML[found[0]], shown)
     return Markdown(_LINKS.sub(r"\g<0><!-- -->", shown))
+
+
+def nearest(name: str, known: Iterable[str], count: int = 1, *, least: float = 0.0) -> list[str]:
+    """The known names that are most like one, best first, and at `least` so much (1 is equal); for *did you mean*.
+
+    The work grows with the names' lengths: it is done on their beginnings, and ends after a second.
+    """
+    end = time.monotonic() + 1.0
+    looked_at = takewhile(lambda _: time.monotonic() < end, (one[:COMPARED] for one in known))
+    return difflib.get_close_matches(name[:COMPARED], looked_at, n=count, cutoff=least)
 
 
 def code(text: object, *, in_table: bool = False) -> Markdown:

@@ -11,7 +11,6 @@ import inspect
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,6 +20,7 @@ from PIL import Image
 
 from lora_fuse.checkpoint import fitness
 from lora_fuse.errors import LoraFuseError, OutOfMemory, RenderFailed
+from lora_fuse.machine import text
 from lora_fuse.pictures.cases import Case, Sampling
 from lora_fuse.pictures.cost import Meter
 from lora_fuse.pictures.environment import sealed
@@ -143,7 +143,7 @@ def check_pipeline(pipeline: str) -> None:
         RenderFailed: it is not; the message has the nearest.
     """
     if pipeline not in PICTURES:
-        near = get_close_matches(pipeline, PICTURES, n=3, cutoff=0.0)
+        near = text.nearest(pipeline, PICTURES, 3)
         raise RenderFailed(f"unknown pipeline class {pipeline!r}: did you mean {' or '.join(near)}?")
 
 

@@ -6,6 +6,8 @@ everywhere.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, TypeVar
@@ -18,6 +20,7 @@ from lora_fuse.lora import Selection
 from lora_fuse.machine import FileRecord, files
 
 SCHEMA = 1
+PLAIN_KEY = re.compile(r"[\w-]+|\[key\]", re.ASCII)  # pydantic says the latter of a key itself
 
 Origin = Literal["fused", "base", "generated"]
 Record = TypeVar("Record")
@@ -243,7 +246,7 @@ def to_json(record: object) -> str:
     return adapter.dump_json(record, indent=2, by_alias=True).decode() + "\n"
 
 
-def from_json(kind: type[Record], text: str, where: str) -> Record:
+def from_json(kind: type[Record], text: str | bytes, where: str) -> Record:
     """Parse one record, from `where`; a missing or ill-typed key is refused, an unknown one ignored.
 
     Raises:
@@ -253,8 +256,13 @@ def from_json(kind: type[Record], text: str, where: str) -> Record:
         return TypeAdapter(kind).validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        at = ".".join(str(part) for part in first["loc"]) or "the top"
+        at = key_path(first["loc"])
         raise BadSource(f"{where} is not a {kind.__name__}: at {at}: {first['msg']}; run its stage again") from error
+
+
+def key_path(parts: Iterable[int | str]) -> str:
+    """The place of a value in a tree, ``loras.NAME.path``; a key that is no plain name is quoted."""
+    return ".".join(str(part) if PLAIN_KEY.fullmatch(str(part)) else repr(part)[:80] for part in parts) or "the top"
 
 
 def read(kind: type[Record], path: Path) -> Record:
@@ -264,4 +272,4 @@ def read(kind: type[Record], path: Path) -> Record:
         BadSource: the file holds no such record.
         FileNotFoundError: it is not there.
     """
-    return from_json(kind, files.read_text(path), str(path))
+    return from_json(kind, files.read_bytes(path), str(path))

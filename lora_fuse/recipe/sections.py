@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, 
 from lora_fuse.errors import BadConfig
 from lora_fuse.lora import Selection
 from lora_fuse.machine import files
+from lora_fuse.recipe.records import key_path
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -318,7 +319,7 @@ def parse_section(kind: type[SectionT], values: object, where: str, remedy: str)
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the top"
+        key = key_path(first["loc"])
         more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
         raise BadConfig(f"{where}: {key}: {first['msg']}, got {_short(first['input'])}{more}; {remedy}") from error
 

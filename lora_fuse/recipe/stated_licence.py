@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,12 +15,13 @@ READ = 1 << 18  # bytes of a file that are looked at
 FRONT_MATTER = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---\s*(\n|\Z)", re.DOTALL)
 
 # The Hub's id of a text, by words that must all stand near its beginning in this order, the more special first.
-TEXTS = (
-    ("apache-2.0", r"Apache License\s+Version 2\.0, January 2004"),
-    ("mit", r"Permission is hereby granted, free of charge.*without restriction.*THE SOFTWARE IS PROVIDED"),
-    ("bsd-3-clause", r"Redistribution and use in source and binary forms.*Neither the name.*AS IS"),
-    ("bsd-2-clause", r"Redistribution and use in source and binary forms.*AS IS"),
-    ("cc0-1.0", r"CC0 1\.0 Universal"),
+_BSD = "Redistribution and use in source and binary forms"
+TEXTS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("apache-2.0", (r"Apache License\s+Version 2\.0, January 2004",)),
+    ("mit", ("Permission is hereby granted, free of charge", "without restriction", "THE SOFTWARE IS PROVIDED")),
+    ("bsd-3-clause", (_BSD, "Neither the name", "AS IS")),
+    ("bsd-2-clause", (_BSD, "AS IS")),
+    ("cc0-1.0", (r"CC0 1\.0 Universal",)),
 )
 
 
@@ -44,20 +45,29 @@ def read_license(folder: Path) -> License | None:
 
     A licence file that is none of the known texts is ``other``, by the file's name.
     """
-    import yaml
-
     readme = FRONT_MATTER.match(_text(folder, "README.md"))
     try:
-        card = yaml.safe_load(readme[1]) if readme else None
-    except yaml.YAMLError:
+        card = files.parse_yaml(readme[1]) if readme else None
+    except ValueError:
         card = None
     if isinstance(card, dict) and (stated := license_of(card, "front matter")):
         return stated
     for name in NAMES:
         if text := _text(folder, name):
-            known = next((id_ for id_, words in TEXTS if re.search(words, text, re.DOTALL)), None)
+            known = next((id_ for id_, words in TEXTS if _stand_in_order(words, text)), None)
             return License(known, origin="licence file") if known else License("other", name, None, "licence file")
     return None
+
+
+def _stand_in_order(words: Sequence[str], text: str) -> bool:
+    """One after another: a single expression of them would look for each pair anew."""
+    at = 0
+    for expression in words:
+        found = re.compile(expression).search(text, at)
+        if found is None:
+            return False
+        at = found.end()
+    return True
 
 
 def _text(folder: Path, name: str) -> str:

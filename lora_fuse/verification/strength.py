@@ -6,7 +6,6 @@ not understood, and two places that disagree, are problems.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -106,8 +105,8 @@ def read_strength(file: Path, config: Path | None, metadata: Mapping[str, str], 
     _read_kohya(metadata, keys, file, found)
     if config is not None:
         try:
-            _read_configuration(json.loads(files.read_text(config)), str(config), found)
-        except (OSError, ValueError, RecursionError) as error:
+            _read_configuration(files.parse_json(files.read_text(config)), str(config), found)
+        except (OSError, ValueError) as error:
             found.problems.append(f"{config} cannot be read: {error}")
     biased = any(re.search(r"lora_(B|up)\b.*\.bias$", key) for key in keys)
     denied = [claim for claim in found.claims if claim.bias not in (None, biased)]
@@ -193,6 +192,6 @@ def _read_kohya(metadata: Mapping[str, str], keys: set[str], file: Path, found: 
 def _parsed(text: str) -> Any:
     """A header's value: JSON, or Python's words for what JSON writes small."""
     try:
-        return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
-    except (ValueError, RecursionError):
+        return files.parse_json({"True": "true", "False": "false", "None": "null"}.get(text, text))
+    except ValueError:
         return text

@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from lora_fuse.errors import BadConfig, CheckFailed
+from lora_fuse.machine import files
 from lora_fuse.recipe import Recipe
-from stages.config.composition import compose, one_line
+from stages.config.composition import compose
 from stages.config.variants import COMPILED, compose_variant, load_variant
 
 __all__ = ["PARAMS", "check_declared", "compose", "load"]
@@ -33,11 +32,11 @@ def load(overrides: Sequence[str] = (), variant: str | None = None) -> Recipe:
     if overrides:
         return Recipe.parse(compose(overrides), " ".join(overrides))
     try:
-        tree = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
+        tree = files.parse_yaml(files.read_text(PARAMS))
     except FileNotFoundError as error:
         raise BadConfig(f"{PARAMS} is not in {Path.cwd()}; run stages from the project's folder") from error
-    except yaml.YAMLError as error:
-        raise BadConfig(f"{PARAMS} is not YAML ({one_line(error)}); write it anew: python -m stages.config") from error
+    except (OSError, ValueError) as error:
+        raise BadConfig(f"{PARAMS} is not YAML ({error}); write it anew: python -m stages.config") from error
     return Recipe.parse(tree, str(PARAMS))
 
 

@@ -39,8 +39,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _check(path: Path, wanted: str) -> None:
-    there = path.read_text(encoding="utf-8") if path.exists() else ""
-    if yaml.safe_load(there) == yaml.safe_load(wanted):
+    try:
+        there = files.read_text(path) if path.exists() else ""
+        same = files.parse_yaml(there) == files.parse_yaml(wanted)
+    except (OSError, ValueError) as error:
+        raise CheckFailed(f"{path} is not YAML ({error}); write it anew: python -m stages.config") from error
+    if same:
         text.say(f"{path} is what conf/ composes to")
         return
     diff = difflib.unified_diff(there.splitlines(), wanted.splitlines(), str(path), "conf/", lineterm="", n=0)

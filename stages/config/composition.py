@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_fuse.errors import BadConfig
+from lora_fuse.machine import files
 
 CONF = Path("conf")
+REFERENCES = 16  # in one composition; three that each name the last one, five times over, make 243 of one value
 # Functions that a value may call, of OmegaConf and Hydra: all are off. A recipe of a pull request would read the
 # environment of the machine that validates it.
 RESOLVERS = (
@@ -29,17 +31,35 @@ def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    _check_bounds()
     try:
         with initialize_config_dir(str(CONF.absolute()), version_base=None):
             for resolver in RESOLVERS:
                 OmegaConf.clear_resolver(resolver)
             composed = hydra_compose("config", overrides=list(overrides))
+        _check_references(OmegaConf.to_container(composed, resolve=False))
         tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise BadConfig(f"conf/ with {' '.join(overrides) or 'no overrides'}: {one_line(error)}") from error
     if not isinstance(tree, dict):
         raise BadConfig(f"conf/config.yaml is a {type(tree).__name__}, not a mapping")
     return {str(key): value for key, value in tree.items()}
+
+
+def _check_bounds() -> None:
+    """Refuse what Hydra would read of `conf/` without a bound; of a pull request, it is anybody's."""
+    for path in sorted(CONF.rglob("*.yaml")):
+        try:
+            files.check_yaml(files.read_text(path))
+        except (OSError, ValueError) as error:
+            raise BadConfig(f"{path} is not YAML, or out of bounds ({error})") from error
+
+
+def _check_references(tree: Any) -> None:
+    """Refuse more references (``${base.path}``) than values can be made of: of each other, they double at each."""
+    found = str(tree).count("${")
+    if found > REFERENCES:
+        raise BadConfig(f"conf/ has {found} references, ${{…}}, in one recipe, at most {REFERENCES}; write values out")
 
 
 def split_sweep(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, ...]]] | None:

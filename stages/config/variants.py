@@ -7,18 +7,17 @@ that recipe's goldens.
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, field_validator
 
 from lora_fuse.errors import BadConfig
+from lora_fuse.machine import files, text
 from lora_fuse.recipe import Recipe, sections
-from stages.config.composition import CONF, compose, one_line, recipes
+from stages.config.composition import CONF, compose, recipes
 
 ENTRIES = CONF / "variants.yaml"
 COMPILED = Path("variants/params.yaml")
@@ -161,7 +160,7 @@ def refuse_unknown(kind: str, name: str, known: Iterable[str], where: object) ->
     """Refuse a name that is not there, and say which are."""
     names = sorted(known)
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
+        near = text.nearest(name, names, least=0.6)
         meant = f"did you mean {near[0]}? " if near else ""
         raise BadConfig(f"{where}: there is no {kind} {name!r}; {meant}there are {', '.join(names) or 'none'}")
 
@@ -194,21 +193,10 @@ def _hydra(value: object) -> str:
     return f"'{value}'" if isinstance(value, str) else str(value)
 
 
-class _OneOfEach(yaml.SafeLoader):
-    """YAML in which a key that is there twice is an error; the last would win, and the first be lost."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        names = [key.value for key, _ in node.value]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice} is there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def _read_yaml(path: Path, remedy: str) -> Any:
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _OneOfEach)  # noqa: S506 - a safe loader
+        return files.parse_yaml(files.read_text(path))
     except FileNotFoundError as error:
         raise BadConfig(f"{path} is not in {Path.cwd()}; {remedy}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadConfig(f"{path} is not YAML ({one_line(error)}); {remedy}") from error
+    except (OSError, ValueError) as error:
+        raise BadConfig(f"{path} is not YAML ({error}); {remedy}") from error

@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 import unicodedata
 from xml.etree import ElementTree
 
@@ -99,3 +100,11 @@ def test_only_the_program_s_own_words_are_coloured(monkeypatch: pytest.MonkeyPat
     text.say("error: \x1b[31m", stream)
     text.say("passed", stream, before="gate: ")
     assert stream.getvalue() == "\x1b[1;31merror:\x1b[0m \\x1b[31m\ngate: \x1b[1;32mpassed\x1b[0m\n"
+
+
+def test_the_nearest_of_many_long_names_is_looked_for_a_second_at_most() -> None:
+    assert text.nearest("blocks.7.to_q", ["x", "blocks.1.to_q", "blocks.77.to_k"]) == ["blocks.1.to_q"]
+    assert text.nearest("a", ["b"], least=0.6) == []
+    started = time.monotonic()
+    assert text.nearest("ab" * 5000, ["ba" * 5000 + str(number) for number in range(20_000)])
+    assert time.monotonic() - started < 4

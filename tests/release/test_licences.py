@@ -1,5 +1,6 @@
 """Licences: pinned at their commit, and settled before everybody gets the merge."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -169,3 +170,20 @@ def test_pocket_states_its_licence() -> None:
     assert [read_license(PROJECT / f"pocket/{part}") for part in ("model", "lora")] == [
         License("apache-2.0", origin="front matter")
     ] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("README.md", "---\nlicense: &a [mit]\nx: *a\n---\n"),  # an alias, of which nine lines can be a bomb
+        ("README.md", "---\nlicense: " + "[" * 100_000 + "\n---\n"),
+        ("README.md", "---\nlicense: 2026-99-99\n---\n"),
+        ("LICENSE", "Permission is hereby granted, free of charge " * 2500 + "without restriction " * 6000),
+    ],
+)
+def test_a_hostile_file_states_nothing_known_and_takes_no_time(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    started = time.monotonic()
+    stated = read_license(tmp_path)
+    assert stated == (None if name == "README.md" else License("other", name, None, "licence file"))
+    assert time.monotonic() - started < 2

@@ -1,5 +1,6 @@
 """Laws of configuration: conf/ is the source, params.yaml is compiled from it, and every key is checked."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -168,3 +169,39 @@ def test_a_name_that_is_one_part_of_a_path_is_a_name(name: str) -> None:
 def test_an_unknown_missing_or_ill_typed_key_is_named(path: str, value: object) -> None:
     with pytest.raises(BadConfig, match=path.replace(".", r"\.")):
         Recipe.parse(changed(path, value), "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: &a [x]\nb: [*a, *a]\n", "the alias"),
+        ("a: " + "[" * 1000, "nested deeper"),
+    ],
+)
+def test_a_recipe_out_of_bounds_is_refused_by_its_file(
+    text: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf/recipe/bomb.yaml").write_text(text)
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(BadConfig, match=rf"conf/recipe/bomb\.yaml .*{words}"):
+        compose(["recipe=pocket"])
+    with pytest.raises(BadConfig, match=rf"params\.yaml is not YAML .*{words}"):
+        load()
+
+
+def test_references_that_double_a_value_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    monkeypatch.chdir(tmp_path)
+    links = "".join(f"  b{n}: ${{x.b{n - 1}}}${{x.b{n - 1}}}\n" for n in range(1, 40))
+    (tmp_path / "conf/recipe/bomb.yaml").write_text(f"# @package _global_\nx:\n  b0: lol\n{links}")
+    with pytest.raises(BadConfig, match="conf/ has 78 references"):
+        compose(["recipe=bomb"])
+
+
+def test_a_key_that_is_no_plain_name_is_quoted_in_the_refusal() -> None:
+    tree = compose()
+    tree["loras"]["bad name\n"] = tree["loras"]["lightning"] | {"filename": 7}
+    with pytest.raises(BadConfig, match=r"loras\.'bad name\\n'\."):
+        Recipe.parse(tree, "params.yaml")

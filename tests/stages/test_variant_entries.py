@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -149,7 +150,7 @@ def test_an_edited_compiled_file_is_refused_with_the_way_out(text: str) -> None:
 def test_a_compiled_variant_that_is_a_path_is_refused() -> None:
     assert main([]) == 0
     tree = yaml.safe_load(COMPILED.read_text())
-    tree["variants"]["../../x"] = tree["variants"]["pocket"]
+    tree["variants"]["../../x"] = deepcopy(tree["variants"]["pocket"])
     COMPILED.write_text(yaml.safe_dump(tree))
     with pytest.raises(BadConfig, match=r"variants/params\.yaml.*'\.\./\.\./x' cannot name a file.*python -m stages"):
         load_variant("../../x")
