@@ -28,8 +28,8 @@ SHARD = 1 << 29  # bytes
 
 ALONE = f"from huggingface_hub import snapshot_download; snapshot_download({REPO!r})"
 LOCKED = (
-    "from lora_fuse import hub; from lora_fuse.recipe.records import Source;"
-    f"hub.lock_base(Source({REPO!r}), previous=None)"
+    "from lora_fuse import hub; from lora_fuse.recipe import Source;"
+    f"hub.lock_base(Source(repo_id={REPO!r}, path=None, revision='main'), previous=None)"
 )
 
 

@@ -62,16 +62,18 @@ class PullRequest:
                 failures = 0
             except AttemptFailed as failure:
                 opened = number or self._find()
-                if opened and (number is None or self.repository.read(f"refs/pr/{opened}").commit != remote.commit):
-                    number = opened  # it landed, and only the answer was lost
-                elif failure.without_xet and xet:
+                landed = opened and (not number or self.repository.read(f"refs/pr/{opened}").commit != remote.commit)
+                lighter = failure.without_xet and xet
+                if failures == len(DELAYS) or not (landed or lighter or failure.pause is not None):
+                    raise PublishRefused(str(failure)) from failure
+                if landed:
+                    number = opened  # only the answer was lost
+                elif lighter:
                     xet = False
                     text.say(f"publish: {failure}; once more without Xet", sys.stderr)
-                elif failure.pause is None or failures == len(DELAYS):
-                    raise PublishRefused(str(failure)) from failure
                 else:
-                    PUBLISH.wait(max(failure.pause, DELAYS[failures]), str(failure))
-                    failures += 1
+                    PUBLISH.wait(max(failure.pause or 0, DELAYS[failures]), str(failure))
+                failures += 1
 
     def merge(self, number: int, *, private: bool) -> RemoteCommit:
         """Merge the pull request, unless somebody has changed the same files meanwhile; returns the new `main`.

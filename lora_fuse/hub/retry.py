@@ -7,7 +7,6 @@ that may be repeated are, as often as `DELAYS` has entries.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import sys
@@ -112,8 +111,7 @@ class Caller:
             return None
         if isinstance(error, TimeoutException) and not self.repeats_timeouts:
             return None
-        pause = requested_pause(error, delay)
-        return pause if pause <= LONGEST else None
+        return requested_pause(error, delay)
 
     def wait(self, seconds: float, reason: str) -> None:
         """Say why, and wait."""
@@ -132,11 +130,12 @@ def is_from_api(error: BaseException) -> bool:
     return request is not None and str(request.url).startswith(f"{endpoint()}/api/")
 
 
-def requested_pause(error: BaseException, delay: float) -> float:
-    """Seconds that the header ``Retry-After`` of an answer asks to wait; `delay` if there is none."""
+def requested_pause(error: BaseException, delay: float) -> float | None:
+    """Seconds that the header ``Retry-After`` of an answer asks to wait; `delay` if there is none, None if too many."""
     response = getattr(error, "response", None)
     seconds = response.headers.get("retry-after", "") if response is not None else ""
-    return float(seconds) if re.fullmatch("[0-9]{1,9}", seconds) else delay
+    pause = float(seconds) if re.fullmatch("[0-9]{1,9}", seconds) else delay
+    return pause if pause <= LONGEST else None
 
 
 def silence() -> float:
@@ -159,8 +158,6 @@ def in_time(seconds: float, work: Callable[[], Answer]) -> Answer:
     """
     from httpx2 import ReadTimeout, Request
 
-    if math.isinf(seconds):
-        return work()
     future: Future[Answer] = Future()
 
     def run() -> None:
@@ -170,6 +167,6 @@ def in_time(seconds: float, work: Callable[[], Answer]) -> Answer:
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    if not wait([future], seconds).done:
+    if not wait([future], min(seconds, threading.TIMEOUT_MAX)).done:
         raise ReadTimeout(f"no whole answer in {seconds:g} s", request=Request("GET", f"{endpoint()}/api/"))
     return future.result()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_fuse.errors import BadSource, NoSpace
 from lora_fuse.hub.client import cache_dir, is_without_xet
-from lora_fuse.hub.error_texts import full_disk
+from lora_fuse.hub.error_texts import LONGEST, full_disk
 from lora_fuse.hub.leftovers import remove_leftovers
 from lora_fuse.hub.retry import DELAYS
 from lora_fuse.hub.wire.guard import NO_HUB
@@ -227,7 +227,7 @@ class _FetchWatch:
             AttemptFailed: it says that the worker failed, or that more came than was promised.
             NoSpace: it says that the disk is full.
         """
-        self.note = message.get("note", self.note)
+        self.note = message.get("note", self.note)[:LONGEST]
         self.waiting = self.waiting or "waiting" in message
         if failed := message.get("failed"):
             if failed["full"]:

@@ -27,6 +27,7 @@ from lora_fuse.errors import Refused
 from lora_fuse.hub.client import cache_dir, client, endpoint, token
 from lora_fuse.hub.error_texts import cause, explain, is_full_disk, is_passing
 from lora_fuse.hub.retry import PUBLISH, is_from_api, requested_pause
+from lora_fuse.recipe import hf_cache
 
 CHUNK = 1 << 20  # bytes after which the client writes and reports; its own 10 MB hide a slow connection's progress
 # The client's names for its bars of bytes, written to disk and received; the one without a name counts files.
@@ -81,6 +82,9 @@ def _fetch(order: dict[str, Any], say: Say, lines: queue.SimpleQueue[str]) -> di
     constants.DOWNLOAD_CHUNK_SIZE = CHUNK
     constants.FILELOCK_LOG_EVERY_SECONDS = 1  # seconds after which it says that it waits for another process
     _report_warnings(say)
+    # A list that is kept may be of a client that nobody guarded; its hashes are paths for this one.
+    kept = hf_cache.repository_folder(order["repo_id"]) / "trees" / f"{order['commit']}.json"
+    kept.unlink(missing_ok=True)
     arguments: dict[str, Any] = {
         "revision": order["commit"],
         "allow_patterns": [escape(name) for name in order["sizes"]],

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from httpx2 import HTTPStatusError, Request, Response
 
 from lora_fuse.errors import PublishRefused, Refused
 from lora_fuse.hub import client, lock_lora, retry
@@ -16,6 +17,7 @@ from lora_fuse.hub.repository import list_repository
 from lora_fuse.hub.wire import guard
 from lora_fuse.hub.wire.guard import PLAIN_HTTP, UnsafeExchange, is_private
 from lora_fuse.hub.wire.pace import LEAST, Pace
+from lora_fuse.recipe import hf_cache
 from lora_fuse.recipe.sections import DownloadParams
 from tests.hub_server import Fault, LoopbackHub
 from tests.support.downloads import BIG, CONTENT, FILE, LORA, leftovers
@@ -62,52 +64,58 @@ NO_ANSWERS: dict[str, object] = {
 }
 
 
-@pytest.mark.parametrize("body", NO_ANSWERS.values(), ids=NO_ANSWERS)
-def test_an_answer_that_is_none_is_one_line(hub: LoopbackHub, body: object) -> None:
-    hub.faults.append(answer("GET /api/models", body))
-    line = refusal(lambda: list_repository(LORA, None, timeout=20))
-    assert line.startswith(f"{LORA}@main: ")
-    assert "HF_ENDPOINT" in line
-    assert len(hub.calls("/api/models")) == 1
-
-
-@pytest.mark.parametrize("body", [None, [], {"error": [{}], "errors": 5}, b"[" * 200_000])
-def test_an_error_whose_body_is_none_is_one_line(hub: LoopbackHub, body: object) -> None:
-    hub.faults.append(answer("GET /api/models", body, status=404))
-    assert refusal(lambda: list_repository(LORA, None, timeout=20)).startswith(f"{LORA}@main: ")
+def test_an_answer_that_is_none_is_one_line(hub: LoopbackHub) -> None:
+    """One Hub for all: a Hub takes longer than an answer."""
+    for what, body in NO_ANSWERS.items():
+        hub.faults[:] = [answer("GET /api/models", body)]
+        line = refusal(lambda: list_repository(LORA, None, timeout=20))
+        assert (line.startswith(f"{LORA}@main: "), "HF_ENDPOINT" in line) == (True, True), (what, line)
+    assert len(hub.calls("/api/models")) == len(NO_ANSWERS)
+    hub.faults[:] = [Fault("GET /api/models", status=307, headers={"Location": "/else"}), answer("GET /else", None)]
+    assert "the answer is None" in refusal(lambda: list_repository(LORA, None, timeout=20))
+    hub.faults[:] = [answer("GET /api/models", listing())]
+    line = refusal(lambda: list_repository(LORA, "d" * 40, timeout=20))
+    assert f"sha is {COMMIT}, asked for was {'d' * 40}" in line
+    for body in (None, [], {"error": [{}], "errors": 5}, b"[" * 200_000):
+        hub.faults[:] = [answer("GET /api/models", body, status=404)]
+        assert refusal(lambda: list_repository(LORA, None, timeout=20)).startswith(f"{LORA}@main: ")
 
 
 def to_be_published(work: Callable[[RemoteRepository], object]) -> str:
     return str(refusal(lambda: work(RemoteRepository(REPO)), kind=PublishRefused))
 
 
-@pytest.mark.parametrize(
-    ("match", "body", "work"),
-    [
-        ("GET .*/refs", {}, lambda it: it.tagged("v1")),
-        ("GET .*/refs", {"tags": [{"name": "v1", "ref": "v1", "targetCommit": "../x"}]}, lambda it: it.tagged("v1")),
-        ("GET .*/discussions", None, lambda it: it.pulls("key")),
-        ("GET .*/discussions", {"discussions": [{"num": "1"}], "count": 1, "start": 0}, lambda it: it.pulls("key")),
-        ("GET .*/discussions/", [], lambda it: it.pull(1)),
-        ("GET .*/whoami", {}, lambda it: it.pulls("")),
-        ("GET .*/whoami", {"name": 5}, lambda it: it.pulls("")),
-        ("GET /api/models/alice", {"id": REPO, "sha": COMMIT, "private": "no"}, lambda it: it.open(private=True)),
-    ],
+Work = Callable[[RemoteRepository], object]
+PUBLISHING: tuple[tuple[str, object, Work], ...] = (
+    ("GET .*/refs", {}, lambda it: it.tagged("v1")),
+    ("GET .*/refs", {"tags": [{"name": "v1", "ref": "v1", "targetCommit": "../x"}]}, lambda it: it.tagged("v1")),
+    ("GET .*/discussions", None, lambda it: it.pulls("key")),
+    ("GET .*/discussions", {"discussions": [{"num": "1"}], "count": 1, "start": 0}, lambda it: it.pulls("key")),
+    ("GET .*/discussions/", [], lambda it: it.pull(1)),
+    ("GET .*/whoami", {}, lambda it: it.pulls("")),
+    ("GET .*/whoami", {"name": 5}, lambda it: it.pulls("")),
+    ("GET /api/models/alice", {"id": REPO, "sha": COMMIT, "private": "no"}, lambda it: it.open(private=True)),
 )
-def test_what_a_publication_asks_is_checked_too(
-    hub: LoopbackHub, match: str, body: object, work: Callable[[RemoteRepository], object]
-) -> None:
+
+
+def test_what_a_publication_asks_is_checked_too(hub: LoopbackHub) -> None:
     hub.create(REPO, private=True).open_pull("a", "alice")
-    hub.faults.append(answer(match, body))
-    assert "HF_ENDPOINT" in to_be_published(work)
+    for match, body, work in PUBLISHING:
+        hub.faults[:] = [answer(match, body)]
+        assert "HF_ENDPOINT" in to_be_published(work), (match, body)
 
 
-@pytest.mark.parametrize("after", ["\xb2", "1" * 400, "-1", "soon"])
-def test_a_pause_that_is_no_number_is_none(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, after: str) -> None:
+def test_a_pause_that_is_no_number_is_none(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "DELAYS", (0.0,))
-    hub.faults.append(Fault("GET /api/models", times=-1, status=429, headers={"Retry-After": after}))
-    assert "429" in to_be_published(lambda it: it.read())
-    assert len(hub.calls("/api/models")) == 2
+    for after in ("\xb2", "1" * 400, "-1", "soon"):
+        hub.log.clear()
+        hub.faults[:] = [Fault("GET /api/models", times=-1, status=429, headers={"Retry-After": after})]
+        assert "429" in to_be_published(lambda it: it.read())
+        assert len(hub.calls("/api/models")) == 2, after
+    for after, pause in (("300", 300.0), ("301", None), ("1" * 9, None)):
+        asked = Request("GET", f"{hub.url}/_lfs/x")
+        error = HTTPStatusError("", request=asked, response=Response(503, headers={"Retry-After": after}))
+        assert retry.requested_pause(error, 0.0) == pause
 
 
 HEAD = {"ETag": f'"{COMMIT}"', "X-Repo-Commit": COMMIT}
@@ -126,16 +134,14 @@ BAD_HEADERS: dict[str, tuple[int, dict[str, str]]] = {
 }
 
 
-@pytest.mark.parametrize(("status", "headers"), BAD_HEADERS.values(), ids=BAD_HEADERS)
-def test_headers_that_the_client_would_make_paths_of_are_refused(
-    hub: LoopbackHub, status: int, headers: dict[str, str]
-) -> None:
+def test_headers_that_the_client_would_make_paths_of_are_refused(hub: LoopbackHub) -> None:
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    hub.faults.append(Fault("HEAD", status=status, headers=headers))
     client.client()
-    with pytest.raises(UnsafeExchange):
-        get_hf_file_metadata(hf_hub_url(LORA, FILE, revision=COMMIT, endpoint=hub.url))
+    for status, headers in BAD_HEADERS.values():
+        hub.faults[:] = [Fault("HEAD", status=status, headers=headers)]
+        with pytest.raises(UnsafeExchange):
+            get_hf_file_metadata(hf_hub_url(LORA, FILE, revision=COMMIT, endpoint=hub.url))
 
 
 def test_the_words_of_a_redirect_may_have_any_etag(hub: LoopbackHub) -> None:
@@ -170,6 +176,18 @@ def test_no_hub_writes_to_a_file_of_its_choice(hub: LoopbackHub, tmp_path: Path,
     assert "is none of a Hub" in line
     assert path[:60] in line
     assert victim.read_text() == "precious"
+
+
+def test_a_list_of_an_unguarded_client_is_not_believed(hub: LoopbackHub, tmp_path: Path) -> None:
+    """The client keeps the list of a tree for all its runs, and makes a lock by the hash in it."""
+    commit = hub.push(LORA, {FILE: BIG}).oid
+    away = f"{'../' * 30}{str(tmp_path)[1:]}/victim"
+    file = {"size": 4, "blob_id": COMMIT, "lfs_sha256": away, "lfs_size": 4, "xet_hash": "a" * 64}
+    kept = hf_cache.repository_folder(LORA) / "trees" / f"{commit}.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text(json.dumps({"format_version": 1, "files": {FILE: file}}))
+    fetch()
+    assert not list(tmp_path.glob("victim*"))
 
 
 def test_a_body_has_no_more_bytes_than_promised(hub: LoopbackHub) -> None:

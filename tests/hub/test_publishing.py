@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lora_fuse.errors import PublishRefused
-from lora_fuse.hub import Receipt, lock_lora, preview, publish
+from lora_fuse.hub import Receipt, lock_lora, preview, publish, pull_request
 from lora_fuse.machine.files import FileRecord
 from lora_fuse.recipe.records import Manifest, MergedFile, MergedLora, from_json, to_json
 from tests.hub_server import Fault, LoopbackHub
@@ -260,6 +260,17 @@ def test_success_is_not_claimed_of_other_bytes_than_were_sent(
     assert f"{REPO}@{repo.at('refs/pr/1').oid}: {name}" in message
     assert (repo.pulls[1].status, set(repo.head.tree)) == ("open", {".gitattributes"})
     assert said in message
+
+
+def test_a_hub_that_takes_commits_and_never_says_so_is_left(
+    hub: LoopbackHub, merged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pull request moves each time, and never to what was sent."""
+    monkeypatch.setattr(pull_request, "DELAYS", (0.0,))
+    hub.tamper(WEIGHTS, b"else")
+    hub.faults.append(Fault("POST .*/commit/", times=-1, after=True, status=504))
+    refusal(lambda: push(merged), "answered 504")
+    assert len(hub.calls("/commit/")) == 2
 
 
 def test_a_regular_file_that_differs_is_noticed_by_its_git_id(hub: LoopbackHub, merged: Path) -> None:

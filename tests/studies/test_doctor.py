@@ -25,7 +25,7 @@ from lora_fuse.recipe.sections import Source
 from lora_fuse.studies.doctor import access, disk, memory, software
 from lora_fuse.studies.doctor.examination import _places, approved_pictures
 from lora_fuse.studies.doctor.finding import Finding, Status, fail, ok, table, verdict, warn
-from tests.hub_server import LoopbackHub
+from tests.hub_server import Fault, LoopbackHub
 from tests.support.machine import ROOT
 from tests.support.machine import small_disk as mounted
 from tests.support.repositories import BASE, LORA, LORA_FILE, NOWHERE, PIPELINE, STRAYS, weights, write
@@ -254,6 +254,8 @@ def test_a_token_is_asked_about_and_never_shown(hub: LoopbackHub, monkeypatch: p
     bad = access.token(needed=True, publishes=False)
     assert (bad.status, "answered 401" in bad.found, "hf_expired" in bad.text) == (Status.FAIL, True, False)
     assert access.token(needed=False, publishes=False).status is Status.WARN
+    hub.faults.append(Fault("/whoami", status=200, body=b'{"name": "alice", "auth": null}'))
+    assert "gave an answer that the client cannot read" in access.token(needed=True, publishes=False).found
     monkeypatch.delenv("HF_TOKEN")
     assert access.token(needed=True, publishes=False).status is Status.OK
     assert access.token(needed=False, publishes=True).status is Status.WARN

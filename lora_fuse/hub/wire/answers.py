@@ -92,26 +92,8 @@ class _Pulls(_Answer):
     start: int
 
 
-class _Scope(_Answer):
-    permissions: list[str] = []
-
-
-class _FineGrained(_Answer):
-    scoped: list[_Scope] = []
-
-
-class _AccessToken(_Answer):
-    role: str = ""
-    fine_grained: _FineGrained = _FineGrained()
-
-
-class _Auth(_Answer):
-    access_token: _AccessToken = _AccessToken()
-
-
 class _Account(_Answer):
     name: str
-    auth: _Auth = _Auth()
 
 
 # Of what is asked with GET, by its path below the endpoint; the first that matches counts.
@@ -145,11 +127,14 @@ def body_fault(path: str, content: bytes) -> str | None:
     if shape is None:
         return None
     try:
-        _adapter(shape).validate_json(content)
+        answer = _adapter(shape).validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"])) or "the answer"
         return f"{where} is {_shown(first['input'])}: {first['msg']}"
+    asked = re.search(r"/revision/([0-9a-f]{40})$", path)
+    if asked and isinstance(answer, _Revision) and answer.sha not in (None, asked[1]):
+        return f"sha is {answer.sha}, asked for was {asked[1]}"
     return None
 
 

@@ -24,6 +24,7 @@ MOST = 64 << 20  # bytes of an answer that is kept in memory: a listing of a hun
 PAGE = 100_000  # bytes that a page of a listing counts for at least: a listing ends after 1,000 pages, or `LISTED`
 LISTED = 100_000_000  # bytes
 RESOLVED = re.compile(r"/resolve(?:-cache/models/[^/]+/[^/]+)?/([0-9a-f]{40})/")
+ASKED = "lora_fuse.asked"  # the request's extension with the path below the endpoint that was asked at first
 NO_HUB = "use another Hub (HF_ENDPOINT), or tell its owner"
 
 
@@ -41,11 +42,12 @@ def guard(endpoint: Callable[[], str]) -> None:
     from huggingface_hub import get_session, set_client_factory
 
     hooks = get_session().event_hooks
-    if any(isinstance(hook, _AnswerCheck) for hook in hooks["response"]):
+    if any(isinstance(getattr(hook, "__self__", None), _Guard) for hook in hooks["response"]):
         return
+    guard = _Guard(endpoint)
     guarded: dict[str, list[Callable[..., Any]]] = {
-        "request": [*hooks["request"], _check_request],
-        "response": [_AnswerCheck(endpoint), *hooks["response"]],
+        "request": [*hooks["request"], guard.check_request],
+        "response": [guard.check_response, *hooks["response"]],
     }
     set_client_factory(lambda: Client(event_hooks=guarded, follow_redirects=True, timeout=None))
 
@@ -62,12 +64,6 @@ def is_private(url: str) -> bool:
         return host == "localhost"
 
 
-def _check_request(request: Request) -> None:
-    request.headers["Accept-Encoding"] = "identity"  # a packed body has any size
-    if "authorization" in request.headers:
-        _refuse_plain(str(request.url))
-
-
 def _refuse_plain(url: str, response: Response | None = None) -> None:
     if not is_private(url):
         parts = urlsplit(url)
@@ -78,16 +74,25 @@ def _refuse_plain(url: str, response: Response | None = None) -> None:
         )
 
 
-class _AnswerCheck:
-    """The hook that checks the answers of a Hub, before the client has read a byte of a body."""
+class _Guard:
+    """The hooks: before a request is sent, and before the client has read a byte of an answer's body."""
 
     def __init__(self, endpoint: Callable[[], str]) -> None:
         self._endpoint = endpoint
         self._listed = 0  # bytes of the listing that is under way
 
-    def __call__(self, response: Response) -> None:
-        request = response.request
+    def check_request(self, request: Request) -> None:
+        """Refuse a token where others can read it, and note the question, which a redirect keeps."""
+        request.headers["Accept-Encoding"] = "identity"  # a packed body has any size
+        if "authorization" in request.headers:
+            _refuse_plain(str(request.url))
         path = str(request.url).partition("?")[0].removeprefix(self._endpoint().rstrip("/"))
+        request.extensions.setdefault(ASKED, path)
+
+    def check_response(self, response: Response) -> None:
+        """Refuse an answer that no Hub gives."""
+        request = response.request
+        path = request.extensions[ASKED]
         is_api = path.startswith("/api/") and not path.startswith("/api/resolve-cache/")
         self._check_headers(response)
         if is_api or request.method != "GET" or not response.is_success:  # or else it goes to a file, which is watched

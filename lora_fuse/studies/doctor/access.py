@@ -43,11 +43,12 @@ def token(*, needed: bool, publishes: bool) -> Finding:
     if client.is_offline():
         return ok("token", "HF_TOKEN is set; not asked about, as HF_HUB_OFFLINE is set")
     try:
-        account = retry.PUBLISH.call("HF_TOKEN", "", lambda: client.client().whoami(), within=PATIENCE)
+        return retry.PUBLISH.call(
+            "HF_TOKEN", "", lambda: rights(client.client().whoami(), publishes=publishes), within=PATIENCE
+        )
     except PublishRefused as refusal:
         how = fail if needed or publishes else warn
         return how("token", f"HF_TOKEN is set and not good: {refusal}", "", "renew it, or unset it for what is public")
-    return rights(account, publishes=publishes)
 
 
 def rights(account: Mapping[str, Any], *, publishes: bool) -> Finding:
