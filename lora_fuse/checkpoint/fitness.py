@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lora_fuse.checkpoint.foreign_code import asked_code
+from lora_fuse.checkpoint.foreign_code import asked_code, countless_parts
 from lora_fuse.checkpoint.repository_files import MODEL_INDEX, list_files, locate
 from lora_fuse.checkpoint.shards import PROVENANCE, Checkpoint, Shard
 from lora_fuse.errors import BadCheckpoint, ShapeMismatch, UnmatchedTargets
@@ -39,7 +39,9 @@ def refuse_unfit(checkpoint: Checkpoint) -> None:
 
 
 def refuse_code(contents: Iterable[tuple[str, object]], label: str, fail: Callable[[str], Exception]) -> None:
-    """Refuse a base whose JSON asks for code, see `asked_code`; `contents` are parsed files by POSIX path.
+    """Refuse a base whose JSON asks for code, see `asked_code`, or for countless parts.
+
+    `contents` are parsed files by POSIX path.
 
     Raises:
         fail: a file does; the message names it, the key and its value.
@@ -50,6 +52,8 @@ def refuse_code(contents: Iterable[tuple[str, object]], label: str, fail: Callab
                 f"{label}: {words}; no code of a base is run here: take a copy whose classes are all diffusers' or "
                 "transformers', or take the entry out"
             )
+        for words in countless_parts(name, content):
+            raise fail(f"{label}: {words}; get a good copy")
 
 
 def refuse_code_of(folder: Path, fail: Callable[[str], Exception]) -> None:

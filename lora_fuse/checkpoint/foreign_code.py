@@ -1,11 +1,13 @@
 """Code that a base asks for in its JSON: a class of its own, or one of another repository or library. Pure.
 
 Libraries run such code for who trusts it, and one asks on the terminal whether it may. Nothing here runs any of it: a
-plain fuse says that the base asks for it, and what loads a base into a pipeline refuses the base.
+plain fuse says that the base asks for it, and what loads a base into a pipeline refuses the base. So it does with one
+whose configuration asks for more parts than any model has, which a library would begin to make.
 """
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
@@ -21,6 +23,8 @@ CLASSES = frozenset(
     | {"feature_extractor_type", "image_processor_type", "video_processor_type"}
 )
 # Keys that choose among implementations, each by a word; with a slash it is a repository of kernels (transformers).
+PARTS = re.compile(r"\w*(layer|block|depth|head|expert|stage)s?(_\w*)?")  # keys of a configuration that count parts
+MOST_PARTS = 10_000
 IMPLEMENTATIONS = frozenset({"attn_implementation", "_attn_implementation", "experts_implementation"})
 
 
@@ -37,6 +41,16 @@ def asked_code(name: str, content: object) -> Iterator[str]:
             yield _words(name, key, value, "it is not the plain name of a class")
         elif key in IMPLEMENTATIONS and "/" in reprlib.repr(value):
             yield _words(name, key, value, "it names a repository of compiled code")
+
+
+def countless_parts(name: str, content: object) -> Iterator[str]:
+    """Words on each entry of a component's `config.json` that asks for more parts than any model has."""
+    if PurePosixPath(name).name != "config.json":
+        return
+    for key, value in _entries(content):
+        numbers = value if isinstance(value, list) else [value]
+        if PARTS.fullmatch(key) and any(isinstance(one, (int, float)) and one > MOST_PARTS for one in numbers):
+            yield _words(name, key, value, f"no model has more than {MOST_PARTS} of them")
 
 
 def _is_known(pair: list[Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -74,7 +75,7 @@ def read_levels(path: Path) -> Levels:
     """
     files.refuse_special(path, path.stat())
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > LARGEST:
                 raise OSError(f"it has {image.width} x {image.height} pixels; give one of at most {LARGEST}")
             return levels_of(ImageOps.exif_transpose(image))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lora_fuse import cli
-from lora_fuse.checkpoint.foreign_code import asked_code
+from lora_fuse.checkpoint.foreign_code import asked_code, countless_parts
 from tests.support import tiny
 
 ASKING = {
@@ -47,6 +47,28 @@ def test_what_asks_for_code_is_named_with_file_key_and_value(name: str) -> None:
 )
 def test_a_plain_file_asks_for_nothing(file: str, content: object) -> None:
     assert list(asked_code(file, content)) == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"num_layers": 10**9},
+        {"text_config": {"num_hidden_layers": 10_001}},
+        {"depths": [2, 1e300]},
+        {"block_out": 1e999},
+    ],
+)
+def test_more_parts_than_any_model_has_are_named(content: dict[str, object]) -> None:
+    assert len(list(countless_parts("t/config.json", content))) == 1
+    assert list(countless_parts("t/vocab.json", content)) == []
+
+
+def test_the_configurations_of_models_are_within_bounds() -> None:
+    for path in (Path(__file__).resolve().parents[2] / "pocket/model").rglob("*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        assert [*asked_code(path.name, content), *countless_parts(path.name, content)] == []
+    usual = {"num_layers": 60, "num_attention_heads": 64, "fullatt_block_indexes": [7, 31], "layer_types": ["full"]}
+    assert list(countless_parts("config.json", usual | {"vocab_size": 152_064, "num_embeddings": 16_384})) == []
 
 
 def test_a_deep_file_is_read_to_its_end() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import struct
+import warnings
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -57,6 +58,31 @@ def test_a_picture_that_says_it_is_huge_is_refused_before_it_is_decoded(
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(bytes(1000))))
     with pytest.raises(OSError, match=r"pixels"):
         read_levels(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "chunk"),
+    [("a text of 100 MB", (b"zTXt", b"a\0\0" + zlib.compress(bytes(100 << 20)))), ("short", (b"tRNS", b"x"))],
+)
+def test_a_chunk_that_is_a_bomb_or_too_short_is_one_kind_of_error(
+    name: str, chunk: tuple[bytes, bytes], tmp_path: Path
+) -> None:
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0))
+    rows = png_chunk(b"IDAT", zlib.compress(bytes(8 * 25)))
+    path = tmp_path / f"{name}.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + png_chunk(*chunk) + rows + png_chunk(b"IEND", b""))
+    with pytest.raises(OSError, match="no whole picture"):
+        read_levels(path)
+
+
+def test_a_huge_picture_is_refused_without_a_warning(tmp_path: Path) -> None:
+    """Pillow's would be lines of their own on the terminal."""
+    path = tmp_path / "huge.png"
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 10_000, 10_000, 8, 2, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(bytes(1000))))
+    with warnings.catch_warnings(record=True) as caught, pytest.raises(OSError, match=r"10000 x 10000 pixels; give"):
+        read_levels(path)
+    assert caught == []
 
 
 @pytest.mark.parametrize("kind", FORMATS)
