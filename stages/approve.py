@@ -16,7 +16,7 @@ from pathlib import Path
 from lora_fuse.errors import BadConfig
 from lora_fuse.machine import Console, OnceParser, staging
 from lora_fuse.recipe import Artifacts, checkout, paths, records
-from lora_fuse.regression import approval, candidates, goldens, run_record
+from lora_fuse.regression import approval, candidates, goldens, run_record, weight_check
 from stages.config import check_declared, load
 from stages.run import PLAIN, next_commands, parse, run
 
@@ -31,7 +31,7 @@ def approve(reason: str, only: list[str], add: bool, at: Artifacts = paths.HERE,
     chosen = {name: found.cases[name] for name in only or found.cases}
     recipe = next(iter(chosen.values())).provenance.recipe
     run = records.from_json(run_record.RunRecord, paths.read_text(at.run, "regress", force=True), str(at.run))
-    approval.check_weights(found.manifest_sha256, chosen, paths.read_object(at.verify, "verify"), at.verify)
+    approval.check_weights(found.manifest_sha256, chosen, weight_check.read_weight_check(at.verify), at.verify)
     approval.check_repeatable(run, text, Path.cwd())
     approval.check_asked(chosen, *check_declared(recipe, at.variant).asked)
     pictures = approval.read_pictures(at.images, chosen)

@@ -1,4 +1,7 @@
-"""Stage `gate`: decide from `verify.json` and `metrics.json`; its exit code is the pipeline's answer.
+"""Stage `gate`: decide on `verify.json` and `metrics.json`; its exit code is the pipeline's answer.
+
+Their verdicts are worked out again from their numbers, the pictures and the records (`regression/consistency.py`); what
+says something else than follows is refused, 2.
 
 0 passed. 1 failed: wrong weights, a broken picture or a regression. 3 there is no approved picture to compare
 with. 4 a person has to look: within the limits of a golden of another environment.
@@ -12,9 +15,9 @@ from lora_fuse.regression import gate as decisions
 from stages.run import PLAIN, command, run_stage
 
 
-def gate(_: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:
+def gate(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:
     """Print the decision; its exit code is the pipeline's."""
-    decision = decisions.decide(paths.read_object(at.verify, "verify"), paths.read_object(at.metrics, "regress"), at)
+    decision = decisions.decide(recipe, at)
     sentence = f"{decision.reason}; next: {command(decision.then, at)}"
     facts = {"code": decision.code, "decision": sentence}
     if decision.code:

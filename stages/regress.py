@@ -11,7 +11,7 @@ from lora_fuse.fusion import plan_of, read_manifest
 from lora_fuse.machine import Console, progress
 from lora_fuse.pictures import Case, DistributedRenderer, environment, pairs, render_progress
 from lora_fuse.recipe import Artifacts, Recipe, paths
-from lora_fuse.regression import goldens, judge, write_regression
+from lora_fuse.regression import goldens, judge, weight_check, write_regression
 from stages.run import PLAIN, command, run_stage
 
 GATE = "dvc repro gate"
@@ -22,7 +22,7 @@ def regress(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN
     """Write the pictures, the candidates, `metrics.json` and `report.html`; the gate decides on them."""
     base, loras = at.read_locks()
     read_manifest(at.manifest)
-    verify = paths.read_object(at.verify, "verify")
+    verify = weight_check.read_weight_check(at.verify)
     setup = pairs.Setup.of(recipe)
     cases = Case.of(recipe)
     with at.held(base, loras, [image for case in cases for image in case.images]):

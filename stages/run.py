@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lora_fuse.errors import BadConfig, Busy, LoraFuseError, Rerun, naming_extras
 from lora_fuse.machine import Console, interrupts, launch, progress, staging
-from lora_fuse.recipe import Artifacts, Lock, Recipe, paths
+from lora_fuse.recipe import Artifacts, Lock, Recipe, checkout, paths
 from stages.config import load
 
 ALONE = "DVC_STAGE" not in os.environ  # DVC goes on with the next stage by itself
@@ -147,8 +147,8 @@ def _repro(step: Rerun, at: Artifacts) -> str:
 
 def _restoring(path: Path) -> str:
     """Bring back what was approved: from git, or from DVC where a folder above is kept there."""
-    kept = [Path(f"{above}.dvc") for above in (path, *path.parents)]
-    return next((f"dvc checkout --force {one}" for one in kept if one.exists()), f"git checkout {path}")
+    kept = checkout.tracked(path)
+    return f"git checkout {path}" if kept == path else f"dvc checkout --force {kept}"
 
 
 def merge(recipe: Recipe, at: Artifacts, base: Lock, loras: Mapping[str, Lock]) -> None:

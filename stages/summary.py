@@ -8,15 +8,18 @@ from lora_fuse.regression import gate, run_record
 from stages.run import PLAIN, command, run_stage
 
 
-def summary(_: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:
-    """Print the table of `metrics.json`."""
-    metrics = paths.read_object(at.metrics, "regress")
+def summary(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:
+    """Print the table of `metrics.json`, if the gate can decide on it."""
+    decision = gate.decide(recipe, at)
+    then = command(decision.then, at)
     if console.as_json:
-        console.done("summary", facts=metrics)
-    else:
+        console.done("summary", facts=dict(decision.metrics))
+    elif decision.metrics:
         run = run_record.read_run(at)
-        then = command(gate.next_step(metrics), at)
-        console.rows(gate.summary_text(metrics, run, str(at.report), then).split("\n"))
+        text = gate.summary_text(decision.metrics, run, str(at.report), then, decision.approved)
+        console.rows(text.split("\n"))
+    else:
+        console.rows([f"FAILED, {decision.reason}", f"next: {then}"])
     return 0
 
 

@@ -51,6 +51,27 @@ def this_repository() -> str | None:
     return f"{scheme}://{host.rpartition('@')[2]}/{path.removesuffix('.git')}"
 
 
+def tracked(path: Path) -> Path:
+    """The file by which git knows a file: itself, or the record of DVC, where it or a folder above is kept there."""
+    kept = [Path(f"{above}.dvc") for above in (path, *path.parents)]
+    return next((one for one in kept if one.exists()), path)
+
+
+def commit_of(path: Path, root: Path) -> str | None:
+    """The commit that last changed a file of the checkout at `root`; None where there is no git.
+
+    It is "not committed" if no commit has the file as it is. The first commit of a shallow clone changed everything, so
+    that it may have been an earlier one.
+    """
+    name = str(tracked(path))
+    commit = _git(root, "log", "-1", "--format=%h%d", "--abbrev=12", "--", name)
+    if commit is None:
+        return None
+    if not commit or _git(root, "status", "--porcelain", "--", name):
+        return "not committed"
+    return commit.split()[0] + (" or before" if "grafted" in commit else "")
+
+
 def this_person(root: Path) -> str:
     """The person who runs this: as git knows them (``name <mail>``), or the system's user."""
     name = _git(root, "config", "user.name")

@@ -1,5 +1,4 @@
 from . import approval as approval
-from . import approved_list as approved_list
 from . import candidates as candidates
 from . import case_judgement as case_judgement
 from . import gate as gate
@@ -7,5 +6,6 @@ from . import goldens as goldens
 from . import review as review
 from . import run_record as run_record
 from . import verdicts as verdicts
+from . import weight_check as weight_check
 from .run import judge as judge
 from .run import write_regression as write_regression

@@ -48,28 +48,49 @@ def examine(
     The goldens are all of one environment; `floor` is the unfused pipeline again, moved by as much as rounding does.
     """
     golden, vs_golden = _nearest_golden(merged, goldens) or (None, None)
-    vs_unfused = _compare_if_possible(merged, unfused)
     of_floor = None if floor is None else _compare_if_possible(floor, unfused)
-    floor_here = None if of_floor is None else of_floor.values
-    floor_then = None if golden is None else golden.floor
+    measured = Measured(_compare_if_possible(merged, unfused), of_floor, vs_golden, golden)
+    facts = {"merged": Facts.of(merged), "unfused": Facts.of(unfused)}
+    return judge_measured(case, facts, measured, rules, {"merged": merged.sigmas, "unfused": unfused.sigmas})
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The distances of a case's pictures, as `CaseResult` has them."""
+
+    vs_unfused: Comparison | None
+    floor: Comparison | None
+    vs_golden: Comparison | None
+    golden: Golden | None
+
+
+def judge_measured(
+    case: Case,
+    facts: Mapping[str, Facts],
+    measured: Measured,
+    rules: Rules,
+    sigmas: Mapping[str, Sequence[float]],
+) -> CaseResult:
+    """Judge what was measured; facts and the visited sigmas are by pipeline, ``merged`` and ``unfused``."""
+    floor_here = None if measured.floor is None else measured.floor.values
+    floor_then = None if measured.golden is None else measured.golden.floor
     result = CaseResult(
         case,
-        Facts.of(merged),
-        vs_unfused,
-        of_floor,
-        vs_golden,
-        golden,
+        facts["merged"],
+        measured.vs_unfused,
+        measured.floor,
+        measured.vs_golden,
+        measured.golden,
         agrees=False,
         verdict=Verdict.INVALID,
         reasons=(),
         unfused_limits=rules.unfused.over(rules.over_floor, floor_here),
         golden_limits=rules.golden.over(rules.over_floor, floor_here, floor_then),
     )
-    facts = {"merged": result.facts, "unfused": Facts.of(unfused)}
     faults = [*_faults(facts), *_wrong_sizes(facts, case.size)]
     if faults:
         return replace(result, reasons=tuple(faults))
-    apart = [*_wrong_sigmas(merged, unfused, rules.sigmas), *_disagreement(result, rules)]
+    apart = [*_wrong_sigmas(sigmas, rules.sigmas), *_disagreement(result, rules)]
     verdict, reasons = _against_golden(result, apart)
     return replace(result, agrees=not apart, verdict=verdict, reasons=tuple(reasons))
 
@@ -146,14 +167,14 @@ def _wrong_sizes(facts: Mapping[str, Facts], asked: Size | None) -> list[str]:
     ]
 
 
-def _wrong_sigmas(merged: picture.Picture, unfused: picture.Picture, wanted: tuple[float, ...] | None) -> list[str]:
+def _wrong_sigmas(visited: Mapping[str, Sequence[float]], wanted: tuple[float, ...] | None) -> list[str]:
     if wanted is None:
         return []
     return [
-        f"The {name} pipeline visited the sigmas {_listed(picture.sigmas[:-1])}, the recipe's are {_listed(wanted)}."
-        for name, picture in (("merged", merged), ("unfused", unfused))
-        if len(picture.sigmas) != len(wanted) + 1
-        or not all(abs(a - b) <= SIGMA_TOLERANCE for a, b in zip(picture.sigmas, wanted, strict=False))
+        f"The {name} pipeline visited the sigmas {_listed(sigmas[:-1])}, the recipe's are {_listed(wanted)}."
+        for name, sigmas in visited.items()
+        if len(sigmas) != len(wanted) + 1
+        or not all(abs(a - b) <= SIGMA_TOLERANCE for a, b in zip(sigmas, wanted, strict=False))
     ]
 
 

@@ -1,14 +1,18 @@
-"""The gate's decision from `verify.json` and `metrics.json`, the step that comes next, a summary for a terminal."""
+"""The gate's decision on what a build came to, the step that comes next, a summary for a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lora_fuse.errors import Rerun
-from lora_fuse.recipe import Artifacts, paths
+from lora_fuse.recipe import Artifacts, Recipe, checkout
 from lora_fuse.regression.run_record import RunRecord
+
+if TYPE_CHECKING:
+    from lora_fuse.regression.consistency import Results
 
 EXIT_CODES = {"exact": 0, "drift": 0, "review": 4, "no-golden": 3, "regression": 1, "invalid": 1}
 
@@ -25,24 +29,49 @@ MEANINGS: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The pipeline's exit code, a sentence that says why, and the step that comes next."""
+    """The pipeline's exit code, a sentence that says why, the step that comes next, and what it was decided from.
+
+    `metrics` is the content of `metrics.json`, empty where the weights are wrong; `approved` a few words on the commits
+    of the goldens.
+    """
 
     code: int
     reason: str
     then: Rerun
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    approved: str = ""
 
 
-def decide(verify: dict[str, Any], metrics: dict[str, Any], at: Artifacts = paths.HERE) -> Decision:
-    """Decide from the contents of `verify.json` and `metrics.json`."""
+def decide(recipe: Recipe, at: Artifacts) -> Decision:
+    """Decide on a build of a recipe, from its results as far as they follow from each other: see `consistency`.
+
+    Raises:
+        BadSource: a result is not there, or says something else than what follows.
+        BadGolden: a golden is not as it was approved.
+    """
+    from lora_fuse.regression.consistency import read_results  # what measures pictures takes its time to start
+
+    return decision_of(read_results(recipe, at), at)
+
+
+def decision_of(results: Results, at: Artifacts) -> Decision:
+    """Decide on results that agree with each other."""
+    verify = results.verify
+    metrics = results.metrics
     if not verify["passed"]:
         wrong = f"{verify['problem_count']} problems, see {at.verify}"
         return Decision(1, f"the merged weights are wrong ({wrong})", Rerun("fuse", force=True))
-    if verify["manifest_sha256"] != metrics["manifest_sha256"]:
-        again = Rerun("verify regress", force=True)
-        return Decision(1, f"{at.verify} and {at.metrics} are about different merges", again)
     verdict = metrics["verdict"]
     seen = "" if metrics["passed"] else f", see {at.report}"
-    return Decision(EXIT_CODES[verdict], f"{verdict}: {MEANINGS[verdict]}{seen}", next_step(metrics))
+    commits = commits_of(golden.path for golden in results.goldens)
+    approved = f", approved in {commits}" if commits else ""
+    reason = f"{verdict}: {MEANINGS[verdict]}{approved}{seen}"
+    return Decision(EXIT_CODES[verdict], reason, next_step(metrics), metrics, approved)
+
+
+def commits_of(records: Iterable[Path]) -> str:
+    """The commits that the records of goldens are of, for a person; empty where there are none, or no git."""
+    return ", ".join(sorted({commit for path in records if (commit := checkout.commit_of(path, Path.cwd()))}))
 
 
 def next_step(metrics: Mapping[str, Any]) -> Rerun:
@@ -59,10 +88,13 @@ def next_step(metrics: Mapping[str, Any]) -> Rerun:
     return Rerun("verify", settings=(f"recipe={metrics['recipe']}", "verify.rows=all"))
 
 
-def summary_text(metrics: Mapping[str, Any], run: RunRecord | None, report_path: str, then: str) -> str:
+def summary_text(
+    metrics: Mapping[str, Any], run: RunRecord | None, report_path: str, then: str, approved: str = ""
+) -> str:
     """A table of the cases of a `metrics.json` and the verdict, aligned for a terminal, without colours.
 
-    `run` is the record of these pictures, if it is on this machine; `then` the command that comes next.
+    `run` is the record of these pictures, if it is on this machine; `then` the command that comes next; `approved` as
+    of `Decision`.
     """
     from tabulate import tabulate
 
@@ -78,7 +110,7 @@ def summary_text(metrics: Mapping[str, Any], run: RunRecord | None, report_path:
     lines += [f"{name}: {metrics[f'{name}.reasons']}" for name in names if metrics[f"{name}.verdict"] != "exact"]
     passed = "passed" if metrics["passed"] else "FAILED"
     verdict = metrics["verdict"]
-    ending = [f"{passed}, {verdict}: {MEANINGS[verdict]}", f"report: {report_path}", f"next: {then}"]
+    ending = [f"{passed}, {verdict}: {MEANINGS[verdict]}{approved}", f"report: {report_path}", f"next: {then}"]
     return "\n".join([*lines, "", *ending])
 
 

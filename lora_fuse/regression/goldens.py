@@ -49,9 +49,10 @@ class GoldenRecord:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Approved(Golden):
-    """A golden with its record."""
+    """A golden with its record, and the path of that."""
 
     record: GoldenRecord
+    path: Path
 
 
 class Goldens:
@@ -71,7 +72,7 @@ class Goldens:
         goldens.refuse_other_base(str(base.repo_id or base.path), base.files)
         return goldens
 
-    def records(self, key: environment.Key, case: str | None = None) -> Iterator[tuple[Path, GoldenRecord]]:
+    def records(self, key: environment.Key | str, case: str | None = None) -> Iterator[tuple[Path, GoldenRecord]]:
         """Every golden of a key, or of one of its cases: the picture's path and its record, checked.
 
         Raises:
@@ -79,6 +80,18 @@ class Goldens:
         """
         folder = self._folder / str(key)
         yield from _all_checked(folder, approved_list.read_list(folder), case)
+
+    def sums(self) -> dict[str, str]:
+        """The sha256 of every picture and record of every key, by POSIX path.
+
+        The lists beside them say the same: one that is written anew is no reason to render again.
+        """
+        folders = sorted(self._folder.glob("*/"))
+        return {
+            f"{folder.name}/{name}": sha256
+            for folder in folders
+            for name, sha256 in approved_list.sums_of(folder).items()
+        }
 
     def bind(self, remark: str) -> list[Path]:
         """Write the list of every folder of goldens that has none, as they stand; returns the lists.
@@ -124,10 +137,23 @@ class Goldens:
 
     def _of_key(self, key: environment.Key, run: environment.Key, case: str) -> list[Approved]:
         elsewhere = None if key == run else f"{key} ({'; '.join(key.differences(run))})"
-        return [
-            Approved(_levels(path), name=path.name, elsewhere=elsewhere, floor=record.floor, record=record)
-            for path, record in self.records(key, case)
-        ]
+        return list(self._approved(str(key), case, elsewhere))
+
+    def _approved(self, key: str, case: str, elsewhere: str | None) -> Iterator[Approved]:
+        for path, record in self.records(key, case):
+            about = path.with_suffix(".json")
+            yield Approved(
+                _levels(path), name=path.name, elsewhere=elsewhere, floor=record.floor, record=record, path=about
+            )
+
+    def of_case(self, case: str, key: str) -> Iterator[Approved]:
+        """Every golden of a case, whatever environment it is of; those of `key`, the run's, come first.
+
+        Raises:
+            BadGolden: see `records`.
+        """
+        for folder in sorted(self._folder.glob("*/"), key=lambda folder: (folder.name != key, folder.name)):
+            yield from self._approved(folder.name, case, None if folder.name == key else folder.name)
 
     def _of_nearest(self, run: environment.Key, case: str) -> list[Approved]:
         others = {

@@ -13,7 +13,7 @@ from lora_fuse.pictures import encode, environment, metrics, pairs, picture, ren
 from lora_fuse.recipe import Manifest, records
 from lora_fuse.regression.candidates import Candidates, Provenance, differences
 from lora_fuse.regression.case_judgement import JudgedPair
-from lora_fuse.regression.gate import case_names
+from lora_fuse.regression.gate import case_names, commits_of
 from lora_fuse.regression.goldens import Approved
 from lora_fuse.regression.report import Baseline, BlockChange, CaseReport, Report
 from lora_fuse.regression.run_record import RunRecord
@@ -86,6 +86,9 @@ def case_rows(metrics: Mapping[str, Scalar]) -> list[dict[str, Scalar]]:
 def review(judged: Judged, verify: Mapping[str, Any], rules: Rules, setup: pairs.Setup, next_step: str) -> Report:
     """The report of one run, from the content of `verify.json` and the command that comes next."""
     first = next(iter(judged.found.cases.values())).provenance
+    goldens = [case.result.golden for case in judged.cases]
+    commits = commits_of(golden.path for golden in goldens if isinstance(golden, Approved))
+    approved = {"goldens approved in": commits} if commits else {}
     return Report(
         recipe=first.recipe,
         verdict=worst(case.result.verdict for case in judged.cases),
@@ -95,7 +98,7 @@ def review(judged: Judged, verify: Mapping[str, Any], rules: Rules, setup: pairs
         sigmas=first.sigmas,
         verify=verify,
         blocks=block_changes(verify["changes"]),
-        environment={**_environment(judged.run), "LoRA unfused by": judged.cases[0].pair.unfused_by},
+        environment={**_environment(judged.run), "LoRA unfused by": judged.cases[0].pair.unfused_by, **approved},
         warnings=tuple(pair_warnings(*judged.manifest.pair)),
         rules=rules,
         cases=tuple(

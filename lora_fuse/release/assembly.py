@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lora_fuse.errors import PublishRefused, Rerun
@@ -27,7 +28,7 @@ def contents_of(
     at: Artifacts,
     manifest: Manifest,
     manifest_sha256: str,
-    metrics: dict[str, Any],
+    metrics: Mapping[str, Any],
     licence: MergeLicence,
     tool: records.Tool,
 ) -> tuple[dict[str, bytes], dict[str, Addition]]:
@@ -82,21 +83,18 @@ def checked_release(params: Recipe, at: Artifacts) -> tuple[Manifest, str, dict[
     """The manifest, the card and the other files to publish, if `verify` and `gate` passed for these very bytes.
 
     Raises:
+        BadSource, BadGolden: see `gate.decide`.
         PublishRefused: `verify` or `gate` did not, or the licence is not settled and the repository would be public.
     """
     manifest, manifest_sha256 = read_manifest(at.manifest)
-    verify = paths.read_object(at.verify, "verify")
-    metrics = paths.read_object(at.metrics, "regress")
-    decision = gate.decide(verify, metrics, at)
+    decision = gate.decide(params, at)
     if decision.code:
         raise PublishRefused(f"the gate is not passed: {decision.reason}", rerun=decision.then)
-    if verify["manifest_sha256"] != manifest_sha256:
-        raise PublishRefused(f"{at.verify} is about other bytes than {at.manifest}", rerun=Rerun("build"))
     licence = resolve_licence(manifest, params.publish.license)
     if licence.problem and not params.publish.private:
         raise PublishRefused(licence.problem)
     tool = read_build(at.manifest, manifest_sha256).tool
-    texts, additions = contents_of(params, at, manifest, manifest_sha256, metrics, licence, tool)
+    texts, additions = contents_of(params, at, manifest, manifest_sha256, decision.metrics, licence, tool)
     release = named(manifest, params.publish.repo_id, params.publish.tag, tool)
     beside = write_release(at.release, at.merged, release, texts, additions, params.publish.signing.signer)
     return manifest, beside.pop(payload.CARD)[0].read_text(encoding="utf-8"), beside

@@ -41,7 +41,7 @@ def run_of(merged: Levels, golden: Levels | None) -> Judged:
 
     then = dataclasses.replace(PROVENANCE, loras=(dataclasses.replace(PROVENANCE.loras[0], scale=0.9),))
     approved = GoldenRecord(1, "f" * 64, {}, APPROVAL, then)
-    goldens = [] if golden is None else [Approved(golden, name="good.png", record=approved)]
+    goldens = [] if golden is None else [Approved(golden, name="good.png", record=approved, path=Path("good.json"))]
     pair = Pair(Case("good", "x", 0), side(0.001), side(0.0), side(0.001), "diffusers")
     sides = [Picture(merged, latents=one.latents) for one in (pair.merged, pair.unfused, pair.floor)]
     result = examine(Case("good", "x", 0), sides[0], sides[1], goldens, RULES, sides[2])

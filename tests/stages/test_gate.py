@@ -4,11 +4,16 @@ from typing import Any
 
 import pytest
 
-from lora_fuse.regression.gate import EXIT_CODES, MEANINGS, decide, next_step
+from lora_fuse.recipe.paths import HERE
+from lora_fuse.regression.consistency import Results
+from lora_fuse.regression.gate import EXIT_CODES, MEANINGS, Decision, decision_of, next_step
 from lora_fuse.regression.verdicts import Verdict
 from stages.run import command
+from tests.support.approved import weight_check
 
-VERIFY: dict[str, Any] = {"passed": True, "problem_count": 0, "manifest_sha256": "m"}
+
+def decide(metrics: dict[str, Any], **verify: Any) -> Decision:
+    return decision_of(Results(weight_check(**verify), metrics, ()), HERE)
 
 
 def metrics(verdict: str, **cases: str) -> dict[str, Any]:
@@ -29,7 +34,7 @@ def metrics(verdict: str, **cases: str) -> dict[str, Any]:
     [("exact", 0), ("drift", 0), ("review", 4), ("no-golden", 3), ("regression", 1), ("invalid", 1)],
 )
 def test_every_verdict_has_its_exit_code_and_names_one_next_command(verdict: str, code: int) -> None:
-    decision = decide(VERIFY, metrics(verdict))
+    decision = decide(metrics(verdict))
     assert decision.code == code
     assert decision.reason.startswith(f"{verdict}: {MEANINGS[verdict]}")
     assert ("report.html" in decision.reason) == (code != 0)
@@ -43,20 +48,11 @@ def test_only_what_passes_has_exit_code_0() -> None:
     assert EXIT_CODES.keys() == set(Verdict)
 
 
-@pytest.mark.parametrize(
-    ("verify", "word", "then"),
-    [
-        ({"passed": False, "problem_count": 2}, "2 problems", "dvc repro -f fuse"),
-        ({"manifest_sha256": "other"}, "different merges", "dvc repro -f verify regress"),
-    ],
-)
 @pytest.mark.parametrize("verdict", list(Verdict))
-def test_wrong_weights_fail_whatever_the_pictures_are(
-    verify: dict[str, Any], word: str, then: str, verdict: str
-) -> None:
-    decision = decide({**VERIFY, **verify}, metrics(verdict))
-    assert (decision.code, word in decision.reason) == (1, True)
-    assert command(decision.then) == then
+def test_wrong_weights_fail_whatever_the_pictures_are(verdict: str) -> None:
+    decision = decide(metrics(verdict), passed=False, problem_count=2)
+    assert (decision.code, "2 problems" in decision.reason) == (1, True)
+    assert command(decision.then) == "dvc repro -f fuse"
 
 
 @pytest.mark.parametrize(
@@ -93,4 +89,4 @@ def test_a_regression_of_sides_that_do_not_agree_sends_to_the_weights_and_never_
     found: dict[str, Any],
 ) -> None:
     assert command(next_step(found)) == "python -m stages.verify recipe=pocket verify.rows=all"
-    assert "approve" not in command(decide(VERIFY, found).then)
+    assert "approve" not in command(decide(found).then)

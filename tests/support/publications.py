@@ -18,6 +18,7 @@ from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.records import BuildRecord, Manifest, MergedFile, MergedLora, Tool, from_json, to_json
 from tests.hub_server import LoopbackHub, Repo
 from tests.hub_server.api import LFS_SUFFIXES
+from tests.support.approved import weight_check
 from tests.support.machine import ROOT, start, until
 from tests.support.released import leave_regression
 
@@ -87,8 +88,7 @@ class Place:
         key = hashlib.sha256(text.encode()).hexdigest()
         build = BuildRecord(1, key, Tool("1.2.3"), "2026-01-01T00:00:00Z", "cpu", len(SHARDS) * SIZE, 1.0)
         (self.root / "artifacts/merged.build.json").write_text(to_json(build))
-        same = {"passed": True, "manifest_sha256": key}
-        (self.root / "artifacts/verify.json").write_text(json.dumps({**same, "problem_count": 0}))
+        (self.root / "artifacts/verify.json").write_text(json.dumps(weight_check(key, targets=12)))
         if not (self.root / "pocket").exists():
             (self.root / "pocket").symlink_to(ROOT / "pocket")  # its pictures are the cases' inputs
         with contextlib.chdir(self.root):
