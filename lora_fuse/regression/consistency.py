@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_fuse.errors import BadSource, Rerun
+from lora_fuse.errors import BadSource
 from lora_fuse.fusion import read_manifest
 from lora_fuse.machine import files
 from lora_fuse.pictures import Case, CaseOf, metrics, picture
@@ -22,12 +22,11 @@ from lora_fuse.recipe import Artifacts, Recipe, paths, records
 from lora_fuse.regression.candidates import Candidate, Candidates, PictureInputs
 from lora_fuse.regression.case_judgement import Measured, judge_measured
 from lora_fuse.regression.gate import case_names
-from lora_fuse.regression.goldens import Approved, Goldens
+from lora_fuse.regression.goldens import AGAIN, Approved, Goldens
 from lora_fuse.regression.run_record import read_run
 from lora_fuse.regression.verdicts import CaseResult, Comparison, Facts, Rules, Verdict, worst
 from lora_fuse.regression.weight_check import check_manifest, read_weight_check
 
-AGAIN = Rerun("regress", force=True)
 MEASURED_AGAIN = ("psnr_db", "max_abs", "mean_abs", "changed_share")  # in milliseconds, by numpy alone
 CLOSE = 1e-6  # relative; a record has nine digits
 
