@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from lora_fuse.recipe import Manifest
 
 CARD = "README.md"
-# Files and folders that the Hub, git and the Hub's client put beside a repository's own.
-HOUSEKEEPING = (".cache", ".git", ".gitattributes", ".gitignore", ".huggingface")
+# What the Hub, git and the Hub's client put beside a repository's own: files, and folders with all that is in them.
+HOUSEKEEPING = frozenset({".git", ".gitattributes", ".gitignore"})
+HOUSEKEEPING_IN = frozenset({".cache", ".git", ".huggingface"})
 # Files that people may add to a repository: no library loads them.
 READ_BY_PEOPLE = re.compile(r".+\.(md|png|jpe?g|webp|gif|svg|pdf)|(licen[cs]e|notice|copying)(\.txt|\.rst)?", re.I)
 Addition = tuple[Path, FileRecord]  # a file beside the manifest's: its path here, and the record it must match
@@ -62,9 +63,15 @@ def is_read_by_people(name: str) -> bool:
     return READ_BY_PEOPLE.fullmatch(PurePosixPath(name).name) is not None
 
 
+def is_housekeeping(name: str) -> bool:
+    """True for a file, by its POSIX path, that the Hub, git or the Hub's client puts beside a repository's own."""
+    top, inside, _ = name.partition("/")
+    return top in (HOUSEKEEPING_IN if inside else HOUSEKEEPING)
+
+
 def is_let_be(name: str) -> bool:
     """True for a file that may lie in a repository beside what was published there."""
-    return name.partition("/")[0] in HOUSEKEEPING or is_read_by_people(name)
+    return is_housekeeping(name) or is_read_by_people(name)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ the first two only ever fail a case.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,7 @@ class _Numbers:
 
     def comparison(self, pair: str) -> Comparison | None:
         """The distances of a pair; None where nothing was compared."""
-        found = {name: self._number(f"{pair}.{name}") for name in metrics.METRICS}
+        found = {name: self._distance(pair, name) for name in metrics.METRICS}
         identical = self._value(f"{pair}.identical")
         if found["max_abs"] is None:
             self.check(f"{pair}.identical", False)
@@ -151,11 +152,17 @@ class _Numbers:
         for name in MEASURED_AGAIN if said else ():
             self.check(f"{pair}.{name}", float(metrics.METRICS[name].measure(one, other)))
 
+    def _distance(self, pair: str, metric: str) -> float | None:
+        value = self._number(f"{pair}.{metric}")
+        if value is not None and not metrics.METRICS[metric].can_be(value):
+            raise BadSource(f"{self.path} says {pair}.{metric} {value}, which no two pictures can have", rerun=AGAIN)
+        return value
+
     def _number(self, name: str) -> float | None:
         value = self._value(name)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < sys.float_info.max:
             raise BadSource(f"{self.path} says {name} {value!r}, which is no number", rerun=AGAIN)
         return float(value)
 

@@ -78,7 +78,9 @@ def check_published(folder: Path, trusted: Trusted | None, expected: Mapping[str
         )
     result = Published()
     try:
-        manifest = records.from_json(records.ReleaseList, files.read_text(folder / LIST), str(folder / LIST))
+        manifest = records.from_json(
+            records.ReleaseList, files.read_text(files.inside(folder, LIST)), str(folder / LIST)
+        )
     except (BadSource, OSError, UnicodeDecodeError) as error:
         result.problems.append(f"{LIST} is no list of files: {str(error).partition(';')[0]}")
         return result
@@ -90,7 +92,7 @@ def check_published(folder: Path, trusted: Trusted | None, expected: Mapping[str
     _check_listed(folder, manifest, result)
     found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     names = {path.relative_to(folder).as_posix() for path in found}
-    housekeeping = {name for name in names if name.partition("/")[0] in payload.HOUSEKEEPING}
+    housekeeping = {name for name in names if payload.is_housekeeping(name)}
     extra = sorted(names - housekeeping - {LIST, SIGNATURE} - manifest.files.keys())
     harmless = [name for name in extra if payload.is_read_by_people(name) and (folder / name).is_file()]
     result.problems += [f"{name} is not in {LIST}, so nobody published it" for name in extra if name not in harmless]
@@ -161,8 +163,11 @@ def _check_signature(folder: Path, trusted: Trusted | None, extra: Iterable[str]
     if result.problems:  # whatever they are, it signs files that are as their list says
         return "signature not checked, as the files are wrong"
     try:
+        files.read_bytes(files.inside(folder, SIGNATURE))  # it is of a size and in a place to be read
         check(folder, trusted, unsigned=extra)
-    except CheckFailed as error:
-        result.problems.append(str(error))
+    except (OSError, CheckFailed) as error:
+        result.problems.append(
+            str(error) if isinstance(error, CheckFailed) else f"{SIGNATURE} cannot be read ({error})"
+        )
         return "signature wrong"
     return RIGHT

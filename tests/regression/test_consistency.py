@@ -91,6 +91,8 @@ METRICS: dict[str, tuple[Change, str]] = {
     "one more": (lambda c: c.update({"x.verdict": "exact"}), "has the cases"),
     "a number less": (lambda c: c.pop("hat.floor.flip"), "has no 'hat.floor.flip'"),
     "no number": (lambda c: c.update({"hat.unfused.flip": "0"}), "hat.unfused.flip '0', which is no number"),
+    "a number without end": (lambda c: c.update({"hat.unfused.flip": 10**400}), "000, which is no number"),
+    "less than no distance": (lambda c: c.update({"hat.unfused.latents_l2": -1.0}), "-1.0, which no two pictures can"),
     "a NaN": (lambda c: c.update({"hat.unfused.flip": float("nan")}), "hat.unfused.flip nan, which is no number"),
     "another recipe": (lambda c: c.update(recipe="x"), "recipe x, and what lies here gives pocket"),
     "another scale": (lambda c: c.update(scale=0.5), "scale 0.5, and what lies here gives 1.0"),

@@ -198,8 +198,16 @@ def test_a_flipped_byte_is_found_with_and_without_a_key(
 
 def put(path: Path, make: Callable[[Path], object]) -> None:
     """Put something else in the place of a file."""
-    path.unlink()
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
     make(path)
+
+
+def put_folder(path: Path) -> None:
+    put(path, lambda path: path.mkdir())
+    (path / "run.py").write_text("x")
 
 
 @pytest.mark.parametrize(
@@ -211,6 +219,9 @@ def put(path: Path, make: Callable[[Path], object]) -> None:
         (lambda root: (root / "LICENSE_x.py").write_text("x"), "LICENSE_x.py is not in"),
         (lambda root: (root / "license.safetensors").write_text("x"), "license.safetensors is not in"),
         (lambda root: (root / "more").symlink_to(root / "vae"), "more is not in"),
+        (lambda root: put_folder(root / ".gitattributes"), ".gitattributes/run.py is not in"),
+        (lambda root: put(root / ".cache", lambda path: path.symlink_to(root / "vae")), ".cache is not in"),
+        (lambda root: put(root / LIST, lambda path: path.symlink_to("/etc/hostname")), f"{LIST} is no list of files"),
         (lambda root: (root / "more.png").symlink_to(root / "vae"), "more.png is not in"),
         (lambda root: (root / LIST).write_text("{}"), f"{LIST} is no list of files"),
         (lambda root: (root / LIST).write_bytes(b"\xff"), f"{LIST} is no list of files"),
@@ -226,6 +237,9 @@ def put(path: Path, make: Callable[[Path], object]) -> None:
         "notice",
         "licence",
         "folder",
+        "folder of git",
+        "link in the place of a cache",
+        "link of a list",
         "picture",
         "empty list",
         "no text",
