@@ -169,7 +169,10 @@ def _loaded(entries: Mapping[str, Any]) -> Any:
         return SimpleNamespace(**{**STRENGTH, **told})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return LoraConfig.from_peft_type(**{**told, "peft_type": "LORA"})
+        try:
+            return LoraConfig.from_peft_type(**{**told, "peft_type": "LORA"})
+        except Exception as error:  # its fields are classes of their own, which fail in ways of their own
+            raise ValueError(f"PEFT cannot load it, {type(error).__name__}: {error}") from error
 
 
 def _number(value: Any) -> float | None:

@@ -189,6 +189,7 @@ NOT_A_PRODUCT: dict[str, tuple[object, str]] = {
     "no number": ({"lora_alpha": "many"}, "no configuration of a LoRA"),
     "no pattern": ({"alpha_pattern": {"(": 1}}, "no configuration of a LoRA"),
     "a pattern of copies": ({"alpha_pattern": {"(a{1000}){1000}": 1}}, "no configuration of a LoRA"),
+    "what PEFT recurses on": ({"monteclora_config": {"to_q": "x"}}, "no configuration of a LoRA"),
     "no mapping": (["r", 4], "no configuration of a LoRA"),
 }
 
