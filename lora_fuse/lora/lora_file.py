@@ -24,6 +24,7 @@ from lora_fuse.lora.peft_fields import DEFAULT_ALPHA
 from lora_fuse.lora.scaling import NOWHERE
 from lora_fuse.machine import file_state, files
 
+LARGEST = 1 << 38  # bytes of a file; a difference of every weight of Qwen-Image has 2**36 in float32
 BLOCK = 1 << 26  # bytes that are looked at at once
 INTEGERS = {name for name, dtype in dtypes.DTYPES.items() if not dtype.is_float and name != "BOOL"}
 
@@ -139,6 +140,9 @@ def open_lora(path: Path, *, digests: bool = False) -> LoraFile:
         raise BadLora(f"LoRA: {error}") from error
     if state is None:  # it was not there yet a moment ago
         raise BadLora(f"LoRA: no such file: {file}")
+    size = max((tensor.end for tensor in header.tensors.values()), default=0)
+    if size > LARGEST:
+        raise BadLora(f"{file} has {size} bytes, and at most {LARGEST} are read of a LoRA; name the LoRA's own file")
     entries = read_entries(header.metadata, header.tensors, str(file))
     stated = list(entries.stated)
     config = b""

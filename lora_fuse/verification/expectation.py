@@ -6,6 +6,7 @@ tail of its key. Nothing is refused here: what does not add up is listed, and fa
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ KEY = re.compile(
     r"lora_linear_layer\.up|(?:hada|lokr)_\w+|diff_b|diff|alpha|dora_scale|lora_magnitude_vector)"
     r"(?:\.(?!bias$)[^.]+)??(?:\.weight|(?P<bias>\.bias))?"
 )
+RANK = 1024  # as large as any is
 DOWN = {"lora_down", "lora_A", "lora.down", "lora_linear_layer.down"}
 UP = {"lora_up", "lora_B", "lora.up", "lora_linear_layer.up"}
 
@@ -97,15 +99,16 @@ class Expected:
 
 
 def read_expected(loras: Sequence[LoraInput], base: Weights, selection: Selection) -> Expected:
-    """Work out what every LoRA should add at its scale; of `base`, only names are looked at.
+    """Work out what every LoRA should add at its scale; of `base`, only names and shapes are looked at.
 
     Raises:
         BadLora: a file cannot be opened.
     """
     found = Expected()
     flat = {name.rpartition(".")[0].replace(".", "_"): name.rpartition(".")[0] for name in base.names()}
+    most = _most_numbers(base)
     for given in loras:
-        groups, strength = _read_file(given.path, found.problems)
+        groups, strength = _read_file(given.path, most, found.problems)
         for (module, kind), parts in groups.items():
             found.modules += 1
             name = _longest_match(module, kind, base.names(), flat)
@@ -119,8 +122,13 @@ def read_expected(loras: Sequence[LoraInput], base: Weights, selection: Selectio
     return found
 
 
-def _read_file(path: Path, problems: list[str]) -> tuple[Groups, Strength]:
-    """The tensors of a LoRA by module and role, and what is said of their strength."""
+def _most_numbers(base: Weights) -> int:
+    """The most that a tensor of a LoRA can be of: a whole weight, a factor at a rank of 1024, a 3x3 kernel."""
+    return max(max(math.prod(shape), 9 * RANK * max(RANK, *shape)) for shape in map(base.shape, base.names()))
+
+
+def _read_file(path: Path, most: int, problems: list[str]) -> tuple[Groups, Strength]:
+    """The tensors of a LoRA by module and role, and what is said of their strength; larger ones stay unread."""
     file, config = configuration_of(path)
     groups: Groups = {}
     with opened(file, BadLora) as handle:
@@ -129,6 +137,8 @@ def _read_file(path: Path, problems: list[str]) -> tuple[Groups, Strength]:
             match = KEY.fullmatch(key)
             if match is None:
                 problems.append(f"{file}: the key {key} is of no known kind")
+            elif (size := math.prod(handle.get_slice(key).get_shape())) > most:
+                problems.append(f"{file}: {key} has {size} numbers, and for this base at most {most} are of use")
             elif not _put(match, np.asarray(handle.get_tensor(key)), groups):
                 problems.append(f"{file}: another key means the same as {key}")
         strength = read_strength(file, config, handle.metadata() or {}, keys)

@@ -145,6 +145,16 @@ def test_a_weight_without_rows_or_columns_is_no_target(tmp_path: Path, shape: tu
         match_targets(lora.deltas, base, "f")
 
 
+def test_a_file_larger_than_any_lora_is_refused_unread(tmp_path: Path) -> None:
+    """A hole of a disk: such a file is there in a moment, and read in hours."""
+    header = json.dumps({"x.diff": {"dtype": "U8", "shape": [1 << 39, 1], "data_offsets": [0, 1 << 39]}}).encode()
+    with (tmp_path / "l.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + (1 << 39))
+    with pytest.raises(BadLora, match=r"has 5497558139\d\d bytes, and at most 274877906944 are read"):
+        open_lora(tmp_path / "l.safetensors")
+
+
 def test_nan_is_found_in_any_block_of_a_factor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora_file, "BLOCK", 64)
     for at in (0, 15, 16, 79):

@@ -157,6 +157,17 @@ def test_a_pattern_that_never_ends_is_refused(tmp_path: Path, monkeypatch: pytes
         case.verify(0.25)
 
 
+def test_a_tensor_larger_than_any_of_use_stays_unread(tmp_path: Path) -> None:
+    """It may be as large as a sparse file: a hole of a disk, and all of the memory."""
+    case = Case(tmp_path)
+    numbers = 1 << 40
+    text = header(**{"blocks.0.to_q.diff": {"dtype": "F16", "shape": [numbers, 1], "data_offsets": [0, 2 * numbers]}})
+    with case.lora.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text.encode())
+        file.truncate(8 + len(text) + 2 * numbers)
+    assert any(f"diff has {numbers} numbers, and" in problem for problem in case.verify(1).problems)
+
+
 def test_a_configuration_is_of_the_file_that_it_lies_beside(tmp_path: Path) -> None:
     case = Case(tmp_path).config(PEFT)
     other = tiny.write_lora(case.lora.parent / "other.safetensors", adapter())
