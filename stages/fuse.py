@@ -13,7 +13,7 @@ KEPT = "shards that are finished are kept, artifacts/merged is as it was; `dvc r
 def fuse(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:
     """Write `merged/` and `merged.manifest.json`."""
     base, loras = at.read_locks()
-    inputs = at.hold(base, loras)
+    inputs = paths.hold([base, *loras.values()])
     plan = plan_of(base, loras, recipe)
     for warning in cautions(plan, recipe.scheduler_config):
         console.warn(warning)

@@ -24,8 +24,8 @@ def publish(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN
     wanted = recipe.publish
     clock = progress.Stopwatch()
     if dry_run:
-        manifest, card, beside = checked_release(recipe, at)
-        preview = hub.preview(at.merged, manifest, card, beside, repo_id=wanted.repo_id, tag=wanted.tag)
+        manifest, card, beside, hashed = checked_release(recipe, at)
+        preview = hub.preview(at.merged, manifest, card, beside, repo_id=wanted.repo_id, tag=wanted.tag, hashed=hashed)
         if console.as_json:
             console.done("publish", facts={"dry_run": preview})
         else:
@@ -37,11 +37,11 @@ def publish(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN
     elif wanted.repo_id is None:
         raise PublishRefused("publish.enabled is true and publish.repo_id is null; name the repository: owner/name")
     else:
-        manifest, card, beside = checked_release(recipe, at)
+        manifest, card, beside, hashed = checked_release(recipe, at)
         title = f"{manifest.recipe}, scale {manifest.scale:g}, by lora-fuse {checkout.this_version()}"
         size = sum(file.size for file in manifest.files.values())
         console.will("publish", f"{len(manifest.files)} files, {progress.human_bytes(size)}, to {wanted.repo_id}")
-        to = partial(hub.publish, repo_id=wanted.repo_id, private=wanted.private, tag=wanted.tag)
+        to = partial(hub.publish, repo_id=wanted.repo_id, private=wanted.private, tag=wanted.tag, hashed=hashed)
         receipt = to(at.merged, manifest, card, beside, message=title)
     receipt.write(at.receipt)
     took = f"{len(receipt.files)} files in {progress.human_seconds(clock.seconds)}, see {receipt.url}"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 from lora_fuse.fusion import plan_of, read_manifest
 from lora_fuse.machine import Console, progress
@@ -25,7 +26,7 @@ def regress(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN
     verify = weight_check.read_weight_check(at.verify)
     setup = pairs.Setup.of(recipe)
     cases = Case.of(recipe)
-    with at.held(base, loras, [image for case in cases for image in case.images]):
+    with paths.held([base, *loras.values()], _pictures(recipe)):
         team = DistributedRenderer(setup.placement, recipe.regress.threads)
         environment.make_deterministic(recipe.regress.threads, on_gpu=setup.placement != "cpu")
         here = environment.environment(setup.placement, setup.dtype)
@@ -49,6 +50,12 @@ def regress(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN
         "regress", f"{verdict} on {here.key}, see {at.report}", task.took(clock.seconds), facts=facts, then=GATE
     )
     return 0
+
+
+def _pictures(recipe: Recipe) -> list[Path]:
+    """The files that are read beside base and LoRAs: what is edited, and the goldens with their records."""
+    goldens_of = filter(Path.is_file, (paths.GOLDEN / recipe.name).rglob("*"))
+    return [*(image for case in Case.of(recipe) for image in case.images), *goldens_of]
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def verify(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN)
         "verify",
         f"derives {rows} of {manifest.targets} targets again, compares the rest{progress.estimate('verify', size)}",
     )
-    with at.held(base, loras):
+    with paths.held([base, *loras.values()]):
         found = verify_merge(
             at.merged,
             hf_cache.locate(base),

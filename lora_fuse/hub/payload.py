@@ -6,6 +6,7 @@ Anything else in the merged folder is refused.
 from __future__ import annotations
 
 import re
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import PublishRefused
 from lora_fuse.hub.sources import ExpectedFile, check_records, examine
-from lora_fuse.machine import FileRecord, files
+from lora_fuse.machine import FileRecord, file_state, files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -29,6 +30,9 @@ HOUSEKEEPING_IN = frozenset({".cache", ".git", ".huggingface"})
 # Files that people may add to a repository: no library loads them.
 READ_BY_PEOPLE = re.compile(r".+\.(md|png|jpe?g|webp|gif|svg|pdf)|(licen[cs]e|notice|copying)(\.txt|\.rst)?", re.I)
 Addition = tuple[Path, FileRecord]  # a file beside the manifest's: its path here, and the record it must match
+Hashed = AbstractSet[
+    tuple[file_state.FileState | None, FileRecord]
+]  # of files that were hashed: their state then, and record
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +80,15 @@ def is_let_be(name: str) -> bool:
 
 @contextmanager
 def open_payload(
-    merged: Path, manifest: Manifest, card: str, beside: Mapping[str, Addition] | None = None
+    merged: Path,
+    manifest: Manifest,
+    card: str,
+    beside: Mapping[str, Addition] | None = None,
+    hashed: Hashed = frozenset(),
 ) -> Iterator[Payload]:
     """Check and hash the files to publish; they can be sent until the block ends.
+
+    Those that were `hashed` a moment ago, and are in the same state, are not hashed again.
 
     Raises:
         PublishRefused: the folder holds something that the manifest does not name, or a link; a file is a pickle,
@@ -97,8 +107,9 @@ def open_payload(
                 raise PublishRefused(f"{name} is both in the manifest and beside it; fuse again")
             paths[name] = path
             expected[name] = record
+        states = {name: file_state.state_of(path) for name, path in paths.items()}
         check_records(
-            paths,
+            {name: path for name, path in paths.items() if (states[name], expected[name]) not in hashed},
             expected,
             lambda name, difference: PublishRefused(
                 f"{paths[name]} is not what the manifest says: {difference}; fuse and check again"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lora_fuse.errors import NoSpace, PublishRefused
 from lora_fuse.hub.client import endpoint, token
-from lora_fuse.hub.payload import open_payload
+from lora_fuse.hub.payload import Hashed, open_payload
 from lora_fuse.hub.pull_request import PullRequest
 from lora_fuse.hub.remote import RemoteCommit, RemoteRepository
 from lora_fuse.machine import FileRecord, files, progress, text
@@ -82,6 +82,7 @@ def publish(  # noqa: PLR0913 - each is a choice of its own, by keyword
     private: bool = True,
     tag: str | None = None,
     message: str,
+    hashed: Hashed = frozenset(),
 ) -> Receipt:
     """Publish a merged checkpoint; the repository is created if it is not there.
 
@@ -95,6 +96,7 @@ def publish(  # noqa: PLR0913 - each is a choice of its own, by keyword
             public and private is asked for, nothing is sent.
         tag: a name for the commit; None for none.
         message: title of the commit and, with the manifest's sha256, of the pull request.
+        hashed: files that were hashed a moment ago, see `open_payload`.
 
     Raises:
         PublishRefused: there is no token, the files are not the manifest's, the repository cannot be had, is
@@ -104,7 +106,7 @@ def publish(  # noqa: PLR0913 - each is a choice of its own, by keyword
     if token() is None:
         raise PublishRefused("publishing needs an access token; set HF_TOKEN to one that may write to " + repo_id)
     key = hashlib.sha256(records.to_json(manifest).encode()).hexdigest()
-    with open_payload(merged, manifest, card, beside) as payload:
+    with open_payload(merged, manifest, card, beside, hashed) as payload:
         repository = RemoteRepository(repo_id)
         main = repository.open(private=private)
         repository.refuse_strangers(main, payload)
@@ -133,6 +135,7 @@ def preview(
     *,
     repo_id: str | None,
     tag: str | None,
+    hashed: Hashed = frozenset(),
 ) -> str:
     """List every file that would be published with what would happen to it, and show the card; nothing is sent.
 
@@ -141,7 +144,7 @@ def preview(
     Raises:
         PublishRefused: these files would not be published anywhere, or not beside what is there.
     """
-    with open_payload(merged, manifest, card, beside) as payload:
+    with open_payload(merged, manifest, card, beside, hashed) as payload:
         remote, place = _look(repo_id)
         if repo_id and remote:
             RemoteRepository(repo_id).refuse_strangers(remote, payload)

@@ -205,7 +205,7 @@ def check_records(
         if isinstance(result, str):
             raise refusal(name, result)
 
-    with hashing(sum(record.size for record in records.values())) as advance:
+    with hashing(sum(records[name].size for name in paths)) as advance:
         file_state.in_threads(check, sorted(paths), advance)
 
 

@@ -16,12 +16,12 @@ from lora_fuse.recipe.records import Lock
 
 
 class HeldInputs:
-    """The files of some locks, and pictures, in the states that they have to stay in.
+    """The files of some locks, and others, in the states that they have to stay in.
 
-    Pictures are pinned by no lock; what is rendered from them has their sha256.
+    The others are input pictures and goldens: no lock has them, and what is made of them has their sha256.
     """
 
-    def __init__(self, seen: file_state.SeenFiles, locks: Iterable[Lock], pictures: Iterable[Path] = ()) -> None:
+    def __init__(self, seen: file_state.SeenFiles, locks: Iterable[Lock], others: Iterable[Path] = ()) -> None:
         """Find the files, and hash those that were not hashed in the state that they are in now.
 
         Raises:
@@ -33,7 +33,7 @@ class HeldInputs:
         for lock in locks:
             root = locate(lock)
             self._pinned |= {root / name: (lock, name) for name in lock.files}
-        for path in pictures:
+        for path in others:
             if (state := file_state.state_of(path)) is not None:  # who opens it says that it is not there
                 self.states.add(path, state)
         self._hash_unknown()

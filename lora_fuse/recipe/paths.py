@@ -106,25 +106,6 @@ class Artifacts:
         loras = records.read(LoraLock, self.lora_lock).loras if self.lora_lock.exists() else {}
         return base, loras
 
-    def hold(self, base: Lock, loras: Mapping[str, Lock], pictures: Iterable[Path] = ()) -> HeldInputs:
-        """Look at the pinned files before they are read, see `HeldInputs`; `pictures` are read with them.
-
-        Raises:
-            BadSource: a file is not here, or not what its lock says.
-        """
-        return HeldInputs(file_state.SeenFiles(SEEN), [base, *loras.values()], pictures)
-
-    @contextmanager
-    def held(self, base: Lock, loras: Mapping[str, Lock], pictures: Iterable[Path] = ()) -> Iterator[None]:
-        """As `hold`, and look at all of it again after what is done within: it reads, and its caller writes then.
-
-        Raises:
-            BadSource: also if a file changed meanwhile.
-        """
-        inputs = self.hold(base, loras, pictures)
-        yield
-        inputs.check()
-
 
 HERE = Artifacts()
 
@@ -174,3 +155,24 @@ def lora_inputs(loras: Mapping[str, Lock], recipe: Recipe) -> list[LoraInput]:
         LoraInput(name, locate(lock) / lock.lora_name, recipe.fuse.scale_of(name))
         for name, lock in sorted(loras.items())
     ]
+
+
+def hold(locks: Iterable[Lock], others: Iterable[Path] = ()) -> HeldInputs:
+    """Look at pinned files before they are read, see `HeldInputs`; `others` are pictures that are read with them.
+
+    Raises:
+        BadSource: a file is not here, or not what its lock says.
+    """
+    return HeldInputs(file_state.SeenFiles(SEEN), locks, others)
+
+
+@contextmanager
+def held(locks: Iterable[Lock], others: Iterable[Path] = ()) -> Iterator[None]:
+    """As `hold`, and look at all of it again after what is done within: it reads, and its caller writes then.
+
+    Raises:
+        BadSource: also if a file changed meanwhile.
+    """
+    inputs = hold(locks, others)
+    yield
+    inputs.check()

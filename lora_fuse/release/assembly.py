@@ -17,6 +17,7 @@ from lora_fuse.release.bom import bom_json
 from lora_fuse.release.card import Usage, model_card
 from lora_fuse.release.contents import BOM, PROVENANCE, named, public_parameters, write_release
 from lora_fuse.release.licences import MergeLicence, resolve_licence
+from lora_fuse.release.named_files import hash_named
 from lora_fuse.release.regression_evidence import PLOT, judged_pictures, performance_metrics, shown_evidence
 from lora_fuse.release.slsa import provenance_json
 
@@ -35,7 +36,7 @@ def contents_of(
     """The files that are published beside the merged checkpoint: texts and plot made now, and those that lie here.
 
     Raises:
-        PublishRefused: pictures or exports are those of another merge.
+        PublishRefused: pictures are those of another merge, or were made from others.
     """
     cases = Case.of(params)
     exports = _exports(params, at, manifest_sha256)
@@ -79,12 +80,16 @@ def _exports(params: Recipe, at: Artifacts, manifest_sha256: str) -> dict[str, F
     return record.files
 
 
-def checked_release(params: Recipe, at: Artifacts) -> tuple[Manifest, str, dict[str, Addition]]:
+def checked_release(params: Recipe, at: Artifacts) -> tuple[Manifest, str, dict[str, Addition], payload.Hashed]:
     """The manifest, the card and the other files to publish, if `verify` and `gate` passed for these very bytes.
 
+    Before a sha256 is written down, the file is hashed that has it: of what is sent, and of base and LoRAs. Returned
+    last is what was.
+
     Raises:
-        BadSource, BadGolden: see `gate.decide`.
-        PublishRefused: `verify` or `gate` did not, or the licence is not settled and the repository would be public.
+        BadSource, BadGolden: see `gate.decide`; or a file of the base is not on this machine.
+        PublishRefused: `verify` or `gate` did not, the licence is not settled and the repository would be public, or a
+            file is not what the manifest says.
     """
     manifest, manifest_sha256 = read_manifest(at.manifest)
     decision = gate.decide(params, at)
@@ -94,7 +99,8 @@ def checked_release(params: Recipe, at: Artifacts) -> tuple[Manifest, str, dict[
     if licence.problem and not params.publish.private:
         raise PublishRefused(licence.problem)
     tool = read_build(at.manifest, manifest_sha256).tool
+    hashed = hash_named(at, manifest, _exports(params, at, manifest_sha256))
     texts, additions = contents_of(params, at, manifest, manifest_sha256, decision.metrics, licence, tool)
     release = named(manifest, params.publish.repo_id, params.publish.tag, tool)
     beside = write_release(at.release, at.merged, release, texts, additions, params.publish.signing.signer)
-    return manifest, beside.pop(payload.CARD)[0].read_text(encoding="utf-8"), beside
+    return manifest, beside.pop(payload.CARD)[0].read_text(encoding="utf-8"), beside, hashed

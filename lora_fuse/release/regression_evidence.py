@@ -30,7 +30,7 @@ def judged_pictures(
     """The merged pictures and the input pictures of their cases, by their paths in the repository.
 
     Raises:
-        PublishRefused: a picture is of another merge, or is not the one that was judged.
+        PublishRefused: a picture is of another merge, or is not the one that was judged, or was made from another.
     """
     if judged.manifest_sha256 != manifest_sha256:
         raise PublishRefused("the run's pictures are of another merge", rerun=AGAIN)
@@ -40,7 +40,11 @@ def judged_pictures(
         if case.name not in judged.cases or record.sha256 != judged.cases[case.name].sha256:
             raise PublishRefused(f"{path} is not the picture that was judged", rerun=AGAIN)
         pictures[f"images/{case.name}.png"] = (path, record)
-        pictures |= {name: _picture(path) for name, path in zip(_inputs(case), case.images, strict=True)}
+        read = judged.cases[case.name].provenance.case.images
+        for name, path in zip(_inputs(case), case.images, strict=True):
+            pictures[name] = _picture(path)
+            if pictures[name][1].sha256 != read.get(path.as_posix()):
+                raise PublishRefused(f"{path} is not the picture that {case.name} was made from", rerun=AGAIN)
     return pictures
 
 

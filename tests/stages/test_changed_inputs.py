@@ -140,7 +140,7 @@ def test_what_changes_while_a_stage_reads_is_refused_after_it(project: Project) 
     picture.write_bytes(b"one")
 
     def read(name: str) -> None:
-        with at.held(base, loras, [picture]):
+        with paths.held([base, *loras.values()], [picture]):
             time.sleep(2 * file_state.TICK / 1e9)
             Path(name).write_bytes(Path(name).read_bytes())
 

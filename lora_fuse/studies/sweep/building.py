@@ -84,16 +84,19 @@ class PointBuilder:
     def _build(self, planned: PlannedPoint, at: Artifacts) -> str:
         recipe = planned.asked.recipe
         plan = plan_of(planned.base, planned.loras, recipe)
-        alone = self.alone(planned)
+        cases = Case.of(recipe)
+        read = [planned.base, *planned.loras.values()], [image for case in cases for image in case.images]
+        with paths.held(*read):
+            alone = self.alone(planned)
         self.merge(recipe, at, planned.base, planned.loras)
         environment.make_deterministic(recipe.regress.threads, on_gpu=recipe.regress.placement != "cpu")
-        cases = Case.of(recipe)
         setup = pairs.Setup.of(recipe, baseline=False)
         here = environment.environment(setup.placement, setup.dtype)
         approved = goldens.Goldens.of(recipe, planned.base).for_run(here.key, [case.name for case in cases])
         shared = self._shared(plan.checkpoint.root, setup)
-        rendered = pairs.render_pairs(at.merged, plan, cases, setup, shared=shared)
-        judged = judge(recipe, at, setup, here, rendered, approved)
+        with paths.held(*read):
+            rendered = pairs.render_pairs(at.merged, plan, cases, setup, shared=shared)
+            judged = judge(recipe, at, setup, here, rendered, approved)
         metrics = judged.metrics
         metrics["weights_passed"] = paths.read_object(at.verify, "verify")["passed"]
         for pair in rendered:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from lora_fuse import hub
 from lora_fuse.hub import sizes as source_sizes
-from lora_fuse.machine import files, progress, space
-from lora_fuse.recipe import Lock, Source, hf_cache, records, sections
+from lora_fuse.machine import file_state, files, progress, space
+from lora_fuse.recipe import Lock, Source, hf_cache, paths, records, sections
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,7 @@ class SourceLocks:
         """`path` has the pins of earlier runs of this sweep; `known` are the build's."""
         self._path = path
         self._transfer = transfer
+        self._seen = file_state.SeenFiles(paths.SEEN)
         earlier = records.read(SweepLocks, path).locks if path.exists() else []
         self._known = [*earlier, *known]
         self._made: dict[tuple[object, str | None], Lock] = {}
@@ -50,11 +51,13 @@ class SourceLocks:
     def _pin(self, source: Source, filename: str | None, lock: Callable[..., Lock]) -> Lock:
         key = (source.place, filename)
         if key not in self._made:
-            self._made[key] = lock(source, previous=self._previous(source, filename), transfer=self._transfer)
+            previous = self._previous(source, filename)
+            self._made[key] = lock(source, previous=previous, transfer=self._transfer, note=self._seen.note)
         return self._made[key]
 
     def write(self) -> None:
-        """Keep the pins for the next run."""
+        """Keep the pins for the next run, and the states of what was hashed."""
+        self._seen.write()
         kept = [lock for lock in self._known if all(_kind(lock) != _kind(made) for made in self._made.values())]
         files.replace_text(self._path, records.to_json(SweepLocks(records.SCHEMA, [*kept, *self._made.values()])))
 

@@ -12,7 +12,7 @@ from lora_fuse import hub
 from lora_fuse.errors import BadLora, CheckFailed, FactorMismatch, Rerun, ShapeMismatch, UnmatchedTargets, WrongPrefix
 from lora_fuse.fusion import Plan, make_plan, plan_of
 from lora_fuse.lora import open_lora
-from lora_fuse.machine import Console, staging
+from lora_fuse.machine import Console, file_state, staging
 from lora_fuse.models import COMPONENT
 from lora_fuse.pictures import Case, encode, environment, pairs, render_progress
 from lora_fuse.recipe import Artifacts, Lock, Recipe, hf_cache, paths
@@ -104,7 +104,9 @@ class Validation:
     def judge(self, here: environment.Environment, console: Console) -> ValidationReport:
         """Fetch, fuse, verify, render and decide."""
         before, _ = paths.HERE.earlier_locks()  # the commit of the current build, where that has one
-        base = hub.lock_base(self.recipe.base, previous=before, transfer=self.recipe.download)
+        seen = file_state.SeenFiles(paths.SEEN)
+        base = hub.lock_base(self.recipe.base, previous=before, transfer=self.recipe.download, note=seen.note)
+        seen.write()
         approved = goldens.Goldens.of(self.recipe, base).for_run(here.key, list(self.recipe.regress.cases))
         new = lock_loras(self.candidate, fresh=self.name if self.request.lora else None)
         current = self._current(approved)
@@ -123,7 +125,9 @@ class Validation:
         beside = [setup.sampling] * (1 if current is None else 2)  # without the LoRA, and with the current one
         task = render_progress.Task(f"validate {self.recipe.name} {here.key}", len(cases), (*setup.sides, *beside))
         console.will("validate", f"{task}, on {here.key}{task.estimate}")
-        with render_progress.watching(task) as watch:
+        locks = [base, *new.locks.values(), *(current.locks.values() if current else ())]
+        read = paths.held(locks, [image for case in cases for image in case.images])
+        with read, render_progress.watching(task) as watch:
             sides = render_sides(BUILD.merged, versions, cases, setup, watch)
         measured = measure(sides, approved, verdicts.Rules.of(self.recipe))
         files = None
