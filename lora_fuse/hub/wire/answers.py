@@ -7,15 +7,16 @@ another kind. So each answer is checked here before the client sees it; what is 
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping
-from functools import cache
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, RootModel, ValidationError
 from pydantic.alias_generators import to_camel
 
 LONGEST_PART = 255  # bytes of a file's or folder's name (NAME_MAX); of a path, PATH_MAX less the cache's own part
 LONGEST_PATH = 2048
+MOST_ITEMS = 100_000  # of a list
 SHOWN = 80  # characters of a value that a message shows
 
 
@@ -63,11 +64,19 @@ class _File(_Answer):
     lfs: _Lfs | None = None
 
 
+_BOUNDED = Field(max_length=MOST_ITEMS)
+_Files = Annotated[list[_File], _BOUNDED, FailFast()]
+
+
+class _Tree(RootModel[_Files]):
+    model_config = ConfigDict(strict=True)
+
+
 class _Revision(_Answer):
     sha: _Commit | None = None
     private: bool | None = None
     card_data: dict[str, Any] | None = None
-    siblings: list[_File] | None = None
+    siblings: _Files = []
 
 
 class _Ref(_Answer):
@@ -76,7 +85,7 @@ class _Ref(_Answer):
 
 
 class _Refs(_Answer):
-    tags: list[_Ref]
+    tags: Annotated[list[_Ref], _BOUNDED, FailFast()]
 
 
 class _Pull(_Answer):
@@ -87,7 +96,7 @@ class _Pull(_Answer):
 
 
 class _Pulls(_Answer):
-    discussions: list[_Pull]
+    discussions: Annotated[list[_Pull], _BOUNDED, FailFast()]
     count: int
     start: int
 
@@ -97,9 +106,9 @@ class _Account(_Answer):
 
 
 # Of what is asked with GET, by its path below the endpoint; the first that matches counts.
-_SHAPES: tuple[tuple[str, Any], ...] = (
+_SHAPES: tuple[tuple[str, type[BaseModel]], ...] = (
     (r"/api/whoami-v2", _Account),
-    (r"/api/models/.+/tree/.+", list[_File]),
+    (r"/api/models/.+/tree/.+", _Tree),
     (r"/api/models/.+/refs", _Refs),
     (r"/api/models/.+/discussions", _Pulls),
     (r"/api/models/.+/discussions/\d+", _Pull),
@@ -127,7 +136,7 @@ def body_fault(path: str, content: bytes) -> str | None:
     if shape is None:
         return None
     try:
-        answer = _adapter(shape).validate_json(content)
+        answer = shape.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"])) or "the answer"
@@ -154,11 +163,8 @@ def is_etag(value: str) -> bool:
     return _ETAG.fullmatch(value) is not None
 
 
-@cache
-def _adapter(shape: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(shape)
-
-
 def _shown(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}…"
+    """The beginning of a value, whatever its size."""
+    if isinstance(value, (str, bytes)):
+        return repr(value[:SHOWN]) + ("…" if len(value) > SHOWN else "")
+    return reprlib.repr(value)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from httpx2 import Request, Response
 
 PLAIN_HTTP = "LORA_FUSE_PLAIN_HTTP"
-MOST = 64 << 20  # bytes of an answer that is kept in memory: a listing of a hundred thousand files has half of it
+MOST = 16 << 20  # bytes of an answer that is kept in memory: a listing of 50,000 files
 PAGE = 100_000  # bytes that a page of a listing counts for at least: a listing ends after 1,000 pages, or `LISTED`
 LISTED = 100_000_000  # bytes
 RESOLVED = re.compile(r"/resolve(?:-cache/models/[^/]+/[^/]+)?/([0-9a-f]{40})/")
