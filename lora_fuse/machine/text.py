@@ -30,6 +30,7 @@ _UNSEEN += "\U000e0000-\U000e007f"
 _IN_A_LINE = re.compile(f"[\x00-\x1f{_UNSEEN}]")
 _IN_A_FILE = re.compile(f"[\x00-\x08\x0b-\x1f{_UNSEEN}]")
 _TOKEN = re.compile(r"(?:hf_(?:oauth_|jwt_|app_)?|api_org_)[A-Za-z0-9]{20}[A-Za-z0-9._-]*")
+_USER = re.compile(r"(https?://)[^\s/?#'\"]+@")
 _QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"\\]+")
 
 COMPARED = 200  # characters of names that are compared
@@ -49,10 +50,10 @@ class Markdown(str):
 
 
 def redacted(text: str) -> str:
-    """A text without the access token or what looks like one, and without the query of any address, a signature."""
+    """A text without the access token or what looks like one; of addresses without a name, a password, a query."""
     secret = os.environ.get("HF_TOKEN", "").strip()
     text = _QUERY.sub(r"\1?…", text.replace(secret, "(token)") if secret else text)
-    return _TOKEN.sub("(token)", text)
+    return _TOKEN.sub("(token)", _USER.sub(r"\1", text))
 
 
 def line(text: object) -> str:

@@ -34,6 +34,9 @@ def test_the_token_of_the_environment_is_redacted_and_so_is_what_looks_like_one(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "of another kind\n")
     assert text.redacted(f"Bearer of another kind, {TOKEN}.") == "Bearer (token), (token)"
+    assert text.redacted("http://me:p@ss@hub.example/a@b, https://hub.example") == (
+        "http://hub.example/a@b, https://hub.example"
+    )
     assert text.redacted("hf_hub_download, hf_config, x_hf_") == "hf_hub_download, hf_config, x_hf_"
     signed = json.dumps('at https://cdn.example/x?a=1&b="2"')
     assert json.loads(text.redacted(signed)) == 'at https://cdn.example/x?…"2"'
