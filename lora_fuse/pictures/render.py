@@ -116,8 +116,6 @@ def load_pipeline(folder: Path, pipeline: str, *, dtype: str, shared: Mapping[st
         pipe = kind.from_pretrained(
             folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False, **parts
         )
-    except MemoryError:
-        raise
     except Exception as error:  # a broken configuration may raise anything in the libraries
         where = folder / (_part_of(error) or "")
         raise RenderFailed(f"{where} cannot be loaded as {pipeline}: {_named(error)}") from error
@@ -201,7 +199,7 @@ def render(pipe: Pipeline, case: Case, sampling: Sampling, on_step: Callable[[],
             )
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(f"case {case.name} does not fit the GPU's memory") from error
-    except (MemoryError, LoraFuseError):
+    except LoraFuseError:
         raise
     except Exception as error:  # a configuration that loads may still not fit together
         raise RenderFailed(f"{type(pipe).__name__} cannot make case {case.name}: {_named(error)}") from error

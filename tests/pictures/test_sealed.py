@@ -57,6 +57,11 @@ BROKEN: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
     "no class": ("model_index.json", lambda c: c.pop("_class_name"), "base cannot be loaded .*_class_name"),
     "text for a number": ("transformer/config.json", lambda c: c.update(patch_size="x"), "base/transformer cannot"),
     "null for a number": ("vae/config.json", lambda c: c.update(z_dim=None), "base/vae cannot be loaded"),
+    "more memory than there is": (
+        "scheduler/scheduler_config.json",
+        lambda c: c.update(num_train_timesteps=2**50),
+        "base/scheduler cannot be loaded .*Unable to allocate",
+    ),
     "a library that is not here": (
         "text_encoder/config.json",
         lambda c: c.update(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
