@@ -52,8 +52,8 @@ def lock_base(
         note: told of every file that was hashed, and of its state then.
 
     Raises:
-        BadSource: the source cannot be had, is no such pipeline, has weights only as pickles, or sends other
-            bytes than its Hub promises, twice.
+        BadSource: the source cannot be had, is no such pipeline, asks for code, has weights only as pickles, or sends
+            other bytes than its Hub promises, twice.
         NoSpace: the disk has no room for it.
     """
     return _lock(source, previous, take_pipeline, offline or is_offline(), update, transfer, note)

@@ -39,7 +39,7 @@ def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
             composed = hydra_compose("config", overrides=list(overrides))
         _check_references(OmegaConf.to_container(composed, resolve=False))
         tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise BadConfig(f"conf/ with {' '.join(overrides) or 'no overrides'}: {one_line(error)}") from error
     if not isinstance(tree, dict):
         raise BadConfig(f"conf/config.yaml is a {type(tree).__name__}, not a mapping")
@@ -80,7 +80,7 @@ def split_sweep(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, ..
             parsed = list(zip(arguments, parser.parse_overrides(list(arguments)), strict=True))
             swept = [override for _, override in parsed if override.is_sweep_override()]
             (points,) = BasicSweeper.split_arguments(swept, max_batch_size=None)
-    except HydraException as error:
+    except (HydraException, ValueError, RecursionError) as error:
         raise BadConfig(f"{' '.join(arguments)}: {one_line(error)}; list the values: fuse.scale=0.6,0.8") from error
     fixed = [argument for argument, override in parsed if not override.is_sweep_override()]
     return (fixed, [tuple(point) for point in points]) if swept else None

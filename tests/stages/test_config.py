@@ -191,6 +191,13 @@ def test_a_recipe_out_of_bounds_is_refused_by_its_file(
         load()
 
 
+@pytest.mark.parametrize("override", ["fuse.only=" + "[" * 500 + "]" * 500, "fuse.scale=" + "1" * 5000])
+def test_an_override_out_of_bounds_is_refused(override: str) -> None:
+    """One of conf/variants.yaml may be anybody's, too."""
+    with pytest.raises(BadConfig, match=r"^conf/ with fuse\."):
+        compose([override])
+
+
 def test_references_that_double_a_value_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(ROOT / "conf", tmp_path / "conf")
     monkeypatch.chdir(tmp_path)
