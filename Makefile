@@ -9,7 +9,7 @@ export DVC_NO_ANALYTICS := 1
 # Threads that wait sleep: on a busy machine they would take the cores from those that work.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help setup doctor repro check test validate controls format clean
+.PHONY: help setup doctor repro check test validate fuzz controls format clean
 
 help:
 	@echo "make repro     build the default recipe: download, fuse, verify, regress, gate"
@@ -17,6 +17,7 @@ help:
 	@echo "make check     ruff, types, configuration"
 	@echo "make test      the same, and the tests"
 	@echo "make validate  is a LoRA as good as the current one? LORA=owner/name[@revision]:file RECIPE=name SCALE=1.0"
+	@echo "make fuzz      odd inputs for every parser of foreign input, for FUZZ_SECONDS (one hour)"
 	@echo "make controls  does the gate catch wrong merges and let harmless changes through? one minute"
 	@echo "make setup     only make .venv"
 	@echo "make format    let ruff format and fix"
@@ -54,6 +55,10 @@ test: check
 # failure is; 4, changed and to be looked at, is none.
 validate: $(READY)
 	@python -m stages.validate $${LORA:+"$$LORA"} $${RECIPE:+--recipe "$$RECIPE"} $${SCALE:+--scale "$$SCALE"} || [ $$? = 4 ]
+
+# FUZZ_SEED repeats an earlier run. What fails is kept in .fuzz/, and is tried first the next time.
+fuzz: $(READY)
+	@python -m tests.fuzz --seconds $${FUZZ_SECONDS:-3600} $${FUZZ_SEED:+--seed "$$FUZZ_SEED"}
 
 controls: $(READY)
 	@python -m pocket.controls

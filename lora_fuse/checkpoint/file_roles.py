@@ -62,7 +62,7 @@ ROLES = (
         re.compile(r".+\.(md|rst|pdf|png|jpe?g|gif|webp|svg|mp4|webm|mp3|wav|ipynb|html?|csv)"),
         "for people, no library loads it",
     ),
-    FileRole(Role.OTHER, re.compile(r".*"), "of no kind that a library is known to load"),
+    FileRole(Role.OTHER, re.compile(r"(?s:.*)"), "of no kind that a library is known to load"),
 )
 
 

@@ -83,7 +83,7 @@ def read_manifest(path: Path) -> tuple[Manifest, str]:
         BadSource: there is none, or it is not a manifest.
     """
     try:
-        text = files.read_text(path)
+        text = records.read_text(path)
     except FileNotFoundError as error:
         raise BadSource(f"{path} is not there", rerun=Rerun("fuse")) from error
     return records.from_json(Manifest, text, str(path)), hashlib.sha256(text.encode()).hexdigest()

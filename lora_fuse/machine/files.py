@@ -101,10 +101,12 @@ def read_text(path: Path) -> str:
     """As `read_bytes`, as text.
 
     Raises:
-        OSError: see there.
-        UnicodeDecodeError: it is not UTF-8.
+        OSError: see there, or it is not UTF-8.
     """
-    return read_bytes(path).decode()
+    try:
+        return read_bytes(path).decode()
+    except UnicodeDecodeError as error:
+        raise OSError(errno.EILSEQ, f"it is not UTF-8: byte {error.start} is none of a text", str(path)) from error
 
 
 def inside(root: Path, name: str) -> Path:

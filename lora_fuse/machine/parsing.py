@@ -65,5 +65,5 @@ def parse_yaml(text: str) -> Any:
     check_yaml(text)
     try:
         return yaml.load(text, OneOfEach)  # noqa: S506 - a safe loader
-    except (yaml.YAMLError, ArithmeticError, TypeError, AttributeError) as error:
+    except (yaml.YAMLError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(" ".join(str(error).split())) from error

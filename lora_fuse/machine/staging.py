@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lora_fuse.errors import Busy, Refused
-from lora_fuse.machine.files import FileRecord, hash_file, open_lock, read_text, replace_text, sync, sync_all
+from lora_fuse.machine.files import FileRecord, hash_file, open_lock, read_json, replace_text, sync, sync_all
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2  # linux/fcntl.h, linux/fs.h
@@ -59,9 +59,9 @@ class StagingFolder:
 
     def _finished(self, name: str) -> FileRecord | None:
         try:
-            record = FileRecord(**json.loads(read_text(self._mark(name))))
+            record = FileRecord(**read_json(self._mark(name), dict, OSError))
             return record if hash_file(self.files / name) == record else None
-        except (OSError, ValueError, TypeError):
+        except (OSError, TypeError):
             return None
 
     def _mark(self, name: str) -> Path:

@@ -66,7 +66,7 @@ def locate(lock: Lock) -> Path:
         BadSource: a file is missing or has another size.
     """
     root = Path(str(lock.path)) if lock.repo_id is None else snapshot_folder(lock.repo_id, str(lock.revision))
-    missing = [name for name in sorted(lock.files) if not (root / name).is_file()]
+    missing = [name for name in sorted(lock.files) if not _is_file(root / name)]
     if missing:
         more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
         raise BadSource(
@@ -91,6 +91,13 @@ def other_content(lock: Lock, name: str, sha256: str | None) -> BadSource:
         f"{lock.files[name].sha256}; run the download stage",
         rerun=AGAIN,
     )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have, or a folder that may not be entered
+        return False
 
 
 def cached_from(path: PurePath) -> tuple[str | None, str | None]:

@@ -117,10 +117,11 @@ def read_text(path: Path, stage: str, *, force: bool = False) -> str:
     """The text of another stage's result.
 
     Raises:
-        BadSource: it is not there; the stage that makes it has to run, by `force` although nothing changed.
+        BadSource: it is not there, or cannot be read; the stage that makes it has to run, by `force` although nothing
+            changed.
     """
     try:
-        return files.read_text(path)
+        return records.read_text(path)
     except FileNotFoundError as error:
         raise BadSource(f"{path} is not there", rerun=Rerun(stage, force=force)) from error
 

@@ -269,7 +269,22 @@ def read(kind: type[Record], path: Path) -> Record:
     """Read one record from a file.
 
     Raises:
-        BadSource: the file holds no such record.
+        BadSource: the file cannot be read, or holds no such record.
         FileNotFoundError: it is not there.
     """
-    return from_json(kind, files.read_bytes(path), str(path))
+    return from_json(kind, read_text(path), str(path))
+
+
+def read_text(path: Path) -> str:
+    """The text of a record.
+
+    Raises:
+        BadSource: the file cannot be read.
+        FileNotFoundError: it is not there.
+    """
+    try:
+        return files.read_text(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise BadSource(f"{path} cannot be read ({error.strerror}); run its stage again") from error

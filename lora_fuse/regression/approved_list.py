@@ -65,7 +65,7 @@ def read_list(folder: Path) -> dict[str, str]:
         )
     try:
         lines = [line for line in files.read_text(path).splitlines() if not line.startswith("#")]
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise BadGolden(f"{path} cannot be read ({error})", rerun=restoring(path)) from error
     listed: dict[str, str] = {}
     for line in lines:

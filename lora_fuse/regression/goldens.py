@@ -215,8 +215,8 @@ def check_picture(picture: bytes, candidate: Candidate) -> None:
 
 def _read_record(path: Path) -> GoldenRecord:
     try:
-        return records.from_json(GoldenRecord, path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError, BadSource) as error:
+        return records.read(GoldenRecord, path)
+    except (OSError, BadSource) as error:
         what = str(error).removesuffix("; run its stage again")
         raise BadGolden(f"the record {path} cannot be read ({what})", rerun=restoring(path.parent)) from error
 

@@ -57,4 +57,4 @@ def read_run(at: Artifacts) -> RunRecord | None:
     if not (at.run.exists() and at.candidates.exists()):
         return None
     run = records.read(RunRecord, at.run)
-    return run if run.is_of(at.candidates.read_text(encoding="utf-8")) else None
+    return run if run.is_of(records.read_text(at.candidates)) else None

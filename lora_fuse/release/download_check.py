@@ -81,7 +81,7 @@ def check_published(folder: Path, trusted: Trusted | None, expected: Mapping[str
         manifest = records.from_json(
             records.ReleaseList, files.read_text(files.inside(folder, LIST)), str(folder / LIST)
         )
-    except (BadSource, OSError, UnicodeDecodeError) as error:
+    except (BadSource, OSError) as error:
         result.problems.append(f"{LIST} is no list of files: {str(error).partition(';')[0]}")
         return result
     result.files = len(manifest.files)

@@ -27,9 +27,7 @@ def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
-    from hydra.errors import HydraException
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     _check_bounds()
     try:
@@ -39,7 +37,7 @@ def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
             composed = hydra_compose("config", overrides=list(overrides))
         _check_references(OmegaConf.to_container(composed, resolve=False))
         tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:
+    except Exception as error:  # of a header or a value that is wrong, Hydra lets any error through
         raise BadConfig(f"conf/ with {' '.join(overrides) or 'no overrides'}: {one_line(error)}") from error
     if not isinstance(tree, dict):
         raise BadConfig(f"conf/config.yaml is a {type(tree).__name__}, not a mapping")
@@ -72,7 +70,6 @@ def split_sweep(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, ..
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
 
     try:
         with initialize_config_dir(str(CONF.absolute()), version_base=None):
@@ -80,7 +77,7 @@ def split_sweep(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, ..
             parsed = list(zip(arguments, parser.parse_overrides(list(arguments)), strict=True))
             swept = [override for _, override in parsed if override.is_sweep_override()]
             (points,) = BasicSweeper.split_arguments(swept, max_batch_size=None)
-    except (HydraException, ValueError, RecursionError) as error:
+    except Exception as error:  # as in `compose`
         raise BadConfig(f"{' '.join(arguments)}: {one_line(error)}; list the values: fuse.scale=0.6,0.8") from error
     fixed = [argument for argument, override in parsed if not override.is_sweep_override()]
     return (fixed, [tuple(point) for point in points]) if swept else None
