@@ -106,7 +106,7 @@ def test_a_json_file_is_read(tmp_path: Path) -> None:
     [
         (None, r"a\.json is not readable JSON \(.*No such file.*\); fetch it again"),
         (b"{", r"a\.json is not readable JSON \(Expecting .*\); fetch it again"),
-        (b"\xff", r"a\.json is not readable JSON \(.*decode.*\); fetch it again"),
+        (b"\xff", r"a\.json is not readable JSON \(.*not UTF-8.*\); fetch it again"),
         (b"[1]", r"a\.json holds a list, not a mapping; fetch it again"),
         (b"[" * 100_000, r"a\.json is not readable JSON \(.*recursion.*\); fetch it again"),
     ],
