@@ -25,6 +25,7 @@ from lora_fuse.lora.scaling import NOWHERE
 from lora_fuse.machine import file_state, files
 
 LARGEST = 1 << 38  # bytes of a file; a difference of every weight of Qwen-Image has 2**36 in float32
+PLACES = 100  # that state a strength, a component of a configuration being one
 BLOCK = 1 << 26  # bytes that are looked at at once
 INTEGERS = {name for name, dtype in dtypes.DTYPES.items() if not dtype.is_float and name != "BOOL"}
 
@@ -149,6 +150,8 @@ def open_lora(path: Path, *, digests: bool = False) -> LoraFile:
     if config_file is not None:
         config = _read_config(config_file)
         stated += parse_adapter_config(config.decode(), str(config_file), config_file.name)
+    if len(stated) > PLACES:
+        raise BadLora(f"{file}: {len(stated)} places or components state a strength, and at most {PLACES} are compared")
     with _opened(file, state) as content:
         alphas = {name: _scalar(file, content, one) for name, one in header.tensors.items() if name.endswith(".alpha")}
         deltas = parse_lora(header.tensors, alphas, stated, str(file))

@@ -34,6 +34,7 @@ FIELDS = (*STRENGTH, "init_lora_weights", "use_qalora", "fan_in_fan_out", "layer
 ENCODERS = ("text_encoder", "image_encoder", "vae")  # components that a module without any is not of
 UNSAID = (None, "", "None", "Dynamic")  # kohya's words for a number that the whole run does not have
 KOHYA_OTHERS = re.compile(r"algo|preset|rs_lora|\w*(dim|dims|alpha|alphas)")  # arguments that give modules others
+MOST_CLAIMS = 100
 CLOSE = 2.0**-8  # an alpha may have been stored in bfloat16
 
 
@@ -108,6 +109,9 @@ def read_strength(file: Path, config: Path | None, metadata: Mapping[str, str], 
             _read_configuration(files.parse_json(files.read_text(config)), str(config), found)
         except (OSError, ValueError) as error:
             found.problems.append(f"{config} cannot be read: {error}")
+    if len(found.claims) > MOST_CLAIMS:
+        found.problems.append(f"{file}: {len(found.claims)} claims of strength, of which {MOST_CLAIMS} are read")
+        del found.claims[MOST_CLAIMS:]
     biased = any(re.search(r"lora_(B|up)\b.*\.bias$", key) for key in keys)
     denied = [claim for claim in found.claims if claim.bias not in (None, biased)]
     found.problems += [

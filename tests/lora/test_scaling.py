@@ -29,6 +29,14 @@ def packed(fields: Mapping[str, Any], component: str = "transformer") -> Header:
     return {"lora_adapter_metadata": json.dumps({f"{component}.{key}": value for key, value in fields.items()})}
 
 
+def test_more_places_than_a_file_has_are_refused(tmp_path: Path) -> None:
+    """Each is asked about each module."""
+    many = {f"transformer.c{number}.r": 4 for number in range(101)}
+    header = {"lora_adapter_metadata": json.dumps(many)}
+    with pytest.raises(BadLora, match=r"101 places or components state a strength, and at most 100"):
+        opened(tmp_path, restyled("diffusers", None), header)
+
+
 ALONE: list[tuple[str, Header, float, str]] = [
     ("diffusers", {"alpha": "1", "rank": "4"}, 1 / 4, "header alpha, rank"),
     ("diffusers", {"alpha": "1"}, 1 / 4, "header alpha"),

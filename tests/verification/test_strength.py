@@ -157,6 +157,12 @@ def test_a_pattern_that_never_ends_is_refused(tmp_path: Path, monkeypatch: pytes
         case.verify(0.25)
 
 
+def test_more_claims_than_a_file_has_are_a_problem(tmp_path: Path) -> None:
+    many = header(**{f"c{number}.r": 4 for number in range(101)})
+    case = Case(tmp_path, adapter(), {"lora_adapter_metadata": many})
+    assert any("101 claims of strength, of which 100 are read" in problem for problem in case.verify(1).problems)
+
+
 def test_a_tensor_larger_than_any_of_use_stays_unread(tmp_path: Path) -> None:
     """It may be as large as a sparse file: a hole of a disk, and all of the memory."""
     case = Case(tmp_path)
