@@ -204,9 +204,9 @@ def test_what_arrives_as_something_else_is_not_merged(place: Place, hub: Loopbac
 
 @pytest.mark.parametrize("is_the_same", [True, False])
 def test_a_tag_that_exists_counts_only_on_the_same_commit(place: Place, hub: LoopbackHub, is_the_same: bool) -> None:
+    place.configure(tag="v1")
     assert place.run().code == 0
     repo(hub).tags["v1"] = repo(hub).head.oid if is_the_same else next(iter(repo(hub).commits))
-    place.configure(tag="v1")
     commits = dict(repo(hub).commits)
     done = place.run()
     if is_the_same:

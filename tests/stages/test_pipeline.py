@@ -229,7 +229,8 @@ def test_publish_refuses_what_the_gate_has_not_passed(workspace: Workspace, hub:
     workspace.config("publish.enabled=true", "publish.repo_id=alice/bad")
     verify = workspace.root / "artifacts/verify.json"
     text = verify.read_text()
-    verify.write_text(text.replace('"passed": true', '"passed": false'))
+    failed = {"passed": False, "problem_count": 1, "problems": ["a row differs"]}
+    verify.write_text(json.dumps(json.loads(text) | failed))
     refused = workspace.run(sys.executable, "-m", "stages.publish", code=2, env=hub_env)
     verify.write_text(text)
     assert "the gate is not passed" in refused.stderr

@@ -127,11 +127,12 @@ def test_a_stage_of_a_variant_takes_its_parameters_and_names_its_commands(checko
         path.unlink()
         missing = checkout.stage("gate", "--variant=pocket_soft", code=2)
         path.write_text(json.dumps(json.loads(text) | {"verdict": "no-golden", "passed": False}))
-        asked = checkout.stage("gate", "--variant", "pocket_soft", code=3)
+        forged = checkout.stage("gate", "--variant", "pocket_soft", code=2)
     finally:
         path.write_bytes(text)
     assert missing.endswith("next: dvc repro variants/dvc.yaml:regress@pocket_soft\n")
-    assert 'next: python -m stages.approve --variant pocket_soft --reason "…"' in asked
+    assert "verdict no-golden, and what lies here gives exact" in forged
+    assert forged.endswith("next: dvc repro -f variants/dvc.yaml:regress@pocket_soft\n")
 
 
 def test_pictures_are_approved_under_the_variant_s_name_of_parameters_that_conf_gives(checkout: Checkout) -> None:
@@ -176,15 +177,18 @@ def test_publishing_sends_what_is_new_and_nothing_twice(checkout: Checkout, hub:
     sent = hub.uploaded()
     checkout.entries(pocket_pastel={"tag": "v2"})
     assert ran(checkout.repro(PUBLISHED, env=env)) == [f"{PUBLISHED}@pocket_pastel"]
-    assert hub.uploaded() == sent
-    assert repos["alice/pastel"].tags == {"v1": first["commit"], "v2": first["commit"]}
+    assert hub.uploaded() == sent  # the weights are there; the list and the card name the tag
+    second = checkout.result("pocket_pastel", "publish.json")
+    assert repos["alice/pastel"].tags == {"v1": first["commit"], "v2": second["commit"]}
+    changed = {name for name, file in second["files"].items() if file != first["files"][name]}
+    assert changed == {"README.md", "lora_fuse.json"}
 
     entries = listed(checkout)
     assert entries["pocket_pastel"]["publication"] == {
         "repo_id": "alice/pastel",
-        "commit": first["commit"],
+        "commit": second["commit"],
         "tag": "v2",
-        "url": first["url"],
+        "url": second["url"],
         "notes": [],
     }
     checkout.entries(pocket_pastel={"tag": "v3"})
