@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import PublishRefused, Rerun
 from lora_fuse.hub import payload, sources
 from lora_fuse.machine import FileRecord, file_state
-from lora_fuse.recipe import Artifacts, Lock, Manifest, hf_cache, records
+from lora_fuse.recipe import Artifacts, Lock, Manifest, hf_cache
 
 
 def hash_named(at: Artifacts, manifest: Manifest, exports: dict[str, FileRecord]) -> payload.Hashed:
     """Hash the merged files, the exports, the base's and the LoRAs, all at once, each content once.
 
     Raises:
-        PublishRefused: one cannot be read or is not what the manifest says; or see `payload.refuse_unnamed`.
-        BadSource: a file of the base is not on this machine.
+        PublishRefused: one cannot be read or is not what the manifest says, or that is not of the locks; or see
+            `payload.refuse_unnamed`.
+        BadSource: a file of base or LoRAs is not on this machine.
     """
     payload.refuse_unnamed(at.merged, manifest)
     named = {at.merged / name: FileRecord(file.size, file.sha256) for name, file in manifest.files.items()}
     named |= {at.exported / name: record for name, record in exports.items()}
-    made_of = dict(_sources(manifest))
+    made_of = dict(_sources(at, manifest))
     named |= made_of
     distinct = {(file_state.state_of(path), record): path for path, record in named.items()}  # links are one file
     hashed: set[tuple[file_state.FileState | None, FileRecord]] = set()
@@ -40,26 +40,18 @@ def hash_named(at: Artifacts, manifest: Manifest, exports: dict[str, FileRecord]
     return hashed
 
 
-def _sources(manifest: Manifest) -> Iterator[tuple[Path, FileRecord]]:
-    if manifest.base is not None:
-        root = hf_cache.locate(manifest.base)
-        yield from ((root / name, record) for name, record in manifest.base.files.items())
-    for lora in manifest.loras:
-        for path, sha256 in _lora_files(lora):
-            state = file_state.state_of(path)
-            yield path, FileRecord(0 if state is None else state.size, sha256)
-
-
-def _lora_files(lora: records.MergedLora) -> Iterator[tuple[Path, str]]:
-    if lora.filename is None:
+def _sources(at: Artifacts, manifest: Manifest) -> Iterator[tuple[Path, FileRecord]]:
+    """The files of base and LoRAs, which are those of the locks."""
+    base, loras = at.read_locks()
+    fused = {lora.name: {lora.sha256, lora.config_sha256} - {None} for lora in manifest.loras}
+    if manifest.base != base or fused != {name: _sums(lock) for name, lock in loras.items()}:
         raise PublishRefused(
-            f"the manifest does not say where the LoRA {lora.name} lies, so its sha256 {lora.sha256} cannot be checked",
-            rerun=Rerun("fuse", force=True),
+            f"{at.manifest} is of other files than {at.base_lock} and {at.lora_lock} name", rerun=Rerun("build")
         )
-    folder = hf_cache.locate(Lock(lora.repo_id, lora.path, None, lora.revision, {}))
-    weights = folder / lora.filename
-    if weights.is_dir():
-        weights /= repository_files.ADAPTER_WEIGHTS
-    yield weights, lora.sha256
-    if lora.config_sha256 is not None:
-        yield weights.with_name(repository_files.ADAPTER_CONFIG), lora.config_sha256
+    for lock in (base, *loras.values()):
+        root = hf_cache.locate(lock)
+        yield from ((root / name, record) for name, record in lock.files.items())
+
+
+def _sums(lock: Lock) -> set[str]:
+    return {record.sha256 for record in lock.files.values()}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lora_fuse.errors import PublishRefused
+from lora_fuse.errors import Refused
 from lora_fuse.fusion.manifest import read_manifest
 from lora_fuse.machine import file_state, files
 from lora_fuse.recipe.paths import HERE as at  # noqa: N811
@@ -33,7 +33,7 @@ def refused(project: Project) -> str:
     before = hashes(Path("artifacts"))
     messages = set()
     for dry_run in (False, True):
-        with pytest.raises(PublishRefused) as caught:
+        with pytest.raises(Refused) as caught:
             publish(project.params(), dry_run=dry_run)
         messages.add(str(caught.value))
     assert hashes(Path("artifacts")) == before
@@ -48,8 +48,12 @@ def test_all_that_provenance_names_is_what_it_says(project: Project) -> None:
         now = files.hash_file(Path(name)).sha256
         assert refused(project).startswith(f"{name} is not what the manifest says: sha256 {now}, expected {was}")
         flip(Path(name))
+    lock = at.lora_lock.read_text()
+    at.lora_lock.write_text(lock.replace(files.hash_file(Path(f"lora/{LORA_FILE}")).sha256, "5" * 64))
+    assert "is of other files than artifacts/base.lock.json and artifacts/lora.lock.json name" in refused(project)
+    at.lora_lock.write_text(lock)
     Path(f"lora/{LORA_FILE}").unlink()
-    assert "cannot be read (No such file or directory)" in refused(project)
+    assert "not on this machine; run the download stage" in refused(project)
 
 
 def test_every_content_is_hashed_once(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,10 @@ import numpy as np
 import yaml
 
 from lora_fuse.hub import Receipt
+from lora_fuse.machine.files import hash_file
+from lora_fuse.recipe.paths import Artifacts
 from lora_fuse.recipe.recipe import Recipe
-from lora_fuse.recipe.records import BuildRecord, Manifest, MergedFile, MergedLora, Tool, from_json, to_json
+from lora_fuse.recipe.records import BuildRecord, Lock, Manifest, MergedFile, MergedLora, Tool, from_json, to_json
 from tests.hub_server import LoopbackHub, Repo
 from tests.hub_server.api import LFS_SUFFIXES
 from tests.support.approved import weight_check
@@ -82,9 +84,10 @@ class Place:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
             records[name] = MergedFile(len(content), hashlib.sha256(content).hexdigest(), "fused")
-        (self.root / "l.safetensors").write_bytes(b"a LoRA")
-        lora = MergedLora("lightning", 1.0, hashlib.sha256(b"a LoRA").hexdigest(), "l.safetensors", path=".")
-        text = to_json(Manifest(1, "pocket", None, (lora,), 1.0, 12, records))
+        locks = {name: self._lock(name) for name in ("base", "lightning")}
+        lora = MergedLora("lightning", 1.0, locks["lightning"].files["lightning"].sha256, "lightning", path=".")
+        text = to_json(Manifest(1, "pocket", locks["base"], (lora,), 1.0, 12, records))
+        Artifacts(self.root / "artifacts").write_locks(locks.pop("base"), locks)
         (self.root / "artifacts/merged.manifest.json").write_text(text)
         key = hashlib.sha256(text.encode()).hexdigest()
         build = BuildRecord(1, key, Tool("1.2.3"), "2026-01-01T00:00:00Z", "cpu", len(SHARDS) * SIZE, 1.0)
@@ -94,6 +97,11 @@ class Place:
             (self.root / "pocket").symlink_to(ROOT / "pocket")  # its pictures are the cases' inputs
         with contextlib.chdir(self.root):
             leave_regression(Recipe.parse(yaml.safe_load((ROOT / "params.yaml").read_text()), "params.yaml"))
+
+    def _lock(self, name: str) -> Lock:
+        """Lay down a file of that name, and pin it."""
+        (self.root / name).write_text(name)
+        return Lock(None, ".", None, None, {name: hash_file(self.root / name)})
 
     def configure(self, **publish: object) -> None:
         """Write params.yaml with these settings of `publish`."""
