@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lora_fuse.hub.payload import Payload
     from lora_fuse.hub.sources import ExpectedFile
 
+LOOKED_AT = 20  # pull requests of the same bytes: a run that fails leaves one at most
 SHOWN = 5  # strange files that a message names
 
 
@@ -92,7 +93,7 @@ class RemoteRepository:
     # ------------------------------------------------------------ pull requests
 
     def pulls(self, key: str) -> list[DiscussionWithDetails]:
-        """This user's pull requests whose title has `key` in it, oldest first."""
+        """This user's pull requests whose title has `key` in it, oldest first; no more than the newest `LOOKED_AT`."""
         what = f"listing the pull requests of {self.repo_id}"
         pulls = PUBLISH.ask(
             what,
@@ -106,7 +107,8 @@ class RemoteRepository:
         if not pulls:
             return []
         me = PUBLISH.ask(what, self.repo_id, lambda: str(client().whoami()["name"]))
-        return [self.pull(pull.num) for pull in sorted(pulls, key=lambda pull: pull.num) if pull.author == me]
+        numbers = sorted(pull.num for pull in pulls if pull.author == me)
+        return [self.pull(number) for number in numbers[-LOOKED_AT:]]
 
     def pull(self, number: int) -> DiscussionWithDetails:
         """A pull request's state."""

@@ -216,6 +216,12 @@ def test_an_answer_that_does_not_end_is_ended(hub: LoopbackHub, monkeypatch: pyt
         list(client.client().list_repo_tree(LORA))
 
 
+def test_countless_pull_requests_of_the_same_bytes_are_not_all_read(hub: LoopbackHub) -> None:
+    repo = hub.create(REPO, private=True)
+    numbers = [repo.open_pull("key", "alice").number for _ in range(25)]
+    assert [pull.num for pull in RemoteRepository(REPO).pulls("key")] == numbers[-20:]
+
+
 def test_an_answer_that_trickles_is_not_waited_for(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
     """A byte in a tenth of a second: no pause is as long as the limit."""
     hub.faults.append(answer("GET /api/models", listing(), trickle=0.1))
