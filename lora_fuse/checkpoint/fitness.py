@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lora_fuse.checkpoint.file_roles import Role, role_of
 from lora_fuse.checkpoint.foreign_code import asked_code, countless_parts
 from lora_fuse.checkpoint.repository_files import MODEL_INDEX, list_files, locate
 from lora_fuse.checkpoint.shards import PROVENANCE, Checkpoint, Shard
@@ -56,11 +57,11 @@ def refuse_code(contents: Iterable[tuple[str, object]], label: str, fail: Callab
             raise fail(f"{label}: {words}; get a good copy")
 
 
-def refuse_code_of(folder: Path, fail: Callable[[str], Exception]) -> None:
-    """As `refuse_code`, of the JSON files of a pipeline on this machine that are at its top or in its components.
+def refuse_unloadable(folder: Path, fail: Callable[[str], Exception]) -> None:
+    """As `refuse_code`, of the files of a pipeline on this machine that are at its top or in its components.
 
     Raises:
-        fail: as there, or a file is no JSON.
+        fail: as there; a file is no JSON, or its text (a vocabulary, say) is larger than any that is read whole.
     """
 
     def read(name: str) -> object:
@@ -68,9 +69,11 @@ def refuse_code_of(folder: Path, fail: Callable[[str], Exception]) -> None:
 
     index = read(MODEL_INDEX)
     parts = index if isinstance(index, dict) else {}
-    names = [name for name in list_files(folder) if name.endswith(".json")]
-    held = [name for name in names if "/" not in name or name.partition("/")[0] in parts]
-    refuse_code(((name, read(name)) for name in held), str(folder), fail)
+    held = [name for name in list_files(folder) if "/" not in name or name.partition("/")[0] in parts]
+    for path in (locate(folder, name) for name in held if role_of(name).role is Role.TEXT):
+        if path.is_file() and (size := path.stat().st_size) > files.MOST:
+            raise fail(f"{path} has {size} bytes, and at most {files.MOST} are read of a text; get a good copy")
+    refuse_code(((name, read(name)) for name in held if name.endswith(".json")), str(folder), fail)
 
 
 def _refuse_marked(shard: Shard) -> None:

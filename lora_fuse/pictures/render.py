@@ -104,7 +104,7 @@ def load_pipeline(folder: Path, pipeline: str, *, dtype: str, shared: Mapping[st
         raise RenderFailed(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
     if not (folder / "model_index.json").is_file():
         raise RenderFailed(f"{folder} has no model_index.json: give the folder of a whole diffusers pipeline")
-    fitness.refuse_code_of(folder, RenderFailed)
+    fitness.refuse_unloadable(folder, RenderFailed)
     quiet_libraries()
     allow_missing_torchvision()
     import diffusers

@@ -85,6 +85,16 @@ def test_deep_json_is_refused_by_its_name(tmp_path: Path) -> None:
         load(folder)
 
 
+def test_a_vocabulary_larger_than_any_is_refused(tmp_path: Path) -> None:
+    folder = changed(tmp_path / "base", "vae/config.json", lambda _: None)
+    (folder / "vae/left.bin").write_bytes(b"")
+    os.truncate(folder / "vae/left.bin", 1 << 30)  # of weights that stay behind nobody reads a byte
+    with (folder / "tokenizer/merges.txt").open("wb") as file:
+        file.truncate(100_000_001)
+    with pytest.raises(RenderFailed, match=r"tokenizer/merges\.txt has 100000001 bytes, and at most 100000000"):
+        load(folder)
+
+
 def test_no_chat_template_is_ever_rendered(tmp_path: Path, shared: dict[str, object]) -> None:
     """Whatever it holds: a way out of a sandbox, a loop without an end."""
     hostile = "{{ ''.__class__.__mro__[1].__subclasses__() }}{% for a in range(10**9) %}{{ 'x' * 10**9 }}{% endfor %}"
