@@ -73,9 +73,12 @@ def read_levels(path: Path) -> Levels:
     Raises:
         OSError: the file is missing, no whole picture of these formats, or larger than `LARGEST`.
     """
-    files.refuse_special(path, path.stat())
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
+        with (
+            warnings.catch_warnings(action="ignore"),
+            files.open_regular(path) as file,
+            Image.open(file, formats=FORMATS) as image,
+        ):
             if image.width * image.height > LARGEST:
                 raise OSError(f"it has {image.width} x {image.height} pixels; give one of at most {LARGEST}")
             return levels_of(ImageOps.exif_transpose(image))
