@@ -3,12 +3,14 @@
 Every run is a process of its own; the three take turns, so that a slow moment of the machine hits all of them. The
 files are in the page cache as far as memory allows. `cp` copies the same files: nothing that reads and writes them can
 be faster. diffusers loads the base, loads and fuses the LoRA and saves. The engine hashes what it writes, the others
-do not.
+do not. The stage also knows that base and LoRA are what was locked: by the states that `stages.download` noted, by
+hashing them first where it noted none, or by hashing what is read.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import re
@@ -21,6 +23,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = {
+    "stage, inputs: stat": "python -m stages.fuse {given}",
+    "stage, nothing noted": "rm artifacts/sources.seen.json && python -m stages.fuse {given}",
+    "stage, inputs: hash": "python -m stages.fuse {given} fuse.inputs=hash",
+}
 
 DIFFUSERS = """
 import sys, torch
@@ -36,20 +45,22 @@ model.save_pretrained(out, max_shard_size="5GB")
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Wall time in seconds and peak resident memory in bytes of one process."""
+    """Wall time and seconds of one core of a process, and its peak resident memory in bytes."""
 
     seconds: float
+    used: float
     peak: int
 
 
-def measure(command: Sequence[str], out: Path) -> Run:
-    """Run a command that writes `out`, and remove what it wrote.
+def measure(command: Sequence[str], out: Path, cwd: Path = ROOT) -> Run:
+    """Run a command that writes `out`, in a folder, and remove what it wrote.
 
     Raises:
         SystemExit: it failed.
     """
     begun = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    whole = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    process = subprocess.Popen(command, cwd=cwd, env=whole, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     output = process.stdout.read() if process.stdout else ""
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - begun
@@ -57,7 +68,7 @@ def measure(command: Sequence[str], out: Path) -> Run:
         raise SystemExit(f"{' '.join(command)} failed:\n{output}")
     shutil.rmtree(out)
     os.sync()  # what it wrote must not be written back during the next one
-    return Run(seconds, usage.ru_maxrss * 1024)
+    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -85,25 +96,48 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         if options.without_diffusers:
             del commands["diffusers"]
+        places = dict.fromkeys(commands, (out, ROOT))
+        project = folder / "project"
+        given = _project(project, base, lora)
+        commands |= {name: ["sh", "-c", command.format(given=given)] for name, command in STAGES.items()}
+        places |= dict.fromkeys(STAGES, (project / "artifacts/merged", project))
         size = sum(path.stat().st_size for path in base.iterdir())
         print(f"{options.blocks} of 60 blocks, {size / 1e9:.2f} GB, bfloat16, rank 64; {_machine()}")
         runs: dict[str, list[Run]] = {name: [] for name in commands}
         for _ in range(options.runs):
             for name, command in commands.items():
-                runs[name].append(measure(command, out))
+                runs[name].append(measure(command, *places[name]))
         _table(runs, size)
+
+
+def _project(project: Path, base: Path, lora: Path) -> str:
+    """Make a folder in which the stages find the base as a pipeline, lock it, and give the overrides for it."""
+    (project / "base/scheduler").mkdir(parents=True)
+    (project / "conf").symlink_to(ROOT / "conf")
+    (project / "base/transformer").symlink_to(base)
+    parts = {"scheduler": "FlowMatchEulerDiscreteScheduler", "transformer": "QwenImageTransformer2DModel"}
+    index = {"_class_name": "QwenImagePipeline", **{name: ["diffusers", kind] for name, kind in parts.items()}}
+    (project / "base/model_index.json").write_text(json.dumps(index))
+    (project / "base/scheduler/scheduler_config.json").write_text(json.dumps({"_class_name": parts["scheduler"]}))
+    names = (lora.parent, lora.name)
+    given = "base.path=base loras.lightning.path={} loras.lightning.filename={}".format(*names)
+    measure(["sh", "-c", f"mkdir gone && python -m stages.download {given}"], project / "gone", project)
+    return given
 
 
 def _table(runs: dict[str, list[Run]], size: int) -> None:
     medians = {name: statistics.median(run.seconds for run in of_name) for name, of_name in runs.items()}
-    print(f"| {'':9} | seconds, each run | median | GB/s | times cp | peak memory |")
-    print(f"|{'-' * 11}|---|---|---|---|---|")
+    width = max(map(len, runs))
+    print(f"| {'':{width}} | seconds, each run | median | of one core | GB/s | times cp | peak memory |")
+    print(f"|{'-' * (width + 2)}|---|---|---|---|---|---|")
     for name, of_name in runs.items():
         each = ", ".join(f"{run.seconds:.1f}" for run in of_name)
         ratio = medians[name] / medians["cp"]
         peak = max(run.peak for run in of_name) / 1e9
+        used = statistics.median(run.used for run in of_name)
         speed = size / 1e9 / medians[name]
-        print(f"| {name:9} | {each} | {medians[name]:.1f} | {speed:.2f} | {ratio:.2f} | {peak:.2f} GB |")
+        figures = f"{medians[name]:.1f} | {used:.1f} | {speed:.2f} | {ratio:.2f} | {peak:.2f} GB"
+        print(f"| {name:{width}} | {each} | {figures} |")
     if "diffusers" in medians:
         print(f"lora-fuse is {medians['diffusers'] / medians['lora-fuse']:.1f} times as fast as diffusers")
 

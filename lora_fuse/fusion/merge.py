@@ -100,8 +100,10 @@ def _replace(new: Path, place: Path, beside: Mapping[Path, str], states: file_st
 def _watched(plan: Plan, states: file_state.FileStates | None) -> file_state.FileStates:
     """The states of all that is read: those that were given, and for other files those of the plan."""
     watched = states or file_state.FileStates()
-    for path, state in (*plan.checkpoint.states.items(), *((lora.path, lora.state) for lora in plan.loras)):
+    for path, state in plan.checkpoint.states.items():
         watched.add(path, state)
+    for lora in plan.loras:
+        watched.add(lora.path, lora.state, FileRecord(lora.state.size, lora.sha256))
     return watched
 
 
@@ -189,6 +191,7 @@ def _place_others(
             refuse_other_content(source, record.sha256, pinned.get(name, record.sha256))
         else:
             record = known[name]
+        states.add(source, states[source], record)
         if name not in generated:
             yield name, records.MergedFile(record.size, record.sha256, "base")
     for name, content in generated.items():

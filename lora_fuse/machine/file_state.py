@@ -53,10 +53,15 @@ class FileState:
 
 
 class FileStates:
-    """The states of files that have to stay as they are while they are read."""
+    """The states of files that have to stay as they are while they are read.
+
+    Where nothing but `ctime` moved, as when another run links to a file of the same base, the file is hashed again if
+    it is known what it has to be.
+    """
 
     def __init__(self) -> None:
         self._states: dict[Path, FileState] = {}
+        self._records: dict[Path, FileRecord] = {}
 
     def __getitem__(self, path: Path) -> FileState:
         """The state of a file that was added."""
@@ -65,13 +70,27 @@ class FileStates:
     def __iter__(self) -> Iterator[Path]:
         return iter(self._states)
 
-    def add(self, path: Path, state: FileState) -> None:
-        """Have a file stay in a state; one that was added before has to stay in the earlier one."""
+    def add(self, path: Path, state: FileState, record: FileRecord | None = None) -> None:
+        """Have a file stay in a state, or in the one that it was added with before; its record is what it has to be."""
         self._states.setdefault(path, state)
+        if record is not None:
+            self._records.setdefault(path, record)
 
     def changed(self, paths: Iterable[Path] | None = None) -> list[Path]:
         """The files, of all or of some, that are not as they were, or not there."""
-        return [path for path in (self if paths is None else paths) if state_of(path) != self._states.get(path)]
+        return [path for path in (self if paths is None else paths) if not self._is_as_it_was(path)]
+
+    def _is_as_it_was(self, path: Path) -> bool:
+        before = self._states.get(path)
+        now = state_of(path)
+        record = self._records.get(path)
+        if now is None or before is None or record is None or not now.is_but_for_ctime(before):
+            return now == before
+        if now != before:
+            with suppress(OSError):
+                if hash_steady(path, lambda _: None) == (record, now):
+                    self._states[path] = now
+        return self._states[path] == now
 
     @contextmanager
     def linking(self, paths: Collection[Path] | None = None) -> Iterator[None]:

@@ -43,14 +43,14 @@ class HeldInputs:
         for path, (lock, name) in self._pinned.items():
             state = file_state.state_of(path)
             if state is not None and self._seen.knows(path, state, lock.files[name]):
-                self.states.add(path, state)
+                self.states.add(path, state, lock.files[name])
             else:
                 unknown.append(path)
         size = sum(self._record(path).size for path in unknown)
         with progress.byte_progress("hash", size, at_least=progress.FEW) as advance:
             hashed = file_state.in_threads(self._hash, unknown, advance)
         for path, state in zip(unknown, hashed, strict=True):
-            self.states.add(path, state)
+            self.states.add(path, state, self._record(path))
         self.keep()
 
     def _record(self, path: Path) -> FileRecord:

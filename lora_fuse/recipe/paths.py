@@ -177,3 +177,4 @@ def held(locks: Iterable[Lock], others: Iterable[Path] = ()) -> Iterator[None]:
     inputs = hold(locks, others)
     yield
     inputs.check()
+    inputs.keep()

@@ -44,11 +44,14 @@ def cached(base: Path, hub: Path, *, shared: bool) -> Path:
 def test_weights_are_taken_over_as_asked_and_text_is_copied(
     tmp_path: Path, base: Path, lora: LoraInput, how: Untouched
 ) -> None:
-    fused = lora_fuse.fuse(lora_fuse.plan(base, [lora]), tmp_path / "out", untouched=how)
+    plan = lora_fuse.plan(base, [lora])
+    fused = lora_fuse.fuse(plan, tmp_path / "out", untouched=how)
     assert (tmp_path / "out" / VAE).read_bytes() == (base / VAE).read_bytes()
     assert (tmp_path / "out" / VAE).samefile(base / VAE) == (how == "hardlink")
     assert fused.linked == ((VAE,) if how == "hardlink" else ())
     assert not (tmp_path / "out" / "vae/config.json").samefile(base / "vae/config.json")
+    again = lora_fuse.fuse(plan, tmp_path / "again", untouched=how)  # the links of the first are no change of the base
+    assert again.manifest.files == fused.manifest.files
 
 
 @pytest.mark.skipif(can_reflink(Path(__file__), Path(tempfile.gettempdir())), reason="blocks are shared here")

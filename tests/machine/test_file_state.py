@@ -83,6 +83,19 @@ def test_links_that_are_made_here_are_no_change_and_others_are(file: Path, tmp_p
     assert later.changed() == [file]
 
 
+def test_what_may_have_been_linked_by_others_is_hashed_if_it_is_known_what_it_is(file: Path, tmp_path: Path) -> None:
+    record, state = hash_steady(file, lambda _: None)
+    states = FileStates()
+    states.add(file, state, record)
+    os.link(file, tmp_path / "second")
+    assert states.changed() == []
+    settle()
+    flipped(file)
+    assert states.changed() == [file]
+    file.write_bytes(bytes(range(256)) * 40)  # as it was; but somebody wrote to it
+    assert states.changed() == [file]
+
+
 def test_a_file_that_is_written_to_while_it_is_hashed_has_no_hash(file: Path) -> None:
     with pytest.raises(OSError, match="changed while it was read"):
         hash_steady(file, lambda _: flipped(file))

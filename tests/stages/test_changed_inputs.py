@@ -167,6 +167,15 @@ def test_a_lora_that_rots_is_seen_by_its_hash_in_any_case(project: Project) -> N
         assert now in message
 
 
+def test_a_link_that_another_build_makes_meanwhile_is_no_change(project: Project) -> None:
+    base, loras = at.read_locks()
+    with paths.held([base, *loras.values()]):
+        os.link(TAKEN, "another build's")
+    time.sleep(2 * file_state.TICK / 1e9)
+    assert fuse(project.params("fuse.untouched=hardlink")) == 0
+    assert fuse(project.params("fuse.untouched=hardlink")) == 0
+
+
 def test_hashing_what_is_read_changes_no_byte(project: Project) -> None:
     before = results()
     assert fuse(project.params(HASH)) == 0
