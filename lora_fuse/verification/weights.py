@@ -61,7 +61,7 @@ class Weights:
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 entries = json.loads(file.read(length))
-            self.metadata[path.name] = entries.pop("__metadata__", {})
+            self.metadata[path.name] = entries.pop("__metadata__", None) or {}  # null is none, for safetensors too
             self._places.update({name: (path, 8 + length, entry) for name, entry in entries.items()})
 
     def names(self) -> set[str]:

@@ -85,6 +85,17 @@ def test_one_value_off_by_one_step_is_found(merge: Merge) -> None:
     assert [text.split(":")[0] for text in found.problems] == ["transformer_blocks.0.attn.to_q.weight"]
 
 
+def test_a_header_whose_entries_are_null_has_none(merge: Merge) -> None:
+    path = merge.out / SHARD
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps({**json.loads(content[8:start]), "__metadata__": None}).encode()
+    path.unlink()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[start:])
+    (problem,) = merge.verify(rows=1).problems
+    assert "its header says format None, the base's 'pt'" in problem
+
+
 def test_a_changed_tensor_that_is_no_target_is_found(merge: Merge) -> None:
     names = load_file(merge.out / SHARD).keys()
     name = next(name for name in names if name.endswith(".bias"))
