@@ -24,6 +24,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_fuse.errors import Refused
+from lora_fuse.machine import interrupts
+
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = {
     "stage, inputs: stat": "python -m stages.fuse {given}",
@@ -56,7 +59,7 @@ def measure(command: Sequence[str], out: Path, cwd: Path = ROOT) -> Run:
     """Run a command that writes `out`, in a folder, and remove what it wrote.
 
     Raises:
-        SystemExit: it failed.
+        Refused: it failed.
     """
     begun = time.perf_counter()
     whole = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -65,7 +68,7 @@ def measure(command: Sequence[str], out: Path, cwd: Path = ROOT) -> Run:
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - begun
     if os.waitstatus_to_exitcode(status) != 0:
-        raise SystemExit(f"{' '.join(command)} failed:\n{output}")
+        raise Refused(f"{' '.join(command)} failed: {output}")
     shutil.rmtree(out)
     os.sync()  # what it wrote must not be written back during the next one
     return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
@@ -149,4 +152,4 @@ def _machine() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(interrupts.guarded(main))

@@ -20,6 +20,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.hub_publish import write_random
+from lora_fuse.errors import Refused
+from lora_fuse.machine import interrupts
 from tests.hub_server import Entry, LoopbackHub
 
 BAR = 1.5  # times snapshot_download
@@ -57,7 +59,7 @@ def measure(code: str, home: Path, environment: Mapping[str, str]) -> float:
     """Seconds that a new process takes, into an empty cache.
 
     Raises:
-        SystemExit: it failed.
+        Refused: it failed.
     """
     shutil.rmtree(home, ignore_errors=True)
     os.sync()  # what the last one wrote must not be written back during this one
@@ -70,7 +72,7 @@ def measure(code: str, home: Path, environment: Mapping[str, str]) -> float:
         check=False,
     )
     if done.returncode:
-        raise SystemExit(done.stderr)
+        raise Refused(f"it failed: {done.stderr}")
     return time.perf_counter() - begun
 
 
@@ -103,4 +105,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(interrupts.guarded(main))

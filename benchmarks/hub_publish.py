@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
+from lora_fuse.errors import CheckFailed
 from lora_fuse.hub import publish
-from lora_fuse.machine import progress
+from lora_fuse.machine import interrupts, progress
 from lora_fuse.recipe import Manifest, records
 from tests.hub_server import LoopbackHub
 
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Publish three times, print the table.
 
     Raises:
-        SystemExit: publishing the same again took too long, or more was sent than had changed.
+        CheckFailed: publishing the same again took too long, or more was sent than had changed.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.hub_publish", description="time publishing")
     parser.add_argument("--gib", type=float, default=2.0, help="of all shards (default: 2)")
@@ -57,12 +58,12 @@ def _measure(hub: LoopbackHub, merged: Path, size: int, how: str) -> None:
     _publish(hub, merged, records, "everything")
     seconds, sent = _publish(hub, merged, records, "the same again")
     if seconds > AGAIN or sent:
-        raise SystemExit(f"error: the same again took {seconds:.1f} s (at most {AGAIN:g}) and sent {sent} bytes (0)")
+        raise CheckFailed(f"the same again took {seconds:.1f} s (at most {AGAIN:g}) and sent {sent} bytes (0)")
     name = next(iter(records))
     records[name] = _write(merged / name, size, SHARDS)
     _, sent = _publish(hub, merged, records, "one of four changed")
     if not size <= sent <= 1.01 * size:
-        raise SystemExit(f"error: one shard of {size} bytes changed, and {sent} bytes were sent")
+        raise CheckFailed(f"one shard of {size} bytes changed, and {sent} bytes were sent")
 
 
 def _write(path: Path, size: int, seed: int) -> records.MergedFile:
@@ -94,4 +95,4 @@ def _publish(hub: LoopbackHub, merged: Path, hashed: dict[str, records.MergedFil
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(interrupts.guarded(lambda: main(sys.argv[1:])))

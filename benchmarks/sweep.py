@@ -15,6 +15,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from lora_fuse.machine import interrupts
+
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("download", "fuse", "verify", "regress")
 
@@ -47,4 +49,4 @@ def _seconds(root: Path, commands: Sequence[Sequence[str]]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(interrupts.guarded(main))

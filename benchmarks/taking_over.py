@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_fuse.machine import files
+from lora_fuse.machine import files, interrupts
 
 WAYS: tuple[files.Untouched, ...] = ("reflink", "hardlink", "copy")
 MEGABYTE = 1_000_000
@@ -60,4 +61,4 @@ def _measure(source: Path, target: Path, way: files.Untouched) -> tuple[str, flo
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(interrupts.guarded(main))

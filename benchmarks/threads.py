@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 
 from lora_fuse.cli import main as lora_fuse
+from lora_fuse.machine import interrupts
 
 EVERY = 0.02  # seconds between two looks
 
@@ -81,4 +82,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(interrupts.guarded(main))

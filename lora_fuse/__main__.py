@@ -1,7 +1,17 @@
-"""``python -m lora_fuse``."""
+"""``python -m lora_fuse``, and the command ``lora-fuse``."""
 
 import sys
 
-from lora_fuse.cli import main
+from lora_fuse.machine import interrupts
 
-sys.exit(main())
+
+def main() -> int:
+    """Run the command line, whose imports are part of what may go wrong."""
+    interrupts.install(interrupts.KEPT)
+    from lora_fuse.cli import main as run
+
+    return run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

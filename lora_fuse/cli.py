@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand and give its exit code."""
     given = sys.argv[1:] if arguments is None else arguments
+    doing = given[0] if given else ""
     kept = "shards that are finished are kept beside OUT, which is as it was; the same command goes on with them"
-    return interrupts.guarded(lambda: _run(_parser().parse_args(given)), *([kept] if given[:1] == ["fuse"] else []))
+    kept = kept if doing == "fuse" else interrupts.KEPT
+    return interrupts.guarded(lambda: _run(_parser().parse_args(given)), kept, doing)
 
 
 def _run(options: argparse.Namespace) -> int:

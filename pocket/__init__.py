@@ -9,7 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_fuse.machine import interrupts
 from lora_fuse.models import LIGHTNING
+
+interrupts.install(interrupts.KEPT)
 
 POCKET = Path(__file__).resolve().parent
 LORAS = {

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from lora_fuse.machine import interrupts
 from pocket import LORAS, POCKET, SIDE, tasks
 from pocket.bench import EIGHT, FEW, GUIDED, MANY, MERGED, OWN_SCHEDULER, SCALES, Bench, Setting, nearest, psnr
 
@@ -147,4 +148,4 @@ def _sheet(prompts: Sequence[str], rows: Sequence[Sequence[Image.Image]]) -> Ima
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interrupts.guarded(main))

@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 import sys
-from types import TracebackType
 
 from lora_fuse.errors import require
-from lora_fuse.machine import interrupts, text
+from lora_fuse.machine import interrupts
 
-
-def _last_resort(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Ctrl-C while a stage is being imported, or again while it ends: a line, as `interrupts.guarded` has it."""
-    if issubclass(kind, KeyboardInterrupt):
-        text.say("error: interrupted; whole results stay, `dvc repro` goes on", sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-sys.excepthook = _last_resort
+interrupts.install("whole results stay, `dvc repro` goes on")
 
 
 def _installed() -> int:

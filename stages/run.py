@@ -55,9 +55,11 @@ def run(name: str, console: Console, work: Callable[[], int], kept: str = KEPT, 
         except Exception as error:
             if not isinstance(error, Busy):
                 _remove(pages)
-            if isinstance(error, LoraFuseError):
-                console.failed(name, error.exit_code, str(error))
-            raise
+            known = interrupts.refusal(error, name)
+            console.failed(name, known.exit_code, str(known))
+            if known is error:
+                raise
+            raise known from error
         except KeyboardInterrupt as interrupt:
             console.failed(name, interrupts.exit_code(interrupt), f"interrupted; {kept}")
             raise

@@ -27,6 +27,7 @@ from lora_fuse.errors import Refused
 from lora_fuse.hub.client import cache_dir, client, endpoint, token
 from lora_fuse.hub.error_texts import cause, explain, is_full_disk, is_passing
 from lora_fuse.hub.retry import PUBLISH, is_from_api, requested_pause
+from lora_fuse.machine import interrupts
 from lora_fuse.recipe import hf_cache
 
 CHUNK = 1 << 20  # bytes after which the client writes and reports; its own 10 MB hide a slow connection's progress
@@ -240,4 +241,6 @@ def bytes_read() -> int:
 
 
 if __name__ == "__main__":
-    main()
+    interrupts.install(interrupts.KEPT)
+    with interrupts.hooked():
+        main()

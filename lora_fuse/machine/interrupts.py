@@ -10,10 +10,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from lora_fuse.errors import LoraFuseError
 from lora_fuse.machine import text
+
+# Other rooms know them by this module.
+from lora_fuse.machine.last_resort import hooked as hooked  # noqa: PLC0414
+from lora_fuse.machine.last_resort import install as install  # noqa: PLC0414
+from lora_fuse.machine.last_resort import refusal as refusal  # noqa: PLC0414
 from lora_fuse.machine.launch import is_first_to_fail
 from lora_fuse.machine.standard_streams import sturdy_streams
+
+KEPT = "earlier results are as they were; run it again"
 
 
 class Terminated(KeyboardInterrupt):
@@ -42,15 +48,15 @@ def _terminate(_: int, __: FrameType | None) -> None:
     raise Terminated
 
 
-def guarded(work: Callable[[], int], kept: str = "earlier results are as they were; run it again") -> int:
-    """Run `work` for its exit code; an error raised on purpose becomes one line on stderr and its exit code.
+def guarded(work: Callable[[], int | None], kept: str = KEPT, doing: str = "") -> int:
+    """Run `work` for its exit code; an error becomes one line on stderr and its exit code, see `last_resort.refusal`.
 
     Of the processes of a launch, only the first that fails prints its error. After Ctrl-C or SIGTERM, `kept` says what
     is left, and how to go on. Work whose output cannot be written is done all the same, and 2 is its exit code.
     """
-    with sturdy_streams() as trouble:
+    with sturdy_streams() as trouble, hooked():
         try:
-            code = _guarded(work, kept)
+            code = _guarded(work, kept, doing)
             if (reason := trouble()) is not None and code == 0:
                 return _failed(f"stdout cannot be written ({reason.strerror}); what was asked for is done", 2)
         except BrokenPipeError:  # the reader has had enough, as `| head` does
@@ -59,12 +65,19 @@ def guarded(work: Callable[[], int], kept: str = "earlier results are as they we
     return code
 
 
-def _guarded(work: Callable[[], int], kept: str) -> int:
+def _guarded(work: Callable[[], int | None], kept: str, doing: str) -> int:
     try:
         with stoppable():
-            return work()
-    except LoraFuseError as error:
-        return _failed(str(error), error.exit_code)
+            return work() or 0
+    except BrokenPipeError:
+        raise
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            raise
+        return _failed(str(end.code), 2)  # Python would print it and end with 1
+    except Exception as error:  # noqa: BLE001 - the last resort
+        known = refusal(error, doing)
+        return _failed(str(known), known.exit_code)
     except KeyboardInterrupt as interrupt:
         return _failed(f"interrupted; {kept}", exit_code(interrupt))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
@@ -18,6 +19,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file, save_file
 
+from lora_fuse.machine import interrupts
 from pocket import POCKET
 from pocket.train import autoencoder, examples, flow, loras
 from pocket.train.export import export
@@ -151,4 +153,4 @@ def _same_recipe(recipe: Recipe, work: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(interrupts.guarded(main))
