@@ -1,7 +1,7 @@
 """The whole error vocabulary: what can be refused, and what a failed check is called.
 
 A message says what is wrong, which thing, both values, and the way out, on one line. The command line prints it
-as ``error: …`` and exits 2 (`Refused`) or 1 (`CheckFailed`); of anything else `machine/last_resort.py` makes a `Refused`.
+as ``error: …`` and exits 2 (`Refused`) or 1 (`CheckFailed`); `machine/last_resort.py` makes a `Refused` of all else.
 """
 
 from __future__ import annotations

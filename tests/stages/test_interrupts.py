@@ -103,18 +103,3 @@ def test_a_stage_that_is_interrupted_says_so_to_programs_too(tmp_path: Path) -> 
     assert done.returncode == 143
     assert done.stdout == '{"stage": "fuse", "code": 143, "error": "interrupted; all is kept"}\n'
     assert done.stderr == "error: interrupted; all is kept\n"
-
-
-@pytest.mark.parametrize(
-    ("error", "said"), [("KeyboardInterrupt", "error: interrupted; whole"), ("OSError", "Traceback")]
-)
-def test_ctrl_c_while_a_stage_is_imported_is_a_line_and_a_bug_keeps_its_traceback(error: str, said: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", f"import stages; raise {error}"],
-        cwd=Path(__file__).resolve().parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode != 0
-    assert done.stderr.startswith(said)
