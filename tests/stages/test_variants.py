@@ -128,10 +128,12 @@ def test_a_stage_of_a_variant_takes_its_parameters_and_names_its_commands(checko
         missing = checkout.stage("gate", "--variant=pocket_soft", code=2)
         path.write_text(json.dumps(json.loads(text) | {"verdict": "no-golden", "passed": False}))
         forged = checkout.stage("gate", "--variant", "pocket_soft", code=2)
+        entry = listed(checkout)["pocket_soft"]
     finally:
         path.write_bytes(text)
     assert missing.endswith("next: dvc repro variants/dvc.yaml:regress@pocket_soft\n")
     assert "verdict no-golden, and what lies here gives exact" in forged
+    assert (entry["state"], entry["notes"][0] in forged) == ("stale", True)
     assert forged.endswith("next: dvc repro -f variants/dvc.yaml:regress@pocket_soft\n")
 
 

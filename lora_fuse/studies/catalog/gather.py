@@ -15,6 +15,7 @@ from lora_fuse.hub import Receipt
 from lora_fuse.machine import files
 from lora_fuse.pictures import encode, picture
 from lora_fuse.recipe import Artifacts, Manifest, Recipe, Source, hf_cache, paths, records
+from lora_fuse.regression import gate
 from lora_fuse.studies.catalog.entry import CasePicture, CatalogEntry, Publication, Size, State, Step
 
 SIDE = 256  # pixels of a thumbnail's longer side
@@ -56,6 +57,7 @@ def _built(unbuilt: CatalogEntry, recipe: Recipe, at: Artifacts, publish: str | 
     metrics = _read(at.metrics, "regress", manifest_sha256)
     stale = [*_differences(recipe, manifest, at), *_other_files(recipe, manifest, at)]
     missing = list(_unfinished(verify, metrics, recipe))
+    stale += [] if stale or missing else _contradictions(recipe, at)
     state: State = "stale" if stale else "incomplete" if missing else "built"
     publication = _publication(recipe, at, manifest_sha256)
     passed = bool(verify and metrics and verify["passed"] and metrics["passed"])
@@ -108,6 +110,14 @@ def _unfinished(verify: Mapping[str, Any] | None, metrics: Mapping[str, Any] | N
         yield "no picture is made of these weights yet"
     elif missing := [name for name in recipe.regress.cases if f"{name}.verdict" not in metrics]:
         yield f"no picture of {', '.join(missing)} is made yet"
+
+
+def _contradictions(recipe: Recipe, at: Artifacts) -> Iterator[str]:
+    """The reason why the gate cannot decide on what lies there, if it cannot."""
+    try:
+        gate.decide(recipe, at)
+    except LoraFuseError as refusal:
+        yield str(refusal)
 
 
 def _differences(recipe: Recipe, manifest: Manifest, at: Artifacts) -> Iterator[str]:
