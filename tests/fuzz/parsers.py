@@ -26,8 +26,8 @@ class Parser:
     """A parser, its valid inputs, and the format in which they are changed.
 
     `parse` gets a folder of its own, which `prepare` has filled, and the content. Beside `LoraFuseError` it may raise
-    `errors`, which are those that its docstring says. `examples` are those of one run of the tests. `allowed` are audit
-    events: it may ask a server on loopback, or start git.
+    `errors`, which are those that its docstring says. `examples` are those of one run of the tests, 0 where only
+    `make fuzz` tries it. `allowed` are audit events: it may ask a server on loopback, or start git.
     """
 
     name: str

@@ -1,7 +1,8 @@
 """Parsers of pictures, and of files that are known by how they begin."""
 
 import io
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -12,9 +13,10 @@ from PIL import Image, PngImagePlugin
 from lora_fuse.checkpoint import file_kind
 from lora_fuse.checkpoint.shards import read_header
 from lora_fuse.errors import BadCheckpoint
-from lora_fuse.pictures import picture
+from lora_fuse.pictures import picture, render
+from pocket import POCKET
 from tests.fuzz import formats
-from tests.fuzz.parsers import Parser
+from tests.fuzz.parsers import Parser, these
 from tests.fuzz.weights import in_file
 
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1")
@@ -76,6 +78,37 @@ def kind_of(path: Path) -> None:
         read_header(path)
 
 
+CONFIGS = (
+    "model_index.json",
+    "transformer/config.json",
+    "vae/config.json",
+    "text_encoder/config.json",
+    "scheduler/scheduler_config.json",
+    "processor/preprocessor_config.json",
+    "processor/tokenizer_config.json",
+    "tokenizer/tokenizer_config.json",
+)
+
+
+def model(folder: Path) -> None:
+    shutil.copytree(POCKET / "model", folder / "model")
+
+
+def loaded(name: str) -> Callable[[Path, bytes], object]:
+    """Load a pipeline of which one configuration is odd, as it is loaded to make pictures."""
+
+    def parse(folder: Path, content: bytes) -> None:
+        file = folder / "model" / name
+        before = file.read_bytes()
+        file.write_bytes(content)
+        try:
+            render.load_pipeline(folder / "model", "QwenImageEditPipeline", dtype="float32")
+        finally:
+            file.write_bytes(before)
+
+    return parse
+
+
 def rows() -> Iterator[Parser]:
     yield Parser(
         "picture, PNG", in_file(picture.read_levels, "x.png"), formats.PNG, pngs, errors=(OSError,), examples=25
@@ -84,3 +117,6 @@ def rows() -> Iterator[Parser]:
         "picture, JPEG or WebP", in_file(picture.read_levels, "x.png"), formats.raw, photographs, errors=(OSError,)
     )
     yield Parser("file kind", in_file(kind_of), formats.raw, beginnings)
+    for name in CONFIGS:
+        valid = these((POCKET / "model" / name).read_bytes())
+        yield Parser(f"pipeline, {name}", loaded(name), formats.JSON, valid, model, examples=0)  # its imports take long

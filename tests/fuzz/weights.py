@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from lora_fuse.lora import open_lora
 from lora_fuse.models import alpha_warnings
 from lora_fuse.verification.weights import Weights
 from tests.fuzz import formats
-from tests.fuzz.parsers import Parser
+from tests.fuzz.parsers import Parser, these
 from tests.support import key_styles, tiny
 
 INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
@@ -197,6 +197,22 @@ def scheduler(folder: Path, content: bytes) -> None:
     cli._scheduler(cli._parser().parse_args(["fuse", "b", "o", "--lora", "l", "--scheduler", str(folder / "s.json")]))
 
 
+ARGUMENTS = (
+    ["plan", "base", "--lora", "l.safetensors", "--scale", "0.5", "--only", "*.attn.*", "--module-scale", "*=0.5"],
+    ["verify", "out", "base", "--lora", "l.safetensors", "--rows", "2", "--seed", "1", "--component", "transformer"],
+    ["inspect", "l.safetensors"],
+)
+
+
+def commanded(_: Path, content: bytes) -> None:
+    """A command line, a list of words; the folder is the current one."""
+    words = json.loads(content)
+    given = [str(word).replace("\0", "") for word in words] if isinstance(words, list) else []
+    if "fuse" not in given:  # it writes
+        with suppress(SystemExit):
+            cli._run(cli._parser().parse_args(given))
+
+
 def rows() -> Iterator[Parser]:
     yield Parser("safetensors header", header, formats.SAFETENSORS, base_shard)
     yield Parser("safetensors file", in_file(read_header), formats.SAFETENSORS, base_shard)
@@ -227,3 +243,5 @@ def rows() -> Iterator[Parser]:
     yield Parser(
         "scheduler of a file", scheduler, formats.JSON, lambda: [b'{"_class_name": "E", "shift": 1.0, "use": true}']
     )
+    lines = these(*(json.dumps(words).encode() for words in ARGUMENTS))
+    yield Parser("command line", commanded, formats.JSON, lines, merged_folder, (OSError, ValueError, RecursionError))
