@@ -15,6 +15,14 @@ from typing import Any
 
 # The libraries whose classes a `model_index.json` may name.
 LIBRARIES = ("diffusers", "transformers")
+# diffusers' own folders of pipelines that define components; a model_index.json names such a one in a library's place.
+PIPELINES = frozenset(
+    {"ace_step", "alt_diffusion", "audio_diffusion", "audioldm2", "blip_diffusion", "deepfloyd_if", "flux", "ideogram4"}
+    | {"kandinsky", "kolors", "latent_diffusion", "ltx", "ltx2", "marigold", "paint_by_example", "shap_e"}
+    | {"spectrogram_diffusion", "stable_audio", "stable_audio_3", "stable_diffusion", "stable_diffusion_safe"}
+    | {"stable_diffusion_attend_and_excite", "unclip", "unidiffuser", "versatile_diffusion", "vq_diffusion"}
+    | {"wuerstchen"}
+)
 # Keys whose value says which code to run: transformers (`auto_map`, `custom_pipelines`), diffusers, both.
 CODE = frozenset({"auto_map", "custom_pipeline", "custom_pipelines", "custom_generate", "trust_remote_code"})
 # Keys whose value is the name of one class.
@@ -57,7 +65,8 @@ def _is_known(pair: list[Any]) -> bool:
     """True for the two nulls of a component that is left out, and for a class of a library that is known."""
     if pair == [None, None]:
         return True
-    return len(pair) == 2 and pair[0] in LIBRARIES and isinstance(pair[1], str) and pair[1].isidentifier()
+    known = len(pair) == 2 and all(isinstance(name, str) for name in pair)
+    return known and (pair[0] in LIBRARIES or pair[0] in PIPELINES) and pair[1].isidentifier()
 
 
 def _words(name: str, key: str, value: object, why: str) -> str:

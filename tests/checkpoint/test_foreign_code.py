@@ -1,12 +1,14 @@
 """Every way in which the JSON of a base asks for code is seen, and nothing else is taken for one."""
 
+import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from lora_fuse import cli
-from lora_fuse.checkpoint.foreign_code import asked_code, countless_parts
+from lora_fuse.checkpoint.foreign_code import PIPELINES, asked_code, countless_parts
 from tests.support import tiny
 
 ASKING = {
@@ -40,6 +42,7 @@ def test_what_asks_for_code_is_named_with_file_key_and_value(name: str) -> None:
     [
         ("model_index.json", {"_class_name": "P", "vae": ["diffusers", "A"], "safety_checker": [None, None]}),
         ("model_index.json", {"boundary_ratio": 0.5, "sizes": None}),
+        ("model_index.json", {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}),
         ("t/vocab.json", {"auto_map": 17, "custom_pipeline": 18, "_class_name": 0}),
         ("t/config.json", {"auto_map": {}, "_class_name": None, "attn_implementation": "sdpa"}),
         ("t/tokenizer.json", [["auto_map", "custom_pipeline"]]),
@@ -47,6 +50,20 @@ def test_what_asks_for_code_is_named_with_file_key_and_value(name: str) -> None:
 )
 def test_a_plain_file_asks_for_nothing(file: str, content: object) -> None:
     assert list(asked_code(file, content)) == []
+
+
+def test_diffusers_own_folders_with_components_are_known_and_no_other() -> None:
+    spec = importlib.util.find_spec("diffusers")
+    assert spec is not None
+    folder = Path(str(spec.origin)).parent / "pipelines"
+    classes = re.compile(r"^class \w+\(.*(?:Mixin|Module|PreTrainedModel)\b.*\)", re.MULTILINE)
+    parents = re.compile(r"ModelMixin|nn\.Module|PreTrainedModel|ConfigMixin|SchedulerMixin")
+    found = {
+        path.parent.name
+        for path in folder.glob("*/**/*.py")
+        if any(parents.search(match.group()) for match in classes.finditer(path.read_text(encoding="utf-8")))
+    }
+    assert found == PIPELINES
 
 
 @pytest.mark.parametrize(
