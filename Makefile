@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY := passive
 
 help:
 	@echo "make repro     build the default recipe: download, fuse, verify, regress, gate"
-	@echo "make doctor    does the default recipe fit this machine? fetches nothing"
+	@echo "make doctor    does the default recipe fit this machine? fetches no file"
 	@echo "make check     ruff, types, configuration"
 	@echo "make test      the same, and the tests"
 	@echo "make validate  is a LoRA as good as the current one? LORA=owner/name[@revision]:file RECIPE=name SCALE=1.0"

@@ -15,7 +15,7 @@ from stages.run import PLAIN, run_stage
 
 def doctor(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:
     """Print a line for each check, and a sentence; 1 if the recipe does not fit."""
-    console.will("doctor", f"looks whether {recipe.name} fits this machine; nothing is fetched or written")
+    console.will("doctor", f"looks whether {recipe.name} fits this machine; no file is fetched, and none stays")
     findings = list(examine(recipe, at))
     fits = all(finding.status is not Status.FAIL for finding in findings)
     if console.quiet:

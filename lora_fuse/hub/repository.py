@@ -46,7 +46,7 @@ def open_repository(repo_id: str, revision: str | None, transfer: sections.Downl
 
 
 def list_repository(repo_id: str, revision: str | None, *, timeout: float, once: bool = False) -> RepositoryListing:
-    """List what a revision (None for the default branch) holds now; nothing is fetched.
+    """List what a revision (None for the default branch) holds now; no file is fetched.
 
     An answer may take `timeout` seconds; `once` asks a Hub in trouble no second time.
 

@@ -88,7 +88,7 @@ def test_pocket_fits_this_machine_and_nothing_is_written(tmp_path: Path) -> None
     assert (code, found["fits"]) == (0, True), found
     assert {finding["status"] for finding in found["findings"]} <= {"ok", "warn"}
     assert sorted(tmp_path.rglob("*")) == before
-    assert said == "doctor: looks whether pocket fits this machine; nothing is fetched or written\n"
+    assert said == "doctor: looks whether pocket fits this machine; no file is fetched, and none stays\n"
 
 
 def test_a_hub_s_base_that_the_cache_has_no_room_for_is_said_before_a_byte_is_fetched(

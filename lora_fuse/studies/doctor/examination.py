@@ -20,7 +20,7 @@ from lora_fuse.studies.doctor.finding import Finding, fail, ok, warn
 
 
 def examine(recipe: Recipe, at: Artifacts, pyproject: Path = Path("pyproject.toml")) -> Iterator[Finding]:
-    """Every check, in the order in which a build comes to them. Nothing is fetched, and no file stays."""
+    """Every check, in the order in which a build comes to them. No file is fetched, and none stays."""
     needed_python, needed = software.requirements(pyproject)
     yield software.python(needed_python)
     yield software.packages(needed)

@@ -34,7 +34,7 @@ class SourceLocks:
         self._made: dict[tuple[object, str | None], Lock] = {}
 
     def sizes(self, source: Source, filename: str | None = None) -> source_sizes.SourceSize:
-        """The size of a base, or of the LoRA `filename` of a source; nothing of it is fetched."""
+        """The size of a base, or of the LoRA `filename` of a source; no file of it is fetched."""
         previous = self._previous(source, filename)
         if filename is None:
             return source_sizes.base_size(source, previous, timeout=self._transfer.stall_seconds)
