@@ -15,9 +15,16 @@ from pocket.controls.table import write_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 GATES_OF_PICTURES = {UNFUSED, GOLDEN}
-# A finer one of the same kind is judged here; `make controls` judges all of them.
-COARSE = {"scale 0", "scale .5", "other LoRA", "default scheduler", "base's scheduler"}
-FINE = {name: control for name, control in CONTROLS.items() if name not in COARSE}
+# Of what differs in size or place alone, one is judged here; `make controls` judges all.
+LEFT_OUT = {"scale 0", "scale .5", "scale .97", "other LoRA", "default scheduler", "base's scheduler"} | {
+    "img_mlp.net.2 missing",
+    "model_index.json",
+    "LoRA backwards",
+    "VAE slicing, tiling",
+    "cases backwards",
+    "warm-up",
+}
+JUDGED = {name: control for name, control in CONTROLS.items() if name not in LEFT_OUT}
 NOT_IN_THE_WEIGHTS = ("8 steps", "seed + 1", "patch", "grid of 16", "grid of 8", "NaN")
 LOOSE = Rules(Limits({"psnr_db": 0.0}), Limits({"psnr_db": 0.0}))
 IMPOSSIBLE = Rules(Limits({"psnr_db": 200.0}), Limits({"psnr_db": 200.0}))
@@ -27,10 +34,10 @@ IMPOSSIBLE = Rules(Limits({"psnr_db": 200.0}), Limits({"psnr_db": 200.0}))
 def outcomes() -> Iterator[dict[str, Outcome]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        yield {outcome.control.name: outcome for outcome in judge_all([*FINE.values()])}
+        yield {outcome.control.name: outcome for outcome in judge_all([*JUDGED.values()])}
 
 
-@pytest.mark.parametrize("name", [fault.name for fault in FAULTS if fault.name in FINE])
+@pytest.mark.parametrize("name", [fault.name for fault in FAULTS if fault.name in JUDGED])
 def test_a_fault_is_caught_with_its_verdict(outcomes: dict[str, Outcome], name: str) -> None:
     outcome = outcomes[name]
     assert outcome.as_expected
@@ -38,7 +45,7 @@ def test_a_fault_is_caught_with_its_verdict(outcomes: dict[str, Outcome], name: 
     assert set(outcome.seen_by) == GATES_OF_PICTURES | (set() if name in NOT_IN_THE_WEIGHTS else {WEIGHTS})
 
 
-@pytest.mark.parametrize("name", [change.name for change in BENIGN])
+@pytest.mark.parametrize("name", [change.name for change in BENIGN if change.name in JUDGED])
 def test_a_benign_change_passes_every_gate(outcomes: dict[str, Outcome], name: str) -> None:
     outcome = outcomes[name]
     assert outcome.as_expected
@@ -95,4 +102,5 @@ def test_the_tables_go_between_the_markers_of_a_document(outcomes: dict[str, Out
     assert text.endswith("\n<!-- /controls -->\nafter\n")
     assert "earlier tables" not in text
     assert text.count("| scale .9 |") == 1
-    assert f"{len(FAULTS)} of {len(FAULTS)} faults caught, {len(BENIGN)} of {len(BENIGN)} benign" in text
+    judged = [sum(control.name in JUDGED for control in controls) for controls in (FAULTS, BENIGN)]
+    assert "{0} of {0} faults caught, {1} of {1} benign".format(*judged) in text
