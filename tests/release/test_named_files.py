@@ -12,17 +12,13 @@ from lora_fuse.machine import file_state, files
 from lora_fuse.recipe.paths import HERE as at  # noqa: N811
 from stages.publish import publish
 from tests.support.merges import hashes
-from tests.support.released import LORA_FILE, WEIGHTS, Project, flip, tiny_base, tiny_lora
+from tests.support.released import LORA_FILE, WEIGHTS, Project, flip
 
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     """A build of local files whose unchanged weights are the merge's too; there is no Hub."""
-    root = tmp_path / "project"
-    tiny_base(root / "base", "mit")
-    tiny_lora(root / "lora", "mit")
-    overrides = ["base.path=base", "loras.lightning.path=lora", f"loras.lightning.filename={LORA_FILE}"]
-    made = Project(root, monkeypatch, [*overrides, "fuse.untouched=hardlink"])
+    made = Project.of_local_files(tmp_path / "project", monkeypatch, "fuse.untouched=hardlink")
     made.build()
     monkeypatch.delenv("HF_TOKEN", raising=False)
     return made

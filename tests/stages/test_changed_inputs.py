@@ -23,7 +23,7 @@ from stages.fuse import fuse
 from stages.regress import regress
 from stages.verify import verify
 from tests.support.merges import hashes
-from tests.support.released import LORA_FILE, WEIGHTS, Project, tiny_base, tiny_lora
+from tests.support.released import LORA_FILE, WEIGHTS, Project
 
 FUSED, TAKEN, LORA = f"base/{WEIGHTS}", "base/vae/diffusion_pytorch_model.safetensors", f"lora/{LORA_FILE}"
 READ = "base/model_index.json"  # the merge has another, made of it
@@ -33,11 +33,7 @@ HASH = "fuse.inputs=hash"
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     """A build of local files, in the folder that is the current one."""
-    root = tmp_path / "project"
-    tiny_base(root / "base", "mit")
-    tiny_lora(root / "lora", "mit")
-    overrides = ["base.path=base", "loras.lightning.path=lora", f"loras.lightning.filename={LORA_FILE}"]
-    made = Project(root, monkeypatch, overrides)
+    made = Project.of_local_files(tmp_path / "project", monkeypatch)
     recipe = made.params()
     time.sleep(2 * file_state.TICK / 1e9)
     for stage in (download, fuse, verify):

@@ -5,7 +5,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 from cryptography.hazmat.primitives import serialization
@@ -47,6 +47,14 @@ class Project:
         """`overrides` are those of the recipe."""
         self.root, self._patch, self._overrides = root, monkeypatch, list(overrides)
         (root / "pocket").symlink_to(ROOT / "pocket")
+
+    @classmethod
+    def of_local_files(cls, root: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Self:
+        """A project with a tiny base and LoRA in folders of its own; there is no Hub."""
+        tiny_base(root / "base", "mit")
+        tiny_lora(root / "lora", "mit")
+        given = ["base.path=base", "loras.lightning.path=lora", f"loras.lightning.filename={LORA_FILE}"]
+        return cls(root, monkeypatch, [*given, *overrides])
 
     def params(self, *overrides: str) -> Recipe:
         """The parameters, composed from `conf/`."""
