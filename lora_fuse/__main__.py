@@ -1,7 +1,5 @@
 """``python -m lora_fuse``, and the command ``lora-fuse``."""
 
-import sys
-
 from lora_fuse.machine import interrupts
 
 
@@ -14,4 +12,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    interrupts.leave(main())

@@ -100,7 +100,7 @@ def run_stage(
         with next_commands(where), holds:
             return stage(params, where, replace(console, variant=variant), **chosen)
 
-    sys.exit(run(name, console, work, kept, pages))
+    interrupts.leave(run(name, console, work, kept, pages))
 
 
 def _variant(arguments: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -200,13 +201,33 @@ def replace_bytes(path: Path, content: bytes) -> None:
 def prepare(path: Path, content: bytes) -> Path:
     """Write the next content of `path` beside it, to be renamed to it; returns where.
 
-    The name is this process' own, and what another user may have put there is not followed.
+    The name is this process' own, and what another user may have put there is not followed. What processes left there
+    that were killed is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     _write_new(partial, content)
     sync(partial)
     return partial
+
+
+def _remove_abandoned(path: Path) -> None:
+    name = re.compile(rf"\.{re.escape(path.name)}\.([1-9][0-9]*)\.partial")
+    for beside in path.parent.iterdir():
+        if (owner := name.fullmatch(beside.name)) is not None and not _is_alive(int(owner[1])):
+            with suppress(OSError):  # another user's, or a folder
+                beside.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def _write_new(path: Path, content: bytes) -> None:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any, NoReturn
 
 from lora_fuse.machine import text
 
@@ -26,17 +27,42 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM came."""
 
 
+# The signals that end a run: the handler that Python begins with, and what is raised instead.
+SIGNALS: dict[signal.Signals, tuple[Any, type[KeyboardInterrupt]]] = {
+    signal.SIGINT: (signal.default_int_handler, KeyboardInterrupt),
+    signal.SIGTERM: (signal.SIG_DFL, Terminated),
+}
+_asked: list[type[KeyboardInterrupt]] = []  # what came since the work began
+
+
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Let SIGTERM unwind as Ctrl-C does, unless it has another handler."""
-    mine = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if mine:
-        signal.signal(signal.SIGTERM, _terminate)
+    """Let SIGTERM unwind as Ctrl-C does, and remember both for `check`; other handlers than Python's own stay."""
+    _asked.clear()
+    mine: list[signal.Signals] = []
+    if threading.current_thread() is threading.main_thread():
+        mine = [number for number, (own, _) in SIGNALS.items() if signal.getsignal(number) == own]
+    for number in mine:
+        signal.signal(number, _interrupt)
     try:
         yield
     finally:
-        if mine:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in mine:
+            signal.signal(number, SIGNALS[number][0])
+
+
+def check() -> None:
+    """Raise once more what a signal raised where it was lost, as in a library that catches everything."""
+    if _asked:
+        raise _asked[0]
+
+
+def leave(code: int) -> NoReturn:
+    """End this program with an exit code, which a Ctrl-C on the way out changes no more: all is done and said."""
+    for number, (own, _) in SIGNALS.items():
+        if signal.getsignal(number) == own:
+            signal.signal(number, lambda *_: os._exit(code))
+    sys.exit(code)
 
 
 def exit_code(interrupt: KeyboardInterrupt) -> int:
@@ -44,8 +70,9 @@ def exit_code(interrupt: KeyboardInterrupt) -> int:
     return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
 
 
-def _terminate(_: int, __: FrameType | None) -> None:
-    raise Terminated
+def _interrupt(number: int, _: FrameType | None) -> None:
+    _asked.append(SIGNALS[signal.Signals(number)][1])
+    raise _asked[-1]
 
 
 def guarded(work: Callable[[], int | None], kept: str = KEPT, doing: str = "") -> int:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lora_fuse.machine import progress, text
+from lora_fuse.machine import interrupts, progress, text
 
 if TYPE_CHECKING:
     from lora_fuse.pictures.cases import Sampling
@@ -77,6 +77,7 @@ class RenderProgress:
 
     def loads(self, side: str) -> None:
         """Note that a side is about to be loaded."""
+        interrupts.check()
         self.say(f"loading {side}", self._done)
 
     @contextmanager
@@ -90,6 +91,7 @@ class RenderProgress:
 
         def after_step() -> None:
             nonlocal step
+            interrupts.check()
             step += 1
             pace = f"step {step}/{sampling.steps}, {self._picture.seconds / step:.2f} s/step"
             self.say(f"{label}, {pace}{self._left()}", self._done + step * _per_step(sampling))

@@ -5,6 +5,8 @@ import hashlib
 import os
 import resource
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -209,6 +211,17 @@ def test_no_link_leads_out_of_a_folder(tmp_path: Path, name: str) -> None:
     (base / ".git").mkdir()
     with pytest.raises(OSError, match=r"a link leads to .*(key|hostname), out of .*: copy the file"):
         files.inside(base, name)
+
+
+def test_what_a_killed_process_prepared_is_removed_and_that_of_a_living_one_stays(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    names = [f".record.json.{process}.partial" for process in (ended.pid, os.getppid(), 10**30)]
+    others = [".record.json.0.partial", ".record.json.partial", f".another.json.{ended.pid}.partial"]
+    for name in [*names, *others]:
+        (tmp_path / name).write_text("half")
+    files.replace_text(tmp_path / "record.json", "{}")
+    assert {path.name for path in tmp_path.iterdir()} == {"record.json", names[1], *others}
 
 
 def test_what_another_user_put_in_the_place_of_the_next_content_is_not_followed(tmp_path: Path) -> None:

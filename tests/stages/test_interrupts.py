@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from lora_fuse.machine import interrupts
 from tests.hub_server import Fault, LoopbackHub
 from tests.support.downloads import BIG, CONTENT, FILE, LORA, Project, fetched, leftovers, processes
-from tests.support.machine import until
+from tests.support.machine import LONGEST, ROOT, until
 from tests.support.merges import hashes, left, run, start
 from tests.support.workspace import Workspace, ran
 
@@ -98,8 +99,34 @@ def test_a_stage_that_is_interrupted_says_so_to_programs_too(tmp_path: Path) -> 
         sys.argv = ["stages/fuse.py", "--json"]
         run_stage(lambda *_: os.kill(os.getpid(), signal.SIGTERM), kept="all is kept")
     """
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 143
     assert done.stdout == '{"stage": "fuse", "code": 143, "error": "interrupted; all is kept"}\n'
     assert done.stderr == "error: interrupted; all is kept\n"
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_an_interrupt_that_a_library_catches_ends_the_work_at_the_next_look(number: signal.Signals) -> None:
+    def work() -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(LONGEST)
+        except BaseException:  # noqa: BLE001, S110 - as libraries do
+            pass
+        interrupts.check()
+        raise AssertionError("it went on")
+
+    interrupts.check()  # nothing came
+    assert interrupts.guarded(work) == SIGNALS[number]
+    assert interrupts.guarded(interrupts.check) == 0  # of what came before, nothing is left
+
+
+def test_ctrl_c_on_the_way_out_changes_nothing() -> None:
+    code = """if True:
+        import atexit, os, signal
+        from lora_fuse.machine import interrupts
+        atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))
+        interrupts.leave(interrupts.guarded(lambda: 3))
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "", "")
