@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,18 +19,23 @@ class Sturdy(io.FileIO):
     trouble: OSError | None = None  # the first
 
     def write(self, data: Any, /) -> int:
-        """Write as much as possible; the rest counts as written.
+        """Write all, or as much as possible; the rest counts as written.
 
         Raises:
             BrokenPipeError: the reader of stdout has had enough.
         """
+        left = memoryview(data).cast("B")
         try:
-            return super().write(data)
+            while left:
+                written = super().write(left)
+                if written is None:  # it does not block, and takes nothing now
+                    select.select([], [self], [])
+                left = left[written or 0 :]
         except OSError as error:
             if isinstance(error, BrokenPipeError) and self.fileno() == STREAMS.index("stdout"):
                 raise
             self.trouble = self.trouble or error
-            return memoryview(data).nbytes
+        return memoryview(data).nbytes
 
 
 @contextmanager
@@ -76,6 +82,5 @@ def _text(raw: Sturdy, before: TextIO | None, *, line_buffering: bool) -> TextIO
     encoding = "utf-8" if before is None else before.encoding
     if before is not None:
         before.flush()
-    return io.TextIOWrapper(
-        io.BufferedWriter(raw), encoding=encoding, errors="backslashreplace", line_buffering=line_buffering
-    )
+    # Without a BufferedWriter, as `python -u` has it: one would write once more what an interrupted write has written.
+    return io.TextIOWrapper(raw, encoding=encoding, errors="backslashreplace", line_buffering=line_buffering)

@@ -130,3 +130,31 @@ def test_ctrl_c_on_the_way_out_changes_nothing() -> None:
     """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (3, "", "")
+
+
+def test_ctrl_c_while_a_line_is_printed_prints_it_once() -> None:
+    code = """if True:
+        import os, signal
+        from lora_fuse.machine import interrupts, standard_streams, text
+        write = standard_streams.Sturdy.write
+        def interrupted(self, data):
+            standard_streams.Sturdy.write = write
+            written = write(self, data)
+            os.kill(os.getpid(), signal.SIGINT)
+            return written
+        standard_streams.Sturdy.write = interrupted
+        interrupts.leave(interrupts.guarded(lambda: text.say("a line")))
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (130, "a line\n", 1), done.stderr
+
+
+def test_a_pipe_that_does_not_block_gets_all_that_is_printed() -> None:
+    code = """if True:
+        import os
+        from lora_fuse.machine import interrupts, text
+        os.set_blocking(1, False)
+        interrupts.leave(interrupts.guarded(lambda: text.say("word " * 100_000)))
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.count("word"), done.stderr) == (0, 100_000, "")
