@@ -138,11 +138,10 @@ def _fuse_shards(
     plan: Plan, place: staging.StagingFolder, way: FuseOptions, states: file_state.FileStates, progress: Progress
 ) -> dict[str, records.MergedFile]:
     """Fuse the shards that change, several at a time; those that a killed run has finished are not made again."""
-    done = place.keep_finished([shard.relative for shard in plan.fused_shards])
+    done = place.keep_finished([shard.relative for shard in plan.fused_shards], progress)
 
     def fuse(shard: Shard) -> FileRecord:
         if shard.relative in done:
-            progress(done[shard.relative].size)
             return done[shard.relative]
         record = fuse_shard(shard, plan.targets, place.place(shard.relative), way, plan.provenance, progress)
         _refuse_changed(states, [shard.path])

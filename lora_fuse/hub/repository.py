@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from lora_fuse.errors import BadSource
 from lora_fuse.hub.client import client, endpoint
 from lora_fuse.hub.retry import DOWNLOAD
-from lora_fuse.hub.sources import ExpectedFile, FileSource
+from lora_fuse.hub.sources import Arrived, ExpectedFile, FileSource
 from lora_fuse.hub.transfer import FetchOrder, Transfers
 from lora_fuse.recipe import License, hf_cache, sections, stated_licence
 
@@ -34,13 +35,15 @@ def open_repository(repo_id: str, revision: str | None, transfer: sections.Downl
     Raises:
         BadSource: there is no such repository or revision, or the token may not read it.
     """
-    commit, stated, files = list_repository(repo_id, revision, timeout=transfer.stall_seconds)
     with closing(Transfers(transfer)) as transfers:
+        transfers.start()  # while the Hub is asked
+        commit, stated, files = list_repository(repo_id, revision, timeout=transfer.stall_seconds)
 
-        def fetch(names: Iterable[str], again: bool) -> Path:
+        def fetch(names: Iterable[str], again: bool, arrived: Arrived) -> Path:
+            folder = hf_cache.snapshot_folder(repo_id, commit)
             if wanted := {name: files[name].size for name in names}:
-                transfers.fetch(FetchOrder(repo_id, commit, wanted, again))
-            return hf_cache.snapshot_folder(repo_id, commit)
+                transfers.fetch(FetchOrder(repo_id, commit, wanted, again), partial(arrived, folder))
+            return folder
 
         yield FileSource(f"{repo_id}@{commit}", commit, files, stated, fetch)
 

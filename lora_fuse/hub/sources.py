@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,8 +21,11 @@ from lora_fuse.models import COMPONENT
 from lora_fuse.recipe import License, stated_licence
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
+    from concurrent.futures import Future
     from contextlib import AbstractContextManager
+
+Arrived = Callable[[Path, str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +42,15 @@ class FileSource:
     """A place that files come from.
 
     `fetch` brings files to this machine, even those in the cache if its second argument is true, and returns the folder
-    that they are in.
+    that they are in. It may call its third argument with that folder and the name of a file that is whole there, once,
+    while others are still on their way.
     """
 
     label: str
     commit: str | None  # 40 hex digits; None for a local folder
     files: Mapping[str, ExpectedFile]  # all of them, by POSIX path
     license: License | None  # that it states
-    fetch: Callable[[Iterable[str], bool], Path]
+    fetch: Callable[[Iterable[str], bool, Arrived], Path]
 
 
 def open_folder(root: Path) -> FileSource:
@@ -61,8 +67,8 @@ def open_folder(root: Path) -> FileSource:
     return FileSource(str(root), None, sizes, stated_licence.read_license(root), lambda *_: root)
 
 
-def ignored(_: Path, __: file_state.FileState, ___: FileRecord) -> None:
-    """Take no note of a file that was hashed."""
+def ignored(*_: object) -> None:
+    """Take no note of a file that arrived, or was hashed."""
 
 
 @dataclass(slots=True)
@@ -75,16 +81,26 @@ class VerifiedFiles:
     _root: Path = Path()
 
     def take(self, names: Iterable[str]) -> None:
-        """Fetch files, hash them and compare with the source's list; a bad one is fetched once more.
+        """Fetch files, hash each as soon as it is here, and compare with the source's list; a bad one is fetched anew.
 
         Raises:
             BadSource: the source has no such file, or it cannot be read, or is bad twice.
         """
         wanted = sorted(set(names) - self.records.keys())
         refuse_missing(wanted, self.source.files, self.source.label)
-        self._root = self.source.fetch(wanted, False)
-        with hashing(sum(self.source.files[name].size or 0 for name in wanted)) as advance:
-            self.records |= {name: self._checked(name, advance) for name in wanted}
+        sizes = {name: self.source.files[name].size or 0 for name in wanted}
+        hashed = progress.Tally()
+        running: dict[str, Future[FileRecord | str]] = {}
+        with file_state.HashingThreads(hashed.add) as threads:
+
+            def begin(root: Path, name: str) -> None:
+                running[name] = threads.submit(partial(self._examined, root), name)
+
+            self._root = self.source.fetch(wanted, False, begin)
+            for name in sorted(sizes.keys() - running.keys(), key=lambda name: sizes[name], reverse=True):
+                begin(self._root, name)
+            with hashed.shown("hash", sum(sizes.values()), at_least=progress.FEW):
+                self.records |= {name: self._mended(name, running[name].result()) for name in wanted}
 
     def json(self, name: str) -> object:
         """The content of a JSON file that was taken.
@@ -97,13 +113,15 @@ class VerifiedFiles:
         except (OSError, ValueError) as error:
             raise BadSource(f"{name} of {self.source.label} is not JSON: {error}; get a good copy") from error
 
-    def _checked(self, name: str, advance: Callable[[int], None]) -> FileRecord:
-        expected = self.source.files[name]
-        result = examine(self._root / name, expected, advance, self._root, self.note)
+    def _examined(self, root: Path, name: str, advance: file_state.Advance) -> FileRecord | str:
+        return examine(root / name, self.source.files[name], advance, root, self.note)
+
+    def _mended(self, name: str, result: FileRecord | str) -> FileRecord:
+        """The record of a file that was examined; a bad one is fetched again, where it can be."""
         if isinstance(result, str) and self.source.commit:
             text.say(f"download: {name} of {self.source.label}: {result}; fetching it again", sys.stderr)
-            self.source.fetch([name], True)
-            result = examine(self._root / name, expected, lambda _: None, self._root, self.note)
+            self.source.fetch([name], True, ignored)
+            result = self._examined(self._root, name, lambda _: None)
         if isinstance(result, str):
             advice = "it was fetched twice, so report it to its owner" if self.source.commit else "mend the folder"
             raise BadSource(f"{name} of {self.source.label}: {result}; {advice}")
@@ -206,7 +224,7 @@ def check_records(
             raise refusal(name, result)
 
     with hashing(sum(records[name].size for name in paths)) as advance:
-        file_state.in_threads(check, sorted(paths), advance)
+        file_state.in_threads(check, sorted(paths), advance, lambda name: records[name].size)
 
 
 def hashing(total: int) -> AbstractContextManager[Callable[[int], None]]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 OTHERS = 10  # times `stall_seconds`: how long another process may hold a file without a visible byte
+LOOK = 0.1  # seconds between two looks at the cache; there is a message for every MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +73,10 @@ class Transfers:
         self._worker: WorkerProcess | None = None
         self._xet = not is_without_xet()
 
-    def fetch(self, order: FetchOrder) -> None:
+    def fetch(self, order: FetchOrder, arrived: Callable[[str], None]) -> None:
         """Have files in the cache; their content is not checked here.
+
+        `arrived` is told of files that are whole while others are on their way, each once; not of those to fetch again.
 
         Raises:
             BadSource: they cannot be had, or stopped coming twice.
@@ -83,10 +86,11 @@ class Transfers:
         if freed:
             progress.log(f"download: {progress.human_bytes(freed)} of killed transfers of {order.repo_id} removed")
         failures: list[AttemptFailed] = []
+        cached = _CachedFiles(order, arrived)
         with _FetchProgress() as shown:
             while True:
                 try:
-                    return self._attempt(order, shown)
+                    return self._attempt(order, cached, shown)
                 except KeyboardInterrupt:
                     remove_leftovers(order.repo_id, time.time())
                     raise
@@ -100,19 +104,24 @@ class Transfers:
                     text.say(f"download: {order.label}: {failure}; trying again{without}", sys.stderr)
                     time.sleep(0 if failure.stalled else max(failure.pause or 0, DELAYS[len(failures) - 1]))
 
+    def start(self) -> WorkerProcess:
+        """Start the worker, if none is at work: it takes a moment to import the Hub client."""
+        if self._worker is None:
+            self._worker = WorkerProcess(self._how.stall_seconds, xet=self._xet)
+        return self._worker
+
     def close(self) -> None:
         """End the worker."""
         if self._worker is not None:
             self._worker.close()
         self._worker = None
 
-    def _attempt(self, order: FetchOrder, shown: _FetchProgress) -> None:
-        if self._worker is None:
-            self._worker = WorkerProcess(self._how.stall_seconds, xet=self._xet)
+    def _attempt(self, order: FetchOrder, cached: _CachedFiles, shown: _FetchProgress) -> None:
+        worker = self.start()
         try:
-            _FetchWatch(self._worker, order, self._how, shown, self._xet).until_done()
+            _FetchWatch(worker, order, self._how, cached, shown, self._xet).until_done()
         except EOFError as error:
-            raise AttemptFailed(f"the Hub client's process {self._worker.ending()}; run again") from error
+            raise AttemptFailed(f"the Hub client's process {worker.ending()}; run again") from error
         except BaseException:
             self.close()
             raise
@@ -173,6 +182,33 @@ def _plan_words(label: str, files: Sequence[tuple[str, int, bool]], to_fetch: in
     return f"{len(files)} files, {total} from {label}: {here}{progress.human_bytes(to_fetch)} to fetch, {free} free"
 
 
+class _CachedFiles:
+    """The files of an order as they lie in the Hub client's cache; `arrived` is told of each that is whole, once."""
+
+    def __init__(self, order: FetchOrder, arrived: Callable[[str], None]) -> None:
+        self._snapshot = hf_cache.snapshot_folder(order.repo_id, order.commit)
+        self._blobs = hf_cache.repository_folder(order.repo_id) / "blobs"
+        self._missing = set() if order.again else set(order.sizes)
+        self._arrived = arrived
+
+    def look(self) -> None:
+        """Tell of those that arrived; the client puts a file into its place when it is whole."""
+        here = [name for name in sorted(self._missing) if (self._snapshot / name).is_file()]
+        self._missing -= set(here)
+        for name in here:
+            self._arrived(name)
+
+    def sizes(self) -> dict[str, int]:
+        """Sizes by name of what lies on the disk, of this process or of one that is waited for."""
+        sizes = {}
+        for path in sorted(self._blobs.glob("*")):
+            try:
+                sizes[path.name] = path.lstat().st_size
+            except FileNotFoundError:  # just finished
+                continue
+        return sizes
+
+
 @dataclass(slots=True)
 class _FetchWatch:
     """A watch on a worker that fetches, until it is done, fails, ends, or stops moving."""
@@ -180,6 +216,7 @@ class _FetchWatch:
     worker: WorkerProcess
     order: FetchOrder
     how: sections.DownloadParams
+    cached: _CachedFiles
     progress: _FetchProgress
     xet: bool
     note: str = ""
@@ -197,7 +234,8 @@ class _FetchWatch:
         """
         self.worker.send({"order": "fetch", **asdict(self.order), "workers": self.how.workers})
         pace = Pace(self.worker.stall_seconds)
-        blobs = self._blobs()
+        blobs = self.cached.sizes()
+        looked = time.monotonic()
         while True:
             message = self.worker.receive(timeout=min(self.how.stall_seconds / 8, 0.5))
             if "result" in message:
@@ -212,7 +250,11 @@ class _FetchWatch:
                 pace = Pace(self.how.stall_seconds)
             moved = self._moved(message)
             pace.add(moved)
-            now = self._blobs()
+            now = blobs
+            if not message or time.monotonic() - looked > LOOK:
+                now = self.cached.sizes()
+                self.cached.look()
+                looked = time.monotonic()
             is_done = "plan" in message or "finished" in message or now.keys() != blobs.keys()
             if is_done or (self.waiting and (moved or now != blobs)):  # of another process no bytes are counted
                 pace.restart()
@@ -240,16 +282,6 @@ class _FetchWatch:
             raise AttemptFailed(f"more than the {self.most} bytes that the Hub promises came; {NO_HUB}")
         self.progress.add(done)
         return done + float(message.get("moved", 0))
-
-    def _blobs(self) -> dict[str, int]:
-        """Sizes by name of the files on the disk, of this process or of one that is waited for."""
-        sizes = {}
-        for path in sorted((hf_cache.repository_folder(self.order.repo_id) / "blobs").glob("*")):
-            try:
-                sizes[path.name] = path.lstat().st_size
-            except FileNotFoundError:  # just finished
-                continue
-        return sizes
 
     def _refuse_silence(self, pace: Pace) -> None:
         """Raise `AttemptFailed` if too little moved for too long."""

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_fuse.errors import Refused
-from lora_fuse.hub.client import cache_dir, client, endpoint, token
+from lora_fuse.hub.client import cache_dir, client, endpoint, is_without_xet, token
 from lora_fuse.hub.error_texts import cause, explain, is_full_disk, is_passing
 from lora_fuse.hub.retry import PUBLISH, is_from_api, requested_pause
-from lora_fuse.machine import interrupts
+from lora_fuse.machine import file_state, interrupts
 from lora_fuse.recipe import hf_cache
 
 CHUNK = 1 << 20  # bytes after which the client writes and reports; its own 10 MB hide a slow connection's progress
@@ -48,9 +48,10 @@ def main() -> None:
     threading.Thread(target=_listen, args=[lines], daemon=True).start()
     client()  # imports it, and has it guarded
     say(ready=True)
+    listings: dict[Path, file_state.FileState | None] = {}
     while True:
         order = json.loads(lines.get())
-        say(**(_fetch(order, say, lines) if order["order"] == "fetch" else _commit(order, say)))
+        say(**(_fetch(order, say, lines, listings) if order["order"] == "fetch" else _commit(order, say)))
 
 
 def _speaker() -> Say:
@@ -76,16 +77,22 @@ def _listen(lines: queue.SimpleQueue[str]) -> None:
 # ------------------------------------------------------------ fetch
 
 
-def _fetch(order: dict[str, Any], say: Say, lines: queue.SimpleQueue[str]) -> dict[str, Any]:
-    """Plan, wait for the parent's word, and fetch."""
+def _fetch(
+    order: dict[str, Any],
+    say: Say,
+    lines: queue.SimpleQueue[str],
+    listings: dict[Path, file_state.FileState | None],
+) -> dict[str, Any]:
+    """Plan, wait for the parent's word, and fetch; `listings` are the lists of files that this process has kept."""
     from huggingface_hub import constants, snapshot_download
 
     constants.DOWNLOAD_CHUNK_SIZE = CHUNK
     constants.FILELOCK_LOG_EVERY_SECONDS = 1  # seconds after which it says that it waits for another process
     _report_warnings(say)
-    # A list that is kept may be of a client that nobody guarded; its hashes are paths for this one.
+    # Another list may be of a client that nobody guarded; its hashes are paths for this one.
     kept = hf_cache.repository_folder(order["repo_id"]) / "trees" / f"{order['commit']}.json"
-    kept.unlink(missing_ok=True)
+    if file_state.state_of(kept) != listings.get(kept):
+        kept.unlink(missing_ok=True)
     arguments: dict[str, Any] = {
         "revision": order["commit"],
         "allow_patterns": [escape(name) for name in order["sizes"]],
@@ -101,7 +108,9 @@ def _fetch(order: dict[str, Any], say: Say, lines: queue.SimpleQueue[str]) -> di
         files = snapshot_download(order["repo_id"], dry_run=True, **arguments)
         say(plan=[[file.filename, file.file_size or 0, file.will_download] for file in files])
         lines.get()
-        return {"result": str(snapshot_download(order["repo_id"], **arguments))}
+        folder = snapshot_download(order["repo_id"], **arguments)
+        listings[kept] = file_state.state_of(kept)
+        return {"result": str(folder)}
     except Exception as error:  # the client raises anything where an answer is none  # noqa: BLE001
         return {"failed": _fetch_failure(error, order["repo_id"])}
 
@@ -171,6 +180,9 @@ def _commit(order: dict[str, Any], say: Say) -> dict[str, Any]:
     repo_id = order["repo_id"]
     revision = order["revision"]
     additions = [CommitOperationAdd(name, path) for name, path in sorted(order["paths"].items())]
+    if is_without_xet():  # which would hash what it sends as it sends it; without, the client hashes one by one
+        infos = [addition.upload_info for addition in additions]
+        file_state.in_threads(lambda info, _: info.sha256, infos, lambda _: None, lambda info: info.size)
     try:
         number = PUBLISH.call(
             f"publishing to {repo_id}",

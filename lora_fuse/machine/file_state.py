@@ -11,25 +11,24 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from threading import Event
-from typing import Any, TypeVar
+from typing import Any
 
 from lora_fuse.errors import Busy, Refused
 from lora_fuse.machine import staging
 from lora_fuse.machine.files import FileRecord, open_regular, read_json, replace_text
 
-BLOCK = 1 << 20  # bytes hashed at once
-MOST_THREADS = 8
+# Other rooms know them by this module.
+from lora_fuse.machine.hashing import Advance as Advance  # noqa: PLC0414
+from lora_fuse.machine.hashing import HashingThreads as HashingThreads  # noqa: PLC0414
+from lora_fuse.machine.hashing import feed
+from lora_fuse.machine.hashing import in_threads as in_threads  # noqa: PLC0414
+
 TICK = 20_000_000  # nanoseconds; two changes within one step of the kernel's clock have the same time
-Advance = Callable[[int], None]  # told how many more bytes were read, from any thread
 Note = Callable[[Path, "FileState", FileRecord], None]  # told of each file that was hashed, and in what state it was
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,35 +122,10 @@ def hash_steady(path: Path, advance: Advance, *digests: Any) -> tuple[FileRecord
     sha256 = hashlib.sha256()
     with open_regular(path) as file:
         before = FileState.of(os.fstat(file.fileno()))
-        while block := file.read(BLOCK):
-            for digest in (sha256, *digests):
-                digest.update(block)
-            advance(len(block))
+        feed(file, [sha256, *digests], advance)
         if FileState.of(os.fstat(file.fileno())) != before:
             raise OSError(errno.EBUSY, "it changed while it was read", str(path))
     return FileRecord(before.size, sha256.hexdigest()), before
-
-
-def in_threads(work: Callable[[Item, Advance], Result], items: Sequence[Item], advance: Advance) -> list[Result]:
-    """Do some work that hashes on all items at once; returns the results in their order.
-
-    The work is to call what it is given as `advance` now and then: after an error, the first in the order of the
-    items, or Ctrl-C, that call ends what is still under way.
-    """
-    stop = Event()
-
-    def told(count: int) -> None:
-        if stop.is_set():
-            raise CancelledError
-        advance(count)
-
-    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), "hash") as pool:
-        running = [pool.submit(work, item, told) for item in items]
-        try:
-            return [each.result() for each in running]
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
 
 
 class SeenFiles:

@@ -17,6 +17,8 @@ from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from lora_fuse.machine.hashing import Advance, feed
+
 # Other rooms know them by this module.
 from lora_fuse.machine.parsing import check_yaml as check_yaml  # noqa: PLC0414
 from lora_fuse.machine.parsing import parse_json as parse_json  # noqa: PLC0414
@@ -45,11 +47,12 @@ class FileRecord:
     sha256: str
 
 
-def hash_file(path: Path) -> FileRecord:
+def hash_file(path: Path, advance: Advance = lambda _: None) -> FileRecord:
     """Size in bytes and sha256 of a file."""
+    digest = hashlib.sha256()
     with open_regular(path) as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileRecord(os.fstat(file.fileno()).st_size, digest)
+        feed(file, [digest], advance)
+        return FileRecord(os.fstat(file.fileno()).st_size, digest.hexdigest())
 
 
 def open_regular(path: Path) -> BufferedReader:

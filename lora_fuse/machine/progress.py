@@ -118,6 +118,31 @@ def bar(label: str, total: float, **how: object) -> tqdm[None]:
     return tqdm(total=total, desc=text.line(label), file=sys.stderr, dynamic_ncols=True, leave=False, **how)  # type: ignore[call-overload, no-any-return]
 
 
+class Tally:
+    """A count of bytes from any thread, which begins before there is anything to show."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+        self._advance: Callable[[int], None] = lambda _: None
+
+    def add(self, count: int) -> None:
+        """Count some more bytes."""
+        with self._lock:
+            self._count += count
+            self._advance(count)
+
+    @contextmanager
+    def shown(self, label: str, total: int, *, at_least: int = 0) -> Iterator[None]:
+        """Show progress towards what is left of `total` bytes by now, see `byte_progress`."""
+        done = self._count
+        with byte_progress(label, max(0, total - done), at_least=at_least) as advance:
+            with self._lock:
+                advance(self._count - done)
+                self._advance = advance
+            yield
+
+
 class _Lines:
     def __init__(self, label: str, total: int) -> None:
         self._label = label

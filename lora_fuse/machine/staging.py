@@ -20,6 +20,7 @@ from pathlib import Path
 
 from lora_fuse.errors import Busy, Refused
 from lora_fuse.machine.files import FileRecord, hash_file, open_lock, read_json, replace_text, sync, sync_all
+from lora_fuse.machine.hashing import Advance, in_threads
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2  # linux/fcntl.h, linux/fs.h
@@ -49,18 +50,31 @@ class StagingFolder:
         """Mark a file as whole."""
         replace_text(self._mark(name), json.dumps(asdict(record)))
 
-    def keep_finished(self, names: Iterable[str]) -> dict[str, FileRecord]:
-        """Keep the files that an earlier run finished and that still have their hash; remove all others."""
-        kept = {name: record for name in names if (record := self._finished(name)) is not None}
+    def keep_finished(self, names: Iterable[str], advance: Advance = lambda _: None) -> dict[str, FileRecord]:
+        """Keep the files that an earlier run finished and that still have their hash; remove all others.
+
+        `advance` is told of the bytes that are kept.
+        """
+        marked = {name: record for name in names if (record := self._marked(name)) is not None}
+
+        def is_whole(name: str, told: Advance) -> bool:
+            with suppress(OSError):
+                if hash_file(self.files / name, lambda _: told(0)) == marked[name]:
+                    told(marked[name].size)
+                    return True
+            return False
+
+        whole = in_threads(is_whole, list(marked), advance, lambda name: marked[name].size)
+        kept = {name: marked[name] for name, is_kept in zip(marked, whole, strict=True) if is_kept}
         for path in self.files.rglob("*"):
             if not path.is_dir() and path.relative_to(self.files).as_posix() not in kept:
                 path.unlink()
         return kept
 
-    def _finished(self, name: str) -> FileRecord | None:
+    def _marked(self, name: str) -> FileRecord | None:
         try:
             record = FileRecord(**read_json(self._mark(name), dict, OSError))
-            return record if hash_file(self.files / name) == record else None
+            return record if (self.files / name).stat().st_size == record.size else None
         except (OSError, TypeError):
             return None
 

@@ -48,7 +48,7 @@ class HeldInputs:
                 unknown.append(path)
         size = sum(self._record(path).size for path in unknown)
         with progress.byte_progress("hash", size, at_least=progress.FEW) as advance:
-            hashed = file_state.in_threads(self._hash, unknown, advance)
+            hashed = file_state.in_threads(self._hash, unknown, advance, lambda path: self._record(path).size)
         for path, state in zip(unknown, hashed, strict=True):
             self.states.add(path, state, self._record(path))
         self.keep()

@@ -16,7 +16,7 @@ from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import BadSource, CheckFailed, Refused, require
 from lora_fuse.exports import is_export
 from lora_fuse.hub import payload, sources
-from lora_fuse.machine import files
+from lora_fuse.machine import file_state, files
 from lora_fuse.recipe import records
 from lora_fuse.release.contents import BOM, LIST, PROVENANCE
 from lora_fuse.release.signing import SIGNATURE, Trusted, check
@@ -104,19 +104,21 @@ def check_published(folder: Path, trusted: Trusted | None, expected: Mapping[str
 
 
 def _check_listed(folder: Path, manifest: records.ReleaseList, result: Published) -> None:
-    with sources.hashing(sum(file.size for file in manifest.files.values())) as advance:
-        for name, file in sorted(manifest.files.items()):
-            path = PurePosixPath(name)
-            if path.is_absolute() or ".." in path.parts:
-                result.problems.append(f"{name} in {LIST} leads out of the folder")
-                continue
-            try:
-                expected = sources.ExpectedFile(file.size, file.sha256)
-                difference = sources.examine(folder / name, expected, advance, folder)
-            except ValueError:  # a NUL, or half of a character
-                difference = "no file can have this name"
-            if isinstance(difference, str):
-                result.problems.append(f"{name}: {difference}")
+    def problem(name: str, advance: file_state.Advance) -> str | None:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            return f"{name} in {LIST} leads out of the folder"
+        file = manifest.files[name]
+        try:
+            difference = sources.examine(folder / name, sources.ExpectedFile(file.size, file.sha256), advance, folder)
+        except ValueError:  # a NUL, or half of a character
+            difference = "no file can have this name"
+        return f"{name}: {difference}" if isinstance(difference, str) else None
+
+    sizes = {name: file.size for name, file in manifest.files.items()}
+    with sources.hashing(sum(sizes.values())) as advance:
+        found = file_state.in_threads(problem, sorted(sizes), advance, lambda name: sizes[name])
+    result.problems += [one for one in found if one is not None]
 
 
 def _made_beside(manifest: records.ReleaseList, result: Published) -> list[str]:

@@ -177,7 +177,7 @@ def fetched() -> None:
         "again": True,
         "workers": 1,
     }
-    worker._fetch(order, lambda **message: said.append(message), go)
+    worker._fetch(order, lambda **message: said.append(message), go, {})
 
 
 def rows() -> Iterator[Parser]:

@@ -9,9 +9,11 @@ import pytest
 from lora_fuse.errors import BadLora, BadSource
 from lora_fuse.hub.locks import lock_base, lock_lora
 from lora_fuse.hub.sizes import base_size, lora_size
+from lora_fuse.machine.file_state import FileState
 from lora_fuse.machine.files import FileRecord
 from lora_fuse.recipe.hf_cache import cache_dir, locate
 from lora_fuse.recipe.records import Lock, from_json, to_json
+from lora_fuse.recipe.sections import DownloadParams
 from tests.hub_server import Fault, LoopbackHub
 from tests.support.repositories import (
     BASE,
@@ -66,6 +68,21 @@ def test_what_is_not_on_the_list_is_never_asked_for(hub: LoopbackHub, name: str)
     hub.push(BASE, {**PIPELINE, name: STRAYS[name]})
     lock()
     assert not [call for call in hub.calls("/resolve/") if call.line.endswith(name)]
+
+
+def test_a_file_is_hashed_while_the_next_one_is_on_its_way(hub: LoopbackHub) -> None:
+    hub.push(BASE, PIPELINE)
+    last = records(PIPELINE)["vae/model.safetensors"].sha256
+    slow = Fault(f"GET /_lfs/.*{last}", times=-1, trickle=1)  # a byte a second, until another file is hashed
+    hub.faults.append(slow)
+
+    def note(path: Path, _: FileState, __: FileRecord) -> None:
+        if path.name == "model-1-of-2.safetensors":
+            slow.trickle = 0
+
+    transfer = DownloadParams(workers=8, stall_seconds=8)
+    assert lock_base(on_hub(BASE), previous=None, transfer=transfer, note=note).files == records(PIPELINE)
+    assert slow.hits == 1
 
 
 def test_a_local_folder_is_pinned_by_the_same_hashes_and_no_commit(tmp_path: Path) -> None:

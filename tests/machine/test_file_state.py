@@ -115,11 +115,27 @@ def test_work_in_threads_is_in_order_and_ends_with_the_first_error() -> None:
             raise ValueError(item)
         return item * item
 
-    assert in_threads(work, range(3), done.append) == [0, 1, 4]
+    assert in_threads(work, range(3), done.append, int) == [0, 1, 4]
     assert sorted(done) == [0, 1, 2]
     with pytest.raises(ValueError, match="3"):
-        in_threads(work, range(100), done.append)
-    assert in_threads(work, [], done.append) == []
+        in_threads(work, range(100), done.append, int)
+    assert in_threads(work, [], done.append, int) == []
+
+
+def test_the_largest_is_first_and_the_results_are_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+
+    def work(item: int, _: Callable[[int], None]) -> int:
+        begun.append(item)
+        if item < 0:
+            raise ValueError(item)
+        return item
+
+    assert in_threads(work, [2, 3, 1], lambda _: None, int) == [2, 3, 1]
+    assert begun == [3, 2, 1]
+    with pytest.raises(ValueError, match="-2"):  # the first of them, whichever was begun first
+        in_threads(work, [-2, 5, -1], lambda _: None, int)
 
 
 def test_what_is_under_way_ends_when_something_failed() -> None:
@@ -137,7 +153,7 @@ def test_what_is_under_way_ends_when_something_failed() -> None:
             raise
 
     with pytest.raises(ValueError):  # noqa: PT011
-        in_threads(work, range(2), lambda _: None)
+        in_threads(work, range(2), lambda _: None, int)
     assert ended in ([1], [])
 
 

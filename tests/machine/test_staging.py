@@ -1,5 +1,7 @@
 """Laws of locks and staging folders: they are this user's own, and what others put in their place is not followed."""
 
+import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -41,21 +43,25 @@ def test_a_staging_folder_is_closed_to_others_and_what_it_holds_is_not(tmp_path:
 
 
 def finished(folder: Path) -> None:
-    """A staging folder in which a file is marked as whole."""
+    """A staging folder in which files are marked as whole; `b` is not, and `c` is of another size."""
     (folder / "files").mkdir(parents=True)
     (folder / "done").mkdir()
-    (folder / "files" / "a").write_bytes(b"")
-    empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-    (folder / "done" / "a.json").write_text(f'{{"size": 0, "sha256": "{empty}"}}')
+    for name, content in {"a": b"a file", "b": b"a fi1e", "c": b"a"}.items():
+        (folder / "files" / name).write_bytes(content)
+        mark = {"size": 6, "sha256": hashlib.sha256(b"a file").hexdigest()}
+        (folder / "done" / f"{name}.json").write_text(json.dumps(mark))
 
 
-def test_a_run_goes_on_in_its_own_folder_only(tmp_path: Path) -> None:
+def test_a_run_goes_on_in_its_own_folder_only_and_with_what_is_whole(tmp_path: Path) -> None:
+    told: list[int] = []
+
     def kept() -> dict[str, FileRecord]:
         with staging_folder(tmp_path / "out", KEY) as staged:
-            return staged.keep_finished(["a"])
+            return staged.keep_finished(["a", "b", "c", "d"], told.append)
 
     finished(tmp_path / NAME)
     assert kept().keys() == {"a"}
+    assert sum(told) == 6
     finished(tmp_path / "planted")
     (tmp_path / NAME).symlink_to("planted")
     assert kept() == {}
