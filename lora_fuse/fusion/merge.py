@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import astuple
@@ -62,8 +62,7 @@ def write_merged(  # noqa: PLR0913 - by keyword, each is a choice of its own
     place = destination.place
     ways = ways_of(plan, place, untouched)
     to_write = bytes_to_write(plan)
-    to_copy = bytes_to_copy(plan, ways)
-    need = to_write + sum(to_copy.values()) + space.SPARE
+    need = to_write + sum(bytes_to_copy(plan, ways).values()) + space.SPARE
     space.require(files.nearest_folder(place), need, "the merged checkpoint", "make room, or write OUT on another disk")
     try:
         states = _watched(plan, states)
@@ -71,9 +70,8 @@ def write_merged(  # noqa: PLR0913 - by keyword, each is a choice of its own
         with staging.staging_folder(place, _key(plan, states, pinned)) as staged:
             way = FuseOptions(device, direct=direct_io.too_large_to_cache(to_write), pinned=pinned)
             written = _fuse_shards(plan, staged, way, states, progress)
-            for name, record in _place_others(plan, staged, generated, known, pinned, ways, states):
-                written[name] = record
-                progress(to_copy.get(name, 0))
+            placed = _place_others(plan, staged, generated, ways, states, progress)
+            written |= _hash_others(plan, placed, known, pinned, states) | _write_generated(staged, generated)
             _refuse_changed(states)
             destination.check(plan, generated)  # it took a while
             new = staged.files
@@ -171,31 +169,57 @@ def _place_others(
     plan: Plan,
     place: staging.StagingFolder,
     generated: Mapping[str, bytes],
-    known: Mapping[str, FileRecord],
-    pinned: Mapping[str, str],
     ways: Ways,
     states: file_state.FileStates,
-) -> Iterator[tuple[str, records.MergedFile]]:
-    """Place the base's unchanged files and the generated ones, one by one; hashed is what was placed."""
+    progress: Progress,
+) -> dict[str, Path]:
+    """Place the base's unchanged files, one by one; one that is generated stays where it is."""
+    paths = {}
     fused = {shard.relative for shard in plan.fused_shards}
     same = [shard.relative for shard in plan.checkpoint.shards if shard.relative not in fused]
     for name in [*same, *plan.checkpoint.others]:
-        source = plan.checkpoint.locate(name)
-        placed = source
+        placed = source = plan.checkpoint.locate(name)
         if name not in generated:
             placed = place.place(name)
             take_over(source, placed, ways[name], states)
-        if name in pinned or name not in known:
-            record = files.hash_file(placed)
-            refuse_other_content(source, record.sha256, pinned.get(name, record.sha256))
-        else:
-            record = known[name]
+        paths[name] = placed
+        if ways[name] == "copy":
+            progress(_stat(source).st_size)
+    return paths
+
+
+def _hash_others(
+    plan: Plan,
+    placed: Mapping[str, Path],
+    known: Mapping[str, FileRecord],
+    pinned: Mapping[str, str],
+    states: file_state.FileStates,
+) -> dict[str, records.MergedFile]:
+    """The base's unchanged files by POSIX path; hashed is what was placed, where it is not known."""
+    unknown = [name for name in placed if name in pinned or name not in known]
+    hashed = file_state.in_threads(
+        lambda name, advance: files.hash_file(placed[name], advance),
+        unknown,
+        lambda _: None,
+        lambda name: _stat(placed[name]).st_size,
+    )
+    found = dict(zip(unknown, hashed, strict=True))
+    for name in placed:
+        source = plan.checkpoint.locate(name)
+        record = found.get(name) or known[name]
+        refuse_other_content(source, record.sha256, pinned.get(name, record.sha256))
         states.add(source, states[source], record)
-        if name not in generated:
-            yield name, records.MergedFile(record.size, record.sha256, "base")
+        found[name] = record
+    return {name: records.MergedFile(record.size, record.sha256, "base") for name, record in found.items()}
+
+
+def _write_generated(place: staging.StagingFolder, generated: Mapping[str, bytes]) -> dict[str, records.MergedFile]:
     for name, content in generated.items():
         place.place(name).write_bytes(content)
-        yield name, records.MergedFile(len(content), hashlib.sha256(content).hexdigest(), "generated")
+    return {
+        name: records.MergedFile(len(content), hashlib.sha256(content).hexdigest(), "generated")
+        for name, content in generated.items()
+    }
 
 
 def _stat(path: Path) -> os.stat_result:
