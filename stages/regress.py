@@ -42,7 +42,7 @@ def regress(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN
             )
         if rendered is None:  # another process judges and writes
             return 0
-        judged = judge(recipe, at, setup, here, rendered, approved)
+        judged = judge(recipe, at, setup, here, rendered, approved, watch.seconds)
     write_regression(recipe, at, setup, judged, verify, partial(command, at=at))
     verdict = judged.metrics["verdict"]
     facts = {"verdict": verdict, "environment": str(here.key), "report": str(at.report), "seconds": clock.seconds}

@@ -57,3 +57,13 @@ class Sampling:
     true_cfg_scale: float
     negative_prompt: str | None
     condition_area: int | None = None
+
+    @property
+    def guided(self) -> bool:
+        """True where the negative prompt is used: by classifier-free guidance."""
+        return self.true_cfg_scale > 1 and self.negative_prompt is not None
+
+    @property
+    def beside_prompt(self) -> tuple[str | None, int | None]:
+        """The part of the settings that the embeddings of a case's prompts depend on."""
+        return self.negative_prompt if self.guided else None, self.condition_area

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lora_fuse.machine import files
 from lora_fuse.pictures import encode
-from lora_fuse.pictures.cost import Cost
+from lora_fuse.pictures.render_progress import Cost
 
 Levels: TypeAlias = npt.NDArray[np.uint8]  # (height, width, 3), 0 to 255
 FORMATS = ("PNG", "JPEG", "WEBP")  # those of a picture from outside

@@ -27,8 +27,12 @@ _NEXT: Mapping[str, str] = MappingProxyType(
 )
 
 
+# Those that leave a model's modules as they are, without hooks: LoRAs may come and go in one that is placed.
+BARE = ("cuda", "cpu")
+
+
 def place(pipe: Pipeline, placement: str) -> None:
-    """Put a pipeline, loaded on the CPU and its LoRAs attached, where it is to run; parts placed before stay.
+    """Put a loaded pipeline, its LoRAs attached, where it is to run; parts placed before stay.
 
     Raises:
         RenderFailed: the placement is unknown.

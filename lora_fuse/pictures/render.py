@@ -8,6 +8,7 @@ must not pay.
 from __future__ import annotations
 
 import inspect
+import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,15 +23,16 @@ from lora_fuse.checkpoint import fitness
 from lora_fuse.errors import LoraFuseError, OutOfMemory, RenderFailed
 from lora_fuse.machine import text
 from lora_fuse.pictures.cases import Case, Sampling
-from lora_fuse.pictures.cost import Meter
 from lora_fuse.pictures.environment import sealed
 from lora_fuse.pictures.picture import Levels, Picture, Rendered, read_levels
+from lora_fuse.pictures.render_progress import Meter
 
 Pipeline: TypeAlias = Any  # a diffusers.DiffusionPipeline; diffusers is not typed
+Prompts: TypeAlias = Mapping[str, Any]  # arguments of a pipeline's call: embeddings of a case's prompts, with masks
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-# The pipelines that can be called, and how many input pictures each takes.
+# The pipelines that can be called, and how many input pictures each takes. All encode prompts apart from the rest.
 PICTURES: Mapping[str, range] = {
     "QwenImagePipeline": range(1),
     "QwenImageEditPipeline": range(1, 2),
@@ -39,7 +41,11 @@ PICTURES: Mapping[str, range] = {
 
 
 def quiet_libraries() -> None:
-    """Turn off the progress bars and the warnings of diffusers, transformers and the Hub client, process-wide."""
+    """Turn off the progress bars and the warnings of diffusers, transformers and the Hub client, process-wide.
+
+    diffusers is told to load the shards of a model side by side, which it reads when it is imported.
+    """
+    os.environ.setdefault("HF_ENABLE_PARALLEL_LOADING", "1")
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -62,6 +68,20 @@ def allow_missing_torchvision() -> None:
 
     if not is_torchvision_available():
         Qwen2VLProcessor.get_attributes = classmethod(lambda _: ["image_processor", "tokenizer"])
+
+
+def pipeline_class(pipeline: str) -> Any:
+    """Import the libraries, quiet, and return the class of a pipeline.
+
+    Raises:
+        RenderFailed: see `check_pipeline`.
+    """
+    check_pipeline(pipeline)
+    quiet_libraries()
+    allow_missing_torchvision()
+    import diffusers
+
+    return getattr(diffusers, pipeline)
 
 
 @contextmanager
@@ -89,15 +109,20 @@ def condition_area(pixels: int | None) -> Iterator[None]:
 
 
 @sealed()
-def load_pipeline(folder: Path, pipeline: str, *, dtype: str, shared: Mapping[str, object] | None = None) -> Pipeline:
-    """Load a diffusers folder on the CPU as the named pipeline class, whichever class its model_index.json names.
+def load_pipeline(
+    folder: Path, pipeline: str, *, dtype: str, shared: Mapping[str, object] | None = None, device: str = "cpu"
+) -> Pipeline:
+    """Load a diffusers folder as the named pipeline class, whichever class its model_index.json names.
 
-    The folder is complete: nothing is looked up elsewhere. Weights stored in another dtype are converted. Of `shared`,
-    parts of another pipeline (see `shared_components`), those that this one has no use for are left out. No pipeline
-    here needs a chat template: those of the folder are taken off, so that none is ever rendered.
+    The folder is complete: nothing is looked up elsewhere. Weights stored in another dtype are converted; with the
+    device ``cuda`` they go straight from the files to the GPU, and no copy of a model is made in the main memory. Of
+    `shared`, parts of another pipeline (see `shared_components`), those that this one has no use for are left out; a
+    part that is None there is not loaded. No pipeline here needs a chat template: those of the folder are taken off, so
+    that none is ever rendered.
 
     Raises:
         RenderFailed: the class or dtype is unknown, the folder asks for code, or it cannot be loaded as that class.
+        OutOfMemory: the GPU's memory is short.
     """
     check_pipeline(pipeline)
     if dtype not in DTYPES:
@@ -105,20 +130,26 @@ def load_pipeline(folder: Path, pipeline: str, *, dtype: str, shared: Mapping[st
     if not (folder / "model_index.json").is_file():
         raise RenderFailed(f"{folder} has no model_index.json: give the folder of a whole diffusers pipeline")
     fitness.refuse_unloadable(folder, RenderFailed)
-    quiet_libraries()
-    allow_missing_torchvision()
-    import diffusers
+    kind = pipeline_class(pipeline)
     import torch
 
-    kind = getattr(diffusers, pipeline)
     parts = {name: part for name, part in (shared or {}).items() if name in inspect.signature(kind).parameters}
+    straight = None if device == "cpu" else device
     try:
         pipe = kind.from_pretrained(
-            folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False, **parts
+            folder,
+            dtype=getattr(torch, dtype),
+            device_map=straight,
+            local_files_only=True,
+            trust_remote_code=False,
+            **parts,
         )
     except Exception as error:  # a broken configuration may raise anything in the libraries
         where = folder / (_part_of(error) or "")
+        if isinstance(error, torch.OutOfMemoryError) or "CUDA out of memory" in str(error):
+            raise OutOfMemory(f"{where} does not fit the GPU's memory") from error
         raise RenderFailed(f"{where} cannot be loaded as {pipeline}: {_named(error)}") from error
+    pipe.hf_device_map = None  # every part is on one device, and may be moved from it
     pipe.set_progress_bar_config(disable=True)
     parts_read = list(pipe.components.values())
     parts_read += [part.tokenizer for part in parts_read if hasattr(part, "tokenizer")]
@@ -158,21 +189,61 @@ def shared_components(pipe: Pipeline) -> dict[str, object]:
     return {name: part for name, part in pipe.components.items() if name not in own and part is not None}
 
 
-@sealed()
-def render(pipe: Pipeline, case: Case, sampling: Sampling, on_step: Callable[[], None] = lambda: None) -> Rendered:
-    """Make one picture, the noise drawn on the CPU so that every device starts from the same.
+class _Encoded(Exception):
+    """Ends a pipeline's call where its prompts are encoded."""
 
-    The pipeline is loaded and placed; `on_step` is called at the end of every denoising step.
+
+@sealed()
+def encode_prompts(pipe: Pipeline, case: Case, sampling: Sampling) -> Prompts:
+    """Encode a case's prompt, and with guidance the negative one, by a pipeline that needs no transformer and no VAE.
+
+    The pipeline's call itself prepares what its text encoder sees, the input pictures with it, and goes no further.
 
     Raises:
         RenderFailed: an input picture cannot be read, their number does not suit the pipeline, or that cannot run.
         OutOfMemory: the GPU's memory is short.
     """
-    import torch
+    names = ("prompt", "negative_prompt") if sampling.guided else ("prompt",)
+    found: dict[str, Any] = {}
+    encode = pipe.encode_prompt
 
-    check_pictures(type(pipe).__name__, case)
-    pictures = [Image.fromarray(open_picture(path, case).levels) for path in case.images]
-    inputs = {"image": pictures[0] if len(pictures) == 1 else pictures} if pictures else {}
+    def keep(**given: object) -> Any:
+        name = names[len(found) // 2]
+        embeddings = encode(**given)
+        found[f"{name}_embeds"], found[f"{name}_embeds_mask"] = embeddings
+        if name == names[-1]:
+            raise _Encoded
+        return embeddings
+
+    arguments = _arguments(pipe, case, sampling)
+    pipe.encode_prompt = keep
+    try:
+        _run(pipe, case, sampling, arguments)
+    except _Encoded:
+        return found
+    finally:
+        del pipe.encode_prompt
+    raise RenderFailed(f"{type(pipe).__name__} made case {case.name} without encoding its prompt")
+
+
+@sealed()
+def render(
+    pipe: Pipeline,
+    case: Case,
+    sampling: Sampling,
+    on_step: Callable[[], None] = lambda: None,
+    prompts: Prompts | None = None,
+) -> Rendered:
+    """Make one picture, the noise drawn on the CPU so that every device starts from the same.
+
+    The pipeline is loaded and placed; `on_step` is called at the end of every denoising step. With `prompts`, of
+    `encode_prompts`, it needs no text encoder, and the picture is the same.
+
+    Raises:
+        RenderFailed: an input picture cannot be read, their number does not suit the pipeline, or that cannot run.
+        OutOfMemory: the GPU's memory is short.
+    """
+    arguments = _arguments(pipe, case, sampling, prompts)
     meter = Meter()
     final = []
 
@@ -183,29 +254,45 @@ def render(pipe: Pipeline, case: Case, sampling: Sampling, on_step: Callable[[],
             final.append(tensors["latents"].detach().float().cpu().numpy())
         return {}
 
-    try:
-        with condition_area(sampling.condition_area):
-            output = pipe(
-                prompt=case.prompt,
-                negative_prompt=sampling.negative_prompt,
-                true_cfg_scale=sampling.true_cfg_scale,
-                num_inference_steps=sampling.steps,
-                height=case.height,
-                width=case.width,
-                generator=torch.Generator("cpu").manual_seed(case.seed),
-                output_type="np",  # "pil" would paint NaN as black and say nothing
-                callback_on_step_end=after_step,
-                **inputs,
-            )
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(f"case {case.name} does not fit the GPU's memory") from error
-    except LoraFuseError:
-        raise
-    except Exception as error:  # a configuration that loads may still not fit together
-        raise RenderFailed(f"{type(pipe).__name__} cannot make case {case.name}: {_named(error)}") from error
+    output = _run(pipe, case, sampling, arguments | {"callback_on_step_end": after_step})
     cost = meter.stop()
     levels, nonfinite = _to_levels(output.images[0])
     return Rendered(levels, nonfinite, sigmas=tuple(pipe.scheduler.sigmas.tolist()), latents=final[0], cost=cost)
+
+
+def _arguments(pipe: Pipeline, case: Case, sampling: Sampling, prompts: Prompts | None = None) -> dict[str, Any]:
+    """The arguments of a pipeline's call, the input pictures read."""
+    import torch
+
+    check_pictures(type(pipe).__name__, case)
+    pictures = [Image.fromarray(open_picture(path, case).levels) for path in case.images]
+    inputs = {"image": pictures[0] if len(pictures) == 1 else pictures} if pictures else {}
+    texts = prompts or {"prompt": case.prompt, "negative_prompt": sampling.negative_prompt}
+    return {
+        "true_cfg_scale": sampling.true_cfg_scale,
+        "num_inference_steps": sampling.steps,
+        "height": case.height,
+        "width": case.width,
+        "generator": torch.Generator("cpu").manual_seed(case.seed),
+        "output_type": "np",  # "pil" would paint NaN as black and say nothing
+        **texts,
+        **inputs,
+    }
+
+
+def _run(pipe: Pipeline, case: Case, sampling: Sampling, arguments: Mapping[str, Any]) -> Any:
+    """Call a pipeline, and name the case in what goes wrong."""
+    import torch
+
+    try:
+        with condition_area(sampling.condition_area):
+            return pipe(**arguments)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(f"case {case.name} does not fit the GPU's memory") from error
+    except (LoraFuseError, _Encoded):
+        raise
+    except Exception as error:  # a configuration that loads may still not fit together
+        raise RenderFailed(f"{type(pipe).__name__} cannot make case {case.name}: {_named(error)}") from error
 
 
 def _to_levels(values: npt.NDArray[np.float32]) -> tuple[Levels, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_fuse.errors import RenderFailed
@@ -18,6 +19,7 @@ from lora_fuse.pictures.render import Pipeline, one_line
 
 if TYPE_CHECKING:
     import torch
+    from torch.utils.hooks import RemovableHandle
 
     from lora_fuse.fusion import Plan, Target
 
@@ -26,18 +28,31 @@ DIFFUSERS = "diffusers"
 READ_BY_DIFFUSERS = {".alpha", "nowhere: alpha = rank", "header lora_adapter_metadata (transformer)"}
 
 
-def attach(pipe: Pipeline, plan: Plan) -> str:
-    """Let the LoRAs of a plan act in a pipeline of its base; returns `DIFFUSERS`, or why they were attached here."""
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """LoRAs that act in a pipeline; `by` is `DIFFUSERS`, or says why they were attached here."""
+
+    by: str
+    hooks: Sequence[RemovableHandle] = ()
+
+    def detach(self, pipe: Pipeline) -> None:
+        """Take them off: the pipeline is the base's again, with the weights that it has."""
+        for hook in self.hooks:
+            hook.remove()
+        pipe.unload_lora_weights()
+
+
+def attach(pipe: Pipeline, plan: Plan) -> Attached:
+    """Let the LoRAs of a plan act in a pipeline of its base."""
     reason = _beyond_diffusers(plan)
     if reason is None:
         try:
             load_loras(pipe, plan.inputs, plan.modules)
-            return DIFFUSERS
+            return Attached(DIFFUSERS)
         except RenderFailed as error:
             reason = str(error)
             pipe.unload_lora_weights()
-    attach_differences(pipe.transformer, plan.targets)
-    return f"lora-fuse, for {reason}"
+    return Attached(f"lora-fuse, for {reason}", attach_differences(pipe.transformer, plan.targets))
 
 
 def _beyond_diffusers(plan: Plan) -> str | None:
@@ -88,7 +103,7 @@ def _load_lora(pipe: Pipeline, lora: LoraInput, adapter: str) -> None:
         raise RenderFailed(f"diffusers cannot load LoRA {lora.name} ({lora.path}): {one_line(error)}") from error
 
 
-def attach_differences(model: torch.nn.Module, targets: Mapping[str, Target]) -> None:
+def attach_differences(model: torch.nn.Module, targets: Mapping[str, Target]) -> list[RemovableHandle]:
     """Add to what a module gives what it would give with the difference in the place of its parameters.
 
     Every module that has targets is linear in its parameters, so that is what the sum of both would give; the
@@ -98,8 +113,10 @@ def attach_differences(model: torch.nn.Module, targets: Mapping[str, Target]) ->
     for name, target in targets.items():
         module, _, parameter = name.rpartition(".")
         modules[module][parameter] = target
-    for name, found in modules.items():
+    return [
         model.get_submodule(name).register_forward_hook(_Beside(found), with_kwargs=True)
+        for name, found in modules.items()
+    ]
 
 
 class _Beside:

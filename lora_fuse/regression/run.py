@@ -29,12 +29,13 @@ def judge(
     here: environment.Environment,
     rendered: Sequence[pairs.Pair],
     approved: Mapping[str, Sequence[Approved]],
+    loads: Mapping[str, float] | None = None,
 ) -> Judged:
-    """Compare every pair with each other and with the goldens by case, and measure."""
+    """Compare every pair with each other and with the goldens by case, and measure; `loads` took so many seconds."""
     cases = judge_pairs(rendered, approved, Rules.of(params))
     manifest, manifest_sha256 = read_manifest(at.manifest)
     found = candidates(cases, manifest, manifest_sha256, setup)
-    run = RunRecord.of(records.to_json(found), here, {one.name: one.pair.merged for one in cases})
+    run = RunRecord.of(records.to_json(found), here, rendered, loads or {})
     measured = run_metrics(cases, found, here.key, params.fuse.scale)
     return Judged(manifest, cases, found, run, measured)
 

@@ -6,8 +6,8 @@ The same results are made elsewhere, by others, in more time.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -15,7 +15,7 @@ from lora_fuse.pictures import environment
 from lora_fuse.recipe import Artifacts, checkout, records
 
 if TYPE_CHECKING:
-    from lora_fuse.pictures import picture
+    from lora_fuse.pictures import pairs
 
 Environment: TypeAlias = environment.Environment  # a field's name hides the module where records are parsed
 
@@ -25,7 +25,9 @@ class RunRecord:
     """Environment and tool that rendered the pictures of a run, when it was finished (UTC, ISO 8601), what each cost.
 
     `candidates_sha256` is of the text of `candidates.json`: a merge has one manifest wherever it is made, and its
-    pictures differ from one kind of machine to the next. `costs` are by case, see `lora_fuse.pictures.cost.Cost`.
+    pictures differ from one kind of machine to the next. `costs` are of the merged pictures, by case, see
+    `lora_fuse.pictures.render_progress.Cost`; `seconds` of every picture, by side and case, and under ``loads`` those
+    of everything that this process loaded, in that order, and of all prompts.
     """
 
     schema: int
@@ -34,13 +36,21 @@ class RunRecord:
     tool: records.Tool
     finished: str
     costs: dict[str, dict[str, float | int | None]]
+    seconds: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, candidates: str, here: Environment, merged: Mapping[str, picture.Rendered]) -> RunRecord:
-        """Record a run that has just ended: the text of its candidates, and its merged pictures by case."""
-        costs = {name: asdict(one.cost) for name, one in merged.items()}
+    def of(
+        cls, candidates: str, here: Environment, rendered: Sequence[pairs.Pair], loads: Mapping[str, float]
+    ) -> RunRecord:
+        """Record a run that has just ended: the text of its candidates, its pictures, the seconds of its loads."""
+        costs = {pair.case.name: asdict(pair.merged.cost) for pair in rendered}
+        seconds = {"loads": dict(loads)}
+        for side in ("merged", "unfused", "floor", "baseline"):
+            made = {pair.case.name: getattr(pair, side) for pair in rendered}
+            if found := {name: one.cost.seconds for name, one in made.items() if one is not None}:
+                seconds[side] = found
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        return cls(records.SCHEMA, digest_of(candidates), here, checkout.this_tool(), now, costs)
+        return cls(records.SCHEMA, digest_of(candidates), here, checkout.this_tool(), now, costs, seconds)
 
     def is_of(self, candidates: str) -> bool:
         """True if these are the candidates of the run, by their text."""

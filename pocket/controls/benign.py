@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lora_fuse.pictures import pairs, render
+from lora_fuse.pictures import render
 from pocket.controls import files, pictures
 from pocket.controls.control import Control
 from pocket.controls.rig import Built, Rig
@@ -71,8 +71,7 @@ def _lora_file(write: Callable[[Path, Path], object], rig: Rig, folder: Path) ->
     write(rig.lora, lora)
     plan = rig.plan(lora)
     merged = rig.merge(folder, plan)
-    beside = pairs.render_references(plan, rig.cases, rig.setup, rig.shared)
-    return Built(merged, rig.render(rig.load(merged)), references=beside)
+    return Built(merged, rig.render(rig.load(merged)), references=rig.references(plan))
 
 
 def _in_peft_names(lora: Path, out: Path) -> None:

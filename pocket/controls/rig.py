@@ -63,7 +63,7 @@ class Rig(ExitStack):
         pipe = render.load_pipeline(self.right, self.setup.pipeline, dtype=self.setup.dtype)
         self.shared = render.shared_components(pipe)
         pictures = self.render(pipe)
-        self.unfused = pairs.render_references(self.plan(), self.cases, self.setup, self.shared)
+        self.unfused = self.references(self.plan())
         floors = map(verdicts.compare, self.unfused.floor, self.unfused.unfused)
         self.goldens = {
             case.name: [verdicts.Golden(right.levels, name=f"{case.name}.png", floor=floor.values)]
@@ -85,6 +85,10 @@ class Rig(ExitStack):
         out = folder / "merged"
         FuseJob(plan or self.plan(), out, device="cpu", pipeline=self.setup.pipeline, scheduler=scheduler).run()
         return out
+
+    def references(self, plan: Plan) -> pairs.References:
+        """The base with a plan's LoRA unfused beside it, and with its weights moved by rounding."""
+        return pairs.BaseSides(self.base, self.cases, self.setup, pairs.Shared(self.shared)).references(plan)
 
     def load(self, folder: Path) -> render.Pipeline:
         """Load a merged repository; all but its transformer and scheduler is what is loaded already."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_fuse.pictures.cost import Meter
+from lora_fuse.pictures.render_progress import Meter
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux can reset the peak of a process")
 LARGE = 200_000_000  # bytes
@@ -65,7 +65,7 @@ def test_the_peak_is_no_less_than_what_is_resident_now() -> None:
 
 
 def test_without_a_gpu_there_is_no_peak_of_one() -> None:
-    code = "from lora_fuse.pictures.cost import Meter; print(Meter().stop().peak_gpu_bytes)"
+    code = "from lora_fuse.pictures.render_progress import Meter; print(Meter().stop().peak_gpu_bytes)"
     env = {"PYTHONPATH": ":".join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "None"

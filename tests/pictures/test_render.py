@@ -19,7 +19,15 @@ from lora_fuse.lora.inputs import LoraInput
 from lora_fuse.pictures.cases import Case, Sampling
 from lora_fuse.pictures.metrics import psnr_db
 from lora_fuse.pictures.picture import Rendered
-from lora_fuse.pictures.render import Pipeline, condition_area, load_pipeline, make_scheduler, render, shared_components
+from lora_fuse.pictures.render import (
+    Pipeline,
+    condition_area,
+    encode_prompts,
+    load_pipeline,
+    make_scheduler,
+    render,
+    shared_components,
+)
 from lora_fuse.pictures.unfused_lora import load_loras
 
 POCKET = Path(__file__).resolve().parents[2] / "pocket"
@@ -106,6 +114,32 @@ def test_edit_plus_takes_two_pictures(edit: Pipeline) -> None:
     rendered = render(plus, Case("both", "The rabbit wears the hat", 0, (RABBIT, HAT), 64, 64), FOUR_STEPS)
     assert rendered.size == (64, 64)
     assert rendered.sigmas == pytest.approx((1.0, 0.9, 0.75, 0.5, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "images"),
+    [
+        ("QwenImagePipeline", ()),
+        ("QwenImageEditPipeline", (RABBIT,)),
+        ("QwenImageEditPlusPipeline", (RABBIT, HAT)),
+    ],
+)
+def test_prompts_that_are_encoded_apart_give_the_same_bits(edit: Pipeline, name: str, images: tuple[Path, ...]) -> None:
+    """Without transformer and VAE, and then without a text encoder."""
+    case = Case("apart", "The rabbit wears the hat", 0, images, 64, 64)
+    sampling = Sampling(2, 3.0, " ", 128 * 128)
+    whole = render(sibling(edit, name), case, sampling)
+    encoder = load_pipeline(POCKET / "model", name, dtype="float32", shared={"transformer": None, "vae": None})
+    prompts = encode_prompts(encoder, case, sampling)
+    assert len(prompts) == 4
+    assert len(encode_prompts(encoder, case, FOUR_STEPS)) == 2
+    shared = shared_components(edit) | {"text_encoder": None}
+    rest = lightning(load_pipeline(POCKET / "model", name, dtype="float32", shared=shared))
+    apart = render(rest, case, sampling, prompts=prompts)
+    assert (apart.latents == whole.latents).all()
+    assert pixels(apart) == pixels(whole)
+    other = encode_prompts(encoder, Case("other", "A cat", 0, images, 64, 64), sampling)
+    assert pixels(render(rest, case, sampling, prompts=other)) != pixels(whole)
 
 
 def test_input_pictures_are_scaled_to_the_condition_area_and_afterwards_to_a_megapixel_again() -> None:

@@ -9,9 +9,9 @@ import pytest
 
 from lora_fuse.pictures import encode
 from lora_fuse.pictures.cases import Case, Sampling
-from lora_fuse.pictures.cost import Cost
 from lora_fuse.pictures.pairs import Pair, Setup
 from lora_fuse.pictures.picture import Levels, Picture, Rendered
+from lora_fuse.pictures.render_progress import Cost
 from lora_fuse.recipe.paths import Artifacts
 from lora_fuse.recipe.records import Lock, Manifest
 from lora_fuse.regression.candidates import Candidate, Candidates

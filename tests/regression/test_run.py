@@ -24,9 +24,10 @@ from lora_fuse.pictures.cases import Case, Sampling
 from lora_fuse.pictures.environment import environment
 from lora_fuse.pictures.metrics import METRICS, latents_l2
 from lora_fuse.pictures.noise_floor import jitter
-from lora_fuse.pictures.pairs import Pair, Setup, check_cases, render_all, render_pairs
+from lora_fuse.pictures.pairs import BaseSides, Pair, Setup, check_cases, render_all, render_pairs, share
 from lora_fuse.pictures.picture import levels_of
 from lora_fuse.pictures.render import load_pipeline, make_scheduler, render
+from lora_fuse.pictures.render_progress import RenderProgress
 from lora_fuse.pictures.unfused_lora import DIFFUSERS, _beyond_diffusers, attach, attach_differences
 from lora_fuse.recipe.records import Lock, Manifest, MergedLora, from_json, to_json
 from lora_fuse.regression.candidates import Candidates, candidates
@@ -64,10 +65,20 @@ def setup() -> Setup:
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory, setup: Setup) -> list[Pair]:
+def progress() -> RenderProgress:
+    return RenderProgress()
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory, setup: Setup, progress: RenderProgress) -> list[Pair]:
     merged = merge(tmp_path_factory.mktemp("merge") / "merged", plan(1.0), setup.scheduler)
     with_baseline = replace(setup, baseline=Sampling(6, 4.0, " "))
-    return render_pairs(merged, plan(1.0), CASES, with_baseline)
+    said: list[str] = []
+    progress.say = lambda sentence, _: said.append(sentence)
+    rendered = render_pairs(merged, plan(1.0), CASES, with_baseline, progress)
+    loaded = [sentence.removeprefix("loading ") for sentence in said if sentence.startswith("loading ")]
+    assert loaded == ["libraries", "text encoder", "VAE", "merged transformer", "base transformer"]
+    return rendered
 
 
 def test_merged_and_unfused_agree_and_visit_the_recipe_s_sigmas(pairs: list[Pair]) -> None:
@@ -82,6 +93,28 @@ def test_the_base_alone_runs_at_its_own_steps_and_scheduler_without_the_lora(pai
     assert len(alone.sigmas) == 7
     assert alone.sigmas[-2] == pytest.approx(0.02)  # the base's shift_terminal
     assert np.abs(alone.levels.astype(int) - pairs[0].merged.levels).max() > 30
+
+
+def test_everything_is_loaded_once_and_its_seconds_are_kept(pairs: list[Pair], progress: RenderProgress) -> None:
+    assert len(pairs) == 2
+    loaded = ["libraries", "text encoder", "prompts", "VAE", "merged transformer", "base transformer"]
+    assert list(progress.seconds) == loaded
+    assert all(seconds > 0 for seconds in progress.seconds.values())
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_loras_come_and_go_beside_a_base_that_is_loaded_once(
+    setup: Setup, ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = plan(1.0, selection=Selection(skip=("*.img_mlp.*",)) if ours else None)
+    shared = share(BASE, CASES[:1], setup)
+    sides = BaseSides(BASE, CASES[:1], setup, shared)
+    (plain,) = sides.beside(None, "without")
+    (beside,) = sides.beside(chosen, "beside")
+    monkeypatch.setattr("lora_fuse.pictures.load_plan.load_pipeline", None)
+    assert (sides.beside(None, "again")[0].latents == plain.latents).all()
+    assert (sides.beside(chosen, "again")[0].latents == beside.latents).all()
+    assert latents_l2(beside.latents, plain.latents) > 1e-2
 
 
 def test_the_floor_is_of_the_size_that_rounding_the_merge_leaves_and_no_picture_shows_it(pairs: list[Pair]) -> None:
@@ -140,11 +173,14 @@ def test_what_a_run_leaves_for_approval_names_all_that_its_pictures_came_from(
         assert (provenance.base, provenance.loras) == ("pocket/model", recipe.loras)
         assert provenance.scheduler == dict(setup.scheduler)
         assert (provenance.case.prompt, provenance.case.seed) == (pair.case.prompt, pair.case.seed)
-    run = RunRecord.of(to_json(found), environment("cpu", "float32"), {one.name: one.pair.merged for one in judged})
+    run = RunRecord.of(to_json(found), environment("cpu", "float32"), pairs, {"VAE": 0.5})
     assert from_json(RunRecord, to_json(run), "") == run
     assert (run.is_of(to_json(found)), run.is_of(to_json(found) + " ")) == (True, False)
     assert (run.environment.key, list(run.costs)) == (environment("cpu", "float32").key, list(found.cases))
     assert run.tool.git is not None
+    assert run.seconds["loads"] == {"VAE": 0.5}
+    assert run.seconds["floor"] == {pair.case.name: pair.floor.cost.seconds for pair in pairs}
+    assert list(run.seconds) == ["loads", "merged", "unfused", "floor", "baseline"]
 
 
 @dataclass(frozen=True)
@@ -276,9 +312,8 @@ def test_a_strength_that_diffusers_does_not_read_is_attached_here(tmp_path: Path
     if place == "adapter_config.json":
         (tmp_path / place).write_text(config)
     pipe = load_pipeline(BASE, setup.pipeline, dtype="float32")
-    assert attach(pipe, plan(1.0, tmp_path / "l.safetensors")) == (
-        f"lora-fuse, for diffusers does not read the strength in {place}"
-    )
+    attached = attach(pipe, plan(1.0, tmp_path / "l.safetensors"))
+    assert attached.by == f"lora-fuse, for diffusers does not read the strength in {place}"
 
 
 @pytest.mark.parametrize(

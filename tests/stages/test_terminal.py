@@ -201,7 +201,8 @@ def test_every_picture_is_named_and_the_rest_guessed_from_those_that_are_done(
 ) -> None:
     with watching(Task("regress r", 2, (PLAIN, PLAIN))) as shown:
         for side in ("merged", "unfused"):
-            shown.loads(side)
+            with shown.loading(side):
+                pass
             for case in ("cat", "dog"):
                 with shown.picture(side, case, PLAIN) as step:
                     for _ in range(4):

@@ -301,8 +301,8 @@ def test_a_disk_that_is_too_small_is_refused_with_both_numbers(tmp_path: Path, m
 
 def test_the_base_is_rendered_once_and_again_if_a_picture_is_not_as_it_was(tmp_path: Path) -> None:
     from lora_fuse.pictures.cases import Case
-    from lora_fuse.pictures.cost import Cost
     from lora_fuse.pictures.picture import Rendered
+    from lora_fuse.pictures.render_progress import Cost
 
     rendered: list[int] = []
 

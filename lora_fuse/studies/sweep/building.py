@@ -14,7 +14,7 @@ import numpy as np
 from lora_fuse.errors import BadSource
 from lora_fuse.fusion import plan_of
 from lora_fuse.machine import FileRecord, files, staging
-from lora_fuse.pictures import Case, environment, pairs, picture, render
+from lora_fuse.pictures import Case, environment, pairs, picture
 from lora_fuse.recipe import Artifacts, hf_cache, paths, records
 from lora_fuse.regression import case_judgement, goldens, judge
 from lora_fuse.studies.sweep.numbers import against_baseline, describe, failed
@@ -30,14 +30,14 @@ class PointBuilder:
     """Builds points below `folder` in this process; what they share is loaded, and the base rendered, once.
 
     Text encoder, VAE, tokenizer and processor of a merged repository are the base's, byte for byte (`verify` holds it
-    to that), so the base's are used for every point of one base, pipeline class, dtype and placement.
+    to that), so the base's are used for every point of one base, its cases and settings of the pipelines.
     """
 
     folder: Path
     keep: bool
     merge: paths.Merge
-    _parts_of: tuple[object, ...] = ()
-    _parts: Mapping[str, object] = field(default_factory=dict)
+    _shared_by: tuple[object, ...] = ()
+    _shared: pairs.Shared | None = None
     _alone: dict[str, Mapping[str, picture.Picture]] = field(default_factory=dict)
 
     def alone(self, planned: PlannedPoint) -> Mapping[str, picture.Picture]:
@@ -54,19 +54,19 @@ class PointBuilder:
 
     def _render_alone(self, base: Path, cases: Sequence[Case], setup: pairs.Setup) -> list[picture.Rendered]:
         """Render every case from the base, with its own scheduler and the settings of `setup.baseline`."""
-        pipe = render.load_pipeline(base, setup.pipeline, dtype=setup.dtype, shared=self._shared(base, setup))
-        rendered = pairs.render_all(pipe, cases, setup.baseline or setup.sampling, setup.placement)
-        pairs.drop_transformer(pipe)
+        sides = pairs.BaseSides(base, cases, setup, self._share(base, cases, setup))
+        rendered = sides.alone()
+        sides.drop()
         return rendered
 
-    def _shared(self, base: Path, setup: pairs.Setup) -> Mapping[str, object]:
-        parts_of = (base, setup.pipeline, setup.dtype, setup.placement)
-        if parts_of != self._parts_of:
-            self._parts = {}  # the memory of the last ones first
-            pipe = render.load_pipeline(base, setup.pipeline, dtype=setup.dtype, shared={"transformer": None})
-            self._parts_of = parts_of
-            self._parts = render.shared_components(pipe)
-        return self._parts
+    def _share(self, base: Path, cases: Sequence[Case], setup: pairs.Setup) -> pairs.Shared:
+        prompts = [side.beside_prompt for side in setup.sides]
+        shared_by = (base, setup.pipeline, setup.dtype, setup.placement, *cases, *prompts)
+        if self._shared is None or shared_by != self._shared_by:
+            self._shared = None  # the memory of the last ones first
+            self._shared = pairs.share(base, cases, setup)
+            self._shared_by = shared_by
+        return self._shared
 
     def build(self, planned: PlannedPoint) -> str:
         """Fuse, verify, render and compare one point, or raise its problem; return the result in a few words."""
@@ -93,7 +93,7 @@ class PointBuilder:
         setup = pairs.Setup.of(recipe, baseline=False)
         here = environment.environment(setup.placement, setup.dtype)
         approved = goldens.Goldens.of(recipe, planned.base).for_run(here.key, [case.name for case in cases])
-        shared = self._shared(plan.checkpoint.root, setup)
+        shared = self._share(plan.checkpoint.root, cases, pairs.Setup.of(recipe, baseline=True))
         with paths.held(*read):
             rendered = pairs.render_pairs(at.merged, plan, cases, setup, shared=shared)
             judged = judge(recipe, at, setup, here, rendered, approved)

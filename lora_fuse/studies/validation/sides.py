@@ -12,13 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from lora_fuse.fusion import Plan
-from lora_fuse.pictures import Case, damage, metrics, pairs, picture, render, render_progress
+from lora_fuse.pictures import Case, damage, metrics, pairs, picture, render_progress
 from lora_fuse.regression import case_judgement, verdicts
 from lora_fuse.studies.validation.outcome import CaseEvidence, Effect
 
@@ -64,38 +63,13 @@ def render_sides(
         RenderFailed: a side cannot be loaded or run.
         OutOfMemory: the GPU's memory is short; the message names the placement to try.
     """
-    watch.loads("merged")
-    pipe = render.load_pipeline(merged, setup.pipeline, dtype=setup.dtype)
-    ours = pairs.render_all(pipe, cases, setup.sampling, setup.placement, side="merged", watch=watch)
-    shared = render.shared_components(pipe)
-    pairs.drop_transformer(pipe)
-    references = pairs.render_references(versions.new, cases, setup, shared, watch)
-    beside = partial(_render_beside, versions.new.checkpoint.root, cases, setup, shared, watch)
-    without = beside(versions.others, "without")
-    before = [None] * len(cases) if versions.current is None else beside(versions.current, "current")
-    rendered = pairs.pair_up(cases, ours, references)
+    shared = pairs.share(merged, cases, setup, watch)
+    ours = pairs.render_merged(merged, cases, setup, shared, watch)
+    base = pairs.BaseSides(versions.new.checkpoint.root, cases, setup, shared, watch)
+    without = base.beside(versions.others, "without")
+    before = [None] * len(cases) if versions.current is None else base.beside(versions.current, "current")
+    rendered = pairs.pair_up(cases, ours, base.references(versions.new))
     return [Sides(*side) for side in zip(rendered, without, before, strict=True)]
-
-
-def _render_beside(
-    base: Path,
-    cases: Sequence[Case],
-    setup: pairs.Setup,
-    shared: Mapping[str, object],
-    watch: render_progress.RenderProgress,
-    plan: Plan | None,
-    side: str,
-) -> list[picture.Rendered]:
-    """The base with the recipe's scheduler, and LoRAs beside it if there are any."""
-    watch.loads(side)
-    pipe = render.load_pipeline(base, setup.pipeline, dtype=setup.dtype, shared=shared)
-    if setup.scheduler:
-        pipe.register_modules(scheduler=render.make_scheduler(setup.scheduler))
-    if plan is not None:
-        pairs.attach_beside(pipe, plan)
-    pictures = pairs.render_all(pipe, cases, setup.sampling, setup.placement, side=side, watch=watch)
-    pairs.drop_transformer(pipe)
-    return pictures
 
 
 @dataclass(frozen=True, slots=True)

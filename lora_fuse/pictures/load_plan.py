@@ -1,0 +1,279 @@
+"""The sides of a run: what they share, the merged repository's, and all that are made from the base.
+
+Nothing is loaded twice. First the text encoder, which encodes the prompts of all cases and goes; then the VAE; then the
+merged transformer for its side; and when that has gone the base's, for all the others, LoRAs beside it and its weights
+moved in place. The two transformers are never in memory together.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_fuse.checkpoint import dtypes
+from lora_fuse.errors import OutOfMemory
+from lora_fuse.pictures.cases import Case, Sampling
+from lora_fuse.pictures.noise_floor import jitter
+from lora_fuse.pictures.picture import Rendered
+from lora_fuse.pictures.placement import BARE, advice, place
+from lora_fuse.pictures.render import (
+    Pipeline,
+    Prompts,
+    encode_prompts,
+    load_pipeline,
+    make_scheduler,
+    pipeline_class,
+    render,
+    shared_components,
+)
+from lora_fuse.pictures.render_progress import RenderProgress
+from lora_fuse.pictures.unfused_lora import Attached, attach
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_fuse.fusion import Plan
+    from lora_fuse.pictures.pairs import Setup
+
+
+@dataclass(frozen=True, slots=True)
+class References:
+    """Pictures of one run that a merge is compared with, one a case and side; `unfused_by` as in `Pair`."""
+
+    unfused: list[Rendered]
+    floor: list[Rendered]
+    baseline: Sequence[Rendered | None]
+    unfused_by: str
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Parts that all sides of a run share, by name, and the encoded prompts of every case.
+
+    A part that is None is not loaded, as the text encoder where the prompts are here.
+    """
+
+    parts: Mapping[str, object]
+    prompts: Mapping[tuple[object, ...], Prompts] = field(default_factory=dict)
+
+    def prompts_of(self, case: Case, sampling: Sampling) -> Prompts | None:
+        """The encoded prompts of a case; None leaves them to the pipeline's own text encoder."""
+        return self.prompts.get((case, *sampling.beside_prompt))
+
+
+def share(folder: Path, cases: Sequence[Case], setup: Setup, watch: RenderProgress | None = None) -> Shared:
+    """Encode the prompts of all cases for all sides, give the text encoder's memory back, and load the VAE.
+
+    Raises:
+        RenderFailed: a part cannot be loaded or run.
+        OutOfMemory: the GPU's memory is short; the message names the placement to try.
+    """
+    watch = watch or RenderProgress()
+    with watch.loading("libraries"):
+        pipeline_class(setup.pipeline)
+    shared = _encode(folder, cases, setup, watch)
+    free_memory()
+    pipe = _load(folder, setup, {"transformer": None, **shared.parts}, watch, "VAE")
+    return Shared({**shared.parts, **shared_components(pipe)}, shared.prompts)
+
+
+def _encode(folder: Path, cases: Sequence[Case], setup: Setup, watch: RenderProgress) -> Shared:
+    pipe = _load(folder, setup, {"transformer": None, "vae": None}, watch, "text encoder")
+    with _advised(setup.placement), watch.spending("prompts"):
+        place(pipe, setup.placement)
+        samplings = {sampling.beside_prompt: sampling for sampling in setup.sides}
+        prompts: dict[tuple[object, ...], Prompts] = {
+            (case, *key): encode_prompts(pipe, case, sampling) for key, sampling in samplings.items() for case in cases
+        }
+    return Shared({**shared_components(pipe), "text_encoder": None}, prompts)
+
+
+def _load(folder: Path, setup: Setup, parts: Mapping[str, object], watch: RenderProgress, what: str) -> Pipeline:
+    """Load a pipeline but for `parts`, straight to where it is to run if that is one GPU."""
+    device = "cuda" if setup.placement == "cuda" else "cpu"
+    with _advised(setup.placement), watch.loading(what):
+        return load_pipeline(folder, setup.pipeline, dtype=setup.dtype, shared=parts, device=device)
+
+
+def render_merged(
+    merged: Path, cases: Sequence[Case], setup: Setup, shared: Shared, watch: RenderProgress | None = None
+) -> list[Rendered]:
+    """Render every case from a merged repository.
+
+    Raises:
+        RenderFailed: see `render_pairs`.
+        OutOfMemory: see `render_pairs`.
+    """
+    watch = watch or RenderProgress()
+    pipe = _load(merged, setup, shared.parts, watch, "merged transformer")
+    rendered = render_all(pipe, cases, setup.sampling, setup.placement, side="merged", watch=watch, shared=shared)
+    drop_transformer(pipe)
+    return rendered
+
+
+class BaseSides:
+    """The sides of a run that are made from the base: its transformer is loaded once, and LoRAs come and go beside it.
+
+    Where a placement leaves hooks in it, it is loaded anew for other LoRAs.
+    """
+
+    def __init__(
+        self, base: Path, cases: Sequence[Case], setup: Setup, shared: Shared, watch: RenderProgress | None = None
+    ) -> None:
+        self._base = base
+        self._cases = cases
+        self._setup = setup
+        self._shared = shared
+        self._watch = watch or RenderProgress()
+        self._pipe: Pipeline = None
+        self._scheduler: object = None  # the base's own
+        self._attached: Attached | None = None
+
+    def alone(self) -> list[Rendered]:
+        """Render every case as the base's authors run it: no LoRA, its own scheduler, the settings of `baseline`.
+
+        Raises:
+            RenderFailed: see `render_pairs`.
+            OutOfMemory: see `render_pairs`.
+        """
+        pipe = self._without_loras()
+        pipe.register_modules(scheduler=self._scheduler)
+        return self._render(self._setup.baseline or self._setup.sampling, "base alone")
+
+    def beside(self, plan: Plan | None, side: str) -> list[Rendered]:
+        """Render every case with the recipe's scheduler and the LoRAs of a plan, or none, beside the base.
+
+        Raises:
+            RenderFailed: see `render_pairs`.
+            OutOfMemory: see `render_pairs`.
+        """
+        pipe = self._without_loras()
+        if self._setup.scheduler:
+            pipe.register_modules(scheduler=make_scheduler(self._setup.scheduler))
+        if plan is not None:
+            self._attached = attach_beside(pipe, plan)
+        return self._render(self._setup.sampling, side)
+
+    def references(self, plan: Plan) -> References:
+        """Render every case from the base alone if asked, with the LoRAs beside it, and with its weights moved.
+
+        The weights stay moved, so that this comes last; the transformer's memory is given back.
+
+        Raises:
+            RenderFailed: see `render_pairs`.
+            OutOfMemory: see `render_pairs`.
+        """
+        setup = self._setup
+        alone: Sequence[Rendered | None] = [None] * len(self._cases) if setup.baseline is None else self.alone()
+        unfused = self.beside(plan, "unfused")
+        by = self._attached.by if self._attached else ""
+        jitter(self._pipe.transformer, plan.targets, _rounded_to(plan, setup))
+        floor = self._render(setup.sampling, "floor")
+        self.drop()
+        return References(unfused, floor, alone, by)
+
+    def drop(self) -> None:
+        """Give the transformer's memory back."""
+        if self._pipe is not None:
+            drop_transformer(self._pipe)
+        self._pipe = None
+        self._attached = None
+
+    def _without_loras(self) -> Pipeline:
+        if self._pipe is not None and self._setup.placement not in BARE:
+            self.drop()
+        if self._pipe is None:
+            self._pipe = _load(self._base, self._setup, self._shared.parts, self._watch, "base transformer")
+            self._scheduler = self._pipe.scheduler
+        if self._attached is not None:
+            self._attached.detach(self._pipe)
+            self._attached = None
+        return self._pipe
+
+    def _render(self, sampling: Sampling, side: str) -> list[Rendered]:
+        return render_all(
+            self._pipe,
+            self._cases,
+            sampling,
+            self._setup.placement,
+            side=side,
+            watch=self._watch,
+            shared=self._shared,
+        )
+
+
+def _rounded_to(plan: Plan, setup: Setup) -> list[torch.dtype]:
+    """The dtypes that the changed weights are rounded to, in memory and on disk."""
+    import torch
+
+    stored = {target.tensor.dtype for target in plan.targets.values()}
+    return [getattr(torch, setup.dtype), *(dtypes.DTYPES[name].torch for name in stored)]
+
+
+def attach_beside(pipe: Pipeline, plan: Plan) -> Attached:
+    """Attach the LoRAs while the parts that are placed already are out of sight.
+
+    diffusers takes what accelerate has spread over GPUs for offloaded, and would then offload the transformer too.
+    """
+    placed = shared_components(pipe)
+    pipe.register_modules(**dict.fromkeys(placed))
+    attached = attach(pipe, plan)
+    pipe.register_modules(**placed)
+    return attached
+
+
+def render_all(
+    pipe: Pipeline,
+    cases: Iterable[Case],
+    sampling: Sampling,
+    placement: str,
+    *,
+    side: str = "",
+    watch: RenderProgress | None = None,
+    shared: Shared | None = None,
+) -> list[Rendered]:
+    """Place a pipeline, and render every case with it; `side` is its name in the progress.
+
+    Prompts are those of `shared`, and where it has none the pipeline's own text encoder encodes them.
+
+    Raises:
+        RenderFailed: it cannot be run.
+        OutOfMemory: the GPU's memory is short; the message names the placement to try.
+    """
+    watch = watch or RenderProgress()
+    prompts_of = (shared or Shared({})).prompts_of
+    rendered = []
+    place(pipe, placement)
+    with _advised(placement):
+        for case in cases:
+            with watch.picture(side, case.name, sampling) as on_step:
+                rendered.append(render(pipe, case, sampling, on_step, prompts_of(case, sampling)))
+    return rendered
+
+
+@contextmanager
+def _advised(placement: str) -> Iterator[None]:
+    """Name the placement to try in what is raised where memory is short."""
+    try:
+        yield
+    except OutOfMemory as error:
+        said = str(error)
+        raise OutOfMemory(said if advice(placement) in said else f"{said}, {advice(placement)}") from error
+
+
+def drop_transformer(pipe: Pipeline) -> None:
+    """Give the memory back before the other transformer is loaded."""
+    pipe.register_modules(transformer=None)
+    free_memory()
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to any more, on the GPU too."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()  # without a GPU it does nothing
