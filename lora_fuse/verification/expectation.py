@@ -1,7 +1,7 @@
 """The deltas that LoRA files should add to weights, read and matched independently of the engine.
 
-safetensors reads the files, numpy holds the factors, and a module means the weight whose dotted name is the longest
-tail of its key. Nothing is refused here: what does not add up is listed, and fails the verification.
+numpy computes, and a module means the weight whose dotted name is the longest tail of its key. Factors stay in their
+file until rows are asked for. Nothing is refused here: what does not add up is listed, and fails the verification.
 """
 
 from __future__ import annotations
@@ -10,18 +10,20 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from lora_fuse.errors import BadLora
 from lora_fuse.lora import LoraInput, Selection
+from lora_fuse.verification.nearest import Array, Wide, widen
 from lora_fuse.verification.strength import Strength, configuration_of, read_strength
-from lora_fuse.verification.weights import Array, Weights, opened
+from lora_fuse.verification.weights import NUMBERS, Rows, StoredTensor, Weights, row_blocks
 
-Wide = npt.NDArray[np.float64]
-Groups = dict[tuple[str, str], dict[str, Array]]  # tensors by role, of each module's weight and bias
+Part: TypeAlias = Array | StoredTensor
+Groups = dict[tuple[str, str], dict[str, Part]]  # tensors by role, of each module's weight and bias
 
 KEY = re.compile(
     r"(?P<module>.+?)\.(?P<part>lora_down|lora_up|lora_mid|lora_A|lora_B|lora\.down|lora\.up|lora_linear_layer\.down|"
@@ -37,56 +39,88 @@ UP = {"lora_up", "lora_B", "lora.up", "lora_linear_layer.up"}
 class ExpectedDelta:
     """One file's part in one parameter: tensors by role, the file's factor and the user's scale."""
 
-    parts: Mapping[str, Array]
+    parts: Mapping[str, Part]
     factor: float
     scale: float
 
-    def rows(self, block: npt.NDArray[np.int64], base: Callable[[], Array]) -> Wide:
-        """The delta of some rows, float64 (n, columns); `base` gives the whole parameter where it is needed."""
-        if "dora" not in self.parts:
-            return self._plain(block) * (self.factor * self.scale)
-        weight = np.asarray(base()).astype(np.float64)
-        weight = weight.reshape(len(weight), -1)
-        inside = self.scale if self.parts["peft"] else 1.0
-        moved = weight + self._plain(np.arange(len(weight))) * (self.factor * inside)
-        lengths = self.parts["dora"].astype(np.float64)
-        if self.parts["peft"] or lengths.size == 1 or lengths.shape[0] != 1:
-            moved *= lengths.reshape(-1, 1) / np.linalg.norm(moved, axis=1, keepdims=True)
-        else:
-            by_input = moved.reshape(len(moved), lengths.size, -1)
-            by_input *= lengths.reshape(1, -1, 1) / np.linalg.norm(by_input, axis=(0, 2)).reshape(1, -1, 1)
-        outside = 1.0 if self.parts["peft"] else self.scale
-        return np.asarray((moved - weight)[block] * outside)
+    def derive(self, total: int, base: Callable[[Rows], Array]) -> Callable[[Rows], Wide]:
+        """The function that gives the delta of some rows, float64 (n, columns).
 
-    def _plain(self, block: npt.NDArray[np.int64]) -> Wide:
-        wide = {name: part.astype(np.float64) for name, part in self.parts.items() if isinstance(part, np.ndarray)}
-        if "diff" in wide:
-            return _matrix(wide["diff"])[block]
-        if "up" in wide:
-            down = _matrix(wide["down"])
-            if "lora_mid" in wide:
-                down = np.moveaxis(np.tensordot(wide["lora_mid"], down, (1, 0)), -1, 1)
-            return np.asarray(_matrix(wide["up"])[block] @ _matrix(down))
-        if "hada_w1_a" in wide:
-            return np.asarray(np.multiply(*(_two(wide, "hada", n)[block] for n in (1, 2))))
-        first, second = (_two(wide, "lokr", n) for n in (1, 2))
+        `base` gives rows of the parameter, of its `total` ones, where they are needed.
+
+        Raises:
+            ValueError: the delta has not so many rows, or lengths.
+        """
+        by_row = self.parts.get("up", self.parts.get("diff"))
+        if by_row is not None and len(by_row) != total:
+            raise ValueError(f"it has {len(by_row)} rows")
+        if "dora" not in self.parts:
+            return lambda block: self._plain(block) * (self.factor * self.scale)
+        lengths = _values(self.parts["dora"])
+        if _values(self.parts["peft"]) or lengths.size == 1 or lengths.shape[0] != 1:
+            return partial(self._by_output, base, np.broadcast_to(lengths.reshape(-1, 1), (total, 1)))
+        squares = np.zeros(lengths.size)
+        for block in row_blocks("", total, None):
+            _, moved = self._moved(block, base)
+            squares += np.square(moved).reshape(len(block), lengths.size, -1).sum(axis=(0, 2))
+        return partial(self._by_input, base, lengths.reshape(-1) / np.sqrt(squares))
+
+    def _moved(self, block: Rows, base: Callable[[Rows], Array]) -> tuple[Wide, Wide]:
+        """Rows of the weight, and of the weight with the product added, before lengths are given."""
+        weight = widen(base(block)).reshape(len(block), -1)
+        inside = self.scale if _values(self.parts["peft"]) else 1.0
+        return weight, weight + self._plain(block) * (self.factor * inside)
+
+    def _by_output(self, base: Callable[[Rows], Array], lengths: Wide, block: Rows) -> Wide:
+        """Each row has a length."""
+        weight, moved = self._moved(block, base)
+        outside = 1.0 if _values(self.parts["peft"]) else self.scale
+        moved *= lengths[block] / np.linalg.norm(moved, axis=1, keepdims=True)
+        return np.asarray((moved - weight) * outside)
+
+    def _by_input(self, base: Callable[[Rows], Array], gains: Wide, block: Rows) -> Wide:
+        """Each column has a length, and so its gain, or each input channel of a convolution."""
+        weight, moved = self._moved(block, base)
+        by_input = moved.reshape(len(block), len(gains), -1) * gains.reshape(1, -1, 1)
+        return np.asarray((by_input.reshape(moved.shape) - weight) * self.scale)
+
+    def _plain(self, block: Rows) -> Wide:
+        parts = self.parts
+        if "diff" in parts:
+            return _matrix(_values(parts["diff"], block))
+        if "up" in parts:
+            down = _matrix(_values(parts["down"]))
+            if "lora_mid" in parts:
+                down = np.moveaxis(np.tensordot(_values(parts["lora_mid"]), down, (1, 0)), -1, 1)
+            return np.asarray(_matrix(_values(parts["up"], block)) @ _matrix(down))
+        if "hada_w1_a" in parts:
+            return np.asarray(np.multiply(*(_two(parts, "hada", n, block) for n in (1, 2))))
+        first, second = (_two(parts, "lokr", n) for n in (1, 2))
         return np.stack([np.kron(first[row // len(second)], second[row % len(second)]) for row in block])
 
 
-def _matrix(part: Array) -> Array:
+def _values(part: Part, rows: Rows | None = None) -> Wide:
+    """A part as float64, all of it or some rows."""
+    if isinstance(part, StoredTensor):
+        return widen(part.read(rows))
+    return widen(part if rows is None else part[rows])
+
+
+def _matrix(part: Wide) -> Wide:
     return part.reshape(len(part), -1)
 
 
-def _two(parts: Mapping[str, Wide], kind: str, n: int) -> Wide:
-    """One of the two matrices that LoHa and LoKr are made of."""
+def _two(parts: Mapping[str, Part], kind: str, n: int, rows: Rows | None = None) -> Wide:
+    """One of the two matrices that LoHa and LoKr are made of, or some rows of it."""
     if f"{kind}_w{n}" in parts:
-        return _matrix(parts[f"{kind}_w{n}"])
-    a = parts[f"{kind}_w{n}_a"]
-    b = parts[f"{kind}_w{n}_b"]
+        return _matrix(_values(parts[f"{kind}_w{n}"], rows))
+    b = _values(parts[f"{kind}_w{n}_b"])
     if f"{kind}_t{n}" in parts:
-        core = np.tensordot(a, parts[f"{kind}_t{n}"], (0, 0))  # out, rank, and the kernel's one to three dimensions
+        a = _values(parts[f"{kind}_w{n}_a"])  # rank, out
+        a = a if rows is None else a[:, rows]
+        core = np.tensordot(a, _values(parts[f"{kind}_t{n}"]), (0, 0))  # out, rank, and the kernel's dimensions
         return _matrix(np.moveaxis(np.tensordot(core, b, (1, 0)), -1, 1))
-    return np.asarray(a @ _matrix(b))
+    return np.asarray(_values(parts[f"{kind}_w{n}_a"], rows) @ _matrix(b))
 
 
 @dataclass(slots=True)
@@ -124,24 +158,27 @@ def read_expected(loras: Sequence[LoraInput], base: Weights, selection: Selectio
 
 def _most_numbers(base: Weights) -> int:
     """The most that a tensor of a LoRA can be of: a whole weight, a factor at a rank of 1024, a 3x3 kernel."""
-    return max(max(math.prod(shape), 9 * RANK * max(RANK, *shape)) for shape in map(base.shape, base.names()))
+    shapes = [base[name].shape for name in base.names()]
+    return max(max(math.prod(shape), 9 * RANK * max(RANK, *shape)) for shape in shapes)
 
 
 def _read_file(path: Path, most: int, problems: list[str]) -> tuple[Groups, Strength]:
     """The tensors of a LoRA by module and role, and what is said of their strength; larger ones stay unread."""
     file, config = configuration_of(path)
     groups: Groups = {}
-    with opened(file, BadLora) as handle:
-        keys = set(handle.keys())
-        for key in sorted(keys):
-            match = KEY.fullmatch(key)
-            if match is None:
-                problems.append(f"{file}: the key {key} is of no known kind")
-            elif (size := math.prod(handle.get_slice(key).get_shape())) > most:
-                problems.append(f"{file}: {key} has {size} numbers, and for this base at most {most} are of use")
-            elif not _put(match, np.asarray(handle.get_tensor(key)), groups):
-                problems.append(f"{file}: another key means the same as {key}")
-        strength = read_strength(file, config, handle.metadata() or {}, keys)
+    stored = Weights([file], BadLora)
+    keys = stored.names()
+    for key in sorted(keys):
+        match = KEY.fullmatch(key)
+        if match is None:
+            problems.append(f"{file}: the key {key} is of no known kind")
+        elif (size := math.prod(stored[key].shape)) > most:
+            problems.append(f"{file}: {key} has {size} numbers, and for this base at most {most} are of use")
+        elif stored[key].dtype not in NUMBERS:
+            problems.append(f"{file}: {key} is {stored[key].dtype}, of which no numbers are read")
+        elif not _put(match, stored[key], groups):
+            problems.append(f"{file}: another key means the same as {key}")
+    strength = read_strength(file, config, stored.metadata[file.name], keys)
     for (module, kind), parts in groups.items():
         weight = groups.get((module, "weight"), {})
         if kind == "bias" and "of" in parts:  # a LoRA's own bias is scaled as its product is
@@ -152,7 +189,7 @@ def _read_file(path: Path, most: int, problems: list[str]) -> tuple[Groups, Stre
     }, strength
 
 
-def _put(match: re.Match[str], value: Array, groups: Groups) -> bool:
+def _put(match: re.Match[str], value: StoredTensor, groups: Groups) -> bool:
     """Put a tensor where its key says; False where another one is there."""
     part = match["part"]
     kind = "bias" if match["bias"] or part == "diff_b" else "weight"
@@ -166,11 +203,11 @@ def _put(match: re.Match[str], value: Array, groups: Groups) -> bool:
     else:
         role = "down" if part in DOWN else "up" if part in UP else part
     free = role not in parts
-    parts[role] = value
+    parts[role] = value.read() if role == "alpha" else value
     return free
 
 
-def _complete(parts: Mapping[str, Array]) -> bool:
+def _complete(parts: Mapping[str, Part]) -> bool:
     whole = [{"diff"}, {"up", "down"}, {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}]
     sides = [{f"lokr_w{n}"} <= set(parts) or {f"lokr_w{n}_a", f"lokr_w{n}_b"} <= set(parts) for n in (1, 2)]
     return all(sides) or any(needed <= set(parts) for needed in whole)

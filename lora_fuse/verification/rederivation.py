@@ -1,49 +1,36 @@
 """An independent re-derivation of a merge: other code, other libraries, another way to judge rounding.
 
-The engine streams bytes by its own header reader and computes in torch. Here safetensors itself reads, numpy computes,
-`expectation` finds the modules in its own way, and a value is right if it is *nearest*: no neighbour in the weight's
-dtype lies closer to the float64 sum. A mistake in one is not repeated in the other.
+The engine streams shards by its own header reader and rounds exact sums. Here safetensors opens the files, numpy
+computes, `expectation` finds the modules in its own way, and a value is right if it is *nearest*: no neighbour in the
+weight's dtype lies closer to the float64 sum. A mistake in one is not repeated in the other.
+
+Every target, and every piece of what should be the base's, is a task of its own; the result does not depend on who
+is first.
 """
 
 from __future__ import annotations
 
-import math
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
+from threadpoolctl import threadpool_limits
 
 from lora_fuse.errors import BadCheckpoint
 from lora_fuse.lora import LoraInput, Selection
-from lora_fuse.machine import files, progress
-from lora_fuse.recipe import records
+from lora_fuse.machine import file_state, files, progress
+from lora_fuse.verification.byte_comparison import pieces
 from lora_fuse.verification.expectation import ExpectedDelta, read_expected
-from lora_fuse.verification.weights import Array, Weights, drawn_rows, row_blocks, weight_files
+from lora_fuse.verification.target_check import Change, TargetCheck, check_target
+from lora_fuse.verification.weights import Weights, weight_files
 from lora_fuse.verification.whole_files import compare_files, sort_base
 
-SLACK = 1 + 1e-9  # float64 sums taken in another order differ by about 1e-16 of the value
 # A tensor beside a weight that says its numbers are not yet the weight: they are multiplied, or quantised.
 SCALE = re.compile(r"(?P<module>.+)\.(?:scale_weight|weight_scale\w*|weight_zero_point|comfy_quant|weight\..+)")
-FLOATS = ("F16", "BF16", "F32", "F64")
 SHOWN = 20  # problems that are spelled out; the rest is counted
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """The change of a target, over the rows that were looked at.
-
-    `relative_norm` is the norm of the difference over that of the base's weights (Frobenius), `unchanged` the share of
-    the weights that rounding left as they were.
-    """
-
-    relative_norm: float
-    unchanged: float
 
 
 @dataclass(slots=True)
@@ -74,6 +61,23 @@ class Verification:
     changes: dict[str, Change] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     drawn: DrawnRows | None = None
+
+    def add(self, name: str, check: TargetCheck) -> None:
+        """Add what was found of a target."""
+        self.rows_total += check.rows_total
+        self.rows_checked += check.rows_checked
+        if self.drawn is not None:
+            self.drawn.rows += check.rows_drawn
+        if check.problem:
+            self.problem(check.problem)
+        if (change := check.change) is None:
+            return
+        self.changes[name] = change
+        if change.relative_norm == 0:
+            self.notes.append(f"{name}: the difference is zero in the rows looked at")
+        elif change.relative_norm > 1:
+            times = f"{change.relative_norm:.2g} times the weight"
+            self.notes.append(f"{name}: the difference is {times}; is the scale right?")
 
     @property
     def passed(self) -> bool:
@@ -127,16 +131,13 @@ def verify_merge(  # noqa: PLR0913 - by keyword, each is a choice of its own
     found = Verification()
     if rows is not None:
         found.drawn = DrawnRows(secrets.randbits(32) if seed is None else seed)
-    with (
-        progress.byte_progress("verify", files.total_size(merged), at_least=progress.FEW) as advance,
-        ExitStack() as stack,
-    ):
+    with progress.byte_progress("verify", files.total_size(merged), at_least=progress.FEW) as advance:
         shards = sort_base(base, component, expected.base_files) if base.is_dir() else None
         base_files = [base / name for name in shards.shards] if shards else [base]
         merged_files = [merged / path.relative_to(base) for path in base_files]
         merged_files = [path for path in merged_files if path.is_file()] or weight_files(merged, component)
-        ours = Weights(merged_files, stack)
-        theirs = Weights(base_files, stack)
+        ours = Weights(merged_files)
+        theirs = Weights(base_files)
         expected_sum = read_expected(loras, theirs, selection or Selection())
         found.modules = expected_sum.modules
         found.targets = len(expected_sum.deltas)
@@ -185,75 +186,49 @@ def _check_tensors(
         found.problem(
             f"{name} is no plain weight in the base: {scales[name]} goes with it, so the sum is of other numbers"
         )
-    for name in sorted(base.names() & merged.names()):
-        if name in deltas:
-            _check_target(name, merged, base, deltas[name], rows, found)
+    common = sorted(base.names() & merged.names())
+    tasks = [(name, piece) for name in common for piece in ([None] if name in deltas else pieces(merged[name].nbytes))]
+
+    def size(task: tuple[str, tuple[int, int] | None]) -> int:
+        name, piece = task
+        return merged[name].nbytes if piece is None else piece[1]
+
+    def check(task: tuple[str, tuple[int, int] | None], told: Callable[[int], None]) -> TargetCheck | bool:
+        name, piece = task
+        if piece is None:
+            seed = None if found.drawn is None else found.drawn.seed
+            result: TargetCheck | bool = check_target(name, merged[name], base[name], deltas[name], rows, seed)
         else:
-            found.tensors_untouched += 1
-            if not merged.same(base, name):
-                found.problem(f"{name} is no target of any LoRA and differs from the base")
-        advance(merged.nbytes(name))
+            result = merged[name].is_like(base[name]) and merged[name].same(base[name], piece)
+        told(size(task))
+        return result
+
+    _keep_freed_memory()
+    # BLAS has one thread: its own would spin against those that take tasks.
+    with threadpool_limits(1, user_api="blas"):
+        results = file_state.in_threads(check, tasks, advance, size)
+    by_name: dict[str, list[TargetCheck | bool]] = {name: [] for name in common}
+    for (name, _), result in zip(tasks, results, strict=True):
+        by_name[name].append(result)
+    for name, checks in by_name.items():
+        _add_up(name, checks, merged[name].is_like(base[name]), found)
 
 
-def _check_target(
-    name: str, merged: Weights, base: Weights, deltas: Sequence[ExpectedDelta], rows: int | None, found: Verification
-) -> None:
-    total = base.shape(name)[0]
-    if merged.shape(name) != base.shape(name):
-        found.problem(f"{name} has the shape {merged.shape(name)}, the base has {base.shape(name)}")
-        return
-    if merged.dtype(name) != base.dtype(name) or base.dtype(name) not in FLOATS:
-        found.problem(f"{name} is {merged.dtype(name)}, the base's {base.dtype(name)}; sums are rounded to {FLOATS}")
-        return
-    found.rows_total += total
-    sums = np.zeros(4)
-    for measured in row_blocks(name, total, rows):
-        block = measured
-        if found.drawn is not None and rows is not None and len(measured) < total:
-            drawn = drawn_rows(found.drawn.seed, name, total, rows, measured)
-            found.drawn.rows += len(drawn)
-            block = np.concatenate([measured, drawn])
-        before = base.rows(name, block).reshape(len(block), -1)
-        added = np.zeros(before.shape)
-        try:
-            for delta in deltas:
-                added += delta.rows(block, partial(base.tensor, name))
-        except (ValueError, IndexError) as error:
-            found.problem(f"{name}: a delta does not fit {base.shape(name)}: {error}")
+def _keep_freed_memory() -> None:
+    """Have glibc keep what arrays of a thread leave for the next ones, whose pages would all be fetched anew.
+
+    It keeps twice as much as the largest array that was freed, of up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD).
+    """
+    largest = np.empty(31 << 20, np.uint8)
+    del largest
+
+
+def _add_up(name: str, checks: Sequence[TargetCheck | bool], alike: bool, found: Verification) -> None:
+    """Add what was found of a tensor: one check of a target, or of every piece of another one."""
+    for check in checks:
+        if isinstance(check, TargetCheck):
+            found.add(name, check)
             return
-        wide = before.astype(np.float64)
-        exact = wide + added
-        ours = merged.rows(name, block).reshape(exact.shape)
-        parts = np.square(wide), np.square(added), before == ours, np.ones(before.shape)
-        sums += [part[: len(measured)].sum() for part in parts]
-        wrong = ~is_nearest(ours, exact)
-        found.rows_checked += len(measured)
-        if wrong.any():
-            row, column = np.argwhere(wrong)[0]
-            found.problem(
-                f"{name}: {int(wrong.sum())} of {wrong.size} values looked at are not base + delta rounded once, "
-                f"first [{block[row]}, {column}]: {ours[row, column]!s}, expected {exact[row, column]:.9g}"
-            )
-            return
-    found.changes[name] = change = _change(*sums.tolist())
-    if change.relative_norm == 0:
-        found.notes.append(f"{name}: the difference is zero in the rows looked at")
-    elif change.relative_norm > 1:
-        times = f"{change.relative_norm:.2g} times the weight"
-        found.notes.append(f"{name}: the difference is {times}; is the scale right?")
-
-
-def _change(base: float, added: float, same: float, seen: float) -> Change:
-    """The change of a target, from sums of squares (the base, what is added to it) and counts (the same, all)."""
-    norm = math.sqrt(added / base) if base else math.inf if added else 0.0
-    return Change(records.rounded(norm), records.rounded(same / max(seen, 1)))
-
-
-def is_nearest(values: Array, exact: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
-    """True for each value that is the nearest of its dtype to `exact`: no further than half-way to either neighbour."""
-    wide = values.astype(np.float64)
-    infinity = np.array(np.inf, dtype=values.dtype)
-    up = np.nextafter(values, infinity).astype(np.float64)
-    down = np.nextafter(values, -infinity).astype(np.float64)
-    off = exact - wide
-    return np.asarray((off <= (up - wide) / 2 * SLACK) & (-off <= (wide - down) / 2 * SLACK))
+    found.tensors_untouched += 1
+    if not alike or not all(checks):
+        found.problem(f"{name} is no target of any LoRA and differs from the base")

@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from lora_fuse.machine import files
 from lora_fuse.verification.peft_reading import STRENGTH, Claim, read_config
+from lora_fuse.verification.weights import StoredTensor
 
-Parts = Mapping[str, npt.NDArray[Any]]
+Parts = Mapping[str, npt.NDArray[Any] | StoredTensor]
 
 # Header entries of one number, for all modules or those of the component before a dot, and what PEFT calls them.
 NUMBERS = dict.fromkeys(("alpha", "lora_alpha", "network_alpha"), "lora_alpha")
@@ -57,8 +59,8 @@ class Strength:
         names = (module.removeprefix("base_model.model."), target)
         claims = self._about(module)
         said = []
-        if "alpha" in parts:
-            own = float(parts["alpha"].reshape(-1)[0]) if parts["alpha"].size == 1 else math.nan
+        if isinstance(stored := parts.get("alpha"), np.ndarray):
+            own = float(stored.reshape(-1)[0]) if stored.size == 1 else math.nan
             said.append((own / rank, f"{module}.alpha says {own:g}"))
         for claim in claims:
             stated = claim.rank_of(names)

@@ -1,16 +1,21 @@
-"""The weights of a checkpoint, opened through safetensors: which files hold them, their tensors, some rows of one."""
+"""The tensors of safetensors files, each read from where it lies: which files hold weights, some rows of one.
+
+safetensors opens every file first, and so refuses what is none. What is read goes into memory of its own: pages of a
+mapped file count as the process's memory, and a few rows of each weight touch most of them.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
@@ -18,91 +23,124 @@ from safetensors import SafetensorError, safe_open
 from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import BadCheckpoint
 from lora_fuse.machine import files
+from lora_fuse.verification.byte_comparison import read_into, same_bytes
 
 Array = npt.NDArray[Any]
+Rows = npt.NDArray[np.int64]
+Refusal = Callable[[str], Exception]
 
-BLOCK = 4 << 20  # bytes of a tensor that are compared at a time, so that they stay in a cache
+BLOCK_ROWS = 64  # of a weight at a time, where all of them are looked at: twenty float64 arrays of them fit anywhere
+# Those whose numbers are read; all else is bytes.
+NUMBERS: Mapping[str, np.dtype[Any]] = {
+    **{f"F{8 * size}": np.dtype(f"<f{size}") for size in (2, 4, 8)},
+    **{f"{kind}{8 * size}": np.dtype(f"<{kind.lower()}{size}") for kind in "IU" for size in (1, 2, 4, 8)},
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "BOOL": np.dtype(np.bool_),
+}
 
 
-def opened(file: Path, error: Callable[[str], Exception]) -> AbstractContextManager[Any]:
-    """A safetensors file.
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in a file: its dtype by the header's name, its shape, and where its bytes begin; values are read anew.
 
-    Raises:
-        error: it cannot be opened.
+    `refuse` makes the error of a file that cannot be read any more.
     """
-    try:
-        files.refuse_special(file, file.stat())  # a named pipe would wait
-        handle: AbstractContextManager[Any] = safe_open(file, framework="np")
-    except (OSError, SafetensorError) as reason:
-        raise error(f"{file} cannot be opened as safetensors ({reason}); fetch or make it again") from reason
-    return handle
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+    refuse: Refusal
+
+    def __len__(self) -> int:
+        return self.shape[0] if self.shape else 0
+
+    def read(self, rows: Rows | None = None) -> Array:
+        """Values in their own dtype, of all or of some rows: (rows, ...).
+
+        Raises:
+            IndexError: it has not so many rows.
+            ValueError: numpy has no numbers of this dtype.
+            refuse: the file cannot be read, or has ended.
+        """
+        if self.dtype not in NUMBERS:
+            raise ValueError(f"numbers of the dtype {self.dtype} are not read")
+        if rows is None:
+            memory = np.empty(self.nbytes, np.uint8)
+            self._fill([(memory, self.start)])
+            return memory.view(NUMBERS[self.dtype]).reshape(self.shape)
+        if rows.max(initial=0) >= len(self):
+            raise IndexError(f"it has {len(self)} rows, and row {rows.max()} is asked for")
+        width = self.nbytes // len(self)
+        memory = np.empty((len(rows), width), np.uint8)
+        breaks = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+        runs = pairwise(breaks)
+        self._fill([(memory[a:b].reshape(-1), self.start + int(rows[a]) * width) for a, b in runs if a < b])
+        return memory.reshape(-1).view(NUMBERS[self.dtype]).reshape(len(rows), *self.shape[1:])
+
+    def _fill(self, wanted: Sequence[tuple[npt.NDArray[np.uint8], int]]) -> None:
+        try:
+            with files.open_regular(self.path) as file:
+                if all(read_into(memory, file, start) == len(memory) for memory, start in wanted):
+                    return
+        except OSError as error:
+            raise self.refuse(f"{self.path} cannot be read ({error.strerror}); fetch or make it again") from error
+        raise self.refuse(f"{self.path} ends before its last tensor does; run again when nothing writes to it")
+
+    def is_like(self, other: StoredTensor) -> bool:
+        """True where another tensor has the same dtype and shape."""
+        return (self.dtype, self.shape) == (other.dtype, other.shape)
+
+    def same(self, other: StoredTensor, piece: tuple[int, int]) -> bool:
+        """True where a piece, start and size in bytes, is the same as of another tensor that is as large."""
+        start, nbytes = piece
+        try:
+            return same_bytes(self.path, other.path, (self.start + start, other.start + start), nbytes)
+        except OSError as error:
+            raise self.refuse(f"{error.filename} cannot be read ({error.strerror}); fetch or make it again") from error
 
 
 class Weights:
-    """The tensors of safetensors files in one place, by name; safetensors opens them and gives values.
+    """The tensors of safetensors files in one place, by name. Bytes are bytes: numpy has no name for some dtypes."""
 
-    Bytes are compared as they lie in the files: numpy has no name for some dtypes.
-    """
-
-    def __init__(self, paths: Sequence[Path], stack: ExitStack) -> None:
-        """Open the files.
+    def __init__(self, paths: Sequence[Path], refuse: Refusal = BadCheckpoint) -> None:
+        """Read the headers.
 
         Raises:
-            BadCheckpoint: one cannot be opened.
+            refuse: a file cannot be opened.
         """
-        self._handles: dict[str, Any] = {}
-        self._places: dict[
-            str, tuple[Path, int, dict[str, Any]]
-        ] = {}  # file, where its data begins, entry in the header
+        self._tensors: dict[str, StoredTensor] = {}
         self.metadata: dict[str, dict[str, str]] = {}  # of each file's header, by the file's name
         for path in paths:
-            handle = stack.enter_context(opened(path, BadCheckpoint))
-            self._handles.update(dict.fromkeys(handle.keys(), handle))
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                entries = json.loads(file.read(length))
+            entries, data = _read_header(path, refuse)
             self.metadata[path.name] = entries.pop("__metadata__", None) or {}  # null is none, for safetensors too
-            self._places.update({name: (path, 8 + length, entry) for name, entry in entries.items()})
+            for name, entry in entries.items():
+                start, end = entry["data_offsets"]
+                shape = tuple(entry["shape"])
+                self._tensors[name] = StoredTensor(path, entry["dtype"], shape, data + start, end - start, refuse)
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        return self._tensors[name]
 
     def names(self) -> set[str]:
         """All tensor names."""
-        return set(self._places)
+        return set(self._tensors)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-        return tuple(self._places[name][2]["shape"])
 
-    def dtype(self, name: str) -> str:
-        """The dtype of a tensor by its name in the header."""
-        return str(self._places[name][2]["dtype"])
+def _read_header(path: Path, refuse: Refusal) -> tuple[dict[str, Any], int]:
+    """A header's entries, and where the data begins; safetensors looks at all of it first.
 
-    def nbytes(self, name: str) -> int:
-        """Size of a tensor's data in bytes."""
-        start, end = self._places[name][2]["data_offsets"]
-        return int(end - start)
-
-    def same(self, other: Weights, name: str) -> bool:
-        """True where a tensor has the same dtype, shape and bytes in both; read in blocks."""
-        ours, theirs = (side._places[name][2] for side in (self, other))
-        alike = (ours["dtype"], ours["shape"]) == (theirs["dtype"], theirs["shape"])
-        return alike and all(one == two for one, two in zip(self._blocks(name), other._blocks(name), strict=True))
-
-    def _blocks(self, name: str) -> Iterator[bytes]:
-        path, data, entry = self._places[name]
-        start, end = entry["data_offsets"]
-        with path.open("rb") as file:
-            file.seek(data + start)
-            for at in range(start, end, BLOCK):
-                yield file.read(min(BLOCK, end - at))
-
-    def tensor(self, name: str) -> Array:
-        """The whole tensor in its own dtype."""
-        return np.asarray(self._handles[name].get_tensor(name))
-
-    def rows(self, name: str, rows: npt.NDArray[np.int64]) -> Array:
-        """Some rows of a matrix in its own dtype."""
-        part = self._handles[name].get_slice(name)
-        return np.concatenate([np.asarray(part[int(row) : int(row) + 1]) for row in rows])
+    Raises:
+        refuse: the file cannot be opened.
+    """
+    try:
+        files.refuse_special(path, path.stat())  # a named pipe would wait
+        with safe_open(path, framework="np"), files.open_regular(path) as file:
+            length = int.from_bytes(file.read(8), "little")
+            return json.loads(file.read(length)), 8 + length
+    except (OSError, SafetensorError) as reason:
+        raise refuse(f"{path} cannot be opened as safetensors ({reason}); fetch or make it again") from reason
 
 
 def weight_files(root: Path, component: str) -> list[Path]:
@@ -117,16 +155,16 @@ def weight_files(root: Path, component: str) -> list[Path]:
     return [root / name for name in repository_files.sort_folder(root, folder).shards]
 
 
-def row_blocks(name: str, total: int, rows: int | None) -> Iterator[npt.NDArray[np.int64]]:
+def row_blocks(name: str, total: int, rows: int | None) -> Iterator[Rows]:
     """Rows to measure, the same in every run: all in blocks, or the first, the last and some that the name draws."""
     if rows is None or rows >= total:
-        yield from np.array_split(np.arange(total), math.ceil(total / 256))
+        yield from np.array_split(np.arange(total), max(1, math.ceil(total / BLOCK_ROWS)))
         return
     drawn = np.random.default_rng(zlib.crc32(name.encode())).choice(total, size=rows, replace=False)
     yield np.unique(np.concatenate([drawn[: max(rows - 2, 0)], [0, total - 1]]))
 
 
-def drawn_rows(seed: int, name: str, total: int, rows: int, but: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def drawn_rows(seed: int, name: str, total: int, rows: int, but: Rows) -> Rows:
     """So many more rows, which nobody knows who does not know the seed."""
     others = np.setdiff1d(np.arange(total), but)
     draw = np.random.default_rng([seed, zlib.crc32(name.encode())])

@@ -6,16 +6,16 @@ engine's. One that is missing is as wrong as one too many.
 
 from __future__ import annotations
 
-import filecmp
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import BadCheckpoint
-from lora_fuse.machine import files
+from lora_fuse.machine import file_state, files
+from lora_fuse.verification.byte_comparison import pieces, same_bytes
 
 if TYPE_CHECKING:
     from lora_fuse.verification.rederivation import Expectation
@@ -63,19 +63,17 @@ def compare_files(
     needed = (theirs - left | made.keys()) - beside
     problems += [f"{name} is in the base and not in {merged}" for name in sorted(needed - ours)]
     problems += _unfused(ours, fused)
-    compared = 0
+    others = sorted(ours - fused - made.keys())
+    differing = _differing(merged, base, [name for name in others if name in theirs], advance)
     for name in sorted(ours - fused):
         if name in made:
             problems += _differences(merged / name, made[name])
-            continue
-        compared += 1
-        if name not in theirs:
+        elif name not in theirs:
             problems.append(f"{name} is not in the base and no recipe asks for it")
-        elif not _same(merged / name, base / name):
+        elif name in differing:
             problems.append(f"{name} differs from the base's")
-        advance((merged / name).lstat().st_size)
     problems += _incomplete(merged, components, theirs, ours)
-    return compared, problems
+    return len(others), problems
 
 
 def _listed(folder: Path, place: str = "", above: tuple[Path, ...] = ()) -> frozenset[str]:
@@ -102,11 +100,35 @@ def _listed(folder: Path, place: str = "", above: tuple[Path, ...] = ()) -> froz
     return frozenset(names)
 
 
-def _same(one: Path, other: Path) -> bool:
+def _differing(merged: Path, base: Path, names: Sequence[str], advance: Callable[[int], None]) -> set[str]:
+    """The files that are not the base's byte for byte, or cannot be read."""
+    differing = set()
+    tasks: list[tuple[str, tuple[int, int]]] = []
+    for name in names:
+        size = _size(base / name)
+        if size is None or size != _size(merged / name):
+            differing.add(name)
+        else:
+            tasks += [(name, piece) for piece in pieces(size)]
+
+    def is_same(task: tuple[str, tuple[int, int]], told: Callable[[int], None]) -> bool:
+        name, (start, nbytes) = task
+        told(nbytes)
+        try:
+            return same_bytes(merged / name, base / name, (start, start), nbytes)
+        except OSError:
+            return False
+
+    results = file_state.in_threads(is_same, tasks, advance, lambda task: task[1][1])
+    return differing | {name for (name, _), same in zip(tasks, results, strict=True) if not same}
+
+
+def _size(path: Path) -> int | None:
+    """Size of a file in bytes; None of what is none."""
     try:
-        return one.samefile(other) or filecmp.cmp(one, other, shallow=False)
+        return path.stat().st_size
     except OSError:
-        return False
+        return None
 
 
 def _made_again(base: Path, expected: Expectation, problems: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -18,8 +18,9 @@ from lora_fuse.errors import BadLora
 from lora_fuse.fusion.merge import write_merged
 from lora_fuse.fusion.plan import make_plan
 from lora_fuse.lora.inputs import LoraInput
-from lora_fuse.verification import weights
-from lora_fuse.verification.rederivation import Expectation, Verification, is_nearest, verify_merge
+from lora_fuse.verification import byte_comparison
+from lora_fuse.verification.nearest import is_nearest
+from lora_fuse.verification.rederivation import Expectation, Verification, verify_merge
 from lora_fuse.verification.weights import row_blocks
 from tests.support import tiny
 
@@ -115,7 +116,7 @@ def test_the_same_bytes_as_something_else_are_found(
 
 @pytest.mark.parametrize("block", [1, 64, 1 << 20])
 def test_a_change_in_the_last_block_is_found(merge: Merge, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "BLOCK", block)
+    monkeypatch.setattr(byte_comparison, "BLOCK", block)
     assert merge.verify(rows=1).passed
     tensors = load_file(merge.out / SHARD)
     name = next(name for name in tensors if name.endswith(".bias"))

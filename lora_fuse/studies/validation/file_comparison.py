@@ -9,9 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -97,13 +95,12 @@ def compare_files(current: Path, new: Path, base: Path, component: str, rows: in
     Raises:
         BadCheckpoint: the base has no weights.
     """
-    with ExitStack() as stack:
-        weights = Weights(weight_files(base, component), stack)
-        before, after = (
-            read_expected([LoraInput("lora", path, 1.0)], weights, Selection()).deltas for path in (current, new)
-        )
-        names = sorted(before.keys() | after.keys())
-        sums = {name: _measure(name, weights, before.get(name, []), after.get(name, []), rows) for name in names}
+    weights = Weights(weight_files(base, component))
+    before, after = (
+        read_expected([LoraInput("lora", path, 1.0)], weights, Selection()).deltas for path in (current, new)
+    )
+    names = sorted(before.keys() | after.keys())
+    sums = {name: _measure(name, weights, before.get(name, []), after.get(name, []), rows) for name in names}
     both = sorted(before.keys() & after.keys())
     total = _Sums()
     for name in both:
@@ -123,10 +120,11 @@ def compare_files(current: Path, new: Path, base: Path, component: str, rows: in
 
 def _measure(name: str, base: Weights, before: list[ExpectedDelta], after: list[ExpectedDelta], rows: int) -> _Sums:
     sums = _Sums()
-    for block in row_blocks(name, base.shape(name)[0], rows):
-        weight = base.rows(name, block).reshape(len(block), -1).astype(np.float64)
-        whole = partial(base.tensor, name)
-        current, new = (sum((d.rows(block, whole) for d in side), np.zeros(weight.shape)) for side in (before, after))
+    total = len(base[name])
+    derived = [[delta.derive(total, base[name].read) for delta in side] for side in (before, after)]
+    for block in row_blocks(name, total, rows):
+        weight = base[name].read(block).reshape(len(block), -1).astype(np.float64)
+        current, new = (sum((delta(block) for delta in side), np.zeros(weight.shape)) for side in derived)
         pairs = ((weight, weight), (current, current), (new, new), (current, new))
         sums.add(_Sums(*(float((a * b).sum()) for a, b in pairs)))
     return sums
