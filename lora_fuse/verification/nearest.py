@@ -31,12 +31,12 @@ def widen(values: Array) -> Wide:
 def is_nearest(values: Array, exact: Wide) -> npt.NDArray[np.bool_]:
     """True for each value that is the nearest of its dtype to `exact`: no further than half-way to either neighbour."""
     wide = widen(values)
-    down, up = _neighbours(values)
+    down, up = neighbours(values)
     off = exact - wide
     return np.asarray((off <= (up - wide) / 2 * SLACK) & (-off <= (wide - down) / 2 * SLACK))
 
 
-def _neighbours(values: Array) -> tuple[Wide, Wide]:
+def neighbours(values: Array) -> tuple[Wide, Wide]:
     """The next smaller and the next larger number of the dtype, of each value; of infinity and NaN, any."""
     if values.dtype != BFLOAT16:
         infinity = np.array(np.inf, dtype=values.dtype)
@@ -51,4 +51,5 @@ def _from_order(order: npt.NDArray[np.int32]) -> Wide:
 
 
 def _from_bits(bits: npt.NDArray[np.uint16]) -> Wide:
-    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)

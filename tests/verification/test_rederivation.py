@@ -1,6 +1,7 @@
 """Laws of verification: a right merge passes, and each way to get it wrong is found."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,14 +15,14 @@ from safetensors.torch import save_file as torch_save
 from lora_fuse.checkpoint.diffusers_layout import diffusers_files
 from lora_fuse.checkpoint.shards import open_checkpoint
 from lora_fuse.cli import main
-from lora_fuse.errors import BadLora
+from lora_fuse.errors import BadCheckpoint, BadLora
 from lora_fuse.fusion.merge import write_merged
 from lora_fuse.fusion.plan import make_plan
 from lora_fuse.lora.inputs import LoraInput
 from lora_fuse.verification import byte_comparison
-from lora_fuse.verification.nearest import is_nearest
+from lora_fuse.verification.nearest import is_nearest, neighbours, widen
 from lora_fuse.verification.rederivation import Expectation, Verification, verify_merge
-from lora_fuse.verification.weights import row_blocks
+from lora_fuse.verification.weights import Weights, row_blocks
 from tests.support import tiny
 
 SHARD = "transformer/diffusion_pytorch_model-00001-of-00002.safetensors"
@@ -114,16 +115,44 @@ def test_the_same_bytes_as_something_else_are_found(
     assert merge.verify(rows=1).problems == [f"{name} is no target of any LoRA and differs from the base"]
 
 
-@pytest.mark.parametrize("block", [1, 64, 1 << 20])
-def test_a_change_in_the_last_block_is_found(merge: Merge, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("block", "piece"), [(1, 1 << 20), (16, 24), (1 << 20, 8), (1 << 20, 1 << 20)])
+def test_a_change_in_the_last_piece_is_found(
+    merge: Merge, block: int, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(byte_comparison, "BLOCK", block)
+    monkeypatch.setattr(byte_comparison, "PIECE", piece)
     assert merge.verify(rows=1).passed
     tensors = load_file(merge.out / SHARD)
     name = next(name for name in tensors if name.endswith(".bias"))
     tensors[name] = tensors[name].copy()
     tensors[name][-1] += 1
     merge.write(tensors)
-    assert merge.verify(rows=1).problem_count == 1
+    config = merge.out / "vae/config.json"
+    content = config.read_bytes()
+    config.unlink()
+    config.write_bytes(content[:-1] + b" ")
+    assert merge.verify(rows=1).problems == [
+        f"{name} is no target of any LoRA and differs from the base",
+        "vae/config.json differs from the base's",
+    ]
+
+
+def test_the_result_is_the_same_of_links_and_of_copies(merge: Merge) -> None:
+    linked = merge.verify()
+    for path in merge.out.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            path.unlink()
+            path.write_bytes(content)
+    assert merge.verify() == linked
+
+
+def test_a_file_that_ends_while_it_is_read_is_refused(merge: Merge) -> None:
+    opened = Weights([merge.out / SHARD])
+    os.truncate(merge.out / SHARD, (merge.out / SHARD).stat().st_size - 1)
+    last = max(map(opened.__getitem__, opened.names()), key=lambda tensor: tensor.start)
+    with pytest.raises(BadCheckpoint, match="ends before its last tensor does"):
+        last.read()
 
 
 def test_a_module_left_out_is_found(tmp_path: Path, merge: Merge) -> None:
@@ -159,6 +188,16 @@ def test_nearest_accepts_ties_and_nothing_further() -> None:
     values = np.array([1.0, 1.0, 1.0], dtype=tiny.BF16)  # the next number is 1 + 2**-7
     exact = np.array([1 + 2.0**-8, 1 + 2.0**-8 + 2.0**-20, 1 - 2.0**-9 - 2.0**-20])
     assert is_nearest(values, exact).tolist() == [True, False, False]
+
+
+def test_every_bfloat16_is_wide_and_has_neighbours_as_by_the_library_that_knows_it() -> None:
+    every = np.arange(1 << 16, dtype=np.uint16).view(tiny.BF16)
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        right = every.astype(np.float64)
+        np.testing.assert_array_equal(widen(every), right)
+        numbers = every[np.isfinite(right)]
+        for side, values in zip((-np.inf, np.inf), neighbours(numbers), strict=True):
+            np.testing.assert_array_equal(values, np.nextafter(numbers, tiny.BF16.type(side)).astype(np.float64))
 
 
 class Rows:
@@ -232,6 +271,9 @@ def test_a_lora_that_does_not_fit_is_a_problem_and_no_traceback(tmp_path: Path) 
     rows.merge(np.array([], int))
     tiny.write_lora(rows.lora, {**rows.parts, "x.lora_B.weight": np.ones((5, 2))})
     assert "does not fit" in rows.verify().problems[0]
+    for more in ({"x.lora_B.weight": np.ones((65, 2))}, {"x.dora_scale": np.ones((65, 1))}):
+        tiny.write_lora(rows.lora, {**rows.parts, **more})
+        assert "does not fit" in rows.verify().problems[0]
     rows.lora.write_bytes(b"x")
     with pytest.raises(BadLora, match="cannot be opened"):
         rows.verify()

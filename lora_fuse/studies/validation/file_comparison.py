@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from lora_fuse.checkpoint import blocks
 from lora_fuse.lora import LoraFile, LoraInput, Selection
@@ -100,7 +101,8 @@ def compare_files(current: Path, new: Path, base: Path, component: str, rows: in
         read_expected([LoraInput("lora", path, 1.0)], weights, Selection()).deltas for path in (current, new)
     )
     names = sorted(before.keys() | after.keys())
-    sums = {name: _measure(name, weights, before.get(name, []), after.get(name, []), rows) for name in names}
+    with threadpool_limits(1, user_api="blas"):  # products of so few rows are done before more threads wake
+        sums = {name: _measure(name, weights, before.get(name, []), after.get(name, []), rows) for name in names}
     both = sorted(before.keys() & after.keys())
     total = _Sums()
     for name in both:
