@@ -56,7 +56,7 @@ class HashingThreads:
 def in_threads(
     work: Callable[[Item, Advance], Result], items: Sequence[Item], advance: Advance, size: Callable[[Item], int]
 ) -> list[Result]:
-    """Do some work that hashes or compares on all items, see `HashingThreads`, those of the largest `size` in bytes first.
+    """Do some work that reads on all items, see `HashingThreads`, those of the largest `size` in bytes first.
 
     Returns the results in the order of the items, and raises the first error in that order.
     """
