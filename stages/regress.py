@@ -28,8 +28,8 @@ def regress(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN
     cases = Case.of(recipe)
     with paths.held([base, *loras.values()], _pictures(recipe)):
         team = DistributedRenderer(setup.placement, recipe.regress.threads)
-        environment.make_deterministic(recipe.regress.threads, on_gpu=setup.placement != "cpu")
-        here = environment.environment(setup.placement, setup.dtype)
+        environment.make_deterministic(recipe.regress.threads)
+        here = environment.environment(setup.placement, setup.dtype, compiled=setup.compiled)
         pairs.check_cases(cases, setup)
         approved = goldens.Goldens.of(recipe, base).for_run(here.key, [case.name for case in cases])
         task = render_progress.Task(f"regress {recipe.name} {here.key}", team.share(len(cases)), setup.sides)

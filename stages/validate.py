@@ -32,9 +32,10 @@ def judged(request: Request, console: Console) -> ValidationReport:
         validation.check()
         console.will("validate", validation.intent)
         regress = recipe.regress
-        environment.make_deterministic(regress.threads, on_gpu=regress.placement != "cpu")
+        environment.make_deterministic(regress.threads)
         try:
-            report = validation.judge(environment.environment(regress.placement, regress.dtype), console)
+            here = environment.environment(regress.placement, regress.dtype, compiled=regress.compile)
+            report = validation.judge(here, console)
         finally:
             if not request.keep:
                 staging.remove(BUILD.root)

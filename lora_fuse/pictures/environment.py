@@ -22,12 +22,14 @@ from lora_fuse.hub import client
 _CUDA_PINS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 _X86_PINS = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 
+FLASH_FROM = (8, 0)  # compute capability of the first GPUs that torch's flash attention runs on
+
 FLAGS = {
     "generator": "cpu",
     "deterministic_algorithms": "on",
     "cudnn_benchmark": "off",
     "tf32": "off",
-    "sdpa_backend": "memory-efficient on CUDA, flash on the CPU, else math",
+    "sdpa_backend": "flash, else memory-efficient on CUDA, else math",
 }
 
 
@@ -37,7 +39,9 @@ class Key:
 
     `device` is "cpu" or "cuda"; `isa` the CUDA compute capability ("sm90"), on the CPU architecture and instruction set
     ("x86_64-avx2"); `threads` are torch's intra-op threads on the CPU, and 0 on CUDA, where they move nothing; `dtype`
-    is torch's name of the one that the weights were loaded in; the versions are major and minor.
+    is torch's name of the one that the weights were loaded in; the versions are major and minor. `attention` is the
+    backend of the transformer's on CUDA, empty for the memory-efficient one (in float32, on old GPUs, and of all
+    goldens before there was another); `compiled` that its blocks were compiled.
     """
 
     device: str
@@ -46,16 +50,19 @@ class Key:
     dtype: str
     torch: str
     diffusers: str
+    attention: str = ""
+    compiled: bool = False
 
     def __str__(self) -> str:
         """The folder's name: ``cpu-x86_64-avx2-2threads-float32-torch2.13-diffusers0.42``."""
-        threads = f"-{self.threads}threads" if self.threads else ""
-        return f"{self.device}-{self.isa}{threads}-{self.dtype}-torch{self.torch}-diffusers{self.diffusers}"
+        threads = f"{self.threads}threads" if self.threads else ""
+        kernels = [self.device, self.isa, threads, self.dtype, self.attention, "compiled" if self.compiled else ""]
+        return "-".join([*filter(None, kernels), f"torch{self.torch}", f"diffusers{self.diffusers}"])
 
     def differences(self, other: Key) -> list[str]:
         """List the parts that differ in `other`, as "torch 2.13, there 2.12"."""
         return [
-            f"{name} {getattr(self, name)}, there {getattr(other, name)}"
+            f"{name} {_shown(getattr(self, name))}, there {_shown(getattr(other, name))}"
             for name in self.__dataclass_fields__
             if getattr(self, name) != getattr(other, name)
         ]
@@ -86,13 +93,18 @@ class Environment:
     flags: dict[str, str]
 
 
-def make_deterministic(threads: int | None = None, *, on_gpu: bool = False) -> None:
+def _shown(value: object) -> str:
+    return "memory-efficient" if value == "" else str(value)
+
+
+def make_deterministic(threads: int | None = None) -> None:
     """Let the same seed give the same picture twice; call it before torch has done any work in the process.
 
-    Kernels without a deterministic form raise instead of varying. TF32 and autotuning are off. One attention backend
-    is pinned: on a GPU the memory-efficient one, which every CUDA build has and which takes masks; on the CPU its own
-    flash attention, deterministic and several times faster than the one without. What the pinned one cannot do (the
-    text encoder's grouped queries on a GPU) falls to plain arithmetic.
+    Kernels without a deterministic form raise instead of varying. TF32 and autotuning are off. Attention is flash
+    attention, deterministic and the fastest that is, on a GPU as on the CPU; what it cannot do (float32 and heads of
+    more than 256 on a GPU, masks) falls to the memory-efficient one, which is a GPU's, and that to plain arithmetic.
+    cuDNN's is off: torch refuses it where algorithms have to be deterministic. Memory that nobody has written is left
+    as it is: to fill it first costs time and changes nothing that a kernel is allowed to read.
     `threads` are intra-op threads; None leaves torch's choice, the number of cores.
     Source: https://docs.pytorch.org/docs/stable/notes/randomness.html
     """
@@ -100,15 +112,17 @@ def make_deterministic(threads: int | None = None, *, on_gpu: bool = False) -> N
     for name, value in pins.items():
         os.environ.setdefault(name, value)
     import torch
+    import torch.utils.deterministic
 
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     if threads is not None:
         torch.set_num_threads(threads)
-    torch.backends.cuda.enable_mem_efficient_sdp(on_gpu)
-    torch.backends.cuda.enable_flash_sdp(not on_gpu)
+    torch.backends.cuda.enable_flash_sdp(True)
+    torch.backends.cuda.enable_mem_efficient_sdp(True)
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cuda.enable_math_sdp(True)
 
@@ -160,8 +174,8 @@ def check_gpu(placement: str) -> None:
         )
 
 
-def environment(placement: str, dtype: str) -> Environment:
-    """Describe where pictures are made; `dtype` is that of the weights in memory.
+def environment(placement: str, dtype: str, *, compiled: bool = False) -> Environment:
+    """Describe where pictures are made; `dtype` is that of the weights in memory, `compiled` as in `Key`.
 
     Raises:
         NoDevice: see `check_gpu`.
@@ -172,15 +186,22 @@ def environment(placement: str, dtype: str) -> Environment:
     device = "cpu" if placement == "cpu" else "cuda"
     versions = {name: version(name) for name in ("diffusers", "transformers")}
     torch_version = str(torch.__version__)
+    attention = ""
     if device == "cuda":
-        isa = "sm{}{}".format(*torch.cuda.get_device_capability())
+        capability = torch.cuda.get_device_capability()
+        isa = "sm{}{}".format(*capability)
         name = torch.cuda.get_device_name()
         threads = 0
+        attention = "flash" if capability >= FLASH_FROM and dtype != "float32" else ""
     else:
         name = platform.machine()
         threads = torch.get_num_threads()
         isa = f"{name}-{torch.backends.cpu.get_cpu_capability().lower()}"
-    key = Key(device, isa, threads, dtype, _minor(torch_version), _minor(versions["diffusers"]))
+    minor = (_minor(torch_version), _minor(versions["diffusers"]))
+    key = Key(device, isa, threads, dtype, *minor, attention, compiled)
+    flags = FLAGS | {pin: os.environ[pin] for pin in sorted(_CUDA_PINS | _X86_PINS) if pin in os.environ}
+    if compiled:
+        flags["compiled"] = "the transformer's blocks"
     return Environment(
         key=key,
         device_name=name,
@@ -189,7 +210,7 @@ def environment(placement: str, dtype: str) -> Environment:
         torch=torch_version,
         python="{}.{}".format(*sys.version_info[:2]),
         placement=placement,
-        flags=FLAGS | {pin: os.environ[pin] for pin in sorted(_CUDA_PINS | _X86_PINS) if pin in os.environ},
+        flags=flags,
         **versions,
     )
 

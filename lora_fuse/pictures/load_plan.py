@@ -23,6 +23,7 @@ from lora_fuse.pictures.placement import BARE, advice, place
 from lora_fuse.pictures.render import (
     Pipeline,
     Prompts,
+    compile_blocks,
     encode_prompts,
     load_pipeline,
     make_scheduler,
@@ -110,6 +111,8 @@ def render_merged(
     """
     watch = watch or RenderProgress()
     pipe = _load(merged, setup, shared.parts, watch, "merged transformer")
+    if setup.compiled:
+        compile_blocks(pipe.transformer)
     rendered = render_all(pipe, cases, setup.sampling, setup.placement, side="merged", watch=watch, shared=shared)
     drop_transformer(pipe)
     return rendered
@@ -195,6 +198,8 @@ class BaseSides:
         return self._pipe
 
     def _render(self, sampling: Sampling, side: str) -> list[Rendered]:
+        if self._setup.compiled:
+            compile_blocks(self._pipe.transformer)
         return render_all(
             self._pipe,
             self._cases,

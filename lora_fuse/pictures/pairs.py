@@ -47,7 +47,8 @@ __all__ = [
 class Setup:
     """Settings of all sides: pipeline class, sampling, scheduler (empty: the folder's own), placement, dtype.
 
-    `baseline` is the sampling of the base alone; None leaves that side out.
+    `baseline` is the sampling of the base alone; None leaves that side out. `compiled` says that the transformer's
+    blocks are.
     """
 
     pipeline: str
@@ -56,6 +57,7 @@ class Setup:
     placement: str
     dtype: str
     baseline: Sampling | None = None
+    compiled: bool = False
 
     @staticmethod
     def of(recipe: Recipe, *, baseline: bool | None = None) -> Setup:
@@ -70,6 +72,7 @@ class Setup:
             regress.placement,
             regress.dtype,
             Sampling(**base.sampling.usage, condition_area=base.condition_area) if alone else None,
+            regress.compile,
         )
 
     @property

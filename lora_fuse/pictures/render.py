@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -181,6 +182,25 @@ def make_scheduler(config: Mapping[str, object]) -> object:
     import diffusers
 
     return diffusers.FlowMatchEulerDiscreteScheduler.from_config(dict(config))
+
+
+def compile_blocks(model: Any) -> None:
+    """Compile the blocks that a diffusers model repeats, for pictures of any size: which came first is of no matter.
+
+    Raises:
+        RenderFailed: the model names no such blocks.
+    """
+    import torch._dynamo.config
+    import torch._inductor.config
+
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # never on without, which would be other bits
+    torch._inductor.config.deterministic = True
+    warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex operators")
+    try:
+        model.compile_repeated_blocks(dynamic=True)
+    except (AttributeError, ValueError) as error:
+        blocks = f"{type(model).__name__} has no blocks to compile ({one_line(error)})"
+        raise RenderFailed(f"{blocks}; set regress.compile to false") from error
 
 
 def shared_components(pipe: Pipeline) -> dict[str, object]:

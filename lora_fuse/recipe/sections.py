@@ -226,17 +226,25 @@ class RegressParams(Section):
     """The cases to render, the device for it, and how far pictures may be apart.
 
     `threads` are torch's on the CPU, null its own choice; `baseline` adds the base alone to the report; `over_floor` is
-    how many times the noise floor the latents of merged and unfused may be apart, null decides nothing.
+    how many times the noise floor the latents of merged and unfused may be apart, null decides nothing; `compile`
+    compiles the transformer's blocks, which pays for many pictures.
     """
 
     placement: Placement
     dtype: DType
     threads: PositiveInt | None
+    compile: bool
     baseline: bool
     over_floor: Finite | None
     cases: Annotated[dict[CaseName, CaseParams], Field(min_length=1)]
     unfused: LimitParams
     golden: LimitParams
+
+    @model_validator(mode="after")
+    def _compiled_where_it_lies(self) -> RegressParams:
+        if self.compile and self.placement not in ("cuda", "cpu"):
+            raise ValueError(f"compile needs placement cuda or cpu, and it is {self.placement}: set compile to false")
+        return self
 
 
 class ValidationParams(Section):

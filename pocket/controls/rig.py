@@ -58,7 +58,7 @@ class Rig(ExitStack):
         self.callback(torch.set_num_threads, torch.get_num_threads())
         self.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
         self.work = Path(self.enter_context(tempfile.TemporaryDirectory(prefix="controls-")))
-        environment.make_deterministic(self.params.regress.threads, on_gpu=self.setup.placement != "cpu")
+        environment.make_deterministic(self.params.regress.threads)
         self.right = self.merge(self.work)
         pipe = render.load_pipeline(self.right, self.setup.pipeline, dtype=self.setup.dtype)
         self.shared = render.shared_components(pipe)

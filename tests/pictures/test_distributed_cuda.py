@@ -20,7 +20,7 @@ from lora_fuse.pictures.distributed import DistributedRenderer
 
 team, merged, out = DistributedRenderer("cuda", None), Path(sys.argv[1]), Path(sys.argv[2])
 from lora_fuse.pictures.environment import environment, make_deterministic
-make_deterministic(on_gpu=True)
+make_deterministic()
 import torch
 from lora_fuse.pictures.pairs import render_pairs
 from tests.support.on_gpu import CASES, SETUP, plan

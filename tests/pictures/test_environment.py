@@ -28,12 +28,17 @@ keys = st.builds(
     st.sampled_from(["float32", "bfloat16"]),
     st.sampled_from(["2.12", "2.13"]),
     st.sampled_from(["0.41", "0.42"]),
+    st.sampled_from(["", "flash"]),
+    st.booleans(),
 )
 
 
 def test_a_key_is_a_folder_s_name() -> None:
     assert str(CPU) == "cpu-x86_64-avx2-2threads-float32-torch2.13-diffusers0.42"
     assert str(CUDA) == "cuda-sm90-bfloat16-torch2.13-diffusers0.42"
+    other = replace(CUDA, attention="flash", compiled=True)
+    assert str(other) == "cuda-sm90-bfloat16-flash-compiled-torch2.13-diffusers0.42"
+    assert other.differences(CUDA) == ["attention flash, there memory-efficient", "compiled True, there False"]
 
 
 @given(keys, keys)

@@ -118,6 +118,12 @@ def test_a_step_without_its_sigma_is_refused_with_both_counts(override: str, nam
     assert ("[1.0, 0.9, 0.75, 0.5]" in refused.stderr) == ("steps=" in override)
 
 
+def test_blocks_are_compiled_where_parts_stay_in_their_place() -> None:
+    assert load(["regress.compile=true"]).regress.compile
+    with pytest.raises(BadConfig, match="compile needs placement cuda or cpu, and it is model_offload"):
+        load(["regress.compile=true", "regress.placement=model_offload"])
+
+
 def test_steps_are_free_where_the_sigmas_are_open() -> None:
     assert load(["sampling.steps=8", "sampling.sigmas=null"]).sampling.steps == 8
     assert load(["sampling.steps=2", "sampling.sigmas=[1.0, 0.5]"]).sampling.sigmas == [1.0, 0.5]

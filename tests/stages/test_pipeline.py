@@ -243,7 +243,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import load_image
 from lora_fuse.pictures.environment import make_deterministic
 from lora_fuse.pictures.render import allow_missing_torchvision, condition_area
-make_deterministic(2, on_gpu=False)
+make_deterministic(2)
 allow_missing_torchvision()
 pipe = DiffusionPipeline.from_pretrained("alice/pocket-merged", revision="v1", dtype=torch.float32)
 with condition_area(16384):

@@ -151,7 +151,7 @@ def _machine(recipe: Recipe, base: sizes.SourceSize | None) -> Iterator[Finding]
     else:
         parts, exact = memory.weights(base, dtype)
         dtype = dtype if exact else f"{dtype}, if they are stored so"
-        yield memory.ram(parts, *memory.memory(), dtype)
+        yield memory.ram(regress.placement, parts, *memory.memory(), dtype)
     yield memory.gpu(regress.placement, parts, memory.gpu_memory(), dtype)
     try:
         yield ok("fuse", f"on {resolve_device(recipe.fuse.device)}")
@@ -164,9 +164,9 @@ def _pictures(recipe: Recipe) -> Iterator[Finding]:
     regress = recipe.regress
     on_gpu = regress.placement != "cpu"
     yield software.determinism(os.environ, on_gpu=on_gpu)
-    environment.make_deterministic(regress.threads, on_gpu=on_gpu)
+    environment.make_deterministic(regress.threads)
     try:
-        key = environment.environment(regress.placement, regress.dtype).key
+        key = environment.environment(regress.placement, regress.dtype, compiled=regress.compile).key
     except NoDevice:
         yield warn("goldens", "not known without the GPU that the pictures need")
     else:

@@ -35,11 +35,17 @@ def _in_memory(path: Path, size: int) -> int:
     return total
 
 
+def together(parts: Mapping[str, int]) -> int:
+    """Bytes of weights that are in memory at once: the text encoder has gone when the transformer comes."""
+    encoder = parts.get("text_encoder", 0)
+    return max(encoder, sum(parts.values()) - encoder)
+
+
 def fits(placement: str, parts: Mapping[str, int], gpus: Sequence[int]) -> bool:
     """True if weights fit GPUs of so many free bytes."""
     if placement == "cpu" or not gpus:
         return placement == "cpu"
-    total = sum(parts.values())
+    total = together(parts)
     needs = {"cuda": total, "balanced": total, "model_offload": max(parts.values(), default=0), "group_offload": 0}
     return needs[placement] <= (sum(gpus) if placement == "balanced" else gpus[0])
 
@@ -56,7 +62,7 @@ def gpu(placement: str, parts: Mapping[str, int], gpus: Sequence[int], dtype: st
     needed = {
         "model_offload": f"{progress.human_bytes(largest)} ({name}, the largest part, in {dtype})",
         "group_offload": "a GPU, for a layer at a time",
-    }.get(placement, f"{progress.human_bytes(sum(parts.values()))} (all parts in {dtype})")
+    }.get(placement, f"{progress.human_bytes(together(parts))} (transformer and VAE in {dtype})")
     needed = needed if parts else "a GPU, of a size that is not known yet,"
     if fits(placement, parts, gpus):
         return ok("GPU", f"{free} free", f"{needed} and room for the pictures with regress.placement {placement}")
@@ -68,14 +74,16 @@ def gpu(placement: str, parts: Mapping[str, int], gpus: Sequence[int], dtype: st
     return fail("GPU", f"{free} free", needed, remedy)
 
 
-def ram(parts: Mapping[str, int], total: int, available: int, dtype: str) -> Finding:
-    """Check that a pipeline can be loaded: every placement begins with it in the machine's memory.
+def ram(placement: str, parts: Mapping[str, int], total: int, available: int, dtype: str) -> Finding:
+    """Check that a pipeline can be loaded: but for `cuda`, a placement begins with it in the machine's memory.
 
     `parts` are bytes of weights by component, `total` and `available` bytes of memory for processes here.
     """
-    need = sum(parts.values())
+    need = together(parts)
     found = f"{progress.human_bytes(available)} of {progress.human_bytes(total)} free"
-    needed = f"{progress.human_bytes(need)} (weights in {dtype})"
+    if placement == "cuda":
+        return ok("memory", found, "none for weights, which go from the files to the GPU")
+    needed = f"{progress.human_bytes(need)} (transformer and VAE in {dtype})"
     if need > total:
         return fail("memory", found, needed, "use a larger machine; fuse and verify need no more than 1GB")
     if need > available:

@@ -89,9 +89,9 @@ class PointBuilder:
         with paths.held(*read):
             alone = self.alone(planned)
         self.merge(recipe, at, planned.base, planned.loras)
-        environment.make_deterministic(recipe.regress.threads, on_gpu=recipe.regress.placement != "cpu")
+        environment.make_deterministic(recipe.regress.threads)
         setup = pairs.Setup.of(recipe, baseline=False)
-        here = environment.environment(setup.placement, setup.dtype)
+        here = environment.environment(setup.placement, setup.dtype, compiled=setup.compiled)
         approved = goldens.Goldens.of(recipe, planned.base).for_run(here.key, [case.name for case in cases])
         shared = self._share(plan.checkpoint.root, cases, pairs.Setup.of(recipe, baseline=True))
         with paths.held(*read):

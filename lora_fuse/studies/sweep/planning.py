@@ -126,8 +126,8 @@ def _pin(asked: SweptPoint, pins: SourceLocks, folder: Path) -> PlannedPoint:
         loras = {name: pins.lora(lora, lora.filename) for name, lora in sorted(recipe.loras.items())}
     except Refused as error:
         problem = error
-    environment.make_deterministic(recipe.regress.threads, on_gpu=recipe.regress.placement != "cpu")
-    here = environment.environment(recipe.regress.placement, recipe.regress.dtype)
+    environment.make_deterministic(recipe.regress.threads)
+    here = environment.environment(recipe.regress.placement, recipe.regress.dtype, compiled=recipe.regress.compile)
     alone = _inputs_alone(recipe, base, here)
     inputs = alone | _inputs_merged(recipe, loras, here)
     if problem is not None:
