@@ -24,13 +24,12 @@ from lora_fuse.machine import interrupts
 EVERY = 0.02  # seconds between two looks
 
 DOES = {
-    "MainThread": "start, plan, what is no shard",
-    "shard": "LoRA factors are read and widened, pieces are cut",
-    "read": "base, from the cache or the disk",
-    "add": "product and rounding",
-    "pack": "pieces are put together",
+    "MainThread": "start, plan, links",
+    "shard": "base is read, from the cache or the disk",
+    "add": "LoRA factors are read and widened, product and rounding",
     "hash": "SHA-256",
     "write": "to the disk",
+    "other": "what is no shard is copied and hashed",
 }
 
 

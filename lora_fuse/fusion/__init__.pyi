@@ -1,5 +1,4 @@
 from .adder import read_deltas as read_deltas
-from .cautions import cautions as cautions
 from .device import resolve_device as resolve_device
 from .job import Fused as Fused
 from .job import FuseJob as FuseJob
@@ -8,5 +7,6 @@ from .manifest import read_build as read_build
 from .manifest import read_manifest as read_manifest
 from .plan import Plan as Plan
 from .plan import Target as Target
+from .plan import cautions as cautions
 from .plan import make_plan as make_plan
 from .plan import plan_of as plan_of

@@ -13,7 +13,7 @@ import numpy as np
 
 from lora_fuse.errors import naming_extras
 from lora_fuse.fusion.cpu_adder import Stacked, TooLarge, stackable
-from lora_fuse.fusion.pieces import BUFFER, row_pieces
+from lora_fuse.fusion.pieces import PIECE, row_pieces
 from lora_fuse.fusion.plan import Target
 from lora_fuse.lora import Decomposed, Delta
 from lora_fuse.machine import direct_io
@@ -74,10 +74,11 @@ def _rows_of(target: Target) -> Iterator[tuple[int, torch.Tensor]]:
     from lora_fuse.fusion.torch_sums import as_rows
 
     at = target.tensor.start
-    memory = direct_io.block_memory(BUFFER)
+    memory = direct_io.block_memory(PIECE)
     with direct_io.open_shard(target.shard.path) as source:
         for piece in row_pieces(target):
-            data = direct_io.read_exactly(source, memory, at, piece.nbytes)
+            data = memory[: piece.nbytes]
+            direct_io.read_exactly(source, data, at)
             yield piece.first_row, as_rows(data, target.tensor.dtype, _columns(target)).double()
             at += piece.nbytes
 

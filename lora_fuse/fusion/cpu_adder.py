@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from lora_fuse.checkpoint import dtypes
 from lora_fuse.fusion.cpu_kernel import ADD, UNIT, Factors, largest
+from lora_fuse.fusion.cpu_product import ROWS, multiplier
 from lora_fuse.lora import Delta, LowRank, NotFinite, exact
 
 BLOCK = 1 << 19  # values of a product at a time: 2 MB
@@ -43,17 +44,21 @@ class Stacked:
         self._dtype = dtypes.DTYPES[dtype].numpy
         self._size = sum(delta.size for delta in parts)
         self._roundings = 2 + sum(delta.roundings + 1 for delta in parts)
-        a = np.concatenate([delta.factor * delta.matrix.a for delta in parts], axis=1)
+        factors = {delta.factor for delta in parts}
+        factor = factors.pop() if len(factors) == 1 else 1.0  # of all parts; otherwise each has its own in `unscaled`
+        own = [1.0 if delta.factor == factor else delta.factor for delta in parts]
+        unscaled = np.concatenate([share * delta.matrix.a for share, delta in zip(own, parts, strict=True)], axis=1)
+        a = factor * unscaled
         b = np.concatenate([delta.matrix.b for delta in parts if delta.matrix.b is not None], axis=0)
         rank = len(b)
-        largest_factor = max(np.abs(a).max(initial=0), np.abs(b).max(initial=0))
-        self._product = a.astype(np.float32), b.astype(np.float32)
+        largest_factor = max(_largest(unscaled) * max(1.0, abs(factor)), _largest(b))
+        self._multiply = multiplier(unscaled, b, factor)
         self._factors = Factors(
             a=a,
             b=np.ascontiguousarray(b.T),
-            row_error=(np.sqrt((a * a).sum(axis=1)) * (1.01 * UNIT * (rank + 4))).astype(np.float32),
-            column_length=np.sqrt((b * b).sum(axis=0)).astype(np.float32),
-            lost=np.float32(2.0**-126 * (2 * rank + 2) * (1 + 2 * largest_factor)),
+            row_error=(np.sqrt(np.einsum("ij,ij->i", a, a)) * (1.01 * UNIT * (rank + 4))).astype(np.float32),
+            column_length=np.sqrt(np.einsum("ij,ij->j", b, b)).astype(np.float32),
+            lost=np.float32(2.0**-126 * (2 * rank + 2) * (1 + 2 * largest_factor) * max(1.0, abs(factor))),
             error=np.float64(0),
         )
 
@@ -71,14 +76,14 @@ class Stacked:
         if reach >= self._kind.largest / SPARE:
             raise TooLarge
         factors = self._factors._replace(error=np.float64(2.0**-52 * self._roundings * reach))
-        rows = max(1, BLOCK // weights.shape[1])
+        rows = max(1, BLOCK // weights.shape[1] // ROWS) * ROWS
         for row in range(0, len(weights), rows):
             self._add(weights[row : row + rows], first + row, factors)
 
     def _add(self, weights: npt.NDArray[np.uint16], first: int, factors: Factors) -> None:
-        a, b = self._product
-        product, left = _scratch(weights.shape)
-        np.matmul(a[first : first + len(weights)], b, out=product)
+        tiles = -(-len(weights) // ROWS)
+        product, left = _scratch((tiles * ROWS, weights.shape[1]))
+        self._multiply(first, product)
         count = ADD[self._kind](weights, product, first, factors, left)
         if count < 0:
             raise RuntimeError("this machine's float32 products are coarser than IEEE 754 allows; please report it")
@@ -113,4 +118,9 @@ def stackable(deltas: Sequence[Delta], dtype: str) -> list[LowRank] | None:
 def _is_small_product(delta: LowRank) -> bool:
     a = delta.matrix.a
     b = delta.matrix.b
-    return b is not None and max(abs(delta.factor), 1) * np.abs(a).max(initial=0) < LARGE > np.abs(b).max(initial=0)
+    return b is not None and max(abs(delta.factor), 1) * _largest(a) < LARGE > _largest(b)
+
+
+def _largest(values: npt.NDArray[np.float64]) -> float:
+    """The largest absolute value, without memory for all of them."""
+    return max(float(values.max(initial=0)), -float(values.min(initial=0)))

@@ -17,8 +17,8 @@ from lora_fuse.checkpoint import PROVENANCE, Shard
 from lora_fuse.errors import BadCheckpoint, Refused
 from lora_fuse.fusion.destination import Destination
 from lora_fuse.fusion.plan import Plan
-from lora_fuse.fusion.stream import FuseOptions, Progress, Stopped, fuse_shard, refuse_other_content
-from lora_fuse.fusion.taking_over import Ways, take_over, ways_of
+from lora_fuse.fusion.stream import FuseOptions, Progress, ShardFuser, Share, Stopped
+from lora_fuse.fusion.taking_over import OtherFiles, Ways, ways_of
 from lora_fuse.machine import FileRecord, direct_io, file_state, files, space, staging
 from lora_fuse.recipe import records
 
@@ -69,9 +69,8 @@ def write_merged(  # noqa: PLR0913 - by keyword, each is a choice of its own
         pinned = {name: record.sha256 for name, record in known.items()} if hash_inputs else {}
         with staging.staging_folder(place, _key(plan, states, pinned)) as staged:
             way = FuseOptions(device, direct=direct_io.too_large_to_cache(to_write), pinned=pinned)
-            written = _fuse_shards(plan, staged, way, states, progress)
-            placed = _place_others(plan, staged, generated, ways, states, progress)
-            written |= _hash_others(plan, placed, known, pinned, states) | _write_generated(staged, generated)
+            others = OtherFiles(plan, staged, generated, ways, {} if hash_inputs else known, pinned)
+            written = _write_files(plan, staged, others, way, states, progress)
             _refuse_changed(states)
             destination.check(plan, generated)  # it took a while
             new = staged.files
@@ -132,94 +131,64 @@ def bytes_to_copy(plan: Plan, ways: Ways) -> dict[str, int]:
     return {name: _stat(plan.checkpoint.locate(name)).st_size for name, way in ways.items() if way == "copy"}
 
 
+def _write_files(
+    plan: Plan,
+    place: staging.StagingFolder,
+    others: OtherFiles,
+    way: FuseOptions,
+    states: file_state.FileStates,
+    progress: Progress,
+) -> dict[str, records.MergedFile]:
+    """Fuse the shards that change, while the other files are prepared; all of them by POSIX path."""
+    done = place.keep_finished([shard.relative for shard in plan.fused_shards], progress)
+    with others.prepared(progress, way.stop):
+        try:
+            written = _fuse_shards(plan, place, done, way, states, progress)
+        except Stopped:
+            others.wait()  # one of them failed
+            raise
+        return written | others.place(states)
+
+
 def _fuse_shards(
-    plan: Plan, place: staging.StagingFolder, way: FuseOptions, states: file_state.FileStates, progress: Progress
+    plan: Plan,
+    place: staging.StagingFolder,
+    done: Mapping[str, FileRecord],
+    way: FuseOptions,
+    states: file_state.FileStates,
+    progress: Progress,
 ) -> dict[str, records.MergedFile]:
     """Fuse the shards that change, several at a time; those that a killed run has finished are not made again."""
-    done = place.keep_finished([shard.relative for shard in plan.fused_shards], progress)
+    to_fuse = [shard for shard in plan.fused_shards if shard.relative not in done]
+    share = Share.of_machine(len(to_fuse), way.device)
 
     def fuse(shard: Shard) -> FileRecord:
-        if shard.relative in done:
-            return done[shard.relative]
-        record = fuse_shard(shard, plan.targets, place.place(shard.relative), way, plan.provenance, progress)
+        path = place.place(shard.relative)
+        record = fuser.fuse(shard, path)
         _refuse_changed(states, [shard.path])
+        files.sync(path)  # while others are fused
         place.finish(shard.relative, record)
         return record
 
     # BLAS has one thread: its own would spin against those that take pieces.
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(way.shards, "shard") as pool:
-        running = [pool.submit(fuse, shard) for shard in plan.fused_shards]
+    with (
+        threadpool_limits(1, user_api="blas"),
+        ShardFuser(plan.targets, plan.provenance, way, share, progress) as fuser,
+        ThreadPoolExecutor(share.shards, "shard") as pool,
+    ):
+        by_size = sorted(to_fuse, key=lambda shard: -states[shard.path].size)  # the longest last would be alone
+        running = {shard.relative: pool.submit(fuse, shard) for shard in by_size}
         try:
-            wait(running, return_when=FIRST_EXCEPTION)
+            wait(running.values(), return_when=FIRST_EXCEPTION)
         finally:  # after a failure or Ctrl-C; otherwise nothing runs any more
             way.stop.set()
-            cancelled = [shard for shard in running if shard.cancel()]
-        finished = [shard for shard in running if shard not in cancelled]
+            cancelled = [shard for shard in running.values() if shard.cancel()]
+        finished = [shard for shard in running.values() if shard not in cancelled]
         failed = [error for shard in finished if (error := shard.exception()) is not None]
         for error in sorted(failed, key=lambda error: isinstance(error, Stopped)):
             raise error
-        hashed = [shard.result() for shard in running]
-    return {
-        shard.relative: records.MergedFile(record.size, record.sha256, "fused")
-        for shard, record in zip(plan.fused_shards, hashed, strict=True)
-    }
-
-
-def _place_others(
-    plan: Plan,
-    place: staging.StagingFolder,
-    generated: Mapping[str, bytes],
-    ways: Ways,
-    states: file_state.FileStates,
-    progress: Progress,
-) -> dict[str, Path]:
-    """Place the base's unchanged files, one by one; one that is generated stays where it is."""
-    paths = {}
-    fused = {shard.relative for shard in plan.fused_shards}
-    same = [shard.relative for shard in plan.checkpoint.shards if shard.relative not in fused]
-    for name in [*same, *plan.checkpoint.others]:
-        placed = source = plan.checkpoint.locate(name)
-        if name not in generated:
-            placed = place.place(name)
-            take_over(source, placed, ways[name], states)
-        paths[name] = placed
-        if ways[name] == "copy":
-            progress(_stat(source).st_size)
-    return paths
-
-
-def _hash_others(
-    plan: Plan,
-    placed: Mapping[str, Path],
-    known: Mapping[str, FileRecord],
-    pinned: Mapping[str, str],
-    states: file_state.FileStates,
-) -> dict[str, records.MergedFile]:
-    """The base's unchanged files by POSIX path; hashed is what was placed, where it is not known."""
-    unknown = [name for name in placed if name in pinned or name not in known]
-    hashed = file_state.in_threads(
-        lambda name, advance: files.hash_file(placed[name], advance),
-        unknown,
-        lambda _: None,
-        lambda name: _stat(placed[name]).st_size,
-    )
-    found = dict(zip(unknown, hashed, strict=True))
-    for name in placed:
-        source = plan.checkpoint.locate(name)
-        record = found.get(name) or known[name]
-        refuse_other_content(source, record.sha256, pinned.get(name, record.sha256))
-        states.add(source, states[source], record)
-        found[name] = record
-    return {name: records.MergedFile(record.size, record.sha256, "base") for name, record in found.items()}
-
-
-def _write_generated(place: staging.StagingFolder, generated: Mapping[str, bytes]) -> dict[str, records.MergedFile]:
-    for name, content in generated.items():
-        place.place(name).write_bytes(content)
-    return {
-        name: records.MergedFile(len(content), hashlib.sha256(content).hexdigest(), "generated")
-        for name, content in generated.items()
-    }
+        hashed = dict(done) | {name: shard.result() for name, shard in running.items()}
+    return {name: records.MergedFile(record.size, record.sha256, "fused") for name, record in hashed.items()}
 
 
 def _stat(path: Path) -> os.stat_result:

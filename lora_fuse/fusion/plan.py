@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from lora_fuse.checkpoint import Checkpoint, Shard, TensorInfo, dtypes, fitness, open_checkpoint
+from lora_fuse.checkpoint import Checkpoint, Shard, TensorInfo, dtypes, fitness, open_checkpoint, repository_files
 from lora_fuse.errors import BadCheckpoint, BadScale, require
 from lora_fuse.lora import Delta, LoraDelta, LoraFile, LoraInput, Selection, make_delta, match_targets, open_lora
-from lora_fuse.models import COMPONENT
+from lora_fuse.machine import files
+from lora_fuse.models import COMPONENT, alpha_warnings, distillation, pair_warnings
 from lora_fuse.recipe import Lock, hf_cache, paths
 
 if TYPE_CHECKING:  # parameters are models of pydantic, and a plain fuse has none
@@ -138,6 +139,25 @@ def plan_of(base: Lock, loras: Mapping[str, Lock], params: Recipe) -> Plan:
             if sha256 != record.sha256:
                 raise hf_cache.other_content(loras[given.name], name, sha256)
     return plan
+
+
+def cautions(plan: Plan, scheduler: Mapping[str, object] | None = None) -> list[str]:
+    """Warn of what may be a mistake, a sentence each: base, strength or scheduler is another's, or the base is odd.
+
+    `scheduler` are the settings that the result gets, None or nothing for the base's own.
+    """
+    base, _ = hf_cache.cached_from(plan.checkpoint.root.absolute())
+    warnings = pair_warnings(base, [hf_cache.cached_from(given.path.absolute()) for given in plan.inputs])
+    warnings += alpha_warnings([(lora.path.name, lora.missing_alphas) for lora in plan.loras])
+    warnings += plan.checkpoint.remarks
+    if scheduler:
+        return warnings
+    own: dict[str, object] | None = None
+    if plan.checkpoint.kind == "pipeline":
+        path = plan.checkpoint.root / repository_files.SCHEDULER_CONFIG
+        own = files.read_json(path, dict, BadCheckpoint, "fetch the base again") if path.exists() else {}
+    known = [found for given in plan.inputs if (found := distillation(given.path.name)) is not None]
+    return warnings + [said for one in known if (said := one.warning(own)) is not None]
 
 
 def _order(pair: tuple[LoraInput, LoraFile]) -> tuple[str, str, float]:

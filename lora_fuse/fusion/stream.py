@@ -1,9 +1,9 @@
-"""The fuse of one shard as a stream: read, add, hash and write, piece by piece, in buffers that are used again.
+"""The fuse of one shard as a stream: read, add, hash and write, window by window, in memory that is used again.
 
 A fused shard has the base shard's tensors at the same offsets, so only the bytes of targets differ, and its header says
-what was fused. One thread reads ahead, others hash and write behind, and the arithmetic between them is spread over
-threads that take whole pieces: a library's own threads, which meet after every operation, would spin against the others
-for the same cores. Memory does not grow with the model.
+what was fused. Bytes are read to where they are changed, hashed and written. Each shard has threads that read, hash and
+write; the arithmetic is spread over threads that all shards share and that take whole pieces: a library's own threads,
+which meet after every operation, would spin against the others for the same cores. Memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -11,34 +11,28 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import cycle
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, Self
 
 from lora_fuse.checkpoint import PROVENANCE, Shard
 from lora_fuse.errors import BadCheckpoint, Rerun
 from lora_fuse.fusion.adder import Adder, read_sum
-from lora_fuse.fusion.pieces import BUFFER, pieces
+from lora_fuse.fusion.pieces import Piece, windows
 from lora_fuse.fusion.plan import Target
 from lora_fuse.lora import NotFinite
 from lora_fuse.machine import FileRecord, direct_io
 
-WORKERS = 4  # at most, of a shard: a single thread hashes it, and more are not needed to keep that one busy
-SHARDS = 3  # at a time, at most: each has buffers of its own, some 200 MB
+CORES = 2  # that a shard keeps busy: one thread hashes it, and adding takes as long
+MEMORY = 1 << 30  # bytes of windows, at most, of all shards that are fused at a time
+PART = 4  # of the memory that is free, one part in so many at most
+FEWEST = 2  # windows of a shard: one is read while the other is hashed and written
+MOST = {"cuda": 8}  # threads that add, by device: each has memory of its own there
 
 Progress = Callable[[int], None]  # called with the number of bytes just written, from any thread
-
-
-@dataclass(slots=True)
-class Buffer:
-    """A buffer, and what has to end before it is filled again."""
-
-    memory: memoryview = field(default_factory=lambda: direct_io.block_memory(BUFFER))
-    busy: Future[None] | None = None
 
 
 class Stopped(Exception):
@@ -57,77 +51,97 @@ class FuseOptions:
     pinned: Mapping[str, str] = field(default_factory=dict)
     stop: Event = field(default_factory=Event)
 
-    @property
-    def shards(self) -> int:
-        """The number of shards that are fused at a time."""
-        return max(1, min(_cores() // WORKERS, SHARDS))
-
-    @property
-    def workers(self) -> int:
-        """The number of threads that add to one shard."""
-        return min(_cores(), WORKERS)
-
-
-def _cores() -> int:
-    return os.cpu_count() or 1
-
-
-def fuse_shard(
-    shard: Shard, targets: dict[str, Target], to: Path, way: FuseOptions, provenance: str, progress: Progress
-) -> FileRecord:
-    """Write the merged shard to `to`, hashing on the way; `provenance` goes into its header.
-
-    Raises:
-        BadCheckpoint: the base shard cannot be read, ended early (it changed since its header was read), is not what
-            it is pinned to, or holds NaN or infinity where something is added; or a sum is too large for its dtype.
-        Stopped: `way.stop` was set.
-    """
-    slots = [Buffer() for _ in range(2 * way.workers + 2)]
-    pin = _Pin(way.pinned.get(shard.relative), hashlib.sha256(shard.header.raw))
-    with (
-        direct_io.open_shard(shard.path) as source,
-        direct_io.HashingWriter(to, progress, way.direct) as output,
-        _pinned(way.device, slots),
-        _threads(way.workers) as (reader, workers, packer),
-    ):
-        output.append(shard.header.with_metadata(PROVENANCE, provenance))
-        at = len(shard.header.raw)
-        for piece, slot in zip(pieces(shard, targets), cycle(slots), strict=False):
-            if way.stop.is_set():
-                raise Stopped
-            if slot.busy is not None:
-                slot.busy.result()
-            data = reader.submit(pin.read, source, slot.memory, at, piece.nbytes)
-            if piece.target is not None:
-                if piece.first_row == 0:  # the pieces of one target come one after another
-                    adder = read_sum(piece.target, way.device)
-                data = workers.submit(_add, piece.target, adder, piece.first_row, data)
-            slot.busy = packer.submit(lambda ready: output.append(ready.result()), data)
-            at += piece.nbytes
-        for slot in slots:
-            if slot.busy is not None:
-                slot.busy.result()
-        pin.check(shard.path)
-        return output.finish()
-
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """The number of shards that are fused at a time, of windows that each has, and of threads that add to all."""
+
+    shards: int
+    windows: int
+    adders: int
+
+    @classmethod
+    def of_machine(cls, shards: int, device: str) -> Share:
+        """As many of some shards at a time as there are cores and memory for."""
+        cores = os.cpu_count() or 1
+        count = max(FEWEST, min(MEMORY, direct_io.available_memory() // PART) // direct_io.WINDOW)
+        at_a_time = max(1, min(shards, cores // CORES, count // FEWEST))
+        return cls(at_a_time, min(direct_io.WINDOWS, count // at_a_time), min(cores, MOST.get(device, cores)))
+
+
+class ShardFuser:
+    """Fuses the shards of a plan, each in a thread of its caller's, which share the threads that add."""
+
+    def __init__(
+        self, targets: Mapping[str, Target], provenance: str, way: FuseOptions, share: Share, progress: Progress
+    ) -> None:
+        """Have threads ready; `provenance` goes into each header, `progress` is told of what is written."""
+        self._targets = targets
+        self._provenance = provenance
+        self._way = way
+        self._windows = share.windows
+        self._progress = progress
+        self._adders = ThreadPoolExecutor(share.adders, "add")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._adders.shutdown(cancel_futures=True)
+
+    def fuse(self, shard: Shard, to: Path) -> FileRecord:
+        """Write the merged shard to `to`, hashing on the way.
+
+        Raises:
+            BadCheckpoint: the base shard cannot be read, ended early (it changed since its header was read), is not
+                what it is pinned to, or holds NaN or infinity where something is added; or a sum is too large for its
+                dtype.
+            Stopped: the run is to stop.
+        """
+        pinned = self._way.pinned.get(shard.relative)
+        at = len(shard.header.raw)
+        with (
+            direct_io.open_shard(shard.path) as source,
+            direct_io.HashingWriter(to, self._progress, self._way.direct, self._windows) as output,
+            _pinned(self._way.device, output.memories),
+            _Pin(pinned, hashlib.sha256(shard.header.raw)) as pin,
+            _Sums(self._adders, self._way.device) as sums,
+        ):
+            output.append(shard.header.with_metadata(PROVENANCE, self._provenance))
+            output.send(0)
+            for window in windows(shard, self._targets, direct_io.WINDOW):
+                if self._way.stop.is_set():
+                    raise Stopped
+                data = output.room()[: sum(piece.nbytes for piece in window)]
+                direct_io.read_exactly(source, data, at)
+                output.send(len(data), sums.add(window, data, pin.see(data)))
+                at += len(data)
+            record = output.finish()
+            pin.check(shard.path)
+        return record
+
+
 class _Pin:
-    """The sha256 that a shard has to have, None for any, and the hash of header and bytes that were read so far."""
+    """The sha256 that a shard has to have, None for any, and a thread that hashes what is read of it."""
 
-    wanted: str | None
-    read_so_far: Any
+    def __init__(self, wanted: str | None, read_so_far: Any) -> None:
+        self._wanted = wanted
+        self._read_so_far = read_so_far
+        self._hashing = ThreadPoolExecutor(1, "pin")
 
-    def read(self, source: direct_io.Reader, memory: memoryview, start: int, nbytes: int) -> memoryview:
-        """Read the next bytes, before anything is added to them."""
-        data = direct_io.read_exactly(source, memory, start, nbytes)
-        if self.wanted is not None:
-            self.read_so_far.update(data)
-        return data
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hashing.shutdown(cancel_futures=True)
+
+    def see(self, data: memoryview) -> list[Future[None]]:
+        """Hash what was read; nothing may be added to it before what is returned is done."""
+        return [] if self._wanted is None else [self._hashing.submit(self._read_so_far.update, data)]
 
     def check(self, path: Path) -> None:
-        if self.wanted is not None:
-            refuse_other_content(path, self.read_so_far.hexdigest(), self.wanted)
+        if self._wanted is not None:
+            refuse_other_content(path, self._read_so_far.hexdigest(), self._wanted)
 
 
 def refuse_other_content(path: Path, sha256: str, wanted: str) -> None:
@@ -144,31 +158,53 @@ def refuse_other_content(path: Path, sha256: str, wanted: str) -> None:
         )
 
 
-def _add(target: Target, adder: Adder, first: int, read: Future[memoryview]) -> memoryview:
-    data = read.result()
+class _Sums:
+    """The sums of one shard, each of them taken by a thread of a pool, in the order in which they are given."""
+
+    def __init__(self, pool: ThreadPoolExecutor, device: str) -> None:
+        self._pool = pool
+        self._device = device
+        self._adder: Future[Adder] | None = None  # of the last target
+        self._running: list[Future[None]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for future in self._running:
+            future.cancel()
+        wait(self._running)  # nobody writes to the memory any more
+
+    def add(self, window: list[Piece], data: memoryview, seen: list[Future[None]]) -> list[Future[None]]:
+        """Add to each piece of a window when `seen` is done; what is returned is done when the window is."""
+        ready = list(seen)
+        start = 0
+        for piece in window:
+            if piece.target is not None:
+                if piece.first_row == 0:  # the pieces of one target come one after another
+                    self._adder = self._pool.submit(read_sum, piece.target, self._device)
+                part = data[start : start + piece.nbytes]
+                ready.append(self._pool.submit(_add, piece.target, self._adder, piece.first_row, part, seen))
+            start += piece.nbytes
+        self._running = [future for future in self._running if not future.done()] + ready
+        return ready
+
+
+def _add(target: Target, adder: Future[Adder] | None, first: int, data: memoryview, seen: list[Future[None]]) -> None:
+    wait(seen)
     try:
-        adder(data, first)
+        if adder is not None:
+            adder.result()(data, first)
     except NotFinite as error:
         raise BadCheckpoint(f"{target.shard.path}: {target.tensor.name!r}: {error}; nothing was written") from error
-    return data
 
 
 @contextmanager
-def _threads(workers: int) -> Iterator[tuple[ThreadPoolExecutor, ThreadPoolExecutor, ThreadPoolExecutor]]:
-    """A reader, workers and a packer. Pending work is dropped."""
-    with ExitStack() as stack:
-        pools = [ThreadPoolExecutor(count, name) for count, name in ((1, "read"), (workers, "add"), (1, "pack"))]
-        for pool in pools:
-            stack.callback(pool.shutdown, cancel_futures=True)
-        yield pools[0], pools[1], pools[2]
-
-
-@contextmanager
-def _pinned(device: str, slots: list[Buffer]) -> Iterator[None]:
+def _pinned(device: str, memories: list[memoryview]) -> Iterator[None]:
     if device == "cpu":
         yield
         return
     from lora_fuse.fusion.torch_sums import pinned
 
-    with pinned([slot.memory for slot in slots]):
+    with pinned(memories):
         yield

@@ -7,16 +7,20 @@ read-only files only. Those of the Hub client's cache are made so, as the client
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Event
 
 from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import BadCheckpoint
 from lora_fuse.fusion.plan import Plan
-from lora_fuse.machine import file_state, files
-from lora_fuse.recipe import hf_cache
+from lora_fuse.fusion.stream import refuse_other_content
+from lora_fuse.machine import file_state, files, staging
+from lora_fuse.recipe import hf_cache, records
 
 Ways = Mapping[str, files.Untouched]
 
@@ -47,20 +51,116 @@ def ways_of(plan: Plan, place: Path, untouched: files.Untouched) -> Ways:
     return ways
 
 
-def take_over(given: Path, target: Path, way: files.Untouched, states: file_state.FileStates) -> None:
-    """Make `target` a file with the content of a base's, through links; a hard link to the cache is read-only.
+class OtherFiles:
+    """The files of a merge that are no fused shards: the base's that do not change, and the generated ones.
+
+    They are copied and hashed on threads of their own, while shards are fused. Hard links are made in the end.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        place: staging.StagingFolder,
+        generated: Mapping[str, bytes],
+        ways: Ways,
+        known: Mapping[str, files.FileRecord],
+        pinned: Mapping[str, str],
+    ) -> None:
+        """List them; see `lora_fuse.fusion.merge.write_merged`. Files that are `known` are not hashed."""
+        fused = {shard.relative for shard in plan.fused_shards}
+        same = [shard.relative for shard in plan.checkpoint.shards if shard.relative not in fused]
+        self._sources = {name: plan.checkpoint.locate(name) for name in [*same, *plan.checkpoint.others]}
+        self._place = place
+        self._generated = generated
+        self._ways = ways
+        self._known = known
+        self._pinned = pinned
+        self._prepared: dict[str, Future[files.FileRecord]] = {}
+
+    @contextmanager
+    def prepared(self, progress: Callable[[int], None], stop: Event) -> Iterator[None]:
+        """Copy and hash within it, the largest first; `progress` is told of what was copied, an error sets `stop`."""
+        states = {name: file_state.state_of(source) for name, source in self._sources.items()}
+        sizes = {name: state.size if state else 0 for name, state in states.items()}
+
+        def prepare(name: str, advance: file_state.Advance) -> files.FileRecord:
+            try:
+                record = self._prepare(name, advance)
+            except Exception:
+                stop.set()
+                raise
+            progress(sizes[name] if self._ways[name] == "copy" else 0)
+            return record
+
+        with file_state.HashingThreads(lambda _: None) as threads:
+            for name in sorted(sizes, key=lambda name: -sizes[name]):
+                self._prepared[name] = threads.submit(prepare, name)
+            yield
+
+    def _prepare(self, name: str, advance: file_state.Advance) -> files.FileRecord:
+        source = self._sources[name]
+        placed = source
+        if name not in self._generated:
+            if self._ways[name] != "hardlink":
+                placed = self._place.place(name)
+                files.take_over(source.resolve(), placed, self._ways[name])
+            files.sync(placed)  # what is on the disk now need not be waited for in the end
+        return self._known[name] if name in self._known else self._hash(name, placed, advance)
+
+    def _hash(self, name: str, placed: Path, advance: file_state.Advance = lambda _: None) -> files.FileRecord:
+        record = files.hash_file(placed, advance)
+        refuse_other_content(self._sources[name], record.sha256, self._pinned.get(name, record.sha256))
+        return record
+
+    def wait(self) -> None:
+        """Wait for what is `prepared`.
+
+        Raises:
+            BadCheckpoint: a file of the base is not what it is pinned to.
+            OSError: one cannot be read or written.
+        """
+        wait(self._prepared.values(), return_when=FIRST_EXCEPTION)
+        for future in self._prepared.values():
+            if future.done():
+                future.result()
+
+    def place(self, states: file_state.FileStates) -> dict[str, records.MergedFile]:
+        """Put the rest in its place; returns all of these files by POSIX path.
+
+        Raises:
+            BadCheckpoint, OSError: see `wait`.
+        """
+        self.wait()
+        written = {}
+        for name, source in self._sources.items():
+            record = self._prepared[name].result()
+            if name not in self._generated and self._ways[name] == "hardlink":
+                placed = self._place.place(name)
+                link(source, placed, states)
+                if name not in self._known and not placed.samefile(source):  # a copy after all
+                    record = self._hash(name, placed)
+            states.add(source, states[source], record)
+            if name not in self._generated:
+                written[name] = records.MergedFile(record.size, record.sha256, "base")
+        for name, content in self._generated.items():
+            self._place.place(name).write_bytes(content)
+            sha256 = hashlib.sha256(content).hexdigest()
+            written[name] = records.MergedFile(len(content), sha256, "generated")
+        return written
+
+
+def link(given: Path, target: Path, states: file_state.FileStates) -> None:
+    """Make `target` a second name of a base's file, through links, or a copy; one of the Hub's cache is read-only then.
 
     The `states` of the base's files are told of the link.
     """
     source = given.resolve()
-    if way == "hardlink":
-        with states.linking([given]), suppress(OSError):  # another filesystem, or another user's file
-            if _is_cached(given):
-                files.make_read_only(source)
-            os.link(source, target)
-            return
-        way = "copy"
-    files.take_over(source, target, way)
+    with states.linking([given]), suppress(OSError):  # another filesystem, or another user's file
+        if _is_cached(given):
+            files.make_read_only(source)
+        os.link(source, target)
+        return
+    files.take_over(source, target, "copy")
 
 
 def _is_cached(given: Path) -> bool:

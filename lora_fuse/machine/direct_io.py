@@ -2,7 +2,7 @@
 
 A checkpoint that is larger than what a cache is good for pays for the cache's pages and waits for the disk as well.
 What is in the cache already is read from there. O_DIRECT wants memory, offsets and lengths in whole blocks (open(2),
-NOTES), so memory comes from here and holds a block more than is asked for at either end.
+NOTES), so memory comes from here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import ctypes
 import hashlib
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -26,8 +26,9 @@ from lora_fuse.machine.files import FileRecord
 
 SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 BLOCK = 4096  # bytes; a multiple of every disk's own
-WINDOW = 32 << 20  # bytes; whole blocks: a disk takes a large request at several times the speed of small ones
-WINDOWS = 3  # one fills, one is hashed and written, one is between
+AT_ONCE = 8 << 20  # bytes that are read past the cache at once
+WINDOW = 16 << 20  # bytes; whole blocks: a disk takes a large request at several times the speed of small ones
+WINDOWS = 4  # one is read, one is changed, one is hashed and one is written
 
 
 def blocks(nbytes: int) -> int:
@@ -36,8 +37,8 @@ def blocks(nbytes: int) -> int:
 
 
 def block_memory(nbytes: int) -> memoryview:
-    """Memory for `Reader.read` of up to `nbytes`, or for `Writer.write`."""
-    memory = mmap.mmap(-1, blocks(nbytes) + 2 * BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    """Memory for `nbytes` and a block more, which begins at a block, as `Writer.write` needs it."""
+    memory = mmap.mmap(-1, blocks(nbytes) + BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError, AttributeError):  # a disk is given memory in pieces that are contiguous: let them be large
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memoryview(memory)
@@ -47,10 +48,22 @@ def too_large_to_cache(nbytes: int) -> bool:
     """True where so many bytes to write would make the kernel write at once (`dirty_background_ratio` in its docs)."""
     try:
         share = int(Path("/proc/sys/vm/dirty_background_ratio").read_text()) / 100
-        (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
-        return nbytes > share * int(line.split()[1]) * 1024
+        return nbytes > share * _available_memory()
     except (OSError, ValueError):  # not Linux
         return False
+
+
+def available_memory(unknown: int = 1 << 30) -> int:
+    """Bytes of memory that programs can be given without swapping, or what is said where the system does not tell."""
+    try:
+        return _available_memory()
+    except (OSError, ValueError):  # not Linux
+        return unknown
+
+
+def _available_memory() -> int:
+    (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
+    return int(line.split()[1]) * 1024
 
 
 class _File:
@@ -72,24 +85,33 @@ class _File:
 
 
 class Reader(_File):
-    """A file to read from."""
+    """A file to read from, in one thread."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, os.O_RDONLY | os.O_NONBLOCK, direct=True)  # a named pipe would wait
+        self._blocks = memoryview(b"")
 
-    def read(self, memory: memoryview, start: int, nbytes: int) -> memoryview:
-        """Bytes from `start` on, as a part of `memory`; fewer than `nbytes` where the file ends."""
-        lead = start % BLOCK
-        wanted = memory[lead : lead + nbytes]
+    def read(self, memory: memoryview, start: int) -> int:
+        """Fill memory with the bytes from `start` on; returns how many there are, fewer only where the file ends."""
+        done = 0
+        while done < len(memory) and (got := self._read_some(memory[done:], start + done)):
+            done += got
+        return done
+
+    def _read_some(self, memory: memoryview, start: int) -> int:
         if self._direct is None:
-            return wanted[: _read(self._plain, wanted, start)]
+            return os.preadv(self._plain, [memory], start)
         with suppress(OSError, AttributeError):  # EAGAIN: not in the cache
-            if os.preadv(self._plain, [wanted], start, os.RWF_NOWAIT) == nbytes:
-                return wanted
-        got = os.preadv(self._direct, [memory[: blocks(lead + nbytes)]], start - lead)
-        if lead + nbytes > got > 0:  # near the end, or interrupted: the rest need not begin at a block
-            got += _read(self._plain, memory[got : lead + nbytes], start - lead + got)
-        return wanted[: max(0, got - lead)]
+            if cached := os.preadv(self._plain, [memory], start, os.RWF_NOWAIT):
+                return cached
+        if not self._blocks:
+            self._blocks = block_memory(AT_ONCE)
+        lead = start % BLOCK
+        wanted = min(len(memory), AT_ONCE)
+        got = os.preadv(self._direct, [self._blocks[: blocks(lead + wanted)]], start - lead)
+        part = self._blocks[lead : min(got, lead + wanted)]
+        _copy(part, memory)
+        return len(part)
 
 
 class Writer(_File):
@@ -111,11 +133,9 @@ class Writer(_File):
         self._size += nbytes
 
 
-def _read(fd: int, memory: memoryview, start: int) -> int:
-    done = 0
-    while done < len(memory) and (got := os.preadv(fd, [memory[done:]], start + done)):
-        done += got
-    return done
+def _copy(data: memoryview | bytes, memory: memoryview) -> None:
+    """Copy to the beginning of some memory, while other threads go on, as they do not in an assignment of Python's."""
+    np.copyto(np.frombuffer(memory, np.uint8, count=len(data)), np.frombuffer(data, np.uint8))
 
 
 def _write(fd: int, memory: memoryview, start: int) -> None:
@@ -142,17 +162,16 @@ def open_shard(path: Path) -> Reader:
         return Reader(path)
 
 
-def read_exactly(source: Reader, memory: memoryview, start: int, nbytes: int) -> memoryview:
-    """Read a part of a shard into memory.
+def read_exactly(source: Reader, memory: memoryview, start: int) -> None:
+    """Fill memory with a part of a shard.
 
     Raises:
         BadCheckpoint: it cannot be read, or is not there any more.
     """
     with _reading(source.path):
-        data = source.read(memory, start, nbytes)
-    if len(data) < nbytes:
-        raise BadCheckpoint(f"{source.path} ended {nbytes - len(data)} bytes early: it changed while it was read")
-    return data
+        missing = len(memory) - source.read(memory, start)
+    if missing:
+        raise BadCheckpoint(f"{source.path} ended {missing} bytes early: it changed while it was read")
 
 
 @contextmanager
@@ -166,27 +185,33 @@ def _reading(path: Path) -> Iterator[None]:
 @dataclass(slots=True)
 class _Window:
     memory: memoryview = field(default_factory=lambda: block_memory(WINDOW))
-    filled: int = 0
-    busy: tuple[Future[None], ...] = ()
+    sealed: Future[Future[None]] | None = None  # to be hashed; then the future of its writing
 
     def wait(self) -> None:
-        for future in self.busy:
-            future.result()
-        self.filled = 0
-        self.busy = ()
+        if self.sealed is not None:
+            self.sealed.result().result()
+            self.sealed = None
 
 
 class HashingWriter:
-    """Takes bytes in order, from one thread; `finish` gives size and sha256."""
+    """Takes bytes in order, from one thread; `finish` gives size and sha256.
 
-    def __init__(self, path: Path, progress: Callable[[int], None], direct: bool) -> None:
+    Bytes are made, hashed and written in one place, a window. The disk takes whole blocks, so a window begins with what
+    the last one left of a block: less than one, and all that is copied.
+    """
+
+    def __init__(self, path: Path, progress: Callable[[int], None], direct: bool, windows: int = WINDOWS) -> None:
         """Open `path` anew; `progress` is told how many more bytes are written, `direct` writes past the cache."""
         self._writer = Writer(path, direct)
         self._progress = progress
         self._digest = hashlib.sha256()
         self._size = 0
-        self._windows = cycle([_Window() for _ in range(WINDOWS)])
-        self._window = next(self._windows)
+        self._windows = [_Window() for _ in range(windows)]
+        self._next = cycle(self._windows)
+        self._window = next(self._next)
+        self._lead = 0  # bytes at the beginning of the window that are the last one's
+        self._filled = 0  # bytes behind them
+        self._rest = b""  # the last window's bytes that are not written yet; of the thread that hashes
         self._hashing = ThreadPoolExecutor(1, "hash")
         self._writing = ThreadPoolExecutor(1, "write")
 
@@ -198,29 +223,55 @@ class HashingWriter:
             pool.shutdown(cancel_futures=True)
         self._writer.__exit__(*error)
 
+    @property
+    def memories(self) -> list[memoryview]:
+        """All the memory that `room` may be a part of."""
+        return [window.memory for window in self._windows]
+
+    def room(self) -> memoryview:
+        """Memory for the next bytes: `WINDOW` less what was appended since the last `send`. Waits until it is free.
+
+        Raises:
+            OSError: an earlier window could not be written.
+            Exception: what it waited for failed.
+        """
+        self._window.wait()
+        return self._window.memory[self._lead + self._filled : self._lead + WINDOW]
+
+    def send(self, nbytes: int, ready: Sequence[Future[None]] = ()) -> None:
+        """Take the first `nbytes` of `room` as they are when all of `ready` are done."""
+        end = self._lead + self._filled + nbytes
+        self._window.sealed = self._hashing.submit(self._seal, self._window.memory, self._lead, end, ready)
+        self._size += end - self._lead
+        self._lead = end % BLOCK
+        self._filled = 0
+        self._window = next(self._next)
+
     def append(self, data: memoryview | bytes) -> None:
         """Take some bytes; they are copied.
 
         Raises:
-            OSError: an earlier window could not be written.
+            OSError: see `room`.
         """
-        left = np.frombuffer(data, dtype=np.uint8)
-        while len(left):
-            window = self._window
-            part, left = np.split(left, [WINDOW - window.filled])
-            np.copyto(np.frombuffer(window.memory, dtype=np.uint8, count=len(part), offset=window.filled), part)
-            window.filled += len(part)
-            if window.filled == WINDOW:
-                self._send()
+        left = memoryview(data)
+        while left:
+            room = self.room()
+            part = left[: len(room)]
+            _copy(part, room)
+            left = left[len(part) :]
+            self._filled += len(part)
+            if len(part) == len(room):
+                self.send(0)
 
-    def _send(self) -> None:
-        window = self._window
-        nbytes = window.filled
-        self._size += nbytes
-        hashing = self._hashing.submit(self._digest.update, window.memory[:nbytes])
-        window.busy = (hashing, self._writing.submit(self._write, window.memory, nbytes))
-        self._window = next(self._windows)
-        self._window.wait()
+    def _seal(self, memory: memoryview, lead: int, end: int, ready: Sequence[Future[None]]) -> Future[None]:
+        for future in ready:
+            future.result()
+        memory[:lead] = self._rest
+        whole = end // BLOCK * BLOCK
+        self._rest = bytes(memory[whole:end])
+        written = self._writing.submit(self._write, memory, whole)
+        self._digest.update(memory[lead:end])
+        return written
 
     def _write(self, memory: memoryview, nbytes: int) -> None:
         self._writer.write(memory, nbytes)
@@ -231,9 +282,10 @@ class HashingWriter:
 
         Raises:
             OSError: it could not be written.
+            Exception: see `room`.
         """
-        self._send()
-        for _ in range(WINDOWS):
-            self._window.wait()
-            self._window = next(self._windows)
+        self.send(0)
+        for window in self._windows:
+            window.wait()
+        self._write(memoryview(self._rest), len(self._rest))
         return FileRecord(self._size, self._digest.hexdigest())

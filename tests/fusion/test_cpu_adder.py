@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_fuse.checkpoint.dtypes import SIXTEEN_BIT
+from lora_fuse.fusion import cpu_adder, cpu_product
 from lora_fuse.fusion.cpu_adder import Stacked, TooLarge, stackable
 from lora_fuse.fusion.cpu_kernel import ADD, UNIT, error_bound, nearest_even
 from lora_fuse.fusion.torch_sums import fuse_rows
@@ -21,9 +22,18 @@ TORCH = {"BF16": torch.bfloat16, "F16": torch.float16}
 NUMPY: dict[str, npt.DTypeLike] = {"BF16": ml_dtypes.bfloat16, "F16": np.float16}
 
 
-def product(seed: int, rows: int, columns: int, rank: int, size: float = 0.1, factor: float = 1.0) -> LowRank:
+def product(
+    seed: int,
+    rows: int,
+    columns: int,
+    rank: int,
+    size: float = 0.1,
+    factor: float = 1.0,
+    digits: npt.DTypeLike = np.float64,
+) -> LowRank:
     rng = np.random.default_rng(seed)
-    a, b = rng.standard_normal((rows, rank)) * size, rng.standard_normal((rank, columns)) * size
+    shapes = (rows, rank), (rank, columns)
+    a, b = ((rng.standard_normal(shape) * size).astype(digits).astype(np.float64) for shape in shapes)
     return LowRank(Matrix(a, b), factor)
 
 
@@ -47,6 +57,8 @@ def test_the_bytes_are_those_of_the_slow_way(dtype: str, columns: int, size: flo
     rng = np.random.default_rng(columns)
     weights = (rng.standard_normal((40, columns)) * 0.05).astype(NUMPY[dtype])
     parts = [product(1, 60, columns, 8, size), product(2, 60, columns, 3, size, 0.37)]
+    short = [product(3, 60, columns, 5, size, 0.37, digits=ml_dtypes.bfloat16) for _ in range(2)]
+    assert np.array_equal(quick(weights, short, dtype, first=20), slow(weights, short, dtype, first=20))
     merged = quick(weights, parts, dtype, first=20)
     assert np.array_equal(merged, slow(weights, parts, dtype, first=20))
     assert (merged != weights.view(np.uint16)).any() or size < 1e-5
@@ -159,15 +171,42 @@ def test_only_products_of_16_bit_weights_are_stacked() -> None:
 def test_a_product_that_is_coarser_than_float32_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a matrix unit that takes float32 for bfloat16."""
     weights, part = np.full((64, 64), 0.1, ml_dtypes.bfloat16), product(1, 64, 64, 16)
-    matmul = np.matmul
 
-    def coarse(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32], out: npt.NDArray[np.float32]) -> None:
-        matmul(a.astype(ml_dtypes.bfloat16).astype(np.float32), b, out=out)
+    def coarse(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64], factor: float) -> cpu_product.Multiply:
+        short, of_b = (matrix.astype(ml_dtypes.bfloat16).astype(np.float64) for matrix in (a, b))
+        return cpu_product.multiplier(short, of_b, factor)
 
     quick(weights, [part], "BF16")
-    monkeypatch.setattr(np, "matmul", coarse)
+    monkeypatch.setattr(cpu_adder, "multiplier", coarse)
     with pytest.raises(RuntimeError, match="coarser than IEEE 754"):
         quick(weights, [part], "BF16")
+
+
+@pytest.mark.parametrize("without", [set(), {"+avx512bf16"}, {"+avx512f"}])
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
+@pytest.mark.parametrize(("rows", "rank"), [(1, 1), (12, 7), (40, 64)])
+def test_a_product_is_within_its_bound(
+    monkeypatch: pytest.MonkeyPatch, without: set[str], dtype: npt.DTypeLike, rows: int, rank: int
+) -> None:
+    """In tiles of either instruction, if the CPU has it, and by BLAS; from any row on, tiles that are not full."""
+    features = cpu_product.features() - without
+    monkeypatch.setattr(cpu_product, "features", lambda: features)
+    rng = np.random.default_rng(rank)
+    a, b = (rng.standard_normal(shape).astype(dtype).astype(np.float64) for shape in ((rows, rank), (rank, 96)))
+    a[0, 0] = 2.0**-130  # a subnormal number, which one instruction takes for zero
+    first = rows // 3
+    out = np.full((-(-(rows - first) // cpu_product.ROWS) * cpu_product.ROWS, 96), np.nan, np.float32)
+    cpu_product.multiplier(a, b, 0.37)(first, out)
+    lengths = np.outer(np.linalg.norm(a[first:], axis=1), np.linalg.norm(b, axis=0))
+    error = np.abs(out[: rows - first] - 0.37 * a[first:] @ b)
+    assert (error <= 0.37 * lengths * UNIT * (rank + 4) + 2.0**-120).all()
+
+
+def test_bfloat16_is_told_from_what_has_one_digit_more() -> None:
+    numbers = np.array([[0.0, -1.0, 1 + 2.0**-7, 1.5 * 2.0**127, 2.0**-140]])
+    assert cpu_product._are_bfloat16(numbers)
+    for longer in (1 + 2.0**-8, 1 + 2.0**-52, 0.1):
+        assert not cpu_product._are_bfloat16(np.append(numbers, [[longer]], axis=1))
 
 
 @given(st.lists(st.tuples(st.floats(-1e200, 1e200), st.floats(-1e100, 1e100)), max_size=8))

@@ -16,11 +16,12 @@ from lora_fuse.errors import BadCheckpoint, BadLora, BadScale, Busy, NoSpace
 from lora_fuse.fusion import adder as sums
 from lora_fuse.fusion import cpu_adder as lowrank
 from lora_fuse.fusion import pieces
-from lora_fuse.fusion import stream as engine
 from lora_fuse.fusion import torch_sums as fusion
 from lora_fuse.fusion.merge import write_merged
 from lora_fuse.fusion.plan import make_plan
+from lora_fuse.fusion.stream import Share
 from lora_fuse.lora.inputs import LoraInput
+from lora_fuse.machine import direct_io
 from lora_fuse.machine.files import Untouched
 from lora_fuse.recipe.records import MergedFile
 from tests.support import tiny
@@ -123,16 +124,42 @@ def test_the_bytes_do_not_depend_on_threads_chunks_or_the_order_of_loras(
     first = fuse(base, tmp_path / "a", lora, second)
     assert fuse(base, tmp_path / "b", second, lora) == first
     monkeypatch.setattr(lowrank, "BLOCK", 40)
-    monkeypatch.setattr(pieces, "BUFFER", 200)
+    monkeypatch.setattr(pieces, "PIECE", 200)
+    monkeypatch.setattr(direct_io, "WINDOW", direct_io.BLOCK)
     assert fuse(base, tmp_path / "c", lora, second) == first
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    for workers in (1, 2, 4):
-        monkeypatch.setattr(engine, "WORKERS", workers)
-        assert fuse(base, tmp_path / f"of {workers}", lora, second) == first
+    for cores, memory in ((1, 1 << 40), (64, 1 << 40), (64, 0)):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr(direct_io, "available_memory", lambda memory=memory: memory)
+        assert fuse(base, tmp_path / f"of {cores} cores and {memory} bytes", lora, second) == first
     monkeypatch.setattr(sums, "stackable", lambda *_: None)
     assert fuse(base, tmp_path / "by torch", lora, second) == first
     monkeypatch.setattr(fusion, "BLOCK", (3, 5))
     assert fuse(base, tmp_path / "in small blocks", lora, second) == first
+
+
+@pytest.mark.parametrize(
+    ("shards", "device", "cores", "gigabytes", "expected"),
+    [
+        (9, "cpu", 32, 250, (9, 4, 32)),
+        (40, "cpu", 64, 250, (32, 2, 64)),
+        (9, "cpu", 32, 0.5, (4, 2, 32)),
+        (9, "cuda", 16, 100, (8, 4, 8)),
+        (9, "cpu", 1, 0, (1, 2, 1)),
+    ],
+)
+def test_shards_are_as_many_as_there_are_cores_and_memory_for(
+    monkeypatch: pytest.MonkeyPatch,
+    shards: int,
+    device: str,
+    cores: int,
+    gigabytes: float,
+    expected: tuple[int, int, int],
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(direct_io, "available_memory", lambda: int(gigabytes * 2**30))
+    share = Share.of_machine(shards, device)
+    assert (share.shards, share.windows, share.adders) == expected
+    assert share.shards * share.windows * direct_io.WINDOW <= 2**30
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])

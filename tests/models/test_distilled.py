@@ -10,7 +10,7 @@ import lora_fuse
 from lora_fuse import LoraInput
 from lora_fuse.cli import main
 from lora_fuse.errors import BadConfig
-from lora_fuse.fusion.cautions import cautions
+from lora_fuse.fusion.plan import cautions
 from lora_fuse.models import LIGHTNING, distillation, needed_scheduler, pair_warnings
 from stages.config import load
 from tests.support import tiny

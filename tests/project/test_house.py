@@ -48,6 +48,7 @@ OWNERS = {
     "diffusers": "pictures",
     "huggingface_hub": "hub",
     "hydra": "stages",
+    "llvmlite": "fusion",
     "model_signing": "release",
     "numba": "fusion",
     "omegaconf": "stages",

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from lora_fuse.errors import BadSource, LoraFuseError, Refused
-from lora_fuse.fusion import merge, taking_over
 from lora_fuse.machine import file_state, files
 from lora_fuse.recipe import paths
 from lora_fuse.recipe.paths import HERE as at  # noqa: N811
@@ -119,14 +118,15 @@ def test_a_base_that_changes_while_it_is_fused_leaves_the_last_merge(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = project.params()
-    place = taking_over.take_over
+    place = files.take_over
 
-    def take_over(source: Path, target: Path, way: files.Untouched, states: file_state.FileStates) -> None:
-        place(source, target, way, states)
+    def take_over(source: Path, target: Path, how: files.Untouched) -> files.Untouched:
+        done = place(source, target, how)
         if source.name == Path(TAKEN).name:
             flip(TAKEN)
+        return done
 
-    monkeypatch.setattr(merge, "take_over", take_over)
+    monkeypatch.setattr(files, "take_over", take_over)
     assert "vae/diffusion_pytorch_model.safetensors changed while it was read" in refused(fuse, recipe, Refused)
 
 
