@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         commands |= {name: ["sh", "-c", command.format(given=given)] for name, command in STAGES.items()}
         places |= dict.fromkeys(STAGES, (project / "artifacts/merged", project))
         size = sum(path.stat().st_size for path in base.iterdir())
-        print(f"{options.blocks} of 60 blocks, {size / 1e9:.2f} GB, bfloat16, rank 64; {_machine()}")
+        print(f"{options.blocks} of 60 blocks, {size / 1e9:.2f} GB, bfloat16, rank 64; {machine()}")
         runs: dict[str, list[Run]] = {name: [] for name in commands}
         for _ in range(options.runs):
             for name, command in commands.items():
@@ -145,7 +145,8 @@ def _table(runs: dict[str, list[Run]], size: int) -> None:
         print(f"lora-fuse is {medians['diffusers'] / medians['lora-fuse']:.1f} times as fast as diffusers")
 
 
-def _machine() -> str:
+def machine() -> str:
+    """Name this machine by its cores."""
     about = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", about.read_text(encoding="utf-8") if about.exists() else "")
     return f"{os.cpu_count()} cores ({model[1] if model else platform.machine()})"

@@ -21,7 +21,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -67,13 +68,27 @@ def run_limited(
             stdout=output,
             stderr=subprocess.STDOUT,
         )
-        with PeakSampler(process.pid) as sampler:
+        with PeakSampler(process.pid) as sampler, ended_with(process.pid):
             _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - begun
         process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         used = usage.ru_utime + usage.ru_stime
         return LimitedRun(process.returncode, output.read(), seconds, used, sampler.peak, how)
+
+
+@contextmanager
+def ended_with(pid: int) -> Iterator[None]:
+    """Kill a process and all below it where what waits for them is interrupted."""
+    try:
+        yield
+    except BaseException:
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            for one in [*process.children(recursive=True), process]:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+        raise
 
 
 def limiting(how: str, limit: int) -> list[str]:
