@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -36,9 +37,15 @@ from lora_fuse.errors import Refused
 from lora_fuse.machine import interrupts, progress, space, text
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("lora_fuse", "stages", "conf", "inputs", "pocket", "publish", "variants", ".dvc/config", ".dvcignore")
-FILES = ("dvc.yaml", "params.yaml", "pyproject.toml", "constraints.txt", ".gitignore")
-RECIPE = "qwen_image_edit_lightning_4steps"
+PARTS = ("lora_fuse", "stages", "conf", "inputs", "pocket", "publish", "variants", ".dvc")
+FILES = ("dvc.yaml", "params.yaml", "pyproject.toml", "constraints.txt", ".gitignore", ".dvcignore")
+DEFAULTS: list[Any] = [{"/base": "qwen_image_edit"}, {"/scheduler": "lightning"}, {"/sampling": "lightning_4steps"}]
+RECIPE: dict[str, Any] = {
+    "name": "full_size",
+    "base": {"path": "base", "repo_id": None, "revision": None},
+    "loras": {"made": {"path": "lora", "repo_id": None, "revision": None, "filename": "lora.safetensors"}},
+}
+SIDE = 64  # pixels of the one picture on a CPU
 UNLIMITED = frozenset({"regress"})  # it holds a model, on a GPU or not
 GATE_CODES = frozenset({0, 3, 4})  # passed, and what has no golden yet on this kind of machine
 FIXED = 5e9  # bytes of what is not the transformer, for fewer blocks than all
@@ -209,8 +216,8 @@ class Project:
             MEASURED.format(python=sys.executable, root=str(ROOT), rows=str(self._rows), limit=limit), encoding="utf-8"
         )
         program.chmod(0o755)
-        self._start()
         self._configure()
+        self._start()
 
     def build(self) -> list[Row]:
         """Build to the verdict; a row for each stage, one for DVC, one for all.
@@ -223,7 +230,9 @@ class Project:
             with _hub(self.root.parent) as variables:
                 os.environ.update(variables)
                 self._run([sys.executable, "-m", "stages.approve", "--reason", "made by the benchmark"])
-                self._run(["dvc", "repro"])
+                self._commit()
+                self._rows.unlink()
+                rows += [row for row in self._built("", ["dvc", "repro"]) if row.name == "export"]
                 self._rows.unlink()
                 rows += self._built("publishing", ["dvc", "repro", "publish/dvc.yaml"])
         return rows
@@ -256,9 +265,8 @@ class Project:
     def _start(self) -> None:
         """Make it a repository of git where there is one; and let numba compile what it keeps for the next time."""
         if shutil.which("git"):
-            for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "start"]):
-                who = ["-c", "user.name=benchmark", "-c", "user.email=benchmark@example.org"]
-                subprocess.run(["git", *who, *command], cwd=self.root, check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(["git", "init", "-q"], cwd=self.root, check=True)
+            self._commit()
         else:
             with (self.root / ".dvc/config").open("a", encoding="utf-8") as file:
                 file.write("[core]\n    no_scm = true\n")
@@ -266,30 +274,39 @@ class Project:
         warm = [sys.executable, "-m", "lora_fuse", "fuse", "pocket/model", "../warm", "--lora", lora]
         subprocess.run(warm, cwd=self.root, env=_environment(self.root), check=True, stdout=subprocess.DEVNULL)
 
+    def _commit(self) -> None:
+        for command in (["add", "-A"], ["commit", "-qm", "benchmark"]):
+            who = ["-c", "user.name=benchmark", "-c", "user.email=benchmark@example.org"]
+            subprocess.run(["git", *who, *command], cwd=self.root, check=True, stdout=subprocess.DEVNULL)
+
     def _configure(self) -> None:
-        given = [f"recipe={RECIPE}", "base.path=base", "base.repo_id=null", "base.revision=null"]
-        given += ["loras.lightning.path=lora", "loras.lightning.repo_id=null"]
-        given += ["loras.lightning.revision=null", "loras.lightning.filename=lora.safetensors"]
-        if not _has_gpu():
-            others = [name for name in _cases() if name != "rabbit"]
-            given += ["regress.placement=cpu", "regress.dtype=float32", *(f"~regress.cases.{name}" for name in others)]
-            given += ["regress.cases.rabbit.height=64", "regress.cases.rabbit.width=64", "base.condition_area=4096"]
+        """Write the recipe, as a user has one, and compile it."""
+        conf = self.root / "conf"
+        on_gpu = _has_gpu()
+        recipe = dict(RECIPE)
+        recipe["defaults"] = [*DEFAULTS, {"/regress": "edit" if on_gpu else "small"}, "_self_"]
+        if not on_gpu:
+            edit = yaml.safe_load((conf / "regress/_edit_cases.yaml").read_text(encoding="utf-8"))
+            rabbit = edit["cases"]["rabbit"] | {"height": SIDE, "width": SIDE}
+            small = {"placement": "cpu", "dtype": "float32", "cases": {"rabbit": rabbit}}
+            _write_yaml(conf / "regress/small.yaml", {"defaults": ["_bfloat16", "_self_"], **small})
+            recipe["base"] = RECIPE["base"] | {"condition_area": SIDE**2}
         if self._publishes:
-            given += ["publish.enabled=true", "publish.repo_id=alice/full-size", "publish.license=apache-2.0"]
-            given += ["export.formats=[single_file]"]
-        command = [sys.executable, "-m", "stages.config", *given]
+            recipe["publish"] = {"enabled": True, "repo_id": "alice/full-size", "license": "apache-2.0"}
+            recipe["export"] = {"formats": ["single_file"]}
+        _write_yaml(conf / f"recipe/{recipe['name']}.yaml", recipe, "# @package _global_\n")
+        command = [sys.executable, "-m", "stages.config", f"recipe={recipe['name']}"]
         subprocess.run(command, cwd=self.root, env=_environment(self.root), check=True, stdout=subprocess.DEVNULL)
 
 
-def _cases() -> list[str]:
-    cases = yaml.safe_load((ROOT / "conf/regress/_edit_cases.yaml").read_text(encoding="utf-8"))["cases"]
-    return list(cases)
+def _write_yaml(path: Path, content: dict[str, Any], first: str = "") -> None:
+    path.write_text(first + yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
 
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
-        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "cache", "tmp"))
     else:
         shutil.copy(source, target)
 
