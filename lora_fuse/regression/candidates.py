@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 from lora_fuse.machine import FileRecord, files
 from lora_fuse.pictures import CaseOf, pairs
 from lora_fuse.recipe import Manifest, records
-from lora_fuse.regression.case_judgement import JudgedPair
+from lora_fuse.regression.case_judgement import WORKERS, JudgedPair
 from lora_fuse.regression.run_record import Environment, RunRecord
 from lora_fuse.regression.verdicts import Comparison
 
@@ -92,18 +93,20 @@ def candidates(
     judged: Sequence[JudgedPair], manifest: Manifest, manifest_sha256: str, setup: pairs.Setup
 ) -> Candidates:
     """The record of a run's merged pictures."""
+    with ThreadPoolExecutor(WORKERS, "hash") as pool:
+        hashes = list(pool.map(lambda case: hashlib.sha256(case.pair.merged.png).hexdigest(), judged))
     return Candidates(
         SCHEMA,
         manifest_sha256,
         {
             case.name: Candidate(
-                sha256=hashlib.sha256(case.pair.merged.png).hexdigest(),
+                sha256=sha256,
                 agrees=case.result.agrees,
                 reasons=case.result.reasons,
                 floor=_finite(case.result.floor),
                 provenance=_inputs(case.pair, manifest, manifest_sha256, setup),
             )
-            for case in judged
+            for case, sha256 in zip(judged, hashes, strict=True)
         },
     )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from lora_fuse.pictures import Case, metrics, pairs, picture
 from lora_fuse.regression.verdicts import CaseResult, Comparison, Facts, Golden, Rules, Size, Verdict, beyond, compare
 
 SIGMA_TOLERANCE = 1e-4
+WORKERS = min(8, os.cpu_count() or 1)  # cases that are worked on at once: half a GB each, of pictures of a megapixel
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +28,17 @@ class JudgedPair:
         return self.pair.case.name
 
 
-def judge_pairs(pairs: Sequence[pairs.Pair], goldens: Mapping[str, Sequence[Golden]], rules: Rules) -> list[JudgedPair]:
-    """Judge every pair, with the goldens by case."""
-    return [
-        JudgedPair(
-            pair, examine(pair.case, pair.merged, pair.unfused, goldens.get(pair.case.name, ()), rules, pair.floor)
-        )
-        for pair in pairs
-    ]
+def judge_pairs(
+    rendered: Sequence[pairs.Pair], goldens: Mapping[str, Sequence[Golden]], rules: Rules
+) -> list[JudgedPair]:
+    """Judge every pair, with the goldens by case; cases side by side, as a large picture takes seconds."""
+
+    def judge(pair: pairs.Pair) -> JudgedPair:
+        approved = goldens.get(pair.case.name, ())
+        return JudgedPair(pair, examine(pair.case, pair.merged, pair.unfused, approved, rules, pair.floor))
+
+    with ThreadPoolExecutor(WORKERS, "judge") as pool:
+        return list(pool.map(judge, rendered))
 
 
 def examine(
@@ -196,8 +202,12 @@ def _measured(comparison: Comparison | None) -> str:
 def save_pictures(judged: Sequence[JudgedPair], folder: Path) -> None:
     """Write ``CASE.merged.png``, ``CASE.unfused.png`` and so on, lossless; an approval copies the first."""
     folder.mkdir(parents=True, exist_ok=True)
-    for case in judged:
+
+    def save(case: JudgedPair) -> None:
         sides = {"merged": case.pair.merged, "unfused": case.pair.unfused, "baseline": case.pair.baseline}
         for side, rendered in sides.items():
             if rendered is not None:
                 (folder / f"{case.name}.{side}.png").write_bytes(rendered.png)
+
+    with ThreadPoolExecutor(WORKERS, "save") as pool:
+        list(pool.map(save, judged))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -12,7 +13,7 @@ from lora_fuse.models import pair_warnings
 from lora_fuse.pictures import encode, environment, metrics, pairs, picture, render
 from lora_fuse.recipe import Manifest, records
 from lora_fuse.regression.candidates import Candidates, Provenance, differences
-from lora_fuse.regression.case_judgement import JudgedPair
+from lora_fuse.regression.case_judgement import WORKERS, JudgedPair
 from lora_fuse.regression.gate import case_names, commits_of
 from lora_fuse.regression.goldens import Approved
 from lora_fuse.regression.report import Baseline, BlockChange, CaseReport, Report
@@ -89,6 +90,12 @@ def review(judged: Judged, verify: Mapping[str, Any], rules: Rules, setup: pairs
     goldens = [case.result.golden for case in judged.cases]
     commits = commits_of(golden.path for golden in goldens if isinstance(golden, Approved))
     approved = {"goldens approved in": commits} if commits else {}
+
+    def show(one: JudgedPair) -> CaseReport:
+        return _case(one, Provenance.of(judged.found.cases[one.name].provenance, judged.run), setup)
+
+    with ThreadPoolExecutor(WORKERS, "show") as pool:
+        cases = tuple(pool.map(show, judged.cases))
     return Report(
         recipe=first.recipe,
         verdict=worst(case.result.verdict for case in judged.cases),
@@ -101,10 +108,7 @@ def review(judged: Judged, verify: Mapping[str, Any], rules: Rules, setup: pairs
         environment={**_environment(judged.run), "LoRA unfused by": judged.cases[0].pair.unfused_by, **approved},
         warnings=tuple(pair_warnings(*judged.manifest.pair)),
         rules=rules,
-        cases=tuple(
-            _case(one, Provenance.of(judged.found.cases[one.name].provenance, judged.run), setup)
-            for one in judged.cases
-        ),
+        cases=cases,
     )
 
 

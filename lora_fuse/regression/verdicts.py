@@ -188,12 +188,7 @@ def compare(a: picture.Picture, b: picture.Picture) -> Comparison:
     Raises:
         ValueError: they differ in size.
     """
-    same = a.levels.shape == b.levels.shape and bool((a.levels == b.levels).all())
-    values = {
-        name: metric.best if same else metric.measure(a.levels, b.levels)
-        for name, metric in metrics.METRICS.items()
-        if not metric.of_latents
-    }
+    values = metrics.distances(a.levels, b.levels)
     if a.latents is not None and b.latents is not None:
         values |= {name: m.measure(a.latents, b.latents) for name, m in metrics.METRICS.items() if m.of_latents}
     return Comparison(values)

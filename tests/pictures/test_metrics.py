@@ -15,6 +15,7 @@ from lora_fuse.pictures.metrics import (
     HEAT_TOP,
     METRICS,
     changed_share,
+    distances,
     heat_map,
     latents_l2,
     max_abs,
@@ -93,6 +94,8 @@ def test_a_patch_is_seen_in_the_worst_block() -> None:
     patched[100:148, 64:96] = np.roll(patched[100:148, 64:96], 9, axis=0)
     assert METRICS["flip"].measure(patched, picture) < 0.01
     assert METRICS["flip_worst"].measure(patched, picture) > 0.1
+    one_by_one = {name: METRICS[name].measure(patched, picture) for name in (*OF_PIXELS, *OF_EYES)}
+    assert distances(patched, picture) == one_by_one
 
 
 BENIGN = {
