@@ -210,13 +210,18 @@ HEAT_TOP = 64  # levels, from which on a heat map is brightest
 _HEAT = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]], dtype=np.float64)
 
 
-def heat_map(a: Levels, b: Levels) -> Levels:
+def heat_map(a: Levels, b: Levels, most: int = 1 << 30) -> Levels:
     """Paint the differences of two pictures: black is equal, then purple, red, orange and yellow for 64 levels.
 
     The largest difference of any channel, on a logarithmic scale, so that one level is seen too. What a person looks
     at, not what is judged. The colours are five of matplotlib's "inferno".
+
+    Where the longer side has more than `most` pixels, each pixel of the map is the hottest of a square of them.
     """
     largest = np.abs(difference(a, b)).max(axis=-1)
+    step = -(-max(largest.shape) // most)
+    for axis in range(2):
+        largest = np.maximum.reduceat(largest, np.arange(0, largest.shape[axis], step), axis=axis)
     share = np.log2(1 + np.minimum(largest, HEAT_TOP)) / np.log2(1 + HEAT_TOP)
     stops = np.linspace(0, 1, len(_HEAT))
     colours = np.stack([np.interp(share, stops, channel) for channel in _HEAT.T], axis=-1)

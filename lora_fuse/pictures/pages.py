@@ -1,4 +1,6 @@
-"""Pages that hold everything that they show: one look, pictures as data, and the dozen lines of script of the sliders.
+"""Pages that hold everything that they show: one look, pictures as data, and the few lines of script of the sliders.
+
+A slider has no pictures of its own: the script gives it those of the page, and without a script it is not there.
 
 Such a page asks the network for nothing: it can be mailed, kept as a CI artifact and opened in ten years. jinja2 is
 imported where a page is made.
@@ -15,7 +17,8 @@ from lora_fuse.machine import text
 SLIDER = """
 for (const slider of document.querySelectorAll(".slider")) {
   const range = slider.querySelector("input");
-  range.hidden = false;
+  slider.hidden = false;
+  for (const image of slider.querySelectorAll("img")) image.src = document.getElementById(image.dataset.of).src;
   range.addEventListener("input", () => slider.style.setProperty("--at", range.value + "%"));
 }
 """

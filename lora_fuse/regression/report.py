@@ -105,6 +105,7 @@ def report_html(report: Report) -> str:
         changed=_changed(report.cases),
         meanings=MEANINGS,
         heat_top=metrics.HEAT_TOP,
+        large=encode.LARGE,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from lora_fuse.checkpoint import blocks
 from lora_fuse.models import pair_warnings
-from lora_fuse.pictures import encode, environment, metrics, pairs, picture, render
+from lora_fuse.pictures import encode, environment, metrics, pairs, render
 from lora_fuse.recipe import Manifest, records
 from lora_fuse.regression.candidates import Candidates, Provenance, differences
 from lora_fuse.regression.case_judgement import WORKERS, JudgedPair
@@ -143,7 +143,7 @@ def _case(case: JudgedPair, provenance: Provenance, setup: pairs.Setup) -> CaseR
         unfused=encode.encoded(case.pair.unfused),
         golden=None if golden is None else encode.encoded(golden),
         heat={
-            name: encode.encoded(picture.Picture(metrics.heat_map(merged.levels, other.levels)))
+            name: encode.encoded_map(metrics.heat_map(merged.levels, other.levels, encode.LARGE))
             for name, other in others.items()
             if other is not None and other.size == merged.size
         },

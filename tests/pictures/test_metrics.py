@@ -2,6 +2,7 @@
 
 import io
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,8 +22,11 @@ from lora_fuse.pictures.metrics import (
     max_abs,
     mean_abs,
     psnr_db,
+    ssimulacra2,
 )
-from lora_fuse.pictures.picture import Latents, Levels, levels_of
+from lora_fuse.pictures.picture import Latents, Levels, Picture, levels_of
+
+PHOTOGRAPH = Path(__file__).parents[2] / "inputs/pictures/astronaut.png"
 
 
 def plain(level: int, height: int = 4, width: int = 6) -> Levels:
@@ -232,6 +236,33 @@ def test_a_heat_map_is_symmetric_and_of_the_size_of_the_pictures(pair: tuple[Lev
     a, b = pair
     assert heat_map(a, b).shape == a.shape
     assert (heat_map(a, b) == heat_map(b, a)).all()
+
+
+def test_a_heat_map_of_a_large_picture_shows_the_hottest_of_each_few_pixels() -> None:
+    changed = plain(100, 5, 9)
+    changed[4, 8] += 3
+    changed[1, 2] += 7
+    heat = heat_map(plain(100, 5, 9), changed, most=5)  # squares of two
+    assert heat.shape == (3, 5, 3)
+    whole = heat_map(plain(100, 5, 9), changed)
+    assert (heat[0, 1] == whole[1, 2]).all()
+    assert (heat[2, 4] == whole[4, 8]).all()
+    assert (heat.reshape(-1, 3) == whole[0, 0]).all(axis=1).sum() == 13
+
+
+def test_a_large_picture_looks_the_same_as_large_as_a_page_shows_it() -> None:
+    """SSIMULACRA 2 is 90 where no eye sees a difference; a page's slider is the largest, 421 pixels wide."""
+
+    def score(quality: int) -> float:
+        page = encode.encoded(Picture(levels), quality=quality)
+        sides = (Image.open(io.BytesIO(page.data)), Image.fromarray(levels))
+        shown, right = (np.asarray(side.resize((421, 421), Image.Resampling.LANCZOS)) for side in sides)
+        return ssimulacra2(shown, right)
+
+    photograph = Image.open(PHOTOGRAPH).convert("RGB")
+    levels = np.asarray(photograph.resize((1024, 1024), Image.Resampling.LANCZOS))
+    assert score(encode.QUALITY) >= 90
+    assert score(85) < 90
 
 
 def test_a_heat_map_of_different_sizes_is_refused() -> None:

@@ -44,7 +44,7 @@ def test_the_page_asks_the_network_for_nothing() -> None:
         assert tag not in {"link", "iframe", "object", "embed", "base", "form", "svg"}
         for name in ("src", "href", "srcset", "action", "data"):
             value = attributes.get(name) or "#"
-            assert value.startswith(("#", "data:image/png;base64,")), value[:80]
+            assert value.startswith(("#", "data:image/png;base64,", "data:image/webp;base64,")), value[:80]
     assert "url(" not in page
     assert "@import" not in page
     assert "default-src 'none'" in page
@@ -226,7 +226,10 @@ def test_where_nothing_changed_the_page_says_so_and_without_a_golden_it_says_not
 )
 def test_slider_and_maps_are_there_for_pictures_of_one_size(case: CaseReport, slider: int, maps: list[str]) -> None:
     page = report_html(page_of(case))
-    assert page.count('<input type="range"') == page.count('<figure class="slider">') == slider
+    assert page.count('<input type="range"') == page.count('<figure class="slider" hidden>') == slider
+    shown = re.findall(r'<img data-of="([\w-]+)"', page)
+    assert len(shown) == 2 * slider
+    assert all(page.count(f' id="{name}">') == 1 for name in shown)
     assert re.findall(r'alt="difference: merged to (\w+)"', page) == maps
     assert all(base64.b64encode(image.data).decode() in page for image in case.heat.values())
     assert ("approved elsewhere" in page) == (case is REVIEW)

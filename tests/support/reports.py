@@ -55,13 +55,14 @@ def judged(
     sides = [Picture(merged, latents=latents(noise)) for noise in (0.001 * over, 0.0, 0.001)]
     result = examine(Case(name, prompt, seed=7), sides[0], sides[1], goldens, rules, sides[2])
     others = {"golden": golden, "unfused": merged}
+    same = {name: other for name, other in others.items() if other is not None and other.shape == merged.shape}
     return CaseReport(
         result,
         (encoded(scene(9)),),
         encoded(merged),
         encoded(merged),
         None if golden is None else encoded(golden),
-        {n: encoded(heat_map(merged, o)) for n, o in others.items() if o is not None and o.shape == merged.shape},
+        {name: encode.encoded_map(heat_map(merged, other)) for name, other in same.items()},
         "0.42 s, 9.50 steps/s",
         None if golden is None else tuple(changed),
     )

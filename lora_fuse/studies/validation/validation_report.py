@@ -124,8 +124,8 @@ def _shown(measured: MeasuredCase) -> dict[str, Any]:
         "unfused": sides.pair.unfused,
         "plain": sides.plain,
         "teacher": sides.teacher,
-        "heat": _heat(new, current) if current is not None and current.size == new.size else None,
     }
+    heat = _heat(new, current)
     return {
         "name": case.name,
         "prompt": case.prompt,
@@ -134,6 +134,7 @@ def _shown(measured: MeasuredCase) -> dict[str, Any]:
         "inputs": [encode.encoded(render.open_picture(path, case)) for path in case.images],
         "cells": _cells(measured),
         **{name: None if shown is None else encode.encoded(shown) for name, shown in pictures.items()},
+        "heat": None if heat is None else encode.encoded_map(heat),
     }
 
 
@@ -144,17 +145,20 @@ def strip(measured: MeasuredCase) -> picture.Levels:
     current = measured.sides.current
     shown = [render.open_picture(path, case) for path in case.images[:1]]
     shown += [new] if current is None else [current, new]
-    if current is not None and current.size == new.size:
-        shown.append(_heat(new, current))
-    small = [encode.thumbnail(each.levels, THUMBNAIL) for each in shown]
+    heat = _heat(new, current)
+    every = [each.levels for each in shown] + ([] if heat is None else [heat])
+    small = [encode.thumbnail(levels, THUMBNAIL) for levels in every]
     height = max(len(levels) for levels in small)
     # White below the lower ones, and 4 columns of white after all but the last.
     padded = [np.pad(levels, ((0, height - len(levels)), (0, GAP), (0, 0)), constant_values=255) for levels in small]
     return np.concatenate(padded, axis=1)[:, :-GAP]
 
 
-def _heat(new: picture.Picture, current: picture.Picture) -> picture.Picture:
-    return picture.Picture(metrics.heat_map(new.levels, current.levels))
+def _heat(new: picture.Picture, current: picture.Picture | None) -> picture.Levels | None:
+    """Their difference; None for pictures that have none."""
+    if current is None or current.size != new.size:
+        return None
+    return metrics.heat_map(new.levels, current.levels, encode.LARGE)
 
 
 def report_facts(validation: ValidationReport) -> dict[str, Any]:
