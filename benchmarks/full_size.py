@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -139,6 +140,7 @@ def main() -> None:
             rows += _peers(folder)
         project = Project(folder, options.limit, publishes=options.publish)
         rows += project.build()
+        rows += _rendering(project.root)
         sizes = _sizes(folder, project.root)
         if not options.without_peers and _has_gpu():
             rows += _pictures(project.root)
@@ -179,6 +181,17 @@ def _peers(folder: Path) -> list[Row]:
         rows.append(Row.of(name, run_limited(command, None)))
         shutil.rmtree(out)
         os.sync()  # what it wrote must not be written back during the next one
+    return rows
+
+
+def _rendering(project: Path) -> list[Row]:
+    """Seconds of what `regress` loads and of a picture, as its own record has them: parts of its row."""
+    run = json.loads((project / "artifacts/regression/run.json").read_text(encoding="utf-8"))
+    seconds = run["seconds"]
+    rows = [Row(f"regress: {name}", took, 0.0, 0) for name, took in seconds["loads"].items()]
+    for side in ("merged", "unfused", "floor"):
+        took = statistics.median(seconds[side].values())
+        rows.append(Row(f"regress: a picture, {side}", took, 0.0, 0))
     return rows
 
 
@@ -327,6 +340,7 @@ def _sizes(folder: Path, project: Path) -> dict[str, int]:
     lora = _size(folder / "lora")
     steps = {"make the model": base, "cp of the transformer": transformer, "diffusers: load, fuse, save": transformer}
     steps |= {"download": base + lora, "fuse": transformer, "verify": base, "DVC: hashes, locks": base}
+    steps["report"] = (project / "artifacts/regression/report.html").stat().st_size
     return steps | {"export": _size(project / "artifacts/export"), "publish": base + transformer}
 
 
@@ -339,6 +353,8 @@ def _print(rows: list[Row], sizes: dict[str, int], options: argparse.Namespace) 
     base = progress.human_bytes(sizes["make the model"])
     text.say(f"{options.blocks} of {make_pipeline.BLOCKS} blocks, {base}{limit}; {machine()}")
     copied = next((row.seconds for row in rows if row.name.startswith("cp")), None)
+    report = progress.human_bytes(sizes["report"])
+    text.say(f"report.html: {report}")
     text.say("| step | seconds | of one core | GB | GB/s | times cp | memory of its own |")
     text.say("|---|---|---|---|---|---|---|")
     for row in rows:
