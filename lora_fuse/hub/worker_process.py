@@ -19,6 +19,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]  # the folder of this package, for the process's import path
+# Xet's own are derived from the machine's memory, GB of them: a download must fit where little is free (hf-xet 1.8).
+BUFFERS = {
+    "HF_XET_RECONSTRUCTION_DOWNLOAD_BUFFER_SIZE": "256mb",
+    "HF_XET_RECONSTRUCTION_DOWNLOAD_BUFFER_PERFILE_SIZE": "64mb",
+    "HF_XET_RECONSTRUCTION_DOWNLOAD_BUFFER_LIMIT": "768mb",
+}
 START = 60.0  # seconds that the process may take to begin, if it may be silent for less
 
 
@@ -52,7 +58,7 @@ class WorkerProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            env={"HF_HUB_DISABLE_TELEMETRY": "1", **os.environ, "PYTHONPATH": path, **without},
+            env={**BUFFERS, "HF_HUB_DISABLE_TELEMETRY": "1", **os.environ, "PYTHONPATH": path, **without},
             text=True,
             start_new_session=True,  # Ctrl-C is for the parent, which ends it
         )
