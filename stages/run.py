@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_fuse.errors import BadConfig, Busy, LoraFuseError, Rerun, naming_extras
+from lora_fuse.fleet import AUTO
 from lora_fuse.machine import Console, interrupts, launch, progress, staging
 from lora_fuse.recipe import Artifacts, Lock, Recipe, checkout, paths
 from stages.config import load
@@ -116,6 +117,22 @@ def _variant(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
             variant = value
             del rest[at : at + (1 if equals else 2)]
     return variant, rest
+
+
+def take_ray(arguments: Sequence[str]) -> tuple[list[str], str | None]:
+    """The other arguments, and the address of ``--ray [HOST:PORT]``; an override has a ``=``, ``~`` or ``+``."""
+    rest = list(arguments)
+    for at, argument in enumerate(arguments):
+        name, equals, address = argument.partition("=")
+        if name != "--ray":
+            continue
+        after = "" if equals else "".join(arguments[at + 1 : at + 2])
+        is_address = bool(after) and "=" not in after and after[0] not in "~+-"
+        del rest[at : at + (2 if is_address else 1)]
+        if "--ray" in (word.partition("=")[0] for word in rest):
+            raise BadConfig("--ray is given more than once; give one address")
+        return rest, address or (after if is_address else AUTO)
+    return rest, None
 
 
 def command(step: Rerun, at: Artifacts = paths.HERE) -> str:

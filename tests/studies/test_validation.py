@@ -31,7 +31,7 @@ from lora_fuse.studies.validation.sides import effect, gain
 from lora_fuse.studies.validation.versions import Version, candidate, misfits, parse_lora
 from pocket.candidates import for_another_base, write
 from pocket.controls.pictures import grid
-from stages.validate import requested, validate
+from stages.validate import requested, validate, validate_several
 from tests.hub_server import LoopbackHub
 from tests.support.tiny import in_folder
 
@@ -146,6 +146,25 @@ def test_the_program_s_exit_code_and_its_one_json_object(tmp_path: Path, project
     assert json.loads(done.stdout)["cause"] == "wrong base"
     assert "blocks.0.attn" in json.loads(done.stdout)["reason"]
     assert "Traceback" not in done.stderr
+
+
+def test_several_versions_have_a_report_each_and_the_exit_code_is_the_worst_one_s(
+    tmp_path: Path, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    other = {name.replace("transformer_blocks", "blocks"): tensor for name, tensor in load_file(ROOT / CURRENT).items()}
+    save_file(other, tmp_path / "other.safetensors")
+    loras = ["other.safetensors", "bob/lora:gone.safetensors"]
+    assert validate_several([requested(lora, None, None, False, ONE_CASE) for lora in loras], None, Console()) == 1
+    found = json.loads((project / "artifacts/validation/versions.json").read_text())
+    assert [(one["version"], one["exit_code"]) for one in found] == [(loras[0], 1), (loras[1], 2)]
+    assert (found[0]["cause"], "HF_HUB_OFFLINE" in found[1]["reason"]) == ("wrong base", True)
+    table = (project / "artifacts/validation/versions.md").read_text()
+    (page,) = (project / "artifacts/validation/versions").glob("*/validation.html")
+    assert f"versions/{page.parent.name}/validation.html" in table
+    assert "python -m stages.validate other.safetensors bob/lora:gone.safetensors --set" in table
+    assert validate_several([requested(loras[1], None, None, False, ONE_CASE)], None, Console(quiet=True)) == 2
+    assert not page.exists()  # an answer to another request
 
 
 def test_a_file_that_holds_nan_is_unusable(tmp_path: Path, project: Path) -> None:

@@ -20,6 +20,7 @@ from lora_fuse.studies.catalog.entry import CasePicture, CatalogEntry, Publicati
 
 SIDE = 256  # pixels of a thumbnail's longer side
 QUALITY = 85
+ELSEWHERE = "its weights are not on this machine, which has the records of its build"
 
 
 def gather(recipe: Recipe, at: Artifacts, *, of: str, build: str, publish: str | None) -> CatalogEntry:
@@ -43,7 +44,7 @@ def gather(recipe: Recipe, at: Artifacts, *, of: str, build: str, publish: str |
         tag=recipe.publish.tag,
     )
     try:
-        if not (at.manifest.exists() and at.merged.is_dir()):
+        if not at.manifest.exists():
             return replace(unbuilt, publication=_publication(recipe, at, None))
         return _built(unbuilt, recipe, at, publish)
     except (LoraFuseError, OSError, KeyError, TypeError) as error:
@@ -56,7 +57,7 @@ def _built(unbuilt: CatalogEntry, recipe: Recipe, at: Artifacts, publish: str | 
     verify = _read(at.verify, "verify", manifest_sha256)
     metrics = _read(at.metrics, "regress", manifest_sha256)
     stale = [*_differences(recipe, manifest, at), *_other_files(recipe, manifest, at)]
-    missing = list(_unfinished(verify, metrics, recipe))
+    missing = [*_unfinished(verify, metrics, recipe), *([] if at.merged.is_dir() else [ELSEWHERE])]
     stale += [] if stale or missing else _contradictions(recipe, at)
     state: State = "stale" if stale else "incomplete" if missing else "built"
     publication = _publication(recipe, at, manifest_sha256)
@@ -139,6 +140,8 @@ def _differences(recipe: Recipe, manifest: Manifest, at: Artifacts) -> Iterator[
     selection = recipe.fuse.selection
     if manifest.selection != (None if selection.everything else selection):
         yield "other modules are chosen or scaled now"
+    if not at.merged.is_dir():  # built on another machine
+        return
     index = paths.read_object(at.merged / "model_index.json", "fuse")
     if index.get("_class_name") != recipe.base.pipeline:
         yield f"the pipeline is {recipe.base.pipeline} now, was {index.get('_class_name')}"

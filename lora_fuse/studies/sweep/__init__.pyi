@@ -7,3 +7,4 @@ from .planning import SweptPoint as SweptPoint
 from .planning import plan_sweep as plan_sweep
 from .running import SweepProgress as SweepProgress
 from .running import run as run
+from .spreading import SpreadSweep as SpreadSweep

@@ -15,11 +15,11 @@ from lora_fuse.errors import BadSource
 from lora_fuse.fusion import plan_of
 from lora_fuse.machine import FileRecord, files, staging
 from lora_fuse.pictures import Case, environment, pairs, picture
-from lora_fuse.recipe import Artifacts, hf_cache, paths, records
+from lora_fuse.recipe import Artifacts, Lock, hf_cache, paths, records
 from lora_fuse.regression import case_judgement, goldens, judge
 from lora_fuse.studies.sweep.numbers import against_baseline, describe, failed
 from lora_fuse.studies.sweep.planning import PlannedPoint
-from lora_fuse.studies.sweep.points import IMAGES, METRICS, key_of, waiting
+from lora_fuse.studies.sweep.points import BASELINES, IMAGES, METRICS, folder_of, key_of, waiting
 from lora_fuse.studies.sweep.sheet import Sheet
 
 BASELINE = "baseline.json"
@@ -46,14 +46,18 @@ class PointBuilder:
         key = key_of(planned.alone)
         if key not in self._alone:
             cases = Case.of(recipe)
-            base = hf_cache.locate(planned.base)
-            setup = pairs.Setup.of(recipe, baseline=True)
-            make = partial(self._render_alone, base, cases, setup)
-            self._alone[key] = baseline(self.folder / "baseline" / key[:16], cases, make)
+            make = partial(self._render_alone, planned.base, cases, pairs.Setup.of(recipe, baseline=True))
+            self._alone[key] = baseline(self.folder / BASELINES / folder_of(key), cases, make)
         return self._alone[key]
 
-    def _render_alone(self, base: Path, cases: Sequence[Case], setup: pairs.Setup) -> list[picture.Rendered]:
+    @property
+    def baselines(self) -> list[str]:
+        """The folders below `BASELINES` of the pictures that were asked for."""
+        return [folder_of(key) for key in self._alone]
+
+    def _render_alone(self, lock: Lock, cases: Sequence[Case], setup: pairs.Setup) -> list[picture.Rendered]:
         """Render every case from the base, with its own scheduler and the settings of `setup.baseline`."""
+        base = hf_cache.locate(lock)
         sides = pairs.BaseSides(base, cases, setup, self._share(base, cases, setup))
         rendered = sides.alone()
         sides.drop()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +33,11 @@ class SourceLocks:
         self._known = [*earlier, *known]
         self._made: dict[tuple[object, str | None], Lock] = {}
 
+    @property
+    def known(self) -> list[Lock]:
+        """The locks that were made before."""
+        return self._known
+
     def sizes(self, source: Source, filename: str | None = None) -> source_sizes.SourceSize:
         """The size of a base, or of the LoRA `filename` of a source; no file of it is fetched."""
         previous = self._previous(source, filename)
@@ -54,6 +59,10 @@ class SourceLocks:
             previous = self._previous(source, filename)
             self._made[key] = lock(source, previous=previous, transfer=self._transfer, note=self._seen.note)
         return self._made[key]
+
+    def keep(self, source: Source, filename: str | None, lock: Lock) -> None:
+        """Take a lock that was made elsewhere, of a base or of the LoRA `filename`."""
+        self._made[source.place, filename] = replace(lock, requested=source.revision)
 
     def write(self) -> None:
         """Keep the pins for the next run, and the states of what was hashed."""

@@ -17,7 +17,7 @@ from lora_fuse.pictures import Case, environment, pairs
 from lora_fuse.recipe import Lock, Recipe, checkout, paths
 from lora_fuse.regression import goldens
 from lora_fuse.studies.sweep.pins import SourceLocks, check_room
-from lora_fuse.studies.sweep.points import Point, clear_leftovers, key_of, waiting
+from lora_fuse.studies.sweep.points import POINTS, Point, clear_leftovers, folder_of, key_of, waiting
 
 ENGINE = 1  # to be raised when the same inputs give other pictures or numbers
 SCALE = "fuse.scale="
@@ -91,12 +91,12 @@ def plan_sweep(swept: Sequence[SweptPoint], folder: Path, *, keep: bool) -> Swee
         fetched, merged = _need(swept, pins)
         if fetched:
             check_room(fetched, merged, folder)
-        every = [_pin(point, pins, folder / "points") for point in swept]
+        every = [_pin(point, pins, folder / POINTS) for point in swept]
         pins.write()
     once = tuple({planned.point.key: planned for planned in reversed(every)}.values())[::-1]
     missing = tuple(planned for planned in once if not planned.point.is_done(keep=keep))
     check_room(0, merged * (len(missing) if keep else min(1, len(missing))), folder)
-    clear_leftovers(folder / "points", [planned.point for planned in missing])
+    clear_leftovers(folder / POINTS, [planned.point for planned in missing])
     return SweepPlan(once, missing, merged, len(every) - len(once), keep)
 
 
@@ -133,7 +133,7 @@ def _pin(asked: SweptPoint, pins: SourceLocks, folder: Path) -> PlannedPoint:
     if problem is not None:
         inputs["loras"] = {name: lora.model_dump() for name, lora in recipe.loras.items()}
     key = key_of(inputs)
-    point = Point(" ".join(asked.overrides), key, folder / key[:16])
+    point = Point(" ".join(asked.overrides), key, folder / folder_of(key))
     return PlannedPoint(asked, point, base, loras, inputs, alone, problem)
 
 

@@ -20,6 +20,8 @@ from lora_fuse.machine import FileRecord, files, staging
 from lora_fuse.recipe import records
 
 SCHEMA = 1
+POINTS = "points"
+BASELINES = "baseline"  # of the base alone
 RECORD = "point.json"
 METRICS = "metrics.json"
 IMAGES = "images"
@@ -30,6 +32,11 @@ POLL = 0.2  # seconds between two tries to hold what another process holds
 def key_of(inputs: Mapping[str, Any]) -> str:
     """The sha256 of JSON values, whatever their order."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def folder_of(key: str) -> str:
+    """The name of the folder of a point, or of a base's pictures, with that key."""
+    return key[:16]
 
 
 @dataclass(frozen=True, slots=True)

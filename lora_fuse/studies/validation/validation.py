@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from lora_fuse import hub
@@ -39,10 +40,10 @@ from lora_fuse.studies.validation.versions import (
 )
 
 VALIDATION = paths.ROOT / "validation"
-BUILD = Artifacts(VALIDATION / "build")
 PAGES = ("validation.md", "validation.html", "validation.json", "junit.xml")
 THUMBNAILS = "thumbnails"
-ANSWER = tuple(VALIDATION / name for name in (*PAGES, THUMBNAILS))  # all that a validation leaves
+SEVERAL = ("versions", "versions.md", "versions.json")  # a folder for each of several, and the tables of them all
+ANSWER = tuple(VALIDATION / name for name in (*PAGES, THUMBNAILS, *SEVERAL))  # all that validations leave
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +68,16 @@ class Validation:
     name: str | None  # of the LoRA that is judged; None for all of the recipe
     merge: paths.Merge
     command: Callable[[Rerun], str]  # of a step, as it is typed
+    folder: Path = VALIDATION  # of its pages and of its build
 
     @staticmethod
-    def of(request: Request, recipe: Recipe, merge: paths.Merge, command: Callable[[Rerun], str]) -> Validation:
+    def of(
+        request: Request,
+        recipe: Recipe,
+        merge: paths.Merge,
+        command: Callable[[Rerun], str],
+        folder: Path = VALIDATION,
+    ) -> Validation:
         """Put the two together, before anything is fetched.
 
         Raises:
@@ -79,7 +87,17 @@ class Validation:
         names = sorted(recipe.loras)
         alone = names[0] if len(names) == 1 else None
         name = alone if request.lora is None else replaced(recipe, request.lora, request.name)
-        return Validation(request, recipe, new, name, merge, command)
+        return Validation(request, recipe, new, name, merge, command, folder)
+
+    @property
+    def recipes(self) -> tuple[Recipe, Recipe]:
+        """The recipe as it is, and with the new LoRA."""
+        return self.recipe, self.candidate
+
+    @property
+    def build(self) -> Artifacts:
+        """The merge that is judged."""
+        return Artifacts(self.folder / "build")
 
     @property
     def intent(self) -> str:
@@ -87,7 +105,7 @@ class Validation:
         lora = self.request.lora or "what the recipe names"
         sides = f"{len(self.recipe.regress.cases)} cases from {6 if self.teacher else 5} sides each"
         scale = self.candidate.fuse.scale
-        return f"{lora} in recipe {self.recipe.name} at scale {scale:g}, built in {BUILD.root}; {sides}"
+        return f"{lora} in recipe {self.recipe.name} at scale {scale:g}, built in {self.build.root}; {sides}"
 
     @property
     def teacher(self) -> bool:
@@ -95,11 +113,26 @@ class Validation:
         saves = self.recipe.sampling.steps < self.recipe.base.sampling.steps
         return self.recipe.validation.teacher and saves
 
+    def run(self, console: Console) -> tuple[ValidationReport, list[str], dict[str, Any]]:
+        """Judge, and write the pages; returns the report, and what `write` does."""
+        with staging.exclusive(self.folder):
+            self.check()
+            console.will("validate", self.intent)
+            regress = self.recipe.regress
+            environment.make_deterministic(regress.threads)
+            try:
+                here = environment.environment(regress.placement, regress.dtype, compiled=regress.compile)
+                report = self.judge(here, console)
+            finally:
+                if not self.request.keep:
+                    staging.remove(self.build.root)
+            return report, *self.write(report)
+
     def check(self) -> None:
         """Refuse what cannot end well, and remove the pages of the last validation, which are not this one's."""
         pairs.check_cases(Case.of(self.recipe), pairs.Setup.of(self.recipe))
         for path in ANSWER:
-            staging.remove(path)
+            staging.remove(self.folder / path.name)
 
     def judge(self, here: environment.Environment, console: Console) -> ValidationReport:
         """Fetch, fuse, verify, render and decide."""
@@ -128,7 +161,7 @@ class Validation:
         locks = [base, *new.locks.values(), *(current.locks.values() if current else ())]
         read = paths.held(locks, [image for case in cases for image in case.images])
         with read, render_progress.watching(task) as watch:
-            sides = render_sides(BUILD.merged, versions, cases, setup, watch)
+            sides = render_sides(self.build.merged, versions, cases, setup, watch)
         measured = measure(sides, approved, verdicts.Rules.of(self.recipe))
         files = None
         if current is not None and name in current.locks and self.name is not None:
@@ -157,10 +190,10 @@ class Validation:
     def _build(self, base: Lock, new: Version, console: Console) -> Plan:
         """Fuse and verify beside the current build; a wrong merge is a fault of the tool or the machine."""
         plan = plan_of(base, new.locks, self.candidate)
-        self.merge(self.candidate, BUILD, base, new.locks)
-        verified = paths.read_object(BUILD.verify, "verify")
+        self.merge(self.candidate, self.build, base, new.locks)
+        verified = paths.read_object(self.build.verify, "verify")
         if not verified["passed"]:
-            raise CheckFailed(f"the merged weights are wrong: {verified['problems'][0]}; see {BUILD.verify}")
+            raise CheckFailed(f"the merged weights are wrong: {verified['problems'][0]}; see {self.build.verify}")
         console.will("validate", f"fused and verified: {verified['targets']} weights")
         return plan
 
@@ -210,13 +243,13 @@ class Validation:
             json.dumps(facts, indent=2) + "\n",
             junit_xml(report),
         )
-        with staging.whole(VALIDATION, stays=[BUILD.root.name]) as folder:
+        with staging.whole(self.folder, stays=[self.build.root.name]) as folder:
             (folder / THUMBNAILS).mkdir()
             for case in report.cases:
                 (folder / thumbnails[case.sides.name]).write_bytes(encode.png(strip(case)))
             for page, text in zip(PAGES, texts, strict=True):
                 (folder / page).write_text(text, encoding="utf-8")
-        lines = [f"{report.verdict}: {report.judgement.reason}", f"see {VALIDATION / 'validation.html'}"]
+        lines = [f"{report.verdict}: {report.judgement.reason}", f"see {self.folder / 'validation.html'}"]
         return [*lines, f"next: {report.next_step}"], facts
 
 

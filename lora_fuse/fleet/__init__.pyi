@@ -1,0 +1,11 @@
+from . import archive as archive
+from . import node as node
+from .cluster import AUTO as AUTO
+from .cluster import Fleet as Fleet
+from .cluster import connected as connected
+from .demands import Demands as Demands
+from .jobs import Done as Done
+from .jobs import Job as Job
+from .needs import Needs as Needs
+from .package import Package as Package
+from .package import project_files as project_files
