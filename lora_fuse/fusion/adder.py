@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from threading import Lock
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 # Overwrites a weight's rows in some memory, from a number on, with the merged ones. Raises `NotFinite` where the base
 # holds NaN or infinity, or a sum is too large for its dtype.
 Adder = Callable[[memoryview, int], None]
+
+_IMPORTING = Lock()
 
 
 def read_sum(target: Target, device: str) -> Adder:
@@ -47,12 +51,20 @@ def read_sum(target: Target, device: str) -> Adder:
 def _torch_sum(target: Target, deltas: list[Delta], device: str) -> Adder:
     """The adder for any deltas, on any device."""
     with naming_extras(f"{target.shard.path}: a sum as large as those of {target.tensor.name!r}"):
-        from lora_fuse.fusion.torch_sums import add_to_rows, as_rows
+        sums = _torch_sums()
 
     def add(data: memoryview, first: int) -> None:
-        add_to_rows(as_rows(data, target.tensor.dtype, _columns(target)), deltas, first, device)
+        sums.add_to_rows(sums.as_rows(data, target.tensor.dtype, _columns(target)), deltas, first, device)
 
     return add
+
+
+def _torch_sums() -> ModuleType:
+    """Import what needs torch, one thread at a time: a second one would take half of a module whose import fails."""
+    with _IMPORTING:
+        from lora_fuse.fusion import torch_sums
+
+    return torch_sums
 
 
 def read_deltas(target: Target) -> list[Delta]:
@@ -71,15 +83,14 @@ def read_deltas(target: Target) -> list[Delta]:
 
 def _rows_of(target: Target) -> Iterator[tuple[int, torch.Tensor]]:
     """Read a target's rows from the base, in float64, block by block."""
-    from lora_fuse.fusion.torch_sums import as_rows
-
+    sums = _torch_sums()
     at = target.tensor.start
     memory = direct_io.block_memory(PIECE)
     with direct_io.open_shard(target.shard.path) as source:
         for piece in row_pieces(target):
             data = memory[: piece.nbytes]
             direct_io.read_exactly(source, data, at)
-            yield piece.first_row, as_rows(data, target.tensor.dtype, _columns(target)).double()
+            yield piece.first_row, sums.as_rows(data, target.tensor.dtype, _columns(target)).double()
             at += piece.nbytes
 
 
