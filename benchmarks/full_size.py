@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ from benchmarks import make_pipeline
 from benchmarks.fuse import DIFFUSERS, machine
 from benchmarks.memory_limit import LimitedRun, PeakSampler, limiting, mechanism, run_limited
 from lora_fuse.errors import Refused
-from lora_fuse.machine import interrupts, progress, space, text
+from lora_fuse.machine import interrupts, progress, space, staging, text
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("lora_fuse", "stages", "conf", "inputs", "pocket", "publish", "variants", ".dvc")
@@ -49,6 +50,12 @@ RECIPE: dict[str, Any] = {
 SIDE = 64  # pixels of the one picture on a CPU
 UNLIMITED = frozenset({"regress"})  # it holds a model, on a GPU or not
 GATE_CODES = frozenset({0, 3, 4})  # passed, and what has no golden yet on this kind of machine
+ROWS = "rows.jsonl"
+KEPT = frozenset({"base", "lora", "made"})
+LORA = "lora/lora.safetensors"
+DVC = "DVC: hashes, locks"
+REPORT = "report.html"
+EVERY = 0.5  # seconds between two looks for a row
 FIXED = 5e9  # bytes of what is not the transformer, for fewer blocks than all
 ALL = 57.7e9  # bytes of the whole pipeline
 BLOCK = 680e6  # bytes of one block
@@ -127,24 +134,49 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="for the files")
     parser.add_argument("--limit", type=float, help="bytes of memory for every stage but the one that renders, as 2e9")
     parser.add_argument("--publish", action="store_true", help="also export a single file, and publish on the loopback")
+    parser.add_argument("--keep", action="store_true", help="leave the model in --folder, for the next run")
     parser.add_argument("--without-peers", action="store_true", help="no cp, no diffusers")
     options = parser.parse_args()
     need = _bytes_needed(options.blocks, publish=options.publish)
     text.say(f"needs {progress.human_bytes(need)} of the disk of {options.folder}; {machine()}")
     space.require(options.folder, need, "the benchmark", "name another place with --folder, or fewer --blocks")
-    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
-        folder = Path(temporary)
-        make = [sys.executable, "-m", "benchmarks.make_pipeline", str(folder), "--blocks", str(options.blocks)]
-        rows = [Row.of("make the model", run_limited(make, None, env=_environment(ROOT)))]
+    with _folder(options.folder, options.blocks, keep=options.keep) as folder:
+        table = Table(folder, options.limit)
+        if not (folder / "made").exists():
+            make = [sys.executable, "-m", "benchmarks.make_pipeline", str(folder), "--blocks", str(options.blocks)]
+            table.add(Row.of("make the model", run_limited(make, None, env=_environment(ROOT))))
+            os.sync()  # what is written behind would disturb what is measured; here and below
+            (folder / "made").touch()
         if not options.without_peers:
-            rows += _peers(folder)
-        project = Project(folder, options.limit, publishes=options.publish)
-        rows += project.build()
-        rows += _rendering(project.root)
-        sizes = _sizes(folder, project.root)
-        if not options.without_peers and _has_gpu():
-            rows += _pictures(project.root)
-        _print(rows, sizes, options)
+            table.add(_peer(folder, "cp of the transformer", ["cp", "-r", "--reflink=never"], []))
+        project = Project(folder, options.limit, table, publishes=options.publish)
+        project.build()
+        if options.publish:
+            project.publish()
+        if not options.without_peers:
+            if _has_gpu():
+                _pictures(project.root, table)
+            shutil.rmtree(project.root)  # there may be no room for another merge
+            table.add(_peer(folder, "diffusers: load, fuse, save", [sys.executable, "-c", DIFFUSERS], [LORA]))
+
+
+@contextmanager
+def _folder(parent: Path, blocks: int, *, keep: bool) -> Iterator[Path]:
+    """A folder that is removed afterwards; or one of this size, of which the model is kept."""
+    if not keep:
+        with tempfile.TemporaryDirectory(dir=parent) as temporary:
+            yield Path(temporary)
+        return
+    folder = parent / f"full-size-{blocks}"
+    if not (folder / "made").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    finally:
+        for path in folder.iterdir():
+            if path.name not in KEPT:
+                staging.remove(path)
 
 
 def _bytes_needed(blocks: int, *, publish: bool) -> int:
@@ -167,35 +199,28 @@ def _environment(root: Path, first: Path | None = None) -> dict[str, str]:
     return {**os.environ, "PATH": path, "PYTHONPATH": os.pathsep.join(code)}
 
 
-def _peers(folder: Path) -> list[Row]:
-    """Time `cp` of the transformer, and diffusers' load, fuse and save, on the CPU."""
-    base = folder / "base/transformer"
+def _peer(folder: Path, name: str, command: list[str], more: list[str]) -> Row:
+    """Time a peer that makes a folder of the transformer, and remove it: `more` files are between the two."""
     out = folder / "out"
-    lora = folder / "lora/lora.safetensors"
-    commands = {
-        "cp of the transformer": ["cp", "-r", "--reflink=never", str(base), str(out)],
-        "diffusers: load, fuse, save": [sys.executable, "-c", DIFFUSERS, str(base), str(lora), str(out)],
-    }
-    rows = []
-    for name, command in commands.items():
-        rows.append(Row.of(name, run_limited(command, None)))
-        shutil.rmtree(out)
-        os.sync()  # what it wrote must not be written back during the next one
-    return rows
+    files = [folder / "base/transformer", *(folder / one for one in more), out]
+    row = Row.of(name, run_limited([*command, *map(str, files)], None))
+    shutil.rmtree(out)
+    os.sync()
+    return row
 
 
-def _rendering(project: Path) -> list[Row]:
-    """Seconds of what `regress` loads and of a picture, as its own record has them: parts of its row."""
+def _rendering(project: Path) -> Iterator[Row]:
+    """What `regress` loads and renders in its time, by its own record, and the size of its report."""
     run = json.loads((project / "artifacts/regression/run.json").read_text(encoding="utf-8"))
     seconds = run["seconds"]
-    rows = [Row(f"regress: {name}", took, 0.0, 0) for name, took in seconds["loads"].items()]
+    for name, took in seconds["loads"].items():
+        yield Row(f"regress: {name}", took, 0.0, 0)
     for side in ("merged", "unfused", "floor"):
-        took = statistics.median(seconds[side].values())
-        rows.append(Row(f"regress: a picture, {side}", took, 0.0, 0))
-    return rows
+        yield Row(f"regress: a picture, {side}", statistics.median(seconds[side].values()), 0.0, 0)
+    yield Row(REPORT, 0.0, 0.0, 0)
 
 
-def _pictures(project: Path) -> list[Row]:
+def _pictures(project: Path, table: Table) -> None:
     """Time pictures of 1024 x 1024 by diffusers as it comes: the median of five with 4 steps, one with 50 and CFG."""
     merged = project / "artifacts/merged"
     command = [sys.executable, "-c", PICTURES, str(merged), str(project / "pocket/inputs/chelsea.png")]
@@ -207,16 +232,85 @@ def _pictures(project: Path) -> list[Row]:
         if name in ("load", "4", "50"):
             of.setdefault(name, []).append(float(seconds))
     labels = {"load": "diffusers: load", "4": "diffusers: a picture, 4 steps", "50": "diffusers: 50 steps, CFG 4"}
-    return [Row(labels[name], sorted(each)[len(each) // 2], 0.0, 0) for name, each in of.items()]
+    for name, each in of.items():
+        table.add(Row(labels[name], statistics.median(each), 0.0, 0))
+
+
+class Table:
+    """The table in Markdown, a line as soon as its step is done."""
+
+    def __init__(self, folder: Path, limit: float | None) -> None:
+        self._folder = folder
+        self._copied: float | None = None
+        how = f", limit {progress.human_bytes(int(limit))} by {mechanism()}" if limit else ""
+        text.say(f"{machine()}{how}\n")
+        text.say("| step | seconds | of one core | bytes | GB/s | times cp | memory of its own |")
+        text.say("|---|---|---|---|---|---|---|")
+
+    def add(self, row: Row) -> None:
+        """Print a row."""
+        if row.name.startswith("cp "):
+            self._copied = row.seconds
+        size = self._size(row.name)
+        read = progress.human_bytes(size) if size else ""
+        rate = f"{size / 1e9 / row.seconds:.2f}" if size and row.seconds else ""
+        is_copy = self._copied and row.name in ("fuse", "diffusers: load, fuse, save")
+        times = f"{row.seconds / self._copied:.2f}" if self._copied and is_copy else ""
+        peak = f"{row.peak / 1e9:.2f} GB" if row.peak else ""
+        used = f"{row.used:.1f}" if row.used else ""
+        seconds = f"{row.seconds:.1f}" if row.seconds else ""
+        text.say(f"| {' | '.join([row.name, seconds, used, read, rate, times, peak])} |")
+
+    @contextmanager
+    def following(self, file: Path) -> Iterator[list[Row]]:
+        """Print the rows that stages write to a file meanwhile; at the end, all are in the list that is yielded."""
+        rows: list[Row] = []
+        stop = threading.Event()
+
+        def look() -> None:
+            while not stop.wait(EVERY):
+                take()
+
+        def take() -> None:
+            written = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+            for line in written[len(rows) :]:
+                rows.append(Row(**json.loads(line)))
+                self.add(rows[-1])
+
+        thread = threading.Thread(target=look, daemon=True)
+        thread.start()
+        try:
+            yield rows
+        finally:
+            stop.set()
+            thread.join()
+            take()
+            file.unlink(missing_ok=True)
+
+    def _size(self, step: str) -> int:
+        """Bytes that a step reads or writes."""
+        parts = {
+            "make the model": ["base"],
+            "cp of the transformer": ["base/transformer"],
+            "diffusers: load, fuse, save": ["base/transformer"],
+            "download": ["base", "lora"],
+            "fuse": ["base/transformer"],
+            "verify": ["base"],
+            DVC: ["base"],
+            "export": ["base/transformer"],
+            "publish": ["base", "base/transformer"],
+            REPORT: ["project/artifacts/regression/report.html"],
+        }
+        return sum(_size(self._folder / part) for part in parts.get(step, []))
 
 
 class Project:
     """A copy of this checkout beside the model, in which the recipe is built."""
 
-    def __init__(self, folder: Path, limit: float | None, *, publishes: bool) -> None:
+    def __init__(self, folder: Path, limit: float | None, table: Table, *, publishes: bool) -> None:
         self.root = folder / "project"
-        self._publishes = publishes
-        self._rows = folder / "rows.jsonl"
+        self._table = table
+        self._rows = folder / ROWS
         self._programs = folder / "programs"
         for name in (*PARTS, *FILES):
             _copy(ROOT / name, self.root / name)
@@ -229,34 +323,39 @@ class Project:
             MEASURED.format(python=sys.executable, root=str(ROOT), rows=str(self._rows), limit=limit), encoding="utf-8"
         )
         program.chmod(0o755)
-        self._configure()
+        self._configure(publishes=publishes)
         self._start()
 
-    def build(self) -> list[Row]:
-        """Build to the verdict; a row for each stage, one for DVC, one for all.
+    def build(self) -> None:
+        """Build to the verdict; a row for each stage and what regress says of itself, one for DVC, one for all.
 
         Raises:
             Refused: a stage failed, by more than that nobody has approved its pictures.
         """
-        rows = self._built("all, to the verdict", ["dvc", "repro"])
-        if self._publishes:
-            with _hub(self.root.parent) as variables:
-                os.environ.update(variables)
-                self._run([sys.executable, "-m", "stages.approve", "--reason", "made by the benchmark"])
-                self._commit()
-                self._rows.unlink()
-                rows += [row for row in self._built("", ["dvc", "repro"]) if row.name == "export"]
-                self._rows.unlink()
-                rows += self._built("publishing", ["dvc", "repro", "publish/dvc.yaml"])
-        return rows
+        self._built("all, to the verdict", ["dvc", "repro"])
+        for row in _rendering(self.root):
+            self._table.add(row)
 
-    def _built(self, name: str, command: list[str]) -> list[Row]:
-        run = self._run(command) if find_spec("dvc") else self._run_stages()
-        of_stages = [Row(**json.loads(line)) for line in self._rows.read_text(encoding="utf-8").splitlines()]
-        rest = run.seconds - sum(row.seconds for row in of_stages)
-        dvc = Row("DVC: hashes, locks", rest, run.used - sum(row.used for row in of_stages), 0)
-        whole = Row(name, run.seconds, run.used, max(row.peak for row in of_stages))
-        return [*of_stages, *([dvc] if find_spec("dvc") else []), whole]
+    def publish(self) -> None:
+        """Approve the pictures, export, and publish to a Hub on the loopback; needs DVC and git.
+
+        Raises:
+            Refused: a stage failed.
+        """
+        with _hub(self.root.parent) as variables:
+            os.environ.update(variables)
+            self._run([sys.executable, "-m", "stages.approve", "--reason", "made by the benchmark"])
+            self._commit()
+            self._built("approved and exported", ["dvc", "repro"])
+            self._built("published", ["dvc", "repro", "publish/dvc.yaml"])
+
+    def _built(self, name: str, command: list[str]) -> None:
+        with self._table.following(self._rows) as rows:
+            run = self._run(command) if find_spec("dvc") else self._run_stages()
+        if find_spec("dvc"):
+            rest = run.seconds - sum(row.seconds for row in rows)
+            self._table.add(Row(DVC, rest, run.used - sum(row.used for row in rows), 0))
+        self._table.add(Row(name, run.seconds, run.used, max(row.peak for row in rows)))
 
     def _run_stages(self) -> LimitedRun:
         """Run all stages of dvc.yaml, where there is no DVC."""
@@ -270,9 +369,6 @@ class Project:
         verdict = "exited with 3" in run.output or "exited with 4" in run.output or run.code in GATE_CODES
         if not verdict:
             raise Refused(f"{' '.join(command)} ended with {run.code}: {run.output[-3000:]}")
-        for line in run.output.splitlines():
-            if line.startswith(("regress:", "verify:", "fuse:", "download:", "gate:", "error:")):
-                text.say(line)
         return run
 
     def _start(self) -> None:
@@ -292,7 +388,7 @@ class Project:
             who = ["-c", "user.name=benchmark", "-c", "user.email=benchmark@example.org"]
             subprocess.run(["git", *who, *command], cwd=self.root, check=True, stdout=subprocess.DEVNULL)
 
-    def _configure(self) -> None:
+    def _configure(self, *, publishes: bool) -> None:
         """Write the recipe, as a user has one, and compile it."""
         conf = self.root / "conf"
         on_gpu = _has_gpu()
@@ -304,9 +400,8 @@ class Project:
             small = {"placement": "cpu", "dtype": "float32", "cases": {"rabbit": rabbit}}
             _write_yaml(conf / "regress/small.yaml", {"defaults": ["_bfloat16", "_self_"], **small})
             recipe["base"] = RECIPE["base"] | {"condition_area": SIDE**2}
-        if self._publishes:
-            recipe["publish"] = {"enabled": True, "repo_id": "alice/full-size", "license": "apache-2.0"}
-            recipe["export"] = {"formats": ["single_file"]}
+        recipe["publish"] = {"enabled": True, "repo_id": "alice/full-size", "license": "apache-2.0"}
+        recipe["export"] = {"formats": ["single_file"] if publishes else []}
         _write_yaml(conf / f"recipe/{recipe['name']}.yaml", recipe, "# @package _global_\n")
         command = [sys.executable, "-m", "stages.config", f"recipe={recipe['name']}"]
         subprocess.run(command, cwd=self.root, env=_environment(self.root), check=True, stdout=subprocess.DEVNULL)
@@ -333,37 +428,9 @@ def _hub(folder: Path) -> Iterator[dict[str, str]]:
         yield {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "HF_TOKEN": "hf_write"}
 
 
-def _sizes(folder: Path, project: Path) -> dict[str, int]:
-    """Bytes that a step reads or writes, by its name in the table."""
-    base = _size(folder / "base")
-    transformer = _size(folder / "base/transformer")
-    lora = _size(folder / "lora")
-    steps = {"make the model": base, "cp of the transformer": transformer, "diffusers: load, fuse, save": transformer}
-    steps |= {"download": base + lora, "fuse": transformer, "verify": base, "DVC: hashes, locks": base}
-    steps["report"] = (project / "artifacts/regression/report.html").stat().st_size
-    return steps | {"export": _size(project / "artifacts/export"), "publish": base + transformer}
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _print(rows: list[Row], sizes: dict[str, int], options: argparse.Namespace) -> None:
-    limit = f", limit {progress.human_bytes(int(options.limit))} by {mechanism()}" if options.limit else ""
-    base = progress.human_bytes(sizes["make the model"])
-    text.say(f"{options.blocks} of {make_pipeline.BLOCKS} blocks, {base}{limit}; {machine()}")
-    copied = next((row.seconds for row in rows if row.name.startswith("cp")), None)
-    report = progress.human_bytes(sizes["report"])
-    text.say(f"report.html: {report}")
-    text.say("| step | seconds | of one core | GB | GB/s | times cp | memory of its own |")
-    text.say("|---|---|---|---|---|---|---|")
-    for row in rows:
-        size = sizes.get(row.name, 0) / 1e9
-        rate = [f"{size:.1f}", f"{size / row.seconds:.2f}"] if size > 0.05 else ["", ""]
-        times = f"{row.seconds / copied:.2f}" if copied and row.name in ("fuse", "diffusers: load, fuse, save") else ""
-        peak = f"{row.peak / 1e9:.2f} GB" if row.peak else ""
-        used = f"{row.used:.1f}" if row.used else ""
-        text.say(f"| {' | '.join([row.name, f'{row.seconds:.1f}', used, *rate, times, peak])} |")
+def _size(place: Path) -> int:
+    files = [path for path in place.rglob("*") if path.is_file()] if place.is_dir() else [place]
+    return sum(path.stat().st_size for path in files if path.exists())
 
 
 if __name__ == "__main__":
