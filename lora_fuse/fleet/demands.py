@@ -54,7 +54,8 @@ class Demands:
 def needs_of(recipe: Recipe, base: sizes.SourceSize) -> Needs:
     """The threads, GPUs, memory and disk of one job: it merges, verifies and renders.
 
-    A merged checkpoint is on the disk beside the base; a pipeline is in the machine's memory before it is in a GPU's.
+    A merged checkpoint is on the disk beside the base. Weights are in the machine's memory but where they go straight
+    from their files to a GPU.
 
     Raises:
         BadConfig: a placement says no number of GPUs, or a CPU's threads, on which pictures depend, are not said.
@@ -69,4 +70,5 @@ def needs_of(recipe: Recipe, base: sizes.SourceSize) -> Needs:
         raise BadConfig("regress.threads is null, and pictures made on a CPU depend on it: set it to a number")
     gpus = 0 if regress.placement == "cpu" else 1
     merged = base.total if recipe.fuse.untouched == "copy" else base.below(COMPONENT)
-    return Needs(1 if gpus else regress.threads or 1, gpus, base.total, merged)
+    memory = 0 if regress.placement == "cuda" else base.total
+    return Needs(1 if gpus else regress.threads or 1, gpus, memory, merged)
