@@ -34,15 +34,13 @@ from tests.support.machine import ROOT, start, until
 SMALL = Needs(cpus=2, gpus=0, memory=10**8, disk=10**6)  # one job a node
 QUICK = ("~regress.cases.hat", "base.sampling.steps=6", "loras.lightning.path=loras")
 LORA = "pocket-lightning-4steps-v2.safetensors"
-ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # the latter: loopback only
 
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[tuple[str, dict[str, Any], Path]]:
     """The address of a cluster, its nodes by name, and the folder that they are in; its path is short, for sockets."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="lf") as folder:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("RAY_TMPDIR", folder)
         with cluster(Path(folder)) as (made, named):
