@@ -210,7 +210,7 @@ def _peer(folder: Path, name: str, command: list[str], more: list[str]) -> Row:
 
 
 def _rendering(project: Path) -> Iterator[Row]:
-    """What `regress` loads and renders in its time, by its own record, and the size of its report."""
+    """Parts of the row of `regress`, by its own record: what it loads, a picture of each side; and its report."""
     run = json.loads((project / "artifacts/regression/run.json").read_text(encoding="utf-8"))
     seconds = run["seconds"]
     for name, took in seconds["loads"].items():
