@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -59,9 +60,13 @@ def check() -> None:
 
 def leave(code: int) -> NoReturn:
     """End this program with an exit code, which a Ctrl-C on the way out changes no more: all is done and said."""
-    for number, (own, _) in SIGNALS.items():
-        if signal.getsignal(number) == own:
-            signal.signal(number, lambda *_: os._exit(code))
+
+    def out() -> None:
+        for number, (own, _) in SIGNALS.items():
+            if signal.getsignal(number) == own:
+                signal.signal(number, lambda *_: os._exit(code))
+
+    atexit.register(out)  # the first of all that is called there, as the last that is registered
     sys.exit(code)
 
 
