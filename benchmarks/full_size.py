@@ -53,6 +53,7 @@ GATE_CODES = frozenset({0, 3, 4})  # passed, and what has no golden yet on this 
 ROWS = "rows.jsonl"
 KEPT = frozenset({"base", "lora", "made"})
 LORA = "lora/lora.safetensors"
+DIFFUSERS_FUSES = "diffusers: load, fuse, save"
 DVC = "DVC: hashes, locks"
 REPORT = "report.html"
 EVERY = 0.5  # seconds between two looks for a row
@@ -157,7 +158,7 @@ def main() -> None:
             if _has_gpu():
                 _pictures(project.root, table)
             shutil.rmtree(project.root)  # there may be no room for another merge
-            table.add(_peer(folder, "diffusers: load, fuse, save", [sys.executable, "-c", DIFFUSERS], [LORA]))
+            table.add(_peer(folder, DIFFUSERS_FUSES, [sys.executable, "-c", DIFFUSERS], [LORA]))
 
 
 @contextmanager
@@ -254,8 +255,7 @@ class Table:
         size = self._size(row.name)
         read = progress.human_bytes(size) if size else ""
         rate = f"{size / 1e9 / row.seconds:.2f}" if size and row.seconds else ""
-        is_copy = self._copied and row.name in ("fuse", "diffusers: load, fuse, save")
-        times = f"{row.seconds / self._copied:.2f}" if self._copied and is_copy else ""
+        times = f"{row.seconds / self._copied:.2f}" if self._copied and row.name in ("fuse", DIFFUSERS_FUSES) else ""
         peak = f"{row.peak / 1e9:.2f} GB" if row.peak else ""
         used = f"{row.used:.1f}" if row.used else ""
         seconds = f"{row.seconds:.1f}" if row.seconds else ""
@@ -292,7 +292,7 @@ class Table:
         parts = {
             "make the model": ["base"],
             "cp of the transformer": ["base/transformer"],
-            "diffusers: load, fuse, save": ["base/transformer"],
+            DIFFUSERS_FUSES: ["base/transformer"],
             "download": ["base", "lora"],
             "fuse": ["base/transformer"],
             "verify": ["base"],
@@ -350,9 +350,10 @@ class Project:
             self._built("published", ["dvc", "repro", "publish/dvc.yaml"])
 
     def _built(self, name: str, command: list[str]) -> None:
+        has_dvc = find_spec("dvc") is not None
         with self._table.following(self._rows) as rows:
-            run = self._run(command) if find_spec("dvc") else self._run_stages()
-        if find_spec("dvc"):
+            run = self._run(command) if has_dvc else self._run_stages()
+        if has_dvc:
             rest = run.seconds - sum(row.seconds for row in rows)
             self._table.add(Row(DVC, rest, run.used - sum(row.used for row in rows), 0))
         self._table.add(Row(name, run.seconds, run.used, max(row.peak for row in rows)))
@@ -361,8 +362,7 @@ class Project:
         """Run all stages of dvc.yaml, where there is no DVC."""
         stages = yaml.safe_load((self.root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
         order = ["download", "fuse", "goldens", "verify", "regress", "export", "gate"]
-        commands = " && ".join(stages[name]["cmd"] for name in order)
-        return self._run(["sh", "-c", commands])
+        return self._run(["sh", "-c", " && ".join(stages[name]["cmd"] for name in order)])
 
     def _run(self, command: list[str]) -> LimitedRun:
         run = run_limited(command, None, cwd=self.root, env=_environment(self.root, self._programs))
