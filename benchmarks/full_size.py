@@ -244,7 +244,8 @@ class Table:
         self._folder = folder
         self._copied: float | None = None
         how = f", limit {progress.human_bytes(int(limit))} by {mechanism()}" if limit else ""
-        text.say(f"{machine()}{how}\n")
+        text.say(f"{machine()}{how}")
+        text.say("")
         text.say("| step | seconds | of one core | bytes | GB/s | times cp | memory of its own |")
         text.say("|---|---|---|---|---|---|---|")
 

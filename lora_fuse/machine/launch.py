@@ -6,14 +6,23 @@ process is the only one.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
 import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+from lora_fuse.errors import ProcessLost
 from lora_fuse.machine import text
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 LOST = (
     "another process of this run ended, or its launcher was told to; nothing was written, earlier results are as they "
@@ -87,3 +96,38 @@ class PeerWatcher:
         if not self._done and is_first_to_fail():
             text.say(f"error: {LOST}", sys.stderr)
         os._exit(128 + signal.SIGTERM if self._done else 2)
+
+
+def in_processes(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """Do some work on all items, in as many processes as there are cores: for libraries that keep Python's lock.
+
+    `work` is a function of a module. The processes leave Ctrl-C to this one, and end with it.
+
+    Raises:
+        ProcessLost: one of them was ended from outside, as by the kernel where memory is short.
+    """
+    count = min(len(items), os.cpu_count() or 1)
+    spawn = multiprocessing.get_context("spawn")  # a process that has used CUDA cannot be forked
+    with ProcessPoolExecutor(count, spawn, initializer=_end_with_parent) as pool:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which they inherit
+        try:
+            running = [pool.submit(work, item) for item in items]
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        try:
+            return [one.result() for one in running]
+        except BrokenProcessPool as error:
+            raise ProcessLost(f"{LOST}, with more memory if that was short") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

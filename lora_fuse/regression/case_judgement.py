@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
+from lora_fuse.machine import launch
 from lora_fuse.pictures import Case, metrics, pairs, picture
 from lora_fuse.regression.verdicts import CaseResult, Comparison, Facts, Golden, Rules, Size, Verdict, beyond, compare
 
 SIGMA_TOLERANCE = 1e-4
-WORKERS = min(8, os.cpu_count() or 1)  # cases that are worked on at once: half a GB each, of pictures of a megapixel
+WORKERS = min(8, os.cpu_count() or 1)  # cases whose pictures are written at once
+MANY = 1 << 21  # pixels of what is compared, from which on processes are worth their start: a second a megapixel
+
+Two: TypeAlias = tuple[picture.Picture, picture.Picture]
+Compare: TypeAlias = Callable[[picture.Picture, picture.Picture], Comparison | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +37,42 @@ class JudgedPair:
 def judge_pairs(
     rendered: Sequence[pairs.Pair], goldens: Mapping[str, Sequence[Golden]], rules: Rules
 ) -> list[JudgedPair]:
-    """Judge every pair, with the goldens by case; cases side by side, as a large picture takes seconds."""
+    """Judge every pair, with the goldens by case; what is large is compared by several processes.
+
+    Raises:
+        ProcessLost: one of them was ended from outside.
+    """
+    wanted = [two for pair in rendered for two in _to_compare(pair, goldens.get(pair.case.name, ()))]
+    compared = {(id(a), id(b)): found for (a, b), found in zip(wanted, _compare_all(wanted), strict=True)}
 
     def judge(pair: pairs.Pair) -> JudgedPair:
         approved = goldens.get(pair.case.name, ())
-        return JudgedPair(pair, examine(pair.case, pair.merged, pair.unfused, approved, rules, pair.floor))
+        of = (pair.case, pair.merged, pair.unfused, approved, rules, pair.floor)
+        return JudgedPair(pair, examine(*of, compared_by=lambda a, b: compared[id(a), id(b)]))
 
-    with ThreadPoolExecutor(WORKERS, "judge") as pool:
-        return list(pool.map(judge, rendered))
+    return [judge(pair) for pair in rendered]
+
+
+def _to_compare(pair: pairs.Pair, goldens: Sequence[Golden]) -> list[Two]:
+    """All that `examine` compares of a pair."""
+    with_goldens = [(pair.merged, golden) for golden in goldens]
+    return [(pair.merged, pair.unfused), (pair.floor, pair.unfused), *with_goldens]
+
+
+def _compare_all(wanted: Sequence[Two]) -> list[Comparison | None]:
+    """Compare all pictures; FLIP's library keeps Python's lock for a second a megapixel."""
+    if sum(a.levels.size // 3 for a, _ in wanted) < MANY:
+        return [_compare_if_possible(*two) for two in wanted]
+    return launch.in_processes(_compare_two, [(_numbers(a), _numbers(b)) for a, b in wanted])
+
+
+def _numbers(of: picture.Picture) -> picture.Picture:
+    """A picture with nothing but what is compared."""
+    return picture.Picture(of.levels, latents=of.latents)
+
+
+def _compare_two(two: Two) -> Comparison | None:
+    return _compare_if_possible(*two)
 
 
 def examine(
@@ -48,14 +82,17 @@ def examine(
     goldens: Sequence[Golden],
     rules: Rules,
     floor: picture.Picture | None = None,
+    compared_by: Compare | None = None,
 ) -> CaseResult:
     """Compare the pictures of one case with each other, with the noise floor and with the goldens, and judge them.
 
     The goldens are all of one environment; `floor` is the unfused pipeline again, moved by as much as rounding does.
+    `compared_by` gives comparisons that were made already.
     """
-    golden, vs_golden = _nearest_golden(merged, goldens) or (None, None)
-    of_floor = None if floor is None else _compare_if_possible(floor, unfused)
-    measured = Measured(_compare_if_possible(merged, unfused), of_floor, vs_golden, golden)
+    by = compared_by or _compare_if_possible
+    golden, vs_golden = _nearest_golden(merged, goldens, by) or (None, None)
+    of_floor = None if floor is None else by(floor, unfused)
+    measured = Measured(by(merged, unfused), of_floor, vs_golden, golden)
     facts = {"merged": Facts.of(merged), "unfused": Facts.of(unfused)}
     return judge_measured(case, facts, measured, rules, {"merged": merged.sigmas, "unfused": unfused.sigmas})
 
@@ -101,9 +138,11 @@ def judge_measured(
     return replace(result, agrees=not apart, verdict=verdict, reasons=tuple(reasons))
 
 
-def _nearest_golden(merged: picture.Picture, goldens: Sequence[Golden]) -> tuple[Golden, Comparison | None] | None:
+def _nearest_golden(
+    merged: picture.Picture, goldens: Sequence[Golden], by: Compare
+) -> tuple[Golden, Comparison | None] | None:
     """The golden that has the least error to the picture; one of another size only if there is no other."""
-    compared = [(golden, _compare_if_possible(merged, golden)) for golden in goldens]
+    compared = [(golden, by(merged, golden)) for golden in goldens]
     return max(compared, key=lambda pair: -1.0 if pair[1] is None else pair[1].values["psnr_db"], default=None)
 
 

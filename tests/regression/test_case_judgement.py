@@ -8,6 +8,7 @@ import pytest
 
 from lora_fuse.pictures.cases import Case
 from lora_fuse.pictures.picture import Levels, Picture
+from lora_fuse.regression import case_judgement
 from lora_fuse.regression.case_judgement import examine
 from lora_fuse.regression.review import flat_metrics
 from lora_fuse.regression.verdicts import CaseResult, Golden, Rules, Verdict, compare
@@ -252,3 +253,11 @@ def test_against_a_golden_the_lower_of_two_floors_counts(
     floor = Picture(noisy(merged.levels, here), latents=latents)
     golden = Golden(scene(), name="g.png", floor=then)
     assert examine(CASE, merged, merged, [golden], Rules(UNFUSED, GOLDEN, 2.0), floor).verdict is verdict
+
+
+def test_large_pictures_are_compared_as_small_ones_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [(Picture(scene()), Picture(other)) for other in (brighter(1), scene(), scene(0, 32, 48))]
+    here = case_judgement._compare_all(wanted)
+    monkeypatch.setattr(case_judgement, "MANY", 0)
+    assert case_judgement._compare_all(wanted) == here
+    assert here[2] is None
