@@ -6,11 +6,11 @@ import dataclasses
 import json
 from datetime import UTC, datetime
 
-from lora_fuse.fusion import check_files, read_manifest
+from lora_fuse.fusion import read_manifest
 from lora_fuse.machine import Console, files, progress
 from lora_fuse.models import COMPONENT
 from lora_fuse.recipe import Artifacts, Lock, Manifest, Recipe, checkout, hf_cache, paths, records
-from lora_fuse.verification import Expectation, Verification, verify_merge
+from lora_fuse.verification import Expectation, Verification, check_files, verify_merge
 from stages.run import PLAIN, run_stage
 
 

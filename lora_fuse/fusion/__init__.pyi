@@ -1,8 +1,8 @@
+from .adder import exact_sums as exact_sums
 from .adder import read_deltas as read_deltas
 from .device import resolve_device as resolve_device
 from .job import Fused as Fused
 from .job import FuseJob as FuseJob
-from .manifest import check_files as check_files
 from .manifest import read_build as read_build
 from .manifest import read_manifest as read_manifest
 from .plan import Plan as Plan

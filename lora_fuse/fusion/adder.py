@@ -1,4 +1,4 @@
-"""The choice of the fastest adder for a target, whose LoRA tensors are read here.
+"""The choice of the fastest adder for a target, whose LoRA tensors are read here; and whole sums, for who rounds them.
 
 torch is imported where it is needed: its import takes longer than the fuse of a small model.
 """
@@ -12,12 +12,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
-from lora_fuse.errors import naming_extras
+from lora_fuse.checkpoint import Shard, TensorInfo, dtypes
+from lora_fuse.errors import BadCheckpoint, naming_extras
 from lora_fuse.fusion.cpu_adder import Stacked, TooLarge, stackable
 from lora_fuse.fusion.pieces import PIECE, row_pieces
-from lora_fuse.fusion.plan import Target
-from lora_fuse.lora import Decomposed, Delta
+from lora_fuse.fusion.plan import Plan, Target
+from lora_fuse.lora import Decomposed, Delta, NotFinite
 from lora_fuse.machine import direct_io
 
 if TYPE_CHECKING:
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 # Overwrites a weight's rows in some memory, from a number on, with the merged ones. Raises `NotFinite` where the base
 # holds NaN or infinity, or a sum is too large for its dtype.
 Adder = Callable[[memoryview, int], None]
+
+BYTE = 8  # bits; what has fewer is packed
+SURELY_EXACT = 16  # bits of a number, at most, that float32 is known to have
 
 _IMPORTING = Lock()
 
@@ -77,12 +82,12 @@ def read_deltas(target: Target) -> list[Delta]:
     for delta in deltas:
         if isinstance(delta, Decomposed) and delta.by_column:
             for first, rows in _rows_of(target):
-                delta.measure(rows, first)
+                delta.measure(rows.double(), first)
     return deltas
 
 
 def _rows_of(target: Target) -> Iterator[tuple[int, torch.Tensor]]:
-    """Read a target's rows from the base, in float64, block by block."""
+    """Read a target's rows from the base, in its own dtype, block by block: in memory that is used again."""
     sums = _torch_sums()
     at = target.tensor.start
     memory = direct_io.block_memory(PIECE)
@@ -90,9 +95,74 @@ def _rows_of(target: Target) -> Iterator[tuple[int, torch.Tensor]]:
         for piece in row_pieces(target):
             data = memory[: piece.nbytes]
             direct_io.read_exactly(source, data, at)
-            yield piece.first_row, sums.as_rows(data, target.tensor.dtype, _columns(target)).double()
+            yield piece.first_row, sums.as_rows(data, target.tensor.dtype, _columns(target))
             at += piece.nbytes
 
 
 def _columns(target: Target) -> int:
     return math.prod(target.tensor.shape[1:])
+
+
+class ExactSums:
+    """The tensors of a merge in float32, one at a time, before they are rounded to the dtype that is written.
+
+    A target is the exact sum of base and deltas, rounded once to float32 (but see `torch_sums.round_sums`), any other
+    tensor its stored values; the same bits on every machine. May be used by many threads at once.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        """Read nothing yet."""
+        self._targets = plan.targets
+        self._places = {
+            name: (shard, info) for shard in plan.checkpoint.shards for name, info in shard.header.tensors.items()
+        }
+
+    def matrix(self, name: str) -> npt.NDArray[np.float32]:
+        """A tensor in its own shape, all of it in memory; beside it a target's deltas and few MB are, for a while.
+
+        Raises:
+            KeyError: the base has no tensor of that name.
+            BadCheckpoint: the base cannot be read, holds NaN or infinity in a target, or a sum is too large for
+                float32; or the tensor has values that float32 has not.
+            BadLora: see `LoraFile.read`.
+        """
+        shard, info = self._places[name]
+        if name not in self._targets:
+            return _stored(shard, info)
+        import torch
+
+        torch.set_num_threads(1)  # of this thread, as in `torch_sums`
+        target = self._targets[name]
+        deltas = read_deltas(target)
+        merged = np.empty((info.shape[0], _columns(target)), np.float32)
+        try:
+            for first, rows in _rows_of(target):
+                into = torch.from_numpy(merged[first : first + len(rows)])
+                _torch_sums().round_sums(rows, into, deltas, first)
+        except NotFinite as error:
+            raise BadCheckpoint(f"{shard.path}: {name!r}: {error}") from error
+        return merged.reshape(info.shape)
+
+
+def exact_sums(plan: Plan) -> ExactSums:
+    """Give the tensors that a plan makes, each before it is rounded to the dtype that is written."""
+    return ExactSums(plan)
+
+
+def _stored(shard: Shard, tensor: TensorInfo) -> npt.NDArray[np.float32]:
+    """The values of a tensor of the base.
+
+    Raises:
+        BadCheckpoint: it cannot be read, or float32 has not all of its values.
+    """
+    dtype = dtypes.DTYPES[tensor.dtype]
+    memory = direct_io.block_memory(tensor.nbytes)[: tensor.nbytes]
+    with direct_io.open_shard(shard.path) as source:
+        direct_io.read_exactly(source, memory, tensor.start)
+    if dtype.bits < BYTE or dtype.name == "C64":
+        raise BadCheckpoint(f"{shard.path}: {tensor.name!r} is {dtype.name}, and no array of numbers; use another base")
+    stored = np.frombuffer(memory, dtype.numpy).reshape(tensor.shape)
+    values = stored.astype(np.float32)
+    if dtype.bits > SURELY_EXACT and not np.array_equal(values.astype(dtype.numpy), stored, equal_nan=dtype.is_float):
+        raise BadCheckpoint(f"{shard.path}: {tensor.name!r} is {dtype.name}, and float32 has not all of its values")
+    return values

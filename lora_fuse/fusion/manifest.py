@@ -87,19 +87,3 @@ def read_manifest(path: Path) -> tuple[Manifest, str]:
     except FileNotFoundError as error:
         raise BadSource(f"{path} is not there", rerun=Rerun("fuse")) from error
     return records.from_json(Manifest, text, str(path)), hashlib.sha256(text.encode()).hexdigest()
-
-
-def check_files(manifest: Manifest, merged: Path) -> list[str]:
-    """Compare the files on disk with the manifest by name and size; one sentence for each difference.
-
-    Content is not hashed here: the engine hashed it while it was written, and publishing hashes what it sends.
-    """
-    present = {path.relative_to(merged).as_posix(): path for path in merged.rglob("*") if not path.is_dir()}
-    listed = manifest.files
-    problems = [f"{name} is in the manifest and not in {merged}" for name in sorted(listed.keys() - present.keys())]
-    problems += [f"{name} is in {merged} and not in the manifest" for name in sorted(present.keys() - listed.keys())]
-    for name in sorted(present.keys() & listed.keys()):
-        size = present[name].stat().st_size
-        if size != listed[name].size:
-            problems.append(f"{name} has {size} bytes, the manifest says {listed[name].size}")
-    return problems

@@ -58,10 +58,15 @@ def pinned(memories: Sequence[memoryview]) -> Iterator[None]:
 
 
 def fuse_rows(rows: torch.Tensor, deltas: Sequence[Delta], first: int = 0) -> None:
-    """Add deltas to `rows`, (n, columns), of a weight in its own dtype, in place; `first` is the number of the first.
+    """Add deltas to `rows`, (n, columns), of a weight in its own dtype, in place; see `round_sums`."""
+    round_sums(rows, rows, deltas, first)
 
-    The result is exact but for a delta that has a root in it (DoRA), whose float64 sum is rounded, and for float64
-    weights, which get the float64 sum.
+
+def round_sums(rows: torch.Tensor, merged: torch.Tensor, deltas: Sequence[Delta], first: int = 0) -> None:
+    """Write the sums of deltas and of `rows`, (n, columns), to `merged`, as large, rounded once to its dtype.
+
+    `first` is the number of the first row; `merged` may be `rows`. The result is exact but for a delta that has a root
+    in it (DoRA), whose float64 sum is rounded, and for float64, to which the float64 sum is written.
 
     Raises:
         NotFinite: a weight is NaN or infinite, or a sum is too large for the dtype.
@@ -74,24 +79,28 @@ def fuse_rows(rows: torch.Tensor, deltas: Sequence[Delta], first: int = 0) -> No
     operations = 2 + sum(delta.roundings + 1 for delta in deltas)
     error = 2.0**-52 * operations * reach if math.isfinite(reach) else 0.0
     doubts = [
-        _fuse_block(block, deltas, row, column, first, error)
-        for row, column, block in _blocks(rows, whole_rows=not math.isfinite(reach))
+        _sum_block(*parts, deltas, row, column, first, error)
+        for row, column, parts in _blocks((rows, merged), whole_rows=not math.isfinite(reach))
     ]
-    _settle(rows, _Doubts(*(torch.cat(parts) for parts in zip(*doubts, strict=True))), deltas, first, error)
-    if not reach < torch.finfo(rows.dtype).max and not bool(torch.isfinite(rows).all()):
-        raise NotFinite(f"a sum is too large for {rows.dtype}")
+    _settle(merged, _Doubts(*(torch.cat(parts) for parts in zip(*doubts, strict=True))), deltas, first, error)
+    if not reach < torch.finfo(merged.dtype).max and not bool(torch.isfinite(merged).all()):
+        raise NotFinite(f"a sum is too large for {merged.dtype}")
 
 
-def _blocks(rows: torch.Tensor, whole_rows: bool) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Parts of `rows` by their first row and column: on the CPU so small that what is made of one stays in a cache."""
+def _blocks(
+    both: tuple[torch.Tensor, torch.Tensor], whole_rows: bool
+) -> Iterator[tuple[int, int, tuple[torch.Tensor, torch.Tensor]]]:
+    """Parts of both by their first row and column: on the CPU so small that what is made of one stays in a cache."""
+    rows, merged = both
     if rows.device.type != "cpu":
-        yield 0, 0, rows
+        yield 0, 0, both
         return
     width = rows.shape[1] if whole_rows else BLOCK[1]
     height = max(1, BLOCK[0] * BLOCK[1] // width)
     for row in range(0, rows.shape[0], height):
         for column in range(0, rows.shape[1], width):
-            yield row, column, rows[row : row + height, column : column + width]
+            place = slice(row, row + height), slice(column, column + width)
+            yield row, column, (rows[place], merged[place])
 
 
 class _Doubts(NamedTuple):
@@ -103,22 +112,28 @@ class _Doubts(NamedTuple):
     total: torch.Tensor
 
 
-def _fuse_block(
-    block: torch.Tensor, deltas: Sequence[Delta], row: int, column: int, first: int, error: float
+def _sum_block(
+    block: torch.Tensor,
+    merged: torch.Tensor,
+    deltas: Sequence[Delta],
+    row: int,
+    column: int,
+    first: int,
+    error: float,
 ) -> _Doubts:
     total = scratch("total", block.shape, torch.float64, block.device).copy_(block)
     weight = total.clone() if error == 0 else total
     for delta in deltas:
         delta.add_to(total, weight, first + row, column)
-    if block.dtype == torch.float64:
+    if merged.dtype == torch.float64:
         near = total
         doubtful = torch.empty(0, dtype=torch.int64, device=block.device)
     else:
-        near, doubtful = round_most(total, error, block.dtype)
+        near, doubtful = round_most(total, error, merged.dtype)
     i = doubtful // block.shape[1]
     j = doubtful % block.shape[1]
     doubts = _Doubts(row + i, column + j, block[i, j], total[i, j])
-    block.copy_(near)
+    merged.copy_(near)
     return doubts
 
 

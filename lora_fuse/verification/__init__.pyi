@@ -6,3 +6,4 @@ from .rederivation import verify_merge as verify_merge
 from .weights import Weights as Weights
 from .weights import row_blocks as row_blocks
 from .weights import weight_files as weight_files
+from .whole_files import check_files as check_files

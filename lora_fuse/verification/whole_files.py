@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import BadCheckpoint
 from lora_fuse.machine import file_state, files
+from lora_fuse.recipe import Manifest
 from lora_fuse.verification.byte_comparison import pieces, same_bytes
 
 if TYPE_CHECKING:
@@ -196,3 +197,19 @@ def _incomplete(merged: Path, components: list[str], theirs: Set[str], ours: Set
         ]
         if with_weights == [True, False]:
             yield f"{component}/ has weights in the base, and none in {merged}"
+
+
+def check_files(manifest: Manifest, merged: Path) -> list[str]:
+    """Compare the files on disk with the manifest by name and size; one sentence for each difference.
+
+    Content is not hashed here: the engine hashed it while it was written, and publishing hashes what it sends.
+    """
+    present = {path.relative_to(merged).as_posix(): path for path in merged.rglob("*") if not path.is_dir()}
+    listed = manifest.files
+    problems = [f"{name} is in the manifest and not in {merged}" for name in sorted(listed.keys() - present.keys())]
+    problems += [f"{name} is in {merged} and not in the manifest" for name in sorted(present.keys() - listed.keys())]
+    for name in sorted(present.keys() & listed.keys()):
+        size = present[name].stat().st_size
+        if size != listed[name].size:
+            problems.append(f"{name} has {size} bytes, the manifest says {listed[name].size}")
+    return problems

@@ -18,7 +18,9 @@ from lora_fuse.checkpoint import repository_files
 from lora_fuse.cli import main
 from lora_fuse.errors import BadCheckpoint
 from lora_fuse.lora.inputs import LoraInput
+from lora_fuse.recipe.records import Manifest, MergedFile
 from lora_fuse.verification.rederivation import Expectation, Verification, verify_merge
+from lora_fuse.verification.whole_files import check_files
 from tests.support import tiny
 
 SCHEDULER = {"shift": 1.0, "shift_terminal": None}
@@ -257,3 +259,13 @@ def test_a_link_to_nothing_is_no_file(made: Repository) -> None:
     (made.out / "vae/config.json").unlink()
     (made.out / "vae/config.json").symlink_to("/nowhere")
     assert made.verify().problems == ["vae/config.json differs from the base's"]
+
+
+def test_a_file_that_the_manifest_has_otherwise_is_found(tmp_path: Path) -> None:
+    """One that it has and the folder lacks, one too many, and one of another size."""
+    listed = {"a.json": MergedFile(2, "00", "base"), "t/w.safetensors": MergedFile(4, "22", "fused")}
+    manifest = Manifest(1, "pocket", None, (), 0.8, targets=3, files=listed)
+    (tmp_path / "a.json").write_text("{} ")
+    (tmp_path / "b.json").write_text("{}")
+    problems = check_files(manifest, tmp_path)
+    assert [problem.split()[0] for problem in problems] == ["t/w.safetensors", "b.json", "a.json"]
