@@ -5,16 +5,17 @@ Everything else is in a room, and a room imports only from those above it:
 
     errors        the whole error vocabulary
     machine       files, staging folders, disk space, progress, terminal, signals
+    quantisation  weights in few bits: codes and scales, to and from float32
     checkpoint    safetensors headers, shards and indexes, diffusers repositories
     lora          LoRA files: key formats, scaling, targets, the exact arithmetic of their deltas
     models        the model families that are known, and their wrong pairs
     recipe        a build's parameters, its locks and records, the paths of its results
     fusion        plan and write a merge: streamed, the exact sum rounded once
     verification  the merge derived a second time, by code that shares nothing with `fusion`
+    exports       the merged transformer in other formats, quantised too
     hub           lock, fetch and publish repositories
     pictures      render, measure and compare
     regression    goldens, verdicts, the report
-    exports       the merged transformer in other formats
     release       model card, provenance, bill of materials, signature; a download checked
     studies       validation of a LoRA, sweeps over scales, the catalog, the doctor
 """

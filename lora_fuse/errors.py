@@ -23,6 +23,7 @@ EXTRAS = {
         *("junitparser", "omegaconf", "packageurl", "packaging", "peft", "psutil"),
         *("skimage", "ssimulacra2", "tabulate", "transformers"),
     ),
+    "gguf": ("gguf",),
     "fleet": ("ray",),
     "sign": ("OpenSSL", "cryptography", "model_signing", "sigstore"),
 }
@@ -69,6 +70,10 @@ class CheckFailed(LoraFuseError):
 
 class BadCheckpoint(Refused):
     """A base, a shard, an index or a header is missing, truncated or contradicts itself."""
+
+
+class Unquantisable(BadCheckpoint):
+    """A matrix has a shape or values that a format of few bits cannot hold, or what is stored of it does not add up."""
 
 
 class BadLora(Refused):

@@ -5,25 +5,19 @@ Exactness is decided here. Let ``w`` be a weight, ``d`` its exact delta and ``p`
 bound, and ``high``, `near` plus it. Rounding is monotone: where both ends round to the same number of 16 bits, that
 number is ``w + d`` rounded once. Where they do not, float64 decides in the same way, by its own and much smaller bound
 (`Factors.error`); what is undecided even then is left to the caller, who sums in fractions.
-
-The compiled code is kept beside this file, or in the user's cache; the first use on a machine takes seconds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
-from pickle import UnpicklingError
-from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
+from typing import NamedTuple, TypeAlias
 
-import numba
 import numpy as np
 import numpy.typing as npt
-from numba.core.caching import FunctionCache
 
 from lora_fuse.checkpoint import dtypes
+from lora_fuse.quantisation import compiled
 
-UNREADABLE = (OSError, EOFError, ValueError, UnpicklingError)  # a full disk, or a file that was cut off on one
 UNIT = 2.0**-24  # half a unit in the last place of float32, relative
 
 # numba widens what is not converted
@@ -33,7 +27,6 @@ U32 = np.uint32
 U64 = np.uint64
 Bits: TypeAlias = npt.NDArray[np.uint16]
 Float32s: TypeAlias = npt.NDArray[np.float32]
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Factors(NamedTuple):
@@ -45,35 +38,6 @@ class Factors(NamedTuple):
     column_length: npt.NDArray[np.float32]  # (columns,): times the row's error it is the error of a float32 value
     lost: np.float32  # and this, to numbers too small for float32
     error: np.float64  # of a float64 sum
-
-
-def compiled(fastmath: frozenset[str] = frozenset()) -> Callable[[Function], Function]:
-    """Compile at the first call; keep the result where there is a place for it."""
-
-    def compile_(function: Function) -> Function:
-        make: Any = numba.njit
-        keep: Any = _Cache
-        made: Any = make(nogil=True, error_model="numpy", fastmath=set(fastmath))(function)
-        with suppress(RuntimeError):  # neither this folder nor the user's can be written to
-            made._cache = keep(function)  # as `enable_caching` does
-        return cast(Function, made)
-
-    return compile_
-
-
-class _Cache(FunctionCache):
-    """numba's cache on disk, without which work goes on: its disk may be full, or a file in it cut off."""
-
-    def load_overload(self, sig: object, target_context: object) -> Any:
-        numba_s: Any = super()
-        with suppress(*UNREADABLE):
-            return numba_s.load_overload(sig, target_context)
-        return None
-
-    def save_overload(self, sig: object, data: object) -> None:
-        numba_s: Any = super()
-        with suppress(*UNREADABLE):  # the index is read first
-            numba_s.save_overload(sig, data)
 
 
 @compiled()

@@ -26,7 +26,7 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from lora_fuse.checkpoint import dtypes
-from lora_fuse.fusion.cpu_kernel import compiled
+from lora_fuse.quantisation import compiled
 
 ROWS = 12
 LANES = 16  # numbers of 32 bits in a register: a float32, or two bfloat16

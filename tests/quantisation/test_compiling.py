@@ -6,7 +6,7 @@ from pathlib import Path
 import numba
 import pytest
 
-from lora_fuse.fusion.cpu_kernel import compiled
+from lora_fuse.quantisation.compiling import compiled
 from tests.support.machine import small_disk
 
 
