@@ -3,19 +3,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+ENGINES := .venv-engines
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 # Threads that wait sleep: on a busy machine they would take the cores from those that work.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help setup doctor repro check test validate fuzz controls format clean
+.PHONY: help setup doctor repro check test engines validate fuzz controls format clean
 
 help:
 	@echo "make repro     build the default recipe: download, fuse, verify, regress, gate"
 	@echo "make doctor    does the default recipe fit this machine? fetches no file"
 	@echo "make check     ruff, types, configuration"
 	@echo "make test      the same, and the tests"
+	@echo "make engines   do other engines draw from the exports? builds stable-diffusion.cpp; COMFYUI=folder for that too"
 	@echo "make validate  is a LoRA as good as the current one? LORA=owner/name[@revision]:file RECIPE=name SCALE=1.0"
 	@echo "make fuzz      odd inputs for every parser of foreign input, for FUZZ_SECONDS (one hour)"
 	@echo "make controls  does the gate catch wrong merges and let harmless changes through? one minute"
@@ -50,6 +52,17 @@ check: $(READY)
 # (tests/conftest.py), and every other test in whichever is free.
 test: check
 	pytest -n auto --dist loadscope --no-loadscope-reorder
+
+# The engines' own Python: quantisers and compilers that nothing else needs, and stable-diffusion.cpp, which is built once.
+engines: $(ENGINES)/.ready
+	$(ENGINES)/bin/python -m pytest -m engines -rA --tb=short tests/engines
+
+$(ENGINES)/.ready: pyproject.toml constraints.txt tests/engines/build.py $(wildcard tests/engines/sdcpp/*)
+	@echo "setting up $(ENGINES): some minutes, once"
+	@$(PYTHON) -m venv $(ENGINES)
+	@$(ENGINES)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,engines]'
+	@PATH="$(CURDIR)/$(ENGINES)/bin:$$PATH" $(ENGINES)/bin/python -m tests.engines.build
+	@touch $@
 
 # LORA=owner/name[@revision]:file RECIPE=name SCALE=1.0, each may be left out. Make ends with 2 whatever the code of a
 # failure is; 4, changed and to be looked at, is none.
