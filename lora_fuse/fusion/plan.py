@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lora_fuse.checkpoint import Checkpoint, Shard, TensorInfo, dtypes, fitness, open_checkpoint, repository_files
 from lora_fuse.errors import BadCheckpoint, BadScale, require
-from lora_fuse.lora import Delta, LoraDelta, LoraFile, LoraInput, Selection, make_delta, match_targets, open_lora
+from lora_fuse.lora import Delta, LoraDelta, LoraFile, LoraInput, Selection, match_targets, open_lora
 from lora_fuse.machine import files
 from lora_fuse.models import COMPONENT, alpha_warnings, distillation, pair_warnings
 from lora_fuse.recipe import Lock, hf_cache, paths
@@ -33,7 +33,7 @@ class ScaledDelta:
         Raises:
             BadLora: see `LoraFile.read`.
         """
-        return make_delta(self.delta.format.algorithm, self.lora.read(self.delta), self.delta.factor, self.scale)
+        return self.lora.make(self.delta, self.scale)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from lora_fuse.checkpoint import dtypes
+from lora_fuse.lora import DoubleDouble
 
 FLOAT_FORMATS = {dtypes.DTYPES[name].torch: kind for name, kind in dtypes.ROUNDABLE.items()}
 _memory = threading.local()
@@ -54,6 +55,28 @@ def round_doubtful(values: torch.Tensor, error: float, dtype: torch.dtype) -> tu
     low = narrow(values - error, dtype)
     high = narrow(values + error, dtype)
     return low, (low != high).nonzero().view(-1)
+
+
+def round_close(sums: DoubleDouble, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round sums of two float64 each with one rounding, and list those that even that leaves undecided.
+
+    They lie between two neighbours, whose middle float64 has: the side is that of the small difference to it, and where
+    nothing was lost and there is none, it is a tie. Returned is the same as by `round_doubtful`.
+    """
+    near = sums.normal()
+    value, low, lost = (torch.from_numpy(part) for part in (near.high, near.low, near.lost))
+    error = value.abs() * 2.0**-51 + lost * 2  # at least a unit of float64's last place, and more than `low`
+    below = narrow(value - error, dtype)
+    above = narrow(value + error, dtype)
+    between = (below.double() + above.double()) / 2
+    beyond = (value - between) + low
+    bits = [end.view(torch.int32 if dtype == torch.float32 else torch.int16) for end in (below, above)]
+    same = bits[0] == bits[1]
+    upwards = (beyond > 0) | ((beyond == 0) & (bits[0] & 1 == 1))
+    sure = (beyond.abs() > lost * 2) | (lost == 0)
+    neighbours = torch.nextafter(below, above) == above
+    undecided = ~(same | (sure & neighbours & between.isfinite()))
+    return torch.where(upwards, above, below), undecided.nonzero().view(-1)
 
 
 def _near_a_tie(near: torch.Tensor, error: float, dtype: torch.dtype) -> torch.Tensor:

@@ -17,10 +17,11 @@ from typing import NamedTuple
 import torch
 
 from lora_fuse.checkpoint import dtypes
-from lora_fuse.fusion.torch_rounding import FLOAT_FORMATS, round_doubtful, round_most, scratch
-from lora_fuse.lora import Decomposed, Delta, NotFinite, exact
+from lora_fuse.fusion.torch_rounding import FLOAT_FORMATS, round_close, round_doubtful, round_most, scratch
+from lora_fuse.lora import Decomposed, Delta, DoubleDouble, NotFinite, exact
 
 BLOCK = (512, 1024)  # rows and columns that are summed at a time on a CPU: 4 MB in float64
+AT_ONCE = 1 << 13  # sums that are taken in two float64 each at a time
 _of_thread = threading.local()
 
 
@@ -141,10 +142,23 @@ def _settle(rows: torch.Tensor, doubts: _Doubts, deltas: Sequence[Delta], first:
     if not len(doubts.row):
         return
     merged, undecided = round_doubtful(doubts.total, error, rows.dtype)
-    for number in undecided.tolist():
-        row = int(doubts.row[number])
-        column = int(doubts.column[number])
-        weight = float(doubts.weight[number])
-        parts = (delta.exact(first + row, column) for delta in deltas)
-        merged[number] = exact.nearest(sum(parts, Fraction(weight)), FLOAT_FORMATS[rows.dtype])
+    for start in range(0, len(undecided), AT_ONCE):
+        part = undecided[start : start + AT_ONCE]
+        few = _Doubts(*(of_all[part].cpu() for of_all in doubts))
+        merged[part] = _settled(few, deltas, first, rows.dtype).to(rows.device)
     rows[doubts.row, doubts.column] = merged
+
+
+def _settled(doubts: _Doubts, deltas: Sequence[Delta], first: int, dtype: torch.dtype) -> torch.Tensor:
+    """The exact sums, rounded: by two float64 each, and what those leave undecided in fractions."""
+    row = doubts.row.numpy() + first
+    column = doubts.column.numpy()
+    sums = DoubleDouble(doubts.weight.double().numpy())
+    for delta in deltas:
+        sums.plus(delta.close(row, column))
+    merged, undecided = round_close(sums, dtype)
+    for number in undecided.tolist():
+        parts = (delta.exact(int(row[number]), int(column[number])) for delta in deltas)
+        total = sum(parts, Fraction(float(doubts.weight[number])))
+        merged[number] = exact.nearest(total, FLOAT_FORMATS[dtype])
+    return merged

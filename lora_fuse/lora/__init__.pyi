@@ -3,7 +3,7 @@ from .deltas import Decomposed as Decomposed
 from .deltas import Delta as Delta
 from .deltas import LowRank as LowRank
 from .deltas import NotFinite as NotFinite
-from .deltas import make_delta as make_delta
+from .double_double import DoubleDouble as DoubleDouble
 from .inputs import LoraInput as LoraInput
 from .inputs import Selection as Selection
 from .key_parser import LoraDelta as LoraDelta

@@ -15,15 +15,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from lora_fuse.lora.exact import inner_product
+from lora_fuse.lora.double_double import DoubleDouble
 from lora_fuse.lora.key_formats import Algorithm
+from lora_fuse.lora.matrices import Array, Indices, Matrix, ordered_product, ordered_sum
 
 if TYPE_CHECKING:
     import torch
 
-Array = npt.NDArray[np.float64]
 Tensors = Mapping[str, Array]
 
 
@@ -44,65 +43,11 @@ class Delta(Protocol):
     def add_to(self, total: torch.Tensor, weight: torch.Tensor, row: int, column: int, /) -> None:
         """Add to `total`, (n, m) float64, the part that begins at a row and a column; `weight` is the base's part."""
 
+    def close(self, rows: Indices, columns: Indices) -> DoubleDouble:
+        """Values by row and column, (n,), with a bound of their error; not where `size` is infinite."""
+
     def exact(self, row: int, column: int) -> Fraction:
         """One value without any rounding; not where `size` is infinite."""
-
-
-class Matrix:
-    """A matrix, or the product of two: ``a`` (rows, rank) times ``b`` (rank, columns), or ``a`` alone."""
-
-    def __init__(self, a: Array, b: Array | None = None) -> None:
-        self.a = a
-        self.b = b
-        self._on_device: dict[torch.device, tuple[torch.Tensor, ...]] = {}
-        if b is None:
-            self.size = float(np.abs(a).max(initial=0))
-            self.roundings = 0
-        else:  # Cauchy and Schwarz
-            rows, columns = (np.sqrt((m * m).sum(axis)).max(initial=0) for m, axis in ((a, 1), (b, 0)))
-            self.size = float(rows * columns)
-            self.roundings = len(b) + 1
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns."""
-        return self.a.shape[0], (self.a if self.b is None else self.b).shape[1]
-
-    def part(self, like: torch.Tensor, row: int, column: int) -> torch.Tensor:
-        """The part that begins at a row and a column and is as large as `like`, float64."""
-        a, *b = self._cut(like, row, column)
-        return a @ b[0] if b else a
-
-    def values(self) -> Array:
-        """All of it; for small ones. Summed in one order, so that the bits do not depend on threads."""
-        return self.a if self.b is None else np.einsum("ik,kj->ij", self.a, self.b)
-
-    def exact(self, row: int, column: int) -> Fraction:
-        """One value without rounding."""
-        if self.b is None:
-            return Fraction(float(self.a[row, column]))
-        return inner_product(self.a[row], self.b[:, column])
-
-    def add_to(self, total: torch.Tensor, row: int, column: int, factor: float) -> None:
-        """Add ``factor * part`` to `total`."""
-        a, *b = self._cut(total, row, column)
-        if b:
-            total.addmm_(a, b[0], alpha=factor)
-        else:
-            total.add_(a, alpha=factor)
-
-    def _cut(self, like: torch.Tensor, row: int, column: int) -> tuple[torch.Tensor, ...]:
-        """The factors of a part, or the part itself, on its device."""
-        import torch
-
-        if like.device not in self._on_device:
-            parts = (self.a,) if self.b is None else (self.a, self.b)
-            moved = (torch.from_numpy(np.ascontiguousarray(part)).to(like.device) for part in parts)
-            self._on_device[like.device] = tuple(moved)
-        a, *b = self._on_device[like.device]
-        rows = slice(row, row + like.shape[0])
-        columns = slice(column, column + like.shape[1])
-        return (a[rows], b[0][:, columns]) if b else (a[rows, columns],)
 
 
 class LowRank:
@@ -117,6 +62,10 @@ class LowRank:
     def add_to(self, total: torch.Tensor, _: torch.Tensor, row: int, column: int) -> None:
         """See `Delta`."""
         self.matrix.add_to(total, row, column, self.factor)
+
+    def close(self, rows: Indices, columns: Indices) -> DoubleDouble:
+        """See `Delta`."""
+        return self.matrix.close(rows, columns).times(self.factor)
 
     def exact(self, row: int, column: int) -> Fraction:
         """See `Delta`."""
@@ -139,7 +88,12 @@ class Hadamard(_OfTwo):
 
     def add_to(self, total: torch.Tensor, _: torch.Tensor, row: int, column: int) -> None:
         """See `Delta`."""
-        total.addcmul_(*(side.part(total, row, column) for side in (self.left, self.right)), value=self.factor)
+        total.add_((self.left.part(total, row, column) * self.right.part(total, row, column)).mul_(self.factor))
+
+    def close(self, rows: Indices, columns: Indices) -> DoubleDouble:
+        """See `Delta`."""
+        left, right = (side.close(rows, columns) for side in (self.left, self.right))
+        return left.times_sums(right).times(self.factor)
 
     def exact(self, row: int, column: int) -> Fraction:
         """See `Delta`."""
@@ -161,8 +115,14 @@ class Kronecker(_OfTwo):
         rows = torch.arange(row, row + total.shape[0], device=total.device).unsqueeze(1)
         columns = torch.arange(column, column + total.shape[1], device=total.device)
         height, width = right.shape
-        parts = left[rows // height, columns // width], right[rows % height, columns % width]
-        total.addcmul_(*parts, value=self.factor)
+        product = left[rows // height, columns // width] * right[rows % height, columns % width]
+        total.add_(product.mul_(self.factor))
+
+    def close(self, rows: Indices, columns: Indices) -> DoubleDouble:
+        """See `Delta`."""
+        height, width = self.right.shape
+        left = self.left.close(rows // height, columns // width)
+        return left.times_sums(self.right.close(rows % height, columns % width)).times(self.factor)
 
     def exact(self, row: int, column: int) -> Fraction:
         """See `Delta`."""
@@ -177,6 +137,8 @@ class Decomposed:
     Source: Liu et al. 2024, arXiv:2402.09353, section 4.1. As PEFT writes it (`lora_magnitude_vector`), the scale is
     inside: ``m * (W + s D) / |W + s D|``, peft/tuners/lora/dora.py. As LyCORIS writes it (`dora_scale`), it is outside:
     ``W + s * (m * (W + D) / |W + D| - W)``, lycoris/functional/general.py and ComfyUI's weight_decompose.
+
+    A root cannot be summed exactly. It is in float64, in one order of single operations: the same on every machine.
     """
 
     def __init__(self, inner: Delta, magnitude: Array, scale: float, by_column: bool) -> None:
@@ -190,7 +152,7 @@ class Decomposed:
 
     def measure(self, weight: torch.Tensor, first: int) -> None:
         """Take in some rows of the base, in order: the lengths of columns are known when all have been seen."""
-        squares = self._moved(weight, first, 0).square().sum(0)
+        squares = ordered_sum(self._moved(weight, first, 0).square(), 0)
         self.lengths = squares if self.lengths is None else self.lengths + squares
 
     def add_to(self, total: torch.Tensor, weight: torch.Tensor, row: int, column: int) -> None:
@@ -203,12 +165,16 @@ class Decomposed:
             if self.lengths is None:
                 raise RuntimeError("measure() comes first")
             repeat = weight.shape[1] // len(magnitude)
-            lengths = self.lengths.view(-1, repeat).sum(1).sqrt()
+            lengths = ordered_sum(self.lengths.view(-1, repeat), 1).sqrt()
             moved *= (magnitude / lengths).repeat_interleave(repeat)
         else:
-            lengths = moved.square().sum(1).sqrt()
+            lengths = ordered_sum(moved.square(), 1).sqrt()
             moved *= (magnitude[row : row + len(total)] / lengths).unsqueeze(1)
-        total.add_(moved.sub_(weight), alpha=self.scale)
+        total.add_(moved.sub_(weight).mul_(self.scale))
+
+    def close(self, rows: Indices, columns: Indices) -> DoubleDouble:
+        """Not possible, as `exact`."""
+        raise NotImplementedError
 
     def exact(self, row: int, column: int) -> Fraction:
         """Not possible: the formula has a root in it."""
@@ -223,32 +189,34 @@ class Decomposed:
 def make_delta(algorithm: Algorithm, tensors: Tensors, factor: float, scale: float) -> Delta:
     """Build the delta of tensors, float64 by role; `factor` is made of alpha and rank, `scale` is the user's."""
     if "magnitude" in tensors:
-        return Decomposed(_plain(algorithm, tensors, factor * scale), tensors["magnitude"], 1.0, by_column=False)
+        inner = _plain(algorithm, tensors, factor * scale, ordered=True)
+        return Decomposed(inner, tensors["magnitude"], 1.0, by_column=False)
     if "dora_scale" in tensors:
         by_column = tensors["dora_scale"].shape[0] == 1 and tensors["dora_scale"].size > 1
-        return Decomposed(_plain(algorithm, tensors, factor), tensors["dora_scale"], scale, by_column)
+        inner = _plain(algorithm, tensors, factor, ordered=True)
+        return Decomposed(inner, tensors["dora_scale"], scale, by_column)
     return _plain(algorithm, tensors, factor * scale)
 
 
-def _plain(algorithm: Algorithm, tensors: Tensors, factor: float) -> Delta:
+def _plain(algorithm: Algorithm, tensors: Tensors, factor: float, *, ordered: bool = False) -> Delta:
     match algorithm:
         case Algorithm.LORA if "up bias" in tensors:
-            return LowRank(Matrix(tensors["up bias"].reshape(-1, 1), np.ones((1, 1))), factor)
+            return LowRank(Matrix(tensors["up bias"].reshape(-1, 1), np.ones((1, 1)), ordered=ordered), factor)
         case Algorithm.LORA:
             up = _flat(tensors["up"])
             down = tensors["down"]
             if "mid" in tensors:  # Tucker: the kernel between the two, lycoris/modules/locon.py
-                down = np.einsum("ij...,jr->ir...", tensors["mid"], _flat(down))
-            return LowRank(Matrix(up, _flat(down)), factor)
+                down = _with_core(tensors["mid"], _flat(down))
+            return LowRank(Matrix(up, _flat(down), ordered=ordered), factor)
         case Algorithm.LOHA:
-            return Hadamard(_side(tensors, 1), _side(tensors, 2), factor)
+            return Hadamard(_side(tensors, 1, ordered=ordered), _side(tensors, 2, ordered=ordered), factor)
         case Algorithm.LOKR:
             return Kronecker(_side(tensors, 1), _side(tensors, 2), factor)
         case Algorithm.FULL:
-            return LowRank(Matrix(_flat(tensors["diff"])), factor)
+            return LowRank(Matrix(_flat(tensors["diff"]), ordered=ordered), factor)
 
 
-def _side(tensors: Tensors, n: int) -> Matrix:
+def _side(tensors: Tensors, n: int, *, ordered: bool = False) -> Matrix:
     """One of the two matrices of LoHa or LoKr; with a Tucker core ``t[i, j] * a[i] * b[j]`` (lycoris, tucker)."""
     if f"w{n}" in tensors:
         return Matrix(_flat(tensors[f"w{n}"]))
@@ -256,8 +224,14 @@ def _side(tensors: Tensors, n: int) -> Matrix:
     b = tensors[f"w{n}_b"]
     if f"t{n}" in tensors:
         a = a.T
-        b = np.einsum("ij...,jr->ir...", tensors[f"t{n}"], b)
-    return Matrix(np.ascontiguousarray(a), _flat(b))
+        b = _with_core(tensors[f"t{n}"], b)
+    return Matrix(np.ascontiguousarray(a), _flat(b), ordered=ordered)
+
+
+def _with_core(core: Array, b: Array) -> Array:
+    """``ij...,jr->ir...``: a Tucker core and the matrix behind it."""
+    made = ordered_product(np.moveaxis(core, 1, -1).reshape(-1, core.shape[1]), b)
+    return np.moveaxis(made.reshape(core.shape[0], *core.shape[2:], b.shape[1]), -1, 1)
 
 
 def _flat(values: Array) -> Array:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from lora_fuse.checkpoint import Header, TensorInfo, dtypes, read_header, repository_files
 from lora_fuse.errors import BadCheckpoint, BadLora
 from lora_fuse.lora.adapter_config import parse_adapter_config
+from lora_fuse.lora.deltas import Delta, make_delta
 from lora_fuse.lora.header_entries import read_entries
 from lora_fuse.lora.key_formats import PEFT_PREFIX
 from lora_fuse.lora.key_parser import LoraDelta, parse_lora
@@ -62,6 +63,14 @@ class LoraFile:
             for delta in unsaid
         }
         return {rank: alpha for rank, alpha in sorted(usual.items()) if rank is not None and alpha is not None}
+
+    def make(self, delta: LoraDelta, scale: float) -> Delta:
+        """Read the tensors of a delta, which is to be added at a scale.
+
+        Raises:
+            BadLora: see `read`.
+        """
+        return make_delta(delta.format.algorithm, self.read(delta), delta.factor, scale)
 
     def read(self, delta: LoraDelta) -> dict[str, npt.NDArray[np.float64]]:
         """The tensors of a delta by role, widened to float64 (exact for every dtype that a LoRA may have).

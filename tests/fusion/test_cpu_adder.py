@@ -15,8 +15,9 @@ from lora_fuse.fusion import cpu_adder, cpu_product
 from lora_fuse.fusion.cpu_adder import Stacked, TooLarge, stackable
 from lora_fuse.fusion.cpu_kernel import ADD, UNIT, error_bound, nearest_even
 from lora_fuse.fusion.torch_sums import fuse_rows
-from lora_fuse.lora.deltas import Hadamard, LowRank, Matrix, NotFinite
+from lora_fuse.lora.deltas import Hadamard, LowRank, NotFinite
 from lora_fuse.lora.exact import inner_product, nearest
+from lora_fuse.lora.matrices import Matrix
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16}
 NUMPY: dict[str, npt.DTypeLike] = {"BF16": ml_dtypes.bfloat16, "F16": np.float16}

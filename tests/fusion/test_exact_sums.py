@@ -1,5 +1,6 @@
 """Laws of the sums that are handed on in float32: the exact sum, rounded once, whatever base and update are."""
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +17,7 @@ from lora_fuse.errors import BadCheckpoint
 from lora_fuse.fusion import exact_sums
 from lora_fuse.fusion.adder import ExactSums, read_deltas
 from lora_fuse.fusion.plan import Plan, make_plan
+from lora_fuse.lora.deltas import Decomposed, LowRank
 from lora_fuse.lora.exact import nearest
 from lora_fuse.lora.inputs import LoraInput
 from tests.support import tiny
@@ -70,6 +72,50 @@ def test_a_target_is_the_exact_sum_rounded_once(tmp_path: Path, name: str, store
     if stored != "F64":
         widened = data[place.start : place.end].view(STORED[stored]).astype(np.float32)
         np.testing.assert_array_equal(exact_sums(plan).matrix(other).reshape(-1), widened)
+
+
+def halved(values: list[float]) -> float:
+    while len(values) > 1:
+        half = len(values) // 2
+        values = [a + b for a, b in zip(values[:half], values[half : 2 * half], strict=True)] + values[2 * half :]
+    return values[0]
+
+
+def in_order(plan: Plan, name: str) -> npt.NDArray[np.float32]:
+    """The oracle for DoRA: one operation of Python's floats after another."""
+    target = plan.targets[name]
+    data = np.fromfile(target.shard.path, np.uint8)[target.tensor.start : target.tensor.end]
+    weight = data.view(STORED[target.tensor.dtype]).astype(np.float64).reshape(target.tensor.shape[0], -1)
+    total = weight.tolist()
+    for delta in read_deltas(target):
+        assert isinstance(delta, Decomposed)
+        assert isinstance(delta.inner, LowRank)
+        assert delta.inner.matrix.b is not None
+        a, b = delta.inner.matrix.a.tolist(), delta.inner.matrix.b.tolist()
+        moved = weight.tolist()
+        for i, j in np.ndindex(weight.shape):
+            product = a[i][0] * b[0][j]
+            for k in range(1, len(b)):
+                product += a[i][k] * b[k][j]
+            moved[i][j] += product * delta.inner.factor
+        if delta.by_column:
+            groups = np.array(moved).reshape(len(moved), len(delta.magnitude), -1).transpose(1, 2, 0).tolist()
+            lengths = [math.sqrt(halved([halved([x * x for x in one]) for one in group])) for group in groups]
+        else:
+            lengths = [math.sqrt(halved([x * x for x in row])) for row in moved]
+        share = len(moved[0]) // len(delta.magnitude) if delta.by_column else 1
+        for i, j in np.ndindex(weight.shape):
+            group = j // share if delta.by_column else i
+            new = moved[i][j] * (delta.magnitude[group] / lengths[group])
+            total[i][j] += (new - weight[i, j]) * delta.scale
+    return np.array(total).astype(np.float32).reshape(target.tensor.shape)
+
+
+@pytest.mark.parametrize("stored", ["BF16", "F32"])
+@pytest.mark.parametrize("name", ROOTS)
+def test_a_sum_with_a_root_in_it_has_the_bits_of_one_order(tmp_path: Path, name: str, stored: str) -> None:
+    plan, target = planned(tmp_path, name, STORED[stored], 0.7, -0.3)
+    np.testing.assert_array_equal(exact_sums(plan).matrix(target), in_order(plan, target), strict=True)
 
 
 X = "transformer_blocks.0.attn.to_q"

@@ -18,9 +18,10 @@ from lora_fuse.fusion.merge import write_merged
 from lora_fuse.fusion.plan import make_plan
 from lora_fuse.fusion.torch_rounding import FLOAT_FORMATS, narrow, round_doubtful, round_most
 from lora_fuse.fusion.torch_sums import fuse_rows
-from lora_fuse.lora.deltas import Delta, Hadamard, Kronecker, LowRank, Matrix, NotFinite
+from lora_fuse.lora.deltas import Delta, Hadamard, Kronecker, LowRank, NotFinite
 from lora_fuse.lora.exact import nearest as nearest_of
 from lora_fuse.lora.inputs import LoraInput
+from lora_fuse.lora.matrices import Matrix
 from tests.support.key_styles import ALGORITHMS, convolutions, update_of
 
 NUMPY: dict[torch.dtype, npt.DTypeLike] = {
