@@ -158,7 +158,8 @@ class BaseSides:
         if self._setup.scheduler:
             pipe.register_modules(scheduler=make_scheduler(self._setup.scheduler))
         if plan is not None:
-            self._attached = attach_beside(pipe, plan)
+            with self._watch.spending("LoRAs beside it"):
+                self._attached = attach_beside(pipe, plan)
         return self._render(self._setup.sampling, side)
 
     def references(self, plan: Plan) -> References:
@@ -174,7 +175,8 @@ class BaseSides:
         alone: Sequence[Rendered | None] = [None] * len(self._cases) if setup.baseline is None else self.alone()
         unfused = self.beside(plan, "unfused")
         by = self._attached.by if self._attached else ""
-        jitter(self._pipe.transformer, plan.targets, _rounded_to(plan, setup))
+        with self._watch.spending("noise floor"):
+            jitter(self._pipe.transformer, plan.targets, _rounded_to(plan, setup))
         floor = self._render(setup.sampling, "floor")
         self.drop()
         return References(unfused, floor, alone, by)

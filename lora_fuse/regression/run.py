@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_fuse.errors import Rerun
 from lora_fuse.fusion import read_manifest
-from lora_fuse.machine import staging
+from lora_fuse.machine import progress, staging
 from lora_fuse.pictures import environment, pairs
 from lora_fuse.recipe import Artifacts, Recipe, records
 from lora_fuse.regression.candidates import candidates
@@ -32,10 +32,12 @@ def judge(
     loads: Mapping[str, float] | None = None,
 ) -> Judged:
     """Compare every pair with each other and with the goldens by case, and measure; `loads` took so many seconds."""
+    clock = progress.Stopwatch()
     cases = judge_pairs(rendered, approved, Rules.of(params))
+    loads = {**(loads or {}), "comparisons": clock.seconds}
     manifest, manifest_sha256 = read_manifest(at.manifest)
     found = candidates(cases, manifest, manifest_sha256, setup)
-    run = RunRecord.of(records.to_json(found), here, rendered, loads or {})
+    run = RunRecord.of(records.to_json(found), here, rendered, loads)
     measured = run_metrics(cases, found, here.key, params.fuse.scale)
     return Judged(manifest, cases, found, run, measured)
 

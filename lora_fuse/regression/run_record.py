@@ -27,7 +27,7 @@ class RunRecord:
     `candidates_sha256` is of the text of `candidates.json`: a merge has one manifest wherever it is made, and its
     pictures differ from one kind of machine to the next. `costs` are of the merged pictures, by case, see
     `lora_fuse.pictures.render_progress.Cost`; `seconds` of every picture, by side and case, and under ``loads`` those
-    of everything that this process loaded, in that order, and of all prompts.
+    of everything that this process loaded, in that order, of all prompts, and of the rest of its work.
     """
 
     schema: int

@@ -98,7 +98,7 @@ def test_the_base_alone_runs_at_its_own_steps_and_scheduler_without_the_lora(pai
 def test_everything_is_loaded_once_and_its_seconds_are_kept(pairs: list[Pair], progress: RenderProgress) -> None:
     assert len(pairs) == 2
     loaded = ["libraries", "text encoder", "prompts", "VAE", "merged transformer", "base transformer"]
-    assert list(progress.seconds) == loaded
+    assert list(progress.seconds) == [*loaded, "LoRAs beside it", "noise floor"]
     assert all(seconds > 0 for seconds in progress.seconds.values())
 
 
