@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
 from lora_fuse.checkpoint import PROVENANCE, open_checkpoint
-from lora_fuse.exports import export, export_size
-from lora_fuse.fusion import read_manifest
+from lora_fuse.errors import BadCheckpoint, Rerun
+from lora_fuse.exports import ExportOptions, export, export_size, needs_sums
+from lora_fuse.fusion import exact_sums, plan_of, read_manifest
 from lora_fuse.machine import Console, files, progress
 from lora_fuse.models import COMPONENT
+from lora_fuse.quantisation import Fp8Options
 from lora_fuse.recipe import Artifacts, Recipe, paths, records
 from stages.run import PLAIN, run_stage
 
@@ -16,15 +22,24 @@ def export_formats(recipe: Recipe, at: Artifacts = paths.HERE, console: Console 
     manifest, manifest_sha256 = read_manifest(at.manifest)
     checkpoint = open_checkpoint(at.merged, COMPONENT, manifest.files)
     stated = [shard.header.metadata[PROVENANCE] for shard in checkpoint.shards if PROVENANCE in shard.header.metadata]
-    metadata = {PROVENANCE: stated[0] if stated else "", f"{PROVENANCE}.manifest_sha256": manifest_sha256}
+    made_of = stated[0] if stated else ""
+    metadata = {PROVENANCE: made_of, f"{PROVENANCE}.manifest_sha256": manifest_sha256}
     formats = recipe.export.formats
     clock = progress.Stopwatch()
-    size = export_size(checkpoint, formats, metadata)
+    size = export_size(checkpoint, formats, metadata, options_of(recipe))
     if formats:
         to_write = f"{', '.join(formats)}: {progress.human_bytes(size)} to write to {at.exported}"
         console.will("export", f"{to_write}{progress.estimate('export', size)}")
-    with progress.byte_progress("export", size, at_least=1) as advance:
-        exported = export(checkpoint, at.exported, formats, name=recipe.name, metadata=metadata, progress=advance)
+    with exact(recipe, at, made_of) as exact_options, progress.byte_progress("export", size, at_least=1) as advance:
+        exported = export(
+            checkpoint,
+            at.exported,
+            formats,
+            name=recipe.name,
+            metadata=metadata,
+            progress=advance,
+            options=exact_options,
+        )
     files.replace_text(at.exports, records.to_json(records.Exports(records.SCHEMA, manifest_sha256, exported)))
     lines = [
         f"{name}, {progress.human_bytes(record.size)}, sha256 {record.sha256}" for name, record in exported.items()
@@ -34,6 +49,35 @@ def export_formats(recipe: Recipe, at: Artifacts = paths.HERE, console: Console 
     facts = {"files": listed, "seconds": clock.seconds}
     console.done("export", *(lines or ["export.formats is empty, nothing to do"]), facts=facts, then="dvc repro gate")
     return 0
+
+
+def options_of(recipe: Recipe) -> ExportOptions:
+    """The settings of a recipe's exports."""
+    params = recipe.export
+    fp8 = Fp8Options(params.fp8_scale == "power_of_two", params.fp8_seed)
+    return ExportOptions(tuple(params.keep), fp8, params.sd_cli)
+
+
+@contextmanager
+def exact(recipe: Recipe, at: Artifacts, made_of: str) -> Iterator[ExportOptions]:
+    """Hold base and LoRAs while a quantised export is made of their exact sums, which the settings have then.
+
+    Raises:
+        BadCheckpoint: the merge is of other LoRAs, or of others' scales.
+    """
+    if not needs_sums(recipe.export.formats):
+        yield options_of(recipe)
+        return
+    base, loras = at.read_locks()
+    with paths.held([base, *loras.values()]):
+        plan = plan_of(base, loras, recipe)
+        if plan.provenance != made_of:
+            raise BadCheckpoint(
+                f"{at.merged} is of {made_of or 'nothing that it says'}, and the locks and the recipe are of "
+                f"{plan.provenance}",
+                rerun=Rerun("fuse", force=True),
+            )
+        yield replace(options_of(recipe), matrix=exact_sums(plan).matrix)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ Stored = Mapping[str, npt.NDArray[np.generic]]
 
 
 def comfy_mark(settings: Mapping[str, object]) -> npt.NDArray[np.uint8]:
-    """The bytes of `M.comfy_quant`, uint8."""
-    return np.frombuffer(json.dumps(settings, separators=(",", ":")).encode(), np.uint8)
+    """The bytes of `M.comfy_quant`, uint8; spaces make them a multiple of 8, so that what lies behind is aligned."""
+    text = json.dumps(settings, separators=(",", ":")).encode()
+    return np.frombuffer(text + b" " * (-len(text) % 8), np.uint8)
 
 
 def settings_of(stored: Stored) -> dict[str, Any]:

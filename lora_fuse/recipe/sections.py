@@ -262,9 +262,17 @@ class ValidationParams(Section):
 
 
 class ExportParams(Section):
-    """Other formats that the merged checkpoint is written in, by the names of `lora_fuse.exports.formats.FORMATS`."""
+    """Other formats that the merged checkpoint is written in, by the names of `lora_fuse.exports.formats.FORMATS`.
+
+    `keep` are patterns of layers that stay as they are, beside those of `lora_fuse.models.keep`. `fp8_scale` is that of
+    a matrix in fp8, `fp8_seed` rounds to fp8 by chance, `sd_cli` is the program that makes ggml's K types.
+    """
 
     formats: list[Text]
+    keep: list[Text]
+    fp8_scale: Literal["power_of_two", "largest"]
+    fp8_seed: Annotated[int, Field(ge=0)] | None
+    sd_cli: Text
 
 
 @dataclass(frozen=True, slots=True)

@@ -179,10 +179,7 @@ def test_exports_are_listed_with_their_sha256() -> None:
     text = model_card(
         MANIFEST, usage=usage, evidence=EVIDENCE, licence=settled, tool=TOOL, publish=where, exports=exports
     )
-    assert (
-        f"| `diffusion_models/x.safetensors` | the transformer in one file, with ComfyUI's keys | `{'e' * 64}` |"
-        in text
-    )
+    assert f"| `diffusion_models/x.safetensors` | the transformer in one file | `{'e' * 64}` |" in text
     release = 'verify "$(hf download alice/edit --revision v1 --quiet)" --repository alice/edit --tag v1\n'
     assert release in text
     assert "is checked with `--public-key FILE`" in text
