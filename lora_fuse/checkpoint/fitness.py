@@ -14,6 +14,7 @@ from lora_fuse.checkpoint.file_roles import Role, role_of
 from lora_fuse.checkpoint.foreign_code import asked_code, countless_parts
 from lora_fuse.checkpoint.repository_files import MODEL_INDEX, list_files, locate
 from lora_fuse.checkpoint.shards import PROVENANCE, Checkpoint, Shard
+from lora_fuse.checkpoint.stored import StoredWeights
 from lora_fuse.errors import BadCheckpoint, ShapeMismatch, UnmatchedTargets
 from lora_fuse.machine import files
 
@@ -112,7 +113,10 @@ def blaming_a_quantised_base(checkpoint: Checkpoint) -> Iterator[None]:
     try:
         yield
     except (UnmatchedTargets, ShapeMismatch) as error:
-        found = [one for one in checkpoint.quantised().values() if one.certain]
+        decoded = checkpoint.stored().matrices
+        found = [
+            one for one in checkpoint.quantised().values() if one.certain and f"{one.module}.weight" not in decoded
+        ]
         matrices = (name for name, tensor in checkpoint.tensors().items() if len(tensor.shape) > 1)
         plain = {name.removesuffix(".weight") for name in matrices if name.endswith(".weight")}
         if not found or len(found) < len(plain - {one.module for one in found}):
@@ -124,16 +128,18 @@ def blaming_a_quantised_base(checkpoint: Checkpoint) -> Iterator[None]:
         ) from error
 
 
-def refuse_quantised(checkpoint: Checkpoint, targets: Iterable[str]) -> None:
-    """Refuse a target that is quantised, whatever its dtype: the sum would be scaled a second time.
+def refuse_quantised(checkpoint: Checkpoint, stored: StoredWeights, targets: Iterable[str]) -> None:
+    """Refuse a target that is quantised and not decoded, whatever its dtype: the sum would be scaled a second time.
 
     Raises:
         BadCheckpoint: there is one.
     """
     quantised = checkpoint.quantised()
     for name in targets:
+        if name in stored.refused:
+            raise stored.refused[name]
         found = quantised.get(name.rpartition(".")[0])
-        if found is not None and not name.endswith(".bias"):
+        if found is not None and not name.endswith(".bias") and name not in stored.matrices:
             raise BadCheckpoint(
                 f"{checkpoint.root}: the target {name!r} is quantised, as {found.evidence!r} says ({found.what}); "
                 f"{UNQUANTISED}"

@@ -1,6 +1,7 @@
 """A base on disk: which files it has, which of them are the shards of the component to fuse.
 
-A base is a diffusers pipeline folder, one component folder (`config.json` and safetensors) or one safetensors file.
+A base is a diffusers pipeline folder, one component folder (`config.json` and safetensors), or one file: safetensors or
+GGUF.
 Only headers are read here, so opening a 57 GB base takes milliseconds.
 """
 
@@ -16,12 +17,22 @@ from typing import Any, Literal
 from lora_fuse.checkpoint import file_kind
 from lora_fuse.checkpoint.foreign_code import asked_code
 from lora_fuse.checkpoint.header import PREFIX, Header, TensorInfo, header_length, parse_header
-from lora_fuse.checkpoint.quantisation import Quantised, quantised_modules
 from lora_fuse.checkpoint.repository_files import MODEL_INDEX, is_weights, locate, sort_folder
+from lora_fuse.checkpoint.stored import (
+    Quantised,
+    StoredWeights,
+    find_stored,
+    is_gguf,
+    quantised_modules,
+    read_gguf_header,
+)
 from lora_fuse.errors import BadCheckpoint
 from lora_fuse.machine import file_state, files
 
 PROVENANCE = "lora_fuse"  # the metadata entry of a fused shard: what was fused, as JSON
+
+# In one file ComfyUI's checkpoints have this before the names of the diffusion model (comfy/sd.py).
+FILE_PREFIX = "model.diffusion_model."
 
 SMALL = 1 << 20  # bytes of a configuration; vocabularies are larger, and a fuse does not read them
 
@@ -30,11 +41,12 @@ Kind = Literal["pipeline", "component", "file"]
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One safetensors file of the component: `relative` is its POSIX path below the base."""
+    """One file of the component's weights: `relative` is its POSIX path below the base."""
 
     path: Path
     relative: str
     header: Header
+    is_gguf: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +70,23 @@ class Checkpoint:
     def tensors(self) -> dict[str, TensorInfo]:
         """Every tensor of the component by name."""
         return {name: tensor for shard in self.shards for name, tensor in shard.header.tensors.items()}
+
+    def parameters(self) -> dict[str, TensorInfo]:
+        """Every tensor by the name that a LoRA has for it: without the `FILE_PREFIX` of a single file."""
+        tensors = self.tensors()
+        if self.kind != "file":
+            return tensors
+        return {name.removeprefix(FILE_PREFIX): tensor for name, tensor in tensors.items()} | {
+            name: tensor for name, tensor in tensors.items() if f"{FILE_PREFIX}{name}" not in tensors
+        }
+
+    def stored(self) -> StoredWeights:
+        """The weights of the component that are stored as codes; scales and descriptions are read.
+
+        Raises:
+            BadCheckpoint: a file cannot be read.
+        """
+        return find_stored(((shard.path, shard.header) for shard in self.shards), str(self.root))
 
     def quantised(self) -> dict[str, Quantised]:
         """The modules of the component that are quantised, by name."""
@@ -84,6 +113,20 @@ def read_header(path: Path) -> Header:
             return parse_header(start[:end] + file.read(max(0, end - len(start))), size, str(path))
 
 
+def _open_file(path: Path) -> Shard:
+    """Read and check the header of a base that is one file, safetensors or GGUF, whatever its name.
+
+    Raises:
+        BadCheckpoint: see `read_header` and `read_gguf_header`.
+    """
+    with _reading(path), files.open_regular(path) as file:
+        if is_gguf(file.read(file_kind.LOOKED_AT)):
+            file.seek(0)
+            header = read_gguf_header(file, os.fstat(file.fileno()).st_size, str(path))
+            return Shard(path, path.name, header, is_gguf=True)
+    return Shard(path, path.name, read_header(path))
+
+
 @contextmanager
 def _naming_other_kinds(start: bytes, where: str) -> Iterator[None]:
     """Say of a file that turns out to be no safetensors file what it is, where that is known."""
@@ -108,13 +151,13 @@ def open_checkpoint(
     """
     if root.is_file():
         states = _states([root])
-        shard = Shard(root, root.name, read_header(root))
+        shard = _open_file(root)
         return Checkpoint(root, "file", (shard,), (), label=label, states=states)
     kind: Kind = "pipeline" if (root / MODEL_INDEX).is_file() else "component"
     if kind == "component" and not (root / "config.json").is_file():
         raise BadCheckpoint(
             f"{root} is {'no base' if root.exists() else 'not there'}: expected a folder with model_index.json (a "
-            "pipeline) or config.json (a component), or one .safetensors file"
+            "pipeline) or config.json (a component), or one .safetensors or .gguf file"
         )
     folder = component if kind == "pipeline" else ""
     found = sort_folder(root, folder, files)

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_fuse.checkpoint import Shard, TensorInfo, dtypes
+from lora_fuse.checkpoint.stored import StoredMatrix, decode_rows
 from lora_fuse.errors import BadCheckpoint, naming_extras
 from lora_fuse.fusion.cpu_adder import Stacked, TooLarge, stackable
 from lora_fuse.fusion.pieces import PIECE, row_pieces
@@ -46,7 +47,7 @@ def read_sum(target: Target, device: str) -> Adder:
 
     def add(data: memoryview, first: int) -> None:
         try:
-            stacked.add(np.frombuffer(data, np.uint16).reshape(-1, _columns(target)), first)
+            stacked.add(np.frombuffer(data, np.uint16).reshape(-1, columns_of(target)), first)
         except TooLarge:  # or nearly so: torch decides
             _torch_sum(target, deltas, "cpu")(data, first)
 
@@ -59,7 +60,7 @@ def _torch_sum(target: Target, deltas: list[Delta], device: str) -> Adder:
         sums = _torch_sums()
 
     def add(data: memoryview, first: int) -> None:
-        sums.add_to_rows(sums.as_rows(data, target.tensor.dtype, _columns(target)), deltas, first, device)
+        sums.add_to_rows(sums.as_rows(data, target.tensor.dtype, columns_of(target)), deltas, first, device)
 
     return add
 
@@ -87,19 +88,30 @@ def read_deltas(target: Target) -> list[Delta]:
 
 
 def _rows_of(target: Target) -> Iterator[tuple[int, torch.Tensor]]:
-    """Read a target's rows from the base, in its own dtype, block by block: in memory that is used again."""
-    sums = _torch_sums()
+    """Read a target's rows from the base, in its own dtype or decoded, block by block: in memory that is used again."""
     at = target.tensor.start
     memory = direct_io.block_memory(PIECE)
     with direct_io.open_shard(target.shard.path) as source:
         for piece in row_pieces(target):
             data = memory[: piece.nbytes]
             direct_io.read_exactly(source, data, at)
-            yield piece.first_row, sums.as_rows(data, target.tensor.dtype, _columns(target))
+            yield piece.first_row, base_rows(target, data, piece.first_row)
             at += piece.nbytes
 
 
-def _columns(target: Target) -> int:
+def base_rows(target: Target, data: memoryview, first: int) -> torch.Tensor:
+    """Rows of a target, (n, columns), by their bytes: as they are, or of codes their values in float32."""
+    sums: ModuleType = _torch_sums()
+    if target.stored is None:
+        rows: torch.Tensor = sums.as_rows(data, target.tensor.dtype, columns_of(target))
+    else:
+        values = decode_rows(target.stored, np.frombuffer(data, np.uint8), first)
+        rows = sums.as_rows(values.reshape(-1).data, "F32", columns_of(target))
+    return rows
+
+
+def columns_of(target: Target) -> int:
+    """Values of a row: all dimensions but the first."""
     return math.prod(target.tensor.shape[1:])
 
 
@@ -113,6 +125,7 @@ class ExactSums:
     def __init__(self, plan: Plan) -> None:
         """Read nothing yet."""
         self._targets = plan.targets
+        self._codes = plan.stored.matrices if plan.stored else {}
         self._places = {
             name: (shard, info) for shard in plan.checkpoint.shards for name, info in shard.header.tensors.items()
         }
@@ -128,13 +141,14 @@ class ExactSums:
         """
         shard, info = self._places[name]
         if name not in self._targets:
-            return _stored(shard, info)
+            codes = self._codes.get(name)
+            return _stored(shard, info) if codes is None else _decoded(shard, codes)
         import torch
 
         torch.set_num_threads(1)  # of this thread, as in `torch_sums`
         target = self._targets[name]
         deltas = read_deltas(target)
-        merged = np.empty((info.shape[0], _columns(target)), np.float32)
+        merged = np.empty((info.shape[0], columns_of(target)), np.float32)
         try:
             for first, rows in _rows_of(target):
                 into = torch.from_numpy(merged[first : first + len(rows)])
@@ -147,6 +161,12 @@ class ExactSums:
 def exact_sums(plan: Plan) -> ExactSums:
     """Give the tensors that a plan makes, each before it is rounded to the dtype that is written."""
     return ExactSums(plan)
+
+
+def _decoded(shard: Shard, codes: StoredMatrix) -> npt.NDArray[np.float32]:
+    """The values of a weight that is codes."""
+    whole = Target(codes.codes.tensor, shard, (), codes)
+    return np.concatenate([rows.numpy().copy() for _, rows in _rows_of(whole)]).reshape(codes.shape)
 
 
 def _stored(shard: Shard, tensor: TensorInfo) -> npt.NDArray[np.float32]:

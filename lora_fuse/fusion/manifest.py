@@ -52,6 +52,7 @@ def build_manifest(
         selection=None if plan.selection.everything else plan.selection,
         targets=len(plan.targets),
         files=written,
+        source=plan.source or None,
     )
 
 

@@ -15,6 +15,8 @@ from threadpoolctl import threadpool_limits
 
 from lora_fuse.checkpoint import PROVENANCE, Shard
 from lora_fuse.errors import BadCheckpoint, Refused
+from lora_fuse.fusion.decoded.decoded_fuser import DecodedFuser
+from lora_fuse.fusion.decoded.decoded_layout import decoded_size
 from lora_fuse.fusion.destination import Destination
 from lora_fuse.fusion.plan import Plan
 from lora_fuse.fusion.stream import FuseOptions, Progress, ShardFuser, Share, Stopped
@@ -120,6 +122,8 @@ def _key(plan: Plan, states: file_state.FileStates, pinned: Mapping[str, str]) -
 def bytes_to_write(plan: Plan) -> int:
     """Bytes that go through the engine: the fused shards, whole."""
     entry = plan.provenance
+    if plan.stored is not None:
+        return sum(decoded_size(shard, plan.stored, entry) for shard in plan.fused_shards)
     return sum(
         _stat(shard.path).st_size - len(shard.header.raw) + len(shard.header.with_metadata(PROVENANCE, entry))
         for shard in plan.fused_shards
@@ -173,7 +177,7 @@ def _fuse_shards(
     # BLAS has one thread: its own would spin against those that take pieces.
     with (
         threadpool_limits(1, user_api="blas"),
-        ShardFuser(plan.targets, plan.provenance, way, share, progress) as fuser,
+        _fuser(plan, way, share, progress) as fuser,
         ThreadPoolExecutor(share.shards, "shard") as pool,
     ):
         by_size = sorted(to_fuse, key=lambda shard: -states[shard.path].size)  # the longest last would be alone
@@ -189,6 +193,12 @@ def _fuse_shards(
             raise error
         hashed = dict(done) | {name: shard.result() for name, shard in running.items()}
     return {name: records.MergedFile(record.size, record.sha256, "fused") for name, record in hashed.items()}
+
+
+def _fuser(plan: Plan, way: FuseOptions, share: Share, progress: Progress) -> ShardFuser | DecodedFuser:
+    if plan.stored is not None:
+        return DecodedFuser(plan, way, share, progress)
+    return ShardFuser(plan.targets, plan.provenance, way, share, progress)
 
 
 def _stat(path: Path) -> os.stat_result:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from lora_fuse.checkpoint import Checkpoint, Shard, TensorInfo, dtypes, fitness, open_checkpoint, repository_files
-from lora_fuse.errors import BadCheckpoint, BadScale, require
+from lora_fuse.checkpoint.stored import StoredMatrix, StoredWeights
+from lora_fuse.errors import BadCheckpoint, BadConfig, BadScale, require
 from lora_fuse.lora import Delta, LoraDelta, LoraFile, LoraInput, Selection, match_targets, open_lora
 from lora_fuse.machine import files
 from lora_fuse.models import COMPONENT, alpha_warnings, distillation, pair_warnings
@@ -38,11 +40,12 @@ class ScaledDelta:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A weight that changes, and all that is added to it."""
+    """A weight that changes, and all that is added to it; `stored` says how to read one that is codes."""
 
     tensor: TensorInfo
     shard: Shard
     deltas: tuple[ScaledDelta, ...]
+    stored: StoredMatrix | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,8 @@ class Plan:
     """A checked fuse: nothing in it can be refused any more but for the disk and the data itself.
 
     `loras` are the opened files, in the order of `inputs`; `skipped` the parameters that the selection leaves out.
+    `stored` are the base's weights that are codes, where a target is one of them: all of these are decoded then, or
+    with `requantise` the targets alone, to be quantised again as they were.
     """
 
     checkpoint: Checkpoint
@@ -58,12 +63,19 @@ class Plan:
     targets: dict[str, Target]
     selection: Selection = field(default_factory=Selection)
     skipped: tuple[str, ...] = ()
+    stored: StoredWeights | None = None
+    requantise: bool = False
 
     @property
     def fused_shards(self) -> tuple[Shard, ...]:
-        """The shards that hold at least one target, in the base's order."""
+        """The shards that are written anew, in the base's order: those that hold a target, or what is decoded."""
         changed = {target.shard.relative for target in self.targets.values()}
-        return tuple(shard for shard in self.checkpoint.shards if shard.relative in changed)
+        codes = self.stored.tensors if self.stored else frozenset()
+        return tuple(
+            shard
+            for shard in self.checkpoint.shards
+            if shard.relative in changed or not codes.isdisjoint(shard.header.tensors)
+        )
 
     @property
     def plain(self) -> bool:
@@ -78,7 +90,14 @@ class Plan:
             for given, lora in sorted(zip(self.inputs, self.loras, strict=True), key=_order)
         ]
         selected = {} if self.selection.everything else asdict(self.selection)
-        return json.dumps({"base": self.checkpoint.label, "loras": loras, **selected}, sort_keys=True)
+        source = {} if self.stored is None else {"source": self.source, "requantised": self.requantise}
+        return json.dumps({"base": self.checkpoint.label, "loras": loras, **selected, **source}, sort_keys=True)
+
+    @property
+    def source(self) -> dict[str, int]:
+        """The formats of the base's weights that are codes, each with their number; empty where none is a target."""
+        words = Counter(matrix.words for matrix in self.stored.matrices.values()) if self.stored else Counter()
+        return dict(sorted(words.items()))
 
     @property
     def modules(self) -> int:
@@ -87,18 +106,24 @@ class Plan:
 
 
 def make_plan(
-    checkpoint: Checkpoint, inputs: Sequence[LoraInput], selection: Selection | None = None, *, digests: bool = False
+    checkpoint: Checkpoint,
+    inputs: Sequence[LoraInput],
+    selection: Selection | None = None,
+    *,
+    digests: bool = False,
+    requantise: bool = False,
 ) -> Plan:
     """Match every LoRA against the base.
 
     LoRAs are summed in the order of their sha256, so the order on a command line cannot show in the result. `digests`
-    are those of `LoraFile`.
+    are those of `LoraFile`, `requantise` is that of `Plan`.
 
     Raises:
         BadScale: a scale is not finite.
         BadLora: a file cannot be used (see `open_lora` and `match_targets` for the kinds).
-        BadCheckpoint: the base cannot be fused into, or a target is quantised or of a dtype that is not rounded to.
-        BadConfig: a pattern of the selection matches no target, or it leaves none.
+        BadCheckpoint: the base cannot be fused into, or a target is quantised and cannot be decoded, or of a dtype that
+            is not rounded to.
+        BadConfig: a pattern of the selection matches no target, or it leaves none; or nothing can be quantised again.
         MissingExtra: a target is not plain (see `Plan.plain`), and torch is not installed.
     """
     chosen = selection or Selection()
@@ -107,7 +132,7 @@ def make_plan(
         if not math.isfinite(given.scale):
             raise BadScale(f"the scale of {given.name} is {given.scale}, not a finite number; 1.0 is the usual one")
     loras = tuple(open_lora(given.path, digests=digests) for given in inputs)
-    weights = checkpoint.tensors()
+    weights = checkpoint.parameters()
     deltas: dict[str, list[ScaledDelta]] = {}
     for given, lora in sorted(zip(inputs, loras, strict=True), key=_order):
         with fitness.blaming_a_quantised_base(checkpoint):
@@ -117,11 +142,18 @@ def make_plan(
     chosen.check(deltas)
     skipped = tuple(sorted(name for name in deltas if chosen.share(name) is None))
     kept = {name: scaled for name, scaled in deltas.items() if name not in skipped}
-    fitness.refuse_quantised(checkpoint, kept)
-    targets = _targets(checkpoint, kept)
+    stored = checkpoint.stored()
+    targets = _targets(checkpoint, {weights[name].name: scaled for name, scaled in kept.items()}, stored)
+    codes = any(target.stored for target in targets.values())
+    if codes and stored.refused:
+        raise next(iter(stored.refused.values()))
+    if requantise and not codes:
+        raise BadConfig(
+            f"{checkpoint.root} has no target that is quantised, so none can be requantised; leave that out"
+        )
     if (beyond := next(filter(None, map(_beyond_plain, targets.values())), None)) is not None:
         require("torch", beyond)
-    return Plan(checkpoint, tuple(inputs), loras, targets, chosen, skipped)
+    return Plan(checkpoint, tuple(inputs), loras, targets, chosen, skipped, stored if codes else None, requantise)
 
 
 def plan_of(base: Lock, loras: Mapping[str, Lock], params: Recipe) -> Plan:
@@ -169,18 +201,22 @@ def _config(lora: LoraFile) -> dict[str, str]:
     return {} if lora.config_sha256 is None else {"config_sha256": lora.config_sha256}
 
 
-def _targets(checkpoint: Checkpoint, deltas: dict[str, list[ScaledDelta]]) -> dict[str, Target]:
+def _targets(
+    checkpoint: Checkpoint, deltas: Mapping[str, list[ScaledDelta]], stored: StoredWeights
+) -> dict[str, Target]:
+    fitness.refuse_quantised(checkpoint, stored, deltas)
     targets = {}
     for shard in checkpoint.shards:
         for name, tensor in shard.header.tensors.items():
             if name not in deltas:
                 continue
-            if tensor.dtype not in dtypes.ROUNDABLE:
+            codes = stored.matrices.get(name)
+            if codes is None and tensor.dtype not in dtypes.ROUNDABLE:
                 raise BadCheckpoint(
                     f"{shard.path}: the target {name!r} is {tensor.dtype}, as quantised weights are, and no sum can be "
                     f"rounded to that; use a base in {', '.join(dtypes.ROUNDABLE)}"
                 )
-            targets[name] = Target(tensor, shard, tuple(deltas[name]))
+            targets[name] = Target(tensor, shard, tuple(deltas[name]), codes)
     return targets
 
 

@@ -40,6 +40,21 @@ def add_to_rows(rows: torch.Tensor, deltas: Sequence[Delta], first: int, device:
         _of_thread.stream.synchronize()
 
 
+def sums_of_rows(
+    rows: torch.Tensor, dtype: torch.dtype, deltas: Sequence[Delta], first: int, device: str
+) -> torch.Tensor:
+    """As `round_sums`, of rows in main memory, on a device, and to new memory of a dtype; see `add_to_rows`."""
+    torch.set_num_threads(1)
+    if device == "cpu" or any(isinstance(delta, Decomposed) for delta in deltas):
+        merged = torch.empty(rows.shape, dtype=dtype)
+        round_sums(rows, merged, deltas, first)
+        return merged
+    moved = rows.to(device)
+    on_device = torch.empty(rows.shape, dtype=dtype, device=device)
+    round_sums(moved, on_device, deltas, first)
+    return on_device.cpu()
+
+
 def as_rows(data: memoryview, dtype: str, columns: int) -> torch.Tensor:
     """Bytes of a safetensors dtype as a matrix, without a copy."""
     return torch.frombuffer(data, dtype=dtypes.DTYPES[dtype].torch).view(-1, columns)

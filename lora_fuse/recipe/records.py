@@ -154,7 +154,8 @@ class Exports:
 class Manifest:
     """Everything that a merged checkpoint is made of; `files` lists every file of it by POSIX path.
 
-    `selection` is None where every module of every LoRA was fused.
+    `selection` is None where every module of every LoRA was fused. `source` are the formats of a base whose weights are
+    codes, each with the number of weights; not there for other bases.
     """
 
     schema: int
@@ -165,6 +166,7 @@ class Manifest:
     targets: int
     files: dict[str, MergedFile]
     selection: Selection | None = None
+    source: Annotated[dict[str, int] | None, Field(exclude_if=lambda source: source is None)] = None
 
     @property
     def pair(self) -> tuple[str | None, list[tuple[str | None, str | None]]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ KEY = re.compile(
     r"lora_linear_layer\.up|(?:hada|lokr)_\w+|diff_b|diff|alpha|dora_scale|lora_magnitude_vector)"
     r"(?:\.(?!bias$)[^.]+)??(?:\.weight|(?P<bias>\.bias))?"
 )
+FILE_PREFIX = "model.diffusion_model."  # of names in a checkpoint for ComfyUI
 RANK = 1024  # as large as any is
 DOWN = {"lora_down", "lora_A", "lora.down", "lora_linear_layer.down"}
 UP = {"lora_up", "lora_B", "lora.up", "lora_linear_layer.up"}
@@ -139,19 +140,20 @@ def read_expected(loras: Sequence[LoraInput], base: Weights, selection: Selectio
         BadLora: a file cannot be opened.
     """
     found = Expected()
-    flat = {name.rpartition(".")[0].replace(".", "_"): name.rpartition(".")[0] for name in base.names()}
+    stored = {name.removeprefix(FILE_PREFIX): name for name in sorted(base.names())}
+    flat = {name.rpartition(".")[0].replace(".", "_"): name.rpartition(".")[0] for name in stored}
     most = _most_numbers(base)
     for given in loras:
         groups, strength = _read_file(given.path, most, found.problems)
         for (module, kind), parts in groups.items():
             found.modules += 1
-            name = _longest_match(module, kind, base.names(), flat)
+            name = _longest_match(module, kind, stored.keys(), flat)
             if name is None or not _complete(parts):
                 found.problems.append(f"{given.name}: {module} of the file has no {kind} in the base, or lacks a part")
                 continue
             factor = strength.factor(module, name.rpartition(".")[0], parts)
             if (share := selection.share(name)) is not None:
-                found.deltas.setdefault(name, []).append(ExpectedDelta(parts, factor, given.scale * share))
+                found.deltas.setdefault(stored[name], []).append(ExpectedDelta(parts, factor, given.scale * share))
         found.problems += [f"{given.name}: {problem}" for problem in dict.fromkeys(strength.problems)]
     return found
 
@@ -159,7 +161,7 @@ def read_expected(loras: Sequence[LoraInput], base: Weights, selection: Selectio
 def _most_numbers(base: Weights) -> int:
     """The most that a tensor of a LoRA can be of: a whole weight, a factor at a rank of 1024, a 3x3 kernel."""
     shapes = [base[name].shape for name in base.names()]
-    return max(max(math.prod(shape), 9 * RANK * max(RANK, *shape)) for shape in shapes)
+    return max(max(math.prod(shape), 9 * RANK * max((RANK, *shape))) for shape in shapes)
 
 
 def _read_file(path: Path, most: int, problems: list[str]) -> tuple[Groups, Strength]:
@@ -213,7 +215,7 @@ def _complete(parts: Mapping[str, Part]) -> bool:
     return all(sides) or any(needed <= set(parts) for needed in whole)
 
 
-def _longest_match(module: str, kind: str, names: set[str], flat: Mapping[str, str]) -> str | None:
+def _longest_match(module: str, kind: str, names: Collection[str], flat: Mapping[str, str]) -> str | None:
     """The base's parameter whose dotted name, or its name with underscores, is the longest tail of `module`."""
     modules = _tails(module, ".")
     if "." not in module:

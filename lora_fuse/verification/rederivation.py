@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from lora_fuse.errors import BadCheckpoint
 from lora_fuse.lora import LoraInput, Selection
 from lora_fuse.machine import file_state, files, progress
 from lora_fuse.verification.byte_comparison import pieces
+from lora_fuse.verification.coded_weights import CodedTensor, decoded, open_weights, read_codes
 from lora_fuse.verification.expectation import ExpectedDelta, read_expected
 from lora_fuse.verification.target_check import Change, TargetCheck, check_target
 from lora_fuse.verification.weights import Weights, weight_files
@@ -137,8 +138,9 @@ def verify_merge(  # noqa: PLR0913 - by keyword, each is a choice of its own
         merged_files = [merged / path.relative_to(base) for path in base_files]
         merged_files = [path for path in merged_files if path.is_file()] or weight_files(merged, component)
         ours = Weights(merged_files)
-        theirs = Weights(base_files)
-        expected_sum = read_expected(loras, theirs, selection or Selection())
+        stored = open_weights(base_files)
+        expected_sum = read_expected(loras, stored, selection or Selection())
+        theirs = _as_merged(stored, expected_sum.deltas.keys(), found)
         found.modules = expected_sum.modules
         found.targets = len(expected_sum.deltas)
         for problem in expected_sum.problems:
@@ -161,6 +163,16 @@ def _refuse_other_kinds(merged: Path, base: Path) -> None:
     kinds = ["a folder" if place.is_dir() else "a file" for place in (merged, base)]
     if kinds[0] != kinds[1]:
         raise BadCheckpoint(f"{merged} is {kinds[0]}, and its base {base} {kinds[1]}; name two of one kind")
+
+
+def _as_merged(base: Weights, targets: Set[str], found: Verification) -> Weights:
+    """The base's tensors as a merge has them: decoded, if a target is stored as codes."""
+    codes = read_codes(base)
+    if not targets & codes.tensors.keys() and not targets & codes.problems.keys():
+        return base
+    for problem in codes.problems.values():
+        found.problem(problem)
+    return decoded(base, codes)
 
 
 def _check_metadata(merged: Weights, base: Weights, found: Verification) -> None:
@@ -187,7 +199,8 @@ def _check_tensors(
             f"{name} is no plain weight in the base: {scales[name]} goes with it, so the sum is of other numbers"
         )
     common = sorted(base.names() & merged.names())
-    tasks = [(name, piece) for name in common for piece in ([None] if name in deltas else pieces(merged[name].nbytes))]
+    whole = {name for name in common if name in deltas or isinstance(base[name], CodedTensor)}
+    tasks = [(name, piece) for name in common for piece in ([None] if name in whole else pieces(merged[name].nbytes))]
 
     def size(task: tuple[str, tuple[int, int] | None]) -> int:
         name, piece = task
@@ -195,9 +208,11 @@ def _check_tensors(
 
     def check(task: tuple[str, tuple[int, int] | None], told: Callable[[int], None]) -> TargetCheck | bool:
         name, piece = task
-        if piece is None:
+        if piece is None and name not in deltas:
+            result: TargetCheck | bool = not check_target(name, merged[name], base[name], [], None, None).problem
+        elif piece is None:
             seed = None if found.drawn is None else found.drawn.seed
-            result: TargetCheck | bool = check_target(name, merged[name], base[name], deltas[name], rows, seed)
+            result = check_target(name, merged[name], base[name], deltas[name], rows, seed)
         else:
             result = merged[name].is_like(base[name]) and merged[name].same(base[name], piece)
         told(size(task))

@@ -123,6 +123,10 @@ class Weights:
     def __getitem__(self, name: str) -> StoredTensor:
         return self._tensors[name]
 
+    def add(self, name: str, tensor: StoredTensor) -> None:
+        """Add a tensor that was found otherwise."""
+        self._tensors[name] = tensor
+
     def names(self) -> set[str]:
         """All tensor names."""
         return set(self._tensors)

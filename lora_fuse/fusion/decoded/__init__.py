@@ -1,0 +1,1 @@
+"""Bases whose weights are codes: decoded, fused and written as plain weights, or quantised again."""

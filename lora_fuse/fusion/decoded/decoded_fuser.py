@@ -1,0 +1,147 @@
+"""The fuse of one shard whose weights are codes: decoded, added to, rounded once, hashed and written, rows by rows.
+
+``W' = round(decode(codes) + sum_i D_i)``: what codes stand for is known to float32, the sum is exact, and it is rounded
+once. Nothing is ever added to codes. A few pieces are under way at a time, so memory does not grow with the model.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from lora_fuse.checkpoint import Shard, dtypes
+from lora_fuse.errors import BadCheckpoint
+from lora_fuse.fusion.adder import base_rows, read_deltas
+from lora_fuse.fusion.decoded.decoded_layout import DecodedTensor, decoded_header, decoded_tensors
+from lora_fuse.fusion.pieces import PIECE, row_pieces
+from lora_fuse.fusion.plan import Plan, Target
+from lora_fuse.fusion.stream import FuseOptions, Progress, Share, Stopped, refuse_other_content
+from lora_fuse.lora import Delta, NotFinite
+from lora_fuse.machine import FileRecord, direct_io, files
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+AHEAD = 2  # pieces under way for each thread that makes them
+Work = Callable[[], memoryview]
+
+
+class DecodedFuser:
+    """As `ShardFuser`, for a plan whose weights are codes."""
+
+    def __init__(self, plan: Plan, way: FuseOptions, share: Share, progress: Progress) -> None:
+        """Have threads ready; `progress` is told of what is written."""
+        if plan.stored is None:
+            raise ValueError("none of the plan's weights is codes")
+        self._plan = plan
+        self._stored = plan.stored
+        self._way = way
+        self._share = share
+        self._progress = progress
+        self._adders = ThreadPoolExecutor(share.adders, "add")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._adders.shutdown(cancel_futures=True)
+
+    def fuse(self, shard: Shard, to: Path) -> FileRecord:
+        """Write the merged shard to `to`, hashing on the way.
+
+        Raises:
+            BadCheckpoint, Stopped: see `ShardFuser.fuse`; or a code stands for no finite number.
+        """
+        if (pinned := self._way.pinned.get(shard.relative)) is not None:
+            refuse_other_content(shard.path, files.hash_file(shard.path).sha256, pinned)
+        tensors = decoded_tensors(shard, self._stored)
+        windows = self._share.windows
+        with (
+            direct_io.open_shard(shard.path) as source,
+            direct_io.HashingWriter(to, self._progress, self._way.direct, windows) as output,
+        ):
+            output.append(decoded_header(shard, tensors, self._plan.provenance))
+            for made in self._in_order(self._work(tensors, shard, source)):
+                output.append(made)
+            return output.finish()
+
+    def _in_order(self, work: Iterable[Work]) -> Iterator[memoryview]:
+        """The results of work that threads do, in the order in which it is given, and little ahead of it."""
+        running: deque[Future[memoryview]] = deque()
+        try:
+            for one in work:
+                if self._way.stop.is_set():
+                    raise Stopped
+                running.append(self._adders.submit(one))
+                if len(running) > AHEAD * self._share.adders:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            for future in running:
+                future.cancel()
+
+    def _work(self, tensors: Iterable[DecodedTensor], shard: Shard, source: direct_io.Reader) -> Iterator[Work]:
+        """The work of each piece of the file; what it needs of the base is read before it is given."""
+        for tensor in tensors:
+            target = self._plan.targets.get(tensor.name)
+            if target is None and tensor.stored is None:
+                for start in range(tensor.source.start, tensor.source.end, PIECE):
+                    data = read(source, start, min(PIECE, tensor.source.end - start))
+                    yield lambda data=data: memoryview(data)
+                continue
+            deltas = None if target is None else self._adders.submit(read_deltas, target)
+            whole = target or Target(tensor.source, shard, (), tensor.stored)
+            at = tensor.source.start
+            for piece in row_pieces(whole):
+                data = read(source, at, piece.nbytes)
+                yield partial(_made, whole, deltas, tensor.dtype, piece.first_row, data, self._way.device)
+                at += piece.nbytes
+
+
+def read(source: direct_io.Reader, start: int, nbytes: int) -> bytearray:
+    """Read bytes of a shard into memory of their own."""
+    data = bytearray(nbytes)
+    direct_io.read_exactly(source, memoryview(data), start)
+    return data
+
+
+def _made(
+    target: Target, deltas: Future[list[Delta]] | None, dtype: str, first: int, data: bytearray, device: str
+) -> memoryview:
+    """Rows of a merged tensor as the bytes of a dtype; `data` are those of the base, codes or not."""
+    try:
+        rows = base_rows(target, memoryview(data), first)
+        if deltas is None:
+            return _bytes_of(_rounded(rows.numpy(), dtype))
+        import torch
+
+        from lora_fuse.fusion.torch_sums import sums_of_rows
+
+        merged = sums_of_rows(rows, dtypes.DTYPES[dtype].torch, deltas.result(), first, device)
+        return _bytes_of(merged.view(torch.uint8).numpy())
+    except NotFinite as error:
+        raise BadCheckpoint(f"{target.shard.path}: {target.tensor.name!r}: {error}; nothing was written") from error
+
+
+def _rounded(values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[np.generic]:
+    """Values rounded to nearest, ties to even.
+
+    Raises:
+        NotFinite: one is no finite number, or is too large for the dtype.
+    """
+    with np.errstate(over="ignore"):
+        merged = values.astype(dtypes.DTYPES[dtype].numpy)
+    if not np.isfinite(merged).all():
+        raise NotFinite(f"its codes stand for NaN, infinity or what is too large for {dtype}")
+    return merged
+
+
+def _bytes_of(array: npt.NDArray[np.generic]) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -1,0 +1,206 @@
+"""Weights of a base that are stored as codes, decoded a second time: by torch's float8 and by gguf's own code.
+
+Found by other lines than the engine's, too: from the codes' dtype and what lies beside them. What is not understood is
+a problem, and fails the verification.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lora_fuse.errors import BadCheckpoint, naming_extras
+from lora_fuse.machine import files
+from lora_fuse.verification.nearest import Wide, widen
+from lora_fuse.verification.weights import Array, Rows, StoredTensor, Weights
+
+MAGIC = b"GGUF"
+TORCH = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+PLAIN = {"F64", "F32", "F16", "BF16"}
+WRITTEN = "BF16"
+LAYERS = "_quantization_metadata"  # ComfyUI's entry of a header
+FORMATS = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int8_tensorwise": "I8"}
+
+
+@dataclass(frozen=True, slots=True)
+class CodedTensor(StoredTensor):
+    """A weight by the bytes of its codes: `kind` is their dtype in a header or their type in GGUF.
+
+    `dtype` is the one that a merge has in its place. `scales` are float64, one or (rows, 1); `group` is ConvRot's.
+    """
+
+    kind: str
+    scales: Wide | None = None
+    group: int = 0
+
+    @classmethod
+    def of(cls, stored: StoredTensor, scales: Wide | None = None, group: int = 0) -> CodedTensor:
+        """Give the codes of a tensor their meaning."""
+        place = (stored.path, WRITTEN, stored.shape, stored.start, stored.nbytes, stored.refuse)
+        return cls(*place, stored.dtype, scales, group)
+
+    def codes(self, rows: Rows | None = None) -> npt.NDArray[np.uint8]:
+        """The bytes of the codes of all rows or some, uint8 (rows, bytes)."""
+        shape = (len(self), self.nbytes // max(1, len(self)))
+        stored = StoredTensor(self.path, "U8", shape, self.start, self.nbytes, self.refuse)
+        return stored.read(np.arange(len(self)) if rows is None else rows)
+
+    def read(self, rows: Rows | None = None) -> Array:
+        """Values of all rows or some, float32 (rows, ...): the exact product of code and scale, rounded once."""
+        codes = self.codes(rows)
+        values = self._unscaled(codes).reshape(len(codes), -1)
+        if self.group:
+            groups = values.reshape(len(codes), -1, self.group)
+            values = (groups @ _hadamard(self.group)).reshape(values.shape)
+        if self.scales is not None:
+            scales = self.scales if rows is None or self.scales.size == 1 else self.scales[rows]
+            values *= scales
+        with np.errstate(over="ignore"):
+            return values.astype(np.float32).reshape(len(codes), *self.shape[1:])
+
+    def _unscaled(self, codes: npt.NDArray[np.uint8]) -> Wide:
+        if self.kind in TORCH:
+            import torch
+
+            return torch.from_numpy(codes).view(getattr(torch, TORCH[self.kind])).to(torch.float64).numpy()
+        if self.kind == "I8":
+            return codes.view(np.int8).astype(np.float64)
+        with naming_extras("a GGUF base"):
+            import gguf
+
+        return widen(gguf.quants.dequantize(codes, gguf.GGMLQuantizationType[self.kind]))
+
+
+def _hadamard(size: int) -> Wide:
+    """Build the orthogonal matrix of ConvRot, (size, size); of whole numbers the products are exact in float64."""
+    smallest = np.array([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], np.float64) / 2
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.kron(smallest, matrix)
+    return matrix
+
+
+@dataclass(slots=True)
+class CodedWeights:
+    """The weights that are codes, by name, the names of what goes with them, and what was not understood, by weight."""
+
+    tensors: dict[str, CodedTensor] = field(default_factory=dict)
+    beside: set[str] = field(default_factory=set)
+    problems: dict[str, str] = field(default_factory=dict)
+
+
+def open_weights(paths: Sequence[Path]) -> Weights:
+    """Open the tensors of safetensors files, or of one GGUF file.
+
+    Raises:
+        BadCheckpoint: a file cannot be opened.
+    """
+    try:
+        with files.open_regular(paths[0]) as file:
+            is_gguf = file.read(len(MAGIC)) == MAGIC
+    except OSError as error:
+        raise BadCheckpoint(f"{paths[0]} cannot be read ({error.strerror}); fetch or make it again") from error
+    return _gguf_weights(paths[0]) if is_gguf else Weights(paths)
+
+
+def _gguf_weights(path: Path) -> Weights:
+    """The tensors of a GGUF file as gguf's reader finds them; dtypes are ggml's types."""
+    with naming_extras("a GGUF base"):
+        from gguf import GGUFReader
+    try:
+        tensors = GGUFReader(path).tensors
+    except (OSError, ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:
+        raise BadCheckpoint(f"{path} cannot be opened as GGUF ({error}); fetch it again") from error
+    found = Weights([])
+    for tensor in tensors:
+        shape = tuple(int(size) for size in reversed(tensor.shape.tolist()))
+        place = (int(tensor.data_offset), int(tensor.n_bytes))
+        found.add(tensor.name, StoredTensor(path, tensor.tensor_type.name, shape, *place, BadCheckpoint))
+    return found
+
+
+def read_codes(base: Weights) -> CodedWeights:
+    """Find the weights that are codes; scales and descriptions are read.
+
+    Raises:
+        BadCheckpoint: a file cannot be read.
+    """
+    found = CodedWeights()
+    listed = _listed(base)
+    markers = {name for name in base.names() if name.split(".")[-1] == "scaled_fp8"}
+    for name in sorted(base.names() - markers):
+        stored = base[name]
+        module = name.removesuffix(".weight")
+        said = _said(base, f"{module}.comfy_quant", listed, module) if module != name else None
+        if stored.dtype not in {*TORCH, "I8"} and said is None and _is_plain(stored.dtype):
+            continue
+        try:
+            tensor = _coded(base, name, stored, said)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            found.problems[name] = f"{name} is stored as {stored.dtype}, and what that means is not known: {error}"
+            continue
+        found.tensors[name] = tensor
+        goes_with = ("comfy_quant", "weight_scale", "scale_weight", "input_scale", "scale_input")
+        found.beside |= {f"{module}.{one}" for one in goes_with} & base.names() if module != name else set()
+    found.beside |= markers if found.tensors else set()
+    return found
+
+
+def _is_plain(dtype: str) -> bool:
+    return dtype in PLAIN or dtype in {"BOOL", "C64"} or dtype[1:].isdigit()
+
+
+def _coded(base: Weights, name: str, stored: StoredTensor, said: Mapping[str, Any] | None) -> CodedTensor:
+    if stored.dtype not in {*TORCH, "I8"} and said is None:
+        return CodedTensor.of(stored)
+    module = name.removesuffix(".weight")
+    beside = [f"{module}.{one}" for one in ("weight_scale", "scale_weight")]
+    scale = next((base[one] for one in beside if one in base.names()), None)
+    if said is None and stored.dtype == "I8":
+        raise ValueError("nothing describes its codes")
+    if said is not None and (FORMATS[said["format"]] != stored.dtype or scale is None):
+        raise ValueError(f"it is said to be {said}")
+    group = 0
+    if said is not None:
+        settings = {**said.get("params", {}), **said}
+        group = int(settings.get("convrot_groupsize", 256)) if settings.get("convrot") else 0
+    if scale is None:
+        return CodedTensor.of(stored)
+    scales = widen(scale.read())
+    if scales.size not in (1, len(stored)) or not np.isfinite(scales).all() or scale.dtype != "F32":
+        raise ValueError(f"its scales are {scale.dtype} {scale.shape}, or no numbers")
+    return CodedTensor.of(stored, scales.reshape(-1, 1) if scales.size > 1 else scales.reshape(()), group)
+
+
+def _said(base: Weights, name: str, listed: Mapping[str, Any], module: str) -> Mapping[str, Any] | None:
+    """The description of a module's codes: a tensor of text, or an entry of the header, which may lack a prefix."""
+    if name in base.names():
+        said: Any = json.loads(base[name].read().tobytes())
+        return said if isinstance(said, dict) else {"format": None}
+    return next((said for key, said in listed.items() if f".{module}".endswith(f".{key}")), None)
+
+
+def _listed(base: Weights) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for metadata in base.metadata.values():
+        found |= json.loads(metadata.get(LAYERS, "{}")).get("layers", {})
+    return found
+
+
+def decoded(base: Weights, codes: CodedWeights) -> Weights:
+    """The tensors of a base as a merge has them whose codes are all decoded."""
+    found = Weights([])
+    found.metadata = {name: _without_layers(metadata) for name, metadata in base.metadata.items()}
+    for name in base.names() - codes.beside:
+        found.add(name, codes.tensors.get(name, base[name]))
+    return found
+
+
+def _without_layers(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in metadata.items() if key != LAYERS}
