@@ -57,7 +57,7 @@ class CodedTensor(StoredTensor):
         values = self._unscaled(codes).reshape(len(codes), -1)
         if self.group:
             groups = values.reshape(len(codes), -1, self.group)
-            values = (groups @ _hadamard(self.group)).reshape(values.shape)
+            values = np.asarray(groups @ _hadamard(self.group), np.float64).reshape(values.shape)
         if self.scales is not None:
             scales = self.scales if rows is None or self.scales.size == 1 else self.scales[rows]
             values *= scales
@@ -80,9 +80,9 @@ class CodedTensor(StoredTensor):
 def _hadamard(size: int) -> Wide:
     """Build the orthogonal matrix of ConvRot, (size, size); of whole numbers the products are exact in float64."""
     smallest = np.array([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], np.float64) / 2
-    matrix = np.ones((1, 1))
+    matrix: Wide = np.ones((1, 1))
     while len(matrix) < size:
-        matrix = np.kron(smallest, matrix)
+        matrix = np.asarray(np.kron(smallest, matrix), np.float64)
     return matrix
 
 

@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.numpy import save_file
 from safetensors.torch import save_model
 
-from lora_fuse.checkpoint.stored import quantised_modules
 from lora_fuse.checkpoint.shards import open_checkpoint
+from lora_fuse.checkpoint.stored import quantised_modules
 from lora_fuse.errors import BadCheckpoint, UnmatchedTargets
 from lora_fuse.fusion.plan import make_plan
 from lora_fuse.lora.inputs import LoraInput

@@ -149,7 +149,7 @@ class _Search:
         if dtype in FLOAT8:
             return self._scaled(name, FLOAT8[dtype], part, beside)
         if scale is not None:
-            raise self._refusal(name, f"{module}.{scale}", _words_of(scale))
+            raise self._refusal(name, f"{module}.{scale}", str(_words_of(scale)))
         return None
 
     def _refuse_unknown(self, name: str, module: str, beside: Mapping[str, Part]) -> None:
@@ -172,7 +172,7 @@ class _Search:
             )
         if not shape or math.prod(shape[1:]) % BY_NAME[dtype].block:
             raise BadCheckpoint(
-                f"{self._where}: {name!r} is {dtype}, {list(shape)}, and a block of {BY_NAME[dtype].block} values would "
+                f"{self._where}: {name!r} is {dtype}, {list(shape)}, and {BY_NAME[dtype].block} values, a block, would "
                 f"lie in two rows; {WAY_OUT}"
             )
         return StoredMatrix(name, dtype, part.tensor.shape, part)
@@ -206,7 +206,7 @@ class _Search:
             known = ", ".join([*FLOAT8.values(), "int8_tensorwise"])
             raise self._refusal(name, said["evidence"], f"ComfyUI's format {kind!r}; known are {known}")
         if part.tensor.dtype != dtype:
-            words = f"ComfyUI's format {kind!r}, whose codes are {dtype}, and the weight is {part.tensor.dtype}"
+            words = f"ComfyUI's {kind}, whose codes are {dtype}, and the weight is {part.tensor.dtype}"
             raise self._refusal(name, said["evidence"], words)
         return self._scaled(name, kind, part, beside, self._group(name, part, said))
 
@@ -231,14 +231,14 @@ class _Search:
         if len(held) != 1:
             there = " and ".join(held) or f"no {' or '.join(SCALES)}"
             raise BadCheckpoint(
-                f"{self._where}: {name!r} is {kind} with a scale, and beside it is {there}; get a whole copy of the base"
+                f"{self._where}: {name!r} is {kind} with a scale, and beside it is {there}; get a whole copy"
             )
         scale = beside[held[0]]
         rows = part.tensor.shape[0] if len(part.tensor.shape) == 2 else 0
         if scale.tensor.dtype != "F32" or scale.tensor.shape not in ((), (1,), (1, 1), (rows,), (rows, 1)) or not rows:
             raise BadCheckpoint(
-                f"{self._where}: {module}.{held[0]} is {scale.tensor.dtype} {list(scale.tensor.shape)}, and the scale of "
-                f"{name!r}, {list(part.tensor.shape)}, would be F32 of one value or [{rows}, 1]; {WAY_OUT}"
+                f"{self._where}: {module}.{held[0]} is {scale.tensor.dtype} {list(scale.tensor.shape)}, and the scale "
+                f"of {name!r}, {list(part.tensor.shape)}, would be F32 of one value or [{rows}, 1]; {WAY_OUT}"
             )
         scales = _float32(scale)
         if not (scales >= 0).all() or not (scales < math.inf).all():

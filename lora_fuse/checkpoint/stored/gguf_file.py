@@ -1,8 +1,8 @@
 """The header of a GGUF file, as a `Header` whose tensors have ggml's types for dtypes.
 
 Layout (github.com/ggml-org/ggml, docs/gguf.md): the magic, a version, two counts, entries, descriptions of tensors, and
-from the next multiple of the alignment on the data. Dimensions stand there in ggml's order, the fastest first; here they
-are turned. Nothing of a length that the file only claims is read or allocated.
+from the next multiple of the alignment on the data. Dimensions stand there in ggml's order, the fastest first, and are
+turned here. Nothing of a length that the file only claims is read or allocated.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import BinaryIO
 
 from lora_fuse.checkpoint import Header, TensorInfo
@@ -241,7 +242,7 @@ def _tensor(one: _Description, entries: dict[str, object], data: int, size: int,
 def _check_order(tensors: list[TensorInfo], source: _Bytes) -> None:
     if len({tensor.name for tensor in tensors}) != len(tensors):
         raise source.fail("a name stands in it twice")
-    for before, after in zip(tensors, tensors[1:], strict=False):
+    for before, after in pairwise(tensors):
         if after.start < before.end:
             raise source.fail(f"{after.name!r} begins at byte {after.start}, within {before.name!r}")
 

@@ -93,8 +93,7 @@ class DecodedFuser:
             target = self._plan.targets.get(tensor.name)
             if target is None and tensor.stored is None:
                 for start in range(tensor.source.start, tensor.source.end, PIECE):
-                    data = read(source, start, min(PIECE, tensor.source.end - start))
-                    yield lambda data=data: memoryview(data)
+                    yield partial(_as_it_is, read(source, start, min(PIECE, tensor.source.end - start)))
                 continue
             deltas = None if target is None else self._adders.submit(read_deltas, target)
             whole = target or Target(tensor.source, shard, (), tensor.stored)
@@ -110,6 +109,10 @@ def read(source: direct_io.Reader, start: int, nbytes: int) -> bytearray:
     data = bytearray(nbytes)
     direct_io.read_exactly(source, memoryview(data), start)
     return data
+
+
+def _as_it_is(data: bytearray) -> memoryview:
+    return memoryview(data)
 
 
 def _made(

@@ -8,14 +8,13 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from lora_fuse.checkpoint import dtypes
-from lora_fuse.checkpoint.stored.containers import FLOAT8, StoredMatrix
+from lora_fuse.checkpoint.stored.containers import StoredMatrix
 from lora_fuse.checkpoint.stored.ggml_blocks import DECODERS
 from lora_fuse.checkpoint.stored.gguf_file import BY_NAME
 
 Float32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
-_FLOAT8 = {kind: dtypes.DTYPES[dtype].array_name for dtype, kind in FLOAT8.items()}
+_FLOAT8 = ("float8_e4m3fn", "float8_e5m2")  # ComfyUI's names, and ml_dtypes'
 _HADAMARD_4 = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))  # of ConvRot: regular and symmetric
 
 
@@ -34,7 +33,7 @@ def _decoded(matrix: StoredMatrix, codes: Bytes, first: int, rows: int) -> Float
     if matrix.format in _FLOAT8:
         import ml_dtypes
 
-        values = codes.view(np.dtype(getattr(ml_dtypes, _FLOAT8[matrix.format]))).astype(np.float32)
+        values = codes.view(np.dtype(getattr(ml_dtypes, matrix.format))).astype(np.float32)
     else:
         values = codes.view(np.int8).astype(np.float32)
     values = values.reshape(rows, -1)
