@@ -174,6 +174,9 @@ def _print_plan(plan: Plan, scheduler: Mapping[str, object] | None = None) -> No
         text.say(f"fuse {given.path} at scale {given.scale:g}")
     tensors = len(plan.checkpoint.tensors())
     text.say(f"{len(plan.targets)} of {tensors} tensors change ({plan.modules} modules in the LoRA files)")
+    for words, count in plan.source.items():
+        what = "the targets are quantised again" if plan.requantise else "decoded and written as BF16"
+        text.say(f"  {count} weights are {words}: {what}")
     if plan.skipped:
         text.say(f"  {len(plan.skipped)} are left as they are by --only and --skip, first {plan.skipped[0]}")
     for shard in plan.checkpoint.shards:

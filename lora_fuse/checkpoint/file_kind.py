@@ -37,7 +37,7 @@ KINDS = (
     FileKind(
         (b"gguf",),
         "a GGUF file, quantised or converted for llama.cpp and its kin",
-        "take the safetensors file of the same model in bf16 or fp16, fuse into that, and convert the result",
+        "as a base it is named by itself; of anything else take the safetensors file",
     ),
     FileKind((b"pk\x03\x04",), "a pickle in a zip, as torch.save writes it, or another zip", _CONVERT),
     FileKind(tuple(b"\x80%c" % protocol for protocol in range(2, 6)), "a pickle", _CONVERT),

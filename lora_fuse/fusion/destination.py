@@ -20,6 +20,7 @@ from lora_fuse.machine import files
 from lora_fuse.recipe import records
 
 ADDED = len(".") + len(".partial-") + 16  # characters of the longest name that is made of OUT's
+CONTAINERS = {".safetensors", ".gguf"}  # endings of names
 _Identity = tuple[int, int]  # of a file: device and inode
 
 
@@ -91,6 +92,9 @@ class Destination:
             raise Refused(f"BASE {base.root} is a file, and OUT {self.out} a folder; name the file to write, {inside}")
         if base.kind != "file" and self.place.exists() and not self.place.is_dir():
             raise Refused(f"BASE {base.root} is a folder, and OUT {self.out} is none; name a folder to write")
+        if base.kind == "file" and self.out.suffix in CONTAINERS - {_container(plan)}:
+            ending = _container(plan)
+            raise Refused(f"OUT {self.out} would be a {ending} file; name it {self.out.with_suffix(ending).name}")
         if self.place.exists() and not (self.place.is_dir() or self.place.is_file()):
             raise Refused(f"OUT {self.out} is neither a file nor a folder; name another place")
         if _identity(self.place) == _identity(Path()) or os.path.ismount(self.place):
@@ -142,6 +146,12 @@ class Destination:
     def _foreign(self, path: Path, what: str) -> Refused:
         named = "" if path in (self.out, self.place) else f": {path}"
         return Refused(f"OUT {self.out}{named} {what}; name another OUT, or replace it all the same with --replace")
+
+
+def _container(plan: Plan) -> str:
+    """The ending of a merged file's name: what is decoded is written as safetensors, whatever it was."""
+    (shard,) = plan.checkpoint.shards
+    return ".gguf" if shard.is_gguf and (plan.requantise or plan.stored is None) else ".safetensors"
 
 
 def _inputs(plan: Plan) -> Iterator[Path]:

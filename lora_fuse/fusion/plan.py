@@ -53,8 +53,8 @@ class Plan:
     """A checked fuse: nothing in it can be refused any more but for the disk and the data itself.
 
     `loras` are the opened files, in the order of `inputs`; `skipped` the parameters that the selection leaves out.
-    `stored` are the base's weights that are codes, where a target is one of them: all of these are decoded then, or
-    with `requantise` the targets alone, to be quantised again as they were.
+    `stored` are the base's weights that are codes, where a target is one of them or the base is GGUF: all of these are
+    decoded then, or with `requantise` the targets alone, to be quantised again as they were.
     """
 
     checkpoint: Checkpoint
@@ -95,9 +95,11 @@ class Plan:
 
     @property
     def source(self) -> dict[str, int]:
-        """The formats of the base's weights that are codes, each with their number; empty where none is a target."""
-        words = Counter(matrix.words for matrix in self.stored.matrices.values()) if self.stored else Counter()
-        return dict(sorted(words.items()))
+        """The formats of the base's weights that are codes, each with their number; empty of plain safetensors."""
+        if self.stored is None:
+            return {}
+        words = Counter(matrix.words for matrix in self.stored.matrices.values())
+        return dict(sorted(words.items())) or {"of GGUF, plain": len(self.checkpoint.tensors())}
 
     @property
     def modules(self) -> int:
@@ -145,7 +147,8 @@ def make_plan(
     stored = checkpoint.stored()
     targets = _targets(checkpoint, {weights[name].name: scaled for name, scaled in kept.items()}, stored)
     codes = any(target.stored for target in targets.values())
-    if codes and stored.refused:
+    decoded = codes or any(shard.is_gguf for shard in checkpoint.shards)
+    if decoded and stored.refused:
         raise next(iter(stored.refused.values()))
     if requantise and not codes:
         raise BadConfig(
@@ -153,7 +156,7 @@ def make_plan(
         )
     if (beyond := next(filter(None, map(_beyond_plain, targets.values())), None)) is not None:
         require("torch", beyond)
-    return Plan(checkpoint, tuple(inputs), loras, targets, chosen, skipped, stored if codes else None, requantise)
+    return Plan(checkpoint, tuple(inputs), loras, targets, chosen, skipped, stored if decoded else None, requantise)
 
 
 def plan_of(base: Lock, loras: Mapping[str, Lock], params: Recipe) -> Plan:

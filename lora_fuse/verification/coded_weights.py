@@ -7,6 +7,7 @@ a problem, and fails the verification.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from lora_fuse.errors import BadCheckpoint, naming_extras
 from lora_fuse.machine import files
 from lora_fuse.verification.nearest import Wide, widen
-from lora_fuse.verification.weights import Array, Rows, StoredTensor, Weights
+from lora_fuse.verification.weights import NUMBERS, Array, Rows, StoredTensor, Weights
 
 MAGIC = b"GGUF"
 TORCH = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
@@ -44,6 +45,11 @@ class CodedTensor(StoredTensor):
         """Give the codes of a tensor their meaning."""
         place = (stored.path, WRITTEN, stored.shape, stored.start, stored.nbytes, stored.refuse)
         return cls(*place, stored.dtype, scales, group)
+
+    @property
+    def nbytes_merged(self) -> int:
+        """See `StoredTensor`."""
+        return math.prod(self.shape) * NUMBERS[self.dtype].itemsize
 
     def codes(self, rows: Rows | None = None) -> npt.NDArray[np.uint8]:
         """The bytes of the codes of all rows or some, uint8 (rows, bytes)."""

@@ -15,6 +15,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -149,7 +150,9 @@ def verify_merge(  # noqa: PLR0913 - by keyword, each is a choice of its own
         _check_tensors(ours, theirs, expected_sum.deltas, rows, found, advance)
         if shards is not None:
             fused = {path.relative_to(merged).as_posix() for path in merged_files}
-            found.files_untouched, problems = compare_files(merged, base, fused, shards, expected, advance)
+            found.files_untouched, problems = compare_files(
+                merged, base, fused, shards, expected, advance, _indexes(base, shards.index, stored, theirs)
+            )
             for problem in problems:
                 found.problem(problem)
     return found
@@ -173,6 +176,17 @@ def _as_merged(base: Weights, targets: Set[str], found: Verification) -> Weights
     for problem in codes.problems.values():
         found.problem(problem)
     return decoded(base, codes)
+
+
+def _indexes(base: Path, index: str | None, stored: Weights, merged: Weights) -> dict[str, dict[str, Any]]:
+    """The index of shards as it should be, where codes of the base were decoded: without what went with codes."""
+    if index is None or merged is stored:
+        return {}
+    content = files.read_json(base / index, dict, BadCheckpoint)
+    total = sum(merged[name].nbytes_merged for name in merged.names())
+    listed = {name: file for name, file in content["weight_map"].items() if name in merged.names()}
+    metadata = {**content.get("metadata", {}), "total_size": total}
+    return {index: {**content, "metadata": metadata, "weight_map": listed}}
 
 
 def _check_metadata(merged: Weights, base: Weights, found: Verification) -> None:

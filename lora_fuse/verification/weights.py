@@ -88,6 +88,11 @@ class StoredTensor:
             raise self.refuse(f"{self.path} cannot be read ({error.strerror}); fetch or make it again") from error
         raise self.refuse(f"{self.path} ends before its last tensor does; run again when nothing writes to it")
 
+    @property
+    def nbytes_merged(self) -> int:
+        """Size in bytes of what a merge has in its place."""
+        return self.nbytes
+
     def is_like(self, other: StoredTensor) -> bool:
         """True where another tensor has the same dtype and shape."""
         return (self.dtype, self.shape) == (other.dtype, other.shape)

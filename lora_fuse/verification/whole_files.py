@@ -45,16 +45,18 @@ def compare_files(
     base_sorted: repository_files.SortedFiles,
     expected: Expectation,
     advance: Callable[[int], None],
+    indexes: Mapping[str, dict[str, Any]],
 ) -> tuple[int, list[str]]:
     """Compare all files but `fused`, the POSIX paths of the fused weights; `advance` is told the bytes of each.
 
+    `indexes` are those that list other tensors than the base's, as they should be, by POSIX path.
     What `base_sorted` leaves behind may be missing, but for what is needed by the lines here.
 
     Returns:
         The number of files that were compared with the base's, and what is wrong.
     """
     problems: list[str] = []
-    made = dict(_made_again(base, expected, problems))
+    made = dict(_made_again(base, expected, problems)) | dict(indexes)
     problems += [f"{name} is called generated, and no recipe asks for it" for name in expected.generated - made.keys()]
     theirs = {*base_sorted.shards, *base_sorted.others, *base_sorted.left}
     beside = expected.beside - made.keys()

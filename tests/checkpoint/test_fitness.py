@@ -25,6 +25,7 @@ NAME = f"{MODULE}.weight"
 SCALE = np.ones(1, dtype=np.float32)
 BYTES = np.arange(8, dtype=np.uint8)
 FP8 = ml_dtypes.float8_e4m3fn
+FNUZ = ml_dtypes.float8_e4m3fnuz
 
 
 def codes(shape: tuple[int, ...]) -> Array:
@@ -44,7 +45,6 @@ QUANTISED: dict[str, tuple[dict[str, Array], str]] = {
         "bitsandbytes",
     ),
     "bitsandbytes int8": ({NAME: codes(SHAPE), f"{MODULE}.SCB": SCALE}, "bitsandbytes"),
-    "ComfyUI fp8": ({NAME: np.ones(SHAPE, FP8), f"{MODULE}.scale_weight": SCALE}, "ComfyUI"),
     "ComfyUI mixed": (
         {NAME: np.ones(SHAPE, FP8), f"{MODULE}.weight_scale": SCALE, f"{MODULE}.comfy_quant": BYTES},
         "ComfyUI",
@@ -57,7 +57,7 @@ QUANTISED: dict[str, tuple[dict[str, Array], str]] = {
     "quanto": ({f"{NAME}._data": codes(SHAPE), f"{NAME}._scale": SCALE}, "quanto or torchao"),
     "GPTQ": ({f"{MODULE}.qweight": codes((4, 4)), f"{MODULE}.scales": SCALE, f"{MODULE}.qzeros": BYTES}, "GPTQ"),
     "nunchaku": ({f"{MODULE}.qweight": codes((4, 4)), f"{MODULE}.wscales": SCALE}, "nunchaku"),
-    "fp8 alone": ({NAME: np.ones(SHAPE, FP8)}, "F8_E4M3, as quantised weights are"),
+    "fp8 of another kind": ({NAME: np.ones(SHAPE, FNUZ)}, "F8_E4M3FNUZ, as quantised weights are"),
 }
 
 

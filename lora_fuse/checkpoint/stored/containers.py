@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_fuse.checkpoint import Header, TensorInfo, dtypes
+from lora_fuse.checkpoint import Header, TensorInfo
 from lora_fuse.checkpoint.stored.gguf_file import BY_NAME
 from lora_fuse.checkpoint.stored.marks import BY_LAYER, MARKS
 from lora_fuse.errors import BadCheckpoint
@@ -138,7 +138,7 @@ class _Search:
         module, _, tail = name.rpartition(".")
         beside = self._beside.get(module, {}) if tail == "weight" else {}
         self._refuse_unknown(name, module, beside)
-        if dtype in BY_NAME and dtype not in dtypes.ROUNDABLE:
+        if dtype in BY_NAME and BY_NAME[dtype].block > 1:
             return self._of_blocks(name, part)
         said = self._description(name, module, beside) if tail == "weight" else None
         if said is not None:
@@ -178,16 +178,18 @@ class _Search:
         return StoredMatrix(name, dtype, part.tensor.shape, part)
 
     def _description(self, name: str, module: str, beside: Mapping[str, Part]) -> Mapping[str, Any] | None:
-        """What a tensor, or an entry of the header, says of a module's weight."""
+        """The description of a module's weight, by a tensor or an entry of the header."""
         said: object
         evidence = f"{module}.{DESCRIPTION}"
         if (part := beside.get(DESCRIPTION)) is not None:
             if part.tensor.dtype != "U8" or part.tensor.nbytes > LONGEST:
-                raise self._refusal(name, evidence, f"{part.tensor.dtype} {list(part.tensor.shape)}, no text of JSON")
+                raise self._refusal(
+                    name, evidence, f"{part.tensor.dtype} {list(part.tensor.shape)}, and ComfyUI's is a text"
+                )
             try:
                 said = files.parse_json(_read(part).decode())
             except ValueError as error:
-                raise self._refusal(name, evidence, "no text of JSON") from error
+                raise self._refusal(name, evidence, "ComfyUI's, and no text of JSON") from error
         else:
             tails = (module[start:] for start in _starts(module))
             listed = next((tail for tail in tails if tail in self._layers), None)
@@ -270,7 +272,7 @@ def _listed_layers(pairs: Iterable[tuple[Path, Header]]) -> dict[str, object]:
 
 
 def _starts(module: str) -> list[int]:
-    """Where a name begins, and what is left of it behind each dot."""
+    """The places at which a name begins, and what is left of it behind each dot."""
     return [0, *(match.end() for match in re.finditer(r"\.", module))]
 
 

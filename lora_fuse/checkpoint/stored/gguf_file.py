@@ -128,6 +128,8 @@ def read_gguf_header(file: BinaryIO, size: int, where: str) -> Header:
             f"{where} is GGUF of version {version}, and {' and '.join(map(str, VERSIONS))} are read; convert it anew"
         )
     counts = [source.number("Q") for _ in range(2)]
+    if not counts[0]:
+        raise BadCheckpoint(f"{where} is a GGUF file without a tensor; take another copy")
     if max(counts) > MAX_ENTRIES:
         raise source.fail(f"it has {max(counts)} tensors or entries, and at most {MAX_ENTRIES} are read")
     entries = dict(_entry(source) for _ in range(counts[1]))

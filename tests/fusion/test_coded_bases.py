@@ -1,0 +1,227 @@
+"""Bases whose weights are codes: what is merged is the sum of what the codes stand for, rounded once."""
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from lora_fuse import LoraInput, verify
+from lora_fuse.checkpoint import Checkpoint, open_checkpoint
+from lora_fuse.cli import main
+from lora_fuse.errors import BadCheckpoint
+from lora_fuse.fusion import FuseJob, make_plan, read_manifest
+from tests.support import codes, tiny
+
+SCALE = 0.7
+PREFIX = "model.diffusion_model."
+
+
+@pytest.fixture
+def lora(tmp_path: Path) -> LoraInput:
+    return LoraInput("l", tiny.write_lora(tmp_path / "l.safetensors", codes.lora()), SCALE)
+
+
+def fuse(base: Path, out: Path, lora: LoraInput) -> Path:
+    FuseJob(make_plan(open_checkpoint(base), [lora]), out, device="cpu").run()
+    return out
+
+
+def problems(out: Path, base: Path, lora: LoraInput) -> list[str]:
+    return verify(out, base, [lora], rows="all").problems
+
+
+@pytest.mark.parametrize("kind", [*codes.SAFETENSORS, *codes.GGUF])
+def test_what_codes_stand_for_is_added_to_and_rounded_once(tmp_path: Path, lora: LoraInput, kind: str) -> None:
+    base = codes.write(kind, tmp_path)
+    merged = load_file(fuse(base.path, tmp_path / "o.safetensors", lora))
+    assert merged.keys() == {f"{module}.weight" for module in base.values} | {f"{codes.MODULES[0]}.bias"}
+    for module in codes.MODULES:
+        exact = codes.merged(base.values[module], module, codes.lora(), SCALE)
+        written = exact.astype(np.float16) if kind == "F16" else codes.to_bfloat16(exact)
+        np.testing.assert_array_equal(merged[f"{module}.weight"], written)
+    left = base.values[codes.LEFT].astype(written.dtype)
+    np.testing.assert_array_equal(merged[f"{codes.LEFT}.weight"], left)
+    assert problems(tmp_path / "o.safetensors", base.path, lora) == []
+    (words,) = (read_manifest(tmp_path / "o.safetensors.manifest.json")[0].source or {}).keys()
+    assert words.split(",")[0] in kind or words.startswith(("float8_e4m3fn", "of GGUF"))
+
+
+def test_names_may_have_comfyui_s_prefix_and_keep_it(tmp_path: Path, lora: LoraInput) -> None:
+    plain = load_file(fuse(codes.write("scaled_fp8", tmp_path).path, tmp_path / "bare.safetensors", lora))
+    base = codes.write("scaled_fp8", tmp_path, PREFIX).path
+    merged = load_file(fuse(base, tmp_path / "o.safetensors", lora))
+    assert {name: tensor.tobytes() for name, tensor in merged.items()} == {
+        f"{PREFIX}{name}": tensor.tobytes() for name, tensor in plain.items()
+    }
+    assert problems(tmp_path / "o.safetensors", base, lora) == []
+
+
+def test_plain_weights_with_the_prefix_are_fused_as_without(tmp_path: Path, lora: LoraInput) -> None:
+    tensors = {f"{module}.weight": matrix.astype(tiny.BF16) for module, matrix in codes.weights().items()}
+    save_file(tensors, tmp_path / "bare.safetensors")
+    save_file({f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}, tmp_path / "named.safetensors")
+    bare, named = (
+        load_file(fuse(tmp_path / f"{name}.safetensors", tmp_path / f"{name}-out.safetensors", lora))
+        for name in ("bare", "named")
+    )
+    assert [tensor.tobytes() for tensor in named.values()] == [tensor.tobytes() for tensor in bare.values()]
+    assert problems(tmp_path / "named-out.safetensors", tmp_path / "named.safetensors", lora) == []
+
+
+def test_a_folder_of_shards_gets_the_index_of_what_is_left(tmp_path: Path, lora: LoraInput) -> None:
+    """The scale of one weight lies in another shard, as where files are cut by size."""
+    base = tiny.write_component(tmp_path / "base", codes.tensors("scaled_fp8")[0], shards=2)
+    out = fuse(base, tmp_path / "out", lora)
+    index = json.loads((out / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    merged = {name: tensor for path in out.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    assert index["weight_map"].keys() == merged.keys()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in merged.values())
+    one = load_file(fuse(codes.write("scaled_fp8", tmp_path).path, tmp_path / "o.safetensors", lora))
+    assert {name: tensor.tobytes() for name, tensor in merged.items()} == {
+        name: tensor.tobytes() for name, tensor in one.items()
+    }
+    assert problems(out, base, lora) == []
+    index["metadata"]["total_size"] += 1
+    (out / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    assert len(problems(out, base, lora)) == 1
+
+
+def test_the_bytes_are_the_same_for_any_threads_and_pieces(
+    tmp_path: Path, lora: LoraInput, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = codes.write("int8_tensorwise convrot 256", tmp_path).path
+    first = hashlib.sha256(fuse(base, tmp_path / "a.safetensors", lora).read_bytes()).hexdigest()
+    monkeypatch.setattr("lora_fuse.fusion.pieces.PIECE", 700)
+    monkeypatch.setattr("os.cpu_count", lambda: 7)
+    again = fuse(base, tmp_path / "b.safetensors", lora).read_bytes()
+    assert hashlib.sha256(again).hexdigest() == first
+
+
+def added_to_codes(tensors: dict[str, tiny.Array]) -> None:
+    """A merge by who adds to what the file holds: the update, and then the scale a second time."""
+    name = f"{codes.MODULES[0]}.weight"
+    update = codes.merged(np.zeros((24, 256), np.float32), codes.MODULES[0], codes.lora(), SCALE)
+    base = tensors[name].astype(np.float64) - update
+    tensors[name] = (base + update * 0.002).astype(tiny.BF16)
+
+
+def without_scale(tensors: dict[str, tiny.Array]) -> None:
+    tensors[f"{codes.LEFT}.weight"] = (tensors[f"{codes.LEFT}.weight"].astype(np.float32) * 2).astype(tiny.BF16)
+
+
+@pytest.mark.parametrize("wrong", [added_to_codes, without_scale])
+def test_a_wrong_merge_is_caught(
+    tmp_path: Path, lora: LoraInput, wrong: Callable[[dict[str, tiny.Array]], None]
+) -> None:
+    base = codes.write("scaled_fp8", tmp_path).path
+    out = fuse(base, tmp_path / "o.safetensors", lora)
+    tensors = load_file(out)
+    wrong(tensors)
+    save_file(tensors, out)
+    assert len(problems(out, base, lora)) == 1
+
+
+def saved(tmp_path: Path, kind: str, **changes: tiny.Array | None) -> Path:
+    """A base of which tensors beside the first module's weight are others, or are not there."""
+    tensors, _ = codes.tensors(kind)
+    for suffix, tensor in changes.items():
+        name = f"{codes.MODULES[0]}.{suffix}"
+        tensors.pop(name, None)
+        tensors |= {} if tensor is None else {name: tensor}
+    save_file(tensors, tmp_path / "base.safetensors")
+    return tmp_path / "base.safetensors"
+
+
+def text(said: str) -> tiny.Array:
+    return np.frombuffer(said.encode(), np.uint8)
+
+
+F32 = np.float32
+BAD: dict[str, tuple[str, dict[str, tiny.Array | None], str]] = {
+    "no scale": ("scaled_fp8", {"scale_weight": None}, "with a scale, and beside it is no weight_scale"),
+    "two scales": ("scaled_fp8", {"weight_scale": np.ones((), F32)}, "weight_scale and scale_weight"),
+    "NaN": ("scaled_fp8", {"scale_weight": np.array(np.nan, F32)}, "holds nan, which is no scale"),
+    "negative": ("scaled_fp8", {"scale_weight": np.array(-1, F32)}, "holds -1.0, which is no scale"),
+    "of columns": ("float8 by row", {"weight_scale": np.ones(256, F32)}, r"F32 \[256\], and the scale"),
+    "in bf16": ("scaled_fp8", {"scale_weight": np.ones((), tiny.BF16)}, "is BF16"),
+    "another format": ("int8_tensorwise", {"comfy_quant": text('{"format": "nvfp5"}')}, "format 'nvfp5'; known are"),
+    "no format": ("int8_tensorwise", {"comfy_quant": text("{}")}, "no format in it"),
+    "no JSON": ("int8_tensorwise", {"comfy_quant": text("int8")}, "no text of JSON"),
+    "of other codes": ("int8_tensorwise", {"comfy_quant": text('{"format": "float8_e4m3fn"}')}, "the weight is I8"),
+    "nothing said of int8": ("int8_tensorwise", {"comfy_quant": None}, "scaled fp8, fp4 or int8"),
+    "a group of 8": (
+        "int8_tensorwise",
+        {"comfy_quant": text('{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 8}')},
+        "convrot in groups of 8",
+    ),
+    "a second scale": ("float8 by row", {"weight_scale_2": np.ones((), F32)}, "weight_scale_2"),
+    "smoothed": ("int8_tensorwise", {"smooth_factor": np.ones(256, F32)}, "nunchaku"),
+}
+
+
+@pytest.mark.parametrize("why", BAD)
+def test_what_is_not_said_is_not_guessed(tmp_path: Path, lora: LoraInput, why: str) -> None:
+    kind, changes, words = BAD[why]
+    with pytest.raises(BadCheckpoint, match=words):
+        make_plan(open_checkpoint(saved(tmp_path, kind, **changes)), [lora])
+
+
+def test_a_code_that_is_no_number_ends_the_fuse_with_nothing_written(tmp_path: Path, lora: LoraInput) -> None:
+    tensors, _ = codes.tensors("scaled_fp8")
+    broken = tensors[f"{codes.LEFT}.weight"].view(np.uint8).copy()
+    broken[3, 5] = 0x7F
+    path = tmp_path / "base.safetensors"
+    save_file({**tensors, f"{codes.LEFT}.weight": broken.view(codes.E4M3)}, path)
+    with pytest.raises(BadCheckpoint, match=f"{codes.LEFT}.weight.*stand for NaN"):
+        fuse(path, tmp_path / "o.safetensors", lora)
+    assert not (tmp_path / "o.safetensors").exists()
+
+
+def opened(data: bytes, path: Path) -> Checkpoint:
+    path.write_bytes(data)
+    return open_checkpoint(path)
+
+
+def test_a_gguf_file_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    whole = codes.write("Q8_0", tmp_path).path.read_bytes()
+    path = tmp_path / "broken.gguf"
+    assert len(opened(whole, path).tensors()) == 4
+    for cut in (len(whole) - 40, 400, 30, 8):
+        with pytest.raises(BadCheckpoint, match=r"is no whole GGUF file: .*fetch it again"):
+            opened(whole[:cut], path)
+    with pytest.raises(BadCheckpoint, match="GGUF of version 1"):
+        opened(whole[:4] + struct.pack("<I", 1) + whole[8:], path)
+    with pytest.raises(BadCheckpoint, match=r"tensors or entries, and at most"):
+        opened(whole[:8] + struct.pack("<Q", 1 << 60) + whole[16:], path)
+    name = f"{codes.MODULES[0]}.weight".encode()
+    dimension = whole.index(name) + len(name) + 4
+    with pytest.raises(BadCheckpoint, match="32 values make a block"):
+        opened(whole[:dimension] + struct.pack("<Q", 250) + whole[dimension + 8 :], path)
+    kind = dimension + 16
+    with pytest.raises(BadCheckpoint, match="ggml's type 99"):
+        opened(whole[:kind] + struct.pack("<I", 99) + whole[kind + 4 :], path)
+
+
+def test_a_type_of_gguf_that_is_not_decoded_is_named(tmp_path: Path, lora: LoraInput) -> None:
+    whole = bytearray(codes.write("Q6_K", tmp_path).path.read_bytes())
+    name = f"{codes.MODULES[0]}.weight".encode()
+    kind = whole.index(name) + len(name) + 4 + 16
+    whole[kind : kind + 4] = struct.pack("<I", 10)  # smaller blocks
+    with pytest.raises(BadCheckpoint, match="quantised as Q2_K, and decoded are Q8_0, Q4_K"):
+        make_plan(opened(bytes(whole), tmp_path / "q2.gguf"), [lora])
+
+
+def test_from_the_command_line(tmp_path: Path, lora: LoraInput, capsys: pytest.CaptureFixture[str]) -> None:
+    base = codes.write("Q4_K", tmp_path).path
+    given = ["--lora", str(lora.path), "--scale", str(SCALE)]
+    assert main(["plan", str(base), *given]) == 0
+    assert "3 weights are Q4_K: decoded and written as BF16" in capsys.readouterr().out
+    assert main(["fuse", str(base), str(tmp_path / "o.gguf"), *given]) == 2
+    assert "OUT" in capsys.readouterr().err
+    assert main(["fuse", str(base), str(tmp_path / "o.safetensors"), *given, "--device", "cpu"]) == 0
+    assert main(["verify", str(tmp_path / "o.safetensors"), str(base), *given]) == 0
