@@ -31,6 +31,8 @@ FLAGS = {
     "tf32": "off",
     "sdpa_backend": "flash, else memory-efficient on CUDA, else math",
 }
+# Of goldens from before that wording: on the CPU nothing else was meant.
+_SAME_ON_CPU = {"memory-efficient on CUDA, flash on the CPU, else math": FLAGS["sdpa_backend"]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,12 @@ class Environment:
     python: str
     placement: str
     flags: dict[str, str]
+
+    @property
+    def meant(self) -> dict[str, str]:
+        """The flags, in the words of today where older ones mean the same on this device."""
+        same = _SAME_ON_CPU if self.key.device == "cpu" else {}
+        return {name: same.get(value, value) for name, value in self.flags.items()}
 
 
 def _shown(value: object) -> str:

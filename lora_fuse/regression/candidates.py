@@ -157,7 +157,7 @@ def differences(now: Provenance, then: Provenance) -> list[str]:
         ("the case's ", asdict(now.case), asdict(then.case)),
         ("", {name: getattr(here, name) for name in machine}, {name: getattr(there, name) for name in machine}),
         ("", {name: getattr(here.key, name) for name in kernels}, {name: getattr(there.key, name) for name in kernels}),
-        ("", here.flags, there.flags),
+        ("", here.meant, there.meant),
     ]
     for what, new, old in sides:
         sentences += [

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lora_fuse.errors import BadGolden, Rerun
-from lora_fuse.pictures.environment import Environment
+from lora_fuse.pictures.environment import FLAGS, Environment
 from lora_fuse.pictures.metrics import METRICS
 from lora_fuse.recipe.records import Tool, to_json
 from lora_fuse.regression.approved_list import LIST, read_list, sums_of, write_list
@@ -370,6 +370,15 @@ def test_what_changed_since_an_approval_is_named(then: Provenance, said: list[st
 def test_nothing_is_said_to_have_changed_where_nothing_has() -> None:
     again = replace(NOW, manifest_sha256="1" * 64, tool=Tool("0.2.0", "2" * 40, dirty=True))
     assert differences(NOW, again) == differences(NOW, replace(NOW)) == []
+
+
+def test_older_words_for_the_same_attention_are_a_change_on_a_gpu_alone() -> None:
+    older = {"sdpa_backend": "memory-efficient on CUDA, flash on the CPU, else math"}
+    newer = {"sdpa_backend": FLAGS["sdpa_backend"]}
+    for device, count in (("cpu", 0), ("cuda", 1)):
+        on = replace(ENVIRONMENT, key=replace(KEY, device=device))
+        now, then = (replace(NOW, environment=replace(on, flags=flags)) for flags in (newer, older))
+        assert len(differences(now, then)) == count
 
 
 def test_a_single_change_is_a_single_sentence() -> None:
