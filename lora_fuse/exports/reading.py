@@ -21,7 +21,7 @@ Float32s = npt.NDArray[np.float32]
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of older exports, and of other tools'
 # What lies beside a weight, after its module's name.
 BESIDE = ("comfy_quant", "weight_scale", "weight_scale_2", "scale_weight", "input_scale", "scale_input")
-MARKER = "scaled_fp8"  # a tensor of the whole file
+MARKER = "scaled_fp8"  # a tensor of the whole file: all codes are fp8 (ComfyUI before 0.8)
 
 
 def read_export(path: Path, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Iterator[tuple[str, Float32s]]:
@@ -54,6 +54,8 @@ def _read_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iter
         parts = [part for part in BESIDE if f"{module}.{part}" in beside] if last == "weight" else []
         bare = name.removeprefix(prefix)
         values = _array(path, tensor)
+        if prefix + MARKER in beside and parts:
+            values = values.astype(dtypes.DTYPES["F8_E4M3"].numpy)  # codes of any other kind become numbers of fp8
         if parts or tensor.dtype.startswith("F8"):
             yield bare, _decoded(path, name, header, {"weight": values}, parts, shapes.get(bare))
         else:

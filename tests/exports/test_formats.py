@@ -25,7 +25,7 @@ from lora_fuse.machine.files import FileRecord, hash_file
 from lora_fuse.quantisation import Fp8Options
 from lora_fuse.recipe.recipe import Recipe
 from tests.support import tiny
-from tests.support.matrices import matrix
+from tests.support.matrices import matrix, qwen
 
 ROOT = Path(__file__).resolve().parents[2]
 PLACE = "diffusion_models/tiny.safetensors"
@@ -179,24 +179,6 @@ print(int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]
 
 def test_every_format_has_a_place_of_its_own_and_words() -> None:
     assert all("{}" in one.place and words(one.place.format("x")) == one.words for one in FORMATS.values())
-
-
-def qwen(folder: Path, dtype: npt.DTypeLike = tiny.BF16, **config: object) -> Checkpoint:
-    """A transformer whose layers every format has room for, and one of each kind that is kept."""
-    linears = {
-        "transformer_blocks.0.attn.to_q": (32, 256),
-        "transformer_blocks.0.img_mlp.net.0.proj": (96, 256),
-        "transformer_blocks.0.img_mlp.net.2": (32, 512),
-        "transformer_blocks.0.img_mod.1": (48, 256),
-        "img_in": (32, 64),
-    }
-    tensors: dict[str, tiny.Array] = {"txt_norm.weight": np.ones(7, dtype)}
-    for seed, (module, shape) in enumerate(linears.items()):
-        tensors[f"{module}.weight"] = matrix(shape=shape, seed=seed).astype(dtype)
-        tensors[f"{module}.bias"] = matrix(shape=(1, shape[0]), seed=seed)[0].astype(dtype)
-    tiny.write_component(folder, tensors)
-    (folder / "config.json").write_text(json.dumps({"_class_name": "QwenImageTransformer2DModel", **config}))
-    return open_checkpoint(folder)
 
 
 QUANTISED = [name for name, one in FORMATS.items() if one.codec is not None]
