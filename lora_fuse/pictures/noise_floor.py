@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 SHARE = 1 / 12  # of the weights, moved by one ulp
+EXPONENT = 0x7F800000  # the bits of a float32 that hold it
 
 
 def jitter(model: torch.nn.Module, names: Iterable[str], dtypes: Iterable[torch.dtype], seed: int = 0) -> None:
@@ -47,9 +48,8 @@ def jitter(model: torch.nn.Module, names: Iterable[str], dtypes: Iterable[torch.
         device = parameter.device
         generator = generators.setdefault(device, torch.Generator(device).manual_seed(seed))
         weight = parameter.detach()
-        exponent = torch.frexp(weight.float()).exponent - 1
-        exponent[weight == 0] = lowest  # frexp says 0, as of a half
-        ulp = torch.exp2((exponent.clamp_(min=lowest) - bits).float())
+        power = (weight.float().view(torch.int32) & EXPONENT).view(torch.float32)  # the power of two below, 0 of zero
+        ulp = power.clamp_(min=2.0**lowest).mul_(2.0**-bits)
         chance = torch.rand(weight.shape, generator=generator, device=device)
-        direction = (chance < SHARE / 2).float() - (chance >= 1 - SHARE / 2).float()
-        weight.copy_(weight + direction * ulp)
+        direction = (chance < SHARE / 2).float().sub_((chance >= 1 - SHARE / 2).float())
+        weight.copy_(direction.mul_(ulp).add_(weight))
