@@ -284,6 +284,11 @@ def _verify_merge(options: argparse.Namespace, published: Published | None) -> i
         same = sum(change.unchanged for change in found.changes.values()) / len(found.changes)
         spread = f"{norms[0]:.3g} to {norms[-1]:.3g}, median {norms[len(norms) // 2]:.3g}"
         text.say(f"  norm of difference over weight: {spread}; {same:.1%} of the weights are unchanged by rounding")
+    if (update := found.update).cosine is not None:
+        kept = f"cosine {update.cosine:.6g}, noise {update.noise:.3g} of its energy"
+        text.say(f"  change written against change meant: {kept}")
+    for warning in found.warnings:
+        text.say(f"warning: {warning}", sys.stderr)
     _print_findings(found.notes, found.problems)
     text.say("verify: passed" if found.passed else f"verify: FAILED, {found.problem_count} problems")
     return 0 if found.passed else 1

@@ -40,6 +40,8 @@ def verify(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN)
     if found.targets != manifest.targets:
         found.problem(f"the manifest says {manifest.targets} targets, the LoRA files have {found.targets}")
     _write(at, manifest_sha256, found)
+    for warning in found.warnings:
+        console.warn(warning)
     for problem in found.problems:
         console.wrong("verify", problem)
     outcome = "passed" if found.passed else f"FAILED, {found.problem_count} problems"

@@ -234,12 +234,12 @@ class VerifyRecord:
     finished: str
 
 
-def rounded(value: float) -> float:
-    """A measured number as records have it, to nine significant digits.
+def rounded(value: float, digits: int = 9) -> float:
+    """A measured number as records have it, to so many significant digits.
 
     Processors whose libraries add in another order end in other bits; the record of what they measured is the same.
     """
-    return float(f"{value:.9g}")
+    return float(f"{value:.{digits}g}")
 
 
 def to_json(record: object) -> str:

@@ -103,6 +103,9 @@ def report_html(report: Report) -> str:
         passed=passed,
         gates=_gates(report),
         changed=_changed(report.cases),
+        warnings=[*report.warnings, *report.verify.get("warnings", ())],
+        update=report.verify.get("update", {}),
+        kept=_kept(report.verify["changes"]),
         meanings=MEANINGS,
         heat_top=metrics.HEAT_TOP,
         large=encode.LARGE,
@@ -132,6 +135,12 @@ def _gates(report: Report) -> list[_Gate]:
             f"{near} of {total} cases{f', {unknown} not approved here' if unknown else ''}.",
         ),
     ]
+
+
+def _kept(changes: Mapping[str, Mapping[str, float | None]]) -> list[tuple[str, Mapping[str, float | None]]]:
+    """The targets by what they keep of the change that was meant, the least first."""
+    cosines = {name: cosine for name, change in changes.items() if (cosine := change.get("cosine")) is not None}
+    return [(name, changes[name]) for name in sorted(cosines, key=lambda name: (cosines[name], name))]
 
 
 def _changed(cases: Sequence[CaseReport]) -> list[tuple[str, str]] | None:

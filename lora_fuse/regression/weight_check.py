@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,10 @@ AGAIN = Rerun("verify", force=True)
 
 @dataclass(frozen=True, slots=True)
 class WeightCheck:
-    """The fields of `verify.json` that something depends on, see `lora_fuse.verification.Verification`."""
+    """The fields of `verify.json` that something depends on, see `lora_fuse.verification.Verification`.
+
+    The last two are only shown.
+    """
 
     passed: bool
     manifest_sha256: str
@@ -23,7 +26,9 @@ class WeightCheck:
     rows_total: int
     problem_count: int
     problems: list[str]
-    changes: dict[str, dict[str, float]]
+    changes: dict[str, dict[str, float | None]]
+    update: dict[str, float | None] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
 
 def read_weight_check(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from lora_fuse.hub import Addition, payload
 from lora_fuse.machine import FileRecord
 from lora_fuse.pictures import Case
 from lora_fuse.recipe import Artifacts, Manifest, Recipe, checkout, paths, records
-from lora_fuse.regression import candidates, gate
+from lora_fuse.regression import candidates, gate, weight_check
 from lora_fuse.release.block_plot import block_plot
 from lora_fuse.release.bom import bom_json
 from lora_fuse.release.card import Usage, model_card
@@ -44,7 +44,7 @@ def contents_of(
     judged = records.from_json(candidates.Candidates, paths.read_text(at.candidates, "regress"), str(at.candidates))
     pictures = judged_pictures(cases, judged, manifest_sha256, at.images)
     blocks = [(row["block"], row["relative_norm"]) for row in paths.read_rows(at.blocks, "regress")]
-    evidence = shown_evidence(metrics, cases, PLOT if blocks else None)
+    evidence = shown_evidence(metrics, weight_check.read_weight_check(at.verify), cases, PLOT if blocks else None)
     card = model_card(
         manifest,
         usage=usage,

@@ -65,12 +65,17 @@ class ShownCase:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Checks before publishing: the gate's sentence, the kind of machine, the cases, path of the plot of the blocks."""
+    """Checks before publishing: the gate's sentence, the kind of machine, the cases, path of the plot of the blocks.
+
+    `kept` says what the weights have of the change that was meant, `warnings` are those of the weights' check.
+    """
 
     verdict: str
     environment: str = ""
     cases: tuple[ShownCase, ...] = ()
     blocks: str | None = None
+    kept: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 def model_card(
@@ -106,7 +111,7 @@ def model_card(
         signer=publish.signing.signer,
         title=(repo_id or manifest.recipe or "merged").rpartition("/")[2],
         source=source,
-        warnings=pair_warnings(*manifest.pair),
+        warnings=[*pair_warnings(*manifest.pair), *evidence.warnings],
         example=example,  # the case that the snippet makes
         pictures=[text.Markdown(f"load_image(hf_hub_download({_python(source)}, {_python(name)}))") for name in inputs],
         area=usage.condition_area if usage.edits else None,  # the pipelines have no argument for it

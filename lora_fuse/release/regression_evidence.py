@@ -18,10 +18,28 @@ PLOT = "images/blocks.png"
 FIGURES = ("golden.psnr_db", "unfused.psnr_db", "over_floor")
 
 
-def shown_evidence(metrics: Mapping[str, Any], cases: Sequence[Case], plot: str | None) -> Evidence:
-    """A run of the regression as the card shows it, by the content of `metrics.json` and the path of the plot."""
+def shown_evidence(
+    metrics: Mapping[str, Any], verify: Mapping[str, Any], cases: Sequence[Case], plot: str | None
+) -> Evidence:
+    """A run of the regression as the card shows it, by `metrics.json`, `verify.json` and the path of the plot."""
     verdict = f"{metrics['verdict']}: {gate.MEANINGS[metrics['verdict']]}."
-    return Evidence(verdict, metrics["environment"], tuple(_shown(case, metrics) for case in cases), plot)
+    shown = tuple(_shown(case, metrics) for case in cases)
+    return Evidence(verdict, metrics["environment"], shown, plot, _kept(verify), tuple(verify["warnings"]))
+
+
+def _kept(verify: Mapping[str, Any]) -> str:
+    """Say what the weights have of the change that was meant; nothing where that was not measured."""
+    cosines = {name: change.get("cosine") for name, change in verify["changes"].items()}
+    measured = {name: cosine for name, cosine in cosines.items() if cosine is not None}
+    if not measured or verify["update"].get("cosine") is None:
+        return ""
+    least = min(measured, key=lambda name: (measured[name], name))
+    noise = max(verify["changes"][name]["noise"] for name in measured)
+    return (
+        f"The change that was written has a cosine of {verify['update']['cosine']:.6g} with the change that was meant "
+        f"(exact, before it was rounded), and rounding added {verify['update']['noise']:.3g} of its energy; of the "
+        f"{len(measured)} targets the least cosine is {measured[least]:.6g} ({least}), the most noise {noise:.3g}."
+    )
 
 
 def judged_pictures(

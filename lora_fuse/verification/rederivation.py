@@ -26,7 +26,7 @@ from lora_fuse.machine import file_state, files, progress
 from lora_fuse.verification.byte_comparison import pieces
 from lora_fuse.verification.coded_weights import CodedTensor, decoded, open_weights, read_codes
 from lora_fuse.verification.expectation import ExpectedDelta, read_expected
-from lora_fuse.verification.target_check import Change, TargetCheck, check_target
+from lora_fuse.verification.target_check import LITTLE, Change, Kept, Sums, TargetCheck, check_target
 from lora_fuse.verification.weights import Weights, weight_files
 from lora_fuse.verification.whole_files import compare_files, sort_base
 
@@ -50,6 +50,8 @@ class Verification:
     `rows_checked` are those that the measurements are of, the same in every run, and `drawn` as many more that no
     engine can know before; None where all rows were looked at. `notes` are no failures: a target whose difference is
     zero, which a real LoRA can have, and one whose difference is larger than the weight itself, which is rarely meant.
+    `update` is what the weights keep of the change that was meant, over all targets: of each the measured rows stand
+    for all. `warnings` say where that is little.
     """
 
     modules: int = 0
@@ -63,6 +65,8 @@ class Verification:
     changes: dict[str, Change] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     drawn: DrawnRows | None = None
+    update: Kept = field(default_factory=Kept)
+    warnings: list[str] = field(default_factory=list)
 
     def add(self, name: str, check: TargetCheck) -> None:
         """Add what was found of a target."""
@@ -241,6 +245,25 @@ def _check_tensors(
         by_name[name].append(result)
     for name, checks in by_name.items():
         _add_up(name, checks, merged[name].is_like(base[name]), found)
+    _measure_update({name: one for name, (one, *_) in by_name.items() if isinstance(one, TargetCheck)}, merged, found)
+
+
+def _measure_update(checks: Mapping[str, TargetCheck], merged: Weights, found: Verification) -> None:
+    """Say what all targets together keep of the change that was meant, and where that is little."""
+    together = Sums()
+    for name in found.changes:
+        together.add_share(checks[name].sums, checks[name].rows_total / checks[name].rows_checked)
+    written = {merged[name].dtype for name in found.changes}
+    found.update = together.kept(written.pop() if len(written) == 1 else "")
+    cosines = {name: change.cosine for name, change in found.changes.items() if change.cosine is not None}
+    little = {name: cosine for name, cosine in cosines.items() if cosine < LITTLE}
+    if found.update.cosine is not None and (little or found.update.cosine < LITTLE):
+        least = min(cosines, key=cosines.__getitem__)
+        worst = f"{least} has {cosines[least]:.3g} in {merged[least].dtype}, all together {found.update.cosine:.3g}"
+        found.warnings.append(
+            f"{len(little)} of {len(cosines)} targets keep little of the change that was meant, by a cosine below "
+            f"{LITTLE}: {worst}; so small a change needs weights of more bits: --dtype float32 (fuse.dtype)"
+        )
 
 
 def _keep_freed_memory() -> None:

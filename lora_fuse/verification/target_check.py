@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -13,27 +13,79 @@ from lora_fuse.verification.expectation import ExpectedDelta
 from lora_fuse.verification.nearest import FLOATS, Wide, is_nearest, widen
 from lora_fuse.verification.weights import Rows, StoredTensor, drawn_rows, row_blocks
 
+LITTLE = 0.95  # a cosine: of bfloat16, at a change a thousandth as large as the weights .76, at a hundredth .99
+
 
 @dataclass(frozen=True, slots=True)
 class Change:
     """The change of a target, over the rows that were looked at.
 
     `relative_norm` is the norm of the difference over that of the base's weights (Frobenius), `unchanged` the share of
-    the weights that rounding left as they were.
+    the weights that rounding left as they were. The other two are those of `Kept`.
     """
 
     relative_norm: float
     unchanged: float
+    cosine: float | None
+    noise: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The part of the intended change D of weights W that the stored ones have, beside what rounding did to them.
+
+    `cosine` is that of ``stored - W`` and D, `noise` the energy ``|stored - (W + D)|**2 / |D|**2``: 0 for float64, in
+    which the sum is taken. None where nothing is to be added.
+    """
+
+    cosine: float | None = None
+    noise: float | None = None
+
+
+class Sums:
+    """Sums over the rows of a target, or of many, that `Change` and `Kept` are made of."""
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self._sums = np.zeros(7)
+
+    def add(self, before: Wide, added: Wide, stored: Wide) -> None:
+        """Take in some rows of the base, what is to be added to them, and what was written."""
+        realised = stored - before
+        parts = (before, added, realised, realised - added)
+        squares = [float(np.square(part).sum()) for part in parts]
+        together = float(np.vdot(added, realised))
+        self._sums += [*squares, together, float((realised == 0).sum()), float(before.size)]
+
+    def add_share(self, other: Sums, times: float) -> None:
+        """Take in what is known of some rows for all rows of a weight, which are so many times as many."""
+        self._sums += other._sums * times
+
+    def kept(self, dtype: str) -> Kept:
+        """The part that was kept of the change, in weights of a dtype."""
+        _, added, realised, off, together, _, _ = self._sums.tolist()
+        if not added:
+            return Kept()
+        cosine = records.rounded(together / math.sqrt(added * realised)) if realised else 0.0
+        return Kept(cosine, 0.0 if dtype == "F64" else records.rounded(off / added, 6))
+
+    def change(self, dtype: str) -> Change:
+        """The change of a target, of a dtype."""
+        base, added, _, _, _, same, seen = self._sums.tolist()
+        norm = math.sqrt(added / base) if base else math.inf if added else 0.0
+        kept = self.kept(dtype)
+        return Change(records.rounded(norm), records.rounded(same / max(seen, 1)), kept.cosine, kept.noise)
 
 
 @dataclass(slots=True)
 class TargetCheck:
-    """The check of a target: the rows that were looked at, and its change, or a problem."""
+    """The check of a target: the rows that were looked at, and its change with what that is made of, or a problem."""
 
     rows_total: int = 0
     rows_checked: int = 0
     rows_drawn: int = 0
     change: Change | None = None
+    sums: Sums = field(default_factory=Sums)
     problem: str = ""
 
 
@@ -57,20 +109,19 @@ def check_target(
     found.rows_total = total
     try:
         derived = [delta.derive(total, base.read) for delta in deltas]
-        sums = np.zeros(4)
         for measured in row_blocks(name, total, rows):
             block = measured
             if seed is not None and rows is not None and len(measured) < total:
                 drawn = drawn_rows(seed, name, total, rows, measured)
                 found.rows_drawn += len(drawn)
                 block = np.concatenate([measured, drawn])
-            sums += _check_rows(name, merged, base, derived, block, len(measured), found)
+            _check_rows(name, merged, base, derived, block, len(measured), found)
             if found.problem:
                 return found
     except (ValueError, IndexError) as error:
         found.problem = f"{name}: a delta does not fit {base.shape}: {error}"
         return found
-    found.change = _change(*sums.tolist())
+    found.change = found.sums.change(merged.dtype)
     return found
 
 
@@ -82,8 +133,8 @@ def _check_rows(
     block: Rows,
     measured: int,
     found: TargetCheck,
-) -> Wide:
-    """Derive some rows again, of which the first are measured; returns what `_change` is made of."""
+) -> None:
+    """Derive some rows again, of which the first are measured."""
     before = widen(base.read(block)).reshape(len(block), -1)
     added = np.zeros(before.shape)
     for delta in derived:
@@ -99,12 +150,4 @@ def _check_rows(
             f"{name}: {int(wrong.sum())} of {wrong.size} values looked at are not base + delta rounded once, "
             f"first [{block[row]}, {column}]: {stored[row, column]!s}, expected {exact[row, column]:.9g}"
         )
-    seen = slice(measured)
-    squares = [float(np.square(part[seen]).sum()) for part in (before, added)]
-    return np.array([*squares, float((before == ours)[seen].sum()), float(before[seen].size)])
-
-
-def _change(base: float, added: float, same: float, seen: float) -> Change:
-    """The change of a target, from sums of squares (the base, what is added to it) and counts (the same, all)."""
-    norm = math.sqrt(added / base) if base else math.inf if added else 0.0
-    return Change(records.rounded(norm), records.rounded(same / max(seen, 1)))
+    found.sums.add(before[:measured], added[:measured], ours[:measured])

@@ -256,6 +256,76 @@ def test_what_is_measured_does_not_depend_on_the_seed(tmp_path: Path) -> None:
     assert found[0] == found[1]
 
 
+def one_weight(folder: Path, size: float, dtype: npt.DTypeLike, rank: int = 4) -> tuple[Path, Path, LoraInput]:
+    """A base of two weights of 1 / 50 and a LoRA that changes them by a share of that, merged."""
+    rng = np.random.default_rng(4)
+    base: dict[str, npt.NDArray[np.generic]] = {}
+    lora: dict[str, npt.NDArray[np.generic]] = {}
+    for name, times in (("a", 1.0), ("b", 3.0)):
+        base[f"{name}.weight"] = (rng.standard_normal((200, 64)) / 50).astype(dtype)
+        lora[f"{name}.lora_up.weight"] = rng.standard_normal((200, rank)).astype(np.float32)
+        down = rng.standard_normal((rank, 64)) * size * times / 50 / np.sqrt(rank)
+        lora[f"{name}.lora_down.weight"] = down.astype(np.float32)
+    save_file(base, folder / "base.safetensors")
+    save_file(lora, folder / "l.safetensors")
+    given = LoraInput("l", folder / "l.safetensors", 1.0)
+    plan = make_plan(open_checkpoint(folder / "base.safetensors"), [given])
+    out = folder / "out.safetensors"
+    write_merged(plan, out, device="cpu", generated={}, known={}, progress=lambda _: None)
+    return folder / "base.safetensors", out, given
+
+
+# By the change as a share of the weights: the dtype, and the cosine that is left of it.
+KEPT = [(0.05, tiny.BF16, 0.999, 1.0), (0.001, tiny.BF16, 0.8, 0.9), (0.001, np.float32, 0.999999, 1.0)]
+
+
+@pytest.mark.parametrize(("size", "dtype", "least", "most"), KEPT)
+def test_what_rounding_left_of_the_change_is_measured(
+    tmp_path: Path, size: float, dtype: npt.DTypeLike, least: float, most: float
+) -> None:
+    base, out, lora = one_weight(tmp_path, size, dtype)
+    found = verify_merge(out, base, [lora], component="", rows=None, expected=Expectation())
+    assert found.passed
+    parts: list[list[float]] = []
+    for name in ("a", "b"):
+        weight, stored = (widen(load_file(path)[f"{name}.weight"]) for path in (base, out))
+        up, down = (load_file(lora.path)[f"{name}.lora_{side}.weight"].astype(np.float64) for side in ("up", "down"))
+        meant = up @ down
+        written = stored - weight
+        parts.append([(meant * written).sum(), (meant**2).sum(), (written**2).sum(), ((written - meant) ** 2).sum()])
+        change = found.changes[f"{name}.weight"]
+        together, of_meant, of_written, off = parts[-1]
+        assert change.cosine == pytest.approx(together / np.sqrt(of_meant * of_written), rel=1e-8)
+        assert change.noise == pytest.approx(off / of_meant, rel=1e-4)
+    together, of_meant, of_written, off = np.sum(parts, axis=0)
+    assert found.update.cosine == pytest.approx(together / np.sqrt(of_meant * of_written), rel=1e-8)
+    assert found.update.noise == pytest.approx(off / of_meant, rel=1e-4)
+    assert found.update.cosine is not None
+    assert least < found.update.cosine <= most
+    estimated = verify_merge(out, base, [lora], component="", rows=40, expected=Expectation()).update
+    assert estimated.cosine == pytest.approx(found.update.cosine, rel=0.1)
+    assert bool(found.warnings) == (most < 0.95)
+    for warning in found.warnings:
+        assert "2 of 2 targets keep little" in warning
+        assert "a.weight has" in warning
+        assert "--dtype float32" in warning
+
+
+def test_the_change_of_all_targets_counts_every_row_of_each(tmp_path: Path) -> None:
+    """Of a large weight as many rows are looked at as of a small one, and they stand for more."""
+    base, out, lora = one_weight(tmp_path, 0.01, tiny.BF16)
+    rows = [verify_merge(out, base, [lora], component="", rows=n, expected=Expectation()) for n in (16, None)]
+    few, everything = (found.update.noise for found in rows)
+    assert few == pytest.approx(everything, rel=0.2)
+    assert all(found.changes["a.weight"].noise > 5 * found.changes["b.weight"].noise for found in rows)  # type: ignore[operator]
+
+
+def test_a_target_to_which_nothing_is_added_has_no_cosine(tmp_path: Path) -> None:
+    base, out, lora = one_weight(tmp_path, 0.0, tiny.BF16)
+    found = verify_merge(out, base, [lora], component="", rows=4, expected=Expectation())
+    assert (found.update.cosine, found.update.noise, found.warnings) == (None, None, [])
+
+
 def test_the_command_line_names_the_seed_and_takes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = Rows(tmp_path)
     rows.merge(np.array([], int))
