@@ -1,8 +1,5 @@
 """A 1-block Qwen-Image of real shapes, fused and exported by the stages, and the figures that the tests measured."""
 
-import json
-import os
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,16 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.make_checkpoint import Noise, make_lora, qwen_image_edit_config, tensor_shapes
+from benchmarks.export_project import ExportProject
+from benchmarks.make_checkpoint import qwen_image_edit_config, tensor_shapes
 from lora_fuse.exports.formats import FORMATS
 from lora_fuse.exports.reading import read_export
 from tests.engines import denoiser
 from tests.engines.denoiser import Case
 
-ROOT = Path(__file__).resolve().parents[2]
-NAME = "one_block"
+EXPORTED = ("single_file", "int8_convrot", "gguf_q8_0", "fp8_scaled", "fp8_rows", "mxfp8", "nvfp4", "gguf_q4_k")
 CONFIG = {**qwen_image_edit_config(1), "zero_cond_t": True}
-RANK = 64
 ALPHA = 16.0  # ||D|| is .05 of ||W||
 SHARPNESS = 2.0  # of both sides of attention
 Answers = dict[tuple[Case, bool], torch.Tensor]
@@ -57,24 +53,22 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 @dataclass(slots=True)
 class Exported:
-    """A checkout with the merged checkpoint and its exports."""
+    """A project with the merged checkpoint and its exports."""
 
-    root: Path
+    project: ExportProject
     answers: dict[str, Answers] = field(default_factory=dict)  # of decoded weights, by format
-
-    @property
-    def merged(self) -> Path:
-        return self.root / "artifacts/merged/transformer"
 
     def file(self, name: str) -> Path:
         """The file of a format, by its name."""
-        return self.root / "artifacts/export" / FORMATS[name].place.format(NAME)
+        return self.project.exported / FORMATS[name].place.format(self.project.name)
 
     def model(self) -> Any:
         """Diffusers' model of the merged folder, in float32."""
         from diffusers import QwenImageTransformer2DModel
 
-        return QwenImageTransformer2DModel.from_pretrained(self.merged, torch_dtype=torch.float32).eval()
+        return QwenImageTransformer2DModel.from_pretrained(
+            self.project.merged, subfolder="transformer", torch_dtype=torch.float32
+        ).eval()
 
     def decoded(self, name: str) -> Answers:
         """Answers of diffusers in float32 with a format's weights as `read_export` gives them, see `answers_of`."""
@@ -97,17 +91,19 @@ def answers_of(model: Any) -> Answers:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """The merge of a 2511 (`zero_cond_t`) of one block with a LoRA, in every format."""
-    root = tmp_path_factory.mktemp("exported")
-    _make(root)
-    stages(root, "download")
-    stages(root, "fuse")
-    stages(root, "export", f"export.formats=[{','.join(FORMATS)}]")
-    return Exported(root)
+    """The merge of a 2511 (`zero_cond_t`) of one block with a LoRA, in every format of which a test asks."""
+    project = ExportProject(tmp_path_factory.mktemp("exported"), "one_block")
+    _make_base(project.base)
+    project.make(tensor_shapes(CONFIG), ALPHA)
+    project.run("download")
+    project.run("fuse")
+    program = Path(sys.executable).parent / "sd-cli"
+    project.run("export", f"export.formats=[{','.join(EXPORTED)}]", f"export.sd_cli={program}")
+    return Exported(project)
 
 
-def _make(root: Path) -> None:
-    """Weights by diffusers' own initialisation, made to answer: as it is attention is even and a block adds little.
+def _make_base(folder: Path) -> None:
+    """Write weights by diffusers' own initialisation, made to answer: as it is a block adds little, and looks evenly.
 
     With weights of unit gain and sharper attention an answer depends on each tensor and on every token's place.
     """
@@ -120,23 +116,7 @@ def _make(root: Path) -> None:
             weight.data *= 3**0.5  # uniform within 1 / sqrt(inputs) has a third of the variance
         elif ".attn.norm_" in name:
             weight.data *= SHARPNESS
-    model.save_pretrained(root / "base/transformer")
-    parts = {"scheduler": "FlowMatchEulerDiscreteScheduler", "transformer": "QwenImageTransformer2DModel"}
-    index = {"_class_name": "QwenImageEditPlusPipeline", **{name: ["diffusers", kind] for name, kind in parts.items()}}
-    (root / "base/model_index.json").write_text(json.dumps(index))
-    (root / "base/scheduler").mkdir()
-    (root / "base/scheduler/scheduler_config.json").write_text(json.dumps({"_class_name": parts["scheduler"]}))
-    (root / "lora").mkdir()
-    make_lora(root / "lora/lora.safetensors", tensor_shapes(CONFIG), RANK, ALPHA, Noise(1))
-    (root / "conf").symlink_to(ROOT / "conf")
-
-
-def stages(root: Path, stage: str, *overrides: str) -> None:
-    given = ["base.path=base", "loras.lightning.path=lora", "loras.lightning.filename=lora.safetensors", f"name={NAME}"]
-    command = [sys.executable, "-m", f"stages.{stage}", *given, *overrides]
-    here = {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(command, check=False, cwd=root, env=here, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
+    model.save_pretrained(folder)
 
 
 @pytest.fixture(scope="session", params=denoiser.CASES, ids=str)

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from lora_fuse.exports.formats import FORMATS
 from lora_fuse.exports.readers import readers_of
 from tests.engines import denoiser
 from tests.engines.conftest import Answers, Exported, noted
@@ -15,19 +14,22 @@ Loaded = tuple[str, Any]
 
 pytestmark = pytest.mark.engines
 
-# Relative L2 to the merged checkpoint in float32. Measured on two blocks, fp8 4.9e-2, Q8_0 6.4e-3.
-BOUNDS = {"single_file": 0.0, "fp8_rows": 8e-2, "gguf_q8_0": 2e-2}
-READ = 1e-5  # against the weights as they are decoded here
+# Relative L2 to the merged checkpoint in float32, twice what was measured; and to the weights as they are decoded here.
+# diffusers multiplies a GGUF's codes and scales in float16, whatever it computes in.
+BOUNDS = {
+    "single_file": (0.0, 0.0),
+    "fp8_rows": (2e-2, 1e-6),
+    "gguf_q8_0": (4e-3, 2e-4),
+    "gguf_q4_k": (5e-2, 6e-4),
+}
 
 
 @pytest.fixture(scope="module", params=BOUNDS)
 def loaded(request: pytest.FixtureRequest, exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     """A format and diffusers' model of it, by the card's own code, but in float32."""
     name = request.param
-    if name not in FORMATS:
-        pytest.xfail(f"{name} is not exported yet")
     (reader,) = [one for one in readers_of(name) if one.name == "diffusers"]
-    code = reader.loading(str(exported.file(name)), str(exported.merged.parent), "QwenImageTransformer2DModel")
+    code = reader.loading(str(exported.file(name)), str(exported.project.merged), "QwenImageTransformer2DModel")
     script = tmp_path_factory.mktemp(name) / "load.py"
     script.write_text(code.replace("bfloat16", "float32"))
     return name, runpy.run_path(str(script))["transformer"].eval()
@@ -36,11 +38,11 @@ def loaded(request: pytest.FixtureRequest, exported: Exported, tmp_path_factory:
 def test_an_export_is_drawn_as_the_merged_folder(loaded: Loaded, reference: Answers, case: Case) -> None:
     name, model = loaded
     answer = denoiser.by_diffusers(model, case)
-    assert noted("diffusers 0.42.1", name, case, answer, reference[case, False], "merged") <= BOUNDS[name]
+    assert noted("diffusers 0.42.1", name, case, answer, reference[case, False], "merged") <= BOUNDS[name][0]
 
 
 def test_an_export_is_read_as_it_is_decoded_here(loaded: Loaded, exported: Exported, case: Case) -> None:
     name, model = loaded
     answer = denoiser.by_diffusers(model, case)
     decoded = exported.decoded(name)[case, False]
-    assert noted("diffusers 0.42.1", name, case, answer, decoded, "decoded by us") <= READ
+    assert noted("diffusers 0.42.1", name, case, answer, decoded, "decoded by us") <= BOUNDS[name][1]

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from lora_fuse.exports import readers_of
-from lora_fuse.exports.formats import FORMATS
 from tests.engines import denoiser
 from tests.engines.conftest import Answers, Exported, noted
 from tests.engines.denoiser import Case
@@ -17,41 +16,39 @@ pytestmark = pytest.mark.engines
 ENGINE = "stable-diffusion.cpp 0.4.7"
 FLAG = b"__index_timestep_zero__"
 PLACES = "merged, its text positions"
-UNREAD = {"int8_convrot": "unsupported dtype 'I8'", "fp8_scaled": "unknown tensor"}  # its words
+UNREAD = {"int8_convrot": "unsupported dtype 'I8'", "fp8_scaled": ".weight_scale"}  # its words
 
 
 def test_a_single_file_is_drawn_as_by_diffusers(exported: Exported, reference: Answers, case: Case) -> None:
-    """Float32: 1.9e-4 to 2.0e-4 was measured; with the text at diffusers' places 3.8e-2."""
+    """Float32: 4.5e-5 was measured; with the text at diffusers' places 5.1e-2, which is the engine's and not the file's."""
     answer, log = denoiser.by_stable_diffusion_cpp(exported.file("single_file"), case, widened=True)
     assert "is qwen_image" in log
     assert "use zero_cond_t" in log
     name = "single_file, as float32"
-    assert noted(ENGINE, name, case, answer, reference[case, True], PLACES) < 1e-3
-    assert noted(ENGINE, name, case, answer, reference[case, False], "merged") < 6e-2
+    assert noted(ENGINE, name, case, answer, reference[case, True], PLACES) < 1e-4
+    assert 1e-2 < noted(ENGINE, name, case, answer, reference[case, False], "merged") < 1e-1
 
 
 def test_a_single_file_in_bfloat16(exported: Exported, reference: Answers, case: Case) -> None:
-    """4.3e-3 was measured, which is bfloat16's."""
+    """2.7e-3 was measured, which is bfloat16's."""
     answer, _ = denoiser.by_stable_diffusion_cpp(exported.file("single_file"), case)
-    assert noted(ENGINE, "single_file", case, answer, reference[case, True], PLACES) < 1.5e-2
+    assert noted(ENGINE, "single_file", case, answer, reference[case, True], PLACES) < 6e-3
 
 
 def test_a_gguf_is_drawn_as_by_diffusers(exported: Exported, reference: Answers, case: Case) -> None:
-    """1.05e-2 and 9.0e-3 were measured on two blocks: ggml multiplies Q8_0 by activations of 8 bits."""
-    if "gguf_q8_0" not in FORMATS:
-        pytest.xfail("gguf_q8_0 is not exported yet")
+    """4.0e-3 was measured: ggml multiplies Q8_0 by activations of 8 bits."""
     answer, log = denoiser.by_stable_diffusion_cpp(exported.file("gguf_q8_0"), case)
     assert "use zero_cond_t" in log
-    assert noted(ENGINE, "gguf_q8_0", case, answer, reference[case, True], PLACES) < 3e-2
+    assert noted(ENGINE, "gguf_q8_0", case, answer, reference[case, True], PLACES) < 8e-3
     widened, _ = denoiser.by_stable_diffusion_cpp(exported.file("gguf_q8_0"), case, widened=True)
     decoded = exported.decoded("gguf_q8_0")[case, True]
     name = "gguf_q8_0, as float32"
-    assert noted(ENGINE, name, case, widened, decoded, "decoded by us, its text positions") < 1e-3
+    assert noted(ENGINE, name, case, widened, decoded, "decoded by us, its text positions") < 1e-4
 
 
 def test_without_the_flag_an_edit_is_drawn_in_the_older_way(exported: Exported, reference: Answers) -> None:
     """A control: the same weights without `__index_timestep_zero__`, 3.0e-1 on two blocks, 5.7e-2 here."""
-    file = exported.root / "no_flag.safetensors"
+    file = exported.project.root / "no_flag.safetensors"
     shutil.copy2(exported.file("single_file"), file)
     with file.open("r+b") as opened:
         start = opened.read(1 << 20)
@@ -67,14 +64,12 @@ def test_without_the_flag_an_edit_is_drawn_in_the_older_way(exported: Exported, 
 
 
 @pytest.mark.parametrize("name", UNREAD)
-def test_formats_that_it_does_not_read_are_told(exported: Exported, name: str) -> None:
+def test_formats_that_it_does_not_read_are_told(exported: Exported, reference: Answers, name: str) -> None:
     """`readers_of` names no version of it that was run; the one that is built says so, of fp8 in its log only."""
-    if name not in FORMATS:
-        pytest.xfail(f"{name} is not exported yet")
     assert not any(engine.ran for engine in readers_of(name) if engine.name == "stable-diffusion.cpp")
     try:
         answer, log = denoiser.by_stable_diffusion_cpp(exported.file(name), denoiser.PICTURE)
     except subprocess.CalledProcessError as error:
         answer, log = torch.tensor(torch.nan), error.stderr
     assert UNREAD[name] in log
-    assert not torch.isfinite(answer).all()
+    assert not float((answer - reference[denoiser.PICTURE, True]).norm() / answer.norm()) < 0.1
