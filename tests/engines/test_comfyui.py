@@ -20,7 +20,7 @@ FOLDER = os.environ.get("COMFYUI")
 pytestmark = [pytest.mark.engines, pytest.mark.skipif(FOLDER is None, reason="COMFYUI names no folder")]
 
 MISREAD = re.compile(r"unet (?:missing|unexpected): .*|left over keys .*")
-# Relative L2 to the merged checkpoint, twice what was measured with 0.29.0, and to the weights as they are decoded here.
+# Relative L2 to the merged checkpoint, twice what was measured with 0.29.0, and to the weights as decoded here.
 # In int8 ComfyUI rounds activations too.
 BOUNDS = {
     "single_file": (1e-6, 1e-6),

@@ -20,7 +20,7 @@ UNREAD = {"int8_convrot": "unsupported dtype 'I8'", "fp8_scaled": ".weight_scale
 
 
 def test_a_single_file_is_drawn_as_by_diffusers(exported: Exported, reference: Answers, case: Case) -> None:
-    """Float32: 4.5e-5 was measured; with the text at diffusers' places 5.1e-2, which is the engine's and not the file's."""
+    """Float32: 4.5e-5 was measured; with the text at diffusers' places 5.1e-2, the engine's own."""
     answer, log = denoiser.by_stable_diffusion_cpp(exported.file("single_file"), case, widened=True)
     assert "is qwen_image" in log
     assert "use zero_cond_t" in log
