@@ -14,8 +14,12 @@ from benchmarks.make_checkpoint import qwen_image_edit_config, tensor_shapes
 from lora_fuse.checkpoint.dtypes import DTYPES
 from lora_fuse.checkpoint.header import Header
 from lora_fuse.errors import BadCheckpoint
+from lora_fuse.exports import ExportOptions, export
 from lora_fuse.exports.engine_keys import CODES, FAMILIES
+from lora_fuse.exports.export_contents import as_merged
 from lora_fuse.exports.recognition import problems, unreadable
+from tests.support.matrices import qwen
+from tests.support.wrong_exports import WRONG, wrong_export
 
 CONFIG = {**qwen_image_edit_config(1), "zero_cond_t": True}
 FLAG = "__index_timestep_zero__"
@@ -179,6 +183,30 @@ def test_a_gguf_has_an_architecture_bare_names_and_an_empty_flag(tmp_path: Path)
     for words, path in wrong.items():
         (found,) = problems(path, SMALL)
         assert words in found
+
+
+SPOILT = {"int8 under scaled_fp8": "scaled_fp8", "missing flag": FLAG}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_wrong_exports_of_which_names_and_marks_tell_are_told(tmp_path: Path, name: str) -> None:
+    """Of the others values tell, and those are not looked at; both are smaller than a model, which is told too."""
+    checkpoint = qwen(tmp_path / "t", zero_cond_t=True)
+    merged = as_merged(checkpoint)
+    options = ExportOptions(matrix=merged)
+    (place,) = export(
+        checkpoint,
+        tmp_path / "right",
+        [WRONG[name].format],
+        name="x",
+        metadata={},
+        progress=lambda _: None,
+        options=options,
+    )
+    right = problems(tmp_path / "right" / place, CONFIG)
+    wrong = problems(wrong_export(name, checkpoint, tmp_path / "wrong", base=merged, exact=merged), CONFIG)
+    assert not any(SPOILT[name] in one for one in right)
+    assert any(SPOILT[name] in one for one in wrong)
 
 
 def test_integers_under_the_mark_of_float8_are_told(tmp_path: Path) -> None:
