@@ -14,10 +14,17 @@ import numpy.typing as npt
 
 from lora_fuse.errors import Unquantisable
 from lora_fuse.exports.export_contents import WEIGHT, Matrix
+from lora_fuse.machine import direct_io
 
-AT_ONCE = 256 << 20  # bytes of float32 that are made or wait to be written; one matrix at least
+A_CORE = 160 << 20  # bytes: the largest matrix of Qwen-Image in float32
+LEAST = 400 << 20
 Made = Mapping[str, npt.NDArray[Any]]
 Encode = Callable[[str, npt.NDArray[np.float32]], Made]  # a module's name and its matrix
+
+
+def at_once() -> int:
+    """Bytes of float32 that are made or wait to be written at once: some for each core, of what memory there is."""
+    return max(LEAST, min((os.cpu_count() or 1) * A_CORE, direct_io.available_memory() // 8))
 
 
 class MadeInOrder:
@@ -30,6 +37,7 @@ class MadeInOrder:
         self._encode = encode
         self._running: deque[tuple[str, int, Future[Made]]] = deque()
         self._bytes = 0
+        self._at_once = at_once()
         self._threads = ThreadPoolExecutor(os.cpu_count() or 1, "encode")
 
     def __enter__(self) -> Self:
@@ -54,7 +62,7 @@ class MadeInOrder:
         while self._left and len(self._running) <= (os.cpu_count() or 1):
             module, (rows, columns) = self._left[0]
             size = 4 * rows * columns
-            if self._running and self._bytes + size > AT_ONCE:
+            if self._running and self._bytes + size > self._at_once:
                 return
             self._left.popleft()
             self._bytes += size

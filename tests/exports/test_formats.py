@@ -1,5 +1,6 @@
 """Exports: every tensor under its own name, as it was or encoded, streamed, aligned, and whole or not there."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -21,9 +22,13 @@ from lora_fuse.errors import BadCheckpoint, BadConfig, NoSpace
 from lora_fuse.exports import ExportOptions, making, read_export
 from lora_fuse.exports.export_contents import as_merged
 from lora_fuse.exports.formats import FORMATS, SUMS, export, export_size, is_export, words
+from lora_fuse.fusion import exact_sums, make_plan
+from lora_fuse.lora import LoraInput
 from lora_fuse.machine.files import FileRecord, hash_file
+from lora_fuse.quantisation import FORMATS as CODECS
 from lora_fuse.quantisation import Fp8Options
 from lora_fuse.recipe.recipe import Recipe
+from lora_fuse.recipe.records import Exports, from_json
 from tests.support import tiny
 from tests.support.matrices import matrix, qwen
 
@@ -252,7 +257,7 @@ def test_bytes_do_not_depend_on_threads_or_memory(tmp_path: Path, name: str, mon
     first = hash_file(one_export(checkpoint, tmp_path / "a", name)).sha256
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
     assert hash_file(one_export(checkpoint, tmp_path / "b", name)).sha256 == first
-    monkeypatch.setattr(making, "AT_ONCE", 1)
+    monkeypatch.setattr(making, "at_once", lambda: 1)
     assert hash_file(one_export(checkpoint, tmp_path / "c", name)).sha256 == first
 
 
@@ -361,8 +366,6 @@ def test_k_types_by_the_program_are_in_our_own_container(tmp_path: Path, kind: s
 
 def test_quantised_from_the_exact_sum_is_nearer_than_from_what_was_rounded(tmp_path: Path) -> None:
     """Of normal weights, bf16's own error adds a tenth to Q8_0's energy, and a twentieth to int8's."""
-    from lora_fuse.quantisation import FORMATS as CODECS
-
     exact = matrix(shape=(64, 1024)) + matrix(shape=(64, 1024), seed=9) * np.float32(0.01)
     rounded = exact.astype(tiny.BF16).astype(np.float32)
     for name, least in (("q8_0", 1.07), ("int8_convrot", 1.03)):
@@ -383,29 +386,60 @@ def test_a_path_that_a_format_gives_is_an_export_and_no_other() -> None:
     assert not any(map(is_export, others))
 
 
-def test_pocket_exports_as_its_recipe_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stage itself, on pocket's base as if it were merged."""
-    from lora_fuse.recipe.records import Exports, Manifest, MergedFile, from_json, to_json
+@pytest.fixture(scope="module")
+def pocket(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which pocket is downloaded and fused."""
+    from stages.config import compose
+    from stages.download import download
+    from stages.fuse import fuse
+
+    folder = tmp_path_factory.mktemp("pocket")
+    with contextlib.chdir(ROOT):
+        recipe = Recipe.parse(compose([]), "test")
+    (folder / "pocket").symlink_to(ROOT / "pocket")
+    with contextlib.chdir(folder):
+        assert (download(recipe), fuse(recipe)) == (0, 0)
+    return folder
+
+
+def exported(pocket: Path, *settings: str) -> Path:
+    """The folder that the stage writes, by a recipe with some settings."""
     from stages.config import compose
     from stages.export import export_formats
 
-    monkeypatch.chdir(ROOT)
-    tree = compose(["export.formats=[single_file]"])
-    model = ROOT / "pocket/model"
-    monkeypatch.chdir(tmp_path)
-    Path("artifacts").mkdir()
-    Path("artifacts/merged").symlink_to(model)
-    names = [
-        path.relative_to(model).as_posix() for path in model.rglob("*") if path.suffix in {".json", ".safetensors"}
-    ]
-    files = {name: MergedFile(1, "5" * 64, "base") for name in names}
-    manifest = to_json(Manifest(1, "pocket", None, (), 1.0, 0, files))
-    Path("artifacts/merged.manifest.json").write_text(manifest)
-    assert export_formats(Recipe.parse(tree, "test")) == 0
-    record = from_json(Exports, Path("artifacts/export.json").read_text(), "export.json")
-    assert list(record.files) == ["diffusion_models/pocket.safetensors"]
-    theirs = load_file(Path("artifacts/export/diffusion_models/pocket.safetensors"))
-    for shard in open_checkpoint(model).shards:
-        for name, tensor in load_file(shard.path).items():
-            np.testing.assert_array_equal(octets(theirs.pop(name)), octets(tensor))
-    assert not theirs
+    with contextlib.chdir(ROOT):
+        recipe = Recipe.parse(compose(list(settings)), "test")
+    with contextlib.chdir(pocket):
+        assert export_formats(recipe) == 0
+        record = from_json(Exports, Path("artifacts/export.json").read_text(), "export.json")
+    folder = pocket / "artifacts/export"
+    assert all(hash_file(folder / name) == file for name, file in record.files.items())
+    return folder
+
+
+def test_the_stage_quantises_exact_sums_and_copies_the_merge(pocket: Path) -> None:
+    """What is quantised is not the merge: that is rounded to float16 already."""
+    folder = exported(pocket, "export.formats=[single_file,int8_convrot,fp8_rows]")
+    whole = load_file(folder / "diffusion_models/pocket.safetensors")
+    merged = open_checkpoint(pocket / "artifacts/merged", "transformer")
+    stored = {name: tensor for shard in merged.shards for name, tensor in load_file(shard.path).items()}
+    assert whole.keys() == stored.keys()
+    assert all(torch.equal(whole[name], stored[name]) for name in stored)
+    codes = load_file(folder / "diffusion_models/pocket-int8_convrot.safetensors")
+    name = "transformer_blocks.0.attn.to_q"
+    lora = ROOT / "pocket/lora/pocket-lightning-4steps-v2.safetensors"
+    plan = make_plan(open_checkpoint(ROOT / "pocket/model", "transformer"), [LoraInput("lightning", lora, 1.0)])
+    of_exact, of_merged = (
+        CODECS["int8_convrot"].encode(matrix(f"{name}.weight"), Fp8Options())["weight"]
+        for matrix in (exact_sums(plan).matrix, as_merged(merged))
+    )
+    np.testing.assert_array_equal(codes[f"{name}.weight"].numpy(), of_exact)
+    assert (of_exact != of_merged).any()
+    assert codes[f"{name}.weight_scale"].shape == (120, 1)
+
+
+def test_a_merge_of_another_scale_is_not_exported(pocket: Path) -> None:
+    with pytest.raises(BadCheckpoint, match=r'"scale": 1\.0.*"scale": 0\.9') as refused:
+        exported(pocket, "export.formats=[int8_convrot]", "fuse.scale=0.9")
+    assert refused.value.rerun is not None
+    exported(pocket, "export.formats=[single_file]", "fuse.scale=0.9")  # it is of the merge as it is
