@@ -21,7 +21,12 @@ Scheduler: TypeAlias = Mapping[str, object] | Literal["auto"] | None
 
 
 def plan(
-    base: Path, loras: Sequence[LoraInput], *, selection: Selection | None = None, component: str = COMPONENT
+    base: Path,
+    loras: Sequence[LoraInput],
+    *,
+    selection: Selection | None = None,
+    component: str = COMPONENT,
+    requantise: bool = False,
 ) -> Plan:
     """Open a base and LoRAs and match them; nothing is written, and only headers and alphas are read.
 
@@ -30,15 +35,16 @@ def plan(
         loras: files or PEFT folders, each with its scale; they are summed.
         selection: the modules to fuse; None for all that the LoRAs have.
         component: the pipeline's component to fuse into.
+        requantise: quantise the targets of a quantised base again, as they were, and write nothing else anew.
 
     Raises:
         Refused: the base, a LoRA, a scale or a pattern cannot be used; see `lora_fuse.errors` for the kinds.
     """
     checkpoint = open_checkpoint(base, component, label=hf_cache.cached_at(base.absolute()))
-    return make_plan(checkpoint, loras, selection)
+    return make_plan(checkpoint, loras, selection, requantise=requantise)
 
 
-def fuse(
+def fuse(  # noqa: PLR0913 - by keyword, each is a choice of its own
     plan: Plan,
     out: Path,
     *,
@@ -46,6 +52,7 @@ def fuse(
     untouched: files.Untouched = "auto",
     scheduler: Scheduler = None,
     replace: bool = False,
+    force_quantised: bool = False,
     show_progress: bool = False,
 ) -> Fused:
     """Write the merged checkpoint to `out` and its manifest beside it; the bytes do not depend on the device.
@@ -61,6 +68,8 @@ def fuse(
         scheduler: settings of the result's scheduler; ``auto`` are those that a known step-distilled LoRA needs, None
             keeps the base's.
         replace: replace whatever else is at `out`, but for the base and the LoRAs.
+        force_quantised: write what was quantised again however little of the change is left (`requantised` of the
+            manifest has the figure).
         show_progress: show bytes and rate on stderr.
 
     Raises:
@@ -71,7 +80,16 @@ def fuse(
         settings = _settings(scheduler, plan.inputs)
         for caution in cautions(plan, settings):
             warnings.warn(text.line(caution), stacklevel=2)
-        return FuseJob(plan, out, device=device, untouched=untouched, scheduler=settings, replace=replace).run()
+        job = FuseJob(
+            plan,
+            out,
+            device=device,
+            untouched=untouched,
+            scheduler=settings,
+            replace=replace,
+            force_quantised=force_quantised,
+        )
+        return job.run()
 
 
 def verify(  # noqa: PLR0913 - by keyword, each is a choice of its own

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lora_fuse
 from lora_fuse.errors import BadConfig, naming_extras
@@ -54,21 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="what would be fused, what refused; writes nothing")
     plan.add_argument("base", type=Path, metavar="BASE")
     plan.set_defaults(run=_plan)
-    fuse = commands.add_parser("fuse", help="write BASE with the LoRAs fused into it to OUT")
-    fuse.add_argument("base", type=Path, metavar="BASE")
-    fuse.add_argument("out", metavar="OUT")
-    fuse.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    fuse.add_argument(
-        "--untouched", choices=("auto", "reflink", "hardlink", "copy"), default="auto", help="how to take over the rest"
-    )
-    fuse.add_argument(
-        "--scheduler",
-        type=Path,
-        metavar="JSON|auto",
-        help="settings for OUT; auto: the LoRA's; default: the base's",
-    )
-    fuse.add_argument("--replace", action="store_true", help="replace OUT even if lora-fuse did not make it")
-    fuse.set_defaults(run=_fuse)
+    fuse = _add_fuse(commands)
     verify = commands.add_parser(
         "verify",
         help="check a download against its list, and who signed it, where a signer is named; with BASE, re-derive the "
@@ -87,6 +73,12 @@ def _parser() -> argparse.ArgumentParser:
     verify.set_defaults(run=_verify)
     for command in (fuse, verify):
         command.add_argument("--quiet", action="store_true", help="say only what is wrong")
+    for command in (plan, fuse):
+        command.add_argument(
+            "--requantise",
+            action="store_true",
+            help="of a quantised BASE, quantise the fused weights again as they were (default: write all as BF16)",
+        )
     for command in (plan, fuse, verify):
         needed = command is not verify
         command.add_argument(
@@ -102,6 +94,31 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_fuse(commands: Any) -> argparse.ArgumentParser:
+    """Add the options that only `fuse` has."""
+    fuse: argparse.ArgumentParser = commands.add_parser("fuse", help="write BASE with the LoRAs fused into it to OUT")
+    fuse.add_argument("base", type=Path, metavar="BASE")
+    fuse.add_argument("out", metavar="OUT")
+    fuse.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    fuse.add_argument(
+        "--untouched", choices=("auto", "reflink", "hardlink", "copy"), default="auto", help="how to take over the rest"
+    )
+    fuse.add_argument(
+        "--scheduler",
+        type=Path,
+        metavar="JSON|auto",
+        help="settings for OUT; auto: the LoRA's; default: the base's",
+    )
+    fuse.add_argument(
+        "--force-quantised",
+        action="store_true",
+        help="write what --requantise made, however little is left",
+    )
+    fuse.add_argument("--replace", action="store_true", help="replace OUT even if lora-fuse did not make it")
+    fuse.set_defaults(run=_fuse)
+    return fuse
+
+
 def _inputs(options: argparse.Namespace) -> list[LoraInput]:
     scales = options.scale or [1.0] * len(options.lora)
     if len(scales) != len(options.lora):
@@ -110,7 +127,13 @@ def _inputs(options: argparse.Namespace) -> list[LoraInput]:
 
 
 def _make_plan(options: argparse.Namespace) -> Plan:
-    return lora_fuse.plan(options.base, _inputs(options), selection=_selection(options), component=options.component)
+    return lora_fuse.plan(
+        options.base,
+        _inputs(options),
+        selection=_selection(options),
+        component=options.component,
+        requantise=options.requantise,
+    )
 
 
 def _selection(options: argparse.Namespace) -> Selection:
@@ -206,12 +229,16 @@ def _fuse(options: argparse.Namespace) -> int:
             untouched=options.untouched,
             scheduler=scheduler,
             replace=options.replace,
+            force_quantised=options.force_quantised,
             show_progress=True,
         )
     files = fused.manifest.files
     total = progress.human_bytes(sum(file.size for file in files.values()))
     written = progress.human_rate(fused.bytes_written, fused.seconds)
     text.say(f"merged: {options.out}, {total} in {len(files)} files; written: {written}")
+    if (cost := fused.manifest.requantised) is not None:
+        left = f"{cost.cosine:.4f} of the change is left (cosine), noise {cost.noise_over_change:.3g} of its energy"
+        text.say(f"quantised again: {left}")
     for name, file in files.items():
         if file.origin == "fused":
             text.say(f"  {file.sha256}  {name}")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from lora_fuse.checkpoint import diffusers_files
 from lora_fuse.errors import BadConfig
 from lora_fuse.fusion.decoded.decoded_layout import decoded_index
+from lora_fuse.fusion.decoded.requantiser import Costs
 from lora_fuse.fusion.destination import Destination
 from lora_fuse.fusion.device import fuse_device
 from lora_fuse.fusion.manifest import build_manifest, manifest_path
@@ -55,7 +56,7 @@ class Fused:
 class FuseJob:
     """A merge to write, see `write_merged`; its manifest is written beside `out`."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - by keyword, each is a choice of its own
         self,
         plan: Plan,
         out: Path,
@@ -65,10 +66,12 @@ class FuseJob:
         pipeline: str | None = None,
         scheduler: Mapping[str, object] | None = None,
         replace: bool = False,
+        force_quantised: bool = False,
     ) -> None:
         """Choose the device, generate the files and look at `out`.
 
-        `pipeline` and `scheduler` are those of `diffusers_files`, `replace` is that of `Destination`.
+        `pipeline` and `scheduler` are those of `diffusers_files`, `replace` is that of `Destination`; with
+        `force_quantised` no result is refused for what it cost to quantise it again.
 
         Raises:
             Refused: `out` may not be replaced, see `Destination.check`.
@@ -83,6 +86,7 @@ class FuseJob:
         self.out = out
         self.device = fuse_device(device, plan.plain)
         self.untouched = untouched
+        self.costs = Costs(least=-1.0) if force_quantised else Costs()
         self.generated: dict[str, bytes] = {}
         if pipeline or scheduler:
             self.generated = diffusers_files(base.root, pipeline=pipeline, scheduler=scheduler or {})
@@ -122,7 +126,8 @@ class FuseJob:
         written: list[Fused] = []
 
         def beside(merged: Mapping[str, records.MergedFile]) -> dict[Path, str]:
-            manifest = build_manifest(self.plan, dict(merged), recipe=recipe, base=base, loras=loras)
+            cost = self.costs.total if self.plan.requantise else None
+            manifest = build_manifest(self.plan, dict(merged), recipe=recipe, base=base, loras=loras, cost=cost)
             written.append(Fused(manifest, nbytes, clock.seconds))
             return self._records(written[0])
 
@@ -139,6 +144,7 @@ class FuseJob:
                 beside=beside,
                 states=states,
                 hash_inputs=recipe is not None and recipe.fuse.inputs == "hash",
+                costs=self.costs,
             )
         return replace(written[0], linked=tuple(self._linked()))
 

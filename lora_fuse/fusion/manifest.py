@@ -29,6 +29,7 @@ def build_manifest(
     recipe: Recipe | None = None,
     base: Lock | None = None,
     loras: Mapping[str, Lock] | None = None,
+    cost: records.Requantised | None = None,
 ) -> Manifest:
     """Build the manifest of a merge that was just written, as far as it was pinned with its locks.
 
@@ -53,6 +54,7 @@ def build_manifest(
         targets=len(plan.targets),
         files=written,
         source=plan.source or None,
+        requantised=cost,
     )
 
 

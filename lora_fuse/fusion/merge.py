@@ -13,10 +13,11 @@ from pathlib import Path
 
 from threadpoolctl import threadpool_limits
 
-from lora_fuse.checkpoint import PROVENANCE, Shard
+from lora_fuse.checkpoint import Shard
 from lora_fuse.errors import BadCheckpoint, Refused
 from lora_fuse.fusion.decoded.decoded_fuser import DecodedFuser
 from lora_fuse.fusion.decoded.decoded_layout import decoded_size
+from lora_fuse.fusion.decoded.requantiser import Costs, Requantiser, fused_header
 from lora_fuse.fusion.destination import Destination
 from lora_fuse.fusion.plan import Plan
 from lora_fuse.fusion.stream import FuseOptions, Progress, ShardFuser, Share, Stopped
@@ -41,6 +42,7 @@ def write_merged(  # noqa: PLR0913 - by keyword, each is a choice of its own
     beside: Beside = lambda _: {},
     states: file_state.FileStates | None = None,
     hash_inputs: bool = False,
+    costs: Costs | None = None,
 ) -> dict[str, records.MergedFile]:
     """Write the merged checkpoint of the same kind as the base to `out`, replacing what was there.
 
@@ -48,7 +50,8 @@ def write_merged(  # noqa: PLR0913 - by keyword, each is a choice of its own
     the base's, by POSIX path; `known` are the base's files whose sha256 a lock has: they are not hashed again, or with
     `hash_inputs` all are, as they are read, and have to be those. `replace` is that of `Destination`; `beside` makes
     the texts that are put beside the result right after it, of its files. All inputs have to stay as they were when the
-    plan was made, or as `states` has them from before: that is told of links to them that were made here.
+    plan was made, or as `states` has them from before: that is told of links to them that were made here. `costs` are
+    told what it cost to quantise targets again, and refuse what is too much.
 
     Returns:
         Every file of the result by POSIX path.
@@ -72,7 +75,7 @@ def write_merged(  # noqa: PLR0913 - by keyword, each is a choice of its own
         with staging.staging_folder(place, _key(plan, states, pinned)) as staged:
             way = FuseOptions(device, direct=direct_io.too_large_to_cache(to_write), pinned=pinned)
             others = OtherFiles(plan, staged, generated, ways, {} if hash_inputs else known, pinned)
-            written = _write_files(plan, staged, others, way, states, progress)
+            written = _write_files(plan, staged, others, way, states, progress, costs)
             _refuse_changed(states)
             destination.check(plan, generated)  # it took a while
             new = staged.files
@@ -122,10 +125,10 @@ def _key(plan: Plan, states: file_state.FileStates, pinned: Mapping[str, str]) -
 def bytes_to_write(plan: Plan) -> int:
     """Bytes that go through the engine: the fused shards, whole."""
     entry = plan.provenance
-    if plan.stored is not None:
+    if plan.stored is not None and not plan.requantise:
         return sum(decoded_size(shard, plan.stored, entry) for shard in plan.fused_shards)
     return sum(
-        _stat(shard.path).st_size - len(shard.header.raw) + len(shard.header.with_metadata(PROVENANCE, entry))
+        _stat(shard.path).st_size - len(shard.header.raw) + len(fused_header(shard, entry))
         for shard in plan.fused_shards
     )
 
@@ -142,12 +145,13 @@ def _write_files(
     way: FuseOptions,
     states: file_state.FileStates,
     progress: Progress,
+    costs: Costs | None,
 ) -> dict[str, records.MergedFile]:
     """Fuse the shards that change, while the other files are prepared; all of them by POSIX path."""
     done = place.keep_finished([shard.relative for shard in plan.fused_shards], progress)
     with others.prepared(progress, way.stop):
         try:
-            written = _fuse_shards(plan, place, done, way, states, progress)
+            written = _fuse_shards(plan, place, done, way, states, progress, costs or Costs())
         except Stopped:
             others.wait()  # one of them failed
             raise
@@ -161,6 +165,7 @@ def _fuse_shards(
     way: FuseOptions,
     states: file_state.FileStates,
     progress: Progress,
+    costs: Costs,
 ) -> dict[str, records.MergedFile]:
     """Fuse the shards that change, several at a time; those that a killed run has finished are not made again."""
     to_fuse = [shard for shard in plan.fused_shards if shard.relative not in done]
@@ -177,7 +182,7 @@ def _fuse_shards(
     # BLAS has one thread: its own would spin against those that take pieces.
     with (
         threadpool_limits(1, user_api="blas"),
-        _fuser(plan, way, share, progress) as fuser,
+        _fuser(plan, way, share, progress, costs) as fuser,
         ThreadPoolExecutor(share.shards, "shard") as pool,
     ):
         by_size = sorted(to_fuse, key=lambda shard: -states[shard.path].size)  # the longest last would be alone
@@ -191,11 +196,17 @@ def _fuse_shards(
         failed = [error for shard in finished if (error := shard.exception()) is not None]
         for error in sorted(failed, key=lambda error: isinstance(error, Stopped)):
             raise error
+        if isinstance(fuser, Requantiser):
+            fuser.finish_measuring()
         hashed = dict(done) | {name: shard.result() for name, shard in running.items()}
     return {name: records.MergedFile(record.size, record.sha256, "fused") for name, record in hashed.items()}
 
 
-def _fuser(plan: Plan, way: FuseOptions, share: Share, progress: Progress) -> ShardFuser | DecodedFuser:
+def _fuser(
+    plan: Plan, way: FuseOptions, share: Share, progress: Progress, costs: Costs
+) -> ShardFuser | DecodedFuser | Requantiser:
+    if plan.requantise:
+        return Requantiser(plan, way, share, progress, costs)
     if plan.stored is not None:
         return DecodedFuser(plan, way, share, progress)
     return ShardFuser(plan.targets, plan.provenance, way, share, progress)

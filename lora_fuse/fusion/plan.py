@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from lora_fuse.checkpoint import Checkpoint, Shard, TensorInfo, dtypes, fitness, open_checkpoint, repository_files
-from lora_fuse.checkpoint.stored import StoredMatrix, StoredWeights
+from lora_fuse.checkpoint.stored import MADE, StoredMatrix, StoredWeights
 from lora_fuse.errors import BadCheckpoint, BadConfig, BadScale, require
 from lora_fuse.lora import Delta, LoraDelta, LoraFile, LoraInput, Selection, match_targets, open_lora
 from lora_fuse.machine import files
@@ -70,12 +70,18 @@ class Plan:
     def fused_shards(self) -> tuple[Shard, ...]:
         """The shards that are written anew, in the base's order: those that hold a target, or what is decoded."""
         changed = {target.shard.relative for target in self.targets.values()}
-        codes = self.stored.tensors if self.stored else frozenset()
+        codes = self.stored.tensors if self.stored and not self.requantise else self._new_scales
         return tuple(
             shard
             for shard in self.checkpoint.shards
             if shard.relative in changed or not codes.isdisjoint(shard.header.tensors)
         )
+
+    @property
+    def _new_scales(self) -> frozenset[str]:
+        """The scales of targets that are quantised again, which may lie in other shards."""
+        matrices = (target.stored for target in self.targets.values() if self.requantise)
+        return frozenset(one.scale.tensor.name for one in matrices if one is not None and one.scale is not None)
 
     @property
     def plain(self) -> bool:
@@ -150,10 +156,8 @@ def make_plan(
     decoded = codes or any(shard.is_gguf for shard in checkpoint.shards)
     if decoded and stored.refused:
         raise next(iter(stored.refused.values()))
-    if requantise and not codes:
-        raise BadConfig(
-            f"{checkpoint.root} has no target that is quantised, so none can be requantised; leave that out"
-        )
+    if requantise:
+        _refuse_unmade(checkpoint, [target.stored for target in targets.values() if target.stored])
     if (beyond := next(filter(None, map(_beyond_plain, targets.values())), None)) is not None:
         require("torch", beyond)
     return Plan(checkpoint, tuple(inputs), loras, targets, chosen, skipped, stored if decoded else None, requantise)
@@ -202,6 +206,18 @@ def _order(pair: tuple[LoraInput, LoraFile]) -> tuple[str, str, float]:
 def _config(lora: LoraFile) -> dict[str, str]:
     """The sha256 of a PEFT folder's configuration, on which the bytes depend too."""
     return {} if lora.config_sha256 is None else {"config_sha256": lora.config_sha256}
+
+
+def _refuse_unmade(checkpoint: Checkpoint, targets: Sequence[StoredMatrix]) -> None:
+    """Refuse to quantise again where no target is codes, or one is of a format that is only read."""
+    if not targets:
+        raise BadConfig(f"{checkpoint.root} has no target that is quantised: leave --requantise out")
+    for matrix in targets:
+        if matrix.format not in MADE:
+            raise BadConfig(
+                f"{checkpoint.root}: {matrix.name!r} is {matrix.format}, which is read here and not made (made are "
+                f"{', '.join(MADE)}): leave --requantise out for BF16, or keep the LoRA beside codes, --side-channel"
+            )
 
 
 def _targets(

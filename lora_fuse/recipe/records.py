@@ -142,6 +142,17 @@ class Tool:
 
 
 @dataclass(frozen=True, slots=True)
+class Requantised:
+    """The cost of quantising targets again, over all of them: the cosine of the kept and the meant change.
+
+    `noise_over_change` is the energy of what is off, over that of the change that was meant.
+    """
+
+    cosine: float
+    noise_over_change: float
+
+
+@dataclass(frozen=True, slots=True)
 class Exports:
     """The files of an export by POSIX path, and the manifest of the checkpoint that was exported."""
 
@@ -155,7 +166,8 @@ class Manifest:
     """Everything that a merged checkpoint is made of; `files` lists every file of it by POSIX path.
 
     `selection` is None where every module of every LoRA was fused. `source` are the formats of a base whose weights are
-    codes, each with the number of weights; not there for other bases.
+    codes, each with the number of weights, `requantised` the cost where targets were quantised again; not there for
+    others.
     """
 
     schema: int
@@ -167,6 +179,7 @@ class Manifest:
     files: dict[str, MergedFile]
     selection: Selection | None = None
     source: Annotated[dict[str, int] | None, Field(exclude_if=lambda source: source is None)] = None
+    requantised: Annotated[Requantised | None, Field(exclude_if=lambda cost: cost is None)] = None
 
     @property
     def pair(self) -> tuple[str | None, list[tuple[str | None, str | None]]]:

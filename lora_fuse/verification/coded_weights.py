@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ MAGIC = b"GGUF"
 TORCH = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 PLAIN = {"F64", "F32", "F16", "BF16"}
 WRITTEN = "BF16"
+OF_SINGLE = 4e-6  # what float32 may be off by on the way to a code, of the largest number there
+OF_HALF = 1.2e-3  # a block is rounded at a scale that is rounded to float16 later
+SMALLEST = 1e-29  # scales of what is all zero
 LAYERS = "_quantization_metadata"  # ComfyUI's entry of a header
 FORMATS = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int8_tensorwise": "I8"}
 
@@ -39,12 +42,67 @@ class CodedTensor(StoredTensor):
     kind: str
     scales: Wide | None = None
     group: int = 0
+    scale_name: str = ""
 
     @classmethod
-    def of(cls, stored: StoredTensor, scales: Wide | None = None, group: int = 0) -> CodedTensor:
+    def of(cls, stored: StoredTensor, scales: Wide | None = None, group: int = 0, scale_name: str = "") -> CodedTensor:
         """Give the codes of a tensor their meaning."""
         place = (stored.path, WRITTEN, stored.shape, stored.start, stored.nbytes, stored.refuse)
-        return cls(*place, stored.dtype, scales, group)
+        return cls(*place, stored.dtype, scales, group, scale_name)
+
+    def is_like(self, other: StoredTensor) -> bool:
+        """True where another tensor is codes of the same kind and shape, with as many scales."""
+        if not isinstance(other, CodedTensor):
+            return StoredTensor.is_like(self, other)
+        shapes = [None if one.scales is None else one.scales.shape for one in (self, other)]
+        return (self.kind, self.shape, self.group) == (other.kind, other.shape, other.group) and shapes[0] == shapes[1]
+
+    def off(self, exact: Wide, rows: Rows) -> npt.NDArray[np.bool_]:
+        """True for each value of some rows whose code is not the one that is nearest to `exact` at its scale."""
+        codes, scales = self._codes_and_scales(rows)
+        wanted = exact
+        if self.group:
+            groups = exact.reshape(len(rows), -1, self.group)
+            wanted = np.asarray(groups @ _hadamard(self.group), np.float64).reshape(exact.shape)
+        wanted = np.divide(wanted, scales, out=np.zeros(wanted.shape), where=scales > 0)
+        grid = self._grid()
+        above = np.clip(np.searchsorted(grid, wanted), 1, len(grid) - 1)
+        best = np.minimum(np.abs(wanted - grid[above - 1]), np.abs(wanted - grid[above]))
+        slack = np.abs(wanted) * (OF_HALF if self.kind == "Q8_0" else OF_SINGLE)
+        slack += OF_SINGLE * np.abs(wanted).max(axis=1, keepdims=True) if self.group else 0
+        return np.asarray(np.abs(codes - wanted) > best + slack)
+
+    def unused(self, rows: Rows) -> bool:
+        """True where a scale is so large that the codes of its weight, row or block reach less than half of theirs."""
+        by_row = self.kind == "Q8_0" or (self.scales is not None and self.scales.size > 1)
+        codes, scales = self._codes_and_scales(rows if by_row else np.arange(len(self)))
+        if self.kind != "Q8_0" and self.scales is None:
+            return False
+        tops = np.abs(codes.reshape(-1, 32) if self.kind == "Q8_0" else codes if by_row else codes.reshape(1, -1))
+        used = tops.max(axis=1) >= self._grid()[-1] / 2
+        empty = scales.reshape(len(used), -1)[:, 0] < SMALLEST if by_row else scales.reshape(-1)[:1] < SMALLEST
+        return not bool((used | empty).all())
+
+    def _codes_and_scales(self, rows: Rows) -> tuple[Wide, Wide]:
+        """The numbers that codes are, (n, columns), and the scale of each of them."""
+        stored = self.codes(rows)
+        if self.kind == "Q8_0":
+            blocks = stored.reshape(-1, 34)
+            halves = np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(np.float64)
+            numbers = np.ascontiguousarray(blocks[:, 2:]).view(np.int8).astype(np.float64)
+            return numbers.reshape(len(rows), -1), np.repeat(halves, 32, axis=1).reshape(len(rows), -1)
+        numbers = self._unscaled(stored).reshape(len(rows), -1)
+        scales: Wide = (
+            np.ones(()) if self.scales is None else self.scales if self.scales.size == 1 else self.scales[rows]
+        )
+        return numbers, np.broadcast_to(scales, numbers.shape)
+
+    def _grid(self) -> Wide:
+        """All numbers that a code can be, in order."""
+        if self.kind in TORCH:
+            numbers = self._unscaled(np.arange(256, dtype=np.uint8))
+            return np.unique(numbers[np.isfinite(numbers)])
+        return np.arange(-127.0, 128.0)
 
     @property
     def nbytes_merged(self) -> int:
@@ -120,11 +178,16 @@ def _gguf_weights(path: Path) -> Weights:
     with naming_extras("a GGUF base"):
         from gguf import GGUFReader
     try:
-        tensors = GGUFReader(path).tensors
+        reader = GGUFReader(path)
     except (OSError, ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:
         raise BadCheckpoint(f"{path} cannot be opened as GGUF ({error}); fetch it again") from error
     found = Weights([])
-    for tensor in tensors:
+    found.is_gguf = True
+    entries = {
+        name: str(entry.contents()) for name, entry in reader.fields.items() if not name.startswith(MAGIC.decode())
+    }
+    found.metadata[path.name] = entries
+    for tensor in reader.tensors:
         shape = tuple(int(size) for size in reversed(tensor.shape.tolist()))
         place = (int(tensor.data_offset), int(tensor.n_bytes))
         found.add(tensor.name, StoredTensor(path, tensor.tensor_type.name, shape, *place, BadCheckpoint))
@@ -181,7 +244,8 @@ def _coded(base: Weights, name: str, stored: StoredTensor, said: Mapping[str, An
     scales = widen(scale.read())
     if scales.size not in (1, len(stored)) or not np.isfinite(scales).all() or scale.dtype != "F32":
         raise ValueError(f"its scales are {scale.dtype} {scale.shape}, or no numbers")
-    return CodedTensor.of(stored, scales.reshape(-1, 1) if scales.size > 1 else scales.reshape(()), group)
+    name = next(one for one in beside if one in base.names())
+    return CodedTensor.of(stored, scales.reshape(-1, 1) if scales.size > 1 else scales.reshape(()), group, name)
 
 
 def _said(base: Weights, name: str, listed: Mapping[str, Any], module: str) -> Mapping[str, Any] | None:
@@ -205,6 +269,16 @@ def decoded(base: Weights, codes: CodedWeights) -> Weights:
     found.metadata = {name: _without_layers(metadata) for name, metadata in base.metadata.items()}
     for name in base.names() - codes.beside:
         found.add(name, codes.tensors.get(name, base[name]))
+    return found
+
+
+def requantised(weights: Weights, codes: CodedWeights, targets: Set[str]) -> Weights:
+    """The tensors of a base, or of a merge whose targets are quantised as they were; their scales are theirs."""
+    found = Weights([])
+    found.metadata = weights.metadata
+    coded = {name: codes.tensors[name] for name in targets if name in codes.tensors}
+    for name in weights.names() - {tensor.scale_name for tensor in coded.values()}:
+        found.add(name, replace(coded[name], dtype=coded[name].kind) if name in coded else weights[name])
     return found
 
 

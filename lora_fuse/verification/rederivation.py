@@ -24,7 +24,7 @@ from lora_fuse.errors import BadCheckpoint
 from lora_fuse.lora import LoraInput, Selection
 from lora_fuse.machine import file_state, files, progress
 from lora_fuse.verification.byte_comparison import pieces
-from lora_fuse.verification.coded_weights import CodedTensor, decoded, open_weights, read_codes
+from lora_fuse.verification.coded_weights import CodedTensor, decoded, open_weights, read_codes, requantised
 from lora_fuse.verification.expectation import ExpectedDelta, read_expected
 from lora_fuse.verification.target_check import LITTLE, Change, Kept, Sums, TargetCheck, check_target
 from lora_fuse.verification.weights import Weights, weight_files
@@ -142,20 +142,21 @@ def verify_merge(  # noqa: PLR0913 - by keyword, each is a choice of its own
         base_files = [base / name for name in shards.shards] if shards else [base]
         merged_files = [merged / path.relative_to(base) for path in base_files]
         merged_files = [path for path in merged_files if path.is_file()] or weight_files(merged, component)
-        ours = Weights(merged_files)
+        written = open_weights(merged_files)
         stored = open_weights(base_files)
         expected_sum = read_expected(loras, stored, selection or Selection())
-        theirs = _as_merged(stored, expected_sum.deltas.keys(), found)
+        ours, theirs = _comparable(written, stored, expected_sum.deltas.keys(), found)
         found.modules = expected_sum.modules
         found.targets = len(expected_sum.deltas)
         for problem in expected_sum.problems:
             found.problem(problem)
-        _check_metadata(ours, theirs, found)
+        if written.is_gguf == stored.is_gguf:
+            _check_metadata(ours, theirs, found)
         _check_tensors(ours, theirs, expected_sum.deltas, rows, found, advance)
         if shards is not None:
             fused = {path.relative_to(merged).as_posix() for path in merged_files}
             found.files_untouched, problems = compare_files(
-                merged, base, fused, shards, expected, advance, _indexes(base, shards.index, stored, theirs)
+                merged, base, fused, shards, expected, advance, _indexes(base, shards.index, theirs)
             )
             for problem in problems:
                 found.problem(problem)
@@ -172,23 +173,32 @@ def _refuse_other_kinds(merged: Path, base: Path) -> None:
         raise BadCheckpoint(f"{merged} is {kinds[0]}, and its base {base} {kinds[1]}; name two of one kind")
 
 
-def _as_merged(base: Weights, targets: Set[str], found: Verification) -> Weights:
-    """The base's tensors as a merge has them: decoded, if a target is stored as codes."""
+def _comparable(merged: Weights, base: Weights, targets: Set[str], found: Verification) -> tuple[Weights, Weights]:
+    """The tensors of both sides as they are compared: codes are decoded in the base, or are codes on both sides."""
     codes = read_codes(base)
-    if not targets & codes.tensors.keys() and not targets & codes.problems.keys():
-        return base
+    again = merged.is_gguf or any(name in targets and _is_stored_as(merged, base, name) for name in codes.tensors)
+    if again:
+        both = [requantised(merged, read_codes(merged), targets), requantised(base, codes, targets)]
+        return both[0], both[1]
+    if base.is_gguf == merged.is_gguf and targets.isdisjoint(codes.tensors) and targets.isdisjoint(codes.problems):
+        return merged, base
     for problem in codes.problems.values():
         found.problem(problem)
-    return decoded(base, codes)
+    return merged, decoded(base, codes)
 
 
-def _indexes(base: Path, index: str | None, stored: Weights, merged: Weights) -> dict[str, dict[str, Any]]:
+def _is_stored_as(merged: Weights, base: Weights, name: str) -> bool:
+    return name in merged.names() and merged[name].is_like(base[name])
+
+
+def _indexes(base: Path, index: str | None, theirs: Weights) -> dict[str, dict[str, Any]]:
     """The index of shards as it should be, where codes of the base were decoded: without what went with codes."""
-    if index is None or merged is stored:
+    tensors = [theirs[name] for name in theirs.names()]
+    if index is None or not any(isinstance(one, CodedTensor) and one.dtype != one.kind for one in tensors):
         return {}
     content = files.read_json(base / index, dict, BadCheckpoint)
-    total = sum(merged[name].nbytes_merged for name in merged.names())
-    listed = {name: file for name, file in content["weight_map"].items() if name in merged.names()}
+    total = sum(one.nbytes_merged for one in tensors)
+    listed = {name: file for name, file in content["weight_map"].items() if name in theirs.names()}
     metadata = {**content.get("metadata", {}), "total_size": total}
     return {index: {**content, "metadata": metadata, "weight_map": listed}}
 
@@ -213,6 +223,8 @@ def _check_tensors(
         found.problem(f"{name} is only in the {'base' if name in base.names() else 'merged'} checkpoint")
     scales = {f"{match['module']}.weight": match[0] for match in map(SCALE.fullmatch, base.names()) if match}
     for name in sorted(deltas.keys() & scales.keys()):
+        if isinstance(base[name], CodedTensor):
+            continue  # its scale is its own
         found.problem(
             f"{name} is no plain weight in the base: {scales[name]} goes with it, so the sum is of other numbers"
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lora_fuse.recipe import records
+from lora_fuse.verification.coded_weights import CodedTensor
 from lora_fuse.verification.expectation import ExpectedDelta
 from lora_fuse.verification.nearest import FLOATS, Wide, is_nearest, widen
 from lora_fuse.verification.weights import Rows, StoredTensor, drawn_rows, row_blocks
@@ -103,7 +104,8 @@ def check_target(
     if merged.shape != base.shape:
         found.problem = f"{name} has the shape {merged.shape}, the base has {base.shape}"
         return found
-    if merged.dtype != base.dtype or base.dtype not in FLOATS:
+    again = isinstance(merged, CodedTensor)
+    if not merged.is_like(base) if again else merged.dtype != base.dtype or base.dtype not in FLOATS:
         found.problem = f"{name} is {merged.dtype}, the base's {base.dtype}; sums are rounded to {FLOATS}"
         return found
     found.rows_total = total
@@ -143,7 +145,9 @@ def _check_rows(
     stored = merged.read(block).reshape(exact.shape)
     ours = widen(stored)
     found.rows_checked += measured
-    wrong = ~is_nearest(stored, exact)
+    wrong = merged.off(exact, block) if isinstance(merged, CodedTensor) else ~is_nearest(stored, exact)
+    if isinstance(merged, CodedTensor) and merged.unused(block):
+        found.problem = f"{name}: its scale is so large that half of the numbers that its codes can be are not used"
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
         found.problem = (

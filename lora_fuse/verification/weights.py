@@ -116,6 +116,7 @@ class Weights:
             refuse: a file cannot be opened.
         """
         self._tensors: dict[str, StoredTensor] = {}
+        self.is_gguf = False  # all of one file, then
         self.metadata: dict[str, dict[str, str]] = {}  # of each file's header, by the file's name
         for path in paths:
             entries, data = _read_header(path, refuse)

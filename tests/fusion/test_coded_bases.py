@@ -12,8 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 from lora_fuse import LoraInput, verify
 from lora_fuse.checkpoint import Checkpoint, open_checkpoint
+from lora_fuse.checkpoint.stored import decode_rows
 from lora_fuse.cli import main
-from lora_fuse.errors import BadCheckpoint
+from lora_fuse.errors import BadCheckpoint, BadConfig, Refused
 from lora_fuse.fusion import FuseJob, make_plan, read_manifest
 from tests.support import codes, tiny
 
@@ -26,8 +27,9 @@ def lora(tmp_path: Path) -> LoraInput:
     return LoraInput("l", tiny.write_lora(tmp_path / "l.safetensors", codes.lora()), SCALE)
 
 
-def fuse(base: Path, out: Path, lora: LoraInput) -> Path:
-    FuseJob(make_plan(open_checkpoint(base), [lora]), out, device="cpu").run()
+def fuse(base: Path, out: Path, lora: LoraInput, *, requantise: bool = False, force: bool = False) -> Path:
+    plan = make_plan(open_checkpoint(base), [lora], requantise=requantise)
+    FuseJob(plan, out, device="cpu", force_quantised=force).run()
     return out
 
 
@@ -225,3 +227,62 @@ def test_from_the_command_line(tmp_path: Path, lora: LoraInput, capsys: pytest.C
     assert "OUT" in capsys.readouterr().err
     assert main(["fuse", str(base), str(tmp_path / "o.safetensors"), *given, "--device", "cpu"]) == 0
     assert main(["verify", str(tmp_path / "o.safetensors"), str(base), *given]) == 0
+
+
+REQUANTISED = [*codes.SAFETENSORS, "Q8_0"]
+
+
+@pytest.mark.parametrize("kind", REQUANTISED)
+def test_only_targets_are_quantised_again_from_the_exact_sum(tmp_path: Path, lora: LoraInput, kind: str) -> None:
+    base = codes.write(kind, tmp_path)
+    out = fuse(base.path, tmp_path / f"o{base.path.suffix}", lora, requantise=True, force=True)
+    before, after = (open_checkpoint(path).tensors() for path in (base.path, out))
+    assert {name: (one.dtype, one.shape) for name, one in after.items()} == {
+        name: (one.dtype, one.shape) for name, one in before.items()
+    }
+    stored = open_checkpoint(out).stored().matrices
+    data = np.fromfile(out, np.uint8)
+    for module in codes.MODULES:
+        matrix = stored[f"{module}.weight"]
+        decoded = decode_rows(matrix, data[matrix.codes.tensor.start : matrix.codes.tensor.end], 0)
+        meant = codes.merged(base.values[module], module, codes.lora(), SCALE)
+        quantised = codes.again(kind, meant.astype(np.float32))
+        np.testing.assert_allclose(decoded, quantised, atol=1e-6 * float(np.abs(meant).max()))
+    for name in before:
+        if not name.startswith(tuple(codes.MODULES)):
+            places = (before[name], np.fromfile(base.path, np.uint8)), (after[name], data)
+            assert len({bytes(held[one.start : one.end]) for one, held in places}) == 1
+    assert problems(out, base.path, lora) == []
+    cost = read_manifest(out.with_name(f"{out.name}.manifest.json"))[0].requantised
+    assert cost is not None
+    assert cost.noise_over_change == pytest.approx(verify(out, base.path, [lora], rows="all").update.noise, rel=1e-4)
+
+
+def test_what_is_lost_in_codes_is_refused_unless_it_is_asked_for(tmp_path: Path) -> None:
+    """A LoRA of a tenth of the size: int8 with outliers spread keeps it, float8 does not."""
+    small = LoraInput("s", tiny.write_lora(tmp_path / "s.safetensors", codes.lora(size=0.004)), SCALE)
+    base = codes.write("scaled_fp8", tmp_path).path
+    with pytest.raises(Refused, match=r"of the LoRA is left .*--side-channel.*--force-quantised; nothing"):
+        fuse(base, tmp_path / "o.safetensors", small, requantise=True)
+    assert not list(tmp_path.glob("o.safetensors*"))
+    fuse(base, tmp_path / "o.safetensors", small, requantise=True, force=True)
+    fuse(codes.write("int8_tensorwise convrot 256", tmp_path).path, tmp_path / "i.safetensors", small, requantise=True)
+
+
+def test_a_type_that_is_only_read_is_not_requantised(tmp_path: Path, lora: LoraInput) -> None:
+    with pytest.raises(BadConfig, match=r"is Q4_K, which is read here and not made .*--side-channel"):
+        fuse(codes.write("Q4_K", tmp_path).path, tmp_path / "o.gguf", lora, requantise=True)
+
+
+@pytest.mark.parametrize("kind", ["int8_tensorwise by row", "scaled_fp8", "Q8_0"])
+def test_an_update_added_to_codes_is_caught(tmp_path: Path, lora: LoraInput, kind: str) -> None:
+    """By who adds to what the file holds, and by who leaves the codes as they were."""
+    base = codes.write(kind, tmp_path).path
+    out = fuse(base, tmp_path / f"o{base.suffix}", lora, requantise=True, force=True)
+    place = open_checkpoint(base).tensors()[f"{codes.MODULES[0]}.weight"]
+    data = bytearray(out.read_bytes())
+    there = open_checkpoint(out).tensors()[place.name]
+    data[there.start : there.end] = base.read_bytes()[place.start : place.end]
+    out.write_bytes(data)
+    (problem,) = problems(out, base, lora)
+    assert problem.startswith(f"{place.name}: ")

@@ -19,6 +19,7 @@ E4M3 = ml_dtypes.float8_e4m3fn
 E5M2 = ml_dtypes.float8_e5m2
 LINEARS = {"attn.to_q": (24, 256), "img_mlp.net.2": (40, 512)}
 MODULES = [f"transformer_blocks.0.{linear}" for linear in LINEARS]
+Q8_0 = gguf.GGMLQuantizationType.Q8_0
 LEFT = "time_text_embed.linear_1"  # a module that no LoRA is for
 Stored = tuple[dict[str, Array], Float32]  # what lies in the place of a weight, by suffix, and its values
 
@@ -164,6 +165,13 @@ def write(kind: str, folder: Path, prefix: str = "") -> CodedBase:
     made, values = tensors(kind)
     save_file({f"{prefix}{name}": tensor for name, tensor in made.items()}, folder / "base.safetensors")
     return CodedBase(folder / "base.safetensors", values)
+
+
+def again(kind: str, matrix: Float32) -> Float32:
+    """The values of a weight that is quantised as a base's of a kind."""
+    if kind == "Q8_0":
+        return np.asarray(gguf.quants.dequantize(gguf.quants.quantize(matrix, Q8_0), Q8_0), np.float32)
+    return SAFETENSORS[kind](matrix)[1]
 
 
 def write_gguf(kind: str, path: Path) -> CodedBase:

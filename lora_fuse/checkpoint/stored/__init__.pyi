@@ -2,6 +2,8 @@ from .containers import StoredMatrix as StoredMatrix
 from .containers import StoredWeights as StoredWeights
 from .containers import find_stored as find_stored
 from .decoding import decode_rows as decode_rows
+from .encoding import MADE as MADE
+from .encoding import encode as encode
 from .gguf_file import is_gguf as is_gguf
 from .gguf_file import read_gguf_header as read_gguf_header
 from .gguf_file import with_entry as with_entry
