@@ -17,7 +17,7 @@ from lora_fuse.exports.export_contents import WEIGHT, Matrix
 from lora_fuse.machine import direct_io
 
 A_CORE = 160 << 20  # bytes: the largest matrix of Qwen-Image in float32
-LEAST = 400 << 20
+LEAST = 2 * A_CORE
 Made = Mapping[str, npt.NDArray[Any]]
 Encode = Callable[[str, npt.NDArray[np.float32]], Made]  # a module's name and its matrix
 
