@@ -12,7 +12,6 @@ from lora_fuse.exports import ExportOptions, export, export_size, needs_sums
 from lora_fuse.fusion import exact_sums, plan_of, read_manifest
 from lora_fuse.machine import Console, files, progress
 from lora_fuse.models import COMPONENT
-from lora_fuse.quantisation import Fp8Options
 from lora_fuse.recipe import Artifacts, Recipe, paths, records
 from stages.run import PLAIN, run_stage
 
@@ -26,7 +25,7 @@ def export_formats(recipe: Recipe, at: Artifacts = paths.HERE, console: Console 
     metadata = {PROVENANCE: made_of, f"{PROVENANCE}.manifest_sha256": manifest_sha256}
     formats = recipe.export.formats
     clock = progress.Stopwatch()
-    size = export_size(checkpoint, formats, metadata, options_of(recipe))
+    size = export_size(checkpoint, formats, metadata, ExportOptions.of(recipe.export))
     if formats:
         to_write = f"{', '.join(formats)}: {progress.human_bytes(size)} to write to {at.exported}"
         console.will("export", f"{to_write}{progress.estimate('export', size)}")
@@ -51,13 +50,6 @@ def export_formats(recipe: Recipe, at: Artifacts = paths.HERE, console: Console 
     return 0
 
 
-def options_of(recipe: Recipe) -> ExportOptions:
-    """The settings of a recipe's exports."""
-    params = recipe.export
-    fp8 = Fp8Options(params.fp8_scale == "power_of_two", params.fp8_seed)
-    return ExportOptions(tuple(params.keep), fp8, params.sd_cli)
-
-
 @contextmanager
 def exact(recipe: Recipe, at: Artifacts, made_of: str) -> Iterator[ExportOptions]:
     """Hold base and LoRAs while a quantised export is made of their exact sums, which the settings have then.
@@ -66,7 +58,7 @@ def exact(recipe: Recipe, at: Artifacts, made_of: str) -> Iterator[ExportOptions
         BadCheckpoint: the merge is of other LoRAs, or of others' scales.
     """
     if not needs_sums(recipe.export.formats):
-        yield options_of(recipe)
+        yield ExportOptions.of(recipe.export)
         return
     base, loras = at.read_locks()
     with paths.held([base, *loras.values()]):
@@ -77,7 +69,7 @@ def exact(recipe: Recipe, at: Artifacts, made_of: str) -> Iterator[ExportOptions
                 f"{plan.provenance}",
                 rerun=Rerun("fuse", force=True),
             )
-        yield replace(options_of(recipe), matrix=exact_sums(plan).matrix)
+        yield replace(ExportOptions.of(recipe.export), matrix=exact_sums(plan).matrix)
 
 
 if __name__ == "__main__":

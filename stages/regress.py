@@ -1,4 +1,4 @@
-"""Stage `regress`: render merged and unfused, compare with each other and with the goldens, write the report.
+"""Stage `regress`: render merged, unfused and exports, compare with each other and with the goldens, write the report.
 
 `accelerate launch --num_processes N -m stages.regress` spreads the cases over N processes.
 """
@@ -13,6 +13,7 @@ from lora_fuse.machine import Console, progress
 from lora_fuse.pictures import Case, DistributedRenderer, environment, pairs, render_progress
 from lora_fuse.recipe import Artifacts, Recipe, paths
 from lora_fuse.regression import goldens, judge, weight_check, write_regression
+from lora_fuse.regression.exported import decoders_of, judge_exports
 from stages.run import PLAIN, command, run_stage
 
 GATE = "dvc repro gate"
@@ -32,22 +33,32 @@ def regress(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN
         here = environment.environment(setup.placement, setup.dtype, compiled=setup.compiled)
         pairs.check_cases(cases, setup)
         approved = goldens.Goldens.of(recipe, base).for_run(here.key, [case.name for case in cases])
-        task = render_progress.Task(f"regress {recipe.name} {here.key}", team.share(len(cases)), setup.sides)
+        exports = decoders_of(recipe, at)
+        task = render_progress.Task(
+            f"regress {recipe.name} {here.key}", team.share(len(cases)), setup.sides_with(len(exports))
+        )
         clock = progress.Stopwatch()
         console.will("regress", f"{task}{team}, on {here.key}{task.estimate}")
         plan = plan_of(base, loras, recipe)
         with render_progress.watching(task) as watch:
             rendered = team.render(
-                cases, str(here.key), lambda mine: pairs.render_pairs(at.merged, plan, mine, setup, watch)
+                cases,
+                str(here.key),
+                lambda mine: pairs.render_pairs(at.merged, plan, mine, setup, watch, exports=exports),
             )
         if rendered is None:  # another process judges and writes
             return 0
-        judged = judge(recipe, at, setup, here, rendered, approved, watch.seconds)
+        judged = judge(recipe, at, setup, here, rendered, approved, watch.seconds).with_exports(
+            partial(judge_exports, recipe, at, plan)
+        )
     write_regression(recipe, at, setup, judged, verify, partial(command, at=at))
     verdict = judged.metrics["verdict"]
-    facts = {"verdict": verdict, "environment": str(here.key), "report": str(at.report), "seconds": clock.seconds}
     console.done(
-        "regress", f"{verdict} on {here.key}, see {at.report}", task.took(clock.seconds), facts=facts, then=GATE
+        "regress",
+        f"{verdict} on {here.key}, see {at.report}",
+        task.took(clock.seconds),
+        facts={"verdict": verdict, "environment": str(here.key), "report": str(at.report), "seconds": clock.seconds},
+        then=GATE,
     )
     return 0
 

@@ -21,15 +21,16 @@ from lora_fuse.recipe import Artifacts, Recipe
 from lora_fuse.regression import gate as decisions
 from stages.config.variants import COMPILED, read_compiled, refuse_unknown
 from stages.download import download
+from stages.export import export_formats
 from stages.fuse import fuse
 from stages.goldens import goldens
 from stages.regress import regress
 from stages.run import next_commands, parse, run
 from stages.verify import verify
 
-WEIGHTS = ("merged", "export", "export.json")  # of this machine, and right as long as the manifest is the same
+WEIGHTS = ("merged", "export")  # of this machine, and right as long as the manifest is the same
 OWN = (".lock", "publish.json", "release")  # of what was published from here
-UNSENT = ("merged/", "sources.json")  # weights, and the note of what was fetched to the node
+UNSENT = ("merged/", "export/", "sources.json")  # weights, and the note of what was fetched to the node
 WORST = (1, 2, 3, 4, 0)  # exit codes
 KEPT = "the variants that are here stay; the same command goes on with the rest"
 
@@ -67,7 +68,7 @@ def build_variant(work: VariantWork) -> BuiltVariant:
         base, loras = at.read_locks()  # as a download here would have made them: of the revision that is asked for
         asked = {name: replace(lock, requested=recipe.loras[name].revision) for name, lock in loras.items()}
         at.write_locks(replace(base, requested=recipe.base.revision), asked)
-        for stage in (fuse, verify, goldens, regress):
+        for stage in (fuse, verify, export_formats, goldens, regress):
             stage(recipe, at, quiet)
         decision = decisions.decide(recipe, at)
     content = archive.pack(at.root, lambda name: not name.startswith(UNSENT))

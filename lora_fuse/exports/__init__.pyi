@@ -1,11 +1,12 @@
 from .export_contents import ExportOptions as ExportOptions
 from .formats import FORMATS as FORMATS
+from .formats import QuantisedPart as QuantisedPart
 from .formats import export as export
 from .formats import export_size as export_size
 from .formats import is_export as is_export
 from .formats import needs_sums as needs_sums
+from .formats import quantised_by as quantised_by
 from .formats import words as words
 from .readers import readers_of as readers_of
 from .reading import read_export as read_export
 from .recognition import problems as problems
-from .recognition import unreadable as unreadable

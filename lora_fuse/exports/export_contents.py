@@ -19,6 +19,7 @@ from lora_fuse.checkpoint import PROVENANCE, Checkpoint, Shard, TensorInfo, dtyp
 from lora_fuse.errors import BadCheckpoint, BadConfig
 from lora_fuse.models import kept_layers
 from lora_fuse.quantisation import Fp8Options
+from lora_fuse.recipe import sections
 
 BLOCK = 8 << 20  # bytes read at once
 WEIGHT = ".weight"
@@ -55,6 +56,12 @@ class ExportOptions:
     fp8: Fp8Options = field(default_factory=Fp8Options)
     sd_cli: str = "sd-cli"
     matrix: Matrix | None = None
+
+    @staticmethod
+    def of(params: sections.ExportParams) -> ExportOptions:
+        """Read the settings of a recipe's exports."""
+        fp8 = Fp8Options(params.fp8_scale == "power_of_two", params.fp8_seed)
+        return ExportOptions(tuple(params.keep), fp8, params.sd_cli)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from lora_fuse.checkpoint import Checkpoint
 from lora_fuse.errors import BadConfig
 from lora_fuse.exports import gguf_container, safetensors_container, sd_cli
-from lora_fuse.exports.export_contents import Contents, ExportOptions, Matrix, as_merged, contents_of
+from lora_fuse.exports.export_contents import WEIGHT, Contents, ExportOptions, Matrix, as_merged, contents_of
 from lora_fuse.exports.making import Encode
 from lora_fuse.machine import FileRecord, files, space, staging
 from lora_fuse.quantisation import Fp8Options
@@ -126,6 +126,38 @@ def export(
         sums = [f"{record.sha256}  {place}\n" for place, record in records.items()]
         (folder / SUMS).write_text("".join(sums), encoding="utf-8")
     return records
+
+
+@dataclass(frozen=True, slots=True)
+class QuantisedPart:
+    """The tensors that a format quantises, by their names; all others it keeps as they are in the merge.
+
+    `at_best` is what its encoder and decoder leave of a tensor, by its name; None where others encode it.
+    """
+
+    names: frozenset[str] = frozenset()
+    at_best: Callable[[str, npt.NDArray[np.float32]], npt.NDArray[np.float32]] | None = None
+
+
+def quantised_by(name: str, checkpoint: Checkpoint, options: ExportOptions = AS_IT_IS) -> QuantisedPart:
+    """The part of a merged transformer that a format quantises.
+
+    Raises:
+        BadConfig, BadCheckpoint: see `export_size`.
+    """
+    one = _format(name)
+    names = frozenset(module + WEIGHT for module in _contents(name, checkpoint, {}, options).matrices)
+    if one.codec is None:
+        return QuantisedPart(names if one.quantised else frozenset())
+    encode = _encoder(one, options)
+
+    def at_best(tensor: str, matrix: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        from lora_fuse.quantisation import FORMATS as CODECS
+
+        rows, columns = matrix.shape
+        return CODECS[str(one.codec)].decode(encode(tensor.removesuffix(WEIGHT), matrix), (rows, columns))
+
+    return QuantisedPart(names, at_best)
 
 
 def _format(name: str) -> ExportFormat:

@@ -1,8 +1,9 @@
 """The sides of a run: what they share, the merged repository's, and all that are made from the base.
 
 Nothing is loaded twice. First the text encoder, which encodes the prompts of all cases and goes; then the VAE; then the
-merged transformer for its side; and when that has gone the base's, for all the others, LoRAs beside it and its weights
-moved in place. The two transformers are never in memory together.
+merged transformer for its side, and for those of exports, whose weights are copied into it; and when that has gone the
+base's, for all the others, LoRAs beside it and its weights moved in place. The two transformers are never in memory
+together.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from typing import TYPE_CHECKING
 from lora_fuse.checkpoint import dtypes
 from lora_fuse.errors import OutOfMemory
 from lora_fuse.pictures.cases import Case, Sampling
-from lora_fuse.pictures.noise_floor import jitter
 from lora_fuse.pictures.picture import Rendered
 from lora_fuse.pictures.placement import BARE, advice, place
 from lora_fuse.pictures.render import (
@@ -33,6 +33,7 @@ from lora_fuse.pictures.render import (
 )
 from lora_fuse.pictures.render_progress import RenderProgress
 from lora_fuse.pictures.unfused_lora import Attached, attach
+from lora_fuse.pictures.weights_in_place import FloatArray, jitter, take_weights
 
 if TYPE_CHECKING:
     import torch
@@ -109,13 +110,68 @@ def render_merged(
         RenderFailed: see `render_pairs`.
         OutOfMemory: see `render_pairs`.
     """
-    watch = watch or RenderProgress()
-    pipe = _load(merged, setup, shared.parts, watch, "merged transformer")
-    if setup.compiled:
-        compile_blocks(pipe.transformer)
-    rendered = render_all(pipe, cases, setup.sampling, setup.placement, side="merged", watch=watch, shared=shared)
-    drop_transformer(pipe)
+    sides = MergedSides(merged, cases, setup, shared, watch)
+    rendered = sides.merged()
+    sides.drop()
     return rendered
+
+
+class MergedSides:
+    """The sides of a run that a merged repository's transformer makes: its own weights first, then those of exports."""
+
+    def __init__(
+        self, merged: Path, cases: Sequence[Case], setup: Setup, shared: Shared, watch: RenderProgress | None = None
+    ) -> None:
+        self._folder = merged
+        self._cases = cases
+        self._setup = setup
+        self._shared = shared
+        self._watch = watch or RenderProgress()
+        self._pipe: Pipeline = None
+
+    def merged(self) -> list[Rendered]:
+        """Render every case as a user would load it.
+
+        Raises:
+            RenderFailed: see `render_pairs`.
+            OutOfMemory: see `render_pairs`.
+        """
+        self._load()
+        return self._render("merged")
+
+    def exported(self, name: str, weights: Iterable[tuple[str, FloatArray]]) -> list[Rendered]:
+        """Render every case with an export's weights in the place of the merged ones, which are gone then.
+
+        Where a placement leaves hooks in the transformer, it is loaded anew.
+
+        Raises:
+            BadCheckpoint: see `take_weights`.
+            RenderFailed: see `render_pairs`.
+            OutOfMemory: see `render_pairs`.
+        """
+        if self._pipe is None or self._setup.placement not in BARE:
+            self.drop()
+            self._load()
+        with self._watch.loading(f"export {name}"):
+            take_weights(self._pipe.transformer, weights, name)
+        return self._render(f"export {name}")
+
+    def drop(self) -> None:
+        """Give the transformer's memory back."""
+        if self._pipe is not None:
+            drop_transformer(self._pipe)
+        self._pipe = None
+
+    def _load(self) -> None:
+        self._pipe = _load(self._folder, self._setup, self._shared.parts, self._watch, "merged transformer")
+        if self._setup.compiled:
+            compile_blocks(self._pipe.transformer)
+
+    def _render(self, side: str) -> list[Rendered]:
+        setup = self._setup
+        return render_all(
+            self._pipe, self._cases, setup.sampling, setup.placement, side=side, watch=self._watch, shared=self._shared
+        )
 
 
 class BaseSides:

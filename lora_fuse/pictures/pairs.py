@@ -1,20 +1,23 @@
 """Renders each case from the merged checkpoint and from the base with the LoRAs unfused, in one process.
 
 Then once more unfused with its weights moved by one rounding, which gives the noise floor; and, if asked, from the base
-alone at its own settings, to show what the LoRA saves.
+alone at its own settings, to show what the LoRA saves. And of every export, with its weights in the merged transformer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lora_fuse.errors import BadCheckpoint
 from lora_fuse.fusion import Plan
 from lora_fuse.pictures.cases import Case, Sampling
 from lora_fuse.pictures.load_plan import (
     BaseSides,
+    MergedSides,
     References,
     Shared,
     attach_beside,
@@ -25,10 +28,12 @@ from lora_fuse.pictures.load_plan import (
 from lora_fuse.pictures.picture import Rendered
 from lora_fuse.pictures.render import check_pictures, open_picture
 from lora_fuse.pictures.render_progress import RenderProgress
+from lora_fuse.pictures.weights_in_place import Decoded
 from lora_fuse.recipe import Recipe
 
 __all__ = [
     "BaseSides",
+    "Decoded",
     "Pair",
     "References",
     "Setup",
@@ -78,7 +83,11 @@ class Setup:
     @property
     def sides(self) -> tuple[Sampling, ...]:
         """Sampling of each side: merged, unfused, the noise floor, and the base alone if it is asked for."""
-        return (*[self.sampling] * 3, *([self.baseline] if self.baseline else []))
+        return self.sides_with(0)
+
+    def sides_with(self, exports: int) -> tuple[Sampling, ...]:
+        """Sampling of each side, and of so many exports."""
+        return (*[self.sampling] * (3 + exports), *([self.baseline] if self.baseline else []))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +95,8 @@ class Pair:
     """One case, rendered from the merged checkpoint and from base + LoRA, and what belongs to it.
 
     `floor` is base + LoRA again with weights moved by one rounding; `unfused_by` is what `unfused_lora.attach`
-    returned; `baseline` is the base alone.
+    returned; `baseline` is the base alone; `exports` are the merged transformer with an export's weights, by format:
+    those that could be read.
     """
 
     case: Case
@@ -95,6 +105,7 @@ class Pair:
     floor: Rendered
     unfused_by: str
     baseline: Rendered | None = None
+    exports: Mapping[str, Rendered] = field(default_factory=dict)
 
 
 def check_cases(cases: Iterable[Case], setup: Setup) -> None:
@@ -116,12 +127,14 @@ def render_pairs(
     setup: Setup,
     watch: RenderProgress | None = None,
     shared: Shared | None = None,
+    exports: Mapping[str, Decoded] | None = None,
 ) -> list[Pair]:
     """Render every case from both sides.
 
     The merged side is loaded as a user would load it, with the scheduler that lies in the repository; the unfused side
     is the plan's base with the recipe's scheduler, so a wrong scheduler in the repository shows. What they share is the
-    merged repository's; `shared` is that of the base, where it is loaded already.
+    merged repository's; `shared` is that of the base, where it is loaded already. Of `exports`, by format, one that
+    cannot be read has no picture: its judgement says why.
 
     Raises:
         RenderFailed: a side cannot be loaded or run.
@@ -129,9 +142,19 @@ def render_pairs(
     """
     watch = watch or RenderProgress()
     shared = shared or share(merged, cases, setup, watch)
-    ours = render_merged(merged, cases, setup, shared, watch)
+    sides = MergedSides(merged, cases, setup, shared, watch)
+    ours = sides.merged()
+    exported = {}
+    for name, read in (exports or {}).items():
+        with suppress(BadCheckpoint):
+            exported[name] = sides.exported(name, read())
+    sides.drop()
     theirs = BaseSides(plan.checkpoint.root, cases, setup, shared, watch).references(plan)
-    return pair_up(cases, ours, theirs)
+    paired = pair_up(cases, ours, theirs)
+    return [
+        replace(pair, exports={name: rendered[number] for name, rendered in exported.items()})
+        for number, pair in enumerate(paired)
+    ]
 
 
 def pair_up(cases: Sequence[Case], merged: Sequence[Rendered], references: References) -> list[Pair]:

@@ -222,12 +222,21 @@ class LimitParams(Section):
         return {name: value for name, value in self.model_dump().items() if value is not None}
 
 
+# Limits of an export in one format, see `lora_fuse.regression.exported`. Of its weights: relative L2 error of a matrix,
+# distance from what the format makes of the exact sum, and how far from 1 the share of the LoRA may be that is left.
+# Of its pictures against the merged ones: latents in noise floors, and metrics of two pictures.
+OfPictures = Literal["psnr_db", "mean_abs", "ssimulacra2", "flip", "flip_worst", "comb_db"]
+ExportLimit = Literal["worst_l2", "from_best", "kept", "over_floor", OfPictures]
+ExportLimits = Annotated[dict[ExportLimit, Positive], Field(min_length=1)]
+
+
 class RegressParams(Section):
     """The cases to render, the device for it, and how far pictures may be apart.
 
     `threads` are torch's on the CPU, null its own choice; `baseline` adds the base alone to the report; `over_floor` is
     how many times the noise floor the latents of merged and unfused may be apart, null decides nothing; `compile`
-    compiles the transformer's blocks, which pays for many pictures.
+    compiles the transformer's blocks, which pays for many pictures; `exports` are limits by format,
+    and what has none there decides nothing.
     """
 
     placement: Placement
@@ -239,6 +248,7 @@ class RegressParams(Section):
     cases: Annotated[dict[CaseName, CaseParams], Field(min_length=1)]
     unfused: LimitParams
     golden: LimitParams
+    exports: dict[str, ExportLimits]
 
     @model_validator(mode="after")
     def _compiled_where_it_lies(self) -> RegressParams:

@@ -1,7 +1,7 @@
 """The golden-image regression: is a merged checkpoint's picture the one that base and LoRA give, and the approved one?
 
 `render` makes pictures, `pairs` renders merged and unfused in one process, `metrics` measures, `verdicts` decides,
-`goldens` keeps what was approved, `review` and `report` show it.
+`goldens` keeps what was approved, `exported` judges exports, `review` and `report` show it.
 """
 
 import lazy_loader

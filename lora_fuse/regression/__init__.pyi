@@ -3,6 +3,7 @@ from . import candidates as candidates
 from . import case_judgement as case_judgement
 from . import gate as gate
 from . import goldens as goldens
+from . import recorded_numbers as recorded_numbers
 from . import review as review
 from . import run_record as run_record
 from . import verdicts as verdicts

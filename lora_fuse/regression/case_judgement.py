@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -23,10 +23,11 @@ Compare: TypeAlias = Callable[[picture.Picture, picture.Picture], Comparison | N
 
 @dataclass(frozen=True, slots=True)
 class JudgedPair:
-    """A pair and what it came to."""
+    """A pair and what it came to; `exports` compares each export's picture with the merged one."""
 
     pair: pairs.Pair
     result: CaseResult
+    exports: Mapping[str, Comparison | None] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -48,15 +49,17 @@ def judge_pairs(
     def judge(pair: pairs.Pair) -> JudgedPair:
         approved = goldens.get(pair.case.name, ())
         of = (pair.case, pair.merged, pair.unfused, approved, rules, pair.floor)
-        return JudgedPair(pair, examine(*of, compared_by=lambda a, b: compared[id(a), id(b)]))
+        exports = {name: compared[id(export), id(pair.merged)] for name, export in pair.exports.items()}
+        return JudgedPair(pair, examine(*of, compared_by=lambda a, b: compared[id(a), id(b)]), exports)
 
     return [judge(pair) for pair in rendered]
 
 
 def _to_compare(pair: pairs.Pair, goldens: Sequence[Golden]) -> list[Two]:
-    """All that `examine` compares of a pair."""
+    """All that is compared of a pair."""
     with_goldens = [(pair.merged, golden) for golden in goldens]
-    return [(pair.merged, pair.unfused), (pair.floor, pair.unfused), *with_goldens]
+    exports = [(export, pair.merged) for export in pair.exports.values()]
+    return [(pair.merged, pair.unfused), (pair.floor, pair.unfused), *with_goldens, *exports]
 
 
 def _compare_all(wanted: Sequence[Two]) -> list[Comparison | None]:
@@ -244,6 +247,7 @@ def save_pictures(judged: Sequence[JudgedPair], folder: Path) -> None:
 
     def save(case: JudgedPair) -> None:
         sides = {"merged": case.pair.merged, "unfused": case.pair.unfused, "baseline": case.pair.baseline}
+        sides |= case.pair.exports
         for side, rendered in sides.items():
             if rendered is not None:
                 (folder / f"{case.name}.{side}.png").write_bytes(rendered.png)

@@ -3,13 +3,12 @@
 Verdicts follow from numbers, the recipe's limits and the goldens; numbers from the pictures, as far as they are cheap
 to measure again; pictures from the candidates' record; all of it is of one manifest. What does not follow from what is
 on disk, a NaN that was painted over, the sigmas of the unfused pipeline and the noise floor, is taken as it is said:
-the first two only ever fail a case.
+the first two only ever fail a case. So are the figures of an export's weights, of the very file that was judged.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,19 +16,17 @@ from typing import Any
 
 from lora_fuse.errors import BadSource
 from lora_fuse.fusion import read_manifest
-from lora_fuse.machine import files
 from lora_fuse.pictures import Case, CaseOf, metrics, picture
 from lora_fuse.recipe import Artifacts, Recipe, paths, records
 from lora_fuse.regression.candidates import Candidate, Candidates, PictureInputs
 from lora_fuse.regression.case_judgement import Measured, judge_measured
+from lora_fuse.regression.exported import check_exports
 from lora_fuse.regression.gate import case_names
 from lora_fuse.regression.goldens import AGAIN, Approved, Goldens
+from lora_fuse.regression.recorded_numbers import CLOSE, RecordedNumbers, read_judged
 from lora_fuse.regression.run_record import read_run
 from lora_fuse.regression.verdicts import CaseResult, Comparison, Facts, Rules, Verdict, worst
 from lora_fuse.regression.weight_check import check_manifest, read_weight_check
-
-MEASURED_AGAIN = ("psnr_db", "max_abs", "mean_abs", "changed_share")  # in milliseconds, by numpy alone
-CLOSE = 1e-6  # relative; a record has nine digits
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +50,7 @@ def read_results(recipe: Recipe, at: Artifacts) -> Results:
     check_manifest(at.verify, verify, manifest, sha256)
     if not verify["passed"]:
         return Results(verify, {}, ())
-    numbers = _Numbers(at.metrics, paths.read_object(at.metrics, "regress"))
+    numbers = RecordedNumbers(at.metrics, paths.read_object(at.metrics, "regress"))
     found = _read_candidates(at)
     run = read_run(at)  # not there where the results came from another machine
     of = {"recipe": recipe.name, "scale": recipe.fuse.scale, "manifest_sha256": sha256}
@@ -70,7 +67,10 @@ def read_results(recipe: Recipe, at: Artifacts) -> Results:
     for case in cases:
         _check_made(case, recipe, found.cases[case.name].provenance)
     judged = [_judge(case, numbers, found.cases[case.name], at.images, goldens, Rules.of(recipe)) for case in cases]
-    overall = worst(Verdict(numbers.text(f"{case.name}.verdict")) for case in cases)
+    floors = {case.name: numbers.comparison(f"{case.name}.floor") for case in cases}
+    exports = check_exports(recipe, at, numbers, floors)
+    said = [Verdict(numbers.text(f"{case.name}.verdict")) for case in cases]
+    overall = worst([*said, *(verdict for verdict in exports if not verdict.passed)])
     numbers.check("verdict", overall.value)
     numbers.check("passed", overall.passed)
     return Results(verify, numbers.content, tuple(one.golden for one in judged if isinstance(one.golden, Approved)))
@@ -103,88 +103,13 @@ def _fields(case: CaseOf[Any]) -> dict[str, Any]:
     return {name: getattr(case, name) for name in CaseOf.__dataclass_fields__}
 
 
-class _Numbers:
-    """The content of a `metrics.json`, read key by key."""
-
-    def __init__(self, path: Path, content: Mapping[str, Any]) -> None:
-        self.content = content
-        self.path = path
-
-    def check(self, name: str, follows: object) -> None:
-        """Refuse what is said of `name` if it is not what follows; numbers may differ in the last of nine digits."""
-        said = self._value(name)
-        if isinstance(follows, float):
-            follows = records.rounded(follows) if math.isfinite(follows) else None
-            true = _close(self._number(name), follows)
-        else:
-            true = type(said) is type(follows) and said == follows
-        if not true:
-            raise self.untrue(name, follows)
-
-    def untrue(self, name: str, follows: object) -> BadSource:
-        said = self.content[name]
-        return BadSource(f"{self.path} says {name} {said}, and what lies here gives {follows}", rerun=AGAIN)
-
-    def text(self, name: str) -> str:
-        said = self._value(name)
-        if name.endswith(".verdict") and said not in list(Verdict):
-            raise BadSource(f"{self.path} says {name} {said!r}, which is no verdict", rerun=AGAIN)
-        return str(said)
-
-    def comparison(self, pair: str) -> Comparison | None:
-        """The distances of a pair; None where nothing was compared."""
-        found = {name: self._distance(pair, name) for name in metrics.METRICS}
-        identical = self._value(f"{pair}.identical")
-        if found["max_abs"] is None:
-            self.check(f"{pair}.identical", False)
-            self.check(f"{pair}.psnr_db", None)
-            return None
-        self.check(f"{pair}.identical", found["max_abs"] == 0)
-        if identical:
-            self.check(f"{pair}.psnr_db", None)
-        values = {name: math.nan if value is None else value for name, value in found.items()}
-        return Comparison(values | ({"psnr_db": math.inf} if identical else {}))
-
-    def measured_again(self, pair: str, said: Comparison | None, one: picture.Levels, other: picture.Levels) -> None:
-        """Refuse numbers that the pictures of a pair do not have."""
-        if (said is None) != (one.shape != other.shape):
-            raise self.untrue(f"{pair}.max_abs", "a distance" if said is None else "none, the sizes differ")
-        for name in MEASURED_AGAIN if said else ():
-            self.check(f"{pair}.{name}", float(metrics.METRICS[name].measure(one, other)))
-
-    def _distance(self, pair: str, metric: str) -> float | None:
-        value = self._number(f"{pair}.{metric}")
-        if value is not None and not metrics.METRICS[metric].can_be(value):
-            raise BadSource(f"{self.path} says {pair}.{metric} {value}, which no two pictures can have", rerun=AGAIN)
-        return value
-
-    def _number(self, name: str) -> float | None:
-        value = self._value(name)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < sys.float_info.max:
-            raise BadSource(f"{self.path} says {name} {value!r}, which is no number", rerun=AGAIN)
-        return float(value)
-
-    def _value(self, name: str) -> Any:
-        if name not in self.content:
-            raise BadSource(f"{self.path} has no {name!r}", rerun=AGAIN)
-        return self.content[name]
-
-
-def _close(one: float | None, other: float | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return math.isclose(one, other, rel_tol=CLOSE)
-
-
 def _judge(
-    case: Case, numbers: _Numbers, candidate: Candidate, images: Path, goldens: Goldens, rules: Rules
+    case: Case, numbers: RecordedNumbers, candidate: Candidate, images: Path, goldens: Goldens, rules: Rules
 ) -> CaseResult:
     """Judge a case again from its numbers, and refuse what is said of it if that does not follow."""
     name = case.name
-    merged = _picture(images / f"{name}.merged.png", candidate.sha256)
-    unfused = _picture(images / f"{name}.unfused.png")
+    merged = read_judged(images / f"{name}.merged.png", candidate.sha256)
+    unfused = read_judged(images / f"{name}.unfused.png")
     vs_unfused, floor, vs_golden = (numbers.comparison(f"{name}.{pair}") for pair in ("unfused", "floor", "golden"))
     numbers.measured_again(f"{name}.unfused", vs_unfused, merged, unfused)
     golden = _golden_of(name, numbers, merged, vs_golden, goldens)
@@ -206,18 +131,8 @@ def _judge(
     return result
 
 
-def _picture(path: Path, sha256: str | None = None) -> picture.Levels:
-    try:
-        found = files.hash_file(path).sha256 if sha256 else None
-        if found != sha256:
-            raise BadSource(f"{path} has sha256 {found}, and {sha256} was judged", rerun=AGAIN)
-        return picture.read_levels(path)
-    except OSError as error:
-        raise BadSource(f"{path} cannot be read ({error.strerror or error})", rerun=AGAIN) from error
-
-
 def _golden_of(
-    name: str, numbers: _Numbers, merged: picture.Levels, said: Comparison | None, goldens: Goldens
+    name: str, numbers: RecordedNumbers, merged: picture.Levels, said: Comparison | None, goldens: Goldens
 ) -> Approved | None:
     """Find the golden that a case was compared with: its distance to the picture is the one that is said.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from lora_fuse.regression.consistency import Results
 
 EXIT_CODES = {"exact": 0, "drift": 0, "review": 4, "no-golden": 3, "regression": 1, "invalid": 1}
+
+EXPORT_VERDICT = re.compile(r"exports\.[^.]+\.verdict")  # keys of a `metrics.json`
 
 # What a verdict means to somebody who never read the documentation.
 MEANINGS: Mapping[str, str] = {
@@ -65,8 +68,18 @@ def decision_of(results: Results, at: Artifacts) -> Decision:
     seen = "" if metrics["passed"] else f", see {at.report}"
     commits = commits_of(golden.path for golden in results.goldens)
     approved = f", approved in {commits}" if commits else ""
-    reason = f"{verdict}: {MEANINGS[verdict]}{approved}{seen}"
+    reason = f"{verdict}: {_meaning(metrics)}{approved}{seen}"
     return Decision(EXIT_CODES[verdict], reason, next_step(metrics), metrics, approved)
+
+
+def _meaning(metrics: Mapping[str, Any]) -> str:
+    """What a run's verdict means: of its pictures, of its exports, or of both."""
+    meaning = MEANINGS[metrics["verdict"]]
+    if not (bad := failed_exports(metrics)):
+        return meaning
+    exports = f"what was exported as {', '.join(bad)} is not the merge"
+    of_a_case = metrics["verdict"] in [metrics[f"{name}.verdict"] for name in case_names(metrics)]
+    return f"{meaning}, and {exports}" if of_a_case else exports
 
 
 def commits_of(records: Iterable[Path]) -> str:
@@ -82,6 +95,8 @@ def next_step(metrics: Mapping[str, Any]) -> Rerun:
         case "review" | "no-golden":
             return Rerun("approve")
     names = case_names(metrics)
+    if failed_exports(metrics) and not any(metrics[f"{name}.verdict"] in ("regression", "invalid") for name in names):
+        return Rerun("export", force=True)
     changed = [name for name in names if metrics[f"{name}.verdict"] == "regression"]
     if metrics["verdict"] == "regression" and all(metrics[f"{name}.agrees"] for name in names):
         return Rerun("approve", cases=tuple(changed))
@@ -114,9 +129,16 @@ def summary_text(
     return "\n".join([*lines, "", *ending])
 
 
+def failed_exports(metrics: Mapping[str, Any]) -> list[str]:
+    """The formats of a `metrics.json` whose file was judged and does not pass."""
+    verdicts = {key.split(".")[1]: value for key, value in metrics.items() if EXPORT_VERDICT.fullmatch(key)}
+    return [name for name, verdict in verdicts.items() if verdict not in ("exact", "drift")]
+
+
 def case_names(metrics: Mapping[str, Any]) -> list[str]:
     """The cases of a `metrics.json`, in its order."""
-    return [key.removesuffix(".verdict") for key in metrics if key.endswith(".verdict")]
+    found = [key.removesuffix(".verdict") for key in metrics if key.endswith(".verdict")]
+    return [name for name in found if "." not in name]  # an export's has a dot
 
 
 def _flat_pair(metrics: Mapping[str, Any], pair: str) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from lora_fuse.pictures import encode, metrics, pages, pairs
 from lora_fuse.recipe import Manifest
+from lora_fuse.regression.exported import Cell, JudgedExport, export_rows, trade_off
 from lora_fuse.regression.gate import MEANINGS
 from lora_fuse.regression.verdicts import CaseResult, Comparison, Limits, Rules, Verdict
 
@@ -45,7 +46,8 @@ class CaseReport:
     """A judged case and its pictures.
 
     `heat` are maps of where merged differs, by what it is compared with; `cost` says what the merged picture took;
-    `changed` what is not as it was when the golden was approved, None where there is none.
+    `changed` what is not as it was when the golden was approved, None where there is none; `exports` are pictures by
+    format.
     """
 
     result: CaseResult
@@ -57,6 +59,7 @@ class CaseReport:
     cost: str = ""
     changed: tuple[str, ...] | None = None
     baseline: Baseline | None = None
+    exports: Mapping[str, encode.Encoded] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +82,12 @@ class Report:
     warnings: tuple[str, ...]
     rules: Rules
     cases: tuple[CaseReport, ...]
+    exports: tuple[JudgedExport, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class _Gate:
-    """One of the three gates as a tile: what it asks, the answer in a word, and a sentence."""
+    """One of the gates as a tile: what it asks, the answer in a word, and a sentence."""
 
     title: str
     state: str
@@ -109,6 +113,8 @@ def report_html(report: Report) -> str:
         meanings=MEANINGS,
         heat_top=metrics.HEAT_TOP,
         large=encode.LARGE,
+        export_rows=export_rows(report.exports),
+        trade_off=trade_off(report.exports),
     )
 
 
@@ -122,7 +128,7 @@ def _gates(report: Report) -> list[_Gate]:
     checked = (
         f"{verify['targets']:,} weights derived again, {verify['rows_checked']:,} of {verify['rows_total']:,} rows"
     )
-    return [
+    gates = [
         _Gate("Weights", "passed" if verify["passed"] else "failed", f"{checked}."),
         _Gate(
             "Merged = base + LoRA",
@@ -135,6 +141,11 @@ def _gates(report: Report) -> list[_Gate]:
             f"{near} of {total} cases{f', {unknown} not approved here' if unknown else ''}.",
         ),
     ]
+    if report.exports:
+        bad = [export.format for export in report.exports if not export.verdict.passed]
+        sentence = f"Not {', '.join(bad)}." if bad else f"{len(report.exports)} formats, each within its limits."
+        gates.append(_Gate("Exports = merged", "failed" if bad else "passed", sentence))
+    return gates
 
 
 def _kept(changes: Mapping[str, Mapping[str, float | None]]) -> list[tuple[str, Mapping[str, float | None]]]:
@@ -156,22 +167,13 @@ def _changed(cases: Sequence[CaseReport]) -> list[tuple[str, str]] | None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Cell:
-    """A measured value as text, its limit as text (empty without one), and whether it holds."""
-
-    value: str
-    limit: str = ""
-    holds: bool = True
-
-
-@dataclass(frozen=True, slots=True)
 class _Row:
     """A metric of one case, to the golden, to the unfused picture, and of the noise floor."""
 
     title: str
-    golden: _Cell
-    unfused: _Cell
-    floor: _Cell
+    golden: Cell
+    unfused: Cell
+    floor: Cell
 
 
 def _metric_rows(result: CaseResult, rules: Rules) -> list[_Row]:
@@ -188,16 +190,16 @@ def _metric_rows(result: CaseResult, rules: Rules) -> list[_Row]:
     if over is not None:
         limit = "" if rules.over_floor is None else f"≤ {rules.over_floor:g} x"
         holds = rules.over_floor is None or over <= rules.over_floor
-        rows.append(_Row("latents over the floor", _Cell("-"), _Cell(f"{over:.2f} x", limit, holds), _Cell("1 x")))
+        rows.append(_Row("latents over the floor", Cell("-"), Cell(f"{over:.2f} x", limit, holds), Cell("1 x")))
     return rows
 
 
-def _cell(name: str, metric: metrics.Metric, comparison: Comparison | None, limits: Limits) -> _Cell:
+def _cell(name: str, metric: metrics.Metric, comparison: Comparison | None, limits: Limits) -> Cell:
     value = None if comparison is None else comparison.values.get(name)
     if value is None:
-        return _Cell("-")
+        return Cell("-")
     bound = limits.bounds.get(name)
     if bound is None:
-        return _Cell(metric.text(value))
+        return Cell(metric.text(value))
     sign = "≥" if metric.higher_is_nearer else "≤"
-    return _Cell(metric.text(value), f"{sign} {metric.bound_text(bound)}", metric.holds(value, bound))
+    return Cell(metric.text(value), f"{sign} {metric.bound_text(bound)}", metric.holds(value, bound))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from lora_fuse.checkpoint import blocks
@@ -14,12 +14,14 @@ from lora_fuse.pictures import encode, environment, metrics, pairs, render
 from lora_fuse.recipe import Manifest, records
 from lora_fuse.regression.candidates import Candidates, Provenance, differences
 from lora_fuse.regression.case_judgement import WORKERS, JudgedPair
+from lora_fuse.regression.exported import JudgedExport, flat_exports
 from lora_fuse.regression.gate import case_names, commits_of
 from lora_fuse.regression.goldens import Approved
 from lora_fuse.regression.report import Baseline, BlockChange, CaseReport, Report
 from lora_fuse.regression.run_record import RunRecord
-from lora_fuse.regression.verdicts import CaseResult, Rules, worst
+from lora_fuse.regression.verdicts import CaseResult, Rules, Verdict, worst
 
+Seconds: TypeAlias = Mapping[str, Mapping[str, float]]  # see `RunRecord`
 Scalar: TypeAlias = float | int | bool | str | None
 
 
@@ -32,6 +34,18 @@ class Judged:
     found: Candidates
     run: RunRecord
     metrics: dict[str, Scalar]
+    exports: tuple[JudgedExport, ...] = ()
+
+    def with_exports(self, judge: Callable[[Sequence[JudgedPair], Seconds], Sequence[JudgedExport]]) -> Judged:
+        """The same run with exports, from its cases and the seconds of its pictures and loads.
+
+        An export that fails fails the run, and what the others cost is no drift.
+        """
+        exports = judge(self.cases, self.run.seconds)
+        failed = [export.verdict for export in exports if not export.verdict.passed]
+        overall = worst([*(case.result.verdict for case in self.cases), *failed])
+        measured = {**self.metrics, "passed": overall.passed, "verdict": overall.value, **flat_exports(exports)}
+        return replace(self, metrics=measured, exports=tuple(exports))
 
 
 def flat_metrics(results: Iterable[CaseResult]) -> dict[str, Scalar]:
@@ -64,7 +78,10 @@ def _json_number(value: float | None) -> float | None:
 
 
 def run_metrics(
-    judged: Sequence[JudgedPair], found: Candidates, key: environment.Key, scale: float
+    judged: Sequence[JudgedPair],
+    found: Candidates,
+    key: environment.Key,
+    scale: float,
 ) -> dict[str, Scalar]:
     """The content of `metrics.json`: what was measured and decided, and of what."""
     return flat_metrics(case.result for case in judged) | {
@@ -98,7 +115,7 @@ def review(judged: Judged, verify: Mapping[str, Any], rules: Rules, setup: pairs
         cases = tuple(pool.map(show, judged.cases))
     return Report(
         recipe=first.recipe,
-        verdict=worst(case.result.verdict for case in judged.cases),
+        verdict=Verdict(str(judged.metrics["verdict"])),
         next_step=next_step,
         manifest=judged.manifest,
         setup=setup,
@@ -109,6 +126,7 @@ def review(judged: Judged, verify: Mapping[str, Any], rules: Rules, setup: pairs
         warnings=tuple(pair_warnings(*judged.manifest.pair)),
         rules=rules,
         cases=cases,
+        exports=judged.exports,
     )
 
 
@@ -150,6 +168,7 @@ def _case(case: JudgedPair, provenance: Provenance, setup: pairs.Setup) -> CaseR
         cost=_cost(case),
         changed=tuple(differences(provenance, golden.record.provenance)) if isinstance(golden, Approved) else None,
         baseline=_baseline(case, setup),
+        exports={name: encode.encoded(export) for name, export in case.pair.exports.items()},
     )
 
 

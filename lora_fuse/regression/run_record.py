@@ -49,6 +49,8 @@ class RunRecord:
             made = {pair.case.name: getattr(pair, side) for pair in rendered}
             if found := {name: one.cost.seconds for name, one in made.items() if one is not None}:
                 seconds[side] = found
+        for name in rendered[0].exports:
+            seconds[f"export {name}"] = {pair.case.name: pair.exports[name].cost.seconds for pair in rendered}
         now = datetime.now(UTC).isoformat(timespec="seconds")
         return cls(records.SCHEMA, digest_of(candidates), here, checkout.this_tool(), now, costs, seconds)
 

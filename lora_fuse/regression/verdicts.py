@@ -176,10 +176,14 @@ class CaseResult:
     @property
     def over_floor(self) -> float | None:
         """Distance of the latents of merged and unfused, in noise floors; None where it was not measured."""
-        if self.vs_unfused is None or self.floor is None or "latents_l2" not in self.floor.values:
-            return None
-        apart = self.vs_unfused.values.get("latents_l2", math.nan)
-        return apart / max(self.floor.values["latents_l2"], FLOAT32_NOISE)
+        return over_floor(self.vs_unfused, self.floor)
+
+
+def over_floor(apart: Comparison | None, floor: Comparison | None) -> float | None:
+    """Distance of a pair's latents in times of the floor's; None where either was not measured."""
+    if apart is None or floor is None or "latents_l2" not in floor.values:
+        return None
+    return apart.values.get("latents_l2", math.nan) / max(floor.values["latents_l2"], FLOAT32_NOISE)
 
 
 def compare(a: picture.Picture, b: picture.Picture) -> Comparison:

@@ -22,7 +22,7 @@ import hashlib, json, sys
 from pathlib import Path
 from lora_fuse.pictures.environment import environment, make_deterministic
 make_deterministic(2)
-from lora_fuse.pictures.noise_floor import jitter
+from lora_fuse.pictures.weights_in_place import jitter
 from lora_fuse.pictures.pairs import render_all
 from lora_fuse.pictures.cases import Case, Sampling
 from lora_fuse.pictures.render import load_pipeline

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from lora_fuse.checkpoint.diffusers_layout import diffusers_files
 from lora_fuse.checkpoint.shards import open_checkpoint
-from lora_fuse.errors import RenderFailed
+from lora_fuse.errors import BadCheckpoint, RenderFailed
 from lora_fuse.fusion.merge import write_merged
 from lora_fuse.fusion.plan import Plan, make_plan
 from lora_fuse.lora.inputs import LoraInput, Selection
@@ -23,12 +23,12 @@ from lora_fuse.machine.files import hash_file
 from lora_fuse.pictures.cases import Case, Sampling
 from lora_fuse.pictures.environment import environment
 from lora_fuse.pictures.metrics import METRICS, latents_l2
-from lora_fuse.pictures.noise_floor import jitter
 from lora_fuse.pictures.pairs import BaseSides, Pair, Setup, check_cases, render_all, render_pairs, share
 from lora_fuse.pictures.picture import levels_of
 from lora_fuse.pictures.render import load_pipeline, make_scheduler, render
 from lora_fuse.pictures.render_progress import RenderProgress
 from lora_fuse.pictures.unfused_lora import DIFFUSERS, _beyond_diffusers, attach, attach_differences
+from lora_fuse.pictures.weights_in_place import jitter, take_weights
 from lora_fuse.recipe.records import Lock, Manifest, MergedLora, from_json, to_json
 from lora_fuse.regression.candidates import Candidates, candidates
 from lora_fuse.regression.case_judgement import judge_pairs, save_pictures
@@ -48,6 +48,12 @@ RULES = Rules(  # conf/regress/_pocket.yaml
 
 def plan(scale: float, lora: Path = LORA, selection: Selection | None = None) -> Plan:
     return make_plan(open_checkpoint(BASE), [LoraInput("l", lora, scale)], selection)
+
+
+def stored(folder: Path) -> dict[str, Array]:
+    """Every tensor of a component, in float32."""
+    found = {name: tensor for shard in folder.glob("*.safetensors") for name, tensor in load_file(shard).items()}
+    return {name: tensor.astype(np.float32) for name, tensor in found.items()}
 
 
 def merge(out: Path, what: Plan, scheduler: Mapping[str, object]) -> Path:
@@ -75,10 +81,42 @@ def pairs(tmp_path_factory: pytest.TempPathFactory, setup: Setup, progress: Rend
     with_baseline = replace(setup, baseline=Sampling(6, 4.0, " "))
     said: list[str] = []
     progress.say = lambda sentence, _: said.append(sentence)
-    rendered = render_pairs(merged, plan(1.0), CASES, with_baseline, progress)
+    weights = stored(merged / "transformer")
+    short = dict(list(weights.items())[1:])
+    exports = {"same": lambda: iter(weights.items()), "short": lambda: iter(short.items())}
+    rendered = render_pairs(merged, plan(1.0), CASES, with_baseline, progress, exports=exports)
     loaded = [sentence.removeprefix("loading ") for sentence in said if sentence.startswith("loading ")]
-    assert loaded == ["libraries", "text encoder", "VAE", "merged transformer", "base transformer"]
+    sides = ["merged transformer", "export same", "export short", "base transformer"]
+    assert loaded == ["libraries", "text encoder", "VAE", *sides]
     return rendered
+
+
+def test_an_export_with_the_merged_weights_makes_the_merged_picture_and_one_that_lacks_any_makes_none(
+    pairs: list[Pair],
+) -> None:
+    for pair, judged in zip(pairs, judge_pairs(pairs, {}, RULES), strict=True):
+        assert list(pair.exports) == ["same"]
+        assert (pair.exports["same"].latents == pair.merged.latents).all()
+        compared = judged.exports["same"]
+        assert compared is not None
+        assert compared.identical
+        assert compared.values["latents_l2"] == 0
+
+
+def test_an_export_s_weights_are_the_model_s_and_no_others() -> None:
+    model = torch.nn.Linear(2, 3)
+    right = {"weight": np.ones((3, 2), np.float32), "bias": np.ones(3, np.float32)}
+    wrong: dict[str, list[tuple[str, Array]]] = {
+        "lacks 'bias'": [("weight", right["weight"])],
+        "'scale', which is no weight": [*right.items(), ("scale", right["bias"])],
+        "'bias', which comes twice": [*right.items(), ("bias", right["bias"])],
+        r"of shape \(2,\), the model of \(3,\)": [("bias", np.ones(2, np.float32))],
+    }
+    for said, weights in wrong.items():
+        with pytest.raises(BadCheckpoint, match=said):
+            take_weights(model, weights, "x")
+    take_weights(model, right.items(), "x")
+    assert all((parameter == 1).all() for parameter in model.parameters())
 
 
 def test_merged_and_unfused_agree_and_visit_the_recipe_s_sigmas(pairs: list[Pair]) -> None:
@@ -97,8 +135,8 @@ def test_the_base_alone_runs_at_its_own_steps_and_scheduler_without_the_lora(pai
 
 def test_everything_is_loaded_once_and_its_seconds_are_kept(pairs: list[Pair], progress: RenderProgress) -> None:
     assert len(pairs) == 2
-    loaded = ["libraries", "text encoder", "prompts", "VAE", "merged transformer", "base transformer"]
-    assert list(progress.seconds) == [*loaded, "LoRAs beside it", "noise floor"]
+    sides = ["merged transformer", "export same", "base transformer", "LoRAs beside it", "noise floor"]
+    assert list(progress.seconds) == ["libraries", "text encoder", "prompts", "VAE", *sides]
     assert all(seconds > 0 for seconds in progress.seconds.values())
 
 
@@ -147,7 +185,7 @@ def test_a_run_is_exact_against_its_own_pictures(pairs: list[Pair], tmp_path: Pa
     images = tmp_path / "images"
     save_pictures(judge_pairs(pairs, {}, RULES), images)
     assert sorted(path.name for path in images.iterdir()) == sorted(
-        f"{pair.case.name}.{side}.png" for pair in pairs for side in ("merged", "unfused", "baseline")
+        f"{pair.case.name}.{side}.png" for pair in pairs for side in ("merged", "unfused", "baseline", "same")
     )
     goldens = {}
     for pair in pairs:
@@ -180,7 +218,7 @@ def test_what_a_run_leaves_for_approval_names_all_that_its_pictures_came_from(
     assert run.tool.git is not None
     assert run.seconds["loads"] == {"VAE": 0.5}
     assert run.seconds["floor"] == {pair.case.name: pair.floor.cost.seconds for pair in pairs}
-    assert list(run.seconds) == ["loads", "merged", "unfused", "floor", "baseline"]
+    assert list(run.seconds) == ["loads", "merged", "unfused", "floor", "baseline", "export same"]
 
 
 @dataclass(frozen=True)

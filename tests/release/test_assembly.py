@@ -12,20 +12,20 @@ from PIL import Image
 
 from lora_fuse.errors import BadSource, PublishRefused
 from lora_fuse.fusion.manifest import read_manifest
+from lora_fuse.machine.files import hash_file
 from lora_fuse.recipe.paths import HERE as at  # noqa: N811
 from lora_fuse.release.contents import BOM, LIST, PROVENANCE
 from lora_fuse.release.download_check import check_published
 from lora_fuse.release.signing import SIGNATURE
-from stages.export import export_formats
 from stages.publish import publish
 from tests.hub_server import LoopbackHub
-from tests.support.released import LORA_FILE, REPO, ROOT, Build, Project, flip, tiny_base, tiny_lora
+from tests.support.released import LORA_FILE, REPO, ROOT, Build, Project, flip, leave_exports, tiny_base, tiny_lora
 
 
 def test_everything_is_published_once_and_again_is_nothing_new(build: Build, hub: LoopbackHub, key: Path) -> None:
     project = build()
     params = project.params(f"publish.signing.key={key}", "export.formats=[single_file]")
-    export_formats(params)
+    leave_exports(params)
     publish(params)
     manifest, _ = read_manifest(at.manifest)
     beside = {"README.md", LIST, SIGNATURE, PROVENANCE, BOM, "images/blocks.png", "diffusion_models/pocket.safetensors"}
@@ -39,7 +39,7 @@ def test_everything_is_published_once_and_again_is_nothing_new(build: Build, hub
 
 def test_all_that_a_publication_makes_is_known_to_who_checks_it(build: Build, hub: LoopbackHub, tmp_path: Path) -> None:
     params = build().params("export.formats=[single_file]")
-    export_formats(params)
+    leave_exports(params)
     publish(params)
     for name in hub.registry.repos[REPO].head.tree:
         path = tmp_path / "fetched" / name
@@ -78,15 +78,34 @@ def test_pictures_that_were_changed_or_are_of_another_merge_are_refused(build: B
     assert REPO not in hub.registry.repos
 
 
-def test_exports_of_another_merge_or_that_were_changed_are_refused(build: Build, hub: LoopbackHub) -> None:
+def test_exports_that_were_not_judged_or_changed_or_are_of_another_merge_are_refused(
+    build: Build, hub: LoopbackHub
+) -> None:
     project = build()
     params = project.params("export.formats=[single_file]")
-    export_formats(params)
+    with pytest.raises(BadSource, match=r"judges the exports none, and export.formats asks for single_file"):
+        publish(params)
+    leave_exports(params)
     exported = at.exported / "diffusion_models/pocket.safetensors"
     flip(exported)
     with pytest.raises(PublishRefused, match=r"pocket\.safetensors is not what the manifest says"):
         publish(params)
     text = at.exports.read_text()
+    (judged,) = json.loads(text)["files"].values()
+    at.exports.write_text(text.replace(judged["sha256"], hash_file(exported).sha256))
+    with pytest.raises(BadSource, match=rf"says exports\.single_file\.sha256 {judged['sha256']}, and what lies here"):
+        publish(params)
+    metrics = at.metrics.read_text()
+    wrong = json.loads(metrics) | {"exports.single_file.verdict": "regression", "verdict": "regression"}
+    for changed, said in ((wrong | {"exports.single_file.changed": 1}, "passed True"), (wrong, "verdict regression")):
+        at.exports.write_text(text)
+        at.metrics.write_text(json.dumps(changed))
+        with pytest.raises(BadSource, match=said):
+            publish(params)
+    at.metrics.write_text(json.dumps(wrong | {"exports.single_file.changed": 1, "passed": False}))
+    with pytest.raises(PublishRefused, match="the gate is not passed: regression: what was exported as single_file is"):
+        publish(params)
+    at.metrics.write_text(metrics)
     at.exports.write_text(text.replace(json.loads(text)["manifest_sha256"], "5" * 64))
     with pytest.raises(PublishRefused, match=r"export\.json is of another merge"):
         publish(params)

@@ -43,6 +43,13 @@ def test_every_verdict_has_its_exit_code_and_names_one_next_command(verdict: str
     assert then.count("python -m") + then.count("dvc ") == 1
 
 
+def test_an_export_that_fails_fails_the_gate_by_its_name_and_is_made_again() -> None:
+    decision = decide(metrics("regression", a="exact") | {"exports.fp8_scaled.verdict": "regression"})
+    assert (decision.code, command(decision.then)) == (1, "dvc repro -f export")
+    assert decision.reason.startswith("regression: what was exported as fp8_scaled is not the merge, see ")
+    assert decide(metrics("exact") | {"exports.fp8_scaled.verdict": "drift"}).code == 0
+
+
 def test_only_what_passes_has_exit_code_0() -> None:
     assert {verdict for verdict in Verdict if EXIT_CODES[verdict] == 0} == {v for v in Verdict if v.passed}
     assert EXIT_CODES.keys() == set(Verdict)

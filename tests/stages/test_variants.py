@@ -169,7 +169,8 @@ def test_publishing_sends_what_is_new_and_nothing_twice(checkout: Checkout, hub:
     assert ran(checkout.repro(PUBLISHED, env=env)) == []
 
     checkout.entries(pocket_soft={"overrides": ["export.formats=[single_file]"]})
-    assert ran(checkout.repro(PUBLISHED, env=env)) == [f"{PIPELINE}:export@pocket_soft", f"{PUBLISHED}@pocket_soft"]
+    judged = [f"{PIPELINE}:{stage}@pocket_soft" for stage in ("export", "regress")]
+    assert ran(checkout.repro(PUBLISHED, env=env)) == [*judged, f"{PUBLISHED}@pocket_soft"]
     assert hub.uploaded() > sent
     assert checkout.result("pocket_soft", "publish.json")["files"].keys() - soft["files"].keys() == {
         "diffusion_models/pocket_soft.safetensors"

@@ -17,19 +17,29 @@ from lora_fuse.fusion.manifest import read_manifest
 from lora_fuse.machine.files import hash_file, replace_text
 from lora_fuse.pictures.cases import Case
 from lora_fuse.pictures.metrics import METRICS
-from lora_fuse.pictures.picture import Picture, levels_of
+from lora_fuse.pictures.picture import Picture, levels_of, read_levels
 from lora_fuse.recipe.paths import GOLDEN
 from lora_fuse.recipe.paths import HERE as at  # noqa: N811
 from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.records import to_json
 from lora_fuse.regression.candidates import Candidate, Candidates, CaseRecord, PictureInputs
 from lora_fuse.regression.case_judgement import Measured, judge_measured
-from lora_fuse.regression.consistency import MEASURED_AGAIN
+from lora_fuse.regression.exported.export_records import exports_of, flat_exports, places_of
+from lora_fuse.regression.exported.export_verdicts import (
+    ExportedCase,
+    JudgedExport,
+    Measures,
+    WeightFigures,
+    limits_of,
+    verdict_of,
+)
 from lora_fuse.regression.goldens import Goldens
+from lora_fuse.regression.recorded_numbers import MEASURED_AGAIN
 from lora_fuse.regression.review import flat_metrics
 from lora_fuse.regression.verdicts import CaseResult, Comparison, Facts, Golden, Rules, Verdict
 from stages.config import compose
 from stages.download import download
+from stages.export import export_formats
 from stages.fuse import fuse
 from stages.verify import verify as verify_stage
 from tests.hub_server import LoopbackHub
@@ -99,6 +109,28 @@ def leave_regression(params: Recipe) -> None:
     replace_text(at.metrics, json.dumps(metrics))
     replace_text(at.candidates, to_json(Candidates(1, manifest_sha256, found)))
     replace_text(at.blocks, json.dumps([{"block": "0", "relative_norm": 0.25}, {"block": "1", "relative_norm": 0.1}]))
+
+
+def leave_exports(params: Recipe) -> None:
+    """The exports that a recipe asks for, and what `stages.regress` says of ones that draw the merged pictures."""
+    assert export_formats(params) == 0
+    listed = exports_of(at).files
+    limits = limits_of(params)
+    judged = []
+    cases = {}
+    for case in Case.of(params):
+        merged = at.images / f"{case.name}.merged.png"
+        for name in limits:
+            shutil.copy(merged, at.images / f"{case.name}.{name}.png")
+        facts = Facts.of(Picture(read_levels(merged)))
+        cases[case.name] = ExportedCase(facts, Comparison(BEST), Comparison(FLOOR))
+    for name, place in places_of(params).items():
+        measures = Measures(WeightFigures(relative_l2=0.0, worst_l2=0.0), cases)
+        verdict, reasons = verdict_of(measures, limits[name], params.regress.over_floor)
+        assert verdict is Verdict.EXACT, reasons
+        judged.append(JudgedExport(name, place, listed[place], measures, verdict, reasons, limits[name]))
+    metrics = json.loads(at.metrics.read_text())
+    replace_text(at.metrics, json.dumps(metrics | flat_exports(judged)))
 
 
 BEST = {name: metric.best for name, metric in METRICS.items()}

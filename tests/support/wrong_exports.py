@@ -6,6 +6,7 @@ of them without a word, but for the keys that are missing.
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_fuse.checkpoint import Checkpoint
+from lora_fuse.errors import Unquantisable
 from lora_fuse.exports import ExportOptions, export
 from lora_fuse.quantisation import FORMATS, Fp8Options
 
@@ -121,7 +123,8 @@ def _swapped_nibbles(tensors: Tensors, layers: Layers) -> None:
 
 def _keep_list_ignored(tensors: Tensors, layers: Layers) -> None:
     for name in layers.matrices:
-        _put(tensors, name.removesuffix(".weight"), _encode("fp8_scaled", layers.exact(name)))
+        with suppress(Unquantisable):  # pocket has rows of zeros
+            _put(tensors, name.removesuffix(".weight"), _encode("fp8_scaled", layers.exact(name)))
 
 
 def _wrong_group(tensors: Tensors, layers: Layers) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_fuse.errors import RenderFailed
-from lora_fuse.pictures.noise_floor import SHARE, jitter
+from lora_fuse.pictures.weights_in_place import SHARE, jitter
 
 DTYPES = {"bfloat16": 7, "float16": 10, "float32": 23}  # and the bits after the point
 
