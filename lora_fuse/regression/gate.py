@@ -73,7 +73,7 @@ def decision_of(results: Results, at: Artifacts) -> Decision:
 
 
 def _meaning(metrics: Mapping[str, Any]) -> str:
-    """What a run's verdict means: of its pictures, of its exports, or of both."""
+    """Meaning of a verdict of a run: of its pictures, of its exports, or of both."""
     meaning = MEANINGS[metrics["verdict"]]
     if not (bad := failed_exports(metrics)):
         return meaning
