@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from lora_fuse.checkpoint import open_checkpoint
+from lora_fuse.checkpoint import dtypes, open_checkpoint
 from lora_fuse.errors import BadConfig
 from lora_fuse.fusion import Fused, FuseJob, Plan, cautions, make_plan
 from lora_fuse.lora import LoraInput, Selection
@@ -27,6 +27,7 @@ def plan(
     selection: Selection | None = None,
     component: str = COMPONENT,
     requantise: bool = False,
+    dtype: str | None = None,
 ) -> Plan:
     """Open a base and LoRAs and match them; nothing is written, and only headers and alphas are read.
 
@@ -36,12 +37,13 @@ def plan(
         selection: the modules to fuse; None for all that the LoRAs have.
         component: the pipeline's component to fuse into.
         requantise: quantise the targets of a quantised base again, as they were, and write nothing else anew.
+        dtype: ``bfloat16``, ``float16`` or ``float32``: that of all floats of the result; None for the base's own.
 
     Raises:
         Refused: the base, a LoRA, a scale or a pattern cannot be used; see `lora_fuse.errors` for the kinds.
     """
     checkpoint = open_checkpoint(base, component, label=hf_cache.cached_at(base.absolute()))
-    return make_plan(checkpoint, loras, selection, requantise=requantise)
+    return make_plan(checkpoint, loras, selection, dtype=dtype, requantise=requantise)
 
 
 def fuse(  # noqa: PLR0913 - by keyword, each is a choice of its own
@@ -100,6 +102,7 @@ def verify(  # noqa: PLR0913 - by keyword, each is a choice of its own
     rows: int | Literal["all"] = 16,
     selection: Selection | None = None,
     component: str = COMPONENT,
+    dtype: str | None = None,
     pipeline: str | None = None,
     scheduler: Scheduler = None,
     beside: frozenset[str] = frozenset(),
@@ -116,6 +119,7 @@ def verify(  # noqa: PLR0913 - by keyword, each is a choice of its own
             else is compared with the base, whole.
         selection: the modules that were fused.
         component: the pipeline's component that was fused.
+        dtype: that of all floats of the result, as for `plan`.
         pipeline: the class that its `model_index.json` should name; None for the base's.
         scheduler: the settings that its scheduler should have, as for `fuse`.
         beside: POSIX paths in `merged` that are no part of the merge, as a published repository has them.
@@ -129,6 +133,8 @@ def verify(  # noqa: PLR0913 - by keyword, each is a choice of its own
         raise BadConfig(f"rows is {rows!r}; give a number of rows, or all")
     if seed is not None and seed < 0:
         raise BadConfig(f"the seed is {seed}; give a number that is not negative, as an earlier verification named it")
+    if dtype not in (None, *dtypes.OUTPUTS):
+        raise BadConfig(f"the dtype is {dtype!r}; it is one of {', '.join(dtypes.OUTPUTS)}, or None")
     with nullcontext() if show_progress else progress.silence():
         return verify_merge(
             merged,
@@ -136,7 +142,7 @@ def verify(  # noqa: PLR0913 - by keyword, each is a choice of its own
             loras,
             component=component,
             rows=None if rows == "all" else rows,
-            expected=Expectation(pipeline, _settings(scheduler, loras), beside),
+            expected=Expectation(pipeline, _settings(scheduler, loras), beside, dtype=dtype),
             selection=selection,
             seed=seed,
         )

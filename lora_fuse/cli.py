@@ -91,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
             "--module-scale", action="append", default=[], metavar="P=S", help="multiply every scale there by S"
         )
         command.add_argument("--component", default="transformer", help="the pipeline's part to fuse into")
+        command.add_argument(
+            "--dtype", choices=("bfloat16", "float16", "float32"), help="of all floats of OUT; default: as in BASE"
+        )
     return parser
 
 
@@ -133,6 +136,7 @@ def _make_plan(options: argparse.Namespace) -> Plan:
         selection=_selection(options),
         component=options.component,
         requantise=options.requantise,
+        dtype=options.dtype,
     )
 
 
@@ -198,8 +202,12 @@ def _print_plan(plan: Plan, scheduler: Mapping[str, object] | None = None) -> No
     tensors = len(plan.checkpoint.tensors())
     text.say(f"{len(plan.targets)} of {tensors} tensors change ({plan.modules} modules in the LoRA files)")
     for words, count in plan.source.items():
-        what = "the targets are quantised again" if plan.requantise else "decoded and written as BF16"
+        what = (
+            "the targets are quantised again" if plan.requantise else f"decoded and written as {plan.dtype or 'BF16'}"
+        )
         text.say(f"  {count} weights are {words}: {what}")
+    if plan.dtype is not None:
+        text.say(f"  all floats are written as {plan.dtype}")
     if plan.skipped:
         text.say(f"  {len(plan.skipped)} are left as they are by --only and --skip, first {plan.skipped[0]}")
     for shard in plan.checkpoint.shards:
@@ -294,6 +302,7 @@ def _verify_merge(options: argparse.Namespace, published: Published | None) -> i
         rows="all" if options.rows == "all" else int(options.rows),
         selection=_selection(options),
         component=options.component,
+        dtype=options.dtype,
         pipeline=published.pipeline if published else None,
         scheduler=_scheduler(options) or (published.scheduler if published else {}),
         beside=published.beside if published else frozenset(),

@@ -59,7 +59,11 @@ def verify(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN)
 def _expectation(recipe: Recipe, base: Lock, manifest: Manifest) -> Expectation:
     generated = frozenset(name for name, file in manifest.files.items() if file.origin == "generated")
     return Expectation(
-        recipe.base.pipeline, recipe.scheduler_config, base_files=frozenset(base.files), generated=generated
+        recipe.base.pipeline,
+        recipe.scheduler_config,
+        base_files=frozenset(base.files),
+        generated=generated,
+        dtype=recipe.fuse.dtype,
     )
 
 

@@ -98,4 +98,6 @@ DTYPES = {
     )
 }
 ROUNDABLE = {name: dtype.float_format for name, dtype in DTYPES.items() if dtype.float_format is not None}
+# The dtypes that a merge can be written in, by the name that a configuration has.
+OUTPUTS = {DTYPES[name].array_name: name for name in ("F16", "BF16", "F32")}
 SIXTEEN_BIT = {name: kind for name, kind in ROUNDABLE.items() if DTYPES[name].bits == 16}

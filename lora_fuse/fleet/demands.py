@@ -69,6 +69,7 @@ def needs_of(recipe: Recipe, base: sizes.SourceSize) -> Needs:
     if regress.placement == "cpu" and regress.threads is None:
         raise BadConfig("regress.threads is null, and pictures made on a CPU depend on it: set it to a number")
     gpus = 0 if regress.placement == "cpu" else 1
-    merged = base.total if recipe.fuse.untouched == "copy" else base.below(COMPONENT)
+    grown = (recipe.fuse.growth - 1) * base.below(COMPONENT)
+    merged = grown + (base.total if recipe.fuse.untouched == "copy" else base.below(COMPONENT))
     memory = 0 if regress.placement == "cuda" else base.total
     return Needs(1 if gpus else regress.threads or 1, gpus, memory, merged)

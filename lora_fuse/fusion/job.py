@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from lora_fuse.checkpoint import diffusers_files
 from lora_fuse.errors import BadConfig
-from lora_fuse.fusion.decoded.decoded_layout import decoded_index
+from lora_fuse.fusion.decoded.decoded_layout import decoded_texts
 from lora_fuse.fusion.decoded.requantiser import Costs
 from lora_fuse.fusion.destination import Destination
 from lora_fuse.fusion.device import fuse_device
@@ -90,8 +90,8 @@ class FuseJob:
         self.generated: dict[str, bytes] = {}
         if pipeline or scheduler:
             self.generated = diffusers_files(base.root, pipeline=pipeline, scheduler=scheduler or {})
-        if plan.stored is not None and not plan.requantise:
-            self.generated |= decoded_index(base, plan.stored)
+        if plan.is_laid_out_anew and not plan.requantise:
+            self.generated |= decoded_texts(plan)
         self._destination = Destination.at(out, replace=replace)
         self._destination.check(plan, self.generated)
         self._ways = ways_of(plan, self._destination.place, untouched)

@@ -55,6 +55,7 @@ def build_manifest(
         files=written,
         source=plan.source or None,
         requantised=cost,
+        dtype=plan.dtype,
     )
 
 

@@ -125,8 +125,8 @@ def _key(plan: Plan, states: file_state.FileStates, pinned: Mapping[str, str]) -
 def bytes_to_write(plan: Plan) -> int:
     """Bytes that go through the engine: the fused shards, whole."""
     entry = plan.provenance
-    if plan.stored is not None and not plan.requantise:
-        return sum(decoded_size(shard, plan.stored, entry) for shard in plan.fused_shards)
+    if plan.is_laid_out_anew:
+        return sum(decoded_size(shard, plan) for shard in plan.fused_shards)
     return sum(
         _stat(shard.path).st_size - len(shard.header.raw) + len(fused_header(shard, entry))
         for shard in plan.fused_shards
@@ -207,7 +207,7 @@ def _fuser(
 ) -> ShardFuser | DecodedFuser | Requantiser:
     if plan.requantise:
         return Requantiser(plan, way, share, progress, costs)
-    if plan.stored is not None:
+    if plan.is_laid_out_anew:
         return DecodedFuser(plan, way, share, progress)
     return ShardFuser(plan.targets, plan.provenance, way, share, progress)
 

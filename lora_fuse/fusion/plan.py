@@ -54,7 +54,8 @@ class Plan:
 
     `loras` are the opened files, in the order of `inputs`; `skipped` the parameters that the selection leaves out.
     `stored` are the base's weights that are codes, where a target is one of them or the base is GGUF: all of these are
-    decoded then, or with `requantise` the targets alone, to be quantised again as they were.
+    decoded then, or with `requantise` the targets alone, to be quantised again as they were. `dtype` is that of all
+    floats of the result, by a header's name; None where that is the base's own everywhere.
     """
 
     checkpoint: Checkpoint
@@ -65,16 +66,31 @@ class Plan:
     skipped: tuple[str, ...] = ()
     stored: StoredWeights | None = None
     requantise: bool = False
+    dtype: str | None = None
+
+    @property
+    def is_laid_out_anew(self) -> bool:
+        """True where tensors of the result have other dtypes, and so other places, than the base's."""
+        return not self.requantise and (self.stored is not None or self.dtype is not None)
+
+    def written(self, tensor: TensorInfo) -> str:
+        """The dtype in which a plain tensor is written: integers and floats of 8 bits or fewer stay as they are."""
+        return self.dtype if self.dtype and tensor.dtype in dtypes.ROUNDABLE else tensor.dtype
 
     @property
     def fused_shards(self) -> tuple[Shard, ...]:
-        """The shards that are written anew, in the base's order: those that hold a target, or what is decoded."""
+        """The shards that are written anew, in the base's order.
+
+        They hold a target, or what is decoded, or what is written in another dtype.
+        """
         changed = {target.shard.relative for target in self.targets.values()}
         codes = self.stored.tensors if self.stored and not self.requantise else self._new_scales
         return tuple(
             shard
             for shard in self.checkpoint.shards
-            if shard.relative in changed or not codes.isdisjoint(shard.header.tensors)
+            if shard.relative in changed
+            or not codes.isdisjoint(shard.header.tensors)
+            or any(self.written(tensor) != tensor.dtype for tensor in shard.header.tensors.values())
         )
 
     @property
@@ -86,7 +102,7 @@ class Plan:
     @property
     def plain(self) -> bool:
         """True where only plain LoRAs are added, and only to weights of 16 bits: the fastest case."""
-        return all(_beyond_plain(target) is None for target in self.targets.values())
+        return self.dtype is None and all(_beyond_plain(target) is None for target in self.targets.values())
 
     @property
     def provenance(self) -> str:
@@ -97,7 +113,10 @@ class Plan:
         ]
         selected = {} if self.selection.everything else asdict(self.selection)
         source = {} if self.stored is None else {"source": self.source, "requantised": self.requantise}
-        return json.dumps({"base": self.checkpoint.label, "loras": loras, **selected, **source}, sort_keys=True)
+        dtype = {} if self.dtype is None else {"dtype": self.dtype}
+        return json.dumps(
+            {"base": self.checkpoint.label, "loras": loras, **selected, **source, **dtype}, sort_keys=True
+        )
 
     @property
     def source(self) -> dict[str, int]:
@@ -118,10 +137,13 @@ def make_plan(
     inputs: Sequence[LoraInput],
     selection: Selection | None = None,
     *,
+    dtype: str | None = None,
     digests: bool = False,
     requantise: bool = False,
 ) -> Plan:
     """Match every LoRA against the base.
+
+    `dtype` is a key of `dtypes.OUTPUTS`: that of all floats of the result, or None for the base's own.
 
     LoRAs are summed in the order of their sha256, so the order on a command line cannot show in the result. `digests`
     are those of `LoraFile`, `requantise` is that of `Plan`.
@@ -131,7 +153,8 @@ def make_plan(
         BadLora: a file cannot be used (see `open_lora` and `match_targets` for the kinds).
         BadCheckpoint: the base cannot be fused into, or a target is quantised and cannot be decoded, or of a dtype that
             is not rounded to.
-        BadConfig: a pattern of the selection matches no target, or it leaves none; or nothing can be quantised again.
+        BadConfig: a pattern of the selection matches no target, or it leaves none; or nothing can be quantised again;
+            or there is no such dtype.
         MissingExtra: a target is not plain (see `Plan.plain`), and torch is not installed.
     """
     chosen = selection or Selection()
@@ -153,14 +176,17 @@ def make_plan(
     stored = checkpoint.stored()
     targets = _targets(checkpoint, {weights[name].name: scaled for name, scaled in kept.items()}, stored)
     codes = any(target.stored for target in targets.values())
-    decoded = codes or any(shard.is_gguf for shard in checkpoint.shards)
+    decoded = codes or any(shard.is_gguf for shard in checkpoint.shards) or bool(dtype and stored.tensors)
     if decoded and stored.refused:
         raise next(iter(stored.refused.values()))
     if requantise:
         _refuse_unmade(checkpoint, [target.stored for target in targets.values() if target.stored])
     if (beyond := next(filter(None, map(_beyond_plain, targets.values())), None)) is not None:
         require("torch", beyond)
-    return Plan(checkpoint, tuple(inputs), loras, targets, chosen, skipped, stored if decoded else None, requantise)
+    written = _converted(checkpoint, dtype, decoded=decoded, requantise=requantise)
+    return Plan(
+        checkpoint, tuple(inputs), loras, targets, chosen, skipped, stored if decoded else None, requantise, written
+    )
 
 
 def plan_of(base: Lock, loras: Mapping[str, Lock], params: Recipe) -> Plan:
@@ -171,7 +197,8 @@ def plan_of(base: Lock, loras: Mapping[str, Lock], params: Recipe) -> Plan:
     """
     checkpoint = open_checkpoint(hf_cache.locate(base), COMPONENT, base.files, base.label if base.repo_id else None)
     inputs = paths.lora_inputs(loras, params)
-    plan = make_plan(checkpoint, inputs, params.fuse.selection, digests=params.fuse.inputs == "hash")
+    digests = params.fuse.inputs == "hash"
+    plan = make_plan(checkpoint, inputs, params.fuse.selection, dtype=params.fuse.dtype, digests=digests)
     for given, lora in zip(inputs, plan.loras, strict=True):
         for name, record in loras[given.name].files.items():
             sha256 = lora.config_sha256 if name.endswith(".json") else lora.sha256
@@ -237,6 +264,30 @@ def _targets(
                 )
             targets[name] = Target(tensor, shard, tuple(deltas[name]), codes)
     return targets
+
+
+def _converted(checkpoint: Checkpoint, dtype: str | None, *, decoded: bool, requantise: bool) -> str | None:
+    """The dtype to write, by a header's name; None where all floats of the base have it already.
+
+    Raises:
+        BadConfig: no sum is rounded to it, or targets are to be codes.
+        MissingExtra: something has to be converted, and torch is not installed.
+    """
+    if dtype is None:
+        return None
+    if dtype not in dtypes.OUTPUTS:
+        raise BadConfig(f"--dtype (fuse.dtype) is {dtype!r}; it is one of {', '.join(dtypes.OUTPUTS)}, or left out")
+    if requantise:
+        raise BadConfig(
+            f"--dtype (fuse.dtype) is {dtype}, and weights are to be quantised again; leave one of both out"
+        )
+    wanted = dtypes.OUTPUTS[dtype]
+    if not decoded and all(
+        tensor.dtype in (wanted, *(dtypes.DTYPES.keys() - dtypes.ROUNDABLE)) for tensor in checkpoint.tensors().values()
+    ):
+        return None
+    require("torch", f"{checkpoint.root}: weights in {dtype}")
+    return wanted
 
 
 def _beyond_plain(target: Target) -> str | None:

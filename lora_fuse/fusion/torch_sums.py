@@ -100,7 +100,19 @@ def round_sums(rows: torch.Tensor, merged: torch.Tensor, deltas: Sequence[Delta]
     ]
     _settle(merged, _Doubts(*(torch.cat(parts) for parts in zip(*doubts, strict=True))), deltas, first, error)
     if not reach < torch.finfo(merged.dtype).max and not bool(torch.isfinite(merged).all()):
-        raise NotFinite(f"a sum is too large for {merged.dtype}")
+        raise NotFinite(_too_large(rows, merged, deltas, first))
+
+
+def _too_large(rows: torch.Tensor, merged: torch.Tensor, deltas: Sequence[Delta], first: int) -> str:
+    """Name the first sum that its dtype has no number for."""
+    row, column = (~torch.isfinite(merged)).nonzero()[0].tolist()
+    weight = rows[row : row + 1].double().cpu()
+    total = weight.clone()
+    for delta in deltas:
+        delta.add_to(total, weight, first + row, 0)
+    value = f"{float(total[0, column]):.9g} " if bool(total.isfinite().all()) else ""  # or `rows` is overwritten
+    most = f"its largest number is {torch.finfo(merged.dtype).max:.9g}"
+    return f"a sum is too large for {merged.dtype}: {value}in row {first + row}, column {column}, and {most}"
 
 
 def _blocks(
@@ -112,7 +124,7 @@ def _blocks(
         yield 0, 0, both
         return
     width = rows.shape[1] if whole_rows else BLOCK[1]
-    height = max(1, BLOCK[0] * BLOCK[1] // width)
+    height = max(1, BLOCK[0] * BLOCK[1] // min(width, rows.shape[1]))
     for row in range(0, rows.shape[0], height):
         for column in range(0, rows.shape[1], width):
             place = slice(row, row + height), slice(column, column + width)

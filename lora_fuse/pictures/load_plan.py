@@ -273,7 +273,7 @@ def _rounded_to(plan: Plan, setup: Setup) -> list[torch.dtype]:
     """The dtypes that the changed weights are rounded to, in memory and on disk."""
     import torch
 
-    stored = {target.tensor.dtype for target in plan.targets.values()}
+    stored = {plan.written(target.tensor) for target in plan.targets.values()}
     return [getattr(torch, setup.dtype), *(dtypes.DTYPES[name].torch for name in stored)]
 
 

@@ -166,8 +166,8 @@ class Manifest:
     """Everything that a merged checkpoint is made of; `files` lists every file of it by POSIX path.
 
     `selection` is None where every module of every LoRA was fused. `source` are the formats of a base whose weights are
-    codes, each with the number of weights, `requantised` the cost where targets were quantised again; not there for
-    others.
+    codes, each with the number of weights, `requantised` the cost where targets were quantised again, `dtype` that of
+    all floats where it is another than the base's; not there for others.
     """
 
     schema: int
@@ -180,6 +180,7 @@ class Manifest:
     selection: Selection | None = None
     source: Annotated[dict[str, int] | None, Field(exclude_if=lambda source: source is None)] = None
     requantised: Annotated[Requantised | None, Field(exclude_if=lambda cost: cost is None)] = None
+    dtype: Annotated[str | None, Field(exclude_if=lambda dtype: dtype is None)] = None
 
     @property
     def pair(self) -> tuple[str | None, list[tuple[str | None, str | None]]]:

@@ -133,7 +133,7 @@ class FuseParams(Section):
     `only`, `skip` and `scales` are patterns of modules, see `lora_fuse.lora.inputs`; `untouched` is how weights that do
     not change are taken over, see `lora_fuse.machine.files.take_over`. With `inputs` ``stat``, what was hashed by
     `download` is known to be the same by its state (`lora_fuse.machine.file_state`); with ``hash``, every byte of base
-    and LoRAs is hashed as it is read, too.
+    and LoRAs is hashed as it is read, too. `dtype` is that of all floats of the result, null the base's own.
     """
 
     scale: Finite
@@ -141,6 +141,7 @@ class FuseParams(Section):
     only: list[Text]
     skip: list[Text]
     scales: dict[str, Finite]
+    dtype: DType | None
     device: Device
     untouched: files.Untouched
     inputs: Literal["stat", "hash"]
@@ -148,6 +149,11 @@ class FuseParams(Section):
     def scale_of(self, lora: str) -> float:
         """The scale that is applied to one LoRA."""
         return self.scale * self.lora_scales.get(lora, 1.0)
+
+    @property
+    def growth(self) -> int:
+        """Size of the fused weights, in times of weights of 16 bits."""
+        return 2 if self.dtype == "float32" else 1
 
     @property
     def selection(self) -> Selection:

@@ -141,6 +141,27 @@ class CodedTensor(StoredTensor):
         return widen(gguf.quants.dequantize(codes, gguf.GGMLQuantizationType[self.kind]))
 
 
+@dataclass(frozen=True, slots=True)
+class ConvertedTensor(StoredTensor):
+    """A tensor that a merge has in another dtype, which is `dtype`; its values are read as they are, in `kind`."""
+
+    kind: str
+
+    @classmethod
+    def of(cls, stored: StoredTensor, dtype: str) -> ConvertedTensor:
+        """Give a tensor another dtype."""
+        return cls(stored.path, dtype, stored.shape, stored.start, stored.nbytes, stored.refuse, stored.dtype)
+
+    @property
+    def nbytes_merged(self) -> int:
+        """See `StoredTensor`."""
+        return math.prod(self.shape) * NUMBERS[self.dtype].itemsize
+
+    def read(self, rows: Rows | None = None) -> Array:
+        """Values in the base's dtype, see `StoredTensor`."""
+        return StoredTensor(self.path, self.kind, self.shape, self.start, self.nbytes, self.refuse).read(rows)
+
+
 def _hadamard(size: int) -> Wide:
     """Build the orthogonal matrix of ConvRot, (size, size); of whole numbers the products are exact in float64."""
     smallest = np.array([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], np.float64) / 2
@@ -263,12 +284,17 @@ def _listed(base: Weights) -> dict[str, Any]:
     return found
 
 
-def decoded(base: Weights, codes: CodedWeights) -> Weights:
-    """The tensors of a base as a merge has them whose codes are all decoded."""
+def decoded(base: Weights, codes: CodedWeights, dtype: str | None = None) -> Weights:
+    """The tensors of a base as a merge has them whose codes are all decoded, and whose floats all have a dtype."""
     found = Weights([])
     found.metadata = {name: _without_layers(metadata) for name, metadata in base.metadata.items()}
     for name in base.names() - codes.beside:
-        found.add(name, codes.tensors.get(name, base[name]))
+        tensor = codes.tensors.get(name, base[name])
+        if dtype is not None and tensor.dtype in PLAIN and tensor.dtype != dtype:
+            tensor = (
+                replace(tensor, dtype=dtype) if isinstance(tensor, CodedTensor) else ConvertedTensor.of(tensor, dtype)
+            )
+        found.add(name, tensor)
     return found
 
 

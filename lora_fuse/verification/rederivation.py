@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,23 @@ from lora_fuse.errors import BadCheckpoint
 from lora_fuse.lora import LoraInput, Selection
 from lora_fuse.machine import file_state, files, progress
 from lora_fuse.verification.byte_comparison import pieces
-from lora_fuse.verification.coded_weights import CodedTensor, decoded, open_weights, read_codes, requantised
+from lora_fuse.verification.coded_weights import (
+    CodedTensor,
+    ConvertedTensor,
+    decoded,
+    open_weights,
+    read_codes,
+    requantised,
+)
 from lora_fuse.verification.expectation import ExpectedDelta, read_expected
-from lora_fuse.verification.target_check import LITTLE, Change, Kept, Sums, TargetCheck, check_target
+from lora_fuse.verification.nearest import FLOATS
+from lora_fuse.verification.target_check import LITTLE, Change, Kept, Sums, TargetCheck, check_target, is_converted
 from lora_fuse.verification.weights import Weights, weight_files
 from lora_fuse.verification.whole_files import compare_files, sort_base
 
 # A tensor beside a weight that says its numbers are not yet the weight: they are multiplied, or quantised.
 SCALE = re.compile(r"(?P<module>.+)\.(?:scale_weight|weight_scale\w*|weight_zero_point|comfy_quant|weight\..+)")
+WRITTEN = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # what a merge can be in, by a header's name
 SHOWN = 20  # problems that are spelled out; the rest is counted
 
 
@@ -104,7 +113,7 @@ class Expectation:
     `pipeline` and `scheduler` are the recipe's changes; without them the base's are expected. `beside` are POSIX paths
     that are no part of the merge, see `lora_fuse.release.download_check`. `base_files` are those that the base's lock
     has, all of which are taken; without a lock they are what lies there. `generated` are those that the manifest says
-    were made anew.
+    were made anew. `dtype` is that of all floats of the merge, as configurations name it, None for the base's own.
     """
 
     pipeline: str | None = None
@@ -112,6 +121,7 @@ class Expectation:
     beside: frozenset[str] = frozenset()
     base_files: frozenset[str] | None = None
     generated: frozenset[str] = frozenset()
+    dtype: str | None = None
 
 
 def verify_merge(  # noqa: PLR0913 - by keyword, each is a choice of its own
@@ -145,7 +155,7 @@ def verify_merge(  # noqa: PLR0913 - by keyword, each is a choice of its own
         written = open_weights(merged_files)
         stored = open_weights(base_files)
         expected_sum = read_expected(loras, stored, selection or Selection())
-        ours, theirs = _comparable(written, stored, expected_sum.deltas.keys(), found)
+        ours, theirs = _comparable(written, stored, expected_sum.deltas.keys(), expected.dtype, found)
         found.modules = expected_sum.modules
         found.targets = len(expected_sum.deltas)
         for problem in expected_sum.problems:
@@ -155,6 +165,8 @@ def verify_merge(  # noqa: PLR0913 - by keyword, each is a choice of its own
         _check_tensors(ours, theirs, expected_sum.deltas, rows, found, advance)
         if shards is not None:
             fused = {path.relative_to(merged).as_posix() for path in merged_files}
+            if theirs is stored:  # all floats are in that dtype already, so no text says another one
+                expected = replace(expected, dtype=None)
             found.files_untouched, problems = compare_files(
                 merged, base, fused, shards, expected, advance, _indexes(base, shards.index, theirs)
             )
@@ -173,18 +185,34 @@ def _refuse_other_kinds(merged: Path, base: Path) -> None:
         raise BadCheckpoint(f"{merged} is {kinds[0]}, and its base {base} {kinds[1]}; name two of one kind")
 
 
-def _comparable(merged: Weights, base: Weights, targets: Set[str], found: Verification) -> tuple[Weights, Weights]:
-    """The tensors of both sides as they are compared: codes are decoded in the base, or are codes on both sides."""
+def _comparable(
+    merged: Weights, base: Weights, targets: Set[str], dtype: str | None, found: Verification
+) -> tuple[Weights, Weights]:
+    """The tensors of both sides as they are compared: codes are decoded in the base, or are codes on both sides.
+
+    All floats of the base have `dtype` then.
+    """
     codes = read_codes(base)
+    wanted = None if dtype is None else WRITTEN[dtype]
+    plain = {base[name].dtype for name in base.names() - codes.tensors.keys() if base[name].dtype in FLOATS}
+    if plain <= {wanted} and not codes.tensors:
+        wanted = None
     again = merged.is_gguf or any(name in targets and _is_stored_as(merged, base, name) for name in codes.tensors)
+    if again and wanted:
+        found.problem(f"targets are codes, as in the base, and should be {wanted}")
     if again:
         both = [requantised(merged, read_codes(merged), targets), requantised(base, codes, targets)]
         return both[0], both[1]
-    if base.is_gguf == merged.is_gguf and targets.isdisjoint(codes.tensors) and targets.isdisjoint(codes.problems):
+    if (
+        wanted is None
+        and base.is_gguf == merged.is_gguf
+        and targets.isdisjoint(codes.tensors)
+        and targets.isdisjoint(codes.problems)
+    ):
         return merged, base
     for problem in codes.problems.values():
         found.problem(problem)
-    return merged, decoded(base, codes)
+    return merged, decoded(base, codes, wanted)
 
 
 def _is_stored_as(merged: Weights, base: Weights, name: str) -> bool:
@@ -192,9 +220,11 @@ def _is_stored_as(merged: Weights, base: Weights, name: str) -> bool:
 
 
 def _indexes(base: Path, index: str | None, theirs: Weights) -> dict[str, dict[str, Any]]:
-    """The index of shards as it should be, where codes of the base were decoded: without what went with codes."""
+    """The index of shards as it should be, where dtypes are others than the base's: without what went with codes."""
     tensors = [theirs[name] for name in theirs.names()]
-    if index is None or not any(isinstance(one, CodedTensor) and one.dtype != one.kind for one in tensors):
+    if index is None or not any(
+        isinstance(one, (CodedTensor, ConvertedTensor)) and one.dtype != one.kind for one in tensors
+    ):
         return {}
     content = files.read_json(base / index, dict, BadCheckpoint)
     total = sum(one.nbytes_merged for one in tensors)
@@ -229,7 +259,7 @@ def _check_tensors(
             f"{name} is no plain weight in the base: {scales[name]} goes with it, so the sum is of other numbers"
         )
     common = sorted(base.names() & merged.names())
-    whole = {name for name in common if name in deltas or isinstance(base[name], CodedTensor)}
+    whole = {name for name in common if name in deltas or isinstance(base[name], (CodedTensor, ConvertedTensor))}
     tasks = [(name, piece) for name in common for piece in ([None] if name in whole else pieces(merged[name].nbytes))]
 
     def size(task: tuple[str, tuple[int, int] | None]) -> int:
@@ -239,7 +269,7 @@ def _check_tensors(
     def check(task: tuple[str, tuple[int, int] | None], told: Callable[[int], None]) -> TargetCheck | bool:
         name, piece = task
         if piece is None and name not in deltas:
-            result: TargetCheck | bool = not check_target(name, merged[name], base[name], [], None, None).problem
+            result: TargetCheck | bool = is_converted(name, merged[name], base[name])
         elif piece is None:
             seed = None if found.drawn is None else found.drawn.seed
             result = check_target(name, merged[name], base[name], deltas[name], rows, seed)

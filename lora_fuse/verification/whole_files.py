@@ -25,6 +25,7 @@ INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 # Files that no merge leaves behind, whatever the engine's table of files says.
 NEEDED = re.compile(r"(licen[cs]e|notice)[^/]*|[^/]+\.(json|txt|model)", re.IGNORECASE)
+NAMES_DTYPE = ("torch_dtype", "dtype")  # in a configuration
 WEIGHTS = (".safetensors", ".sft")
 
 
@@ -56,7 +57,7 @@ def compare_files(
         The number of files that were compared with the base's, and what is wrong.
     """
     problems: list[str] = []
-    made = dict(_made_again(base, expected, problems)) | dict(indexes)
+    made = dict(_made_again(base, expected, fused, problems)) | dict(indexes)
     problems += [f"{name} is called generated, and no recipe asks for it" for name in expected.generated - made.keys()]
     theirs = {*base_sorted.shards, *base_sorted.others, *base_sorted.left}
     beside = expected.beside - made.keys()
@@ -134,13 +135,21 @@ def _size(path: Path) -> int | None:
         return None
 
 
-def _made_again(base: Path, expected: Expectation, problems: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The content of what the recipe changes: the class of the pipeline; all of a scheduler but for its own class."""
+def _made_again(
+    base: Path, expected: Expectation, fused: Set[str], problems: list[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The content of what the recipe changes.
+
+    The class of the pipeline; all of a scheduler but for its own class; the dtype that a configuration names.
+    """
     changes: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {}
     if expected.pipeline is not None:
         changes[INDEX] = lambda index: index | {"_class_name": expected.pipeline}
     if expected.scheduler:
         changes[SCHEDULER] = lambda old: {key: old[key] for key in old if key[:1] == "_"} | dict(expected.scheduler)
+    configs = {(PurePosixPath(name).parent / "config.json").as_posix() for name in fused} if expected.dtype else set()
+    for name in (name for name in configs if (base / name).is_file()):
+        changes[name] = lambda config: config | {key: expected.dtype for key in NAMES_DTYPE if config.get(key)}
     for name, change in changes.items():
         try:
             yield name, change(files.read_json(base / name, dict, BadCheckpoint))

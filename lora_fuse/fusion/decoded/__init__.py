@@ -1,1 +1,1 @@
-"""Bases whose weights are codes: decoded, fused and written as plain weights, or quantised again."""
+"""Merges whose tensors have other dtypes than the base's: codes that are decoded, floats that are converted."""

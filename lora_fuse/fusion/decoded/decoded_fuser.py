@@ -1,7 +1,8 @@
-"""The fuse of one shard whose weights are codes: decoded, added to, rounded once, hashed and written, rows by rows.
+"""The fuse of one shard into other dtypes: codes are decoded, sums rounded once, hashed and written, rows by rows.
 
-``W' = round(decode(codes) + sum_i D_i)``: what codes stand for is known to float32, the sum is exact, and it is rounded
-once. Nothing is ever added to codes. A few pieces are under way at a time, so memory does not grow with the model.
+``W' = round(W + sum_i D_i)``, where W may be codes: what those stand for is known to float32, the sum is exact, and it
+is rounded once. Nothing is ever added to codes. A few pieces are under way at a time: memory does not grow with the
+model.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Self
 
@@ -33,14 +35,11 @@ Work = Callable[[], memoryview]
 
 
 class DecodedFuser:
-    """As `ShardFuser`, for a plan whose weights are codes."""
+    """As `ShardFuser`, for a plan whose tensors get other dtypes."""
 
     def __init__(self, plan: Plan, way: FuseOptions, share: Share, progress: Progress) -> None:
         """Have threads ready; `progress` is told of what is written."""
-        if plan.stored is None:
-            raise ValueError("none of the plan's weights is codes")
         self._plan = plan
-        self._stored = plan.stored
         self._way = way
         self._share = share
         self._progress = progress
@@ -60,7 +59,7 @@ class DecodedFuser:
         """
         if (pinned := self._way.pinned.get(shard.relative)) is not None:
             refuse_other_content(shard.path, files.hash_file(shard.path).sha256, pinned)
-        tensors = decoded_tensors(shard, self._stored)
+        tensors = decoded_tensors(shard, self._plan)
         windows = self._share.windows
         with (
             direct_io.open_shard(shard.path) as source,
@@ -93,7 +92,9 @@ class DecodedFuser:
             target = self._plan.targets.get(tensor.name)
             if target is None and tensor.stored is None:
                 for start in range(tensor.source.start, tensor.source.end, PIECE):
-                    yield partial(_as_it_is, read(source, start, min(PIECE, tensor.source.end - start)))
+                    data = read(source, start, min(PIECE, tensor.source.end - start))
+                    same = tensor.dtype == tensor.source.dtype
+                    yield partial(_as_it_is, data) if same else partial(_converted, shard, tensor, start, data)
                 continue
             deltas = None if target is None else self._adders.submit(read_deltas, target)
             whole = target or Target(tensor.source, shard, (), tensor.stored)
@@ -115,11 +116,37 @@ def _as_it_is(data: bytearray) -> memoryview:
     return memoryview(data)
 
 
+def _converted(shard: Shard, tensor: DecodedTensor, start: int, data: bytearray) -> memoryview:
+    """Some values of the base, from a place on, as the bytes of another dtype, rounded once.
+
+    Raises:
+        BadCheckpoint: one is no finite number, or is too large for the dtype.
+    """
+    import torch
+
+    from lora_fuse.fusion.torch_sums import as_rows, sums_of_rows
+
+    first = (start - tensor.source.start) * 8 // dtypes.DTYPES[tensor.source.dtype].bits
+    values = as_rows(memoryview(data), tensor.source.dtype, 1)
+    with _naming(shard, tensor.name, tensor.dtype):
+        merged = sums_of_rows(values, dtypes.DTYPES[tensor.dtype].torch, [], first, "cpu")
+    return _bytes_of(merged.view(torch.uint8).numpy())
+
+
+@contextmanager
+def _naming(shard: Shard, name: str, dtype: str) -> Iterator[None]:
+    try:
+        yield
+    except NotFinite as error:
+        way_out = "; write bfloat16 or float32 (--dtype, fuse.dtype)" if dtype == "F16" else ""
+        raise BadCheckpoint(f"{shard.path}: {name!r}: {error}; nothing was written{way_out}") from error
+
+
 def _made(
     target: Target, deltas: Future[list[Delta]] | None, dtype: str, first: int, data: bytearray, device: str
 ) -> memoryview:
     """Rows of a merged tensor as the bytes of a dtype; `data` are those of the base, codes or not."""
-    try:
+    with _naming(target.shard, target.tensor.name, dtype):
         rows = base_rows(target, memoryview(data), first)
         if deltas is None:
             return _bytes_of(_rounded(rows.numpy(), dtype))
@@ -129,8 +156,6 @@ def _made(
 
         merged = sums_of_rows(rows, dtypes.DTYPES[dtype].torch, deltas.result(), first, device)
         return _bytes_of(merged.view(torch.uint8).numpy())
-    except NotFinite as error:
-        raise BadCheckpoint(f"{target.shard.path}: {target.tensor.name!r}: {error}; nothing was written") from error
 
 
 def _rounded(values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[np.generic]:

@@ -1,4 +1,6 @@
-"""The tensors of a shard whose codes are decoded: names stay, codes become bfloat16, and their scales are gone. Pure.
+"""The tensors of a shard that are written in other dtypes: names stay, the scales of codes are gone.
+
+Codes become bfloat16, or the dtype that a plan asks for, as floats do.
 
 Laid out as safetensors itself does it: the widest dtype first, so that all are aligned, then by name.
 """
@@ -11,14 +13,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from lora_fuse.checkpoint import PROVENANCE, Checkpoint, Header, Shard, TensorInfo, dtypes
-from lora_fuse.checkpoint.stored import StoredMatrix, StoredWeights
+from lora_fuse.checkpoint import PROVENANCE, Header, Shard, TensorInfo, dtypes
+from lora_fuse.checkpoint.stored import StoredMatrix
 from lora_fuse.errors import BadCheckpoint
+from lora_fuse.fusion.plan import Plan
 from lora_fuse.machine import files
 
 DECODED = "BF16"  # the dtype that codes are written in
 LISTS_LAYERS = "_quantization_metadata"  # an entry of a header that is true of codes only
 INDEX = ".safetensors.index.json"
+DTYPE_KEYS = ("dtype", "torch_dtype")  # in a configuration: of today, and of before
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +41,16 @@ class DecodedTensor:
         return math.prod(self.shape) * dtypes.DTYPES[self.dtype].bits // 8
 
 
-def decoded_tensors(shard: Shard, stored: StoredWeights) -> list[DecodedTensor]:
+def decoded_tensors(shard: Shard, plan: Plan) -> list[DecodedTensor]:
     """The tensors of a merged shard, in the order of the file."""
     made = []
-    beside = stored.beside
+    beside = plan.stored.beside if plan.stored else frozenset()
+    matrices = plan.stored.matrices if plan.stored else {}
     for name, tensor in shard.header.tensors.items():
         if name in beside:
             continue
-        matrix = stored.matrices.get(name)
-        dtype = tensor.dtype if matrix is None else DECODED
+        matrix = matrices.get(name)
+        dtype = plan.written(tensor) if matrix is None else plan.dtype or DECODED
         made.append(DecodedTensor(name, dtype, tensor.shape, tensor, matrix))
     return sorted(made, key=lambda tensor: (-dtypes.DTYPES[tensor.dtype].bits, tensor.name))
 
@@ -67,18 +72,40 @@ def decoded_header(shard: Shard, tensors: Iterable[DecodedTensor], provenance: s
     return Header.pack(entries, {"format": "pt", **metadata, PROVENANCE: provenance})
 
 
-def decoded_size(shard: Shard, stored: StoredWeights, provenance: str) -> int:
+def decoded_size(shard: Shard, plan: Plan) -> int:
     """Size in bytes of a merged shard."""
-    tensors = decoded_tensors(shard, stored)
-    return len(decoded_header(shard, tensors, provenance)) + sum(tensor.nbytes for tensor in tensors)
+    tensors = decoded_tensors(shard, plan)
+    return len(decoded_header(shard, tensors, plan.provenance)) + sum(tensor.nbytes for tensor in tensors)
 
 
-def decoded_index(checkpoint: Checkpoint, stored: StoredWeights) -> dict[str, bytes]:
-    """The index of the merged shards, by its POSIX path, if the base has one: without scales, with the new size.
+def decoded_texts(plan: Plan) -> dict[str, bytes]:
+    """The texts beside the weights that speak of their dtypes, as they have to be, by POSIX path.
 
     Raises:
         BadCheckpoint: the base's cannot be read.
     """
+    return _index(plan) | _config(plan)
+
+
+def _config(plan: Plan) -> dict[str, bytes]:
+    """The component's configuration, if it names a dtype and that is another one now."""
+    folders = {PurePosixPath(shard.relative).parent for shard in plan.checkpoint.shards}
+    names = {(folder / "config.json").as_posix() for folder in folders}
+    said = [key for key in DTYPE_KEYS if isinstance(plan.checkpoint.config.get(key), str)]
+    if plan.dtype is None or not said:
+        return {}
+    content = {**plan.checkpoint.config, **dict.fromkeys(said, dtypes.DTYPES[plan.dtype].array_name)}
+    return {name: (json.dumps(content, indent=2) + "\n").encode() for name in names & set(plan.checkpoint.others)}
+
+
+def _index(plan: Plan) -> dict[str, bytes]:
+    """The index of the merged shards, if the base has one: without scales, with the new size.
+
+    Raises:
+        BadCheckpoint: the base's cannot be read.
+    """
+    checkpoint = plan.checkpoint
+    beside = plan.stored.beside if plan.stored else frozenset()
     shards = {PurePosixPath(shard.relative): shard for shard in checkpoint.shards}
     for name in checkpoint.others:
         if not name.endswith(INDEX) or PurePosixPath(name).parent not in {path.parent for path in shards}:
@@ -87,8 +114,8 @@ def decoded_index(checkpoint: Checkpoint, stored: StoredWeights) -> dict[str, by
         listed: Mapping[str, str] = index["weight_map"]
         if set(listed.values()) != {path.name for path in shards}:
             continue
-        tensors = [tensor for shard in shards.values() for tensor in decoded_tensors(shard, stored)]
-        index["weight_map"] = {key: file for key, file in listed.items() if key not in stored.beside}
+        tensors = [tensor for shard in shards.values() for tensor in decoded_tensors(shard, plan)]
+        index["weight_map"] = {key: file for key, file in listed.items() if key not in beside}
         index["metadata"] = {**index.get("metadata", {}), "total_size": sum(tensor.nbytes for tensor in tensors)}
         return {name: (json.dumps(index, indent=2) + "\n").encode()}
     return {}

@@ -97,7 +97,10 @@ def _places(recipe: Recipe, at: Artifacts, found: Mapping[str, sizes.SourceSize]
     if base is None:
         yield warn("disk", "what is needed is not known, as the base's size is unknown")
         return
-    parts = {"the changed files": fused, f"{progress.human_bytes(space.SPARE)} to spare": space.SPARE}
+    parts = {
+        "the changed files": recipe.fuse.growth * fused,
+        f"{progress.human_bytes(space.SPARE)} to spare": space.SPARE,
+    }
     if link == "copy":
         parts["copies of the rest"] = rest
     if recipe.export.formats:

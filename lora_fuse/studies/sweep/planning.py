@@ -108,7 +108,9 @@ def _need(swept: Sequence[SweptPoint], pins: SourceLocks) -> tuple[int, int]:
         if recipe.base.place not in sizes:
             sizes[recipe.base.place] = pins.sizes(recipe.base)
         base = sizes[recipe.base.place]
-        largest = max(largest, base.total if recipe.fuse.untouched == "copy" else base.below(COMPONENT))
+        grown = (recipe.fuse.growth - 1) * base.below(COMPONENT)
+        merged = base.total if recipe.fuse.untouched == "copy" else base.below(COMPONENT)
+        largest = max(largest, grown + merged)
         for lora in recipe.loras.values():
             if (lora.place, lora.filename) not in sizes:
                 with suppress(Refused):  # this point's own matter, said when it is pinned
