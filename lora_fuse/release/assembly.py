@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from lora_fuse.errors import PublishRefused, Rerun
@@ -18,7 +19,13 @@ from lora_fuse.release.card import Usage, model_card
 from lora_fuse.release.contents import BOM, PROVENANCE, named, public_parameters, write_release
 from lora_fuse.release.licences import MergeLicence, resolve_licence
 from lora_fuse.release.named_files import hash_named
-from lora_fuse.release.regression_evidence import PLOT, judged_pictures, performance_metrics, shown_evidence
+from lora_fuse.release.regression_evidence import (
+    PLOT,
+    judged_pictures,
+    performance_metrics,
+    shown_evidence,
+    shown_exports,
+)
 from lora_fuse.release.slsa import provenance_json
 
 SECTIONS = {"name", "base", "loras", "fuse", "scheduler", "sampling", "export"}  # the result depends on these
@@ -48,11 +55,10 @@ def contents_of(
     card = model_card(
         manifest,
         usage=usage,
-        evidence=evidence,
+        evidence=replace(evidence, exports=shown_exports(metrics, cases, at.merged)),
         licence=licence,
         tool=tool,
         publish=params.publish,
-        exports=exports,
     )
     parameters = public_parameters(params.model_dump(include=SECTIONS))
     repository = checkout.this_repository()

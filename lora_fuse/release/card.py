@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lora_fuse.exports import words
+from lora_fuse.exports import FORMATS, readers_of
 from lora_fuse.hub import client
-from lora_fuse.machine import FileRecord, text
+from lora_fuse.machine import text
 from lora_fuse.models import pair_warnings
 from lora_fuse.pictures import pages
 from lora_fuse.recipe import License, Manifest, records, sections
@@ -64,10 +64,55 @@ class ShownCase:
 
 
 @dataclass(frozen=True, slots=True)
+class ShownExport:
+    """An export as the card shows it: its path in the repository, its format, and what was measured of it, as text.
+
+    `kind` is the class of its transformer.
+    """
+
+    path: str
+    format: str
+    kind: str
+    size: str
+    sha256: str
+    error: str
+    lora: str
+    over_floor: str
+
+    @property
+    def words(self) -> str:
+        """A few words on the format."""
+        return FORMATS[self.format].words
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """The engines that read it, each with the version from which on."""
+        return tuple(f"{engine.name} ({engine.versions})" for engine in readers_of(self.format))
+
+    def loading(self, source: str) -> list[tuple[str, str, text.Markdown]]:
+        """The way to load it for each engine: name, language (empty: in words), and command or code."""
+        found = []
+        for engine in readers_of(self.format):
+            quoted = QUOTED[engine.language]
+            load = text.Markdown(engine.loading(quoted(self.path), quoted(source), self.kind))
+            found.append((engine.name, "" if engine.language == "words" else engine.language, load))
+        return found
+
+
+# A name as it stands within quotes or as a word, by the language of what names it.
+QUOTED: Mapping[str, Callable[[str], str]] = {
+    "python": lambda name: json.dumps(text.line(name), ensure_ascii=False)[1:-1],
+    "sh": lambda name: shlex.quote(text.line(name)),
+    "words": lambda name: str(text.markdown(name)),
+}
+
+
+@dataclass(frozen=True, slots=True)
 class Evidence:
     """Checks before publishing: the gate's sentence, the kind of machine, the cases, path of the plot of the blocks.
 
-    `kept` says what the weights have of the change that was meant, `warnings` are those of the weights' check.
+    `kept` says what the weights have of the change that was meant, `warnings` are those of the weights' check,
+    `exports` the files in other formats, which were judged too.
     """
 
     verdict: str
@@ -76,6 +121,7 @@ class Evidence:
     blocks: str | None = None
     kept: str = ""
     warnings: tuple[str, ...] = ()
+    exports: tuple[ShownExport, ...] = ()
 
 
 def model_card(
@@ -86,11 +132,10 @@ def model_card(
     licence: MergeLicence,
     tool: records.Tool,
     publish: sections.PublishParams,
-    exports: Mapping[str, FileRecord],
 ) -> str:
     """A README.md with front matter as the Hub reads it (huggingface.co/docs/hub/model-cards).
 
-    Without a `repo_id` it is the card of a folder; `exports` are the files in other formats, by their path in there.
+    Without a `repo_id` it is the card of a folder.
     """
     repo_id = publish.repo_id
     source = repo_id or "merged"
@@ -101,11 +146,10 @@ def model_card(
     body = pages.render_page(
         "lora_fuse.release",
         "card.md.j2",
-        filters={"word": _word, "python": _python, "file": _file, "format_words": words},
+        filters={"word": _word, "python": _python, "file": _file},
         manifest=manifest,
         usage=usage,
         evidence=evidence,
-        exports=exports,
         repo_id=repo_id,
         tag=publish.tag,
         signer=publish.signing.signer,

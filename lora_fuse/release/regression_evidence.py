@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_fuse.checkpoint import open_checkpoint
 from lora_fuse.errors import PublishRefused, Rerun
 from lora_fuse.hub import Addition
-from lora_fuse.machine import files
+from lora_fuse.machine import files, progress
+from lora_fuse.models import COMPONENT
 from lora_fuse.pictures import Case
 from lora_fuse.regression import candidates, gate
-from lora_fuse.release.card import Evidence, ShownCase
+from lora_fuse.release.card import Evidence, ShownCase, ShownExport
 
 AGAIN = Rerun("regress", force=True)
 PLOT = "images/blocks.png"
@@ -25,6 +27,28 @@ def shown_evidence(
     verdict = f"{metrics['verdict']}: {gate.MEANINGS[metrics['verdict']]}."
     shown = tuple(_shown(case, metrics) for case in cases)
     return Evidence(verdict, metrics["environment"], shown, plot, _kept(verify), tuple(verify["warnings"]))
+
+
+def shown_exports(metrics: Mapping[str, Any], cases: Sequence[Case], merged: Path) -> tuple[ShownExport, ...]:
+    """The exports of a merged repository that were judged, by their keys of `metrics.json`."""
+    names = [key.split(".")[1] for key in metrics if gate.EXPORT_VERDICT.fullmatch(key)]
+    kind = str(open_checkpoint(merged, COMPONENT).config.get("_class_name")) if names else ""
+    return tuple(_export(name, metrics, cases, kind) for name in names)
+
+
+def _export(name: str, metrics: Mapping[str, Any], cases: Sequence[Case], kind: str) -> ShownExport:
+    start = f"exports.{name}"
+    cosine = metrics[f"{start}.cosine"]
+    return ShownExport(
+        metrics[f"{start}.file"],
+        name,
+        kind,
+        size=progress.human_bytes(metrics[f"{start}.bytes"]),
+        sha256=metrics[f"{start}.sha256"],
+        error=f"{metrics[f'{start}.relative_l2']:.2g}",
+        lora="all of it" if cosine is None else f"cosine {cosine:.3f}",
+        over_floor=f"{max(metrics[f'{start}.{case.name}.over_floor'] for case in cases):.3g}",
+    )
 
 
 def _kept(verify: Mapping[str, Any]) -> str:

@@ -1,16 +1,17 @@
 """The card: front matter that the Hub reads, code that runs, nothing that is only ours; and its plot of the blocks."""
 
 import ast
+import re
 from dataclasses import replace
 from typing import Any
 
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
+from lora_fuse.exports import FORMATS, readers_of
 from lora_fuse.lora.inputs import Selection
-from lora_fuse.machine.files import FileRecord
 from lora_fuse.release.block_plot import block_plot
-from lora_fuse.release.card import Usage, model_card
+from lora_fuse.release.card import ShownExport, Usage, model_card
 from lora_fuse.release.licences import resolve_licence
 from tests.support.cards import (
     BASE,
@@ -171,18 +172,36 @@ def test_several_input_pictures_are_a_list() -> None:
     assert "image=pictures," in text
 
 
-def test_exports_are_listed_with_their_sha256() -> None:
-    exports = {"diffusion_models/x.safetensors": FileRecord(3, "e" * 64)}
+EXPORTS = tuple(
+    ShownExport(f"x/x.{name}", name, "QwenImageTransformer2DModel", "3 MB", "e" * 64, "0.01", "cosine 0.996", "25")
+    for name in FORMATS
+)
+
+
+def test_exports_are_listed_with_what_was_measured_and_the_engines_that_read_them() -> None:
     usage = Usage("QwenImageEditPipeline", 4, 1.0, " ", None)
     settled = resolve_licence(MANIFEST)
     where = publishing("alice/edit", tag="v1", key="signing.pem")
-    text = model_card(
-        MANIFEST, usage=usage, evidence=EVIDENCE, licence=settled, tool=TOOL, publish=where, exports=exports
-    )
-    assert f"| `diffusion_models/x.safetensors` | the transformer in one file | `{'e' * 64}` |" in text
+    shown = replace(EVIDENCE, exports=EXPORTS)
+    text = model_card(MANIFEST, usage=usage, evidence=shown, licence=settled, tool=TOOL, publish=where)
+    assert "| `x/x.int8_convrot` | int8, rotated, a scale a row | 3 MB | 0.01 | cosine 0.996 | 25 | ComfyUI (" in text
+    assert f"| `{'e' * 64}` |" in text
+    assert "`x/x.nvfp4` in ComfyUI: the node" in text
+    assert "sd-cli --diffusion-model x/x.gguf_q8_0 " in text
+    codes = re.findall(r"in diffusers:\n\n```python\n(.*?)```", text, re.DOTALL)
+    assert all('config="alice/edit"' in code and compile(code, "card", "exec") for code in codes)
+    assert len(codes) == sum(any(e.name == "diffusers" for e in readers_of(name)) for name in FORMATS)
     release = 'verify "$(hf download alice/edit --revision v1 --quiet)" --repository alice/edit --tag v1\n'
     assert release in text
     assert "is checked with `--public-key FILE`" in text
+
+
+def test_an_export_s_name_closes_no_quote_of_its_commands() -> None:
+    hostile = replace(EXPORTS[0], path='x";import os;"$(rm).safetensors')
+    loads = {language: str(load) for _, language, load in hostile.loading('a/b"')}
+    assert 'from_single_file(\n    "x\\";import os;\\"$(rm).safetensors"' in loads["python"]
+    assert 'config="a/b\\""' in loads["python"]
+    assert "'x\";import os;\"$(rm).safetensors'" in loads["sh"]
 
 
 def test_a_card_without_a_signature_says_so_and_names_no_other_release() -> None:

@@ -53,9 +53,7 @@ def card(
 ) -> str:
     usage = replace(Usage("QwenImageEditPipeline", 4, 1.0, " ", None), **changes)
     settled = resolve_licence(manifest, licence)
-    return model_card(
-        manifest, usage=usage, evidence=evidence, licence=settled, tool=TOOL, publish=publishing(repo_id), exports={}
-    )
+    return model_card(manifest, usage=usage, evidence=evidence, licence=settled, tool=TOOL, publish=publishing(repo_id))
 
 
 def publishing(repo_id: str | None, tag: str | None = None, key: str | None = None) -> PublishParams:
