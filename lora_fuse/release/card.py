@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lora_fuse.checkpoint import dtypes
 from lora_fuse.exports import FORMATS, readers_of
 from lora_fuse.hub import client
 from lora_fuse.machine import text
@@ -108,18 +109,27 @@ QUOTED: Mapping[str, Callable[[str], str]] = {
 
 
 @dataclass(frozen=True, slots=True)
+class ShownChange:
+    """The cosine of the change that was written with the one that was meant, and the energy that rounding added."""
+
+    name: str
+    cosine: float
+    noise: float
+
+
+@dataclass(frozen=True, slots=True)
 class Evidence:
     """Checks before publishing: the gate's sentence, the kind of machine, the cases, path of the plot of the blocks.
 
-    `kept` says what the weights have of the change that was meant, `warnings` are those of the weights' check,
-    `exports` the files in other formats, which were judged too.
+    `kept` is what the weights have of the change that was meant, of all first and then the least first, `warnings` are
+    those of the weights' check, `exports` the files in other formats, which were judged too.
     """
 
     verdict: str
     environment: str = ""
     cases: tuple[ShownCase, ...] = ()
     blocks: str | None = None
-    kept: str = ""
+    kept: tuple[ShownChange, ...] = ()
     warnings: tuple[str, ...] = ()
     exports: tuple[ShownExport, ...] = ()
 
@@ -149,6 +159,7 @@ def model_card(
         filters={"word": _word, "python": _python, "file": _file},
         manifest=manifest,
         usage=usage,
+        dtype="bfloat16" if manifest.dtype is None else dtypes.DTYPES[manifest.dtype].array_name,
         evidence=evidence,
         repo_id=repo_id,
         tag=publish.tag,

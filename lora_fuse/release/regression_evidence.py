@@ -13,7 +13,7 @@ from lora_fuse.machine import files, progress
 from lora_fuse.models import COMPONENT
 from lora_fuse.pictures import Case
 from lora_fuse.regression import candidates, gate
-from lora_fuse.release.card import Evidence, ShownCase, ShownExport
+from lora_fuse.release.card import Evidence, ShownCase, ShownChange, ShownExport
 
 AGAIN = Rerun("regress", force=True)
 PLOT = "images/blocks.png"
@@ -51,19 +51,17 @@ def _export(name: str, metrics: Mapping[str, Any], cases: Sequence[Case], kind: 
     )
 
 
-def _kept(verify: Mapping[str, Any]) -> str:
-    """Say what the weights have of the change that was meant; nothing where that was not measured."""
-    cosines = {name: change.get("cosine") for name, change in verify["changes"].items()}
-    measured = {name: cosine for name, cosine in cosines.items() if cosine is not None}
-    if not measured or verify["update"].get("cosine") is None:
-        return ""
-    least = min(measured, key=lambda name: (measured[name], name))
-    noise = max(verify["changes"][name]["noise"] for name in measured)
-    return (
-        f"The change that was written has a cosine of {verify['update']['cosine']:.6g} with the change that was meant "
-        f"(exact, before it was rounded), and rounding added {verify['update']['noise']:.3g} of its energy; of the "
-        f"{len(measured)} targets the least cosine is {measured[least]:.6g} ({least}), the most noise {noise:.3g}."
-    )
+def _kept(verify: Mapping[str, Any]) -> tuple[ShownChange, ...]:
+    """List what the weights have of the change that was meant: of all targets, and of each that was measured."""
+    named = {"all targets": verify["update"], **verify["changes"]}
+    found = [
+        ShownChange(name, change["cosine"], change["noise"]) for name, change in named.items() if _measured(change)
+    ]
+    return (*found[:1], *sorted(found[1:], key=lambda change: (change.cosine, change.name)))
+
+
+def _measured(change: Mapping[str, Any]) -> bool:
+    return change.get("cosine") is not None
 
 
 def judged_pictures(

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 import lora_fuse
@@ -202,3 +203,14 @@ def test_the_command_line_writes_and_checks_a_dtype(tmp_path: Path, lora: LoraIn
     assert main(["verify", out, base, *given]) == 1
     with pytest.raises(SystemExit):
         main(["fuse", base, out, *given, "--dtype", "int8"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("wanted", dtypes.OUTPUTS)
+def test_a_gpu_writes_the_same_bytes_in_every_dtype(tmp_path: Path, lora: LoraInput, stored: str, wanted: str) -> None:
+    plan = lora_fuse.plan(pipeline(tmp_path, STORED[stored]), [lora], dtype=wanted)
+    for device in ("cpu", "cuda"):
+        lora_fuse.fuse(plan, tmp_path / device, device=device)
+    for path in (tmp_path / "cpu").rglob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "cuda" / path.relative_to(tmp_path / "cpu")).read_bytes()

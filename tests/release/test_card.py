@@ -13,6 +13,7 @@ from lora_fuse.lora.inputs import Selection
 from lora_fuse.release.block_plot import block_plot
 from lora_fuse.release.card import ShownExport, Usage, model_card
 from lora_fuse.release.licences import resolve_licence
+from lora_fuse.release.regression_evidence import shown_evidence
 from tests.support.cards import (
     BASE,
     COMMIT,
@@ -217,3 +218,29 @@ def test_the_plot_of_the_blocks_is_small_and_the_same_each_time() -> None:
     assert len(picture) < 10_000
     assert picture != block_plot([*blocks[:-1], ("59", 0.5)])
     assert block_plot([("0", 0.0)])
+
+
+def test_the_card_says_what_the_weights_hold_of_the_change_in_all_and_of_each_target() -> None:
+    change = {"relative_norm": 0.1, "unchanged": 0.5}
+    changes = {
+        "good.weight": {**change, "cosine": 0.9999, "noise": 0.0002},
+        "bad|weight": {**change, "cosine": 0.76, "noise": 0.7},
+        "zero.weight": {**change, "cosine": None, "noise": None},
+    }
+    verify = {"update": {"cosine": 0.9, "noise": 0.2}, "changes": changes, "warnings": ["little is kept of it"]}
+    evidence = shown_evidence({"verdict": "exact", "environment": "here"}, verify, [], None)
+    text = card(evidence=evidence)
+    assert "a cosine of 0.9 with the change that was meant" in text
+    assert "rounding added 0.2 of its energy" in text
+    assert "> **Warning:** little is kept of it." in text
+    assert text.index("| 0.76 | 0.7 |") < text.index("| `good.weight` | 0.9999 | 0.0002 |")
+    assert "zero.weight" not in text
+    nothing: dict[str, Any] = {"update": {}, "changes": {}, "warnings": []}
+    assert "cosine" not in card(evidence=shown_evidence({"verdict": "exact", "environment": "here"}, nothing, [], None))
+
+
+def test_a_merge_in_another_dtype_is_loaded_in_it() -> None:
+    assert "dtype=torch.bfloat16" in snippet(card())
+    text = card(replace(MANIFEST, dtype="F32"))
+    assert "dtype=torch.float32" in snippet(text)
+    assert "rounded to float32" in text
