@@ -34,6 +34,7 @@ from lora_fuse.recipe import Recipe
 __all__ = [
     "BaseSides",
     "Decoded",
+    "MergedSides",
     "Pair",
     "References",
     "Setup",

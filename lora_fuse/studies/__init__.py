@@ -1,4 +1,4 @@
-"""Four tools above one regression: `validation`, `sweep`, `catalog`, `doctor`."""
+"""Five tools above one regression: `validation`, `sweep`, `catalog`, `doctor`, `keep_search`."""
 
 import lazy_loader
 

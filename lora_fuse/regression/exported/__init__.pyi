@@ -4,5 +4,7 @@ from .export_table import Cell as Cell
 from .export_table import export_rows as export_rows
 from .export_table import trade_off as trade_off
 from .export_verdicts import JudgedExport as JudgedExport
+from .measured_export import Meant as Meant
 from .measured_export import decoders_of as decoders_of
 from .measured_export import judge_exports as judge_exports
+from .weight_noise import FloatArray as FloatArray

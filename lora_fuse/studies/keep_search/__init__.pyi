@@ -1,0 +1,2 @@
+from .searching import SearchedKeep as SearchedKeep
+from .searching import search_keep as search_keep
