@@ -302,7 +302,7 @@ def _verify_merge(options: argparse.Namespace, published: Published | None) -> i
         rows="all" if options.rows == "all" else int(options.rows),
         selection=_selection(options),
         component=options.component,
-        dtype=options.dtype,
+        dtype=options.dtype or (published.dtype if published else None),
         pipeline=published.pipeline if published else None,
         scheduler=_scheduler(options) or (published.scheduler if published else {}),
         beside=published.beside if published else frozenset(),

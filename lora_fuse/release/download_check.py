@@ -28,6 +28,8 @@ RIGHT = "signature right"
 UNSIGNED = "unsigned"
 NOT_CHECKED = "signed by a key that was not checked"
 MADE_AGAIN = frozenset({repository_files.MODEL_INDEX, repository_files.SCHEDULER_CONFIG})  # by whoever has the base
+INDEX_MADE_AGAIN = re.compile(r"[^/]+/[^/]+\.safetensors\.index\.json")  # where dtypes are others than the base's
+CONFIG_MADE_AGAIN = re.compile(r"[^/]+/config\.json")  # where the recipe says a dtype
 
 
 @dataclass(slots=True)
@@ -42,6 +44,7 @@ class Published:
     beside: frozenset[str] = frozenset()  # paths that are not part of the merge
     pipeline: str | None = None  # the class that the recipe gave it, where the provenance says it
     scheduler: Mapping[str, object] = field(default_factory=dict)  # the settings that the recipe gave it
+    dtype: str | None = None  # that of all floats of the weights, where the recipe says one
 
     @property
     def recipe_note(self) -> str | None:
@@ -50,7 +53,7 @@ class Published:
             return None
         return (
             f"the class {self.pipeline} and the scheduler's settings are expected as the download's own {PROVENANCE} "
-            f"has them, {self.signature}; --scheduler JSON expects yours"
+            f"has them{f', and {self.dtype}' if self.dtype else ''}, {self.signature}; --scheduler JSON expects yours"
         )
 
 
@@ -97,8 +100,8 @@ def check_published(folder: Path, trusted: Trusted | None, expected: Mapping[str
     harmless = [name for name in extra if payload.is_read_by_people(name) and (folder / name).is_file()]
     result.problems += [f"{name} is not in {LIST}, so nobody published it" for name in extra if name not in harmless]
     result.notes += [f"{name} is not in {LIST}" for name in harmless]
-    result.beside = frozenset([*_made_beside(manifest, result), *extra, *housekeeping, LIST, SIGNATURE])
     _read_recipe(folder / PROVENANCE, result)
+    result.beside = frozenset([*_made_beside(manifest, result), *extra, *housekeeping, LIST, SIGNATURE])
     result.signature = _check_signature(folder, trusted, extra, result)
     return result
 
@@ -127,10 +130,16 @@ def _made_beside(manifest: records.ReleaseList, result: Published) -> list[str]:
     for name in sorted(name for name, file in manifest.files.items() if file.origin == "generated"):
         if name in MADE_BESIDE or PICTURES.fullmatch(name) or is_export(name):
             beside.append(name)
-        elif name not in MADE_AGAIN:
+        elif not _is_made_again(name, result.dtype):
             result.problems.append(f"{name} is called generated in {LIST}, and no publication makes such a file")
     result.notes += [f"{name} is an export: it is not derived again" for name in beside if is_export(name)]
     return beside
+
+
+def _is_made_again(name: str, dtype: str | None) -> bool:
+    """True for a file of the merge that a verification makes anew from base and recipe."""
+    config = dtype is not None and CONFIG_MADE_AGAIN.fullmatch(name) is not None
+    return name in MADE_AGAIN or INDEX_MADE_AGAIN.fullmatch(name) is not None or config
 
 
 def _read_recipe(provenance: Path, result: Published) -> None:
@@ -140,6 +149,8 @@ def _read_recipe(provenance: Path, result: Published) -> None:
         recipe = statement["predicate"]["buildDefinition"]["externalParameters"]
         result.pipeline = _of_kind(str, recipe["base"]["pipeline"])
         result.scheduler = _of_kind(dict, recipe["scheduler"] or {})
+        if (dtype := recipe.get("fuse", {}).get("dtype")) is not None:
+            result.dtype = _of_kind(str, dtype)
     except (BadSource, KeyError, TypeError) as error:
         result.notes.append(
             f"{PROVENANCE} does not say the recipe ({error}); what it changes is compared with the base's"

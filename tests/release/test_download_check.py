@@ -38,12 +38,16 @@ def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     `signing.pem` is the key.
     """
-    root = tmp_path_factory.mktemp("downloads")
+    return downloaded(tmp_path_factory.mktemp("downloads"))
+
+
+def downloaded(root: Path, *overrides: str) -> Path:
+    """A project that is built, published and fetched in `root`."""
     (root / "project").mkdir()
     with pytest.MonkeyPatch.context() as patch, LoopbackHub(root / "hub").run() as hub:
         for name, value in (("ENDPOINT", hub.url), ("HOME", str(root / "home")), ("TOKEN", "hf_write")):
             patch.setenv(f"HF_{name}", value)
-        project = Project(root / "project", patch, on_the_hub(hub, root, "apache-2.0", "mit"))
+        project = Project(root / "project", patch, [*on_the_hub(hub, root, "apache-2.0", "mit"), *overrides])
         project.build()
         signing = f"publish.signing.key={private_key(root / 'signing.pem')}"
         assert publish(project.params(signing, "publish.tag=v1")) == 0
@@ -165,6 +169,22 @@ def test_only_what_a_publication_makes_is_generated_whatever_the_list_says(
     assert verify(signed, tiny_base(tmp_path / "b", "mit"), "--lora", lora) == 1
     merge = capsys.readouterr().err.partition("no publication makes")[2]
     assert name in merge  # it is no part of the base either
+
+
+def test_a_download_in_another_dtype_is_checked_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fetched = downloaded(tmp_path, "fuse.dtype=float32") / "plain"
+    base, lora = tiny_base(tmp_path / "b", "mit"), tiny_lora(tmp_path / "l", "mit") / LORA_FILE
+    assert verify(fetched) == 0
+    assert verify(fetched, base, "--lora", lora) == 0
+    assert "has them, and float32, signed by" in capsys.readouterr().out
+    assert verify(fetched, base, "--lora", lora, "--dtype", "float16") == 1
+    index = next((fetched / "transformer").glob("*.index.json"))
+    index.write_text(index.read_text().replace('"total_size": ', '"total_size": 1'))
+    listed = json.loads((fetched / LIST).read_text())
+    listed["files"][f"transformer/{index.name}"] |= dataclasses.asdict(hash_file(index))
+    (fetched / LIST).write_text(json.dumps(listed))
+    assert verify(fetched, base, "--lora", lora) == 1
+    assert "index.json: metadata is" in capsys.readouterr().err
 
 
 def test_what_a_download_says_is_generated_is_made_again_from_base_and_recipe(
