@@ -139,21 +139,24 @@ def sums(out: Path) -> list[tuple[str, ...]]:
     return [tuple(line.split("  ")) for line in (out / SUMS).read_text().splitlines()]
 
 
-def test_too_little_room_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["single_file", "int8_convrot", "gguf_q8_0"])
+def test_too_little_room_is_refused_before_anything_is_written(tmp_path: Path, name: str) -> None:
     """Ten terabytes, of which the disk holds only the header."""
     folder = tmp_path / "t"
     component(folder)
     for path in folder.glob("*.safetensors*"):
         path.unlink()
-    sparse(folder / "diffusion_pytorch_model.safetensors", 10_000_000_000_000)
+    sparse(folder / "diffusion_pytorch_model.safetensors", 10_240_000_000_000)
     with pytest.raises(NoSpace, match=r"export\.formats"):
-        single_file(open_checkpoint(folder), tmp_path / "out")
+        one_export(open_checkpoint(folder), tmp_path / "out", name)
+    assert not (tmp_path / "out").exists()
 
 
 def sparse(path: Path, nbytes: int) -> None:
-    """A shard with one tensor that takes no room on disk."""
-    entry = {"dtype": "U8", "shape": [nbytes], "data_offsets": [0, nbytes]}
-    text = json.dumps({"w": entry}).encode()
+    """A shard with one matrix in bfloat16 that takes no room on disk."""
+    name = "transformer_blocks.0.attn.to_q.weight"
+    entry = {"dtype": "BF16", "shape": [nbytes // 5120, 2560], "data_offsets": [0, nbytes]}
+    text = json.dumps({name: entry}).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -165,7 +168,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     folder = tmp_path / "t"
     folder.mkdir()
     (folder / "config.json").write_text('{"_class_name": "QwenImageTransformer2DModel"}')
-    sparse(folder / "diffusion_pytorch_model.safetensors", 400_000_000)
+    sparse(folder / "diffusion_pytorch_model.safetensors", 409_600_000)
     script = r"""
 import re, sys
 from pathlib import Path
