@@ -25,7 +25,7 @@ from lora_fuse.fusion.plan import make_plan
 from lora_fuse.lora.deltas import Delta
 from lora_fuse.lora.exact import nearest
 from lora_fuse.lora.inputs import LoraInput
-from tests.support import tiny
+from tests.support import codes, tiny
 
 STORED = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
 OTHERS = ("norm.weight", "scalar", "empty", "steps", "small")
@@ -203,6 +203,23 @@ def test_the_command_line_writes_and_checks_a_dtype(tmp_path: Path, lora: LoraIn
     assert main(["verify", out, base, *given]) == 1
     with pytest.raises(SystemExit):
         main(["fuse", base, out, *given, "--dtype", "int8"])
+
+
+@pytest.mark.parametrize("kind", ["scaled_fp8", "int8_tensorwise convrot 256", "Q8_0"])
+@pytest.mark.parametrize("wanted", ["float32", "float16"])
+def test_what_codes_stand_for_is_written_in_it_too(tmp_path: Path, kind: str, wanted: str) -> None:
+    base = codes.write(kind, tmp_path)
+    lora = LoraInput("l", tiny.write_lora(tmp_path / "l.safetensors", codes.lora()), 0.7)
+    out = tmp_path / "o.safetensors"
+    lora_fuse.fuse(lora_fuse.plan(base.path, [lora], dtype=wanted), out)
+    made = load_file(out)
+    assert {str(values.dtype) for values in made.values()} == {wanted}
+    for module in codes.MODULES:
+        exact = codes.merged(base.values[module], module, codes.lora(), 0.7)
+        # a float64 sum is now and then on the other side of a tie of float32
+        np.testing.assert_array_max_ulp(made[f"{module}.weight"], exact.astype(wanted), 1 if wanted == "float32" else 0)
+    assert verified(out, base.path, lora, wanted) == []
+    assert verified(out, base.path, lora, None)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
