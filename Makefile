@@ -17,7 +17,7 @@ help:
 	@echo "make doctor    does the default recipe fit this machine? fetches no file"
 	@echo "make check     ruff, types, configuration"
 	@echo "make test      the same, and the tests"
-	@echo "make engines   do other engines draw from the exports? builds stable-diffusion.cpp; COMFYUI=folder for that too"
+	@echo "make engines   do other engines draw from the exports? builds stable-diffusion.cpp; COMFYUI=folder COMFYUI_PYTHON=python for that too"
 	@echo "make validate  is a LoRA as good as the current one? LORA=owner/name[@revision]:file RECIPE=name SCALE=1.0"
 	@echo "make fuzz      odd inputs for every parser of foreign input, for FUZZ_SECONDS (one hour)"
 	@echo "make controls  does the gate catch wrong merges and let harmless changes through? one minute"

@@ -93,15 +93,13 @@ class BuiltModel:
     """A transformer class as engines build it.
 
     A file is told by `told_by`, a GGUF by its `architecture`; `flags` are empty tensors that stand for a setting of
-    `config.json` that is true; `built` are the settings that ComfyUI and stable-diffusion.cpp take for given, whatever
-    the weights are.
+    `config.json` that is true. ComfyUI and stable-diffusion.cpp build one size, that of the published models.
     """
 
     told_by: str
     architecture: str
     shapes: Callable[[Settings], dict[str, Shape]]
     flags: Mapping[str, str] = field(default_factory=dict)
-    built: Settings = field(default_factory=dict)
 
 
 def _qwen_image(config: Settings) -> dict[str, Shape]:
@@ -137,6 +135,5 @@ FAMILIES: Mapping[str, BuiltModel] = {
         "qwen_image",
         _qwen_image,
         {"zero_cond_t": "__index_timestep_zero__"},
-        {"attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 3584, "patch_size": 2},
     ),
 }

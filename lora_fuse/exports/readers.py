@@ -1,7 +1,7 @@
 """Engines that read the exports: the version that was run on a file of each format, its place, and the way to load it.
 
-``make engines`` runs stable-diffusion.cpp and diffusers. ComfyUI is in no package index: its versions are those of the
-runs that docs/exports.md tells of, and `since` is what its source says.
+``make engines`` runs diffusers, stable-diffusion.cpp, and ComfyUI where there is one. Versions are those that were run,
+`since` is by the source alone.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 DIFFUSERS = "0.42.1"
 STABLE_DIFFUSION_CPP = "0.4.7"  # of stable-diffusion-cpp-python, whose archive has the source
-COMFYUI = "0.33.0"
-COMFYUI_OLD = "0.3.64"
+COMFYUI = "0.29.0 and 0.33.0"
+COMFYUI_OLD = "0.3.64"  # of October 2025; 2511 is newer, and its edits are drawn wrongly there
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +78,18 @@ def _stable_diffusion_cpp(ran: str = STABLE_DIFFUSION_CPP, since: str = "") -> E
 
 _GGUF = "gguf"  # all formats whose names begin so
 READERS: Mapping[str, tuple[Engine, ...]] = {
-    "single_file": (_comfyui(f"{COMFYUI_OLD} and {COMFYUI}"), _stable_diffusion_cpp(), _diffusers()),
-    "int8_convrot": (_comfyui(since="0.29.0"), _stable_diffusion_cpp("", "97d29908 (August 2026)")),
+    "single_file": (_comfyui(f"{COMFYUI_OLD}, {COMFYUI}"), _stable_diffusion_cpp(), _diffusers()),
+    "int8_convrot": (_comfyui(), _stable_diffusion_cpp("", "97d29908 (August 2026)")),
     _GGUF: (
-        Engine("ComfyUI-GGUF", f"in ComfyUI {COMFYUI}", "models/diffusion_models", "words", _IN_COMFYUI_GGUF),
+        Engine(
+            "ComfyUI-GGUF", f"in ComfyUI {COMFYUI_OLD}, {COMFYUI}", "models/diffusion_models", "words", _IN_COMFYUI_GGUF
+        ),
         _stable_diffusion_cpp(),
         _diffusers("GGUFQuantizationConfig"),
     ),
     "fp8_scaled": (_comfyui(since="0.8.0"),),
     "fp8_rows": (_diffusers("BFLQuantizationConfig"),),
-    "mxfp8": (_comfyui(since="0.29.0"),),
+    "mxfp8": (_comfyui(),),
     "nvfp4": (_comfyui(since="0.8.0"),),
 }
 

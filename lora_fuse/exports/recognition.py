@@ -34,19 +34,7 @@ from lora_fuse.exports.engine_keys import (
 )
 from lora_fuse.machine import files
 
-
-def unreadable(config: Settings) -> list[str]:
-    """Settings of `config.json` with which ComfyUI and stable-diffusion.cpp build another model, so read no file of it.
-
-    Raises:
-        BadCheckpoint: nothing is known of such a model.
-    """
-    built = _family(config).built.items()
-    return [
-        f"{name} is {config.get(name)!r}, and engines build {value!r}"
-        for name, value in built
-        if config.get(name) != value
-    ]
+UNKNOWN_FLAG = "{flag} is not known to this version of ComfyUI, which draws a model with {setting} as one without"
 
 
 def problems(path: Path, config: Settings, version: str = NEWEST) -> list[str]:
@@ -59,7 +47,7 @@ def problems(path: Path, config: Settings, version: str = NEWEST) -> list[str]:
     """
     family = _family(config)
     if path.suffix == ".gguf":
-        return list(_in_gguf(path, family, config))
+        return list(_in_gguf(path, family, config, VERSIONS[version]))
     reader = VERSIONS[version]
     left = _without_prefix(read_header(path))
     if family.told_by not in left:
@@ -110,7 +98,7 @@ def _flags(family: BuiltModel, config: Settings, reader: ComfyVersion, left: dic
         tensor = left.pop(flag, None)
         wanted = bool(config.get(setting))
         if flag not in reader.flags and (wanted or tensor):
-            yield f"{flag} is not known to this version, which draws a model with {setting} as one without"
+            yield UNKNOWN_FLAG.format(flag=flag, setting=setting)
         elif wanted and tensor is None:
             yield f"{flag} is missing, and {setting} is true: edits are drawn in the older way"
         elif tensor is not None and not wanted:
@@ -137,22 +125,24 @@ def _rows(tensor: TensorInfo, shape: Shape, scale: TensorInfo) -> Iterator[str]:
         yield f"{scale.name} is {scale.dtype} {list(scale.shape)}, and diffusers reads F32 {list(shape[:1])}"
 
 
-def _in_gguf(path: Path, family: BuiltModel, config: Settings) -> Iterator[str]:
+def _in_gguf(path: Path, family: BuiltModel, config: Settings, reader: ComfyVersion) -> Iterator[str]:
     """Problems of a GGUF file, whose names ComfyUI-GGUF, diffusers and stable-diffusion.cpp read without a prefix."""
     with naming_extras(f"reading {path}"):
         import gguf
     try:
-        reader = gguf.GGUFReader(path)
+        file = gguf.GGUFReader(path)
     except (ValueError, KeyError, IndexError) as error:
         raise BadCheckpoint(f"{path} is no GGUF file that can be read ({error}); write it again") from error
-    entry = reader.get_field("general.architecture")
+    entry = file.get_field("general.architecture")
     architecture = entry.contents() if entry else None
     if architecture != family.architecture:
         yield f"general.architecture is {architecture!r}, not {family.architecture!r}: ComfyUI-GGUF refuses it"
-    left = {tensor.name: tensor for tensor in reader.tensors}
+    left = {tensor.name: tensor for tensor in file.tensors}
     shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in left.items()}
     for setting, flag in family.flags.items():
-        if (flag in shapes) != bool(config.get(setting)):
+        if flag in shapes and flag not in reader.flags:
+            yield UNKNOWN_FLAG.format(flag=flag, setting=setting)
+        elif (flag in shapes) != bool(config.get(setting)):
             yield f"{flag} is {'there' if flag in shapes else 'missing'}, and {setting} is {config.get(setting)}"
         elif flag in shapes and shapes[flag] != (0,):
             yield f"{flag} has shape {list(shapes[flag])}, not [0]: ComfyUI-GGUF refuses it"

@@ -6,9 +6,11 @@ Its log, on stderr, names missing and unexpected tensors; there is no other sign
 import logging
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest.mock import MagicMock
@@ -51,7 +53,13 @@ def main() -> None:
     options.enable_args_parsing()
     from comfy import model_management, sd
 
-    patcher = sd.load_diffusion_model(file, model_options={"dtype": torch.float32})
+    options_of_model: dict[str, Any] = {"dtype": torch.float32}
+    if file.endswith(".gguf"):
+        tensors, operations = _read_gguf(Path(folder), file)
+        options_of_model |= {"custom_operations": operations}
+        patcher = sd.load_diffusion_model_state_dict(tensors, model_options=options_of_model)
+    else:
+        patcher = sd.load_diffusion_model(file, model_options=options_of_model)
     model_management.load_models_gpu([patcher])
     call = torch.load(given, weights_only=True)
     picture, *inputs = [latents[None, :, None] for latents in call["latents"]]
@@ -61,6 +69,15 @@ def main() -> None:
         text = call["text"][None]
         found = model(picture, step, text, None, ref_latents=inputs or None, transformer_options={})
     torch.save(found[0, :, 0].float(), answer)
+
+
+def _read_gguf(folder: Path, file: str) -> tuple[Any, Any]:
+    """Tensors and operations of ComfyUI-GGUF's node "Unet Loader (GGUF)", without its nodes."""
+    package = ModuleType("comfyui_gguf")
+    package.__path__ = [str(folder / "custom_nodes/ComfyUI-GGUF")]
+    sys.modules["comfyui_gguf"] = package
+    loader = import_module("comfyui_gguf.loader")
+    return loader.gguf_sd_loader(file), import_module("comfyui_gguf.ops").GGMLOps()
 
 
 if __name__ == "__main__":

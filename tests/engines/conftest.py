@@ -76,7 +76,7 @@ class Exported:
             model = self.model()
             weights = dict(model.named_parameters())
             for tensor, values in read_export(self.file(name), {one: tuple(w.shape) for one, w in weights.items()}):
-                weights.pop(tensor).data.copy_(torch.from_numpy(values))
+                weights.pop(tensor).data.copy_(torch.tensor(values))
             assert not weights
             self.answers[name] = answers_of(model)
         return self.answers[name]

@@ -4,6 +4,7 @@ Grids are even and input pictures not larger than the picture: of odd grids and 
 tokens each in their own way. The time step is a bfloat16, since diffusers rounds it to the compute type.
 """
 
+import os
 import struct
 import subprocess
 import sys
@@ -94,20 +95,20 @@ def by_stable_diffusion_cpp(file: Path, case: Case, *, widened: bool = False) ->
     return torch.from_numpy(values), run.stderr
 
 
-def by_comfyui(folder: Path, file: Path, case: Case) -> tuple[torch.Tensor, str]:
-    """The answer of a ComfyUI in a folder, computed in float32, with its log.
+def by_comfyui(folder: Path, file: Path, case: Case) -> tuple[torch.Tensor | None, str]:
+    """The answer of a ComfyUI in a folder in float32, None if it refuses, and its log.
 
-    Raises:
-        subprocess.CalledProcessError: it refused the file; its log is `stderr`.
+    COMFYUI_PYTHON is the Python that has its libraries.
     """
     given = file.with_suffix(".in")
     answer = file.with_suffix(".out")
     torch.save({"sigma": SIGMA, "latents": case.latents(), "text": case.text()}, given)
     script = Path(__file__).with_name("comfyui.py")
     try:
-        command: list[str | Path] = [sys.executable, script, folder, file, given, answer]
-        run = subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
-        return torch.load(answer, weights_only=True), run.stderr
+        python = os.environ.get("COMFYUI_PYTHON", sys.executable)
+        command: list[str | Path] = [python, script, folder, file, given, answer]
+        run = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace")
+        return (torch.load(answer, weights_only=True) if run.returncode == 0 else None), run.stderr
     finally:
         given.unlink()
         answer.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
-"""ComfyUI, from the folder that COMFYUI names, reads the exports whole and draws as diffusers does.
+"""ComfyUI, from the folders that COMFYUI names, reads the exports whole and draws as diffusers does.
 
-It is in no package index. `lora_fuse.exports.engine_keys` has its rules as data; here they are held against its log.
+GGUF is read by ComfyUI-GGUF, where that is among the folder's `custom_nodes`. ComfyUI is in no package index:
+`lora_fuse.exports.engine_keys` has its rules as data, and here they are held against its log.
 """
 
 import os
@@ -16,8 +17,8 @@ from tests.engines import denoiser
 from tests.engines.conftest import CONFIG, EXPORTED, Answers, Exported, noted
 from tests.engines.denoiser import Case
 
-FOLDER = os.environ.get("COMFYUI")
-pytestmark = [pytest.mark.engines, pytest.mark.skipif(FOLDER is None, reason="COMFYUI names no folder")]
+FOLDERS = [Path(folder) for folder in os.environ.get("COMFYUI", "").split(os.pathsep) if folder]
+pytestmark = [pytest.mark.engines, pytest.mark.skipif(not FOLDERS, reason="COMFYUI names no folder")]
 
 MISREAD = re.compile(r"unet (?:missing|unexpected): .*|left over keys .*")
 # Relative L2 to the merged checkpoint, twice what was measured with 0.29.0, and to the weights as decoded here.
@@ -28,21 +29,27 @@ BOUNDS = {
     "fp8_scaled": (2e-2, 1e-6),
     "mxfp8": (2e-2, 1e-6),
     "nvfp4": (8e-2, 1e-6),
+    "gguf_q8_0": (4e-3, 2e-4),
+    "gguf_q4_k": (5e-2, 6e-4),
 }
 
 
-def version() -> str:
-    return str(runpy.run_path(str(Path(FOLDER or "") / "comfyui_version.py"))["__version__"])
+def version(folder: Path) -> str:
+    return str(runpy.run_path(str(folder / "comfyui_version.py"))["__version__"])
 
 
-def test_a_file_is_read_whole_and_drawn(exported: Exported, reference: Answers, format_name: str, case: Case) -> None:
+def test_a_file_is_read_whole_and_drawn(
+    exported: Exported, reference: Answers, folder: Path, format_name: str, case: Case
+) -> None:
     """Or it is told beforehand that it is not: the version of 2025 knows neither marks nor the flag of 2511."""
-    known = version() if version() in VERSIONS else NEWEST
+    engine = f"ComfyUI {version(folder)}"
     file = exported.file(format_name)
-    told = problems(file, CONFIG, known)
-    answer, log = denoiser.by_comfyui(Path(FOLDER or ""), file, case)
+    told = problems(file, CONFIG, version(folder) if version(folder) in VERSIONS else NEWEST)
+    answer, log = denoiser.by_comfyui(folder, file, case)
+    if answer is None:
+        assert told, log
+        return
     assert bool(MISREAD.findall(log)) == bool(told), (MISREAD.findall(log), told)
-    engine = f"ComfyUI {version()}"
     merged = noted(engine, format_name, case, answer, reference[case, False], "merged")
     decoded = noted(engine, format_name, case, answer, exported.decoded(format_name)[case, False], "decoded by us")
     if not told:
@@ -50,7 +57,11 @@ def test_a_file_is_read_whole_and_drawn(exported: Exported, reference: Answers, 
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Each format that ComfyUI reads itself."""
+    """Each format that ComfyUI reads, or a node of it that is there."""
     if "format_name" in metafunc.fixturenames:
-        read = [name for name in EXPORTED if any(engine.name == "ComfyUI" for engine in readers_of(name))]
-        metafunc.parametrize("format_name", read)
+        pairs = []
+        for folder in FOLDERS:
+            there = {"ComfyUI"} | {path.name for path in folder.glob("custom_nodes/ComfyUI-GGUF")}
+            read = [name for name in EXPORTED if there & {engine.name for engine in readers_of(name)}]
+            pairs += [(folder, name) for name in read]
+        metafunc.parametrize(("folder", "format_name"), pairs)

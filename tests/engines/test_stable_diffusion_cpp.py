@@ -35,15 +35,17 @@ def test_a_single_file_in_bfloat16(exported: Exported, reference: Answers, case:
     assert noted(ENGINE, "single_file", case, answer, reference[case, True], PLACES) < 6e-3
 
 
-def test_a_gguf_is_drawn_as_by_diffusers(exported: Exported, reference: Answers, case: Case) -> None:
+@pytest.mark.parametrize(("name", "bound"), [("gguf_q8_0", 8e-3), ("gguf_q4_k", 6e-2)])
+def test_a_gguf_is_drawn_as_by_diffusers(
+    exported: Exported, reference: Answers, case: Case, name: str, bound: float
+) -> None:
     """4.0e-3 was measured: ggml multiplies Q8_0 by activations of 8 bits."""
-    answer, log = denoiser.by_stable_diffusion_cpp(exported.file("gguf_q8_0"), case)
+    answer, log = denoiser.by_stable_diffusion_cpp(exported.file(name), case)
     assert "use zero_cond_t" in log
-    assert noted(ENGINE, "gguf_q8_0", case, answer, reference[case, True], PLACES) < 8e-3
-    widened, _ = denoiser.by_stable_diffusion_cpp(exported.file("gguf_q8_0"), case, widened=True)
-    decoded = exported.decoded("gguf_q8_0")[case, True]
-    name = "gguf_q8_0, as float32"
-    assert noted(ENGINE, name, case, widened, decoded, "decoded by us, its text positions") < 1e-4
+    assert noted(ENGINE, name, case, answer, reference[case, True], PLACES) < bound
+    widened, _ = denoiser.by_stable_diffusion_cpp(exported.file(name), case, widened=True)
+    decoded = exported.decoded(name)[case, True]
+    assert noted(ENGINE, f"{name}, as float32", case, widened, decoded, "decoded by us, its text positions") < 1e-4
 
 
 def test_without_the_flag_an_edit_is_drawn_in_the_older_way(exported: Exported, reference: Answers) -> None:

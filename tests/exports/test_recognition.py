@@ -17,7 +17,7 @@ from lora_fuse.errors import BadCheckpoint
 from lora_fuse.exports import ExportOptions, export
 from lora_fuse.exports.engine_keys import CODES, FAMILIES
 from lora_fuse.exports.export_contents import as_merged
-from lora_fuse.exports.recognition import problems, unreadable
+from lora_fuse.exports.recognition import problems
 from tests.support.matrices import qwen
 from tests.support.wrong_exports import WRONG, wrong_export
 
@@ -180,6 +180,7 @@ def test_a_gguf_has_an_architecture_bare_names_and_an_empty_flag(tmp_path: Path)
         "img_in.bias has shape [31], not [32]": in_gguf(tmp_path / "5.gguf", "img_in.bias", (31,)),
         "model.img_in.bias is unexpected": in_gguf(tmp_path / "6.gguf", "model.img_in.bias", (32,)),
     }
+    assert any(FLAG in one for one in problems(tmp_path / "right.gguf", SMALL, "0.3.64"))
     for words, path in wrong.items():
         (found,) = problems(path, SMALL)
         assert words in found
@@ -237,12 +238,6 @@ def test_the_version_of_2025_knows_no_marks_and_no_flag(tmp_path: Path) -> None:
     assert any(FLAG in one and "draws a model with zero_cond_t as one without" in one for one in found)
     without = {name: entry for name, entry in plain().items() if name != FLAG}
     assert problems(write(tmp_path / "y", without), {**CONFIG, "zero_cond_t": False}, "0.3.64") == []
-
-
-def test_sizes_that_engines_do_not_build_are_told() -> None:
-    assert unreadable(CONFIG) == []
-    (found,) = unreadable({**CONFIG, "num_attention_heads": 5})
-    assert found == "num_attention_heads is 5, and engines build 24"
 
 
 def test_a_model_of_which_nothing_is_known_is_refused(tmp_path: Path) -> None:
