@@ -10,8 +10,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora_fuse.errors import OutOfMemory
+from lora_fuse.exports.reading import read_export
 from lora_fuse.pictures.environment import environment, make_deterministic
-from lora_fuse.pictures.pairs import BaseSides, Pair, render_all, render_merged, render_pairs, share
+from lora_fuse.pictures.pairs import BaseSides, MergedSides, Pair, render_all, render_merged, render_pairs, share
 from lora_fuse.pictures.picture import Latents
 from lora_fuse.pictures.render import load_pipeline
 from lora_fuse.regression.case_judgement import judge_pairs
@@ -97,6 +98,21 @@ def test_loras_come_and_go_beside_a_base_that_is_loaded_once(merged: Path, pairs
     assert (again.latents == plain.latents).all()
     assert (beside.latents == pairs[0].unfused.latents).all()
     assert (beside.latents != plain.latents).any()
+
+
+@pytest.mark.parametrize("changes", [{}, {"compiled": True}, *({"placement": one} for one in OFFLOADED)])
+def test_an_export_s_weights_act_wherever_the_transformer_lies(merged: Path, changes: dict[str, object]) -> None:
+    """Weights of another scale make that scale's picture, and the merged ones bring back the merged picture."""
+    setup = replace(SETUP, **changes)  # type: ignore[arg-type]
+    sides = MergedSides(merged, CASES, setup, share(merged, CASES, setup))
+    (first,) = sides.merged()
+    shards = sorted((merged / "transformer").glob("*.safetensors"))
+    stored = {name: values for shard in shards for name, values in read_export(shard)}
+    halved = {name: values * np.float32(0.5) if "img_mlp" in name else values for name, values in stored.items()}
+    (other,) = sides.exported("halved", halved.items())
+    (again,) = sides.exported("same", stored.items())
+    assert (again.latents == first.latents).all()
+    assert (other.latents != first.latents).any()
 
 
 def test_compiled_blocks_give_the_same_bits_whatever_size_comes_first(merged: Path) -> None:
