@@ -55,6 +55,7 @@ def fuse(  # noqa: PLR0913 - by keyword, each is a choice of its own
     scheduler: Scheduler = None,
     replace: bool = False,
     force_quantised: bool = False,
+    side_channel: bool = False,
     show_progress: bool = False,
 ) -> Fused:
     """Write the merged checkpoint to `out` and its manifest beside it; the bytes do not depend on the device.
@@ -72,6 +73,8 @@ def fuse(  # noqa: PLR0913 - by keyword, each is a choice of its own
         replace: replace whatever else is at `out`, but for the base and the LoRAs.
         force_quantised: write what was quantised again however little of the change is left (`requantised` of the
             manifest has the figure).
+        side_channel: add nothing to the base: `out` is a folder with the base's files as they are and the LoRAs
+            beside them, in ``loras``, with diffusers' names and the strength that was asked for.
         show_progress: show bytes and rate on stderr.
 
     Raises:
@@ -90,6 +93,7 @@ def fuse(  # noqa: PLR0913 - by keyword, each is a choice of its own
             scheduler=settings,
             replace=replace,
             force_quantised=force_quantised,
+            beside=side_channel,
         )
         return job.run()
 

@@ -117,6 +117,11 @@ def _add_fuse(commands: Any) -> argparse.ArgumentParser:
         action="store_true",
         help="write what --requantise made, however little is left",
     )
+    fuse.add_argument(
+        "--side-channel",
+        action="store_true",
+        help="add nothing: OUT is a folder with BASE as it is and the LoRAs beside it, in diffusers' names",
+    )
     fuse.add_argument("--replace", action="store_true", help="replace OUT even if lora-fuse did not make it")
     fuse.set_defaults(run=_fuse)
     return fuse
@@ -221,9 +226,13 @@ def _print_plan(plan: Plan, scheduler: Mapping[str, object] | None = None) -> No
 def _fuse(options: argparse.Namespace) -> int:
     from lora_fuse.machine import progress
 
+    if options.side_channel and options.requantise:
+        raise BadConfig(
+            "--side-channel leaves the codes as they are, and --requantise makes new ones: give one of them"
+        )
     plan = _make_plan(options)
     out = Path(options.out)
-    if plan.checkpoint.kind == "file" and options.out.endswith(os.sep):
+    if plan.checkpoint.kind == "file" and not options.side_channel and options.out.endswith(os.sep):
         raise BadConfig(
             f"BASE is a file, and OUT {options.out} a folder; name the file to write, {out / options.base.name}"
         )
@@ -238,6 +247,7 @@ def _fuse(options: argparse.Namespace) -> int:
             scheduler=scheduler,
             replace=options.replace,
             force_quantised=options.force_quantised,
+            side_channel=options.side_channel,
             show_progress=True,
         )
     files = fused.manifest.files

@@ -31,9 +31,10 @@ class Destination:
     out: Path
     place: Path
     replace: bool  # also what this program did not make
+    folder: bool  # of any base, a file too
 
     @classmethod
-    def at(cls, out: Path, *, replace: bool = False) -> Destination:
+    def at(cls, out: Path, *, replace: bool = False, folder: bool = False) -> Destination:
         """Find the place.
 
         Raises:
@@ -43,7 +44,7 @@ class Destination:
             place = out.resolve() if out.is_symlink() or out.name in ("", "..") else out
         except (OSError, RuntimeError) as error:
             raise Refused(f"OUT {out} cannot be found ({error}); name another place") from error
-        return cls(place if out.name in ("", "..") else out, place, replace)
+        return cls(place if out.name in ("", "..") else out, place, replace, folder)
 
     def check(self, plan: Plan, generated: Mapping[str, bytes]) -> None:
         """Refuse a place that must not be replaced, or cannot be written.
@@ -87,12 +88,14 @@ class Destination:
 
     def _refuse_kind(self, plan: Plan) -> None:
         base = plan.checkpoint
-        inside = self.place / (base.root.name if base.kind == "file" else "merged")
-        if base.kind == "file" and self.place.is_dir():
+        is_file = base.kind == "file" and not self.folder
+        inside = self.place / (base.root.name if is_file else "merged")
+        if is_file and self.place.is_dir():
             raise Refused(f"BASE {base.root} is a file, and OUT {self.out} a folder; name the file to write, {inside}")
-        if base.kind != "file" and self.place.exists() and not self.place.is_dir():
-            raise Refused(f"BASE {base.root} is a folder, and OUT {self.out} is none; name a folder to write")
-        if base.kind == "file" and self.out.suffix in CONTAINERS - {_container(plan)}:
+        if not is_file and self.place.exists() and not self.place.is_dir():
+            what = f"BASE {base.root} is a folder" if base.kind != "file" else "a base with LoRAs beside it is a folder"
+            raise Refused(f"{what}, and OUT {self.out} is none; name a folder to write")
+        if is_file and self.out.suffix in CONTAINERS - {_container(plan)}:
             ending = _container(plan)
             raise Refused(f"OUT {self.out} would be a {ending} file; name it {self.out.with_suffix(ending).name}")
         if self.place.exists() and not (self.place.is_dir() or self.place.is_file()):
@@ -100,7 +103,7 @@ class Destination:
         if _identity(self.place) == _identity(Path()) or os.path.ismount(self.place):
             what = "where a disk is mounted" if os.path.ismount(self.place) else "the working folder"
             raise Refused(f"OUT {self.out} is {what}, which cannot be replaced; name a folder in it, {inside}")
-        if base.kind == "file" and not files.is_text(self.out.name):
+        if is_file and not files.is_text(self.out.name):
             raise Refused(f"the name of OUT {self.out} is not UTF-8, and the manifest holds it; name it otherwise")
 
     def _refuse_unwritable(self) -> None:

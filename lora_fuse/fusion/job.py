@@ -5,9 +5,10 @@ The command line, the stage and `lora_fuse.fuse` all go through here.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from lora_fuse.checkpoint import diffusers_files
 from lora_fuse.errors import BadConfig
 from lora_fuse.fusion.decoded.decoded_layout import decoded_texts
 from lora_fuse.fusion.decoded.requantiser import Costs
+from lora_fuse.fusion.decoded.side_channel import side_channel
 from lora_fuse.fusion.destination import Destination
 from lora_fuse.fusion.device import fuse_device
 from lora_fuse.fusion.manifest import build_manifest, manifest_path
@@ -67,11 +69,13 @@ class FuseJob:
         scheduler: Mapping[str, object] | None = None,
         replace: bool = False,
         force_quantised: bool = False,
+        beside: bool = False,
     ) -> None:
         """Choose the device, generate the files and look at `out`.
 
         `pipeline` and `scheduler` are those of `diffusers_files`, `replace` is that of `Destination`; with
-        `force_quantised` no result is refused for what it cost to quantise it again.
+        `force_quantised` no result is refused for what it cost to quantise it again. With `beside` nothing is added to
+        the base: `out` is a folder with it and the LoRAs, see `side_channel`.
 
         Raises:
             Refused: `out` may not be replaced, see `Destination.check`.
@@ -90,11 +94,15 @@ class FuseJob:
         self.generated: dict[str, bytes] = {}
         if pipeline or scheduler:
             self.generated = diffusers_files(base.root, pipeline=pipeline, scheduler=scheduler or {})
-        if plan.is_laid_out_anew and not plan.requantise:
+        self._written = plan
+        if beside:
+            self.generated |= side_channel(plan)
+            self._written = dataclasses.replace(plan, targets={}, stored=None, requantise=False)
+        elif plan.is_laid_out_anew:
             self.generated |= decoded_texts(plan)
-        self._destination = Destination.at(out, replace=replace)
+        self._destination = Destination.at(out, replace=replace, folder=beside)
         self._destination.check(plan, self.generated)
-        self._ways = ways_of(plan, self._destination.place, untouched)
+        self._ways = ways_of(self._written, self._destination.place, untouched)
 
     @property
     def label(self) -> str:
@@ -104,7 +112,7 @@ class FuseJob:
     @property
     def nbytes(self) -> int:
         """Bytes to write: the fused shards, and what cannot be shared with the base."""
-        return bytes_to_write(self.plan) + sum(bytes_to_copy(self.plan, self._ways).values())
+        return bytes_to_write(self._written) + sum(bytes_to_copy(self._written, self._ways).values())
 
     def run(
         self,
@@ -126,14 +134,14 @@ class FuseJob:
         written: list[Fused] = []
 
         def beside(merged: Mapping[str, records.MergedFile]) -> dict[Path, str]:
-            cost = self.costs.total if self.plan.requantise else None
+            cost = self.costs.total if self._written.requantise else None
             manifest = build_manifest(self.plan, dict(merged), recipe=recipe, base=base, loras=loras, cost=cost)
             written.append(Fused(manifest, nbytes, clock.seconds))
             return self._records(written[0])
 
         with progress.byte_progress(self.label, nbytes) as advance:
             write_merged(
-                self.plan,
+                self._written,
                 self.out,
                 device=self.device,
                 generated=self.generated,
@@ -145,8 +153,9 @@ class FuseJob:
                 states=states,
                 hash_inputs=recipe is not None and recipe.fuse.inputs == "hash",
                 costs=self.costs,
+                folder=self._destination.folder,
             )
-        return replace(written[0], linked=tuple(self._linked()))
+        return dataclasses.replace(written[0], linked=tuple(self._linked()))
 
     def _linked(self) -> Iterator[str]:
         """The files that are the base's in the end: what was meant to be linked may have become a copy."""

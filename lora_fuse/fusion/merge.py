@@ -43,6 +43,7 @@ def write_merged(  # noqa: PLR0913 - by keyword, each is a choice of its own
     states: file_state.FileStates | None = None,
     hash_inputs: bool = False,
     costs: Costs | None = None,
+    folder: bool = False,
 ) -> dict[str, records.MergedFile]:
     """Write the merged checkpoint of the same kind as the base to `out`, replacing what was there.
 
@@ -51,7 +52,7 @@ def write_merged(  # noqa: PLR0913 - by keyword, each is a choice of its own
     `hash_inputs` all are, as they are read, and have to be those. `replace` is that of `Destination`; `beside` makes
     the texts that are put beside the result right after it, of its files. All inputs have to stay as they were when the
     plan was made, or as `states` has them from before: that is told of links to them that were made here. `costs` are
-    told what it cost to quantise targets again, and refuse what is too much.
+    told what it cost to quantise targets again, and refuse what is too much; `folder` is that of `Destination`.
 
     Returns:
         Every file of the result by POSIX path.
@@ -62,7 +63,7 @@ def write_merged(  # noqa: PLR0913 - by keyword, each is a choice of its own
         Busy: another process is writing the same result.
         Refused: the base or a LoRA turned out to be broken, or changed meanwhile; `out` is as it was.
     """
-    destination = Destination.at(out, replace=replace)
+    destination = Destination.at(out, replace=replace, folder=folder)
     destination.check(plan, generated)
     place = destination.place
     ways = ways_of(plan, place, untouched)
@@ -79,7 +80,7 @@ def write_merged(  # noqa: PLR0913 - by keyword, each is a choice of its own
             _refuse_changed(states)
             destination.check(plan, generated)  # it took a while
             new = staged.files
-            if plan.checkpoint.kind == "file":
+            if plan.checkpoint.kind == "file" and not folder:
                 ((name, record),) = written.items()
                 new = new / name
                 written = {destination.out.name: record}

@@ -33,6 +33,7 @@ from lora_fuse.verification.coded_weights import (
     requantised,
 )
 from lora_fuse.verification.expectation import ExpectedDelta, read_expected
+from lora_fuse.verification.kept_beside import compare_kept, is_kept_beside
 from lora_fuse.verification.nearest import FLOATS
 from lora_fuse.verification.target_check import LITTLE, Change, Kept, Sums, TargetCheck, check_target, is_converted
 from lora_fuse.verification.weights import Weights, weight_files
@@ -143,23 +144,31 @@ def verify_merge(  # noqa: PLR0913 - by keyword, each is a choice of its own
         BadCheckpoint: one side has nothing to compare, is of another kind, or cannot be read.
         BadLora: a LoRA cannot be read.
     """
-    _refuse_other_kinds(merged, base)
+    beside = base.exists() and is_kept_beside(merged)
+    if not beside:
+        _refuse_other_kinds(merged, base)
     found = Verification()
     if rows is not None:
         found.drawn = DrawnRows(secrets.randbits(32) if seed is None else seed)
     with progress.byte_progress("verify", files.total_size(merged), at_least=progress.FEW) as advance:
         shards = sort_base(base, component, expected.base_files) if base.is_dir() else None
         base_files = [base / name for name in shards.shards] if shards else [base]
-        merged_files = [merged / path.relative_to(base) for path in base_files]
-        merged_files = [path for path in merged_files if path.is_file()] or weight_files(merged, component)
-        written = open_weights(merged_files)
         stored = open_weights(base_files)
         expected_sum = read_expected(loras, stored, selection or Selection())
-        ours, theirs = _comparable(written, stored, expected_sum.deltas.keys(), expected.dtype, found)
         found.modules = expected_sum.modules
         found.targets = len(expected_sum.deltas)
         for problem in expected_sum.problems:
             found.problem(problem)
+        if beside:
+            kept = compare_kept(merged, base, shards, stored, expected_sum.deltas, expected, advance)
+            found.files_untouched, problems = kept
+            for problem in problems:
+                found.problem(problem)
+            return found
+        merged_files = [merged / path.relative_to(base) for path in base_files]
+        merged_files = [path for path in merged_files if path.is_file()] or weight_files(merged, component)
+        written = open_weights(merged_files)
+        ours, theirs = _comparable(written, stored, expected_sum.deltas.keys(), expected.dtype, found)
         if written.is_gguf == stored.is_gguf:
             _check_metadata(ours, theirs, found)
         _check_tensors(ours, theirs, expected_sum.deltas, rows, found, advance)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from diffusers import GGUFQuantizationConfig, QwenImageTransformer2DModel
 from safetensors.numpy import load_file, save_file
 
 from lora_fuse import LoraInput, verify
@@ -286,3 +288,104 @@ def test_an_update_added_to_codes_is_caught(tmp_path: Path, lora: LoraInput, kin
     out.write_bytes(data)
     (problem,) = problems(out, base, lora)
     assert problem.startswith(f"{place.name}: ")
+
+
+def kept_beside(base: Path, out: Path, *loras: LoraInput) -> Path:
+    FuseJob(make_plan(open_checkpoint(base), loras), out, device="cpu", beside=True).run()
+    return out
+
+
+def test_beside_codes_the_lora_is_kept_as_it_was(tmp_path: Path, lora: LoraInput) -> None:
+    base = codes.write("Q4_K", tmp_path).path
+    out = kept_beside(base, tmp_path / "out", lora)
+    assert (out / base.name).read_bytes() == base.read_bytes()
+    ours = load_file(out / "loras" / "l.safetensors")
+    for module in codes.MODULES:
+        for side, name in (("down", "lora_A"), ("up", "lora_B")):
+            there = ours[f"transformer.{module}.{name}.weight"]
+            assert there.tobytes() == codes.lora()[f"{module}.lora_{side}.weight"].tobytes()
+    given = LoraInput("again", out / "loras" / "l.safetensors", 1.0)
+    again = fuse(base, tmp_path / "again.safetensors", given)
+    assert load_file(again).keys() == load_file(fuse(base, tmp_path / "first.safetensors", lora)).keys()
+    assert problems(again, base, lora) == problems(tmp_path / "first.safetensors", base, given) == []
+    assert problems(out, base, lora) == []
+    kept_beside(base, out, lora)  # in its own place
+    manifest, _ = read_manifest(tmp_path / "out.manifest.json")
+    assert {name: file.origin for name, file in manifest.files.items()} == {
+        "base.gguf": "base",
+        "loras/l.safetensors": "generated",
+    }
+
+
+@pytest.mark.parametrize("what", ["codes", "strength", "more"])
+def test_a_wrong_side_channel_is_caught(tmp_path: Path, lora: LoraInput, what: str) -> None:
+    base = codes.write("Q8_0", tmp_path).path
+    out = kept_beside(base, tmp_path / "out", lora)
+    given = lora
+    if what == "codes":
+        data = bytearray((out / base.name).read_bytes())
+        data[-100] ^= 1
+        (out / base.name).unlink()
+        (out / base.name).write_bytes(data)
+    elif what == "strength":
+        given = LoraInput("l", lora.path, SCALE + 1e-6)
+    else:
+        (out / "w.safetensors").write_bytes(b"")
+    assert problems(out, base, given)
+
+
+def test_beside_a_folder_the_rest_is_taken_over(tmp_path: Path, lora: LoraInput) -> None:
+    base = tiny.write_pipeline(tmp_path / "base", codes.tensors("scaled_fp8")[0])
+    second = LoraInput("l", tiny.write_lora(tmp_path / "m.safetensors", codes.lora(rank=3)), -1.0)
+    out = kept_beside(base, tmp_path / "out", lora, second)
+    assert sorted(path.name for path in (out / "loras").iterdir()) == ["l-1.safetensors", "l-2.safetensors"]
+    assert verify(out, base, [lora, second]).problems == []
+    assert verify(out, base, [lora]).problems
+
+
+def test_what_is_no_product_is_not_kept_beside(tmp_path: Path) -> None:
+    whole = {f"{codes.MODULES[0]}.diff": np.ones((24, 256), np.float32)}
+    lora = LoraInput("d", tiny.write_lora(tmp_path / "d.safetensors", whole), 1.0)
+    with pytest.raises(BadConfig, match=r"are kept products of two matrices.*leave --side-channel out"):
+        kept_beside(codes.write("Q8_0", tmp_path).path, tmp_path / "out", lora)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_diffusers_draws_with_codes_and_the_lora_beside_them(tmp_path: Path) -> None:
+    """As docs/fuse.md says; and without the LoRA it draws otherwise."""
+    torch.manual_seed(0)
+    sizes = {"num_layers": 1, "attention_head_dim": 32, "num_attention_heads": 2, "axes_dims_rope": (8, 12, 12)}
+    model = QwenImageTransformer2DModel(**sizes, in_channels=32, out_channels=8, joint_attention_dim=64)
+    model.save_pretrained(tmp_path / "model")
+    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    values = codes.write_model(state, tmp_path / "model.gguf")
+    linears = {f"transformer_blocks.0.{linear}": None for linear in ("attn.to_q", "img_mlp.net.0.proj")}
+    tensors = codes.lora_of({module: state[f"{module}.weight"].shape for module in linears})
+    lora = LoraInput("l", tiny.write_lora(tmp_path / "l.safetensors", tensors), SCALE)
+    out = kept_beside(tmp_path / "model.gguf", tmp_path / "out", lora)
+    config = GGUFQuantizationConfig(compute_dtype=torch.float32)
+    ours = QwenImageTransformer2DModel.from_single_file(
+        str(out / "model.gguf"),
+        config=str(tmp_path / "model"),
+        quantization_config=config,
+        torch_dtype=torch.float32,
+    )
+    ours.load_lora_adapter(out / "loras", weight_name="l.safetensors", prefix="transformer")
+    for module in linears:
+        meant = codes.merged(values[f"{module}.weight"], module, tensors, SCALE)
+        values[f"{module}.weight"] = meant.astype(np.float32)
+    model.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in values.items()})
+    given = {
+        "hidden_states": torch.randn(1, 16, 32),
+        "encoder_hidden_states": torch.randn(1, 5, 64),
+        "encoder_hidden_states_mask": torch.ones(1, 5, dtype=torch.long),
+        "timestep": torch.tensor([0.5]),
+        "img_shapes": [[(1, 4, 4)]],
+    }
+    with torch.no_grad():
+        wanted = model(**given).sample
+        kept = ours(**given).sample
+        ours.disable_lora()
+        plain = ours(**given).sample
+    assert float((kept - wanted).norm() / wanted.norm()) < 1e-4  # 1e-5 was seen
+    assert float((plain - wanted).norm() / wanted.norm()) > 1e-3

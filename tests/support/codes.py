@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import gguf
@@ -32,10 +33,15 @@ def weights() -> dict[str, Float32]:
 
 
 def lora(rank: int = 4, size: float = 0.02) -> dict[str, Array]:
+    """A LoRA of all modules but one."""
+    return lora_of(dict(zip(MODULES, LINEARS.values(), strict=True)), rank, size)
+
+
+def lora_of(shapes: Mapping[str, tuple[int, ...]], rank: int = 4, size: float = 0.02) -> dict[str, Array]:
     """A LoRA of which rank and alpha are not the same."""
     rng = np.random.default_rng(4)
     made: dict[str, Array] = {}
-    for module, (rows, columns) in zip(MODULES, LINEARS.values(), strict=True):
+    for module, (rows, columns) in shapes.items():
         made[f"{module}.lora_down.weight"] = (rng.standard_normal((rank, columns)) * size).astype(np.float32)
         made[f"{module}.lora_up.weight"] = rng.standard_normal((rows, rank)).astype(tiny.BF16)
         made[f"{module}.alpha"] = np.array(2.0, np.float32)
@@ -110,6 +116,7 @@ def _turned(matrix: npt.NDArray[np.float64], group: int) -> npt.NDArray[np.float
     return np.asarray(matrix.reshape(len(matrix), -1, group) @ hadamard(group), np.float64).reshape(matrix.shape)
 
 
+@cache
 def hadamard(size: int) -> npt.NDArray[np.float64]:
     """ConvRot's matrix by its definition: the sign of an entry is a product over the digits of its place, in base 4."""
     smallest = [[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]
@@ -189,6 +196,24 @@ def write_gguf(kind: str, path: Path) -> CodedBase:
     writer.write_tensors_to_file()
     writer.close()
     return CodedBase(path, values)
+
+
+def write_model(state: Mapping[str, Float32], path: Path) -> dict[str, Float32]:
+    """A GGUF file of a model with the matrices of its blocks in Q8_0; the values of all of its tensors."""
+    writer = gguf.GGUFWriter(path, "qwen_image")
+    values = dict(state)
+    for name, tensor in state.items():
+        if tensor.ndim == 2 and name.startswith("transformer_blocks."):
+            values[name] = again("Q8_0", tensor)
+            writer.add_tensor(name, gguf.quants.quantize(tensor, Q8_0), raw_dtype=Q8_0)
+        else:
+            writer.add_tensor(name, tensor)
+    writer.add_quantization_version(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return values
 
 
 def _drawn(kind: str, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
