@@ -32,7 +32,7 @@ def container(path: Path, name: str, prefix: str = "") -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", set(FORMATS) - {"q8_0"})
+@pytest.mark.parametrize("name", sorted({*FORMATS} - {"q8_0"}))
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_a_container_is_read_as_it_was_written(tmp_path: Path, name: str, prefix: str) -> None:
     read = dict(read_export(container(tmp_path / "x.safetensors", name, prefix), {WEIGHT: (24, 64)}))
