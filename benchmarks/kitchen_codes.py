@@ -6,11 +6,13 @@ It is no dependency: ``pip install --no-deps comfy-kitchen==0.2.40``, 68 MB; its
 from __future__ import annotations
 
 import json
+import sys
 from hashlib import sha256
 
 import numpy as np
 import torch
 
+from lora_fuse.machine import interrupts
 from tests.support.matrices import matrix
 
 
@@ -44,5 +46,10 @@ def codes(kind: str) -> dict[str, dict[str, object]]:
     }
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run the command line."""
     print(json.dumps({**codes("normal"), **codes("outliers")}, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(interrupts.guarded(main))

@@ -19,6 +19,8 @@ from tests.support.workspace import Workspace
 CLEARED = ("HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET", "HF_XET_CACHE", "HF_TOKEN_PATH")
 MOST_WORKERS = 8  # each takes a gigabyte of memory
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # more workers than cores: threads that spin take others' time
+
 # Started in the background by a shell, this process ignores Ctrl-C, and so would every process that a test starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
