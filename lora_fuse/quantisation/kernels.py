@@ -67,6 +67,15 @@ def _rotate(row: Float32s, group: int) -> None:
 
 
 @compiled()
+def _top(values: Float32s) -> np.float32:
+    """The largest absolute value."""
+    top = F32(0)
+    for j in range(values.shape[0]):
+        top = max(top, F32(abs(values[j])))
+    return top
+
+
+@compiled()
 def int8_rows(matrix: Float32s, group: int, codes: Int8s, scales: Float32s) -> None:
     """Rotate each row, and round it in units of its largest value over 127; a group of 1 rotates nothing."""
     row = np.empty(matrix.shape[1], F32)
@@ -74,9 +83,7 @@ def int8_rows(matrix: Float32s, group: int, codes: Int8s, scales: Float32s) -> N
         for j in range(row.shape[0]):
             row[j] = matrix[i, j]
         _rotate(row, group)
-        top = F32(0)
-        for j in range(row.shape[0]):
-            top = max(top, F32(abs(row[j])))
+        top = _top(row)
         scale = max(F32(top / F32(127)), F32(SMALLEST_SCALE))
         scales[i] = scale
         for j in range(row.shape[0]):
@@ -100,9 +107,7 @@ def q8_0_rows(matrix: Float32s, scales: Float32s, codes: Int8s) -> None:
     for i in range(matrix.shape[0]):
         for block in range(scales.shape[1]):
             values = matrix[i, 32 * block : 32 * block + 32]
-            top = F32(0)
-            for j in range(32):
-                top = max(top, F32(abs(values[j])))
+            top = _top(values)
             scale = F32(top / F32(127))
             scales[i, block] = scale
             inverse = F32(0)
@@ -185,9 +190,7 @@ def mxfp8_rows(matrix: Float32s, exponents: Bytes, codes: Bytes) -> None:
     for i in range(matrix.shape[0]):
         for block in range(exponents.shape[1]):
             values = matrix[i, 32 * block : 32 * block + 32]
-            top = F32(0)
-            for j in range(32):
-                top = max(top, F32(abs(values[j])))
+            top = _top(values)
             needed = F32(top / F32(448)).view(U32)
             exponent = U32(needed >> U32(23))
             if U32(needed & U32(0x7FFFFF)) != U32(0):
@@ -225,9 +228,7 @@ def nvfp4_rows(matrix: Float32s, whole: np.float32, scales: Bytes, codes: Bytes)
     for i in range(matrix.shape[0]):
         for block in range(scales.shape[1]):
             values = matrix[i, 16 * block : 16 * block + 16]
-            top = F32(0)
-            for j in range(16):
-                top = max(top, F32(abs(values[j])))
+            top = _top(values)
             code = _e4m3(min(F32(F32(top / F32(6)) / whole), F32(448)))
             scales[i, block] = code
             scale = F32(whole * _e4m3_value(code))
