@@ -69,17 +69,13 @@ class Share:
         return cls(at_a_time, min(direct_io.WINDOWS, count // at_a_time), min(cores, MOST.get(device, cores)))
 
 
-class ShardFuser:
-    """Fuses the shards of a plan, each in a thread of its caller's, which share the threads that add."""
+class AddingThreads:
+    """The threads that add, which all shards of a merge share; within a `with`."""
 
-    def __init__(
-        self, targets: Mapping[str, Target], provenance: str, way: FuseOptions, share: Share, progress: Progress
-    ) -> None:
-        """Have threads ready; `provenance` goes into each header, `progress` is told of what is written."""
-        self._targets = targets
-        self._provenance = provenance
+    def __init__(self, way: FuseOptions, share: Share, progress: Progress) -> None:
+        """Have threads ready; `progress` is told of what is written."""
         self._way = way
-        self._windows = share.windows
+        self._share = share
         self._progress = progress
         self._adders = ThreadPoolExecutor(share.adders, "add")
 
@@ -88,6 +84,18 @@ class ShardFuser:
 
     def __exit__(self, *_: object) -> None:
         self._adders.shutdown(cancel_futures=True)
+
+
+class ShardFuser(AddingThreads):
+    """Fuses the shards of a plan, each in a thread of its caller's, which share the threads that add."""
+
+    def __init__(
+        self, targets: Mapping[str, Target], provenance: str, way: FuseOptions, share: Share, progress: Progress
+    ) -> None:
+        """Have threads ready; `provenance` goes into each header, `progress` is told of what is written."""
+        super().__init__(way, share, progress)
+        self._targets = targets
+        self._provenance = provenance
 
     def fuse(self, shard: Shard, to: Path) -> FileRecord:
         """Write the merged shard to `to`, hashing on the way.
@@ -102,7 +110,7 @@ class ShardFuser:
         at = len(shard.header.raw)
         with (
             direct_io.open_shard(shard.path) as source,
-            direct_io.HashingWriter(to, self._progress, self._way.direct, self._windows) as output,
+            direct_io.HashingWriter(to, self._progress, self._way.direct, self._share.windows) as output,
             _pinned(self._way.device, output.memories),
             _Pin(pinned, hashlib.sha256(shard.header.raw)) as pin,
             _Sums(self._adders, self._way.device) as sums,

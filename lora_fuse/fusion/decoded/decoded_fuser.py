@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from lora_fuse.fusion.adder import base_rows, read_deltas
 from lora_fuse.fusion.decoded.decoded_layout import DecodedTensor, decoded_header, decoded_tensors
 from lora_fuse.fusion.pieces import PIECE, row_pieces
 from lora_fuse.fusion.plan import Plan, Target
-from lora_fuse.fusion.stream import FuseOptions, Progress, Share, Stopped, refuse_other_content
+from lora_fuse.fusion.stream import AddingThreads, FuseOptions, Progress, Share, Stopped, refuse_other_content
 from lora_fuse.lora import Delta, NotFinite
 from lora_fuse.machine import FileRecord, direct_io, files
 
@@ -34,22 +34,13 @@ AHEAD = 2  # pieces under way for each thread that makes them
 Work = Callable[[], memoryview]
 
 
-class DecodedFuser:
+class DecodedFuser(AddingThreads):
     """As `ShardFuser`, for a plan whose tensors get other dtypes."""
 
     def __init__(self, plan: Plan, way: FuseOptions, share: Share, progress: Progress) -> None:
         """Have threads ready; `progress` is told of what is written."""
+        super().__init__(way, share, progress)
         self._plan = plan
-        self._way = way
-        self._share = share
-        self._progress = progress
-        self._adders = ThreadPoolExecutor(share.adders, "add")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._adders.shutdown(cancel_futures=True)
 
     def fuse(self, shard: Shard, to: Path) -> FileRecord:
         """Write the merged shard to `to`, hashing on the way.
@@ -60,10 +51,9 @@ class DecodedFuser:
         if (pinned := self._way.pinned.get(shard.relative)) is not None:
             refuse_other_content(shard.path, files.hash_file(shard.path).sha256, pinned)
         tensors = decoded_tensors(shard, self._plan)
-        windows = self._share.windows
         with (
             direct_io.open_shard(shard.path) as source,
-            direct_io.HashingWriter(to, self._progress, self._way.direct, windows) as output,
+            direct_io.HashingWriter(to, self._progress, self._way.direct, self._share.windows) as output,
         ):
             output.append(decoded_header(shard, tensors, self._plan.provenance))
             for made in self._in_order(self._work(tensors, shard, source)):
