@@ -1,7 +1,9 @@
 from .distilled import LIGHTNING as LIGHTNING
 from .distilled import distillation as distillation
 from .distilled import needed_scheduler as needed_scheduler
-from .families import COMPONENT as COMPONENT
-from .families import alpha_warnings as alpha_warnings
-from .families import pair_warnings as pair_warnings
+from .families import families as families
+from .family import Family as Family
 from .keep import kept_layers as kept_layers
+from .made_for import COMPONENT as COMPONENT
+from .made_for import alpha_warnings as alpha_warnings
+from .made_for import pair_warnings as pair_warnings

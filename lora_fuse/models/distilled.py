@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lora_fuse.errors import BadConfig
-from lora_fuse.models.families import is_of_a_family
+from lora_fuse.models.made_for import is_of_a_family
 
 # FlowMatchEulerDiscreteScheduler as every Lightning LoRA needs it: base_shift = max_shift = ln 3, so that 4 steps
 # visit the sigmas 1, .9, .75, .5 at any resolution. From github.com/ModelTC/Qwen-Image-Lightning,

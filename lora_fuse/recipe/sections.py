@@ -280,8 +280,8 @@ class ValidationParams(Section):
 class ExportParams(Section):
     """Other formats that the merged checkpoint is written in, by the names of `lora_fuse.exports.formats.FORMATS`.
 
-    `keep` are patterns of layers that stay as they are, beside those of `lora_fuse.models.keep`. `fp8_scale` is that of
-    a matrix in fp8, `fp8_seed` rounds to fp8 by chance, `sd_cli` is the program that makes ggml's K types.
+    `keep` are patterns of layers that stay as they are, beside those of `lora_fuse.models.families`. `fp8_scale` is
+    that of a matrix in fp8, `fp8_seed` rounds to fp8 by chance, `sd_cli` is the program that makes ggml's K types.
     """
 
     formats: list[Text]

@@ -1,49 +1,15 @@
-"""The model families that recipes name: one row each, with what the shapes of weights cannot tell."""
+"""LoRA files and the bases that they were made for, by their names: what the shapes of weights cannot tell."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from lora_fuse.models.families import families
+from lora_fuse.models.family import KnownBase
 
-@dataclass(frozen=True, slots=True)
-class Family:
-    """A base on the Hub, the pipeline that runs it, and the LoRA files that were made for it.
-
-    `loras` are patterns of ``repo_id/filename``. A file that matches another family's pattern and not this one's is a
-    known wrong pair: it may merge (the shapes agree) and still give worse pictures. So is one of `fp8_loras`, which
-    were made for the same base in fp8 (e4m3fn), whatever it is fused into here. `alpha` is what those files have.
-    """
-
-    base: str
-    pipeline: str
-    loras: tuple[str, ...]
-    alpha: float = 8.0  # at rank 64: the headers of lightx2v's files
-    fp8_loras: tuple[str, ...] = ()
-
-
-_LIGHTNING = "lightx2v/Qwen-Image-Lightning"
-
-FAMILIES = (
-    Family(
-        "Qwen/Qwen-Image",
-        "QwenImagePipeline",
-        (f"{_LIGHTNING}/Qwen-Image-Lightning-*",),
-        fp8_loras=(f"{_LIGHTNING}/Qwen-Image-fp8-e4m3fn-Lightning-*",),
-    ),
-    Family("Qwen/Qwen-Image-Edit", "QwenImageEditPipeline", (f"{_LIGHTNING}/Qwen-Image-Edit-Lightning-*",)),
-    Family("Qwen/Qwen-Image-Edit-2509", "QwenImageEditPlusPipeline", (f"{_LIGHTNING}/Qwen-Image-Edit-2509/*",)),
-    Family(
-        "Qwen/Qwen-Image-Edit-2511",
-        "QwenImageEditPlusPipeline",
-        ("lightx2v/Qwen-Image-Edit-2511-Lightning/*",),
-    ),
-    Family("Qwen/Qwen-Image-2512", "QwenImagePipeline", ("lightx2v/Qwen-Image-2512-Lightning/*",)),
-)
-
-COMPONENT = "transformer"  # what every family so far fuses into
+COMPONENT = "transformer"  # the main one of most families
 
 
 def pair_warnings(base: str | None, loras: Iterable[tuple[str | None, str | None]]) -> list[str]:
@@ -52,14 +18,15 @@ def pair_warnings(base: str | None, loras: Iterable[tuple[str | None, str | None
     `base` is a repository id; None is a local folder, of which nothing is known. A file is known by its repository, or
     by its own name wherever it lies.
     """
-    known = {family.base for family in FAMILIES}
+    known = {one.repo_id: one for one in _bases()}
+    fits = {base, *known[base].loras_of} if base in known else set()
     warnings = []
     for repo_id, filename in loras:
-        made_for = [family.base for family in FAMILIES if _is_one_of(family.loras, repo_id, filename)]
-        in_fp8 = [family.base for family in FAMILIES if _is_one_of(family.fp8_loras, repo_id, filename)]
+        made_for = [one.repo_id for one in _bases() if _is_one_of(one.loras, repo_id, filename)]
+        in_fp8 = [one.repo_id for one in _bases() if _is_one_of(one.fp8_loras, repo_id, filename)]
         if in_fp8:
             said = f"{in_fp8[0]} in fp8 (e4m3fn), not for weights of other dtypes"
-        elif made_for and base in known and base not in made_for:
+        elif made_for and fits and fits.isdisjoint(made_for):
             said = f"{made_for[0]}, not for {base}"
         else:
             continue
@@ -69,7 +36,7 @@ def pair_warnings(base: str | None, loras: Iterable[tuple[str | None, str | None
 
 def is_of_a_family(filename: str) -> bool:
     """True for a file whose name says by itself that it was made for the base of a known family."""
-    return any(_is_one_of((*family.loras, *family.fp8_loras), None, filename) for family in FAMILIES)
+    return any(_is_one_of((*one.loras, *one.fp8_loras), None, filename) for one in _bases())
 
 
 def alpha_warnings(loras: Iterable[tuple[str | None, Mapping[int, float]]]) -> list[str]:
@@ -80,7 +47,8 @@ def alpha_warnings(loras: Iterable[tuple[str | None, Mapping[int, float]]]) -> l
     warnings = []
     for filename, missing in loras:
         name = (filename or "").rpartition("/")[2]
-        known = [family.alpha for family in FAMILIES if _is_one_of((*family.loras, *family.fp8_loras), None, name)]
+        of_name = [one.alpha for one in _bases() if _is_one_of((*one.loras, *one.fp8_loras), None, name)]
+        known = [alpha for alpha in of_name if alpha is not None]
         of = "the files of its family have" if known else "trainers that write such keys have by default"
         for rank, usual in missing.items():
             alpha = known[0] if known else usual
@@ -89,6 +57,10 @@ def alpha_warnings(loras: Iterable[tuple[str | None, Mapping[int, float]]]) -> l
                 f"is 1; with alpha {alpha:g}, which {of}, it would be {alpha / rank:g}: then use that as the scale"
             )
     return warnings
+
+
+def _bases() -> tuple[KnownBase, ...]:
+    return tuple(base for family in families() for base in family.bases)
 
 
 def _is_one_of(patterns: Iterable[str], repo_id: str | None, filename: str | None) -> bool:

@@ -1,0 +1,14 @@
+"""Wan 2.2 A14B: a transformer for high noise and one for low noise, with the names of Wan 2.1."""
+
+from lora_fuse.models.family import Family, KnownBase
+
+# WanLoraLoaderMixin of diffusers 0.42.1 has both components.
+FAMILY = Family(
+    name="Wan 2.2",
+    bases=(
+        KnownBase("Wan-AI/Wan2.2-T2V-A14B-Diffusers", "WanPipeline"),
+        KnownBase("Wan-AI/Wan2.2-I2V-A14B-Diffusers", "WanImageToVideoPipeline"),
+    ),
+    components={"transformer": "WanTransformer3DModel", "transformer_2": "WanTransformer3DModel"},
+    converter="convert_wan_transformer_to_diffusers",
+)
