@@ -18,6 +18,8 @@ from lora_fuse.checkpoint.stored import decode_rows
 from lora_fuse.cli import main
 from lora_fuse.errors import BadCheckpoint, BadConfig, Refused
 from lora_fuse.fusion import FuseJob, make_plan, read_manifest
+from lora_fuse.fusion.merge import write_merged
+from lora_fuse.machine import FileRecord, files
 from tests.support import codes, tiny
 
 SCALE = 0.7
@@ -93,6 +95,30 @@ def test_a_folder_of_shards_gets_the_index_of_what_is_left(tmp_path: Path, lora:
     index["metadata"]["total_size"] += 1
     (out / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     assert len(problems(out, base, lora)) == 1
+
+
+@pytest.mark.parametrize("requantise", [False, True])
+def test_codes_that_are_not_what_was_locked_are_refused_as_they_stream(
+    tmp_path: Path, lora: LoraInput, requantise: bool
+) -> None:
+    base = tiny.write_component(tmp_path / "base", codes.tensors("scaled_fp8")[0], shards=2)
+    locked = {path.name: FileRecord(path.stat().st_size, files.hash_file(path).sha256) for path in base.iterdir()}
+    plan = make_plan(open_checkpoint(base), [lora], requantise=requantise)
+
+    def write() -> None:
+        how = {"device": "cpu", "generated": {}, "progress": lambda _: None, "hash_inputs": True}
+        write_merged(plan, tmp_path / "out", known=locked, **how)  # type: ignore[arg-type]
+
+    changed = sorted(base.glob("*.safetensors"))[-1]
+    was = locked[changed.name]
+    locked[changed.name] = FileRecord(was.size, was.sha256[::-1])
+    said = rf"{changed.name} is not what was locked.*{was.sha256}.*{was.sha256[::-1]}"
+    with pytest.raises(BadCheckpoint, match=said):
+        write()
+    assert not (tmp_path / "out").exists()
+    locked[changed.name] = was
+    write()
+    assert (tmp_path / "out").is_dir()
 
 
 def test_the_bytes_are_the_same_for_any_threads_and_pieces(

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from lora_fuse.cli import main
-from tests.support.merges import hashes, left, run, start
+from tests.support.merges import hashes, left, run, start, write_coded_base
 
 
 def kill_when(place: Path, finished: int) -> None:
@@ -27,7 +28,11 @@ def kill_when(place: Path, finished: int) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
-def test_a_killed_run_leaves_the_last_result_and_the_next_one_goes_on(place: Path) -> None:
+@pytest.mark.parametrize("coded", [False, True], ids=["bfloat16", "codes"])
+def test_a_killed_run_leaves_the_last_result_and_the_next_one_goes_on(place: Path, coded: bool) -> None:
+    if coded:
+        shutil.rmtree(place / "base")
+        write_coded_base(place / "base")
     assert run(place)[0] == 0
     wanted = hashes(place / "out")
     assert run(place, "0.5")[0] == 0

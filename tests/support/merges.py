@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 from tests.support import tiny
@@ -21,6 +22,18 @@ def write_base(folder: Path) -> Path:
     for block in range(SHARDS):
         tensors[f"blocks.{block}.to_q.weight"] = rng.standard_normal(LINEAR).astype(tiny.BF16)
         tensors[f"blocks.{block}.to_r.weight"] = rng.standard_normal(LINEAR).astype(tiny.BF16)
+    return tiny.write_component(folder, tensors, SHARDS)
+
+
+def write_coded_base(folder: Path) -> Path:
+    """The same weights as numbers of 8 bits with a scale each, which lies in another shard."""
+    rng = np.random.default_rng(1)
+    tensors: dict[str, tiny.Array] = {}
+    for block in range(SHARDS):
+        for linear in ("to_q", "to_r"):
+            codes = rng.standard_normal(LINEAR).astype(ml_dtypes.float8_e4m3fn)
+            tensors[f"blocks.{block}.{linear}.weight"] = codes
+            tensors[f"blocks.{block}.{linear}.scale_weight"] = np.array(0.5, np.float32)
     return tiny.write_component(folder, tensors, SHARDS)
 
 
