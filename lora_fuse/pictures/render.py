@@ -58,17 +58,17 @@ def quiet_libraries() -> None:
 
 
 def allow_missing_torchvision() -> None:
-    """Let `Qwen2VLProcessor` be loaded where torchvision is not installed; elsewhere do nothing.
+    """Let the processors of Qwen VL be loaded where torchvision is not installed; elsewhere do nothing.
 
-    transformers has no video processor without torchvision, and the processor insists on one although the edit
-    pipelines never pass it a video. CPU builds of torch come without torchvision, so its name is taken off the list
-    of the processor's parts.
+    transformers has no video processor without torchvision, and they insist on one although the pipelines never pass
+    it a video. CPU builds of torch come without torchvision, so its name is taken off the list of a processor's parts.
     """
-    from transformers import Qwen2VLProcessor
+    from transformers import Qwen2VLProcessor, Qwen3VLProcessor
     from transformers.utils import is_torchvision_available
 
     if not is_torchvision_available():
-        Qwen2VLProcessor.get_attributes = classmethod(lambda _: ["image_processor", "tokenizer"])
+        for processor in (Qwen2VLProcessor, Qwen3VLProcessor):
+            processor.get_attributes = classmethod(lambda _: ["image_processor", "tokenizer"])
 
 
 def pipeline_class(pipeline: str) -> Any:

@@ -1,0 +1,62 @@
+"""The tiny pipelines are whole, small and give pictures; files of true shapes take no room."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lora_fuse.checkpoint import open_checkpoint
+from lora_fuse.pictures.render import allow_missing_torchvision, quiet_libraries
+from tests.tiny_models import FAMILIES, call, headers, tiny, tiny_transformer
+
+# Of each family one weight of a published checkpoint: shapes that its cards, trainers and LoRAs give.
+TRUE_SHAPES = {
+    "qwen_image": ("transformer/transformer_blocks.0.attn.to_q.weight", (3072, 3072)),
+    "qwen_image_21": ("transformer/transformer_blocks.0.img_mlp.proj.weight", (12288, 4096)),
+    "wan_21": ("transformer/blocks.0.ffn.net.0.proj.weight", (13824, 5120)),
+    "wan_21_i2v": ("transformer/blocks.0.attn2.add_k_proj.weight", (5120, 5120)),
+    "wan_22": ("transformer_2/blocks.0.attn1.to_q.weight", (5120, 5120)),
+    "wan_22_i2v": ("transformer_2/patch_embedding.weight", (5120, 36, 1, 2, 2)),
+    "flux_1": ("transformer/single_transformer_blocks.0.proj_out.weight", (3072, 15360)),
+    "flux_2": ("transformer/single_transformer_blocks.0.attn.to_qkv_mlp_proj.weight", (55296, 6144)),
+    "flux_2_klein": ("transformer/context_embedder.weight", (3072, 7680)),
+    "z_image": ("transformer/layers.0.feed_forward.w1.weight", (10240, 3840)),
+    "krea_2": ("transformer/transformer_blocks.0.ff.up.weight", (16384, 6144)),
+    "sdxl": ("unet/down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight", (640, 2048)),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_tiny_pipeline_is_loaded_by_its_own_index_and_gives_pictures(name: str, tmp_path: Path) -> None:
+    if name.endswith("i2v") and importlib.util.find_spec("ftfy") is None:
+        pytest.skip("diffusers' WanImageToVideoPipeline needs ftfy")
+    quiet_libraries()
+    allow_missing_torchvision()
+    import diffusers
+
+    tiny(name, tmp_path)
+    size = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert 100_000 < size < 2_000_000
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    made = pipeline(**call(name), generator=torch.Generator().manual_seed(0), output_type="np")
+    pictures = np.asarray(made.frames if name.startswith("wan") else made.images)
+    assert pictures.shape[-3:-1] == (64, 64)
+    assert np.isfinite(pictures).all()
+    assert pictures.std() > 0.05
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_file_of_true_shapes_is_a_header_and_a_hole(name: str, tmp_path: Path) -> None:
+    place, shape = TRUE_SHAPES[name]
+    component, _, parameter = place.partition("/")
+    checkpoint = open_checkpoint(headers(name, tmp_path), component=component)
+    assert checkpoint.tensors()[parameter].shape == shape
+    files = list(tmp_path.rglob("*.safetensors"))
+    assert sum(path.stat().st_size for path in files) > 100e6
+    assert sum(path.stat().st_blocks for path in files) * 512 < 1e6
+    kinds = {re.sub(r"\d+", "{}", key) for key in tiny_transformer(name).state_dict()}
+    assert kinds == {re.sub(r"\d+", "{}", key) for key in checkpoint.tensors()}
