@@ -66,14 +66,20 @@ def is_first_to_fail() -> bool:
         return True
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not error_file:
-        return here.local == 0
+        return _is_first_of_machine(here)
     try:
         (Path(error_file).parents[1] / "lora-fuse.failed").touch(exist_ok=False)
     except FileExistsError:
         return False
     except OSError:
-        return here.local == 0
+        return _is_first_of_machine(here)
     return True
+
+
+def _is_first_of_machine(here: Process) -> bool:
+    """By its rank, as a process that took a GPU has another `LOCAL_RANK`; ranks go machine by machine."""
+    of_machine = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return here.rank % (int(of_machine) if of_machine.isdecimal() and int(of_machine) else here.count) == 0
 
 
 class PeerWatcher:

@@ -100,6 +100,9 @@ class DistributedRenderer:
 def take_gpu(local: int) -> None:
     """Leave this process one of the machine's GPUs, by its number: for all libraries it is the only one, ``cuda``.
 
+    `LOCAL_RANK`, which transformers takes for the number of a process's GPU, is 0 from now on: where that is one of
+    several, the launcher's number is no GPU of this process.
+
     Raises:
         NoDevice: ``CUDA_VISIBLE_DEVICES`` names too few.
     """
@@ -111,6 +114,7 @@ def take_gpu(local: int) -> None:
             "start as many processes as there are GPUs"
         )
     os.environ["CUDA_VISIBLE_DEVICES"] = names[local].strip()
+    os.environ["LOCAL_RANK"] = "0"
 
 
 def check_devices(found: Sequence[tuple[str, str | None]]) -> None:

@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
+from transformers.integrations.accelerate import check_and_set_device_map
 
 from lora_fuse.errors import BadConfig, NoDevice
 from lora_fuse.machine.launch import Process, is_first_to_fail, this_process
@@ -120,9 +122,10 @@ SHARED = """
 import sys, time
 from lora_fuse.machine.interrupts import guarded
 from lora_fuse.errors import OutOfMemory
-from lora_fuse.pictures.distributed import DistributedRenderer
+from lora_fuse.pictures.distributed import DistributedRenderer, take_gpu
 
 team = DistributedRenderer("cpu", 2)
+take_gpu(team.here.local)  # as on a GPU: the variables that it leaves must not change who has which case
 
 def render(cases):
     if cases == sys.argv[1:]:
@@ -182,6 +185,11 @@ def test_only_the_first_that_fails_speaks(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert said == [True, False, False]
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")
     assert not is_first_to_fail()
+    launched(monkeypatch, 2, 4)
+    monkeypatch.setenv("LOCAL_RANK", "0")  # of a process that took a GPU
+    assert not is_first_to_fail()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # the first of the second machine
+    assert is_first_to_fail()
 
 
 @pytest.mark.parametrize(("visible", "local", "given"), [(None, 3, "3"), ("4,7", 1, "7"), ("GPU-a, GPU-b", 1, "GPU-b")])
@@ -189,10 +197,12 @@ def test_every_process_has_a_gpu_of_its_own(
     monkeypatch: pytest.MonkeyPatch, visible: str | None, local: int, given: str
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", str(local))
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     spread.take_gpu(local)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == given
+    assert check_and_set_device_map("cuda") == {"": torch.device("cuda:0")}  # where transformers loads its models
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
