@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from lora_fuse import LoraInput, Plan, Selection
     from lora_fuse.release import Published, Trusted
 
+SHOWN = 3  # names of a list
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand and give its exit code."""
@@ -87,6 +89,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--scale", type=float, action="append", metavar="S", help="one for each --lora")
         command.add_argument("--only", action="append", default=[], metavar="P", help="pattern of modules to fuse")
         command.add_argument("--skip", action="append", default=[], metavar="P", help="pattern of modules to leave")
+        command.add_argument(
+            "--leave-out", action="append", default=[], metavar="P", help="pattern of a LoRA's keys that BASE has no module for"
+        )
         command.add_argument(
             "--module-scale", action="append", default=[], metavar="P=S", help="multiply every scale there by S"
         )
@@ -155,7 +160,7 @@ def _selection(options: argparse.Namespace) -> Selection:
             scales[pattern] = float(number)
         except ValueError as error:
             raise BadConfig(f"--module-scale {given!r}: expected PATTERN=NUMBER, as in '*.attn.*=0.5'") from error
-    return lora_fuse.Selection(tuple(options.only), tuple(options.skip), scales)
+    return lora_fuse.Selection(tuple(options.only), tuple(options.skip), scales, tuple(options.leave_out))
 
 
 def _scheduler(options: argparse.Namespace) -> Mapping[str, object]:
@@ -215,12 +220,23 @@ def _print_plan(plan: Plan, scheduler: Mapping[str, object] | None = None) -> No
         text.say(f"  all floats are written as {plan.dtype}")
     if plan.skipped:
         text.say(f"  {len(plan.skipped)} are left as they are by --only and --skip, first {plan.skipped[0]}")
+    for pattern, reached in plan.reach.items():
+        text.say(f"  --{pattern} reaches {len(reached)} modules of the LoRA, {_listed(reached)}")
+    for lora in plan.loras:
+        if lora.left_out:
+            text.say(f"  {lora.path.name}: {len(lora.left_out)} keys are left out, {_listed(lora.left_out)}")
     for shard in plan.checkpoint.shards:
         count = sum(1 for target in plan.targets.values() if target.shard is shard)
         text.say(f"  {shard.relative}: {count} targets, {progress.human_bytes(shard.path.stat().st_size)}")
     text.say(f"{len(plan.checkpoint.others)} other files are taken over unchanged")
     for line in repository_files.left_behind(plan.checkpoint.left):
         text.say(f"  {line}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first of some names, and the number of the others."""
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _fuse(options: argparse.Namespace) -> int:
@@ -323,6 +339,8 @@ def _verify_merge(options: argparse.Namespace, published: Published | None) -> i
         f"verify: {found.targets} targets ({found.modules} modules), {found.rows_checked} of {found.rows_total} rows, "
         f"{found.tensors_untouched} tensors and {found.files_untouched} files identical to the base"
     )
+    if found.left_out:
+        text.say(f"  {found.left_out} keys of the LoRA are left out, of modules that the base has not")
     if found.drawn and found.drawn.rows:
         text.say(f"  and {found.drawn.rows} rows drawn at random; --seed {found.drawn.seed} draws them again")
     if found.changes:

@@ -37,6 +37,9 @@ def verify(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN)
         )
     for problem in check_files(manifest, at.merged):
         found.problem(problem)
+    listed = sum(len(lora.left_out) for lora in manifest.loras)
+    if found.left_out != listed:
+        found.problem(f"the manifest lists {listed} keys that are left out, and {found.left_out} are")
     if found.targets != manifest.targets:
         found.problem(f"the manifest says {manifest.targets} targets, the LoRA files have {found.targets}")
     _write(at, manifest_sha256, found)
@@ -71,6 +74,8 @@ def _write(at: Artifacts, manifest_sha256: str, found: Verification) -> None:
     """Write the result, which is the same for two right builds, and beside it what differs from run to run."""
     content = {"passed": found.passed, "manifest_sha256": manifest_sha256, **dataclasses.asdict(found)}
     drawn = content.pop("drawn") or {"seed": None, "rows": 0}
+    if not found.left_out:
+        del content["left_out"]
     now = datetime.now(UTC).isoformat(timespec="seconds")
     run = records.VerifyRecord(records.SCHEMA, manifest_sha256, drawn["seed"], drawn["rows"], checkout.this_tool(), now)
     files.replace_text(at.verify_run, records.to_json(run))

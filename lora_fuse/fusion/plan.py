@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lora_fuse.checkpoint import Checkpoint, Shard, TensorInfo, dtypes, fitness, open_checkpoint, repository_files
@@ -111,7 +111,7 @@ class Plan:
             {"sha256": lora.sha256, "scale": given.scale, **_config(lora)}
             for given, lora in sorted(zip(self.inputs, self.loras, strict=True), key=_order)
         ]
-        selected = {} if self.selection.everything else asdict(self.selection)
+        selected = self.selection.entries
         source = {} if self.stored is None else {"source": self.source, "requantised": self.requantise}
         dtype = {} if self.dtype is None else {"dtype": self.dtype}
         return json.dumps(
@@ -125,6 +125,12 @@ class Plan:
             return {}
         words = Counter(matrix.words for matrix in self.stored.matrices.values())
         return dict(sorted(words.items())) or {"of GGUF, plain": len(self.checkpoint.tensors())}
+
+    @property
+    def reach(self) -> dict[str, list[str]]:
+        """The modules that each pattern of the selection reaches, see `Selection.reach`."""
+        names = {tensor.name: name for name, tensor in self.checkpoint.parameters().items()}
+        return self.selection.reach([*self.skipped, *(names[name] for name in self.targets)])
 
     @property
     def modules(self) -> int:
@@ -153,8 +159,8 @@ def make_plan(
         BadLora: a file cannot be used (see `open_lora` and `match_targets` for the kinds).
         BadCheckpoint: the base cannot be fused into, or a target is quantised and cannot be decoded, or of a dtype that
             is not rounded to.
-        BadConfig: a pattern of the selection matches no target, or it leaves none; or nothing can be quantised again;
-            or there is no such dtype.
+        BadConfig: a pattern of the selection matches no target, or it leaves none, or leaves out what would be fused;
+            or nothing can be quantised again; or there is no such dtype.
         MissingExtra: a target is not plain (see `Plan.plain`), and torch is not installed.
     """
     chosen = selection or Selection()
@@ -162,8 +168,10 @@ def make_plan(
     for given in inputs:
         if not math.isfinite(given.scale):
             raise BadScale(f"the scale of {given.name} is {given.scale}, not a finite number; 1.0 is the usual one")
-    loras = tuple(open_lora(given.path, digests=digests) for given in inputs)
+    loras = tuple(open_lora(given.path, digests=digests, leave_out=chosen.leaves_out) for given in inputs)
     weights = checkpoint.parameters()
+    fusable = {key for lora in loras for key in lora.left_out_in(weights)}
+    chosen.check_left_out({key for lora in loras for key in lora.left_out}, fusable.__contains__)
     deltas: dict[str, list[ScaledDelta]] = {}
     for given, lora in sorted(zip(inputs, loras, strict=True), key=_order):
         with fitness.blaming_a_quantised_base(checkpoint):

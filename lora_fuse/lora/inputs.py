@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from lora_fuse.errors import BadConfig, BadScale
 
@@ -26,11 +27,15 @@ class Selection:
 
     A module is fused if it matches some pattern of `only` (or that is empty) and none of `skip`. Of `scales`, the first
     pattern that matches a module gives a number that every LoRA's scale is multiplied by there.
+
+    `leave_out` are patterns on whole keys of the LoRAs, of tensors that no module of the base is for: they are refused
+    unless one of these names them.
     """
 
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     scales: Mapping[str, float] = field(default_factory=dict)
+    leave_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for pattern, scale in self.scales.items():
@@ -40,7 +45,27 @@ class Selection:
     @property
     def everything(self) -> bool:
         """True where nothing is left out and nothing is scaled."""
-        return not (self.only or self.skip or self.scales)
+        return not (self.only or self.skip or self.scales or self.leave_out)
+
+    @property
+    def entries(self) -> dict[str, Any]:
+        """The patterns by kind, as a fused shard's header says them; nothing where everything is fused."""
+        if self.everything:
+            return {}
+        return {name: value for name, value in asdict(self).items() if value or name != "leave_out"}
+
+    def leaves_out(self, key: str) -> bool:
+        """True for a LoRA's key that a pattern of `leave_out` names."""
+        return _matches(key, self.leave_out)
+
+    def reach(self, parameters: Iterable[str]) -> dict[str, list[str]]:
+        """The modules that each pattern of `only` and `skip` matches, of those that LoRAs target, by ``KIND PATTERN``."""
+        modules = sorted({parameter.rpartition(".")[0] for parameter in parameters})
+        return {
+            f"{kind} {pattern}": [module for module in modules if fnmatchcase(module, pattern)]
+            for kind, patterns in (("only", self.only), ("skip", self.skip))
+            for pattern in patterns
+        }
 
     def share(self, parameter: str) -> float | None:
         """The factor of the scale for a parameter of the base; None where the parameter is left as it is."""
@@ -62,9 +87,33 @@ class Selection:
                     raise BadConfig(
                         f"{name}: {pattern!r} matches none of the {len(modules)} modules that the LoRA targets, such "
                         f"as {min(modules, default='none')!r}; a pattern is for the whole name, * matches anything"
+                        + ("; keys of a LoRA that no module of the base is for: --leave-out" * (name == "skip"))
                     )
         if not any(self.share(parameter) is not None for parameter in parameters):
             raise BadConfig(f"only {list(self.only)} and skip {list(self.skip)} leave nothing to fuse; loosen them")
+
+    def check_left_out(self, keys: Iterable[str], has_module: Callable[[str], bool]) -> None:
+        """Refuse a pattern of `leave_out` that is not needed.
+
+        `keys` are those of all LoRAs that are left out, `has_module` tells of one if the base has its module.
+
+        Raises:
+            BadConfig: a pattern leaves out nothing, or what would be fused.
+        """
+        left = sorted(keys)
+        for pattern in self.leave_out:
+            named = [key for key in left if fnmatchcase(key, pattern)]
+            if not named:
+                raise BadConfig(
+                    f"leave_out: {pattern!r} names no key of the LoRA; it is a pattern of a whole key, as "
+                    "'*.k_img.*': mend it, or take it out"
+                )
+            if fused := [key for key in named if has_module(key)]:
+                raise BadConfig(
+                    f"leave_out: {pattern!r} names {len(fused)} keys of {len(named)} whose modules are in the base, "
+                    f"first {fused[0]!r}: it is for keys that no module is for; narrow it, or leave modules as they "
+                    "are with --skip (fuse.skip)"
+                )
 
 
 def _matches(module: str, patterns: Iterable[str]) -> bool:

@@ -17,6 +17,7 @@ from lora_fuse.lora.key_formats import FORMATS, Algorithm, KeyFormat, other_comp
 from lora_fuse.lora.scaling import StatedScale, scale_of
 
 SHOWN = 3  # offenders that an error names
+LEAVE_OUT = "; or leave them out on purpose: --leave-out PATTERN (fuse.leave_out)"
 LARGE_RANK = 1024  # what a rank may be in a weight of any size; above, no more than its longer side
 Roles = dict[str, TensorInfo]
 
@@ -130,13 +131,13 @@ def _modules(
     if others:
         raise BadLora(
             f"{where}: {len(others)} of {len(tensors)} keys are for the {', the '.join(sorted(set(others.values())))} "
-            f"({_first(list(others))}), which is not fused here; split the file and leave them out on purpose"
+            f"({_first(list(others))}), which is not fused here{LEAVE_OUT}"
         )
     if unknown:
         kinds = sorted({kind for key in unknown if (kind := unread_kind(key)) is not None})
         known = f"it has {', '.join(kinds)}" if kinds else f"known are {', '.join(row.name for row in FORMATS)}"
         raise BadLora(
-            f"{where}: {len(unknown)} of {len(tensors)} keys belong to no known format ({_first(unknown)}); {known}"
+            f"{where}: {len(unknown)} of {len(tensors)} keys belong to no known format ({_first(unknown)}); {known}{LEAVE_OUT}"
         )
     return list(modules.values())
 

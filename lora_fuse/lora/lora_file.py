@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from io import BufferedReader
@@ -19,8 +19,9 @@ from lora_fuse.errors import BadCheckpoint, BadLora
 from lora_fuse.lora.adapter_config import parse_adapter_config
 from lora_fuse.lora.deltas import Delta, make_delta
 from lora_fuse.lora.header_entries import read_entries
-from lora_fuse.lora.key_formats import PEFT_PREFIX
+from lora_fuse.lora.key_formats import PEFT_PREFIX, read_key
 from lora_fuse.lora.key_parser import LoraDelta, parse_lora
+from lora_fuse.lora.matcher import modules_in
 from lora_fuse.lora.peft_fields import DEFAULT_ALPHA
 from lora_fuse.lora.scaling import NOWHERE
 from lora_fuse.machine import file_state, files
@@ -38,7 +39,8 @@ class LoraFile:
     Of a PEFT folder that is its weights' file, which was in `state` when it was hashed and has to stay so. `digests`
     are the sha256 of its tensors, if they are to be compared when they are read. `config_sha256` is of the
     `adapter_config.json` that counts, `remarks` are the names of header entries of which nothing is known,
-    `expressions` the places outside the tensors whose patterns are more than names.
+    `expressions` the places outside the tensors whose patterns are more than names. `left_out` are keys that somebody
+    leaves out on purpose: no delta is made of them.
     """
 
     path: Path
@@ -49,6 +51,7 @@ class LoraFile:
     config_sha256: str | None = None
     remarks: tuple[str, ...] = ()
     expressions: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
     digests: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
@@ -63,6 +66,12 @@ class LoraFile:
             for delta in unsaid
         }
         return {rank: alpha for rank, alpha in sorted(usual.items()) if rank is not None and alpha is not None}
+
+    def left_out_in(self, weights: Mapping[str, TensorInfo]) -> set[str]:
+        """The keys that are left out although a base, whose parameters are given, has their modules."""
+        modules = {key: read[0] for key in self.left_out if (read := read_key(key)) is not None}
+        there = modules_in(set(modules.values()), weights, str(self.path))
+        return {key for key, module in modules.items() if module in there}
 
     def make(self, delta: LoraDelta, scale: float) -> Delta:
         """Read the tensors of a delta, which is to be added at a scale.
@@ -132,11 +141,11 @@ def _hash(file: BufferedReader, header: Header, *, digests: bool) -> tuple[str, 
     return whole.hexdigest(), parts if digests else {}
 
 
-def open_lora(path: Path, *, digests: bool = False) -> LoraFile:
+def open_lora(path: Path, *, digests: bool = False, leave_out: Callable[[str], bool] = lambda _: False) -> LoraFile:
     """Open a LoRA file, or a PEFT folder with `adapter_config.json` and `adapter_model.safetensors`.
 
     An `adapter_config.json` beside a file counts too, see `lora_fuse.checkpoint.repository_files.config_beside`.
-    `digests` are those of `LoraFile`.
+    `digests` are those of `LoraFile`, `leave_out` tells the keys that are left out.
 
     Raises:
         BadLora: it is missing, is not safetensors, is truncated, holds NaN, its keys do not add up, or something that
@@ -153,7 +162,11 @@ def open_lora(path: Path, *, digests: bool = False) -> LoraFile:
     size = max((tensor.end for tensor in header.tensors.values()), default=0)
     if size > LARGEST:
         raise BadLora(f"{file} has {size} bytes, and at most {LARGEST} are read of a LoRA; name the LoRA's own file")
-    entries = read_entries(header.metadata, header.tensors, str(file))
+    left_out = tuple(sorted(filter(leave_out, header.tensors)))
+    tensors = {name: tensor for name, tensor in header.tensors.items() if name not in left_out}
+    if left_out and not tensors:
+        raise BadLora(f"{file}: all of its {len(left_out)} keys are left out; leave out the LoRA itself")
+    entries = read_entries(header.metadata, tensors, str(file))
     stated = list(entries.stated)
     config = b""
     if config_file is not None:
@@ -162,15 +175,15 @@ def open_lora(path: Path, *, digests: bool = False) -> LoraFile:
     if len(stated) > PLACES:
         raise BadLora(f"{file}: {len(stated)} places or components state a strength, and at most {PLACES} are compared")
     with _opened(file, state) as content:
-        alphas = {name: _scalar(file, content, one) for name, one in header.tensors.items() if name.endswith(".alpha")}
-        deltas = parse_lora(header.tensors, alphas, stated, str(file))
+        alphas = {name: _scalar(file, content, one) for name, one in tensors.items() if name.endswith(".alpha")}
+        deltas = parse_lora(tensors, alphas, stated, str(file))
         for key in (key for delta in deltas for key in delta.keys.values()):
             if not _is_finite(file, content, header.tensors[key]):
                 raise BadLora(f"{file}: {key!r} holds NaN or infinity; the file is broken, fetch or train it again")
         sha256, parts = _hash(content, header, digests=digests)
     config_sha256 = hashlib.sha256(config).hexdigest() if config_file is not None else None
     expressions = tuple(place.where for place in stated if place.has_expressions)
-    return LoraFile(file, header, deltas, sha256, state, config_sha256, entries.remarks, expressions, parts)
+    return LoraFile(file, header, deltas, sha256, state, config_sha256, entries.remarks, expressions, left_out, parts)
 
 
 def _is_finite(path: Path, file: BufferedReader, tensor: TensorInfo) -> bool:

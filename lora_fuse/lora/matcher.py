@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from lora_fuse.checkpoint import TensorInfo
 from lora_fuse.errors import BadLora, ShapeMismatch, UnmatchedTargets, WrongPrefix
 from lora_fuse.lora.key_formats import FLAT_PREFIXES, PREFIXES, spellings
-from lora_fuse.lora.key_parser import SHOWN, LoraDelta
+from lora_fuse.lora.key_parser import LEAVE_OUT, SHOWN, LoraDelta
 from lora_fuse.machine import text
 
 
@@ -21,13 +21,11 @@ def match_targets(deltas: Iterable[LoraDelta], weights: Mapping[str, TensorInfo]
         ShapeMismatch: a delta does not fit its parameter.
         BadLora: two deltas mean the same parameter, or a name could mean two modules of the base.
     """
-    flat: dict[str, list[str]] = defaultdict(list)  # modules by their names with underscores for dots
-    for module in {name.rpartition(".")[0] for name in weights}:
-        flat[module.replace(".", "_")].append(module)
+    flat = _flat(weights)
     matched: dict[str, LoraDelta] = {}
     missing: list[str] = []
     for delta in deltas:
-        name = _parameter(delta, weights, flat, where)
+        name = _parameter(delta.module, delta.part, weights, flat, where)
         if name is None:
             missing.append(f"{delta.module}.{delta.part}")
             continue
@@ -42,21 +40,42 @@ def match_targets(deltas: Iterable[LoraDelta], weights: Mapping[str, TensorInfo]
     return matched
 
 
+def modules_in(modules: Iterable[str], weights: Mapping[str, TensorInfo], where: str) -> set[str]:
+    """The modules of a LoRA file, by their names there, that a base has.
+
+    Raises:
+        BadLora: a name could mean two modules of the base.
+    """
+    flat = _flat(weights)
+    parts = ("weight", "bias")
+    return {
+        name for name in modules if any(_parameter(name, part, weights, flat, where) is not None for part in parts)
+    }
+
+
+def _flat(weights: Iterable[str]) -> dict[str, list[str]]:
+    """The modules of a base by their names with underscores for dots."""
+    flat: dict[str, list[str]] = defaultdict(list)
+    for module in {name.rpartition(".")[0] for name in weights}:
+        flat[module.replace(".", "_")].append(module)
+    return flat
+
+
 def _parameter(
-    delta: LoraDelta, weights: Mapping[str, TensorInfo], flat: Mapping[str, list[str]], where: str
+    name: str, part: str, weights: Mapping[str, TensorInfo], flat: Mapping[str, list[str]], where: str
 ) -> str | None:
-    dotted = (f"{module}.{delta.part}" for module in spellings(delta.module, PREFIXES))
-    if (name := next((name for name in dotted if name in weights), None)) is not None:
-        return name
-    for spelling in spellings(delta.module, FLAT_PREFIXES):
+    dotted = (f"{module}.{part}" for module in spellings(name, PREFIXES))
+    if (found := next((one for one in dotted if one in weights), None)) is not None:
+        return found
+    for spelling in spellings(name, FLAT_PREFIXES):
         modules = sorted(flat.get(spelling, []))
         if len(modules) > 1:
             raise BadLora(
-                f"{where}: {delta.module!r} could mean {' or '.join(map(repr, modules))} of the base; "
+                f"{where}: {name!r} could mean {' or '.join(map(repr, modules))} of the base; "
                 "export the LoRA with dotted names"
             )
-        if modules and f"{modules[0]}.{delta.part}" in weights:
-            return f"{modules[0]}.{delta.part}"
+        if modules and f"{modules[0]}.{part}" in weights:
+            return f"{modules[0]}.{part}"
     return None
 
 
@@ -80,7 +99,7 @@ def _missing_message(missing: list[str], matched: int, weights: Mapping[str, Ten
         shown.append(f"{name!r} (nearest in the base: {near[0] if near else 'none'!r})")
     return (
         f"{where}: {len(missing)} of {len(missing) + matched} modules are not in the base, first {', '.join(shown)}; "
-        "use the LoRA made for this base, or the other base"
+        "use the LoRA made for this base, or the other base" + (LEAVE_OUT if matched else "")
     )
 
 

@@ -118,7 +118,8 @@ class MergedLora:
     """A LoRA as it went into a merge: `scale` is the product that was applied, `sha256` is of the whole file.
 
     Of a PEFT folder, `filename` is the folder, `sha256` is of its weights and `config_sha256` of the
-    `adapter_config.json` that scales them; the two stand for what was added.
+    `adapter_config.json` that scales them; the two stand for what was added. `left_out` are the keys that were left out
+    on purpose.
     """
 
     name: str
@@ -130,6 +131,7 @@ class MergedLora:
     revision: str | None = None
     license: License | None = None
     config_sha256: str | None = None
+    left_out: Annotated[tuple[str, ...], Field(exclude_if=lambda keys: not keys)] = ()
 
 
 @dataclass(frozen=True, slots=True)

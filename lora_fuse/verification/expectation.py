@@ -6,6 +6,7 @@ file until rows are asked for. Nothing is refused here: what does not add up is 
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -126,10 +127,14 @@ def _two(parts: Mapping[str, Part], kind: str, n: int, rows: Rows | None = None)
 
 @dataclass(slots=True)
 class Expected:
-    """All deltas by the name of the base parameter, the number of updates in the files, and what did not add up."""
+    """All deltas by the name of the base parameter, the number of updates in the files, and what did not add up.
+
+    `left_out` is the number of keys that somebody left out on purpose, of modules that the base lacks.
+    """
 
     deltas: dict[str, list[ExpectedDelta]] = field(default_factory=dict)
     modules: int = 0
+    left_out: int = 0
     problems: list[str] = field(default_factory=list)
 
 
@@ -144,7 +149,14 @@ def read_expected(loras: Sequence[LoraInput], base: Weights, selection: Selectio
     flat = {name.rpartition(".")[0].replace(".", "_"): name.rpartition(".")[0] for name in stored}
     most = _most_numbers(base)
     for given in loras:
-        groups, strength = _read_file(given.path, most, found.problems)
+        groups, strength, left = _read_file(given.path, most, found.problems, selection.leave_out)
+        found.left_out += len(left)
+        modules = {key: match["module"] for key in left if (match := KEY.fullmatch(key))}
+        found.problems += [
+            f"{given.name}: {key} is left out, and the base has its module"
+            for key, module in modules.items()
+            if any(_longest_match(module, kind, stored.keys(), flat) for kind in ("weight", "bias"))
+        ]
         for (module, kind), parts in groups.items():
             found.modules += 1
             name = _longest_match(module, kind, stored.keys(), flat)
@@ -164,12 +176,18 @@ def _most_numbers(base: Weights) -> int:
     return max(max(math.prod(shape), 9 * RANK * max((RANK, *shape))) for shape in shapes)
 
 
-def _read_file(path: Path, most: int, problems: list[str]) -> tuple[Groups, Strength]:
-    """The tensors of a LoRA by module and role, and what is said of their strength; larger ones stay unread."""
+def _read_file(
+    path: Path, most: int, problems: list[str], leave_out: Sequence[str]
+) -> tuple[Groups, Strength, set[str]]:
+    """The tensors of a LoRA by module and role, what is said of their strength, and the keys that are left out.
+
+    Larger tensors than are of use stay unread.
+    """
     file, config = configuration_of(path)
     groups: Groups = {}
     stored = Weights([file], BadLora)
-    keys = stored.names()
+    left = {key for key in stored.names() if any(fnmatch.fnmatchcase(key, pattern) for pattern in leave_out)}
+    keys = stored.names() - left
     for key in sorted(keys):
         match = KEY.fullmatch(key)
         if match is None:
@@ -188,7 +206,7 @@ def _read_file(path: Path, most: int, problems: list[str]) -> tuple[Groups, Stre
             parts.update({name: weight[name] for name in ("alpha",) if name in weight})
     return {
         place: parts for place, parts in groups.items() if set(parts) != {"alpha"} or place[1] == "weight"
-    }, strength
+    }, strength, left
 
 
 def _put(match: re.Match[str], value: StoredTensor, groups: Groups) -> bool:

@@ -61,7 +61,8 @@ class Verification:
     engine can know before; None where all rows were looked at. `notes` are no failures: a target whose difference is
     zero, which a real LoRA can have, and one whose difference is larger than the weight itself, which is rarely meant.
     `update` is what the weights keep of the change that was meant, over all targets: of each the measured rows stand
-    for all. `warnings` say where that is little.
+    for all. `warnings` say where that is little. `left_out` are keys of the LoRAs that were left out on purpose, of modules that
+    the base has not.
     """
 
     modules: int = 0
@@ -77,6 +78,7 @@ class Verification:
     drawn: DrawnRows | None = None
     update: Kept = field(default_factory=Kept)
     warnings: list[str] = field(default_factory=list)
+    left_out: int = 0
 
     def add(self, name: str, check: TargetCheck) -> None:
         """Add what was found of a target."""
@@ -157,6 +159,7 @@ def verify_merge(  # noqa: PLR0913 - by keyword, each is a choice of its own
         expected_sum = read_expected(loras, stored, selection or Selection())
         found.modules = expected_sum.modules
         found.targets = len(expected_sum.deltas)
+        found.left_out = expected_sum.left_out
         for problem in expected_sum.problems:
             found.problem(problem)
         if beside:
