@@ -90,7 +90,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--only", action="append", default=[], metavar="P", help="pattern of modules to fuse")
         command.add_argument("--skip", action="append", default=[], metavar="P", help="pattern of modules to leave")
         command.add_argument(
-            "--leave-out", action="append", default=[], metavar="P", help="pattern of a LoRA's keys that BASE has no module for"
+            "--leave-out",
+            action="append",
+            default=[],
+            metavar="P",
+            help="pattern of a LoRA's keys that BASE has no module for",
         )
         command.add_argument(
             "--module-scale", action="append", default=[], metavar="P=S", help="multiply every scale there by S"

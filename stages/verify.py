@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from datetime import UTC, datetime
 
 from lora_fuse.fusion import read_manifest
@@ -35,13 +36,8 @@ def verify(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN)
             expected=_expectation(recipe, base, manifest),
             selection=recipe.fuse.selection,
         )
-    for problem in check_files(manifest, at.merged):
+    for problem in [*check_files(manifest, at.merged), *_other_counts(manifest, found)]:
         found.problem(problem)
-    listed = sum(len(lora.left_out) for lora in manifest.loras)
-    if found.left_out != listed:
-        found.problem(f"the manifest lists {listed} keys that are left out, and {found.left_out} are")
-    if found.targets != manifest.targets:
-        found.problem(f"the manifest says {manifest.targets} targets, the LoRA files have {found.targets}")
     _write(at, manifest_sha256, found)
     for warning in found.warnings:
         console.warn(warning)
@@ -57,6 +53,15 @@ def verify(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN)
         "verify", line, f"{same}: {progress.human_rate(size, clock.seconds)}", facts=facts, then="dvc repro regress"
     )
     return 0
+
+
+def _other_counts(manifest: Manifest, found: Verification) -> Iterator[str]:
+    """Numbers of the manifest that are not those of the second derivation."""
+    listed = sum(len(lora.left_out) for lora in manifest.loras)
+    if found.left_out != listed:
+        yield f"the manifest lists {listed} keys that are left out, and {found.left_out} are"
+    if found.targets != manifest.targets:
+        yield f"the manifest says {manifest.targets} targets, the LoRA files have {found.targets}"
 
 
 def _expectation(recipe: Recipe, base: Lock, manifest: Manifest) -> Expectation:

@@ -39,7 +39,9 @@ def build_manifest(
     for given, lora in zip(plan.inputs, plan.loras, strict=True):
         lock = (loras or {}).get(given.name)
         name = files.as_text(given.name)
-        entry = records.MergedLora(name, given.scale, lora.sha256, config_sha256=lora.config_sha256, left_out=lora.left_out)
+        entry = records.MergedLora(
+            name, given.scale, lora.sha256, config_sha256=lora.config_sha256, left_out=lora.left_out
+        )
         if lock:
             entry = replace(entry, filename=lock.lora_name, repo_id=lock.repo_id, path=lock.path)
             entry = replace(entry, revision=lock.revision, license=lock.license)

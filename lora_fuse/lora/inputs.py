@@ -59,7 +59,7 @@ class Selection:
         return _matches(key, self.leave_out)
 
     def reach(self, parameters: Iterable[str]) -> dict[str, list[str]]:
-        """The modules that each pattern of `only` and `skip` matches, of those that LoRAs target, by ``KIND PATTERN``."""
+        """The modules that each pattern of `only` and `skip` matches, of LoRAs' targets, by ``KIND PATTERN``."""
         modules = sorted({parameter.rpartition(".")[0] for parameter in parameters})
         return {
             f"{kind} {pattern}": [module for module in modules if fnmatchcase(module, pattern)]

@@ -137,7 +137,8 @@ def _modules(
         kinds = sorted({kind for key in unknown if (kind := unread_kind(key)) is not None})
         known = f"it has {', '.join(kinds)}" if kinds else f"known are {', '.join(row.name for row in FORMATS)}"
         raise BadLora(
-            f"{where}: {len(unknown)} of {len(tensors)} keys belong to no known format ({_first(unknown)}); {known}{LEAVE_OUT}"
+            f"{where}: {len(unknown)} of {len(tensors)} keys belong to no known format ({_first(unknown)}); "
+            f"{known}{LEAVE_OUT}"
         )
     return list(modules.values())
 

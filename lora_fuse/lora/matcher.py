@@ -48,9 +48,7 @@ def modules_in(modules: Iterable[str], weights: Mapping[str, TensorInfo], where:
     """
     flat = _flat(weights)
     parts = ("weight", "bias")
-    return {
-        name for name in modules if any(_parameter(name, part, weights, flat, where) is not None for part in parts)
-    }
+    return {name for name in modules if any(_parameter(name, part, weights, flat, where) is not None for part in parts)}
 
 
 def _flat(weights: Iterable[str]) -> dict[str, list[str]]:

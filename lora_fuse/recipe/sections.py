@@ -130,10 +130,11 @@ class LoraParams(Source):
 class FuseParams(Section):
     """Settings of a fuse: `scale` multiplies every LoRA's own entry in `lora_scales` (1.0 where there is none).
 
-    `only`, `skip` and `scales` are patterns of modules, `leave_out` of keys of LoRAs, see `lora_fuse.lora.inputs`; `untouched` is how weights that do
-    not change are taken over, see `lora_fuse.machine.files.take_over`. With `inputs` ``stat``, what was hashed by
-    `download` is known to be the same by its state (`lora_fuse.machine.file_state`); with ``hash``, every byte of base
-    and LoRAs is hashed as it is read, too. `dtype` is that of all floats of the result, null the base's own.
+    `only`, `skip` and `scales` are patterns of modules, `leave_out` of keys of LoRAs, see `lora_fuse.lora.inputs`;
+    `untouched` is how weights that do not change are taken over, see `lora_fuse.machine.files.take_over`. With `inputs`
+    ``stat``, what was hashed by `download` is known to be the same by its state (`lora_fuse.machine.file_state`); with
+    ``hash``, every byte of base and LoRAs is hashed as it is read, too. `dtype` is that of all floats of the result,
+    null the base's own.
     """
 
     scale: Finite

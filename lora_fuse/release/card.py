@@ -230,7 +230,12 @@ def _options(manifest: Manifest, scheduler: str | None, repo_id: str | None) -> 
         options.append(f"--lora {file} --scale {lora.scale!r}")
     if chosen := manifest.selection:
         scales = [f"{pattern}={factor!r}" for pattern, factor in chosen.scales.items()]
-        for name, values in (("only", chosen.only), ("skip", chosen.skip), ("module-scale", scales), ("leave-out", chosen.leave_out)):
+        for name, values in (
+            ("only", chosen.only),
+            ("skip", chosen.skip),
+            ("module-scale", scales),
+            ("leave-out", chosen.leave_out),
+        ):
             options += [f"--{name} {_word(value)}" for value in values]
     if scheduler:
         options.append('--scheduler "$SCHEDULER"' if repo_id else f"--scheduler {scheduler}")

@@ -204,9 +204,11 @@ def _read_file(
         if kind == "bias" and "of" in parts:  # a LoRA's own bias is scaled as its product is
             parts["of"] = weight.get("down", parts["of"])
             parts.update({name: weight[name] for name in ("alpha",) if name in weight})
-    return {
-        place: parts for place, parts in groups.items() if set(parts) != {"alpha"} or place[1] == "weight"
-    }, strength, left
+    return (
+        {place: parts for place, parts in groups.items() if set(parts) != {"alpha"} or place[1] == "weight"},
+        strength,
+        left,
+    )
 
 
 def _put(match: re.Match[str], value: StoredTensor, groups: Groups) -> bool:

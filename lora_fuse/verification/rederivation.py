@@ -61,8 +61,8 @@ class Verification:
     engine can know before; None where all rows were looked at. `notes` are no failures: a target whose difference is
     zero, which a real LoRA can have, and one whose difference is larger than the weight itself, which is rarely meant.
     `update` is what the weights keep of the change that was meant, over all targets: of each the measured rows stand
-    for all. `warnings` say where that is little. `left_out` are keys of the LoRAs that were left out on purpose, of modules that
-    the base has not.
+    for all. `warnings` say where that is little. `left_out` are keys of the LoRAs that were left out on purpose, of
+    modules that the base has not.
     """
 
     modules: int = 0

@@ -1,13 +1,15 @@
 """Laws of choosing modules: what is left out keeps its bytes, what is scaled is, a mistyped pattern is refused."""
 
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from lora_fuse.checkpoint.shards import PROVENANCE, open_checkpoint, read_header
-from lora_fuse.errors import BadCheckpoint, BadConfig, BadScale
+from lora_fuse.errors import BadCheckpoint, BadConfig, BadLora, BadScale, Refused
 from lora_fuse.fusion.manifest import build_manifest
 from lora_fuse.fusion.merge import write_merged
 from lora_fuse.fusion.plan import Plan, make_plan
@@ -81,6 +83,67 @@ def test_a_module_may_have_a_scale_of_its_own(tmp_path: Path) -> None:
 def test_a_pattern_that_does_nothing_is_refused(tmp_path: Path, selection: Selection, said: str) -> None:
     with pytest.raises(BadConfig, match=said):
         Place(tmp_path).plan(selection)
+
+
+TEXT = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
+
+
+def add_keys(place: Place, *modules: str) -> None:
+    tensors = tiny.lora_tensors()
+    for module in modules:
+        tensors |= {f"{module}.{side}.weight": np.ones((4, 4), np.float32) for side in ("lora_down", "lora_up")}
+    tensors["bundle_emb.a.string_to_param.*"] = np.ones((1, 4), np.float32)
+    tiny.write_lora(place.lora.path, tensors)
+
+
+def test_keys_that_the_base_has_no_module_for_are_left_out_by_name_and_nothing_else_changes(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    plain = place.fuse(Selection())
+    add_keys(place, TEXT, "transformer_blocks.0.k_img")
+    chosen = Selection(leave_out=("lora_te*", "*.k_img.*", "bundle_emb.*"))
+    for missing in range(3):
+        fewer = tuple(pattern for at, pattern in enumerate(chosen.leave_out) if at != missing)
+        with pytest.raises(BadLora, match="--leave-out PATTERN"):
+            place.plan(Selection(leave_out=fewer))
+    plan = place.plan(chosen)
+    (listed,) = build_manifest(plan, {}).loras
+    assert (len(listed.left_out), listed.left_out[0]) == (5, "bundle_emb.a.string_to_param.*")
+    assert json.loads(plan.provenance)["leave_out"] == list(chosen.leave_out)
+    left = place.fuse(chosen)
+    assert all(left[name].tobytes() == tensor.tobytes() for name, tensor in plain.items())
+    found = place.verify(chosen)
+    assert found.passed
+    assert found.left_out == 5
+    assert not place.verify(Selection(leave_out=chosen.leave_out[1:])).passed
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("*.v_img.*", "'*.v_img.*' names no key of the LoRA"),
+        ("*.attn.*", "names 12 keys of 12 whose modules are in the base, first 'transformer_blocks.0.attn.to_out.0"),
+        ("*", "whose modules are in the base|are left out"),
+    ],
+)
+def test_a_pattern_that_leaves_out_nothing_that_is_refused_is_refused(tmp_path: Path, pattern: str, said: str) -> None:
+    place = Place(tmp_path)
+    add_keys(place)
+    with pytest.raises(Refused, match=re.escape(said) if "|" not in said else said):
+        place.plan(Selection(leave_out=("bundle_emb.*", pattern)))
+
+
+def test_verification_finds_for_itself_that_a_module_was_left_out_which_the_base_has(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    skipped = Selection(skip=("*.attn.*",))
+    place.fuse(skipped)
+    assert place.verify(skipped).passed
+    assert any("the base has its module" in one for one in place.verify(Selection(leave_out=("*.attn.*",))).problems)
+
+
+def test_the_patterns_say_what_they_reach(tmp_path: Path) -> None:
+    plan = Place(tmp_path).plan(Selection(only=("*.attn.*",), skip=("*.1.attn.to_q",)))
+    reached = {pattern: len(modules) for pattern, modules in plan.reach.items()}
+    assert reached == {"only *.attn.*": 4, "skip *.1.attn.to_q": 1}
 
 
 def test_a_scale_that_is_not_finite_is_refused() -> None:
