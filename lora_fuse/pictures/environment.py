@@ -5,6 +5,7 @@ torch is imported inside the functions: what it reads from the environment has t
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import sys
@@ -119,10 +120,11 @@ def make_deterministic(threads: int | None = None) -> None:
     pins = _CUDA_PINS | (_X86_PINS if platform.machine().lower() in {"x86_64", "amd64"} else {})
     for name, value in pins.items():
         os.environ.setdefault(name, value)
-    import torch
-    import torch.utils.deterministic
+    with uncollected("torch"):
+        import torch
+        import torch.utils.deterministic
 
-    torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(True)  # it imports torch's compiler
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False
@@ -133,6 +135,24 @@ def make_deterministic(threads: int | None = None) -> None:
     torch.backends.cuda.enable_mem_efficient_sdp(True)
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cuda.enable_math_sdp(True)
+
+
+@contextmanager
+def uncollected(library: str) -> Iterator[None]:
+    """Import a large library within: the garbage collector rests, and never looks at what is there at the end.
+
+    An import makes much and drops little of it, and every so many objects all would be looked at again: a fifth of the
+    time. Where the library is loaded already nothing is done, since what is there may have to go.
+    """
+    if library in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from lora_fuse.checkpoint import fitness
 from lora_fuse.errors import LoraFuseError, OutOfMemory, RenderFailed
 from lora_fuse.machine import text
 from lora_fuse.pictures.cases import Case, Sampling
-from lora_fuse.pictures.environment import sealed
+from lora_fuse.pictures.environment import sealed, uncollected
 from lora_fuse.pictures.picture import Levels, Picture, Rendered, read_levels
 from lora_fuse.pictures.render_progress import Meter
 
@@ -78,11 +78,12 @@ def pipeline_class(pipeline: str) -> Any:
         RenderFailed: see `check_pipeline`.
     """
     check_pipeline(pipeline)
-    quiet_libraries()
-    allow_missing_torchvision()
-    import diffusers
+    with uncollected("diffusers"):
+        quiet_libraries()
+        allow_missing_torchvision()
+        import diffusers
 
-    return getattr(diffusers, pipeline)
+        return getattr(diffusers, pipeline)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Laws of the environment: what pictures depend on is pinned, named, and part of the key of goldens."""
 
+import gc
 import json
 import platform
 import subprocess
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_fuse.errors import NoDevice
-from lora_fuse.pictures.environment import Key, check_gpu
+from lora_fuse.pictures.environment import Key, check_gpu, uncollected
 from lora_fuse.pictures.placement import PLACEMENTS
 
 X86 = platform.machine().lower() in {"x86_64", "amd64"}
@@ -127,3 +128,15 @@ def test_a_placement_that_needs_a_gpu_is_refused_where_there_is_none(placement: 
     with pytest.raises(NoDevice, match=rf"regress\.placement {placement} needs a GPU .*set regress\.placement to cpu"):
         check_gpu(placement)
     check_gpu("cpu")
+
+
+def test_only_what_a_first_import_makes_is_never_looked_at_again() -> None:
+    frozen = gc.get_freeze_count()
+    with uncollected("torch"):
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == frozen
+    with uncollected("no_such_library"):
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > frozen
+    gc.unfreeze()
