@@ -108,9 +108,10 @@ class ComponentFolder:
         """A sentence on the component to fuse, which has no safetensors; `others` are all folders."""
         label = self.listing.label
         if foreign := self._of(Role.FOREIGN):
+            itself = "name that file itself as the base, or " if foreign[0].lower().endswith(".gguf") else ""
             return (
-                f"{self.listing.place(self.path)} has its weights as {PurePosixPath(foreign[0]).name} only; take the "
-                "same model as safetensors"
+                f"{self.listing.place(self.path)} has its weights as {PurePosixPath(foreign[0]).name} only; {itself}"
+                "take the same model as safetensors"
             )
         if not self.path:
             return f"{label} has no safetensors weights; give a folder or a file that has some"

@@ -155,9 +155,11 @@ def open_checkpoint(
         return Checkpoint(root, "file", (shard,), (), label=label, states=states)
     kind: Kind = "pipeline" if (root / MODEL_INDEX).is_file() else "component"
     if kind == "component" and not (root / "config.json").is_file():
+        weights = sorted(path.name for path in root.glob("*") if path.suffix in (".safetensors", ".gguf"))
+        way_out = f"; of what it holds, name {weights[0]} itself" if weights else ""
         raise BadCheckpoint(
             f"{root} is {'no base' if root.exists() else 'not there'}: expected a folder with model_index.json (a "
-            "pipeline) or config.json (a component), or one .safetensors or .gguf file"
+            f"pipeline) or config.json (a component), or one .safetensors or .gguf file{way_out}"
         )
     folder = component if kind == "pipeline" else ""
     found = sort_folder(root, folder, files)

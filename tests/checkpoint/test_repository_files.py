@@ -204,7 +204,11 @@ REFUSED: dict[str, tuple[list[str], dict[str, object], str]] = {
     "an index without a map": (["m.safetensors", INDEX], {INDEX[:-5]: {"weight_map": []}}, "has no weight_map"),
     "pickles": (["pytorch_model.bin"], {}, "weights only as pickles (pytorch_model.bin)"),
     "nothing": ([], {}, "no safetensors weights"),
-    "another framework": (["model-Q4.gguf"], {}, "has its weights as model-Q4.gguf only"),
+    "another framework": (
+        ["model-Q4.gguf"],
+        {},
+        "has its weights as model-Q4.gguf only; name that file itself as the base",
+    ),
 }
 
 

@@ -84,6 +84,13 @@ def test_a_broken_base_is_refused(base: Path, kind: str) -> None:
 def test_a_place_that_is_no_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadCheckpoint, match="no base"):
         open_checkpoint(tmp_path)
+    for name in ("flux-Q8_0.gguf", "model.safetensors"):
+        (tmp_path / name).touch()
+        with pytest.raises(
+            BadCheckpoint, match=f"or one .safetensors or .gguf file; of what it holds, name {name} itself"
+        ):
+            open_checkpoint(tmp_path)
+        (tmp_path / name).unlink()
     with pytest.raises(BadCheckpoint, match="nowhere is not there: expected"):
         open_checkpoint(tmp_path / "nowhere")
 
