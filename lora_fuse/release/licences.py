@@ -7,8 +7,9 @@ The tables below answer the plain cases only. Every other case is unknown, and a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lora_fuse.recipe import License, Manifest
 
@@ -28,6 +29,9 @@ PERMISSIVE = (
 )
 # They forbid derivatives: not even two parts under the same one may be merged and passed on.
 NO_DERIVATIVES = frozenset({"cc-by-nd-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0"})
+# They forbid commercial use, by their ids and names: cc-by-nc-4.0, flux-1-dev-non-commercial-license, qwen-research,
+# fair-noncommercial-research-license. Who publishes such a merge has to have decided to.
+NON_COMMERCIAL = re.compile(r"non-?commercial|research|(?<![a-z])nc(?![a-z])", re.IGNORECASE)
 # Everything else may be merged with its own kind only: an OpenRAIL licence has use restrictions that differ from text
 # to text (bigscience-openrail-m, creativeml-openrail-m, openrail++), a copyleft one asks for itself.
 UNKNOWN = frozenset({"unknown", "other"})  # ids that name no text
@@ -58,7 +62,8 @@ def resolve_licence(manifest: Manifest, by_hand: str | None = None) -> MergeLice
     parts += [(lora.repo_id or f"LoRA {lora.name}", lora.license) for lora in manifest.loras]
     notices = {part: stated.label if stated else "no licence stated" for part, stated in parts}
     if by_hand is not None:
-        return MergeLicence(License(by_hand, origin="by hand"), None, notices)
+        same = next((stated for _, stated in parts if stated and stated.id == by_hand), License(by_hand))
+        return MergeLicence(replace(same, origin="by hand"), None, notices)
     for part, stated in parts:
         if problem := _own_problem(stated, notices):
             return MergeLicence(License("other"), f"{part} {problem}; {WAY_OUT}", notices)
@@ -82,7 +87,11 @@ def _own_problem(stated: License | None, notices: Mapping[str, str]) -> str | No
         return f"states no licence (known: {known})"
     if stated.id in UNKNOWN and not (stated.name and stated.link):
         return f"states {stated.label}, which names no text (known: {known})"
-    return f"is under {stated.id}, which forbids derivatives" if stated.id in NO_DERIVATIVES else None
+    if stated.id in NO_DERIVATIVES:
+        return f"is under {stated.id}, which forbids derivatives"
+    if NON_COMMERCIAL.search(stated.name or stated.id):
+        return f"is under {stated.label}, which forbids commercial use (known: {known})"
+    return None
 
 
 def _text(stated: License) -> tuple[str | None, ...]:

@@ -72,6 +72,7 @@ def merge_of(*stated: License | None) -> Manifest:
 
 OPENRAIL = License("openrail++")
 FLUX = License("other", "flux-1-dev", "https://example.org/LICENSE")
+QWEN = License("other", "qwen-research", "https://huggingface.co/Qwen/Qwen-Image-2.1/blob/main/LICENSE")
 
 
 @pytest.mark.parametrize(
@@ -101,6 +102,9 @@ def test_licences_that_go_together(parts: tuple[License, ...], settled: str) -> 
         ((APACHE, FLUX), ["apache-2.0", "flux-1-dev"]),
         ((FLUX, replace(FLUX, link="https://example.org/other")), ["flux-1-dev", "other/lora0"]),
         ((License("cc-by-nd-4.0"), License("cc-by-nd-4.0")), ["forbids derivatives"]),
+        ((QWEN, QWEN), ["owner/base is under qwen-research", "forbids commercial use", "other/lora0: qwen-research"]),
+        ((APACHE, replace(FLUX, name="flux-1-dev-non-commercial-license")), ["other/lora0", "forbids commercial use"]),
+        ((License("cc-by-nc-4.0"), License("cc-by-nc-4.0")), ["cc-by-nc-4.0, which forbids commercial use"]),
         ((APACHE, None), ["other/lora0 states no licence", "owner/base: apache-2.0"]),
         ((None, APACHE), ["owner/base states no licence", "other/lora0: apache-2.0"]),
         ((APACHE, License("unknown")), ["unknown", "names no text"]),
@@ -119,6 +123,11 @@ def test_licences_that_do_not_are_named_with_the_setting_that_states_one(
     assert "\n" not in str(found.problem)
     by_hand = resolve_licence(merge_of(*parts), "mit")
     assert (by_hand.license, by_hand.problem) == (License("mit", origin="by hand"), None)
+
+
+def test_a_licence_of_the_parts_that_is_stated_by_hand_keeps_its_name_and_link() -> None:
+    found = resolve_licence(merge_of(QWEN, QWEN), "other")
+    assert (found.license, found.problem) == (replace(QWEN, origin="by hand"), None)
 
 
 def test_a_card_of_an_unsettled_licence_says_other_and_warns() -> None:
