@@ -41,29 +41,6 @@ def test_a_build_leaves_the_checkout_clean_but_for_the_lock(workspace: Workspace
     workspace.run("git", "check-ignore", "artifacts/golden/pocket/x.png", code=1)
 
 
-def test_the_merged_repository_gives_the_picture_of_the_report_in_a_process_of_its_own(workspace: Workspace) -> None:
-    script = """
-from lora_fuse.pictures.environment import make_deterministic
-make_deterministic(2)
-import torch
-from diffusers import DiffusionPipeline
-from diffusers.utils import load_image
-from lora_fuse.pictures.render import allow_missing_torchvision, condition_area
-allow_missing_torchvision()
-pipe = DiffusionPipeline.from_pretrained("artifacts/merged", dtype=torch.float32)
-with condition_area(16384):
-    picture = pipe(image=load_image("pocket/inputs/rabbit.png"), prompt="Change the rabbit's color to purple",
-        negative_prompt=" ", num_inference_steps=4, true_cfg_scale=1.0,
-        generator=torch.Generator("cpu").manual_seed(0)).images[0]
-picture.save("again.png")
-"""
-    workspace.run(sys.executable, "-c", script)
-    again = np.asarray(Image.open(workspace.root / "again.png"))
-    shown = np.asarray(Image.open(workspace.root / "artifacts/regression/images/rabbit.merged.png"))
-    (workspace.root / "again.png").unlink()
-    np.testing.assert_array_equal(again, shown)
-
-
 def test_a_deleted_result_is_rebuilt_to_the_same_bytes(workspace: Workspace) -> None:
     before = workspace.fused()
     shutil.rmtree(workspace.root / MERGED)
@@ -76,12 +53,11 @@ def test_a_deleted_result_is_rebuilt_to_the_same_bytes(workspace: Workspace) -> 
     }
 
 
-def test_another_scale_fails_the_gate_as_an_export_does_and_the_default_passes_again(workspace: Workspace) -> None:
+def test_another_scale_fails_the_gate_as_an_export_does_and_the_default_is_fused_again(workspace: Workspace) -> None:
     before = workspace.fused()
     exports = ["export.formats=[single_file,nvfp4]", "regress.exports.nvfp4.worst_l2=0.01"]
-    changes = [word for change in ("fuse.scale=0.9", *exports) for word in ("-S", change)]
-    failed = workspace.run("dvc", "exp", "run", *changes, code=255)
-    output = failed.stdout + failed.stderr
+    workspace.config("fuse.scale=0.9", *exports)
+    output = workspace.repro(code=255)
     assert ran(output) == ["fuse", "verify", "regress", "gate"]
     assert "gate: regression: there is a picture outside its limits, and what was exported as nvfp4 is not" in output
     metrics = workspace.read(METRICS)
@@ -90,28 +66,21 @@ def test_another_scale_fails_the_gate_as_an_export_does_and_the_default_passes_a
     assert workspace.read(METRICS)["passed"] is False
     assert workspace.read("artifacts/verify.json")["passed"] is True
     workspace.config()
-    workspace.repro()
-    assert workspace.read(METRICS)["passed"] is True
+    workspace.repro("verify")
     assert workspace.fused() == before
 
 
-def would_run(workspace: Workspace) -> list[str]:
-    return ran(workspace.repro("--dry"))
-
-
-@pytest.mark.parametrize(
-    ("override", "stages"),
-    [
-        ("fuse.scale=0.5", ["fuse"]),
-        ("regress.golden.psnr_db=20", ["regress"]),
-        ("verify.rows=all", ["verify"]),
-        ("publish.repo_id=a/b", []),
-        ("publish.private=false", []),
-    ],
-)
-def test_a_parameter_reruns_its_stage_and_none_before(workspace: Workspace, override: str, stages: list[str]) -> None:
-    workspace.config(override)
-    assert would_run(workspace)[: len(stages) or None] == stages
+def test_a_parameter_reruns_the_stages_that_use_it_and_no_other(workspace: Workspace) -> None:
+    settings = ("fuse.scale=0.5", "regress.golden.psnr_db=20", "verify.rows=all", "publish.repo_id=a/b")
+    workspace.config(*settings, "publish.private=false")
+    changed = {stage: found[0]["changed deps"] for stage, found in workspace.status("dvc.yaml").items()}
+    assert {stage: list(deps) for stage, deps in changed.items()} == {stage: ["params.yaml"] for stage in changed}
+    assert {stage: set(deps["params.yaml"]) for stage, deps in changed.items()} == {
+        "fuse": {"fuse"},
+        "verify": {"fuse.scale", "verify"},
+        "export": {"fuse.scale"},
+        "regress": {"fuse.scale", "regress"},
+    }
 
 
 def test_a_recipe_by_override_runs_end_to_end_without_a_golden(workspace: Workspace) -> None:
@@ -144,8 +113,8 @@ def test_what_is_approved_is_what_the_next_run_is_compared_with(workspace: Works
 
 
 def test_a_run_in_another_environment_has_to_be_looked_at(workspace: Workspace) -> None:
-    done = workspace.run("dvc", "exp", "run", "-S", "regress.threads=1", code=255)
-    output = done.stdout + done.stderr
+    workspace.config("regress.threads=1")
+    output = workspace.repro(code=255)
     assert "exited with 4" in output
     assert "gate: review" in output
     metrics = workspace.read(METRICS)
@@ -172,21 +141,20 @@ def test_a_golden_that_nobody_approved_stops_the_run_and_leaves_the_last_one(wor
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("stage", "override", "message"),
     [
-        ("loras.lightning.filename=nope.safetensors", "nope.safetensors"),
-        ("loras.lightning.filename=lora.pt", "pickle"),
-        ("base.path=pocket/nowhere", "pocket/nowhere"),
-        pytest.param("fuse.device=cuda", "cuda", marks=NO_GPU),
-        pytest.param("regress.placement=cuda", "regress.placement cuda", marks=NO_GPU),
+        ("download", "loras.lightning.filename=nope.safetensors", "nope.safetensors"),
+        ("download", "loras.lightning.filename=lora.pt", "pickle"),
+        ("download", "base.path=pocket/nowhere", "pocket/nowhere"),
+        pytest.param("fuse", "fuse.device=cuda", "cuda", marks=NO_GPU),
+        pytest.param("regress", "regress.placement=cuda", "regress.placement cuda", marks=NO_GPU),
     ],
 )
 def test_bad_input_is_one_error_line_and_leaves_the_last_result(
-    workspace: Workspace, override: str, message: str
+    workspace: Workspace, stage: str, override: str, message: str
 ) -> None:
     before = workspace.fused()
-    workspace.config(override)
-    errors = [line for line in workspace.repro(code=255).splitlines() if line.startswith("error: ")]
+    errors = [line for line in workspace.stage(stage, override, code=2).splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]
     assert workspace.fused() == before
@@ -194,39 +162,18 @@ def test_bad_input_is_one_error_line_and_leaves_the_last_result(
     assert (workspace.root / "artifacts/regression/images/rabbit.merged.png").is_file()
 
 
+def test_dvc_ends_with_the_error_of_a_stage(workspace: Workspace) -> None:
+    workspace.config("base.path=pocket/nowhere")
+    errors = [line for line in workspace.repro(code=255).splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "pocket/nowhere" in errors[0]
+
+
 def test_publishing_is_off_unless_asked_for(workspace: Workspace) -> None:
     assert "publish" not in workspace.repro("--dry")
     workspace.repro("publish/dvc.yaml")
     receipt = workspace.read("artifacts/publish.json")
     assert (receipt["status"], receipt["files"]) == ("skipped", {})
-
-
-def test_publish_then_build_from_the_hub(workspace: Workspace, hub: LoopbackHub) -> None:
-    data = workspace.data()
-    hub_env = hub_environment()
-    workspace.config("publish.enabled=true", "publish.repo_id=alice/merged")
-    workspace.repro("publish/dvc.yaml", env=hub_env)
-    receipt = workspace.read("artifacts/publish.json")
-    manifest = workspace.read("artifacts/merged.manifest.json")
-    assert (receipt["status"], receipt["private"]) == ("published", True)
-    listed = {*manifest["files"], "README.md", "lora_fuse.json", "provenance.json", "bom.cdx.json"}
-    pictures = {f"images/{name}.png" for name in ("blocks", "hat", "hat.input", "rabbit", "rabbit.input")}
-    assert receipt["files"].keys() == listed | pictures
-    assert "hf_write" not in (workspace.root / "artifacts/publish.json").read_text()
-
-    push = (
-        "from huggingface_hub import HfApi; a = HfApi(); a.create_repo('alice/pocket');"
-        "print(a.upload_folder(repo_id='alice/pocket', folder_path='pocket/model').oid)"
-    )
-    commit = workspace.run(sys.executable, "-c", push, env=hub_env).stdout.strip()
-    workspace.config("base.path=null", "base.repo_id=alice/pocket", f"base.revision={commit!r}")
-    workspace.repro("verify", env=hub_env)
-    assert workspace.read("artifacts/base.lock.json")["base"]["revision"] == commit
-    fused = workspace.fused()
-    assert workspace.data() == data  # the header says what the base was, the rest is the same
-    assert all(f'"alice/pocket@{commit}"' in header.metadata[PROVENANCE] for header in workspace.headers().values())
-    workspace.repro("-f", "fuse", env={**hub_env, "HF_ENDPOINT": "http://127.0.0.1:9"})  # later stages need no Hub
-    assert workspace.fused() == fused
 
 
 def test_publish_refuses_what_the_gate_has_not_passed(workspace: Workspace, hub: LoopbackHub) -> None:
@@ -259,14 +206,20 @@ picture.save(sys.argv[1])
 """
 
 
-def test_what_is_pushed_draws_the_picture_that_was_judged(
+def test_what_is_published_draws_the_picture_that_was_judged_and_is_sent_once(
     workspace: Workspace, hub: LoopbackHub, tmp_path: Path
 ) -> None:
     env = hub_environment()
     workspace.config("publish.enabled=true", "publish.repo_id=alice/pocket-merged", "publish.tag=v1")
     workspace.repro("publish/dvc.yaml", env=env)
     receipt = workspace.read("artifacts/publish.json")
-    assert (receipt["status"], receipt["tag"], receipt["pull_request"]) == ("published", "v1", 1)
+    assert (receipt["status"], receipt["private"]) == ("published", True)
+    assert (receipt["tag"], receipt["pull_request"]) == ("v1", 1)
+    manifest = workspace.read("artifacts/merged.manifest.json")
+    listed = {*manifest["files"], "README.md", "lora_fuse.json", "provenance.json", "bom.cdx.json"}
+    pictures = {f"images/{name}.png" for name in ("blocks", "hat", "hat.input", "rabbit", "rabbit.input")}
+    assert receipt["files"].keys() == listed | pictures
+    assert "hf_write" not in (workspace.root / "artifacts/publish.json").read_text()
     assert hub.registry.repos["alice/pocket-merged"].tags == {"v1": receipt["commit"]}
     drawn = tmp_path / "drawn.png"
     workspace.run(sys.executable, "-c", DRAW, str(drawn), env={**env, "HF_HOME": str(tmp_path / "empty")})
@@ -276,3 +229,23 @@ def test_what_is_pushed_draws_the_picture_that_was_judged(
     workspace.repro("-f", "-s", "publish/dvc.yaml:publish", env=env)
     assert workspace.read("artifacts/publish.json") == receipt
     assert hub.uploaded() == before
+
+
+def test_a_base_of_the_hub_gives_the_same_weights_and_is_asked_for_once(workspace: Workspace, hub: LoopbackHub) -> None:
+    data = workspace.data()
+    hub_env = hub_environment()
+    push = (
+        "from huggingface_hub import HfApi; a = HfApi(); a.create_repo('alice/pocket');"
+        "print(a.upload_folder(repo_id='alice/pocket', folder_path='pocket/model').oid)"
+    )
+    commit = workspace.run(sys.executable, "-c", push, env=hub_env).stdout.strip()
+    workspace.config("base.path=null", "base.repo_id=alice/pocket", f"base.revision={commit!r}")
+    workspace.repro("verify", env=hub_env)
+    assert workspace.read("artifacts/base.lock.json")["base"]["revision"] == commit
+    fused = workspace.fused()
+    assert workspace.data() == data  # the header says what the base was, the rest is the same
+    assert all(f'"alice/pocket@{commit}"' in header.metadata[PROVENANCE] for header in workspace.headers().values())
+    workspace.repro(
+        "-f", "-s", "fuse", env={**hub_env, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    )  # later stages need no Hub
+    assert workspace.fused() == fused

@@ -101,6 +101,11 @@ class Workspace:
         done = self.run("dvc", "repro", *arguments, code=code, env=env)
         return done.stdout + done.stderr
 
+    def status(self, *targets: str) -> dict[str, Any]:
+        """What DVC finds changed of each stage."""
+        found: dict[str, Any] = json.loads(self.run("dvc", "status", "--json", *targets).stdout)
+        return found
+
     def stage(self, name: str, *arguments: str, code: int = 0) -> str:
         done = self.run(sys.executable, "-m", f"stages.{name}", *arguments, code=code)
         return done.stdout + done.stderr
