@@ -6,11 +6,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import chdir
 from pathlib import Path
 from typing import Any, Self
 
 from lora_fuse.checkpoint.header import Header
 from lora_fuse.checkpoint.shards import open_checkpoint
+from stages.config.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
 MERGED = Path("artifacts/merged")
@@ -95,7 +97,9 @@ class Workspace:
         (self.root / ".dvc/config.local").write_text(text)
 
     def config(self, *overrides: str) -> None:
-        self.run(sys.executable, "-m", "stages.config", *overrides)
+        """Compile its `conf/`, in this process."""
+        with chdir(self.root):
+            main(overrides)
 
     def repro(self, *arguments: str, code: int = 0, env: Mapping[str, str] | None = None) -> str:
         done = self.run("dvc", "repro", *arguments, code=code, env=env)
