@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from lora_fuse.checkpoint import Checkpoint, Shard, TensorInfo, dtypes, fitness, open_checkpoint, repository_files
 from lora_fuse.checkpoint.stored import MADE, StoredMatrix, StoredWeights
-from lora_fuse.errors import BadCheckpoint, BadConfig, BadScale, require
-from lora_fuse.lora import Delta, LoraDelta, LoraFile, LoraInput, Selection, match_targets, open_lora
+from lora_fuse.errors import BadCheckpoint, BadConfig, BadLora, BadScale, require
+from lora_fuse.lora import Delta, LoraFile, LoraInput, PlacedDelta, Selection, match_targets, open_lora
 from lora_fuse.machine import files
 from lora_fuse.models import COMPONENT, alpha_warnings, distillation, pair_warnings
 from lora_fuse.recipe import Lock, hf_cache, paths
@@ -26,7 +26,7 @@ class ScaledDelta:
     """One LoRA's delta of one parameter, at the scale that the user gives."""
 
     lora: LoraFile
-    delta: LoraDelta
+    placed: PlacedDelta
     scale: float
 
     def read(self) -> Delta:
@@ -35,7 +35,7 @@ class ScaledDelta:
         Raises:
             BadLora: see `LoraFile.read`.
         """
-        return self.lora.make(self.delta, self.scale)
+        return self.lora.make(self.placed, self.scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +176,10 @@ def make_plan(
     for given, lora in sorted(zip(inputs, loras, strict=True), key=_order):
         with fitness.blaming_a_quantised_base(checkpoint):
             matched = match_targets(lora.deltas, weights, str(lora.path))
-        for name, delta in matched.items():
-            deltas.setdefault(name, []).append(ScaledDelta(lora, delta, given.scale * (chosen.share(name) or 0.0)))
+        for name, placed in matched.items():
+            _refuse_cut_columns(lora, placed)
+            share = given.scale * (chosen.share(name) or 0.0)
+            deltas.setdefault(name, []).extend(ScaledDelta(lora, one, share) for one in placed)
     chosen.check(deltas)
     skipped = tuple(sorted(name for name in deltas if chosen.share(name) is None))
     kept = {name: scaled for name, scaled in deltas.items() if name not in skipped}
@@ -232,6 +234,16 @@ def cautions(plan: Plan, scheduler: Mapping[str, object] | None = None) -> list[
         own = files.read_json(path, dict, BadCheckpoint, "fetch the base again") if path.exists() else {}
     known = [found for given in plan.inputs if (found := distillation(given.path.name)) is not None]
     return warnings + [said for one in known if (said := one.warning(own)) is not None]
+
+
+def _refuse_cut_columns(lora: LoraFile, placed: Sequence[PlacedDelta]) -> None:
+    """Refuse DoRA by column in a part of a parameter's rows: its lengths are of columns of another matrix."""
+    for one in placed:
+        if one.runs is not None and lora.has_lengths_of_columns(one.delta):
+            raise BadLora(
+                f"{lora.path}: {one.delta.module!r} has a length for each column (dora_scale) of a matrix that the "
+                "base has not whole: its rows are in other parameters; fuse it into a base with the LoRA's names"
+            )
 
 
 def _order(pair: tuple[LoraInput, LoraFile]) -> tuple[str, str, float]:
@@ -303,6 +315,6 @@ def _beyond_plain(target: Target) -> str | None:
     if target.tensor.dtype not in dtypes.SIXTEEN_BIT:
         return f"{target.shard.path}: a fuse into {target.tensor.dtype} weights, as {target.tensor.name!r} is,"
     for scaled in target.deltas:
-        if not scaled.delta.is_plain:
-            return f"{scaled.lora.path}: a fuse of {scaled.delta.algorithm}, as for {target.tensor.name!r},"
+        if not scaled.placed.delta.is_plain:
+            return f"{scaled.lora.path}: a fuse of {scaled.placed.delta.algorithm}, as for {target.tensor.name!r},"
     return None

@@ -6,7 +6,7 @@ from .deltas import NotFinite as NotFinite
 from .double_double import DoubleDouble as DoubleDouble
 from .inputs import LoraInput as LoraInput
 from .inputs import Selection as Selection
-from .key_parser import LoraDelta as LoraDelta
 from .lora_file import LoraFile as LoraFile
 from .lora_file import open_lora as open_lora
+from .matcher import PlacedDelta as PlacedDelta
 from .matcher import match_targets as match_targets

@@ -9,7 +9,7 @@ dimensions of a convolution are flattened behind it. Each formula is multiplied 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
@@ -22,6 +22,8 @@ from lora_fuse.lora.matrices import Array, Indices, Matrix, ordered_product, ord
 
 if TYPE_CHECKING:
     import torch
+
+    from lora_fuse.models import name_maps
 
 Tensors = Mapping[str, Array]
 
@@ -138,7 +140,8 @@ class Decomposed:
     inside: ``m * (W + s D) / |W + s D|``, peft/tuners/lora/dora.py. As LyCORIS writes it (`dora_scale`), it is outside:
     ``W + s * (m * (W + D) / |W + D| - W)``, lycoris/functional/general.py and ComfyUI's weight_decompose.
 
-    A root cannot be summed exactly. It is in float64, in one order of single operations: the same on every machine.
+    A row whose magnitude is NaN is none of the delta's. A root cannot be summed exactly. It is in float64, in one order
+    of single operations: the same on every machine.
     """
 
     def __init__(self, inner: Delta, magnitude: Array, scale: float, by_column: bool) -> None:
@@ -169,7 +172,9 @@ class Decomposed:
             moved *= (magnitude / lengths).repeat_interleave(repeat)
         else:
             lengths = ordered_sum(moved.square(), 1).sqrt()
-            moved *= (magnitude[row : row + len(total)] / lengths).unsqueeze(1)
+            own = magnitude[row : row + len(total)]
+            moved *= (own / lengths).unsqueeze(1)
+            moved[own.isnan()] = weight[own.isnan()]
         total.add_(moved.sub_(weight).mul_(self.scale))
 
     def close(self, rows: Indices, columns: Indices) -> DoubleDouble:
@@ -192,10 +197,78 @@ def make_delta(algorithm: Algorithm, tensors: Tensors, factor: float, scale: flo
         inner = _plain(algorithm, tensors, factor * scale, ordered=True)
         return Decomposed(inner, tensors["magnitude"], 1.0, by_column=False)
     if "dora_scale" in tensors:
-        by_column = tensors["dora_scale"].shape[0] == 1 and tensors["dora_scale"].size > 1
+        by_column = is_by_column(tensors["dora_scale"].shape)
         inner = _plain(algorithm, tensors, factor, ordered=True)
         return Decomposed(inner, tensors["dora_scale"], scale, by_column)
     return _plain(algorithm, tensors, factor * scale)
+
+
+def is_by_column(shape: Sequence[int]) -> bool:
+    """True for lengths of columns, by the shape of LyCORIS' ``dora_scale``: (1, columns)."""
+    return shape[:1] == (1,) and math.prod(shape) > 1
+
+
+class MovedRows:
+    """A delta whose rows lie elsewhere: some are left out, or others between them, in which nothing is added."""
+
+    def __init__(self, inner: Delta, runs: Sequence[name_maps.RowRun], index: Indices) -> None:
+        """Take runs of rows, and by row of the whole the delta's own, or -1."""
+        self._inner = inner
+        self._runs = runs
+        self._index = index
+        self.size = inner.size
+        self.roundings = inner.roundings
+
+    def add_to(self, total: torch.Tensor, weight: torch.Tensor, row: int, column: int) -> None:
+        """See `Delta`."""
+        for run in self._runs:
+            first = max(row, run.start)
+            end = min(row + len(total), run.start + run.rows)
+            if first < end:
+                part = slice(first - row, end - row)
+                self._inner.add_to(total[part], weight[part], run.source + first - run.start, column)
+
+    def close(self, rows: Indices, columns: Indices) -> DoubleDouble:
+        """See `Delta`."""
+        own = self._index[rows]
+        values = self._inner.close(np.maximum(own, 0), columns)
+        for part in (values.high, values.low, values.lost):
+            part[own < 0] = 0
+        return values
+
+    def exact(self, row: int, column: int) -> Fraction:
+        """See `Delta`."""
+        own = int(self._index[row])
+        return Fraction(0) if own < 0 else self._inner.exact(own, column)
+
+
+def rows_of(delta: Delta, runs: Sequence[name_maps.RowRun], rows: int) -> Delta:
+    """A delta as one of a parameter of so many rows, of which only `runs` are its own; what is low rank stays so."""
+    index = np.full(rows, -1, np.int64)
+    for run in runs:
+        index[run.start : run.start + run.rows] = np.arange(run.source, run.source + run.rows)
+
+    def moved(matrix: Matrix) -> Matrix:
+        return Matrix(_picked(matrix.a, index, 0.0), matrix.b, ordered=matrix.ordered)
+
+    match delta:
+        case LowRank():
+            return LowRank(moved(delta.matrix), delta.factor)
+        case Hadamard():
+            return Hadamard(moved(delta.left), moved(delta.right), delta.factor)
+        case Decomposed():
+            lengths = np.resize(delta.magnitude, max(len(delta.magnitude), int(index.max()) + 1))  # one may be for all
+            inner = rows_of(delta.inner, runs, rows)
+            return Decomposed(inner, _picked(lengths, index, math.nan), delta.scale, by_column=False)
+        case _:
+            return MovedRows(delta, runs, index)
+
+
+def _picked(values: Array, index: Indices, other: float) -> Array:
+    """Rows by their numbers, and for -1 rows of another number."""
+    picked = values[np.maximum(index, 0)]
+    picked[index < 0] = other
+    return picked
 
 
 def _plain(algorithm: Algorithm, tensors: Tensors, factor: float, *, ordered: bool = False) -> Delta:

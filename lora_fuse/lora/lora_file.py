@@ -17,11 +17,11 @@ import numpy.typing as npt
 from lora_fuse.checkpoint import Header, TensorInfo, dtypes, read_header, repository_files
 from lora_fuse.errors import BadCheckpoint, BadLora
 from lora_fuse.lora.adapter_config import parse_adapter_config
-from lora_fuse.lora.deltas import Delta, make_delta
+from lora_fuse.lora.deltas import Delta, is_by_column, make_delta, rows_of
 from lora_fuse.lora.header_entries import read_entries
-from lora_fuse.lora.key_formats import PEFT_PREFIX, read_key
+from lora_fuse.lora.key_formats import PEFT_PREFIX, Algorithm, read_key
 from lora_fuse.lora.key_parser import LoraDelta, parse_lora
-from lora_fuse.lora.matcher import modules_in
+from lora_fuse.lora.matcher import PlacedDelta, modules_in
 from lora_fuse.lora.peft_fields import DEFAULT_ALPHA
 from lora_fuse.lora.scaling import NOWHERE
 from lora_fuse.machine import file_state, files
@@ -73,13 +73,23 @@ class LoraFile:
         there = modules_in(set(modules.values()), weights, str(self.path))
         return {key for key, module in modules.items() if module in there}
 
-    def make(self, delta: LoraDelta, scale: float) -> Delta:
-        """Read the tensors of a delta, which is to be added at a scale.
+    def make(self, placed: PlacedDelta, scale: float) -> Delta:
+        """Read the tensors of a delta, which is to be added at a scale, in the rows of the base's parameter.
 
         Raises:
             BadLora: see `read`.
         """
-        return make_delta(delta.format.algorithm, self.read(delta), delta.factor, scale)
+        delta = placed.delta
+        tensors = self.read(delta)
+        if delta.format.algorithm is Algorithm.FULL:
+            tensors["diff"] = tensors["diff"].reshape(-1, placed.shape[1])
+        made = make_delta(delta.format.algorithm, tensors, delta.factor, scale)
+        return made if placed.runs is None else rows_of(made, placed.runs, placed.shape[0])
+
+    def has_lengths_of_columns(self, delta: LoraDelta) -> bool:
+        """True for DoRA with a length for each column of the result, which depends on all of its rows."""
+        scale = self.header.tensors.get(delta.keys.get("dora_scale", ""))
+        return scale is not None and is_by_column(scale.shape)
 
     def read(self, delta: LoraDelta) -> dict[str, npt.NDArray[np.float64]]:
         """The tensors of a delta by role, widened to float64 (exact for every dtype that a LoRA may have).

@@ -1,38 +1,71 @@
-"""The match of a delta to a parameter of the base, by the base's own names. Pure: no table of models."""
+"""The match of a delta to parameters of the base: by the base's own names, or else by another spelling of them. Pure.
+
+Own names need no table of models. Another spelling is known by the maps of `lora_fuse.models`: there one delta may be
+rows of several parameters, or several deltas the rows of one.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 from lora_fuse.checkpoint import TensorInfo
 from lora_fuse.errors import BadLora, ShapeMismatch, UnmatchedTargets, WrongPrefix
-from lora_fuse.lora.key_formats import FLAT_PREFIXES, PREFIXES, spellings
+from lora_fuse.lora.key_formats import FLAT_PREFIXES, PREFIXES, Algorithm, spellings
 from lora_fuse.lora.key_parser import LEAVE_OUT, SHOWN, LoraDelta
 from lora_fuse.machine import text
+from lora_fuse.models import name_maps
+
+Runs = tuple[name_maps.RowRun, ...]
 
 
-def match_targets(deltas: Iterable[LoraDelta], weights: Mapping[str, TensorInfo], where: str) -> dict[str, LoraDelta]:
+@dataclass(frozen=True, slots=True)
+class PlacedDelta:
+    """A delta as it is added to a parameter of the base, which has `shape` as a matrix.
+
+    `runs` say which rows of the parameter are which of the delta; None where they are all of both, in order.
+    """
+
+    delta: LoraDelta
+    shape: tuple[int, int]
+    runs: Runs | None = None
+
+    def overlaps(self, other: PlacedDelta) -> bool:
+        """True where both are added to a row."""
+        if self.runs is None or other.runs is None:
+            return True
+        return any(
+            one.start < two.start + two.rows and two.start < one.start + one.rows
+            for one in self.runs
+            for two in other.runs
+        )
+
+
+def match_targets(
+    deltas: Iterable[LoraDelta], weights: Mapping[str, TensorInfo], where: str
+) -> dict[str, list[PlacedDelta]]:
     """The deltas of one file, by the name of the base's tensor that each changes.
 
     Raises:
         UnmatchedTargets: a module is not in the base; `WrongPrefix` if all are, but for the beginning of the names.
         ShapeMismatch: a delta does not fit its parameter.
-        BadLora: two deltas mean the same parameter, or a name could mean two modules of the base.
+        BadLora: two deltas mean the same rows, or a name could mean two modules of the base.
     """
-    flat = _flat(weights)
-    matched: dict[str, LoraDelta] = {}
+    names = _Names(weights, where)
+    matched: dict[str, list[PlacedDelta]] = {}
     missing: list[str] = []
     for delta in deltas:
-        name = _parameter(delta.module, delta.part, weights, flat, where)
-        if name is None:
+        places = names.places(delta)
+        if not places:
             missing.append(f"{delta.module}.{delta.part}")
-            continue
-        if name in matched:
-            raise BadLora(f"{where}: {matched[name].module!r} and {delta.module!r} both mean the base's {name!r}")
-        _check_fit(delta, weights[name], where)
-        matched[name] = delta
+        for name, placed in places.items():
+            for other in matched.get(name, ()):
+                if placed.overlaps(other):
+                    raise BadLora(f"{where}: {other.delta.module!r} and {delta.module!r} both mean the base's {name!r}")
+            matched.setdefault(name, []).append(placed)
     if missing:
         if not matched and (fault := _prefix_fault(missing, weights)) is not None:
             raise WrongPrefix(f"{where}: none of {len(missing)} modules is in the base as it is named; {fault}")
@@ -41,40 +74,102 @@ def match_targets(deltas: Iterable[LoraDelta], weights: Mapping[str, TensorInfo]
 
 
 def modules_in(modules: Iterable[str], weights: Mapping[str, TensorInfo], where: str) -> set[str]:
-    """The modules of a LoRA file, by their names there, that a base has.
+    """The modules of a LoRA file, by their names there, that a base has, in either spelling of its family.
 
     Raises:
         BadLora: a name could mean two modules of the base.
     """
-    flat = _flat(weights)
-    parts = ("weight", "bias")
-    return {name for name in modules if any(_parameter(name, part, weights, flat, where) is not None for part in parts)}
+    names = _Names(weights, where)
+    return {name for name in modules if any(names.has(name, part) for part in ("weight", "bias"))}
 
 
-def _flat(weights: Iterable[str]) -> dict[str, list[str]]:
-    """The modules of a base by their names with underscores for dots."""
-    flat: dict[str, list[str]] = defaultdict(list)
-    for module in {name.rpartition(".")[0] for name in weights}:
-        flat[module.replace(".", "_")].append(module)
-    return flat
+class _Names:
+    """The names of a base's parameters, and what a file calls them."""
 
+    def __init__(self, weights: Mapping[str, TensorInfo], where: str) -> None:
+        self._weights = weights
+        self._where = where
+        self._flat: dict[str, list[str]] = defaultdict(list)  # modules by their names with underscores for dots
+        for module in {name.rpartition(".")[0] for name in weights}:
+            self._flat[module.replace(".", "_")].append(module)
 
-def _parameter(
-    name: str, part: str, weights: Mapping[str, TensorInfo], flat: Mapping[str, list[str]], where: str
-) -> str | None:
-    dotted = (f"{module}.{part}" for module in spellings(name, PREFIXES))
-    if (found := next((one for one in dotted if one in weights), None)) is not None:
-        return found
-    for spelling in spellings(name, FLAT_PREFIXES):
-        modules = sorted(flat.get(spelling, []))
-        if len(modules) > 1:
+    def places(self, delta: LoraDelta) -> dict[str, PlacedDelta]:
+        """The parameters that a delta is added to, by name; none where the base has no such."""
+        name = self._own_name(delta.module, delta.part)
+        if name is None:
+            return self._translated(delta)
+        _check_fit(delta, self._weights[name], self._where)
+        return {name: PlacedDelta(delta, delta.shape)}
+
+    def has(self, module: str, part: str) -> bool:
+        """True where the base has a parameter of a module of a file."""
+        return self._own_name(module, part) is not None or any(self._translations(module, part))
+
+    def _own_name(self, module: str, part: str) -> str | None:
+        dotted = (f"{spelling}.{part}" for spelling in spellings(module, PREFIXES))
+        if (name := next((name for name in dotted if name in self._weights), None)) is not None:
+            return name
+        for spelling in spellings(module, FLAT_PREFIXES):
+            modules = sorted(self._flat.get(spelling, []))
+            if len(modules) > 1:
+                raise BadLora(
+                    f"{self._where}: {module!r} could mean {' or '.join(map(repr, modules))} of the base; "
+                    "export the LoRA with dotted names"
+                )
+            if modules and f"{modules[0]}.{part}" in self._weights:
+                return f"{modules[0]}.{part}"
+        return None
+
+    @cached_property
+    def _rows(self) -> dict[str, int]:
+        """Rows of the base's parameters."""
+        return {name: tensor.shape[0] for name, tensor in self._weights.items() if tensor.shape}
+
+    @cached_property
+    def _maps(self) -> Sequence[tuple[name_maps.NameMap, int]]:
+        """All maps, each with the number of the base's parameters that it has."""
+        return [(known, known.covers(list(self._weights))) for known in name_maps.maps()]
+
+    def _translated(self, delta: LoraDelta) -> dict[str, PlacedDelta]:
+        """As `places`, by the other spelling of a family's names."""
+        found = list(self._translations(delta.module, delta.part))
+        best = max((covered for _, covered in found), default=0)
+        runs = [one for one, covered in found if covered == best]
+        if any(one != runs[0] for one in runs):
+            meant = " or ".join(", ".join(map(repr, one)) for one in runs)
             raise BadLora(
-                f"{where}: {name!r} could mean {' or '.join(map(repr, modules))} of the base; "
-                "export the LoRA with dotted names"
+                f"{self._where}: {delta.module!r} could mean {meant} of the base; export the LoRA with its names"
             )
-        if modules and f"{modules[0]}.{part}" in weights:
-            return f"{modules[0]}.{part}"
-    return None
+        return {name: self._place(delta, name, runs[0]) for name in runs[0]} if runs else {}
+
+    def _translations(self, module: str, part: str) -> Iterator[tuple[dict[str, Runs], int]]:
+        """The rows that a delta is for, as each map has them, and how many of the base's parameters that map has."""
+        names = [*spellings(module, PREFIXES), *spellings(module, FLAT_PREFIXES)]
+        for known, covered in self._maps:
+            for name in names:
+                try:
+                    runs = known.translate(f"{name}.{part}", self._rows)
+                except ValueError as error:
+                    raise ShapeMismatch(f"{self._where}: {module!r}: {error}; use another base") from error
+                if runs is not None:
+                    yield runs, covered
+                    break
+
+    def _place(self, delta: LoraDelta, name: str, places: Mapping[str, Runs]) -> PlacedDelta:
+        """Place a delta in one of the parameters that have its rows."""
+        weight = self._weights[name]
+        shape = (weight.shape[0], math.prod(weight.shape[1:]))
+        is_whole = len(places) == 1 and [run.start for run in places[name]] == [run.source for run in places[name]]
+        if is_whole and delta.format.algorithm is Algorithm.FULL and math.prod(shape) == math.prod(delta.shape):
+            return PlacedDelta(delta, shape)  # the same numbers, laid out in other dimensions
+        rows = sum(run.rows for runs in places.values() for run in runs)
+        if (rows, shape[1]) != delta.shape or 0 in shape:
+            of = " and ".join(repr(other) for other in places)
+            raise ShapeMismatch(
+                f"{self._where}: {delta.module!r} gives a {'x'.join(map(str, delta.shape))} delta, and the rows of the "
+                f"base's {of} that it is for are {rows}x{shape[1]}; this LoRA was made for another base"
+            )
+        return PlacedDelta(delta, shape, None if is_whole and rows == shape[0] else places[name])
 
 
 def _check_fit(delta: LoraDelta, weight: TensorInfo, where: str) -> None:

@@ -1,3 +1,4 @@
+from . import name_maps as name_maps
 from .distilled import LIGHTNING as LIGHTNING
 from .distilled import distillation as distillation
 from .distilled import needed_scheduler as needed_scheduler

@@ -39,9 +39,10 @@ class Family:
 
     `components` are the folders of a pipeline that LoRAs go to, the main one first, each with its class. `keep` has the
     layers of a class that lose more by few bits than they save. `converter` is the function of
-    ``diffusers.loaders.single_file_utils`` that takes the names of the original checkpoint to those of diffusers, None
-    where these are the same. `originals` are templates of the original modules' names, ``{}`` for the number of a
-    block, with their rows in a model of the usual size. `pipelines` are the rows of pipeline classes.
+    ``diffusers.loaders.single_file_utils`` that takes the main component's original checkpoint to diffusers' names;
+    None where the original has the same. `originals` are the names of the original modules, and
+    `original_parameters` those of parameters that are no module's weight or bias, ``{}`` for the number of a block;
+    `name_maps` has what the converter makes of them. `pipelines` are the rows of pipeline classes.
     """
 
     name: str
@@ -49,5 +50,11 @@ class Family:
     components: Mapping[str, str]
     keep: Mapping[str, tuple[KeptLayers, ...]] = field(default_factory=dict)
     converter: str | None = None
-    originals: Mapping[str, int] = field(default_factory=dict)
+    originals: tuple[str, ...] = ()
+    original_parameters: tuple[str, ...] = ()
     pipelines: tuple[object, ...] = ()
+
+
+def within(block: str, names: str) -> tuple[str, ...]:
+    """Names below that of a block, from their ends with spaces between them."""
+    return tuple(f"{block}.{name}" for name in names.split())

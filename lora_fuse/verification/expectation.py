@@ -20,6 +20,7 @@ import numpy as np
 from lora_fuse.errors import BadLora
 from lora_fuse.lora import LoraInput, Selection
 from lora_fuse.verification.nearest import Array, Wide, widen
+from lora_fuse.verification.other_names import ABSENT, Numbers, OtherNames
 from lora_fuse.verification.strength import Strength, configuration_of, read_strength
 from lora_fuse.verification.weights import NUMBERS, Rows, StoredTensor, Weights, row_blocks
 
@@ -39,11 +40,23 @@ UP = {"lora_up", "lora_B", "lora.up", "lora_linear_layer.up"}
 
 @dataclass(frozen=True, slots=True)
 class ExpectedDelta:
-    """One file's part in one parameter: tensors by role, the file's factor and the user's scale."""
+    """One file's part in one parameter: tensors by role, the file's factor and the user's scale.
+
+    `own` has for each row of the parameter the number of the delta's row, or `ABSENT`; None where they are the same.
+    """
 
     parts: Mapping[str, Part]
     factor: float
     scale: float
+    own: Numbers | None = None
+
+    @property
+    def seams(self) -> Rows:
+        """The rows of the parameter beside which the delta's rows are not one after another."""
+        if self.own is None:
+            return np.array([], np.int64)
+        breaks = np.flatnonzero(np.diff(self.own) != 1)
+        return np.unique(np.concatenate([breaks, breaks + 1]))
 
     def derive(self, total: int, base: Callable[[Rows], Array]) -> Callable[[Rows], Wide]:
         """The function that gives the delta of some rows, float64 (n, columns).
@@ -54,18 +67,45 @@ class ExpectedDelta:
             ValueError: the delta has not so many rows, or lengths.
         """
         by_row = self.parts.get("up", self.parts.get("diff"))
+        if self.own is not None:
+            return self._in_own_rows(base)
         if by_row is not None and len(by_row) != total:
             raise ValueError(f"it has {len(by_row)} rows")
         if "dora" not in self.parts:
             return lambda block: self._plain(block) * (self.factor * self.scale)
         lengths = _values(self.parts["dora"])
-        if _values(self.parts["peft"]) or lengths.size == 1 or lengths.shape[0] != 1:
+        if self._has_lengths_of_rows():
             return partial(self._by_output, base, np.broadcast_to(lengths.reshape(-1, 1), (total, 1)))
         squares = np.zeros(lengths.size)
         for block in row_blocks("", total, None):
             _, moved = self._moved(block, base)
             squares += np.square(moved).reshape(len(block), lengths.size, -1).sum(axis=(0, 2))
         return partial(self._by_input, base, lengths.reshape(-1) / np.sqrt(squares))
+
+    def _has_lengths_of_rows(self) -> bool:
+        lengths = _values(self.parts["dora"])
+        return bool(_values(self.parts["peft"])) or lengths.size == 1 or lengths.shape[0] != 1
+
+    def _in_own_rows(self, base: Callable[[Rows], Array]) -> Callable[[Rows], Wide]:
+        """As `derive`, where the parameter has rows of the delta, perhaps among others, in which it adds nothing."""
+        own = np.array(self.own)
+        lengths = _values(self.parts["dora"]).reshape(-1, 1) if "dora" in self.parts else None
+        if lengths is not None and not self._has_lengths_of_rows():
+            raise ValueError("its lengths are of columns, and it is cut")
+
+        def rows(block: Rows) -> Wide:
+            weight = widen(base(block)).reshape(len(block), -1)
+            added = np.zeros(weight.shape)
+            mine = own[block] != ABSENT
+            part = block[mine]
+            if len(part) and lengths is None:
+                added[mine] = self._plain(part) * (self.factor * self.scale)
+            elif len(part) and lengths is not None:
+                placed = lengths[own if len(lengths) > 1 else np.zeros_like(own)]  # one may be for all
+                added[mine] = self._by_output(base, placed, part)
+            return added
+
+        return rows
 
     def _moved(self, block: Rows, base: Callable[[Rows], Array]) -> tuple[Wide, Wide]:
         """Rows of the weight, and of the weight with the product added, before lengths are given."""
@@ -88,6 +128,7 @@ class ExpectedDelta:
 
     def _plain(self, block: Rows) -> Wide:
         parts = self.parts
+        block = block if self.own is None else self.own[block]
         if "diff" in parts:
             return _matrix(_values(parts["diff"], block))
         if "up" in parts:
@@ -148,6 +189,7 @@ def read_expected(loras: Sequence[LoraInput], base: Weights, selection: Selectio
     stored = {name.removeprefix(FILE_PREFIX): name for name in sorted(base.names())}
     flat = {name.rpartition(".")[0].replace(".", "_"): name.rpartition(".")[0] for name in stored}
     most = _most_numbers(base)
+    others = OtherNames({name: len(base[full]) for name, full in stored.items()})
     for given in loras:
         groups, strength, left = _read_file(given.path, most, found.problems, selection.leave_out)
         found.left_out += len(left)
@@ -160,12 +202,22 @@ def read_expected(loras: Sequence[LoraInput], base: Weights, selection: Selectio
         for (module, kind), parts in groups.items():
             found.modules += 1
             name = _longest_match(module, kind, stored.keys(), flat)
+            places: Mapping[str, Numbers | None] = {} if name is None else {name: None}
+            try:
+                if name is None and (other := others.find(_names(module, kind))) is not None:
+                    name, places = other
+                    places = _checked(parts, {one: (rows, base[stored[one]].shape) for one, rows in other[1].items()})
+            except ValueError as error:
+                found.problems.append(f"{given.name}: {module} of the file does not fit: {error}")
+                continue
             if name is None or not _complete(parts):
                 found.problems.append(f"{given.name}: {module} of the file has no {kind} in the base, or lacks a part")
                 continue
             factor = strength.factor(module, name.rpartition(".")[0], parts)
-            if (share := selection.share(name)) is not None:
-                found.deltas.setdefault(stored[name], []).append(ExpectedDelta(parts, factor, given.scale * share))
+            for place, own in places.items():
+                if (share := selection.share(place)) is not None:
+                    delta = ExpectedDelta(parts, factor, given.scale * share, own)
+                    found.deltas.setdefault(stored[place], []).append(delta)
         found.problems += [f"{given.name}: {problem}" for problem in dict.fromkeys(strength.problems)]
     return found
 
@@ -241,6 +293,43 @@ def _longest_match(module: str, kind: str, names: Collection[str], flat: Mapping
     if "." not in module:
         modules += [flat[tail] for tail in _tails(module, "_") if tail in flat][:1]
     return next((f"{name}.{kind}" for name in modules if f"{name}.{kind}" in names), None)
+
+
+def _names(module: str, kind: str) -> list[str]:
+    """The parameters that a module's tails may be; original norms call their weight a scale."""
+    tails = _tails(module, "." if "." in module else "_")
+    kinds = (kind, "scale") if kind == "weight" else (kind,)
+    return [f"{tail}{dot}{one}" for tail in tails for one in kinds for dot in "._"]
+
+
+def _checked(
+    parts: dict[str, Part], places: Mapping[str, tuple[Numbers, tuple[int, ...]]]
+) -> dict[str, Numbers | None]:
+    """The rows of each parameter, None where they are all of the delta's in order; other dimensions are laid out so.
+
+    Raises:
+        ValueError: the parameters have another number of the delta's rows than it has.
+    """
+    rows = sum(int((own != ABSENT).sum()) for own, _ in places.values())
+    ((first, shape), *more) = places.values()
+    diff = parts.get("diff")
+    if isinstance(diff, StoredTensor) and not more and len(diff) != rows and math.prod(diff.shape) == math.prod(shape):
+        parts["diff"] = diff.read().reshape(shape)
+    elif (count := _count_rows(parts)) != rows:
+        raise ValueError(f"it has {count} rows, and {', '.join(places)} {rows}")
+    whole = not more and np.array_equal(first, np.arange(rows))
+    return {name: None if whole else own for name, (own, _) in places.items()}
+
+
+def _count_rows(parts: Mapping[str, Part]) -> int:
+    """Rows of the product that parts make."""
+    if (whole := parts.get("up", parts.get("diff"))) is not None:
+        return len(whole)
+    if "hada_w1_a" in parts:
+        return parts["hada_w1_a"].shape["hada_t1" in parts]
+    sides = [parts.get(f"lokr_w{n}", parts.get(f"lokr_w{n}_a")) for n in (1, 2)]
+    columns = "lokr_t2" in parts and "lokr_w2" not in parts
+    return math.prod(side.shape[n == 2 and columns] for n, side in enumerate(sides, 1) if side is not None)
 
 
 def _tails(name: str, separator: str) -> list[str]:

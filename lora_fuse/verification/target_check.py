@@ -115,6 +115,8 @@ def check_target(
             block = measured
             if seed is not None and rows is not None and len(measured) < total:
                 drawn = drawn_rows(seed, name, total, rows, measured)
+                seams = np.concatenate([delta.seams for delta in deltas])  # where a cut may be a row too early or late
+                drawn = np.union1d(drawn, np.setdiff1d(seams, measured))
                 found.rows_drawn += len(drawn)
                 block = np.concatenate([measured, drawn])
             _check_rows(name, merged, base, derived, block, len(measured), found)

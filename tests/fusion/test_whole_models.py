@@ -165,6 +165,6 @@ def test_no_two_layers_of_a_full_model_share_a_flattened_name(full: Callable[[],
     alphas = {key: ALPHA for key in keys if key.endswith(".alpha")}
     matched = match_targets(parse_lora(told(keys), alphas, (), "l"), weights, "l")
     assert matched.keys() == shapes.keys()
-    for name, update in matched.items():
-        assert update.module.endswith(f"_{name.removesuffix('.weight').replace('.', '_')}")
-        assert update.factor == ALPHA / RANK
+    for name, (placed,) in matched.items():
+        assert placed.delta.module.endswith(f"_{name.removesuffix('.weight').replace('.', '_')}")
+        assert placed.delta.factor == ALPHA / RANK

@@ -28,7 +28,7 @@ def test_every_style_finds_the_same_targets(tmp_path: Path, style: str) -> None:
     lora = opened(tmp_path, tiny.lora_tensors(style))
     targets = match_targets(lora.deltas, base_names(), "f")
     assert len(targets) == tiny.BLOCKS * len(tiny.LINEARS)
-    assert {update.factor for update in targets.values()} == {0.5}
+    assert {placed.delta.factor for (placed,) in targets.values()} == {0.5}
 
 
 def test_alpha_absent_means_alpha_is_rank(tmp_path: Path) -> None:

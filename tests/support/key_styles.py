@@ -208,7 +208,7 @@ def merged(folder: Path, tensors: Tensors, scale: float = 1.0, base: Tensors | N
         make_plan(open_checkpoint(root), [lora]), out, device="cpu", generated={}, known={}, progress=lambda _: None
     )
     found = verify_merge(out, root, [lora], component="", rows=None, expected=Expectation())
-    assert found.problems == []
+    assert found.problems == [], found.problems
     wrong = verify_merge(
         out, root, [LoraInput("l", lora.path, scale + 0.5)], component="", rows=None, expected=Expectation()
     )

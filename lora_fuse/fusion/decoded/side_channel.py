@@ -58,7 +58,12 @@ def _component(plan: Plan) -> str:
 
 
 def _refuse_other_than_products(scaled: ScaledDelta) -> None:
-    delta = scaled.delta
+    delta = scaled.placed.delta
+    if scaled.placed.runs is not None:
+        raise BadConfig(
+            f"{scaled.lora.path}: {delta.module!r} is rows of several weights of the base, or of a part of one, and "
+            "beside a base factors are kept as they are; leave --side-channel out"
+        )
     if set(delta.keys) - {"alpha"} != set(SIDES) or any(len(_stored(scaled, side).shape) != 2 for side in SIDES):
         raise BadConfig(
             f"{scaled.lora.path}: {delta.module!r} is {delta.algorithm} of {', '.join(delta.keys)}, and beside a base "
@@ -67,7 +72,7 @@ def _refuse_other_than_products(scaled: ScaledDelta) -> None:
 
 
 def _stored(scaled: ScaledDelta, side: str) -> TensorInfo:
-    return scaled.lora.header.tensors[scaled.delta.keys[side]]
+    return scaled.lora.header.tensors[scaled.placed.delta.keys[side]]
 
 
 def _file(lora: LoraFile, deltas: Mapping[str, ScaledDelta], component: str, base: str | None) -> bytes:
@@ -100,7 +105,7 @@ def _file(lora: LoraFile, deltas: Mapping[str, ScaledDelta], component: str, bas
 def _strength(deltas: Mapping[str, ScaledDelta]) -> dict[str, object]:
     """PEFT's configuration: ``lora_alpha / r`` is the file's own factor times the scale that was asked for."""
     ranks = {module: _stored(scaled, "down").shape[0] for module, scaled in deltas.items()}
-    alphas = {module: scaled.delta.factor * scaled.scale * ranks[module] for module, scaled in deltas.items()}
+    alphas = {module: scaled.placed.delta.factor * scaled.scale * ranks[module] for module, scaled in deltas.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
     alpha = Counter(alphas.values()).most_common(1)[0][0] if alphas else 1.0
     return {

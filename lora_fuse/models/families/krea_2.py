@@ -1,6 +1,9 @@
 """Krea 2: Raw, which is trained on, and Turbo, which runs."""
 
-from lora_fuse.models.family import Family, KnownBase
+from lora_fuse.models.family import Family, KnownBase, within
+
+_BLOCK = "attn.wq attn.wk attn.wv attn.wo attn.gate mlp.gate mlp.up mlp.down"
+_NORMS = "attn.qknorm.qnorm.scale attn.qknorm.knorm.scale prenorm.scale postnorm.scale"
 
 FAMILY = Family(
     name="Krea 2",
@@ -11,4 +14,16 @@ FAMILY = Family(
     ),
     components={"transformer": "Krea2Transformer2DModel"},
     converter="convert_krea2_transformer_checkpoint_to_diffusers",
+    originals=(
+        *within("blocks.{}", _BLOCK),
+        *within("txtfusion.layerwise_blocks.{}", _BLOCK),
+        *within("txtfusion.refiner_blocks.{}", _BLOCK),
+        *("txtfusion.projector", "first", "tmlp.0", "tmlp.2", "tproj.1", "txtmlp.1", "txtmlp.3", "last.linear"),
+    ),
+    original_parameters=(
+        *within("blocks.{}", f"{_NORMS} mod.lin"),
+        *within("txtfusion.layerwise_blocks.{}", _NORMS),
+        *within("txtfusion.refiner_blocks.{}", _NORMS),
+        *("txtmlp.0.scale", "last.norm.scale", "last.modulation.lin"),
+    ),
 )

@@ -1,5 +1,6 @@
 """Wan 2.2 A14B: a transformer for high noise and one for low noise, with the names of Wan 2.1."""
 
+from lora_fuse.models.families import wan_21
 from lora_fuse.models.family import Family, KnownBase
 
 # WanLoraLoaderMixin of diffusers 0.42.1 has both components.
@@ -11,4 +12,6 @@ FAMILY = Family(
     ),
     components={"transformer": "WanTransformer3DModel", "transformer_2": "WanTransformer3DModel"},
     converter="convert_wan_transformer_to_diffusers",
+    originals=wan_21.FAMILY.originals,
+    original_parameters=wan_21.FAMILY.original_parameters,
 )

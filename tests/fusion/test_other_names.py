@@ -1,0 +1,117 @@
+"""Laws of a LoRA in other names than its base: every row goes where diffusers' converter of checkpoints takes it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lora_fuse.errors import BadLora, ShapeMismatch, UnmatchedTargets
+from lora_fuse.lora import LoraInput
+from lora_fuse.verification import Expectation, verify_merge
+from tests.support import tiny
+from tests.support.key_styles import ALGORITHMS, Tensors, X, merged, update_of
+from tests.support.original_names import (
+    FAMILY_OF,
+    diffusers_names,
+    family_of,
+    original,
+    random_lora,
+    spelt,
+    total,
+    weights,
+)
+
+
+def assert_close(made: Tensors, wanted: Tensors) -> None:
+    """Every value is the sum in float64, rounded once to float32."""
+    assert made.keys() == wanted.keys()
+    for name, values in wanted.items():
+        np.testing.assert_allclose(made[name], values, rtol=2.0**-24, atol=1e-300, err_msg=name)
+
+
+@pytest.mark.parametrize("name", FAMILY_OF)
+def test_a_lora_in_original_names_goes_into_a_base_of_diffusers(name: str, tmp_path: Path) -> None:
+    family = family_of(name)
+    base = weights(name)
+    theirs = original(family, base)
+    assert_close(diffusers_names(family, theirs), base)
+    factors, deltas = random_lora(theirs)
+    wanted = diffusers_names(family, total(theirs, deltas))
+    assert_close(merged(tmp_path / "dotted", spelt(factors, "diffusion_model."), base=base), wanted)
+    assert_close(merged(tmp_path / "flat", spelt(factors, "lora_unet_", flat=True), base=base), wanted)
+
+
+@pytest.mark.parametrize("name", FAMILY_OF)
+def test_a_lora_in_the_names_of_diffusers_goes_into_an_original_base(name: str, tmp_path: Path) -> None:
+    family = family_of(name)
+    base = weights(name)
+    theirs = original(family, base)
+    factors, deltas = random_lora(base)
+    wanted = total(base, deltas)
+    made = merged(tmp_path / "dotted", spelt(factors, "transformer."), base=theirs)
+    assert_close(diffusers_names(family, made), wanted)
+    made = merged(tmp_path / "flat", spelt(factors, "lora_transformer_", flat=True), base=theirs)
+    assert_close(diffusers_names(family, made), wanted)
+
+
+FUSED = "double_blocks.0.img_attn.qkv"
+SPLIT = [f"transformer_blocks.0.attn.to_{part}" for part in "qkv"]
+OF_A_MATRIX = [name for name, row in ALGORITHMS.items() if row[0] == f"{X}.weight"]
+
+
+@pytest.mark.parametrize("name", OF_A_MATRIX)
+def test_every_algorithm_is_cut_by_rows_of_its_product(name: str, tmp_path: Path) -> None:
+    _, parts, formula = update_of(name)
+    weight = tiny.weights(np.float32)[f"{X}.weight"]
+    base: Tensors = {f"{one}.weight": part for one, part in zip(SPLIT, np.split(weight, 3), strict=True)}
+    lora = {f"{FUSED}.{end}": np.asarray(part) for end, part in parts.items()}
+    scale = lora.get(f"{FUSED}.dora_scale", np.zeros(0))
+    if scale.shape == (1, 16):
+        with pytest.raises(BadLora, match=r"has a length for each column \(dora_scale\) of a matrix that the base has"):
+            merged(tmp_path / "cut", lora, base=base)
+        return
+    wide = {end: np.asarray(part).astype(np.float64) for end, part in parts.items()}
+    wanted = formula(wide, weight.astype(np.float64), 1.0)
+    made = merged(tmp_path / "cut", lora, base=base)
+    found = np.concatenate([made[f"{one}.weight"] for one in SPLIT])
+    np.testing.assert_allclose(found, wanted, rtol=2.0**-23, atol=1e-7)
+
+    joined: Tensors = {f"{FUSED}.weight": np.concatenate([weight + 1, weight, weight + 2])}
+    made = merged(
+        tmp_path / "joined", {f"{SPLIT[1]}.{end}": np.asarray(part) for end, part in parts.items()}, base=joined
+    )
+    np.testing.assert_allclose(made[f"{FUSED}.weight"][24:48], wanted, rtol=2.0**-23, atol=1e-7)
+    for rows in (slice(24), slice(48, 72)):
+        np.testing.assert_array_equal(made[f"{FUSED}.weight"][rows], joined[f"{FUSED}.weight"][rows])
+
+
+def test_verification_sees_rows_that_lie_one_too_far_and_halves_that_are_not_swapped(tmp_path: Path) -> None:
+    names = {SPLIT[0]: (300, 8), SPLIT[1]: (300, 8), SPLIT[2]: (300, 8), "norm_out.linear": (400, 8)}
+    base: Tensors = {f"{name}.weight": np.ones(shape, np.float32) for name, shape in names.items()}
+    theirs = {f"{FUSED}.weight": np.ones((900, 8)), "final_layer.adaLN_modulation.1.weight": np.ones((400, 8))}
+    factors, _ = random_lora(theirs)
+    made = merged(tmp_path, spelt(factors, ""), base=base)
+    lora = [LoraInput("l", tmp_path / "l.safetensors", 1.0)]
+    moved = np.concatenate([made[f"{name}.weight"] for name in SPLIT])
+    moved[300] = moved[301]  # the first row of to_k
+    late = made | {f"{name}.weight": part for name, part in zip(SPLIT, np.split(moved, 3), strict=True)}
+    unswapped = made | {"norm_out.linear.weight": np.roll(made["norm_out.linear.weight"], 200, axis=0)}
+    for number, wrong in enumerate((late, unswapped)):
+        out = tiny.write_component(tmp_path / f"wrong{number}", wrong)
+        found = verify_merge(out, tmp_path / "base", lora, component="", rows=4, expected=Expectation(), seed=1)
+        assert [text.partition(":")[0] for text in found.problems] == [
+            f"{SPLIT[1]}.weight" if number == 0 else "norm_out.linear.weight"
+        ]
+
+
+def test_what_is_of_another_size_is_refused(tmp_path: Path) -> None:
+    base: Tensors = {f"{name}.weight": np.ones((8, 8), np.float32) for name in SPLIT}
+    long, _ = random_lora({f"{FUSED}.weight": np.ones((27, 8))})
+    with pytest.raises(ShapeMismatch, match=r"gives a 27x8 delta, and the rows of the base's .* are 24x8"):
+        merged(tmp_path / "a", long, base=base)
+    part, _ = random_lora({f"{SPLIT[0]}.weight": np.ones((8, 8))})
+    with pytest.raises(ShapeMismatch, match=r"has 25 rows, which are to be cut 1:1:1"):
+        merged(tmp_path / "b", part, base={f"{FUSED}.weight": np.ones((25, 8), np.float32)})
+    whole, _ = random_lora({f"{FUSED}.weight": np.ones((24, 8))})
+    with pytest.raises(UnmatchedTargets, match=r"1 of 1 modules are not in the base"):
+        merged(tmp_path / "c", whole, base={name: base[name] for name in list(base)[:2]})
