@@ -40,7 +40,7 @@ def asked_code(name: str, content: object) -> Iterator[str]:
     """Words on each entry of a JSON file that asks for code; `name` is the file's POSIX path."""
     if PurePosixPath(name).name == "model_index.json" and isinstance(content, dict):
         for part, value in content.items():
-            if not part.startswith("_") and isinstance(value, list) and not _is_known(value):
+            if not part.startswith("_") and isinstance(value, list) and not (is_setting(value) or _is_known(value)):
                 yield _words(name, part, value, f"a component is a class of {' or '.join(LIBRARIES)}")
     for key, value in _entries(content):
         if key in CODE and value and isinstance(value, (str, list, dict, bool)):
@@ -59,6 +59,11 @@ def countless_parts(name: str, content: object) -> Iterator[str]:
         numbers = value if isinstance(value, list) else [value]
         if PARTS.fullmatch(key) and any(isinstance(one, (int, float)) and one > MOST_PARTS for one in numbers):
             yield _words(name, key, value, f"no model has more than {MOST_PARTS} of them")
+
+
+def is_setting(values: list[Any]) -> bool:
+    """True for a list of a `model_index.json` that is no component: of numbers, which name no library and no class."""
+    return bool(values) and all(isinstance(value, (int, float)) for value in values)
 
 
 def _is_known(pair: list[Any]) -> bool:

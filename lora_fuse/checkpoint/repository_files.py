@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from lora_fuse.checkpoint.component_folder import ComponentFolder
 from lora_fuse.checkpoint.file_roles import Role, role_of
+from lora_fuse.checkpoint.foreign_code import is_setting
 from lora_fuse.checkpoint.weight_sets import FileListing
 from lora_fuse.errors import BadCheckpoint, BadLora, BadSource
 from lora_fuse.machine import files
@@ -143,10 +144,17 @@ def left_behind(left: Mapping[str, str]) -> list[str]:
 
 
 def named_components(model_index: object) -> dict[str, tuple[str, str]]:
-    """Library and class of the components that a `model_index.json` names: its pairs that are not null."""
+    """Library and class of the components that a `model_index.json` names: its pairs that are not null.
+
+    Other lists are settings of the pipeline itself, as numbers of layers are.
+    """
     items = model_index.items() if isinstance(model_index, dict) else ()
     pairs = {name: value for name, value in items if not name.startswith("_") and isinstance(value, list)}
-    return {name: (str(pair[0]), str(pair[1])) for name, pair in sorted(pairs.items()) if len(pair) > 1 and pair[0]}
+    return {
+        name: (str(pair[0]), str(pair[1]))
+        for name, pair in sorted(pairs.items())
+        if len(pair) > 1 and pair[0] and not is_setting(pair)
+    }
 
 
 def sort_files(

@@ -1,8 +1,10 @@
 from . import name_maps as name_maps
+from . import pipeline_call as pipeline_call
 from .distilled import LIGHTNING as LIGHTNING
 from .distilled import distillation as distillation
 from .distilled import needed_scheduler as needed_scheduler
 from .families import families as families
+from .families import pipelines as pipelines
 from .family import Family as Family
 from .keep import kept_layers as kept_layers
 from .made_for import COMPONENT as COMPONENT

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lora_fuse.models.pipeline_call import PipelineCall
+
 
 @dataclass(frozen=True, slots=True)
 class KnownBase:
@@ -42,7 +44,7 @@ class Family:
     ``diffusers.loaders.single_file_utils`` that takes the main component's original checkpoint to diffusers' names;
     None where the original has the same. `originals` are the names of the original modules, and
     `original_parameters` those of parameters that are no module's weight or bias, ``{}`` for the number of a block;
-    `name_maps` has what the converter makes of them. `pipelines` are the rows of pipeline classes.
+    `name_maps` has what the converter makes of them. `pipelines` are the calls of its pipeline classes.
     """
 
     name: str
@@ -52,7 +54,7 @@ class Family:
     converter: str | None = None
     originals: tuple[str, ...] = ()
     original_parameters: tuple[str, ...] = ()
-    pipelines: tuple[object, ...] = ()
+    pipelines: tuple[PipelineCall, ...] = ()
 
 
 def within(block: str, names: str) -> tuple[str, ...]:

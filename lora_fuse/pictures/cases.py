@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from lora_fuse.models import pipeline_call
 from lora_fuse.recipe import Recipe
 
 Images = TypeVar("Images")
@@ -15,8 +16,8 @@ Images = TypeVar("Images")
 class CaseOf(Generic[Images]):
     """One picture to make.
 
-    `images` are the input pictures: their paths, or in a record their sha256 by path. Height and width are in pixels;
-    None leaves them to the pipeline.
+    `images` are the input pictures: their paths, or in a record their sha256 by path. Height and width are in pixels,
+    `frames` the number of those of a clip; None leaves them to the pipeline.
     """
 
     name: str
@@ -25,6 +26,7 @@ class CaseOf(Generic[Images]):
     images: Images
     height: int | None = None
     width: int | None = None
+    frames: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,9 @@ class Case(CaseOf[tuple[Path, ...]]):
     def of(recipe: Recipe) -> list[Case]:
         """List a recipe's cases."""
         cases = recipe.regress.cases.items()
-        return [Case(name, c.prompt, c.seed, tuple(map(Path, c.images)), c.height, c.width) for name, c in cases]
+        return [
+            Case(name, c.prompt, c.seed, tuple(map(Path, c.images)), c.height, c.width, c.frames) for name, c in cases
+        ]
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -49,21 +53,28 @@ class Case(CaseOf[tuple[Path, ...]]):
 class Sampling:
     """The arguments of a pipeline's call that all cases share.
 
-    A `true_cfg_scale` of 1.0 turns guidance, and with it the negative prompt, off; `condition_area` is in pixels, see
-    `lora_fuse.pictures.render.condition_area`.
+    Attributes:
+        steps: of denoising.
+        true_cfg_scale: the number that `guidance` says what it is of.
+        negative_prompt: None leaves it out.
+        condition_area: pixels, see `lora_fuse.pictures.render.condition_area`.
+        call_sigmas: those that go into the call, as many as steps; empty leaves them to the scheduler.
+        guidance: of the pipeline's class.
     """
 
     steps: int
     true_cfg_scale: float
     negative_prompt: str | None
     condition_area: int | None = None
+    call_sigmas: tuple[float, ...] = ()
+    guidance: pipeline_call.Guidance = pipeline_call.TRUE_CFG
 
     @property
     def guided(self) -> bool:
-        """True where the negative prompt is used: by classifier-free guidance."""
-        return self.true_cfg_scale > 1 and self.negative_prompt is not None
+        """True where the model runs twice a step, the second time without the prompt."""
+        return self.guidance.doubles(self.true_cfg_scale, self.negative_prompt)
 
     @property
-    def beside_prompt(self) -> tuple[str | None, int | None]:
+    def beside_prompt(self) -> tuple[bool, str | None, int | None]:
         """The part of the settings that the embeddings of a case's prompts depend on."""
-        return self.negative_prompt if self.guided else None, self.condition_area
+        return self.guided, self.negative_prompt if self.guided else None, self.condition_area

@@ -1,9 +1,9 @@
 """The sides of a run: what they share, the merged repository's, and all that are made from the base.
 
-Nothing is loaded twice. First the text encoder, which encodes the prompts of all cases and goes; then the VAE; then the
-merged transformer for its side, and for those of exports, whose weights are copied into it; and when that has gone the
-base's, for all the others, LoRAs beside it and its weights moved in place. The two transformers are never in memory
-together.
+Nothing is loaded twice. First the text encoders, which encode the prompts of all cases and go; then the VAE; then the
+merged denoisers (a transformer, two, or a UNet) for their side, and for those of exports, whose weights are copied into
+them; and when those have gone the base's, for all the others, LoRAs beside them and their weights moved in place.
+Merged and base are never in memory together.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING
 
 from lora_fuse.checkpoint import dtypes
 from lora_fuse.errors import OutOfMemory
+from lora_fuse.pictures.calls.call_arguments import call_of
+from lora_fuse.pictures.calls.encoded_prompts import Prompts
 from lora_fuse.pictures.cases import Case, Sampling
 from lora_fuse.pictures.picture import Rendered
 from lora_fuse.pictures.placement import BARE, advice, place
 from lora_fuse.pictures.render import (
     Pipeline,
-    Prompts,
     compile_blocks,
     encode_prompts,
     load_pipeline,
@@ -32,7 +33,7 @@ from lora_fuse.pictures.render import (
     shared_components,
 )
 from lora_fuse.pictures.render_progress import RenderProgress
-from lora_fuse.pictures.unfused_lora import Attached, attach
+from lora_fuse.pictures.unfused_lora import Attached, attach, fused_parts
 from lora_fuse.pictures.weights_in_place import FloatArray, jitter, take_weights
 
 if TYPE_CHECKING:
@@ -79,19 +80,20 @@ def share(folder: Path, cases: Sequence[Case], setup: Setup, watch: RenderProgre
         pipeline_class(setup.pipeline)
     shared = _encode(folder, cases, setup, watch)
     free_memory()
-    pipe = _load(folder, setup, {"transformer": None, **shared.parts}, watch, "VAE")
+    pipe = _load(folder, setup, {**dict.fromkeys(setup.call.denoisers), **shared.parts}, watch, "VAE")
     return Shared({**shared.parts, **shared_components(pipe)}, shared.prompts)
 
 
 def _encode(folder: Path, cases: Sequence[Case], setup: Setup, watch: RenderProgress) -> Shared:
-    pipe = _load(folder, setup, {"transformer": None, "vae": None}, watch, "text encoder")
+    pipe = _load(folder, setup, dict.fromkeys((*setup.call.denoisers, "vae")), watch, "text encoder")
     with _advised(setup.placement), watch.spending("prompts"):
         place(pipe, setup.placement)
         samplings = {sampling.beside_prompt: sampling for sampling in setup.sides}
         prompts: dict[tuple[object, ...], Prompts] = {
             (case, *key): encode_prompts(pipe, case, sampling) for key, sampling in samplings.items() for case in cases
         }
-    return Shared({**shared_components(pipe), "text_encoder": None}, prompts)
+    encoders = [name for name in pipe.components if name.startswith("text_encoder")]
+    return Shared({**shared_components(pipe), **dict.fromkeys(encoders)}, prompts)
 
 
 def _load(folder: Path, setup: Setup, parts: Mapping[str, object], watch: RenderProgress, what: str) -> Pipeline:
@@ -117,7 +119,7 @@ def render_merged(
 
 
 class MergedSides:
-    """The sides of a run that a merged repository's transformer makes: its own weights first, then those of exports."""
+    """The sides of a run that a merged repository's denoisers make: their own weights first, then those of exports."""
 
     def __init__(
         self, merged: Path, cases: Sequence[Case], setup: Setup, shared: Shared, watch: RenderProgress | None = None
@@ -142,7 +144,7 @@ class MergedSides:
     def exported(self, name: str, weights: Iterable[tuple[str, FloatArray]]) -> list[Rendered]:
         """Render every case with an export's weights in the place of the merged ones, which are gone then.
 
-        Where a placement leaves hooks in the transformer, it is loaded anew.
+        Where a placement leaves hooks in the denoisers, they are loaded anew.
 
         Raises:
             BadCheckpoint: see `take_weights`.
@@ -153,19 +155,21 @@ class MergedSides:
             self.drop()
             self._load()
         with self._watch.loading(f"export {name}"):
-            take_weights(self._pipe.transformer, weights, name)
+            take_weights(getattr(self._pipe, self._setup.call.denoisers[0]), weights, name)
         return self._render(f"export {name}")
 
     def drop(self) -> None:
-        """Give the transformer's memory back."""
+        """Give the denoisers' memory back."""
         if self._pipe is not None:
-            drop_transformer(self._pipe)
+            drop_denoisers(self._pipe)
         self._pipe = None
 
     def _load(self) -> None:
-        self._pipe = _load(self._folder, self._setup, self._shared.parts, self._watch, "merged transformer")
+        self._pipe = _load(
+            self._folder, self._setup, self._shared.parts, self._watch, f"merged {self._setup.call.denoisers[0]}"
+        )
         if self._setup.compiled:
-            compile_blocks(self._pipe.transformer)
+            _compile(self._pipe)
 
     def _render(self, side: str) -> list[Rendered]:
         setup = self._setup
@@ -175,9 +179,9 @@ class MergedSides:
 
 
 class BaseSides:
-    """The sides of a run that are made from the base: its transformer is loaded once, and LoRAs come and go beside it.
+    """The sides of a run that are made from the base: its denoisers are loaded once, and LoRAs come and go beside them.
 
-    Where a placement leaves hooks in it, it is loaded anew for other LoRAs.
+    Where a placement leaves hooks in them, they are loaded anew for other LoRAs.
     """
 
     def __init__(
@@ -221,7 +225,7 @@ class BaseSides:
     def references(self, plan: Plan) -> References:
         """Render every case from the base alone if asked, with the LoRAs beside it, and with its weights moved.
 
-        The weights stay moved, so that this comes last; the transformer's memory is given back.
+        The weights stay moved, so that this comes last; the denoisers' memory is given back.
 
         Raises:
             RenderFailed: see `render_pairs`.
@@ -232,15 +236,16 @@ class BaseSides:
         unfused = self.beside(plan, "unfused")
         by = self._attached.by if self._attached else ""
         with self._watch.spending("noise floor"):
-            jitter(self._pipe.transformer, plan.targets, _rounded_to(plan, setup))
+            for component, targets in fused_parts(plan).items():
+                jitter(getattr(self._pipe, component), targets, _rounded_to(plan, setup))
         floor = self._render(setup.sampling, "floor")
         self.drop()
         return References(unfused, floor, alone, by)
 
     def drop(self) -> None:
-        """Give the transformer's memory back."""
+        """Give the denoisers' memory back."""
         if self._pipe is not None:
-            drop_transformer(self._pipe)
+            drop_denoisers(self._pipe)
         self._pipe = None
         self._attached = None
 
@@ -248,7 +253,9 @@ class BaseSides:
         if self._pipe is not None and self._setup.placement not in BARE:
             self.drop()
         if self._pipe is None:
-            self._pipe = _load(self._base, self._setup, self._shared.parts, self._watch, "base transformer")
+            self._pipe = _load(
+                self._base, self._setup, self._shared.parts, self._watch, f"base {self._setup.call.denoisers[0]}"
+            )
             self._scheduler = self._pipe.scheduler
         if self._attached is not None:
             self._attached.detach(self._pipe)
@@ -257,7 +264,7 @@ class BaseSides:
 
     def _render(self, sampling: Sampling, side: str) -> list[Rendered]:
         if self._setup.compiled:
-            compile_blocks(self._pipe.transformer)
+            _compile(self._pipe)
         return render_all(
             self._pipe,
             self._cases,
@@ -280,7 +287,7 @@ def _rounded_to(plan: Plan, setup: Setup) -> list[torch.dtype]:
 def attach_beside(pipe: Pipeline, plan: Plan) -> Attached:
     """Attach the LoRAs while the parts that are placed already are out of sight.
 
-    diffusers takes what accelerate has spread over GPUs for offloaded, and would then offload the transformer too.
+    diffusers takes what accelerate has spread over GPUs for offloaded, and would then offload the denoisers too.
     """
     placed = shared_components(pipe)
     pipe.register_modules(**dict.fromkeys(placed))
@@ -328,10 +335,16 @@ def _advised(placement: str) -> Iterator[None]:
         raise OutOfMemory(said if advice(placement) in said else f"{said}, {advice(placement)}") from error
 
 
-def drop_transformer(pipe: Pipeline) -> None:
-    """Give the memory back before the other transformer is loaded."""
-    pipe.register_modules(transformer=None)
+def drop_denoisers(pipe: Pipeline) -> None:
+    """Give the memory back before others are loaded."""
+    pipe.register_modules(**dict.fromkeys(call_of(type(pipe).__name__).denoisers))
     free_memory()
+
+
+def _compile(pipe: Pipeline) -> None:
+    for name in call_of(type(pipe).__name__).denoisers:
+        if (model := getattr(pipe, name)) is not None:
+            compile_blocks(model)
 
 
 def free_memory() -> None:

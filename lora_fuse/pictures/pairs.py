@@ -14,6 +14,8 @@ from typing import Any
 
 from lora_fuse.errors import BadCheckpoint
 from lora_fuse.fusion import Plan
+from lora_fuse.models import pipeline_call
+from lora_fuse.pictures.calls.call_arguments import call_of, check_case, check_sampling, open_picture
 from lora_fuse.pictures.cases import Case, Sampling
 from lora_fuse.pictures.load_plan import (
     BaseSides,
@@ -26,10 +28,9 @@ from lora_fuse.pictures.load_plan import (
     share,
 )
 from lora_fuse.pictures.picture import Rendered
-from lora_fuse.pictures.render import check_pictures, open_picture
 from lora_fuse.pictures.render_progress import RenderProgress
 from lora_fuse.pictures.weights_in_place import Decoded
-from lora_fuse.recipe import Recipe
+from lora_fuse.recipe import Recipe, sections
 
 __all__ = [
     "BaseSides",
@@ -41,6 +42,7 @@ __all__ = [
     "Shared",
     "attach_beside",
     "check_cases",
+    "open_picture",
     "pair_up",
     "render_all",
     "render_merged",
@@ -71,15 +73,25 @@ class Setup:
         base = recipe.base
         regress = recipe.regress
         alone = regress.baseline if baseline is None else baseline
+        guidance = call_of(base.pipeline).guidance
+
+        def sampling(of: sections.SamplingParams) -> Sampling:
+            return Sampling(**of.usage, condition_area=base.condition_area, guidance=guidance)
+
         return Setup(
             base.pipeline,
-            Sampling(**recipe.sampling.usage, condition_area=base.condition_area),
+            sampling(recipe.sampling),
             recipe.scheduler_config,
             regress.placement,
             regress.dtype,
-            Sampling(**base.sampling.usage, condition_area=base.condition_area) if alone else None,
+            sampling(base.sampling) if alone else None,
             regress.compile,
         )
+
+    @property
+    def call(self) -> pipeline_call.PipelineCall:
+        """The row of the pipeline's class."""
+        return call_of(self.pipeline)
 
     @property
     def sides(self) -> tuple[Sampling, ...]:
@@ -113,10 +125,12 @@ def check_cases(cases: Iterable[Case], setup: Setup) -> None:
     """Open every input picture and count them: nothing is loaded or rendered for a run that cannot end well.
 
     Raises:
-        RenderFailed: a picture is missing or none, or their number does not suit the pipeline.
+        RenderFailed: a picture is missing or none, or their number or the settings do not suit the pipeline.
     """
+    for sampling in set(setup.sides):
+        check_sampling(setup.call, sampling)
     for case in cases:
-        check_pictures(setup.pipeline, case)
+        check_case(setup.call, case)
         for path in case.images:
             open_picture(path, case)
 

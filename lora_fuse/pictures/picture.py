@@ -31,13 +31,15 @@ class Picture:
         levels: (height, width, 3).
         nonfinite: count of the height x width x 3 values that were NaN or infinite; they are painted 0.
         latents: the final ones, float32, in the pipeline's own packing; None of a picture from a file.
-        sigmas: visited, as many as steps, then 0.
+        sigmas: visited, as many as steps, then 0; none of a scheduler that has none.
+        frames: all of a clip, (frames, height, width, 3), of which `levels` shows three; None of a picture.
     """
 
     levels: Levels
     nonfinite: int = 0
     latents: Latents | None = None
     sigmas: tuple[float, ...] = ()
+    frames: Levels | None = None
 
     @property
     def size(self) -> tuple[int, int]:

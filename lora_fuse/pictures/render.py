@@ -11,34 +11,27 @@ import inspect
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from lora_fuse.checkpoint import fitness
 from lora_fuse.errors import LoraFuseError, OutOfMemory, RenderFailed
-from lora_fuse.machine import text
+from lora_fuse.pictures.calls.call_arguments import arguments, call_of
+from lora_fuse.pictures.calls.clip import shown_frames
+from lora_fuse.pictures.calls.encoded_prompts import AbsentModel, Prompts, PromptsEncoded, recorded, replayed
 from lora_fuse.pictures.cases import Case, Sampling
 from lora_fuse.pictures.environment import sealed, uncollected
-from lora_fuse.pictures.picture import Levels, Picture, Rendered, read_levels
+from lora_fuse.pictures.picture import Levels, Rendered
 from lora_fuse.pictures.render_progress import Meter
 
 Pipeline: TypeAlias = Any  # a diffusers.DiffusionPipeline; diffusers is not typed
-Prompts: TypeAlias = Mapping[str, Any]  # arguments of a pipeline's call: embeddings of a case's prompts, with masks
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-# The pipelines that can be called, and how many input pictures each takes. All encode prompts apart from the rest.
-PICTURES: Mapping[str, range] = {
-    "QwenImagePipeline": range(1),
-    "QwenImageEditPipeline": range(1, 2),
-    "QwenImageEditPlusPipeline": range(1, 4),
-}
 
 
 def quiet_libraries() -> None:
@@ -75,9 +68,9 @@ def pipeline_class(pipeline: str) -> Any:
     """Import the libraries, quiet, and return the class of a pipeline.
 
     Raises:
-        RenderFailed: see `check_pipeline`.
+        RenderFailed: see `call_of`.
     """
-    check_pipeline(pipeline)
+    call_of(pipeline)
     with uncollected("diffusers"):
         quiet_libraries()
         allow_missing_torchvision()
@@ -119,14 +112,15 @@ def load_pipeline(
     The folder is complete: nothing is looked up elsewhere. Weights stored in another dtype are converted; with the
     device ``cuda`` they go straight from the files to the GPU, and no copy of a model is made in the main memory. Of
     `shared`, parts of another pipeline (see `shared_components`), those that this one has no use for are left out; a
-    part that is None there is not loaded. No pipeline here needs a chat template: those of the folder are taken off, so
-    that none is ever rendered.
+    part that is None there is not loaded, and a denoiser among them is stood for by its configuration. The chat
+    templates of the folder are taken off, so that none is ever rendered, unless the class needs them: transformers
+    renders those shut in.
 
     Raises:
         RenderFailed: the class or dtype is unknown, the folder asks for code, or it cannot be loaded as that class.
         OutOfMemory: the GPU's memory is short.
     """
-    check_pipeline(pipeline)
+    call = call_of(pipeline)
     if dtype not in DTYPES:
         raise RenderFailed(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
     if not (folder / "model_index.json").is_file():
@@ -153,12 +147,20 @@ def load_pipeline(
         raise RenderFailed(f"{where} cannot be loaded as {pipeline}: {_named(error)}") from error
     pipe.hf_device_map = None  # every part is on one device, and may be moved from it
     pipe.set_progress_bar_config(disable=True)
-    parts_read = list(pipe.components.values())
-    parts_read += [part.tokenizer for part in parts_read if hasattr(part, "tokenizer")]
-    for part in parts_read:
+    for name in call.denoisers:
+        if getattr(pipe, name) is None and (config := folder / name / "config.json").is_file():
+            vars(pipe)[name] = AbsentModel(config, getattr(torch, dtype))
+    if not call.has_templates:
+        _take_off_templates(pipe)
+    return pipe
+
+
+def _take_off_templates(pipe: Pipeline) -> None:
+    parts = list(pipe.components.values())
+    parts += [part.tokenizer for part in parts if hasattr(part, "tokenizer")]
+    for part in parts:
         if getattr(part, "chat_template", None) is not None:
             part.chat_template = None
-    return pipe
 
 
 def _part_of(error: Exception) -> str | None:
@@ -167,22 +169,28 @@ def _part_of(error: Exception) -> str | None:
     return str(frames[0].f_locals.get("name", "")) if frames else None
 
 
-def check_pipeline(pipeline: str) -> None:
-    """Refuse a pipeline class that is not one of `PICTURES`.
+def make_scheduler(config: Mapping[str, object]) -> object:
+    """A scheduler from its settings: of the class that they name, else FlowMatchEulerDiscreteScheduler.
 
     Raises:
-        RenderFailed: it is not; the message has the nearest.
+        RenderFailed: there is no such class, or it takes other settings.
     """
-    if pipeline not in PICTURES:
-        near = text.nearest(pipeline, PICTURES, 3)
-        raise RenderFailed(f"unknown pipeline class {pipeline!r}: did you mean {' or '.join(near)}?")
-
-
-def make_scheduler(config: Mapping[str, object]) -> object:
-    """The scheduler of every model here, from its config."""
     import diffusers
 
-    return diffusers.FlowMatchEulerDiscreteScheduler.from_config(dict(config))
+    name = str(config.get("_class_name", "FlowMatchEulerDiscreteScheduler"))
+    kind = getattr(diffusers, name, None)
+    known = inspect.signature(kind).parameters if kind else {}
+    unknown = [key for key in config if key not in known and key[:1] != "_"]
+    if kind is None or unknown:
+        raise RenderFailed(
+            f"scheduler: {name} has no {unknown[0]!r}, its settings are {', '.join(known)}"
+            if kind
+            else f"scheduler: diffusers {diffusers.__version__} has no {name}; take another class"
+        )
+    try:
+        return kind.from_config(dict(config))
+    except (TypeError, ValueError) as error:
+        raise RenderFailed(f"scheduler: {name} cannot be made of these settings: {_named(error)}") from error
 
 
 def compile_blocks(model: Any) -> None:
@@ -204,19 +212,15 @@ def compile_blocks(model: Any) -> None:
         raise RenderFailed(f"{blocks}; set regress.compile to false") from error
 
 
-def shared_components(pipe: Pipeline) -> dict[str, object]:
-    """Everything that two pipelines for the same base can share: all but the transformer and the scheduler."""
-    own = ("transformer", "scheduler")
-    return {name: part for name, part in pipe.components.items() if name not in own and part is not None}
-
-
-class _Encoded(Exception):
-    """Ends a pipeline's call where its prompts are encoded."""
+def shared_components(pipe: Pipeline, own: Collection[str] = ()) -> dict[str, object]:
+    """Everything that two pipelines for the same base can share: all but denoisers, `own`, and the scheduler."""
+    not_shared = {*call_of(type(pipe).__name__).denoisers, *own, "scheduler"}
+    return {name: part for name, part in pipe.components.items() if name not in not_shared and part is not None}
 
 
 @sealed()
 def encode_prompts(pipe: Pipeline, case: Case, sampling: Sampling) -> Prompts:
-    """Encode a case's prompt, and with guidance the negative one, by a pipeline that needs no transformer and no VAE.
+    """Encode a case's prompt, and with guidance the negative one, by a pipeline that needs no denoiser and no VAE.
 
     The pipeline's call itself prepares what its text encoder sees, the input pictures with it, and goes no further.
 
@@ -224,27 +228,11 @@ def encode_prompts(pipe: Pipeline, case: Case, sampling: Sampling) -> Prompts:
         RenderFailed: an input picture cannot be read, their number does not suit the pipeline, or that cannot run.
         OutOfMemory: the GPU's memory is short.
     """
-    names = ("prompt", "negative_prompt") if sampling.guided else ("prompt",)
-    found: dict[str, Any] = {}
-    encode = pipe.encode_prompt
-
-    def keep(**given: object) -> Any:
-        name = names[len(found) // 2]
-        embeddings = encode(**given)
-        found[f"{name}_embeds"], found[f"{name}_embeds_mask"] = embeddings
-        if name == names[-1]:
-            raise _Encoded
-        return embeddings
-
-    arguments = _arguments(pipe, case, sampling)
-    pipe.encode_prompt = keep
-    try:
-        _run(pipe, case, sampling, arguments)
-    except _Encoded:
-        return found
-    finally:
-        del pipe.encode_prompt
-    raise RenderFailed(f"{type(pipe).__name__} made case {case.name} without encoding its prompt")
+    given = arguments(pipe, case, sampling)
+    prompts = recorded(pipe, lambda: _run(pipe, case, sampling, given))
+    if not prompts:
+        raise RenderFailed(f"{type(pipe).__name__} made case {case.name} without encoding its prompt")
+    return prompts
 
 
 @sealed()
@@ -258,47 +246,33 @@ def render(
     """Make one picture, the noise drawn on the CPU so that every device starts from the same.
 
     The pipeline is loaded and placed; `on_step` is called at the end of every denoising step. With `prompts`, of
-    `encode_prompts`, it needs no text encoder, and the picture is the same.
+    `encode_prompts`, it needs no text encoder, and the picture is the same. A clip is a picture of its first, middle
+    and last frame, with all of them beside it.
 
     Raises:
         RenderFailed: an input picture cannot be read, their number does not suit the pipeline, or that cannot run.
         OutOfMemory: the GPU's memory is short.
     """
-    arguments = _arguments(pipe, case, sampling, prompts)
+    given = arguments(pipe, case, sampling)
     meter = Meter()
-    final = []
+    final: dict[str, Any] = {}
 
-    def after_step(_: Pipeline, step: int, __: object, tensors: dict[str, Any]) -> dict[str, Any]:
+    def after_step(_: Pipeline, __: int, ___: object, tensors: dict[str, Any]) -> dict[str, Any]:
         meter.step()
         on_step()
-        if step == sampling.steps - 1:
-            final.append(tensors["latents"].detach().float().cpu().numpy())
+        final.update(tensors)
         return {}
 
-    output = _run(pipe, case, sampling, arguments | {"callback_on_step_end": after_step})
+    with replayed(pipe, prompts):
+        output = _run(pipe, case, sampling, given | {"callback_on_step_end": after_step})
     cost = meter.stop()
-    levels, nonfinite = _to_levels(output.images[0])
-    return Rendered(levels, nonfinite, sigmas=tuple(pipe.scheduler.sigmas.tolist()), latents=final[0], cost=cost)
-
-
-def _arguments(pipe: Pipeline, case: Case, sampling: Sampling, prompts: Prompts | None = None) -> dict[str, Any]:
-    """The arguments of a pipeline's call, the input pictures read."""
-    import torch
-
-    check_pictures(type(pipe).__name__, case)
-    pictures = [Image.fromarray(open_picture(path, case).levels) for path in case.images]
-    inputs = {"image": pictures[0] if len(pictures) == 1 else pictures} if pictures else {}
-    texts = prompts or {"prompt": case.prompt, "negative_prompt": sampling.negative_prompt}
-    return {
-        "true_cfg_scale": sampling.true_cfg_scale,
-        "num_inference_steps": sampling.steps,
-        "height": case.height,
-        "width": case.width,
-        "generator": torch.Generator("cpu").manual_seed(case.seed),
-        "output_type": "np",  # "pil" would paint NaN as black and say nothing
-        **texts,
-        **inputs,
-    }
+    latents = final["latents"].detach().float().cpu().numpy()
+    sigmas = tuple(float(sigma) for sigma in getattr(pipe.scheduler, "sigmas", ()))  # LCM and DDIM have none
+    if call_of(type(pipe).__name__).makes_clip:
+        frames, nonfinite = to_levels(output.frames[0])
+        return Rendered(shown_frames(frames), nonfinite, latents=latents, sigmas=sigmas, frames=frames, cost=cost)
+    levels, nonfinite = to_levels(output.images[0])
+    return Rendered(levels, nonfinite, latents=latents, sigmas=sigmas, cost=cost)
 
 
 def _run(pipe: Pipeline, case: Case, sampling: Sampling, arguments: Mapping[str, Any]) -> Any:
@@ -310,41 +284,24 @@ def _run(pipe: Pipeline, case: Case, sampling: Sampling, arguments: Mapping[str,
             return pipe(**arguments)
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(f"case {case.name} does not fit the GPU's memory") from error
-    except (LoraFuseError, _Encoded):
+    except (LoraFuseError, PromptsEncoded):
         raise
     except Exception as error:  # a configuration that loads may still not fit together
         raise RenderFailed(f"{type(pipe).__name__} cannot make case {case.name}: {_named(error)}") from error
 
 
-def _to_levels(values: npt.NDArray[np.float32]) -> tuple[Levels, int]:
-    """Round a picture, (height, width, 3) in [0, 1], and count its values that are not finite, which become 0."""
+def to_levels(values: npt.NDArray[np.float32]) -> tuple[Levels, int]:
+    """Round a picture or clip, (..., height, width, 3) in [0, 1], and count what is not finite, which becomes 0.
+
+    A fourth channel is how much it covers: what shows is the picture over white, as Qwen-Image 2.1's text encoder is
+    shown one.
+    """
     finite = np.isfinite(values)
-    return (np.where(finite, values, 0.0) * 255).round().astype(np.uint8), int((~finite).sum())
-
-
-def check_pictures(pipeline: str, case: Case) -> None:
-    """Refuse a case whose number of input pictures the pipeline does not take.
-
-    Raises:
-        RenderFailed: the number is wrong, or the pipeline is unknown.
-    """
-    check_pipeline(pipeline)
-    allowed = PICTURES[pipeline]
-    if len(case.images) not in allowed:
-        wanted = str(allowed[0]) if len(allowed) == 1 else f"{allowed[0]} to {allowed[-1]}"
-        raise RenderFailed(f"case {case.name} has {len(case.images)} input pictures and {pipeline} takes {wanted}")
-
-
-def open_picture(path: Path, case: Case) -> Picture:
-    """An input picture, see `lora_fuse.pictures.picture.read_levels`.
-
-    Raises:
-        RenderFailed: it is missing or no picture.
-    """
-    try:
-        return Picture(read_levels(path))
-    except OSError as error:
-        raise RenderFailed(f"case {case.name}: input picture {path} cannot be read: {one_line(error)}") from error
+    shown = np.where(finite, values, 0.0)
+    if shown.shape[-1] == 4:
+        cover = shown[..., 3:]
+        shown = shown[..., :3] * cover + (1 - cover)
+    return (shown * 255).round().astype(np.uint8), int((~finite).sum())
 
 
 def _named(error: Exception) -> str:

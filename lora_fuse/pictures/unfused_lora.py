@@ -6,14 +6,17 @@ has no notion of (modules left out, scales of their own), is attached here.
 
 from __future__ import annotations
 
+import fnmatch
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from lora_fuse.errors import RenderFailed
 from lora_fuse.lora import Decomposed, Delta, LoraInput
+from lora_fuse.pictures.calls.call_arguments import call_of
 from lora_fuse.pictures.environment import sealed
 from lora_fuse.pictures.render import Pipeline, one_line
 
@@ -44,15 +47,38 @@ class Attached:
 
 def attach(pipe: Pipeline, plan: Plan) -> Attached:
     """Let the LoRAs of a plan act in a pipeline of its base."""
-    reason = _beyond_diffusers(plan)
+    parts = fused_parts(plan)
+    reason = _beyond_diffusers(plan) or _misread(pipe, plan)
     if reason is None:
         try:
-            load_loras(pipe, plan.inputs, plan.modules)
+            load_loras(pipe, plan.inputs, modules_of(plan), tuple(parts))
             return Attached(DIFFUSERS)
         except RenderFailed as error:
             reason = str(error)
             pipe.unload_lora_weights()
-    return Attached(f"lora-fuse, for {reason}", attach_differences(pipe.transformer, plan.targets))
+    hooks = [hook for name, targets in parts.items() for hook in attach_differences(getattr(pipe, name), targets)]
+    return Attached(f"lora-fuse, for {reason}", hooks)
+
+
+def fused_parts(plan: Plan) -> dict[str, dict[str, Target]]:
+    """The targets of a plan by the component of the pipeline that they are weights of."""
+    parts: dict[str, dict[str, Target]] = defaultdict(dict)
+    for name, target in plan.targets.items():
+        parts[PurePosixPath(target.shard.relative).parent.as_posix()][name] = target
+    return dict(parts)
+
+
+def modules_of(plan: Plan) -> int:
+    """The modules of the base that each LoRA of a plan changes, summed over the LoRAs."""
+    return sum(len(target.deltas) for target in plan.targets.values())
+
+
+def _misread(pipe: Pipeline, plan: Plan) -> str | None:
+    """The reason why diffusers would attach another delta than the file has, where it is known to."""
+    for pattern, reason in call_of(type(pipe).__name__).misread.items():
+        if found := fnmatch.filter(plan.targets, pattern):
+            return f"diffusers misreads {found[0]} ({reason})"
+    return None
 
 
 def _beyond_diffusers(plan: Plan) -> str | None:
@@ -68,11 +94,13 @@ def _beyond_diffusers(plan: Plan) -> str | None:
 
 
 @sealed()
-def load_loras(pipe: Pipeline, loras: Sequence[LoraInput], expected_modules: int) -> int:
+def load_loras(
+    pipe: Pipeline, loras: Sequence[LoraInput], expected_modules: int, components: Sequence[str] = ("transformer",)
+) -> int:
     """Attach LoRAs, unfused, and check that they arrived: diffusers may load no layer at all and only warn.
 
-    They act together, each at its scale. `expected_modules` are those that each LoRA targets, summed over the LoRAs; so
-    many were given an adapter, and that number is returned.
+    They act together, each at its scale. `expected_modules` are those of the base that each LoRA targets, summed over
+    the LoRAs; so many of the components' were given an adapter, and that number is returned.
 
     Raises:
         RenderFailed: diffusers cannot read a file, or attached another number of modules.
@@ -80,7 +108,7 @@ def load_loras(pipe: Pipeline, loras: Sequence[LoraInput], expected_modules: int
     adapters = [f"lora_{number}" for number in range(len(loras))]  # torch forbids dots, which names may have
     for lora, adapter in zip(loras, adapters, strict=True):
         _load_lora(pipe, lora, adapter)
-    factors = [getattr(module, "lora_A", {}) for module in pipe.transformer.modules()]
+    factors = [getattr(module, "lora_A", {}) for name in components for module in getattr(pipe, name).modules()]
     attached = sum(adapter in factor for adapter in adapters for factor in factors)
     if attached != expected_modules:
         names = ", ".join(lora.name for lora in loras)

@@ -18,7 +18,7 @@ class Recipe(sections.Section):
     loras: Annotated[dict[sections.Name, sections.LoraParams], Field(min_length=1)]
     download: sections.DownloadParams
     fuse: sections.FuseParams
-    scheduler: sections.SchedulerParams | None  # null keeps the base's own
+    scheduler: sections.AnyScheduler | None  # null keeps the base's own
     sampling: sections.RecipeSamplingParams
     verify: sections.VerifyParams
     regress: sections.RegressParams
@@ -34,7 +34,7 @@ class Recipe(sections.Section):
     @property
     def scheduler_config(self) -> dict[str, object]:
         """The scheduler's settings by diffusers' names; empty to keep the base's own."""
-        return {} if self.scheduler is None else self.scheduler.model_dump()
+        return {} if self.scheduler is None else self.scheduler.model_dump(by_alias=True)
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], where: str) -> Recipe:

@@ -13,7 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+from pydantic import Tag as UnionTag
 
 from lora_fuse.errors import BadConfig
 from lora_fuse.lora import Selection
@@ -99,15 +109,25 @@ class SamplingParams(Section):
 
 
 class RecipeSamplingParams(SamplingParams):
-    """The merged model's settings; `sigmas` are those it has to visit, without the final 0, or null if that is open."""
+    """The merged model's settings; `sigmas` are those it has to visit, without the final 0, or null if that is open.
+
+    `call_sigmas` go into the pipeline's call, where the scheduler may still shift them; most pipelines need none.
+    """
 
     sigmas: list[Finite] | None
+    call_sigmas: list[Finite] | None = None
 
     @model_validator(mode="after")
     def _one_sigma_a_step(self) -> RecipeSamplingParams:
-        if self.sigmas is not None and len(self.sigmas) != self.steps:
-            raise ValueError(f"{self.steps} steps visit as many sigmas: got {len(self.sigmas)}, {self.sigmas}")
+        for sigmas in (self.sigmas, self.call_sigmas):
+            if sigmas is not None and len(sigmas) != self.steps:
+                raise ValueError(f"{self.steps} steps visit as many sigmas: got {len(sigmas)}, {sigmas}")
         return self
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """Arguments of `SamplingParams`, and the sigmas that go into the call."""
+        return super().usage | ({"call_sigmas": tuple(self.call_sigmas)} if self.call_sigmas else {})
 
 
 class BaseParams(Source):
@@ -182,6 +202,42 @@ class SchedulerParams(Section):
     use_karras_sigmas: bool
 
 
+SCHEDULERS = (
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+)
+
+
+class NamedSchedulerParams(Section):
+    """Settings of another scheduler of diffusers, under its own names; those that are left out are its defaults."""
+
+    model_config = ConfigDict(extra="allow", validate_by_name=False)
+
+    kind: Literal[SCHEDULERS] = Field(alias="_class_name")  # type: ignore[valid-type]
+
+
+UNNAMED = "FlowMatchEuler's settings"  # tags of the two kinds; part of no key
+NAMED = "a class and its settings"
+
+
+def _kind_of_scheduler(given: object) -> str:
+    names_a_class = isinstance(given, NamedSchedulerParams) or (isinstance(given, dict) and "_class_name" in given)
+    return NAMED if names_a_class else UNNAMED
+
+
+AnyScheduler = Annotated[
+    Annotated[SchedulerParams, UnionTag(UNNAMED)] | Annotated[NamedSchedulerParams, UnionTag(NAMED)],
+    Discriminator(_kind_of_scheduler),
+]
+
+
 class DownloadParams(Section):
     """Files fetched at once, and seconds without a byte after which a transfer has stalled and is tried another way."""
 
@@ -196,13 +252,17 @@ class VerifyParams(Section):
 
 
 class CaseParams(Section):
-    """One golden image: its input pictures (paths), prompt and seed; null sizes leave the choice to the pipeline."""
+    """One golden image: its input pictures (paths), prompt and seed; null sizes leave the choice to the pipeline.
+
+    `frames` is the length of a clip, of a pipeline that makes one.
+    """
 
     images: list[Text]
     prompt: Text
     seed: int
     height: PositiveInt | None
     width: PositiveInt | None
+    frames: PositiveInt | None = None
 
 
 class LimitParams(Section):
@@ -353,7 +413,7 @@ def parse_section(kind: type[SectionT], values: object, where: str, remedy: str)
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = key_path(first["loc"])
+        key = key_path(part for part in first["loc"] if part not in (UNNAMED, NAMED))
         more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
         raise BadConfig(f"{where}: {key}: {first['msg']}, got {_short(first['input'])}{more}; {remedy}") from error
 

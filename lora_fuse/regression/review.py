@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from lora_fuse.checkpoint import blocks
 from lora_fuse.models import pair_warnings
-from lora_fuse.pictures import encode, environment, metrics, pairs, render
+from lora_fuse.pictures import encode, environment, metrics, pairs
 from lora_fuse.recipe import Manifest, records
 from lora_fuse.regression.candidates import Candidates, Provenance, differences
 from lora_fuse.regression.case_judgement import WORKERS, JudgedPair
@@ -156,7 +156,7 @@ def _case(case: JudgedPair, provenance: Provenance, setup: pairs.Setup) -> CaseR
     others = {"golden": golden, "unfused": case.pair.unfused}
     return CaseReport(
         result=case.result,
-        inputs=tuple(encode.encoded(render.open_picture(path, case.pair.case)) for path in case.pair.case.images),
+        inputs=tuple(encode.encoded(pairs.open_picture(path, case.pair.case)) for path in case.pair.case.images),
         merged=encode.encoded(merged),
         unfused=encode.encoded(case.pair.unfused),
         golden=None if golden is None else encode.encoded(golden),

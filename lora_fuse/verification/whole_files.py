@@ -140,11 +140,15 @@ def _made_again(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """The content of what the recipe changes.
 
-    The class of the pipeline; all of a scheduler but for its own class; the dtype that a configuration names.
+    The class of the pipeline, and of a scheduler that names one; all of a scheduler, but for its class where it names
+    none; the dtype that a configuration names.
     """
     changes: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {}
-    if expected.pipeline is not None:
-        changes[INDEX] = lambda index: index | {"_class_name": expected.pipeline}
+    named: dict[str, Any] = {} if expected.pipeline is None else {"_class_name": expected.pipeline}
+    if "_class_name" in expected.scheduler:
+        named["scheduler"] = ["diffusers", expected.scheduler["_class_name"]]
+    if named:
+        changes[INDEX] = lambda index: index | named
     if expected.scheduler:
         changes[SCHEDULER] = lambda old: {key: old[key] for key in old if key[:1] == "_"} | dict(expected.scheduler)
     configs = {(PurePosixPath(name).parent / "config.json").as_posix() for name in fused} if expected.dtype else set()
@@ -179,7 +183,7 @@ def _components(index: Path, problems: list[str]) -> list[str]:
         problems.append(str(error))
         return []
     pairs = {name: value for name, value in content.items() if not name.startswith("_") and isinstance(value, list)}
-    return sorted(name for name, value in pairs.items() if any(value))
+    return sorted(name for name, value in pairs.items() if any(isinstance(one, str) for one in value))
 
 
 def _is_needed(name: str, components: list[str]) -> bool:

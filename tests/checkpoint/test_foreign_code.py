@@ -41,7 +41,7 @@ def test_what_asks_for_code_is_named_with_file_key_and_value(name: str) -> None:
     ("file", "content"),
     [
         ("model_index.json", {"_class_name": "P", "vae": ["diffusers", "A"], "safety_checker": [None, None]}),
-        ("model_index.json", {"boundary_ratio": 0.5, "sizes": None}),
+        ("model_index.json", {"boundary_ratio": 0.5, "sizes": None, "text_encoder_select_layers": [2, 5]}),
         ("model_index.json", {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}),
         ("t/vocab.json", {"auto_map": 17, "custom_pipeline": 18, "_class_name": 0}),
         ("t/config.json", {"auto_map": {}, "_class_name": None, "attn_implementation": "sdpa"}),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+import lora_fuse
 from lora_fuse.checkpoint.diffusers_layout import diffusers_files
 from lora_fuse.checkpoint.shards import open_checkpoint
 from lora_fuse.errors import BadCheckpoint, BadSource, Rerun
@@ -82,6 +83,21 @@ def test_a_pipeline_that_the_base_has_already_changes_no_file(tmp_path: Path) ->
     base = tiny.write_pipeline(tmp_path / "base", tiny.weights())
     assert diffusers_files(base, pipeline="QwenImageEditPipeline", scheduler={}) == {}
     assert diffusers_files(base, pipeline="QwenImageEditPlusPipeline", scheduler={}).keys() == {"model_index.json"}
+
+
+def test_a_scheduler_of_another_class_is_in_the_index_too_and_verified_there(base: Path, tmp_path: Path) -> None:
+    scheduler = {"_class_name": "UniPCMultistepScheduler", "flow_shift": 5.0}
+    lora = LoraInput("l", tiny.write_lora(tmp_path / "l.safetensors", tiny.lora_tensors()), 1.0)
+    merged = tmp_path / "merged"
+    lora_fuse.fuse(lora_fuse.plan(base, [lora]), merged, scheduler=scheduler)
+    index = json.loads((merged / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "UniPCMultistepScheduler"]
+    assert json.loads((merged / "scheduler/scheduler_config.json").read_text()) == scheduler
+    assert lora_fuse.verify(merged, base, [lora], scheduler=scheduler).passed
+    assert not lora_fuse.verify(merged, base, [lora], scheduler=scheduler | {"_class_name": "LCMScheduler"}).passed
+    (merged / "model_index.json").write_bytes((base / "model_index.json").read_bytes())
+    (problem,) = lora_fuse.verify(merged, base, [lora], scheduler=scheduler).problems
+    assert "model_index.json: scheduler is" in problem
 
 
 def test_a_base_with_a_broken_scheduler_file_is_refused(tmp_path: Path) -> None:

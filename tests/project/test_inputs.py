@@ -9,8 +9,9 @@ import pytest
 import yaml
 from PIL import Image
 
+from lora_fuse.models import pipelines
+from lora_fuse.pictures.calls.call_arguments import open_picture
 from lora_fuse.pictures.cases import Case
-from lora_fuse.pictures.render import PICTURES, open_picture
 from lora_fuse.recipe.recipe import Recipe
 from stages.config import compose
 
@@ -57,7 +58,7 @@ def test_the_photograph_is_the_upper_left_of_the_file_that_the_note_names() -> N
 def test_every_case_can_open_its_pictures_and_each_has_a_licence(recipe: str) -> None:
     params = parameters(recipe)
     for name, case in params.regress.cases.items():
-        assert len(case.images) in PICTURES[params.base.pipeline]
+        assert len(case.images) in pipelines()[params.base.pipeline].pictures
         for image in map(Path, case.images):
             assert min(open_picture(image, Case(name, case.prompt, case.seed)).size) >= 256
             assert f"`{image.name}`" in Path(NOTES[image.parent.as_posix()]).read_text(encoding="utf-8")

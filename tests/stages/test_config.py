@@ -41,8 +41,7 @@ def test_every_recipe_composes_to_checked_parameters(recipe: str) -> None:
     params = load([f"recipe={recipe}"])
     assert params.name == recipe
     assert params.sampling.true_cfg_scale == 1.0
-    assert params.scheduler is not None
-    assert params.scheduler.shift_terminal is None
+    assert params.scheduler_config["shift_terminal"] is None
     assert all((ROOT / image).is_file() for case in params.regress.cases.values() for image in case.images)
 
 
@@ -143,6 +142,15 @@ def changed(path: str, value: object) -> dict[str, Any]:
     return tree
 
 
+def test_a_scheduler_of_another_class_has_its_own_settings_and_sigmas_go_into_the_call() -> None:
+    named = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}
+    assert Recipe.parse(changed("scheduler", named), "params.yaml").scheduler_config == named
+    recipe = Recipe.parse(changed("sampling.call_sigmas", [1.0, 0.65, 0.44, 0.29]), "params.yaml")
+    assert recipe.sampling.usage["call_sigmas"] == (1.0, 0.65, 0.44, 0.29)
+    with pytest.raises(BadConfig, match="4 steps visit as many sigmas: got 1"):
+        Recipe.parse(changed("sampling.call_sigmas", [1.0]), "params.yaml")
+
+
 NO_NAMES = ["../../x", "a/b", "/x", "..", ".", ".x", "-x", "a\\b", "a b", "x\n", "\x1b[2J", "", "ä", "x" * 65]
 
 
@@ -171,6 +179,9 @@ def test_a_name_that_is_one_part_of_a_path_is_a_name(name: str) -> None:
         ("publish.private", "yes"),
         ("fuse.scale", None),
         ("loras", {}),
+        ("scheduler.shift", "x"),
+        ("scheduler._class_name", "EulerScheduler"),
+        ("sampling.call_sigmas", [True]),
     ],
 )
 def test_an_unknown_missing_or_ill_typed_key_is_named(path: str, value: object) -> None:

@@ -1,6 +1,7 @@
 """FLUX.1: dev, schnell, Kontext."""
 
 from lora_fuse.models.family import Family, KnownBase, within
+from lora_fuse.models.pipeline_call import EMBEDDED, PipelineCall
 
 _STREAM = "STREAM_attn.qkv STREAM_attn.proj STREAM_mlp.0 STREAM_mlp.2"
 
@@ -26,5 +27,9 @@ FAMILY = Family(
         *within("double_blocks.{}.img_attn.norm", "query_norm.scale key_norm.scale"),
         *within("double_blocks.{}.txt_attn.norm", "query_norm.scale key_norm.scale"),
         *within("single_blocks.{}.norm", "query_norm.scale key_norm.scale"),
+    ),
+    pipelines=(
+        PipelineCall("FluxPipeline", EMBEDDED),
+        PipelineCall("FluxKontextPipeline", EMBEDDED, pictures=range(1, 2)),
     ),
 )

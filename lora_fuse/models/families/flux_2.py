@@ -1,6 +1,10 @@
 """FLUX.2: dev and klein."""
 
 from lora_fuse.models.family import Family, KnownBase, within
+from lora_fuse.models.pipeline_call import CFG_ALONE, EMBEDDED, UP_TO_TEN, PipelineCall
+
+# The base's converter swaps scale and shift of the last modulation, the one for LoRAs does not.
+_MISREAD = {"norm_out.linear.*": "the scale and shift of the last modulation keep their original order"}
 
 # Repository ids: the examples in diffusers 0.42.1, pipelines/flux2.
 FAMILY = Family(
@@ -23,5 +27,9 @@ FAMILY = Family(
         *within("double_blocks.{}.img_attn.norm", "query_norm.scale key_norm.scale"),
         *within("double_blocks.{}.txt_attn.norm", "query_norm.scale key_norm.scale"),
         *within("single_blocks.{}.norm", "query_norm.scale key_norm.scale"),
+    ),
+    pipelines=(
+        PipelineCall("Flux2Pipeline", EMBEDDED, pictures=UP_TO_TEN, has_templates=True, misread=_MISREAD),
+        PipelineCall("Flux2KleinPipeline", CFG_ALONE, pictures=UP_TO_TEN, has_templates=True, misread=_MISREAD),
     ),
 )

@@ -1,6 +1,7 @@
 """Krea 2: Raw, which is trained on, and Turbo, which runs."""
 
 from lora_fuse.models.family import Family, KnownBase, within
+from lora_fuse.models.pipeline_call import CFG_FROM_ZERO, PipelineCall
 
 _BLOCK = "attn.wq attn.wk attn.wv attn.wo attn.gate mlp.gate mlp.up mlp.down"
 _NORMS = "attn.qknorm.qnorm.scale attn.qknorm.knorm.scale prenorm.scale postnorm.scale"
@@ -26,4 +27,5 @@ FAMILY = Family(
         *within("txtfusion.refiner_blocks.{}", _NORMS),
         *("txtmlp.0.scale", "last.norm.scale", "last.modulation.lin"),
     ),
+    pipelines=(PipelineCall("Krea2Pipeline", CFG_FROM_ZERO),),
 )

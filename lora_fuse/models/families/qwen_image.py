@@ -1,6 +1,7 @@
 """Qwen-Image, text to image and edits, of 20B."""
 
 from lora_fuse.models.family import Family, KeptLayers, KnownBase
+from lora_fuse.models.pipeline_call import PipelineCall
 
 _LIGHTNING = "lightx2v/Qwen-Image-Lightning"
 _ALPHA = 8.0  # at rank 64: the headers of lightx2v's files
@@ -55,4 +56,9 @@ FAMILY = Family(
             ),
         ),
     },
+    pipelines=(
+        PipelineCall("QwenImagePipeline"),
+        PipelineCall("QwenImageEditPipeline", pictures=range(1, 2)),
+        PipelineCall("QwenImageEditPlusPipeline", pictures=range(1, 4)),
+    ),
 )

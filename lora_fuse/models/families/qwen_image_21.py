@@ -1,6 +1,7 @@
 """Qwen-Image 2.1: one stream, and other names and widths than Qwen-Image of 20B."""
 
 from lora_fuse.models.family import Family, KnownBase, within
+from lora_fuse.models.pipeline_call import UP_TO_TEN, PipelineCall
 
 FAMILY = Family(
     name="Qwen-Image-2.1",
@@ -14,4 +15,5 @@ FAMILY = Family(
         *("txt_in.text_norm", "txt_in.in_layer", "txt_in.out_layer", "img_in", "modulation.1"),
         *("norm_out.linear", "proj_out"),
     ),
+    pipelines=(PipelineCall("QwenImage21Pipeline", pictures=UP_TO_TEN, has_templates=True),),
 )

@@ -1,6 +1,9 @@
 """Wan 2.1: one transformer of 1.3B or 14B, text or a picture to video."""
 
 from lora_fuse.models.family import Family, KnownBase, within
+from lora_fuse.models.pipeline_call import CFG, PipelineCall
+
+_EXPERTS = ("transformer", "transformer_2")  # Wan 2.2 has the same classes; 2.1 has no second
 
 # The repository ids are those of the examples in diffusers 0.42.1, pipelines/wan.
 _BLOCK = (
@@ -26,4 +29,15 @@ FAMILY = Family(
         *("img_emb.proj.0", "img_emb.proj.1", "img_emb.proj.3", "img_emb.proj.4"),
     ),
     original_parameters=("blocks.{}.modulation", "vace_blocks.{}.modulation", "head.modulation"),
+    pipelines=(
+        PipelineCall("WanPipeline", CFG, makes_clip=True, takes_sigmas=False, denoisers=_EXPERTS),
+        PipelineCall(
+            "WanImageToVideoPipeline",
+            CFG,
+            pictures=range(1, 2),
+            makes_clip=True,
+            takes_sigmas=False,
+            denoisers=_EXPERTS,
+        ),
+    ),
 )

@@ -1,6 +1,7 @@
 """Z-Image and Z-Image-Turbo."""
 
 from lora_fuse.models.family import Family, KnownBase, within
+from lora_fuse.models.pipeline_call import CFG_FROM_ZERO, PipelineCall
 
 _BLOCK = (
     "attention.qkv attention.out attention.q_norm attention.k_norm feed_forward.w1 feed_forward.w2 feed_forward.w3 "
@@ -24,4 +25,5 @@ FAMILY = Family(
         *("t_embedder.mlp.0", "t_embedder.mlp.2", "final_layer.linear", "final_layer.adaLN_modulation.1"),
     ),
     original_parameters=("x_pad_token", "cap_pad_token", "siglip_pad_token"),
+    pipelines=(PipelineCall("ZImagePipeline", CFG_FROM_ZERO, has_templates=True),),
 )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from lora_fuse.machine import files, staging
-from lora_fuse.pictures import Case, encode, picture, render
+from lora_fuse.pictures import Case, encode, pairs, picture
 from lora_fuse.recipe import Recipe, sections
 from lora_fuse.studies.sweep.building import PointBuilder
 from lora_fuse.studies.sweep.numbers import broken, by_case, curves, distances, mean_of, worse_than_base
@@ -55,7 +55,7 @@ def _either(values: Iterable[str]) -> str:
 
 
 def _row(case: Case, alone: picture.Picture | None) -> CaseRow:
-    inputs = tuple(_encoded(render.open_picture(path, case)) for path in case.images)
+    inputs = tuple(_encoded(pairs.open_picture(path, case)) for path in case.images)
     return CaseRow(case.name, case.prompt, inputs, None if alone is None else _encoded(alone))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lora_fuse.machine import text
-from lora_fuse.pictures import encode, metrics, pages, picture, render
+from lora_fuse.pictures import encode, metrics, pages, pairs, picture
 from lora_fuse.regression import verdicts
 from lora_fuse.studies.validation.file_comparison import FileComparison, FileFacts
 from lora_fuse.studies.validation.outcome import Judgement, Outcome
@@ -131,7 +131,7 @@ def _shown(measured: MeasuredCase) -> dict[str, Any]:
         "prompt": case.prompt,
         "seed": case.seed,
         "size": new.size,
-        "inputs": [encode.encoded(render.open_picture(path, case)) for path in case.images],
+        "inputs": [encode.encoded(pairs.open_picture(path, case)) for path in case.images],
         "cells": _cells(measured),
         **{name: None if shown is None else encode.encoded(shown) for name, shown in pictures.items()},
         "heat": None if heat is None else encode.encoded_map(heat),
@@ -143,7 +143,7 @@ def strip(measured: MeasuredCase) -> picture.Levels:
     case = measured.sides.pair.case
     new = measured.sides.pair.merged
     current = measured.sides.current
-    shown = [render.open_picture(path, case) for path in case.images[:1]]
+    shown = [pairs.open_picture(path, case) for path in case.images[:1]]
     shown += [new] if current is None else [current, new]
     heat = _heat(new, current)
     every = [each.levels for each in shown] + ([] if heat is None else [heat])

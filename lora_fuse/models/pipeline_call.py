@@ -1,0 +1,66 @@
+"""The call of a pipeline class of diffusers, as plain data: its guidance, pictures in, frames out, parts that run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Guidance:
+    """The number of a pipeline's call that a recipe gives as `true_cfg_scale`, and what it does.
+
+    Attributes:
+        argument: its name in the call.
+        off: the largest value at which the model runs once a step; above, a second time without the prompt. Infinite
+            where the number is an input of the model itself, a distilled guidance.
+        negative: ``needed`` where guidance is off without a negative prompt, ``taken`` where one may be given, None
+            where the call takes none.
+    """
+
+    argument: str = "true_cfg_scale"
+    off: float = 1.0
+    negative: Literal["needed", "taken"] | None = "needed"
+
+    def doubles(self, scale: float, negative_prompt: str | None) -> bool:
+        """True where the model runs twice a step."""
+        return scale > self.off and (self.negative != "needed" or negative_prompt is not None)
+
+
+# As diffusers 0.42 decides in each pipeline; from 0 on where the formula is cond + scale * (cond - uncond).
+TRUE_CFG = Guidance()
+CFG = Guidance("guidance_scale", negative="taken")
+CFG_FROM_ZERO = Guidance("guidance_scale", off=0.0, negative="taken")
+CFG_ALONE = Guidance("guidance_scale", negative=None)
+EMBEDDED = Guidance("guidance_scale", off=math.inf, negative=None)
+
+UP_TO_TEN = range(11)  # input pictures, where the class sets no limit: its memory does
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineCall:
+    """A pipeline class and how it is called.
+
+    Attributes:
+        name: the class.
+        guidance: see `Guidance`.
+        pictures: how many input pictures it takes, as `picture_argument`.
+        makes_clip: gives the frames of a clip and takes their number.
+        takes_sigmas: the call takes the sigmas to start from.
+        denoisers: the components that run at every step; one that the folder has not is left out.
+        has_templates: prompts go through the chat template that lies beside the tokenizer.
+        misread: patterns of parameters of which diffusers' loader of LoRAs makes another delta than the file has, and
+            why; a LoRA for one of them is attached by this library itself.
+    """
+
+    name: str
+    guidance: Guidance = TRUE_CFG
+    pictures: range = range(1)
+    picture_argument: str = "image"
+    makes_clip: bool = False
+    takes_sigmas: bool = True
+    denoisers: tuple[str, ...] = ("transformer",)
+    has_templates: bool = False
+    misread: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,99 @@
+"""Every pipeline class of every family renders: merged as base + LoRA beside it, a right merge near the noise floor."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from lora_fuse.checkpoint import open_checkpoint
+from lora_fuse.errors import RenderFailed
+from lora_fuse.fusion import FuseJob, Plan, make_plan
+from lora_fuse.lora import LoraInput
+from lora_fuse.models import pipelines
+from lora_fuse.pictures.calls.call_arguments import check_case, check_sampling
+from lora_fuse.pictures.cases import Case, Sampling
+from lora_fuse.pictures.metrics import psnr_db
+from lora_fuse.pictures.pairs import Setup, render_pairs
+from lora_fuse.pictures.render import load_pipeline, make_scheduler, render
+from lora_fuse.regression.verdicts import compare, over_floor
+from tests.tiny_models import FAMILIES, tiny, tiny_transformer
+from tests.tiny_models.pipelines import PIPELINES
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def lora_of(name: str, component: str, path: Path) -> LoraInput:
+    """A LoRA of rank 2 for the queries of every attention of a family's tiny denoiser, in diffusers' names."""
+    numbers = torch.Generator().manual_seed(1)
+    factors = {}
+    for module, found in tiny_transformer(name).named_modules():
+        if isinstance(found, torch.nn.Linear) and module.rpartition(".")[2] in ("to_q", "to_qkv_mlp_proj"):
+            rows, columns = found.weight.shape
+            factors[f"{component}.{module}.lora_A.weight"] = torch.randn(2, columns, generator=numbers) / 2
+            factors[f"{component}.{module}.lora_B.weight"] = torch.randn(rows, 2, generator=numbers) / 2
+    save_file(factors, path)
+    return LoraInput("tiny", path, 1.0)
+
+
+def fused(name: str, folder: Path) -> Plan:
+    """The plan of a merge of a family's tiny pipeline, which is written to ``merged``."""
+    component = pipelines()[PIPELINES[name][0]].denoisers[0]
+    base = tiny(name, folder / "base", dtype=torch.float32)
+    plan = make_plan(open_checkpoint(base, component), [lora_of(name, component, folder / "l.safetensors")])
+    FuseJob(plan, folder / "merged", device="cpu").run()
+    return plan
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_merged_and_unfused_agree_to_the_noise_floor_and_the_lora_shows(name: str, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), (90, 140, 30)).save(tmp_path / "in.png")
+    kind = PIPELINES[name][0]
+    call = pipelines()[kind]
+    plan = fused(name, tmp_path)
+    takes = 1 in call.pictures and name != "qwen_image_21"  # which scales it to a megapixel
+    images = (tmp_path / "in.png",) if takes else ()
+    case = Case("rabbit", "a purple rabbit", 0, images, 64, 64, 5 if call.makes_clip else None)
+    sampling = Sampling(2, 3.0, "grey" if call.guidance.negative else None, guidance=call.guidance)
+    setup = Setup(kind, sampling, {}, "cpu", "float32", baseline=sampling)
+    (pair,) = render_pairs(tmp_path / "merged", plan, [case], setup)
+    assert pair.unfused_by == "diffusers"
+    apart, floor = (compare(one, pair.unfused) for one in (pair.merged, pair.floor))
+    assert (over_floor(apart, floor) or 0) < 1
+    assert 0 < floor.values["latents_l2"] < 1e-4
+    assert pair.baseline is not None
+    assert psnr_db(pair.baseline.levels, pair.merged.levels) < 60
+    assert pair.merged.size == ((192, 64) if call.makes_clip else (64, 64))
+    assert sampling.guided == (call.guidance.off < 3)
+    whole = render(load_pipeline(tmp_path / "merged", kind, dtype="float32"), case, sampling)
+    assert (whole.latents == pair.merged.latents).all()  # with prompts that were encoded apart
+
+
+def test_what_a_call_has_no_argument_for_is_refused() -> None:
+    flux, wan = (pipelines()[name] for name in ("FluxPipeline", "WanPipeline"))
+    with pytest.raises(RenderFailed, match="asks for 5 frames and FluxPipeline makes pictures"):
+        check_case(flux, Case("case", "a", 0, (), 64, 64, 5))
+    with pytest.raises(RenderFailed, match=r"'grey' and FluxPipeline takes none: .* to null"):
+        check_sampling(flux, Sampling(2, 1.0, "grey"))
+    with pytest.raises(RenderFailed, match="call_sigmas has 2 and the call of WanPipeline takes none"):
+        check_sampling(wan, Sampling(2, 1.0, None, call_sigmas=(1.0, 0.5)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_spacings": "trailing"}, "has no 'timestep_spacings'"),
+        ({"_class_name": "EulerScheduler"}, "has no EulerScheduler"),
+    ],
+)
+def test_a_scheduler_of_unknown_class_or_settings_is_refused(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(RenderFailed, match=words):
+        make_scheduler(settings)
