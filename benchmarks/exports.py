@@ -28,10 +28,9 @@ from benchmarks.export_project import ROOT, ExportProject
 from benchmarks.fuse import machine
 from benchmarks.make_checkpoint import Noise, make_base, qwen_image_edit_config
 from benchmarks.memory_limit import LimitedRun, run_limited
-from lora_fuse.checkpoint import open_checkpoint
 from lora_fuse.errors import Refused
 from lora_fuse.exports import read_export, readers_of
-from lora_fuse.fusion import Plan, exact_sums, make_plan
+from lora_fuse.fusion import Plan, exact_sums, plan_base
 from lora_fuse.lora import LoraInput
 from lora_fuse.machine import interrupts, progress, text
 
@@ -141,7 +140,7 @@ def measured_weights(
 ) -> Iterator[tuple[int, WeightErrors]]:
     """Bytes and errors of every format, of one block."""
     with merged_project(parent, 1) as project:
-        plan = make_plan(open_checkpoint(project.base), [LoraInput("lora", project.lora, 1.0)])
+        plan = plan_base(project.base, [LoraInput("lora", project.lora, 1.0)])
         for name in formats:
             project.run("export", f"export.formats=[{name}]", *given)
             (file,) = [path for path in project.exported.rglob("*") if path.suffix in (".safetensors", ".gguf")]

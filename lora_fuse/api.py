@@ -5,15 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from lora_fuse.checkpoint import dtypes, open_checkpoint
+from lora_fuse.checkpoint import dtypes
 from lora_fuse.errors import BadConfig
-from lora_fuse.fusion import Fused, FuseJob, Plan, cautions, make_plan
+from lora_fuse.fusion import Fused, FuseJob, Plan, cautions, plan_base
 from lora_fuse.lora import LoraInput, Selection
 from lora_fuse.machine import files, progress, text
-from lora_fuse.models import COMPONENT, needed_scheduler
+from lora_fuse.models import needed_scheduler
 from lora_fuse.recipe import hf_cache
 from lora_fuse.verification import Expectation, Verification, verify_merge
 
@@ -25,7 +26,7 @@ def plan(
     loras: Sequence[LoraInput],
     *,
     selection: Selection | None = None,
-    component: str = COMPONENT,
+    component: str | None = None,
     requantise: bool = False,
     dtype: str | None = None,
 ) -> Plan:
@@ -35,15 +36,16 @@ def plan(
         base: a pipeline folder, a component folder or one safetensors file.
         loras: files or PEFT folders, each with its scale; they are summed.
         selection: the modules to fuse; None for all that the LoRAs have.
-        component: the pipeline's component to fuse into.
+        component: the pipeline's component to fuse into, of LoRAs that name none themselves; without one their keys
+            say it, each for itself, and those that name none are for the main component (transformer, or else unet).
         requantise: quantise the targets of a quantised base again, as they were, and write nothing else anew.
         dtype: ``bfloat16``, ``float16`` or ``float32``: that of all floats of the result; None for the base's own.
 
     Raises:
         Refused: the base, a LoRA, a scale or a pattern cannot be used; see `lora_fuse.errors` for the kinds.
     """
-    checkpoint = open_checkpoint(base, component, label=hf_cache.cached_at(base.absolute()))
-    return make_plan(checkpoint, loras, selection, dtype=dtype, requantise=requantise)
+    label = hf_cache.cached_at(base.absolute())
+    return plan_base(base, _named(loras, component), selection, label=label, dtype=dtype, requantise=requantise)
 
 
 def fuse(  # noqa: PLR0913 - by keyword, each is a choice of its own
@@ -105,7 +107,7 @@ def verify(  # noqa: PLR0913 - by keyword, each is a choice of its own
     *,
     rows: int | Literal["all"] = 16,
     selection: Selection | None = None,
-    component: str = COMPONENT,
+    component: str | None = None,
     dtype: str | None = None,
     pipeline: str | None = None,
     scheduler: Scheduler = None,
@@ -122,7 +124,7 @@ def verify(  # noqa: PLR0913 - by keyword, each is a choice of its own
         rows: rows of each target to derive again and to measure, and as many more that are drawn at random; everything
             else is compared with the base, whole.
         selection: the modules that were fused.
-        component: the pipeline's component that was fused.
+        component: the pipeline's component that was fused, as for `plan`.
         dtype: that of all floats of the result, as for `plan`.
         pipeline: the class that its `model_index.json` should name; None for the base's.
         scheduler: the settings that its scheduler should have, as for `fuse`.
@@ -143,13 +145,16 @@ def verify(  # noqa: PLR0913 - by keyword, each is a choice of its own
         return verify_merge(
             merged,
             base,
-            loras,
-            component=component,
+            _named(loras, component),
             rows=None if rows == "all" else rows,
             expected=Expectation(pipeline, _settings(scheduler, loras), beside, dtype=dtype),
             selection=selection,
             seed=seed,
         )
+
+
+def _named(loras: Sequence[LoraInput], component: str | None) -> list[LoraInput]:
+    return [lora if lora.component is not None else replace(lora, component=component) for lora in loras]
 
 
 def _settings(scheduler: Scheduler, loras: Sequence[LoraInput]) -> Mapping[str, object]:

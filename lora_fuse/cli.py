@@ -87,23 +87,34 @@ def _parser() -> argparse.ArgumentParser:
             "--lora", type=Path, action="append", required=needed, default=[], metavar="F", help="file or PEFT folder"
         )
         command.add_argument("--scale", type=float, action="append", metavar="S", help="one for each --lora")
-        command.add_argument("--only", action="append", default=[], metavar="P", help="pattern of modules to fuse")
-        command.add_argument("--skip", action="append", default=[], metavar="P", help="pattern of modules to leave")
-        command.add_argument(
-            "--leave-out",
-            action="append",
-            default=[],
-            metavar="P",
-            help="pattern of a LoRA's keys that BASE has no module for",
-        )
-        command.add_argument(
-            "--module-scale", action="append", default=[], metavar="P=S", help="multiply every scale there by S"
-        )
-        command.add_argument("--component", default="transformer", help="the pipeline's part to fuse into")
-        command.add_argument(
-            "--dtype", choices=("bfloat16", "float16", "float32"), help="of all floats of OUT; default: as in BASE"
-        )
+        _add_choices(command)
     return parser
+
+
+def _add_choices(command: argparse.ArgumentParser) -> None:
+    """Add the options that say what is fused where, and as what."""
+    command.add_argument("--only", action="append", default=[], metavar="P", help="pattern of modules to fuse")
+    command.add_argument("--skip", action="append", default=[], metavar="P", help="pattern of modules to leave")
+    command.add_argument(
+        "--leave-out",
+        action="append",
+        default=[],
+        metavar="P",
+        help="pattern of a LoRA's keys that BASE has no module for",
+    )
+    command.add_argument(
+        "--module-scale", action="append", default=[], metavar="P=S", help="multiply every scale there by S"
+    )
+    command.add_argument(
+        "--component",
+        action=_AfterLora,
+        default=[],
+        metavar="NAME",
+        help="the component that the --lora before it is for, before the first: all; default: as keys say",
+    )
+    command.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="of all floats of OUT; default: as in BASE"
+    )
 
 
 def _add_fuse(commands: Any) -> argparse.ArgumentParser:
@@ -140,7 +151,42 @@ def _inputs(options: argparse.Namespace) -> list[LoraInput]:
     scales = options.scale or [1.0] * len(options.lora)
     if len(scales) != len(options.lora):
         raise BadConfig(f"{len(options.lora)} --lora and {len(scales)} --scale: give one --scale for each --lora")
-    return [lora_fuse.LoraInput(path.stem, path, scale) for path, scale in zip(options.lora, scales, strict=True)]
+    given = zip(options.lora, scales, _components(options), strict=True)
+    return [lora_fuse.LoraInput(path.stem, path, scale, component) for path, scale, component in given]
+
+
+class _AfterLora(argparse.Action):
+    """Keeps each value with the number of --lora that stand before it."""
+
+    def __call__(
+        self, _: argparse.ArgumentParser, given: argparse.Namespace, value: Any, __: str | None = None
+    ) -> None:
+        setattr(given, self.dest, [*getattr(given, self.dest), (len(given.lora), value)])
+
+
+def _components(options: argparse.Namespace) -> list[str | None]:
+    """The component of each LoRA, None where its keys say it.
+
+    Raises:
+        BadConfig: one is given twice for a LoRA, or not for each of several.
+    """
+    count = len(options.lora)
+    by_lora: dict[int, str] = {}
+    for after, name in options.component:
+        if after in by_lora:
+            whose = f"--lora {options.lora[after - 1]}" if after else "all"
+            raise BadConfig(
+                f"--component is given twice for {whose}, {by_lora[after]} and {name}: give the --lora once for each"
+            )
+        by_lora[after] = name
+    if set(by_lora) <= {0}:
+        return [by_lora.get(0)] * count
+    if set(by_lora) != set(range(1, count + 1)):
+        raise BadConfig(
+            f"{count} --lora and {len(options.component)} --component: one goes with the --lora before it; give it "
+            "after each, or once before the first for all"
+        )
+    return [by_lora[number] for number in range(1, count + 1)]
 
 
 def _make_plan(options: argparse.Namespace) -> Plan:
@@ -148,7 +194,6 @@ def _make_plan(options: argparse.Namespace) -> Plan:
         options.base,
         _inputs(options),
         selection=_selection(options),
-        component=options.component,
         requantise=options.requantise,
         dtype=options.dtype,
     )
@@ -207,14 +252,31 @@ def _plan(options: argparse.Namespace) -> int:
 def _print_plan(plan: Plan, scheduler: Mapping[str, object] | None = None) -> None:
     from lora_fuse.checkpoint import repository_files
     from lora_fuse.fusion import cautions
-    from lora_fuse.machine import progress
 
     for warning in cautions(plan, scheduler):
         text.say(f"warning: {warning}", sys.stderr)
-    for given in plan.inputs:
-        text.say(f"fuse {given.path} at scale {given.scale:g}")
-    tensors = len(plan.checkpoint.tensors())
-    text.say(f"{len(plan.targets)} of {tensors} tensors change ({plan.modules} modules in the LoRA files)")
+    for number, given in enumerate(plan.inputs):
+        into = f" into {', '.join(plan.components_of(number))}" if plan.is_of_other_components else ""
+        text.say(f"fuse {given.path} at scale {given.scale:g}{into}")
+    changed = sum(len(part.targets) for part in plan.parts)
+    tensors = sum(len(part.checkpoint.tensors()) for part in plan.parts)
+    text.say(f"{changed} of {tensors} tensors change ({plan.modules} modules in the LoRA files)")
+    for part in plan.parts:
+        _print_component(part)
+    for pattern, reached in plan.reach.items():
+        text.say(f"  --{pattern} reaches {len(reached)} modules of the LoRA, {_listed(reached)}")
+    for lora in plan.loras:
+        if lora.left_out:
+            text.say(f"  {lora.path.name}: {len(lora.left_out)} keys are left out, {_listed(lora.left_out)}")
+    text.say(f"{len(plan.checkpoint.others)} other files are taken over unchanged")
+    for line in repository_files.left_behind(plan.checkpoint.left):
+        text.say(f"  {line}")
+
+
+def _print_component(plan: Plan) -> None:
+    """Say of one component what is decoded, left and written."""
+    from lora_fuse.machine import progress
+
     for words, count in plan.source.items():
         what = (
             "the targets are quantised again" if plan.requantise else f"decoded and written as {plan.dtype or 'BF16'}"
@@ -223,18 +285,12 @@ def _print_plan(plan: Plan, scheduler: Mapping[str, object] | None = None) -> No
     if plan.dtype is not None:
         text.say(f"  all floats are written as {plan.dtype}")
     if plan.skipped:
-        text.say(f"  {len(plan.skipped)} are left as they are by --only and --skip, first {plan.skipped[0]}")
-    for pattern, reached in plan.reach.items():
-        text.say(f"  --{pattern} reaches {len(reached)} modules of the LoRA, {_listed(reached)}")
-    for lora in plan.loras:
-        if lora.left_out:
-            text.say(f"  {lora.path.name}: {len(lora.left_out)} keys are left out, {_listed(lora.left_out)}")
+        text.say(
+            f"  {len(plan.skipped)} are left as they are by --only and --skip, first {plan.prefix}{plan.skipped[0]}"
+        )
     for shard in plan.checkpoint.shards:
         count = sum(1 for target in plan.targets.values() if target.shard is shard)
         text.say(f"  {shard.relative}: {count} targets, {progress.human_bytes(shard.path.stat().st_size)}")
-    text.say(f"{len(plan.checkpoint.others)} other files are taken over unchanged")
-    for line in repository_files.left_behind(plan.checkpoint.left):
-        text.say(f"  {line}")
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -331,7 +387,6 @@ def _verify_merge(options: argparse.Namespace, published: Published | None) -> i
         _inputs(options),
         rows="all" if options.rows == "all" else int(options.rows),
         selection=_selection(options),
-        component=options.component,
         dtype=options.dtype or (published.dtype if published else None),
         pipeline=published.pipeline if published else None,
         scheduler=_scheduler(options) or (published.scheduler if published else {}),

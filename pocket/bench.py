@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from lora_fuse.checkpoint import open_checkpoint
-from lora_fuse.fusion import FuseJob, Plan, make_plan
+from lora_fuse.fusion import FuseJob, Plan, plan_base
 from lora_fuse.lora import LoraInput
 from lora_fuse.models import LIGHTNING
 from lora_fuse.pictures import metrics, pairs, picture, render
@@ -93,7 +92,7 @@ class Bench(ExitStack):
         return out
 
     def _plan(self, loras: Sequence[Path]) -> Plan:
-        return make_plan(open_checkpoint(self.model), [LoraInput(path.stem, path, 1.0) for path in loras])
+        return plan_base(self.model, [LoraInput(path.stem, path, 1.0) for path in loras])
 
     def _sibling(self, pipeline: str, folder: Path) -> Any:
         shared = render.shared_components(self.base)

@@ -18,7 +18,6 @@ from lora_fuse.errors import BadCheckpoint, BadConfig, Rerun
 from lora_fuse.exports import ExportOptions, export, export_size, needs_sums
 from lora_fuse.fusion import exact_sums, plan_of, read_manifest
 from lora_fuse.machine import Console, files, progress
-from lora_fuse.models import COMPONENT
 from lora_fuse.pictures import environment, pairs
 from lora_fuse.recipe import Artifacts, Recipe, paths, records
 from lora_fuse.studies import keep_search
@@ -28,7 +27,7 @@ from stages.run import PLAIN, run_stage
 def export_formats(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:
     """Write `export/` and `export.json`."""
     manifest, manifest_sha256 = read_manifest(at.manifest)
-    checkpoint = open_checkpoint(at.merged, COMPONENT, manifest.files)
+    checkpoint = open_checkpoint(at.merged, files=manifest.files)
     stated = [shard.header.metadata[PROVENANCE] for shard in checkpoint.shards if PROVENANCE in shard.header.metadata]
     made_of = stated[0] if stated else ""
     metadata = {PROVENANCE: made_of, f"{PROVENANCE}.manifest_sha256": manifest_sha256}

@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 
 from lora_fuse.fusion import read_manifest
 from lora_fuse.machine import Console, files, progress
-from lora_fuse.models import COMPONENT
 from lora_fuse.recipe import Artifacts, Lock, Manifest, Recipe, checkout, hf_cache, paths, records
 from lora_fuse.verification import Expectation, Verification, check_files, verify_merge
 from stages.run import PLAIN, run_stage
@@ -31,7 +30,6 @@ def verify(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN)
             at.merged,
             hf_cache.locate(base),
             paths.lora_inputs(loras, recipe),
-            component=COMPONENT,
             rows=None if recipe.verify.rows == "all" else recipe.verify.rows,
             expected=_expectation(recipe, base, manifest),
             selection=recipe.fuse.selection,

@@ -26,7 +26,7 @@ class ComponentFolder:
     Attributes:
         path: its POSIX path.
         names: the files in it.
-        fused: the component to fuse; ``""`` where the base is that component.
+        fused: the components to fuse, the main one first; ``""`` where the base is that component.
         asked: the module and class that `model_index.json` names for it, for the top those of the pipeline; None
             without.
         listing: all of the base.
@@ -34,7 +34,7 @@ class ComponentFolder:
 
     path: str
     names: Sequence[str]
-    fused: str
+    fused: tuple[str, ...]
     asked: tuple[str, str] | None
     listing: FileListing
 
@@ -45,18 +45,18 @@ class ComponentFolder:
 
     @property
     def is_fused(self) -> bool:
-        """True for the component to fuse and for what is below it."""
-        return not self.fused or f"{self.path}/".startswith(f"{self.fused}/")
+        """True for a component to fuse and for what is below it."""
+        return any(not one or f"{self.path}/".startswith(f"{one}/") for one in self.fused)
 
     def choose(self, fused: WeightSet | None) -> WeightSet | None:
-        """The weights that are taken; `fused` are those of the component to fuse, where they are chosen already.
+        """The weights that are taken; `fused` are those of the main component to fuse, where they are chosen already.
 
         Raises:
             listing.fail: see `choose_weights`.
         """
-        if self.path == self.fused:
+        if self.path == self.fused[0]:
             return fused or choose_weights(self.listing, self.path, self.weights, None)
-        if self.is_fused or not self.path:
+        if not self.path or (self.is_fused and self.path not in self.fused):
             return None
         return choose_weights(self.listing, self.path, self.weights, fused.variant if fused else None)
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from lora_fuse.checkpoint.component_folder import ComponentFolder
 from lora_fuse.checkpoint.file_roles import Role, role_of
 from lora_fuse.checkpoint.foreign_code import is_setting
-from lora_fuse.checkpoint.weight_sets import FileListing
+from lora_fuse.checkpoint.weight_sets import FileListing, WeightSet
 from lora_fuse.errors import BadCheckpoint, BadLora, BadSource
 from lora_fuse.machine import files
 
@@ -28,6 +28,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 HIDDEN = "hidden: housekeeping of git, the Hub's client or a file manager"
 UNNAMED = f"in a folder that {MODEL_INDEX} does not name"
+MAIN = ("transformer", "unet")  # the folder of the component that denoises, in every pipeline of diffusers that has one
 LOST = "lost+found"  # at the top of a disk, for root alone
 SHOWN = 5  # files of one reason that are named
 
@@ -36,16 +37,23 @@ SHOWN = 5  # files of one reason that are named
 class SortedFiles:
     """Files by POSIX path: `shards` are the weights to fuse, `others` is taken over, `left` stays behind, and why.
 
-    `variants` are components whose weights are there only as a variant, which has to be asked for when they are loaded;
-    `missing` are components that `model_index.json` names, without a file.
+    `index` is that of the shards, one of `others`; `more` are the shards of further components to fuse, by its path,
+    each with their index. `variants` are components whose weights are there only as a variant, which has to be asked
+    for when they are loaded; `missing` are components that `model_index.json` names, without a file.
     """
 
     shards: tuple[str, ...]
-    index: str | None  # of the shards; one of `others`
+    index: str | None
     others: tuple[str, ...]
     left: Mapping[str, str]
     variants: Mapping[str, str] = field(default_factory=dict)  # the variant by component
     missing: tuple[str, ...] = ()
+    more: Mapping[str, tuple[tuple[str, ...], str | None]] = field(default_factory=dict)
+
+    @property
+    def all_shards(self) -> tuple[str, ...]:
+        """The weights of all components to fuse."""
+        return (*self.shards, *(name for shards, _ in self.more.values() for name in shards))
 
     @property
     def remarks(self) -> list[str]:
@@ -63,7 +71,9 @@ class SortedFiles:
         return found
 
 
-def sort_folder(root: Path, component: str, names: Iterable[str] | None = None) -> SortedFiles:
+def sort_folder(
+    root: Path, component: str, names: Iterable[str] | None = None, more: Sequence[str] = ()
+) -> SortedFiles:
     """Sort the files of a folder on this machine, or those of them that are `names`; see `sort_files`.
 
     Raises:
@@ -74,7 +84,7 @@ def sort_folder(root: Path, component: str, names: Iterable[str] | None = None) 
         return files.read_json(locate(root, name), dict, BadCheckpoint, "fetch the base again")
 
     listed = list_files(root) if names is None else names
-    return sort_files(listed, component, label=str(root), read=read, fail=BadCheckpoint)
+    return sort_files(listed, component, label=str(root), read=read, fail=BadCheckpoint, more=more)
 
 
 def locate(root: Path, name: str) -> Path:
@@ -157,6 +167,23 @@ def named_components(model_index: object) -> dict[str, tuple[str, str]]:
     }
 
 
+def component_names(root: Path) -> frozenset[str]:
+    """The components of a pipeline's folder that are there; none of another kind of base.
+
+    Raises:
+        BadCheckpoint: its index cannot be read.
+    """
+    if not (root / MODEL_INDEX).is_file():
+        return frozenset()
+    index = files.read_json(locate(root, MODEL_INDEX), dict, BadCheckpoint, "fetch the base again")
+    return frozenset(name for name in (*named_components(index), *MAIN) if (root / name).is_dir())
+
+
+def main_component(components: Collection[str]) -> str:
+    """The component of a pipeline that denoises, which a LoRA is for that says nothing else."""
+    return next((name for name in MAIN if name in components), MAIN[0])
+
+
 def sort_files(
     names: Iterable[str],
     component: str,
@@ -164,6 +191,7 @@ def sort_files(
     label: str,
     read: Callable[[str], object],
     fail: Callable[[str], Exception],
+    more: Sequence[str] = (),
 ) -> SortedFiles:
     """Sort the files of a pipeline, of which `component` is to be fused, or those of a component (``""``) itself.
 
@@ -173,13 +201,14 @@ def sort_files(
 
     Args:
         names: the POSIX paths of all files.
-        component: the one to fuse.
+        component: the one to fuse, or the first of them.
         label: the name of the place in messages.
         read: gives the content of a JSON file by its path; None where it is not known yet.
         fail: makes the error of a refusal.
+        more: further components to fuse.
 
     Raises:
-        fail: the component has no safetensors weights, or several sets of which none is plainly the one; a
+        fail: a component has no safetensors weights, or several sets of which none is plainly the one; a
             component that is needed would be loaded from a pickle, or has no file that is taken; an index cannot be
             followed.
     """
@@ -187,20 +216,11 @@ def sort_files(
     index = read(MODEL_INDEX) if component else None
     named = named_components(index)
     asked = {**named, **_own_class(index)}
-    reasons: dict[str, str | None] = {}  # None: taken
-    inside: dict[str, list[str]] = {folder: [] for folder in (component, *named)}
-    for name in sorted(listing.names):
-        parts = PurePosixPath(name).parts
-        if any(part.startswith(".") for part in parts):
-            reasons[name] = HIDDEN
-        elif named and len(parts) > 1 and parts[0] not in {*named, component}:
-            reasons[name] = UNNAMED
-        else:
-            inside.setdefault(name.rpartition("/")[0], []).append(name)
-    folders = [ComponentFolder(path, held, component, asked.get(path), listing) for path, held in inside.items()]
-    if (fused := folders[0].choose(None)) is None:
-        folders[0].refuse_only_pickles(None, None)
-        raise fail(folders[0].without_weights(folders))
+    wanted = (component, *more)
+    inside, reasons = _by_folder(listing.names, wanted, named)  # None: taken
+    folders = [ComponentFolder(path, held, wanted, asked.get(path), listing) for path, held in inside.items()]
+    fused = _to_fuse(folders[0], folders, None)
+    also = {folder.path: _to_fuse(folder, folders, fused) for folder in folders if folder.path in more}
     chosen = {folder.path: folder.choose(fused) for folder in folders}
     for folder in folders:
         if folder.path in named and not folder.is_fused:
@@ -208,15 +228,42 @@ def sort_files(
     for folder in folders:
         reasons |= folder.verdicts(chosen[folder.path], fused.variant)
     _refuse_emptied(named, reasons, listing)
-    others = (name for name, reason in reasons.items() if reason is None and name not in fused.files)
+    weights = {name for one in (fused, *also.values()) for name in one.files}
+    others = (name for name, reason in reasons.items() if reason is None and name not in weights)
     return SortedFiles(
         fused.files,
         fused.index,
         tuple(sorted(others)),
         {name: reason for name, reason in sorted(reasons.items()) if reason is not None},
-        {path: weights.variant for path, weights in sorted(chosen.items()) if weights and weights.variant},
+        {path: one.variant for path, one in sorted(chosen.items()) if one and one.variant},
         tuple(sorted(named.keys() - {path.partition("/")[0] for path, held in inside.items() if held})),
+        {path: (one.files, one.index) for path, one in also.items()},
     )
+
+
+def _by_folder(
+    names: Iterable[str], wanted: Sequence[str], named: Collection[str]
+) -> tuple[dict[str, list[str]], dict[str, str | None]]:
+    """The files of each folder, those that are `wanted` first, and why others stay behind."""
+    inside: dict[str, list[str]] = {folder: [] for folder in (*wanted, *named)}
+    left: dict[str, str | None] = {}
+    for name in sorted(names):
+        parts = PurePosixPath(name).parts
+        if any(part.startswith(".") for part in parts):
+            left[name] = HIDDEN
+        elif named and len(parts) > 1 and parts[0] not in {*named, *wanted}:
+            left[name] = UNNAMED
+        else:
+            inside.setdefault(name.rpartition("/")[0], []).append(name)
+    return inside, left
+
+
+def _to_fuse(folder: ComponentFolder, folders: Sequence[ComponentFolder], main: WeightSet | None) -> WeightSet:
+    """The weights of a component to fuse; `main` are those of the first of them."""
+    if (found := folder.choose(main)) is None:
+        folder.refuse_only_pickles(None, None)
+        raise folder.listing.fail(folder.without_weights(folders))
+    return found
 
 
 def _refuse_emptied(named: Iterable[str], reasons: Mapping[str, str | None], listing: FileListing) -> None:

@@ -8,16 +8,23 @@ Only headers are read here, so opening a 57 GB base takes milliseconds.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from lora_fuse.checkpoint import file_kind
 from lora_fuse.checkpoint.foreign_code import asked_code
 from lora_fuse.checkpoint.header import PREFIX, Header, TensorInfo, header_length, parse_header
-from lora_fuse.checkpoint.repository_files import MODEL_INDEX, is_weights, locate, sort_folder
+from lora_fuse.checkpoint.repository_files import (
+    MODEL_INDEX,
+    component_names,
+    is_weights,
+    locate,
+    main_component,
+    sort_folder,
+)
 from lora_fuse.checkpoint.stored import (
     Quantised,
     StoredWeights,
@@ -54,7 +61,9 @@ class Checkpoint:
     """A base: its shards, and every other file that is taken over with them (POSIX paths below `root`).
 
     `left` are files that are not, each with the reason; `remarks` are sentences on what is odd and not wrong. `states`
-    are those of all its files, by their places on disk, from before they were looked into.
+    are those of all its files, by their places on disk, from before they were looked into. `component` is the folder of
+    a pipeline that the shards are in, and empty of another kind; `further` are components that were opened with it,
+    each as a base that takes over the same files.
     """
 
     root: Path
@@ -66,6 +75,8 @@ class Checkpoint:
     left: Mapping[str, str] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
     states: Mapping[Path, file_state.FileState] = field(default_factory=dict)
+    component: str = ""
+    further: tuple[Checkpoint, ...] = ()
 
     def tensors(self) -> dict[str, TensorInfo]:
         """Every tensor of the component by name."""
@@ -139,9 +150,15 @@ def _naming_other_kinds(start: bytes, where: str) -> Iterator[None]:
 
 
 def open_checkpoint(
-    root: Path, component: str = "transformer", files: Iterable[str] | None = None, label: str | None = None
+    root: Path,
+    component: str | None = None,
+    files: Iterable[str] | None = None,
+    label: str | None = None,
+    more: Sequence[str] = (),
 ) -> Checkpoint:
-    """Open a base from its headers; `component` is for a pipeline only.
+    """Open a base from its headers; `component` is for a pipeline only, whose main one is opened by default.
+
+    `more` are further components of a pipeline to open, see `Checkpoint.further`.
 
     Of a folder, `files` are the POSIX paths that belong to the base (a lock's); without them, all files in it. They are
     sorted by `repository_files.sort_files`.
@@ -161,23 +178,35 @@ def open_checkpoint(
             f"{root} is {'no base' if root.exists() else 'not there'}: expected a folder with model_index.json (a "
             f"pipeline) or config.json (a component), or one .safetensors or .gguf file{way_out}"
         )
-    folder = component if kind == "pipeline" else ""
-    found = sort_folder(root, folder, files)
-    states = _states(locate(root, name) for name in (*found.shards, *found.others))
-    shards = tuple(Shard(root / name, name, read_header(root / name)) for name in found.shards)
+    main = "" if kind == "component" else component or main_component(component_names(root))
+    found = sort_folder(root, main, files, more)
+    states = _states(locate(root, name) for name in (*found.all_shards, *found.others))
+    every = [Shard(root / name, name, read_header(root / name)) for name in found.all_shards]
     if found.missing:
         raise BadCheckpoint(
             f"{root} has no {', '.join(found.missing)}, which its {MODEL_INDEX} names; get a complete copy, or "
-            f"fuse into {root / component} alone"
+            f"fuse into {root / main} alone"
         )
     remarks = found.remarks + _asks_for_code(root, found.others)
-    if found.index is not None:
-        remarks += _check_index(_read(root / found.index)["weight_map"], shards, root / found.index)
+    sets = [(found.shards, found.index), *found.more.values()]
+    parts = [tuple(shard for shard in every if shard.relative in names) for names, _ in sets]
+    for shards, (_, index) in zip(parts, sets, strict=True):
+        if index is not None:
+            remarks += _check_index(_read(root / index)["weight_map"], shards, root / index)
     for name in found.others:
         _refuse_unreadable(root / name)
+    common = (label, found.left, tuple(remarks), states)
+    opened = [
+        Checkpoint(root, kind, shards, found.others, _settings(root, folder), *common, component=folder)
+        for folder, shards in zip((main, *found.more), parts, strict=True)
+    ]
+    return replace(opened[0], further=tuple(opened[1:]))
+
+
+def _settings(root: Path, folder: str) -> dict[str, Any]:
+    """The configuration of a component; empty without one."""
     config = locate(root, PurePosixPath(folder, "config.json").as_posix())
-    settings = _read(config) if config.exists() else {}
-    return Checkpoint(root, kind, shards, found.others, settings, label, found.left, tuple(remarks), states)
+    return _read(config) if config.exists() else {}
 
 
 def _read(path: Path) -> dict[str, Any]:

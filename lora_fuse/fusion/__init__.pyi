@@ -8,5 +8,5 @@ from .manifest import read_manifest as read_manifest
 from .plan import Plan as Plan
 from .plan import Target as Target
 from .plan import cautions as cautions
-from .plan import make_plan as make_plan
+from .plan import plan_base as plan_base
 from .plan import plan_of as plan_of

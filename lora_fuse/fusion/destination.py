@@ -137,7 +137,7 @@ class Destination:
         """The sizes that each file may have: those of the last merge's manifest, and those that are to be written."""
         known: defaultdict[str, set[int]] = defaultdict(set)
         base = plan.checkpoint
-        for name in (*(shard.relative for shard in base.shards), *base.others):
+        for name in (*(shard.relative for shard in plan.shards), *base.others):
             known[name].add(base.locate(name).stat().st_size)
         for name, content in generated.items():
             known[name].add(len(content))
@@ -161,7 +161,7 @@ def _inputs(plan: Plan) -> Iterator[Path]:
     """Everything that a merge reads: the base and its files, the LoRAs and their files."""
     base = plan.checkpoint
     yield base.root
-    yield from (base.locate(name) for name in (*(shard.relative for shard in base.shards), *base.others))
+    yield from (base.locate(name) for name in (*(shard.relative for shard in plan.shards), *base.others))
     yield from (given.path for given in plan.inputs)
     for lora in plan.loras:
         yield lora.path

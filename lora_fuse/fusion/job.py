@@ -98,8 +98,9 @@ class FuseJob:
         if beside:
             self.generated |= side_channel(plan)
             self._written = dataclasses.replace(plan, targets={}, stored=None, requantise=False)
-        elif plan.is_laid_out_anew:
-            self.generated |= decoded_texts(plan)
+        for part in () if beside else plan.parts:
+            if part.is_laid_out_anew:
+                self.generated |= decoded_texts(part)
         self._destination = Destination.at(out, replace=replace, folder=beside)
         self._destination.check(plan, self.generated)
         self._ways = ways_of(self._written, self._destination.place, untouched)

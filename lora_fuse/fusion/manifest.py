@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -36,12 +37,15 @@ def build_manifest(
     Name and scale are the recipe's; without one, the scale is that of the first LoRA.
     """
     merged = []
-    for given, lora in zip(plan.inputs, plan.loras, strict=True):
+    by_component = {part.component: len(part.targets) for part in plan.parts}
+    for number, (given, lora) in enumerate(zip(plan.inputs, plan.loras, strict=True)):
         lock = (loras or {}).get(given.name)
         name = files.as_text(given.name)
         entry = records.MergedLora(
             name, given.scale, lora.sha256, config_sha256=lora.config_sha256, left_out=lora.left_out
         )
+        if plan.is_of_other_components:
+            entry = replace(entry, components=tuple(plan.components_of(number)))
         if lock:
             entry = replace(entry, filename=lock.lora_name, repo_id=lock.repo_id, path=lock.path)
             entry = replace(entry, revision=lock.revision, license=lock.license)
@@ -53,12 +57,21 @@ def build_manifest(
         loras=tuple(merged),
         scale=recipe.fuse.scale if recipe else plan.inputs[0].scale,
         selection=None if plan.selection.everything else plan.selection,
-        targets=len(plan.targets),
+        targets=sum(by_component.values()),
         files=written,
-        source=plan.source or None,
+        source=_source(plan) or None,
         requantised=cost,
-        dtype=plan.dtype,
+        dtype=next((part.dtype for part in plan.parts if part.dtype is not None), None),
+        components=by_component if plan.is_of_other_components else None,
     )
+
+
+def _source(plan: Plan) -> dict[str, int]:
+    """The formats of weights that are codes, with their number over all components."""
+    words: Counter[str] = Counter()
+    for part in plan.parts:
+        words.update(part.source)
+    return dict(sorted(words.items()))
 
 
 def build_path(manifest: Path) -> Path:

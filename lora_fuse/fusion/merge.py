@@ -103,8 +103,9 @@ def _replace(new: Path, place: Path, beside: Mapping[Path, str], states: file_st
 def _watched(plan: Plan, states: file_state.FileStates | None) -> file_state.FileStates:
     """The states of all that is read: those that were given, and for other files those of the plan."""
     watched = states or file_state.FileStates()
-    for path, state in plan.checkpoint.states.items():
-        watched.add(path, state)
+    for part in plan.parts:
+        for path, state in part.checkpoint.states.items():
+            watched.add(path, state)
     for lora in plan.loras:
         watched.add(lora.path, lora.state, FileRecord(lora.state.size, lora.sha256))
     return watched
@@ -120,17 +121,22 @@ def _refuse_changed(states: file_state.FileStates, paths: Iterable[Path] | None 
 def _key(plan: Plan, states: file_state.FileStates, pinned: Mapping[str, str]) -> str:
     """A hash of all that the bytes of fused shards depend on; a base shard is known by its state, or also pinned."""
     shards = {shard.relative: [*astuple(states[shard.path]), pinned.get(shard.relative)] for shard in plan.fused_shards}
-    return hashlib.sha256(json.dumps([ENGINE, plan.provenance, shards]).encode()).hexdigest()
+    said = [ENGINE, *(part.provenance for part in plan.parts), shards]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def bytes_to_write(plan: Plan) -> int:
     """Bytes that go through the engine: the fused shards, whole."""
+    return sum(map(_bytes_of_component, plan.parts))
+
+
+def _bytes_of_component(plan: Plan) -> int:
     entry = plan.provenance
     if plan.is_laid_out_anew:
-        return sum(decoded_size(shard, plan) for shard in plan.fused_shards)
+        return sum(decoded_size(shard, plan) for shard in plan.own_fused_shards)
     return sum(
         _stat(shard.path).st_size - len(shard.header.raw) + len(fused_header(shard, entry))
-        for shard in plan.fused_shards
+        for shard in plan.own_fused_shards
     )
 
 
@@ -150,9 +156,11 @@ def _write_files(
 ) -> dict[str, records.MergedFile]:
     """Fuse the shards that change, while the other files are prepared; all of them by POSIX path."""
     done = place.keep_finished([shard.relative for shard in plan.fused_shards], progress)
+    written: dict[str, records.MergedFile] = {}
     with others.prepared(progress, way.stop):
         try:
-            written = _fuse_shards(plan, place, done, way, states, progress, costs or Costs())
+            for part in plan.parts:
+                written |= _fuse_shards(part, place, done, way, states, progress, costs or Costs())
         except Stopped:
             others.wait()  # one of them failed
             raise
@@ -168,8 +176,8 @@ def _fuse_shards(
     progress: Progress,
     costs: Costs,
 ) -> dict[str, records.MergedFile]:
-    """Fuse the shards that change, several at a time; those that a killed run has finished are not made again."""
-    to_fuse = [shard for shard in plan.fused_shards if shard.relative not in done]
+    """Fuse the shards of a component, several at a time; those that a killed run has finished are not made again."""
+    to_fuse = [shard for shard in plan.own_fused_shards if shard.relative not in done]
     share = Share.of_machine(len(to_fuse), way.device)
 
     def fuse(shard: Shard) -> FileRecord:
@@ -189,9 +197,13 @@ def _fuse_shards(
         by_size = sorted(to_fuse, key=lambda shard: -states[shard.path].size)  # the longest last would be alone
         running = {shard.relative: pool.submit(fuse, shard) for shard in by_size}
         try:
-            wait(running.values(), return_when=FIRST_EXCEPTION)
-        finally:  # after a failure or Ctrl-C; otherwise nothing runs any more
+            ended = wait(running.values(), return_when=FIRST_EXCEPTION).done
+            if len(ended) < len(running) or any(shard.exception() for shard in ended):
+                way.stop.set()
+        except BaseException:  # Ctrl-C
             way.stop.set()
+            raise
+        finally:
             cancelled = [shard for shard in running.values() if shard.cancel()]
         finished = [shard for shard in running.values() if shard not in cancelled]
         failed = [error for shard in finished if (error := shard.exception()) is not None]
@@ -199,7 +211,9 @@ def _fuse_shards(
             raise error
         if isinstance(fuser, Requantiser):
             fuser.finish_measuring()
-        hashed = dict(done) | {name: shard.result() for name, shard in running.items()}
+        mine = {shard.relative for shard in plan.own_fused_shards}
+        hashed = {name: record for name, record in done.items() if name in mine}
+        hashed |= {name: shard.result() for name, shard in running.items()}
     return {name: records.MergedFile(record.size, record.sha256, "fused") for name, record in hashed.items()}
 
 

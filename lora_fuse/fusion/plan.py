@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_fuse.checkpoint import Checkpoint, Shard, TensorInfo, dtypes, fitness, open_checkpoint, repository_files
 from lora_fuse.checkpoint.stored import MADE, StoredMatrix, StoredWeights
-from lora_fuse.errors import BadCheckpoint, BadConfig, BadLora, BadScale, require
-from lora_fuse.lora import Delta, LoraFile, LoraInput, PlacedDelta, Selection, match_targets, open_lora
+from lora_fuse.errors import BadCheckpoint, BadConfig, BadLora, require
+from lora_fuse.fusion.planning.routing import RoutedLora, components, route, route_to_one
+from lora_fuse.lora import Delta, LoraFile, LoraInput, PlacedDelta, Selection, match_targets
 from lora_fuse.machine import files
 from lora_fuse.models import COMPONENT, alpha_warnings, distillation, pair_warnings
 from lora_fuse.recipe import Lock, hf_cache, paths
@@ -52,7 +53,10 @@ class Target:
 class Plan:
     """A checked fuse: nothing in it can be refused any more but for the disk and the data itself.
 
-    `loras` are the opened files, in the order of `inputs`; `skipped` the parameters that the selection leaves out.
+    It is of one component of a pipeline, or of a base that is one. A build of several is a plan for each, as if that
+    were fused alone: this one and `further`, together `parts`. `inputs` and `loras`, the opened files, are those of the
+    whole build; `own` are the numbers of those that are fused here. `prefix` stands before names of this component
+    where there are several. `skipped` are the parameters that the selection leaves out.
     `stored` are the base's weights that are codes, where a target is one of them or the base is GGUF: all of these are
     decoded then, or with `requantise` the targets alone, to be quantised again as they were. `dtype` is that of all
     floats of the result, by a header's name; None where that is the base's own everywhere.
@@ -67,6 +71,45 @@ class Plan:
     stored: StoredWeights | None = None
     requantise: bool = False
     dtype: str | None = None
+    own: tuple[int, ...] = ()
+    prefix: str = ""
+    further: tuple[Plan, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Plan, ...]:
+        """The plans of all components of the build."""
+        return (self, *self.further)
+
+    @property
+    def component(self) -> str:
+        """The folder of the component in its pipeline; empty where the base is no pipeline."""
+        return self.checkpoint.component
+
+    @property
+    def is_of_other_components(self) -> bool:
+        """True where more or another component of a pipeline is fused than the transformer."""
+        return bool(self.further) or self.component not in ("", COMPONENT)
+
+    def components_of(self, number: int) -> list[str]:
+        """The components that a LoRA of the build is fused into, by its number."""
+        return [part.component for part in self.parts if number in part.own]
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The shards of all components of the build."""
+        return tuple(shard for part in self.parts for shard in part.checkpoint.shards)
+
+    def with_loras(self, inputs: Sequence[LoraInput], selection: Selection) -> Plan:
+        """The plan of other LoRAs for the same base.
+
+        Raises:
+            Refused: see `make_plan`.
+        """
+        base = self.checkpoint
+        if base.kind != "pipeline":
+            return make_plan(base, inputs, selection)
+        names = [*(shard.relative for shard in self.shards), *base.others]
+        return plan_base(base.root, inputs, selection, names=names, label=base.label)
 
     @property
     def is_laid_out_anew(self) -> bool:
@@ -79,7 +122,12 @@ class Plan:
 
     @property
     def fused_shards(self) -> tuple[Shard, ...]:
-        """The shards that are written anew, in the base's order.
+        """The shards of all components of the build that are written anew, in the base's order."""
+        return tuple(shard for part in self.parts for shard in part.own_fused_shards)
+
+    @property
+    def own_fused_shards(self) -> tuple[Shard, ...]:
+        """The shards of this component that are written anew.
 
         They hold a target, or what is decoded, or what is written in another dtype.
         """
@@ -102,14 +150,17 @@ class Plan:
     @property
     def plain(self) -> bool:
         """True where only plain LoRAs are added, and only to weights of 16 bits: the fastest case."""
-        return self.dtype is None and all(_beyond_plain(target) is None for target in self.targets.values())
+        return all(
+            part.dtype is None and all(_beyond_plain(target) is None for target in part.targets.values())
+            for part in self.parts
+        )
 
     @property
     def provenance(self) -> str:
         """The entry in a fused shard's header, as JSON: base, LoRAs and scales, the same wherever it is made."""
         loras = [
             {"sha256": lora.sha256, "scale": given.scale, **_config(lora)}
-            for given, lora in sorted(zip(self.inputs, self.loras, strict=True), key=_order)
+            for given, lora in sorted(((self.inputs[number], self.loras[number]) for number in self.own), key=_order)
         ]
         selected = self.selection.entries
         source = {} if self.stored is None else {"source": self.source, "requantised": self.requantise}
@@ -129,12 +180,15 @@ class Plan:
     @property
     def reach(self) -> dict[str, list[str]]:
         """The modules that each pattern of the selection reaches, see `Selection.reach`."""
-        names = {tensor.name: name for name, tensor in self.checkpoint.parameters().items()}
-        return self.selection.reach([*self.skipped, *(names[name] for name in self.targets)])
+        reached: set[str] = set()
+        for part in self.parts:
+            names = {tensor.name: name for name, tensor in part.checkpoint.parameters().items()}
+            reached |= {*part.skipped, *(names[name] for name in part.targets)}
+        return self.selection.reach(reached)
 
     @property
     def modules(self) -> int:
-        """Modules in the LoRA files, summed over files: what has to be fused."""
+        """Modules in the LoRA files, summed over files: what has to be fused in the build."""
         return sum(len(lora.deltas) for lora in self.loras)
 
 
@@ -147,7 +201,7 @@ def make_plan(
     digests: bool = False,
     requantise: bool = False,
 ) -> Plan:
-    """Match every LoRA against the base.
+    """Match every LoRA against a base that is open, or that component of it.
 
     `dtype` is a key of `dtypes.OUTPUTS`: that of all floats of the result, or None for the base's own.
 
@@ -156,31 +210,112 @@ def make_plan(
 
     Raises:
         BadScale: a scale is not finite.
-        BadLora: a file cannot be used (see `open_lora` and `match_targets` for the kinds).
+        BadLora: a file cannot be used (see `open_lora` and `match_targets` for the kinds), or is for another component.
         BadCheckpoint: the base cannot be fused into, or a target is quantised and cannot be decoded, or of a dtype that
             is not rounded to.
         BadConfig: a pattern of the selection matches no target, or it leaves none, or leaves out what would be fused;
             or nothing can be quantised again; or there is no such dtype.
         MissingExtra: a target is not plain (see `Plan.plain`), and torch is not installed.
     """
-    chosen = selection or Selection()
     fitness.refuse_unfit(checkpoint)
-    for given in inputs:
-        if not math.isfinite(given.scale):
-            raise BadScale(f"the scale of {given.name} is {given.scale}, not a finite number; 1.0 is the usual one")
-    loras = tuple(open_lora(given.path, digests=digests, leave_out=chosen.leaves_out) for given in inputs)
+    chosen = selection or Selection()
+    component = checkpoint.component
+    routed = route_to_one(inputs, chosen, digests=digests, component=component, root=checkpoint.root)
+    return _plan_components((checkpoint,), routed, chosen, dtype, requantise=requantise)
+
+
+def plan_base(  # noqa: PLR0913 - by keyword, each is a choice of its own
+    root: Path,
+    inputs: Sequence[LoraInput],
+    selection: Selection | None = None,
+    *,
+    names: Iterable[str] | None = None,
+    label: str | None = None,
+    dtype: str | None = None,
+    digests: bool = False,
+    requantise: bool = False,
+) -> Plan:
+    """Open a base and the components of it that LoRAs are for, and match them; see `make_plan`.
+
+    A pipeline may have several: a LoRA is for the component that it names, or for those that its keys name. `names` and
+    `label` are those of `open_checkpoint`.
+
+    Raises:
+        Refused: as `make_plan`.
+    """
+    chosen = selection or Selection()
+    there = repository_files.component_names(root)
+    if not there:
+        checkpoint = open_checkpoint(root, None, names, label)
+        return make_plan(checkpoint, inputs, chosen, dtype=dtype, digests=digests, requantise=requantise)
+    main = repository_files.main_component(there)
+    routed = route(inputs, chosen, digests=digests, main=main, available=there)
+    first, *more = components(routed, main)
+    checkpoint = open_checkpoint(root, first, names, label, more)
+    opened = (checkpoint, *checkpoint.further)
+    for one in opened:
+        fitness.refuse_unfit(one)
+    return _plan_components(opened, routed, chosen, dtype, requantise=requantise)
+
+
+def _plan_components(
+    checkpoints: Sequence[Checkpoint],
+    routed: Sequence[RoutedLora],
+    chosen: Selection,
+    dtype: str | None,
+    *,
+    requantise: bool,
+) -> Plan:
+    """Plan all components, and check the selection against all of them together."""
+    matched = [_matched(checkpoint, routed, chosen) for checkpoint in checkpoints]
+    fusable = {
+        key
+        for checkpoint in checkpoints
+        for one in routed
+        if checkpoint.component in one.parts
+        for key in one.parts[checkpoint.component].left_out_in(checkpoint.parameters())
+    }
+    chosen.check_left_out({key for one in routed for key in one.lora.left_out}, fusable.__contains__)
+    chosen.check({name for deltas in matched for name in deltas})
+    plans = [
+        _planned(checkpoint, routed, deltas, chosen, dtype, requantise=requantise)
+        for checkpoint, deltas in zip(checkpoints, matched, strict=True)
+    ]
+    if requantise:
+        targets = [target for plan in plans for target in plan.targets.values()]
+        _refuse_unmade(checkpoints[0], [target.stored for target in targets if target.stored])
+    if len(plans) > 1:
+        plans = [replace(plan, prefix=f"{plan.component}/") for plan in plans]
+    return replace(plans[0], further=tuple(plans[1:]))
+
+
+def _matched(checkpoint: Checkpoint, routed: Sequence[RoutedLora], chosen: Selection) -> dict[str, list[ScaledDelta]]:
+    """Everything that is to be added to the parameters of a component."""
     weights = checkpoint.parameters()
-    fusable = {key for lora in loras for key in lora.left_out_in(weights)}
-    chosen.check_left_out({key for lora in loras for key in lora.left_out}, fusable.__contains__)
     deltas: dict[str, list[ScaledDelta]] = {}
-    for given, lora in sorted(zip(inputs, loras, strict=True), key=_order):
+    for one in sorted(routed, key=lambda one: _order((one.given, one.lora))):
+        if (part := one.parts.get(checkpoint.component)) is None:
+            continue
         with fitness.blaming_a_quantised_base(checkpoint):
-            matched = match_targets(lora.deltas, weights, str(lora.path))
+            matched = match_targets(part.deltas, weights, str(one.lora.path))
         for name, placed in matched.items():
-            _refuse_cut_columns(lora, placed)
-            share = given.scale * (chosen.share(name) or 0.0)
-            deltas.setdefault(name, []).extend(ScaledDelta(lora, one, share) for one in placed)
-    chosen.check(deltas)
+            _refuse_cut_columns(one.lora, placed)
+            scale = one.given.scale * (chosen.share(name) or 0.0)
+            deltas.setdefault(name, []).extend(ScaledDelta(one.lora, part_of, scale) for part_of in placed)
+    return deltas
+
+
+def _planned(
+    checkpoint: Checkpoint,
+    routed: Sequence[RoutedLora],
+    deltas: Mapping[str, list[ScaledDelta]],
+    chosen: Selection,
+    dtype: str | None,
+    *,
+    requantise: bool,
+) -> Plan:
+    """The plan of one component."""
+    weights = checkpoint.parameters()
     skipped = tuple(sorted(name for name in deltas if chosen.share(name) is None))
     kept = {name: scaled for name, scaled in deltas.items() if name not in skipped}
     stored = checkpoint.stored()
@@ -189,13 +324,19 @@ def make_plan(
     decoded = codes or any(shard.is_gguf for shard in checkpoint.shards) or bool(dtype and stored.tensors)
     if decoded and stored.refused:
         raise next(iter(stored.refused.values()))
-    if requantise:
-        _refuse_unmade(checkpoint, [target.stored for target in targets.values() if target.stored])
     if (beyond := next(filter(None, map(_beyond_plain, targets.values())), None)) is not None:
         require("torch", beyond)
-    written = _converted(checkpoint, dtype, decoded=decoded, requantise=requantise)
     return Plan(
-        checkpoint, tuple(inputs), loras, targets, chosen, skipped, stored if decoded else None, requantise, written
+        checkpoint,
+        tuple(one.given for one in routed),
+        tuple(one.lora for one in routed),
+        targets,
+        chosen,
+        skipped,
+        stored if decoded else None,
+        requantise,
+        _converted(checkpoint, dtype, decoded=decoded, requantise=requantise),
+        tuple(number for number, one in enumerate(routed) if checkpoint.component in one.parts),
     )
 
 
@@ -205,10 +346,16 @@ def plan_of(base: Lock, loras: Mapping[str, Lock], params: Recipe) -> Plan:
     Raises:
         BadSource: a LoRA is not what its lock says, by the bytes that were read.
     """
-    checkpoint = open_checkpoint(hf_cache.locate(base), COMPONENT, base.files, base.label if base.repo_id else None)
     inputs = paths.lora_inputs(loras, params)
-    digests = params.fuse.inputs == "hash"
-    plan = make_plan(checkpoint, inputs, params.fuse.selection, dtype=params.fuse.dtype, digests=digests)
+    plan = plan_base(
+        hf_cache.locate(base),
+        inputs,
+        params.fuse.selection,
+        names=base.files,
+        label=base.label if base.repo_id else None,
+        dtype=params.fuse.dtype,
+        digests=params.fuse.inputs == "hash",
+    )
     for given, lora in zip(inputs, plan.loras, strict=True):
         for name, record in loras[given.name].files.items():
             sha256 = lora.config_sha256 if name.endswith(".json") else lora.sha256

@@ -29,7 +29,7 @@ def ways_of(plan: Plan, place: Path, untouched: files.Untouched) -> Ways:
     """The way of each file of the base that does not change to `place`, by POSIX path, without ``auto``."""
     fused = {shard.relative for shard in plan.fused_shards}
     folder = files.nearest_folder(place)
-    others = [*(shard.relative for shard in plan.checkpoint.shards), *plan.checkpoint.others]
+    others = [*(shard.relative for shard in plan.shards), *plan.checkpoint.others]
     shares: dict[int, bool] = {}  # blocks, by device
     ways: dict[str, files.Untouched] = {}
     for name in others:
@@ -68,7 +68,7 @@ class OtherFiles:
     ) -> None:
         """List them; see `lora_fuse.fusion.merge.write_merged`. Files that are `known` are not hashed."""
         fused = {shard.relative for shard in plan.fused_shards}
-        same = [shard.relative for shard in plan.checkpoint.shards if shard.relative not in fused]
+        same = [shard.relative for shard in plan.shards if shard.relative not in fused]
         self._sources = {name: plan.checkpoint.locate(name) for name in [*same, *plan.checkpoint.others]}
         self._place = place
         self._generated = generated

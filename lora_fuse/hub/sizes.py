@@ -13,7 +13,6 @@ from lora_fuse.errors import BadSource
 from lora_fuse.hub.client import is_offline
 from lora_fuse.hub.repository import RepositoryListing, list_repository
 from lora_fuse.hub.sources import ExpectedFile, open_folder, refuse_missing
-from lora_fuse.models import COMPONENT
 from lora_fuse.recipe import Lock, Source, hf_cache
 
 Choose = Callable[[Iterable[str]], list[str]]  # names of a source to names of the files that are taken
@@ -119,5 +118,6 @@ def _pipeline_files(listed: Iterable[str]) -> list[str]:
     names = set(listed)
     if repository_files.MODEL_INDEX not in names:
         raise BadSource(f"there is no {repository_files.MODEL_INDEX}: it is no diffusers pipeline; name one that is")
-    found = repository_files.sort_files(names, COMPONENT, label="the repository", read=lambda _: None, fail=BadSource)
+    main = repository_files.main_component({PurePosixPath(name).parts[0] for name in names})
+    found = repository_files.sort_files(names, main, label="the repository", read=lambda _: None, fail=BadSource)
     return [*found.shards, *found.others]

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 from lora_fuse.checkpoint import fitness, repository_files
 from lora_fuse.errors import BadSource
 from lora_fuse.machine import FileRecord, file_state, files, progress, text
-from lora_fuse.models import COMPONENT
 from lora_fuse.recipe import License, stated_licence
 
 if TYPE_CHECKING:
@@ -143,7 +142,8 @@ def take_pipeline(taken: VerifiedFiles) -> None:
 
     if not (named := repository_files.named_components(read(repository_files.MODEL_INDEX))):
         raise BadSource(f"{repository_files.MODEL_INDEX} of {label} names no component; name a diffusers pipeline")
-    found = repository_files.sort_files(taken.source.files, COMPONENT, label=label, read=read, fail=BadSource)
+    main = repository_files.main_component(named)
+    found = repository_files.sort_files(taken.source.files, main, label=label, read=read, fail=BadSource)
     if found.missing:
         raise BadSource(
             f"{label} has no folder {found.missing[0]}/, which its {repository_files.MODEL_INDEX} names among "

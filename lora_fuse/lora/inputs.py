@@ -14,11 +14,16 @@ from lora_fuse.errors import BadConfig, BadScale
 
 @dataclass(frozen=True, slots=True)
 class LoraInput:
-    """A LoRA to fuse and the scale to fuse it at; `name` is what the recipe calls it."""
+    """A LoRA to fuse and the scale to fuse it at; `name` is what the recipe calls it.
+
+    `component` is the folder of the pipeline's component that it is fused into. Without one its keys say that, each for
+    itself: those that name none are for the main one.
+    """
 
     name: str
     path: Path
     scale: float
+    component: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,22 +93,29 @@ PREFIXES = (
     PEFT_PREFIX,
     "base_model.model.transformer.",
     "transformer.base_model.model.",  # SimpleTuner
+    "transformer_2.",
+    *(f"{encoder}." for encoder in ("text_encoder", "text_encoder_2", "text_encoder_3")),  # diffusers
 )
 # Before names whose dots have become underscores.
 FLAT_PREFIXES = (
     "lora_unet_",  # kohya, musubi-tuner
     "lora_transformer_",  # OneTrainer
     "lycoris_",  # LyCORIS
+    *("lora_te_", "lora_te1_", "lora_te2_", "lora_te3_"),  # kohya, OneTrainer
 )
-# Before the names of what is not the transformer: said by name, for a file may hold both.
-OTHER_COMPONENTS = {
-    "lora_te": "text encoder",
-    "lora_text_encoder": "text encoder",
-    "text_encoder": "text encoder",
-    "conditioner.": "text encoder",
-    "text_model.": "text encoder",
-    "vae.": "VAE",
-    "lora_vae": "VAE",
+# Before the names of a component that is not the main one, and its folder; the first that a name begins with counts.
+COMPONENTS = {
+    "transformer_2.": "transformer_2",
+    "text_encoder_2.": "text_encoder_2",
+    "text_encoder_3.": "text_encoder_3",
+    "text_encoder": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_te3_": "text_encoder_3",
+    "lora_te": "text_encoder",
+    "conditioner.": "text_encoder",
+    "text_model.": "text_encoder",
+    "vae.": "vae",
+    "lora_vae": "vae",
 }
 
 # Parts of keys of no format here, and what they are; the first that is in a key counts.
@@ -149,9 +156,9 @@ def unread_kind(key: str) -> str | None:
     return next((kind for part, kind in UNREAD.items() if re.search(part, key)), None)
 
 
-def other_component(key: str) -> str | None:
-    """The component, other than the transformer, that a key is for, as far as its beginning tells."""
-    return next((name for start, name in OTHER_COMPONENTS.items() if key.startswith(start)), None)
+def component_of(key: str) -> str | None:
+    """The component that a key is for, by its folder, as far as its beginning tells; None for the main one."""
+    return next((name for start, name in COMPONENTS.items() if key.startswith(start)), None)
 
 
 def spellings(module: str, prefixes: Iterable[str]) -> list[str]:

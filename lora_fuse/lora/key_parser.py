@@ -13,7 +13,7 @@ from typing import Literal
 
 from lora_fuse.checkpoint import TensorInfo
 from lora_fuse.errors import BadLora, FactorMismatch
-from lora_fuse.lora.key_formats import FORMATS, Algorithm, KeyFormat, other_component, read_key, unread_kind
+from lora_fuse.lora.key_formats import FORMATS, Algorithm, KeyFormat, component_of, read_key, unread_kind
 from lora_fuse.lora.scaling import StatedScale, scale_of
 
 SHOWN = 3  # offenders that an error names
@@ -52,6 +52,11 @@ class LoraDelta:
         return "dora_scale" in self.keys or "magnitude" in self.keys
 
     @property
+    def component(self) -> str | None:
+        """The folder of the component that it is for; None for the main one, or whichever somebody names."""
+        return component_of(self.module)
+
+    @property
     def is_plain(self) -> bool:
         """True for a low-rank product and nothing more."""
         return self.algorithm == str(Algorithm.LORA)
@@ -79,7 +84,7 @@ def parse_lora(
     `alphas` are the values of its `.alpha` keys, `stated` what other places say of strength and kind.
 
     Raises:
-        BadLora: the file is empty, or a key is of no known format, for another component, twice there or alone.
+        BadLora: the file is empty, or a key is of no known format, twice there or alone.
         FactorMismatch: tensors of one module do not fit each other, or not what is stated.
     """
     if not tensors:
@@ -127,12 +132,6 @@ def _modules(
         if role in roles:
             raise BadLora(f"{where}: {roles[role].name!r} and {key!r} mean the same; a file may hold one adapter only")
         roles[role] = tensor
-    others = {key: component for key in tensors if (component := other_component(key))}
-    if others:
-        raise BadLora(
-            f"{where}: {len(others)} of {len(tensors)} keys are for the {', the '.join(sorted(set(others.values())))} "
-            f"({_first(list(others))}), which is not fused here{LEAVE_OUT}"
-        )
     if unknown:
         kinds = sorted({kind for key in unknown if (kind := unread_kind(key)) is not None})
         known = f"it has {', '.join(kinds)}" if kinds else f"known are {', '.join(row.name for row in FORMATS)}"

@@ -19,7 +19,7 @@ from lora_fuse.errors import BadCheckpoint, BadLora
 from lora_fuse.lora.adapter_config import parse_adapter_config
 from lora_fuse.lora.deltas import Delta, is_by_column, make_delta, rows_of
 from lora_fuse.lora.header_entries import read_entries
-from lora_fuse.lora.key_formats import PEFT_PREFIX, Algorithm, read_key
+from lora_fuse.lora.key_formats import PEFT_PREFIX, Algorithm, component_of, read_key
 from lora_fuse.lora.key_parser import LoraDelta, parse_lora
 from lora_fuse.lora.matcher import PlacedDelta, modules_in
 from lora_fuse.lora.peft_fields import DEFAULT_ALPHA
@@ -66,6 +66,12 @@ class LoraFile:
             for delta in unsaid
         }
         return {rank: alpha for rank, alpha in sorted(usual.items()) if rank is not None and alpha is not None}
+
+    def of_component(self, component: str, main: str) -> LoraFile:
+        """The part of the file that is for a component; `main` is the one of keys that name none."""
+        deltas = tuple(delta for delta in self.deltas if (delta.component or main) == component)
+        left_out = tuple(key for key in self.left_out if (component_of(key) or main) == component)
+        return replace(self, deltas=deltas, left_out=left_out)
 
     def left_out_in(self, weights: Mapping[str, TensorInfo]) -> set[str]:
         """The keys that are left out although a base, whose parameters are given, has their modules."""

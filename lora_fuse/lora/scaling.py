@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lora_fuse.errors import BadLora, FactorMismatch
-from lora_fuse.lora.key_formats import PREFIXES, other_component, spellings
+from lora_fuse.lora.key_formats import PREFIXES, component_of, spellings
 from lora_fuse.lora.name_patterns import NamePatterns
 
 CLOSE = 2.0**-8  # relative; alphas are stored in dtypes down to bfloat16, which rounds by half as much
@@ -106,7 +106,7 @@ def _for_module(stated: Sequence[StatedScale], module: str, where: str) -> list[
     general = [place for place in stated if not place.component]
     special = [place for place in stated if place.component]
     own = [place for place in special if module.startswith(f"{place.component}.")]
-    own = own or [place for place in special if other_component(f"{place.component}.") is None] or special
+    own = own or [place for place in special if component_of(f"{place.component}.") is None] or special
     if len({place.component for place in own}) > 1:
         raise BadLora(
             f"{where}: the header speaks of {' and '.join(sorted(place.where for place in own))}, and the name of "

@@ -153,7 +153,7 @@ def _read_json(path: Path, stage: str, kind: type[files.Content]) -> files.Conte
 def lora_inputs(loras: Mapping[str, Lock], recipe: Recipe) -> list[LoraInput]:
     """The pinned LoRAs (files and PEFT folders) with the scales of the recipe."""
     return [
-        LoraInput(name, locate(lock) / lock.lora_name, recipe.fuse.scale_of(name))
+        LoraInput(name, locate(lock) / lock.lora_name, recipe.fuse.scale_of(name), recipe.component_of(name))
         for name, lock in sorted(loras.items())
     ]
 

@@ -31,6 +31,10 @@ class Recipe(sections.Section):
         """The scale of every LoRA and the steps, with which pictures have to be made to be approved."""
         return {name: self.fuse.scale_of(name) for name in self.loras}, self.sampling.steps
 
+    def component_of(self, lora: str) -> str | None:
+        """The component of the pipeline that a LoRA names; None where its keys say that."""
+        return self.loras[lora].component if lora in self.loras else None
+
     @property
     def scheduler_config(self) -> dict[str, object]:
         """The scheduler's settings by diffusers' names; empty to keep the base's own."""

@@ -119,7 +119,8 @@ class MergedLora:
 
     Of a PEFT folder, `filename` is the folder, `sha256` is of its weights and `config_sha256` of the
     `adapter_config.json` that scales them; the two stand for what was added. `left_out` are the keys that were left out
-    on purpose.
+    on purpose, `components` those of a pipeline that it was fused into; none are named where that is the transformer
+    alone, or the base is no pipeline.
     """
 
     name: str
@@ -132,6 +133,7 @@ class MergedLora:
     license: License | None = None
     config_sha256: str | None = None
     left_out: Annotated[tuple[str, ...], Field(exclude_if=lambda keys: not keys)] = ()
+    components: Annotated[tuple[str, ...], Field(exclude_if=lambda names: not names)] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +171,8 @@ class Manifest:
 
     `selection` is None where every module of every LoRA was fused. `source` are the formats of a base whose weights are
     codes, each with the number of weights, `requantised` the cost where targets were quantised again, `dtype` that of
-    all floats where it is another than the base's; not there for others.
+    all floats where it is another than the base's; `components` are those of a pipeline that were fused, each with its
+    number of targets, where that is more or another than the transformer; not there for others.
     """
 
     schema: int
@@ -183,6 +186,7 @@ class Manifest:
     source: Annotated[dict[str, int] | None, Field(exclude_if=lambda source: source is None)] = None
     requantised: Annotated[Requantised | None, Field(exclude_if=lambda cost: cost is None)] = None
     dtype: Annotated[str | None, Field(exclude_if=lambda dtype: dtype is None)] = None
+    components: Annotated[dict[str, int] | None, Field(exclude_if=lambda components: components is None)] = None
 
     @property
     def pair(self) -> tuple[str | None, list[tuple[str | None, str | None]]]:

@@ -142,9 +142,14 @@ class BaseParams(Source):
 
 
 class LoraParams(Source):
-    """One LoRA of a repository or folder: `filename` is a safetensors file in it or a PEFT folder (``.``: itself)."""
+    """One LoRA of a repository or folder: `filename` is a safetensors file in it or a PEFT folder (``.``: itself).
+
+    `component` is the folder of the pipeline's component that it is for; without one its keys say that, each for
+    itself.
+    """
 
     filename: Text
+    component: Name | None = None
 
 
 class FuseParams(Section):

@@ -10,7 +10,6 @@ from lora_fuse.checkpoint import open_checkpoint
 from lora_fuse.errors import PublishRefused, Rerun
 from lora_fuse.hub import Addition
 from lora_fuse.machine import files, progress
-from lora_fuse.models import COMPONENT
 from lora_fuse.pictures import Case
 from lora_fuse.regression import candidates, gate
 from lora_fuse.release.card import Evidence, ShownCase, ShownChange, ShownExport
@@ -32,7 +31,7 @@ def shown_evidence(
 def shown_exports(metrics: Mapping[str, Any], cases: Sequence[Case], merged: Path) -> tuple[ShownExport, ...]:
     """The exports of a merged repository that were judged, by their keys of `metrics.json`."""
     names = [key.split(".")[1] for key in metrics if gate.EXPORT_VERDICT.fullmatch(key)]
-    kind = str(open_checkpoint(merged, COMPONENT).config.get("_class_name")) if names else ""
+    kind = str(open_checkpoint(merged).config.get("_class_name")) if names else ""
     return tuple(_export(name, metrics, cases, kind) for name in names)
 
 

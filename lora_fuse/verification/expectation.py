@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -168,19 +167,22 @@ def _two(parts: Mapping[str, Part], kind: str, n: int, rows: Rows | None = None)
 
 @dataclass(slots=True)
 class Expected:
-    """All deltas by the name of the base parameter, the number of updates in the files, and what did not add up.
-
-    `left_out` is the number of keys that somebody left out on purpose, of modules that the base lacks.
-    """
+    """All deltas by the name of the base parameter, the number of updates in the files, and what did not add up."""
 
     deltas: dict[str, list[ExpectedDelta]] = field(default_factory=dict)
     modules: int = 0
-    left_out: int = 0
     problems: list[str] = field(default_factory=list)
 
 
-def read_expected(loras: Sequence[LoraInput], base: Weights, selection: Selection) -> Expected:
+def read_expected(
+    loras: Sequence[LoraInput],
+    base: Weights,
+    selection: Selection,
+    belongs: Callable[[LoraInput, str], bool] = lambda _, __: True,
+) -> Expected:
     """Work out what every LoRA should add at its scale; of `base`, only names and shapes are looked at.
+
+    `belongs` tells the keys that are for it.
 
     Raises:
         BadLora: a file cannot be opened.
@@ -191,13 +193,16 @@ def read_expected(loras: Sequence[LoraInput], base: Weights, selection: Selectio
     most = _most_numbers(base)
     others = OtherNames({name: len(base[full]) for name, full in stored.items()})
     for given in loras:
-        groups, strength, left = _read_file(given.path, most, found.problems, selection.leave_out)
-        found.left_out += len(left)
+        groups, strength, every = _read_file(given, most, found.problems, selection.leave_out, belongs)
+        left = [key for key in every if belongs(given, key) and is_left_out(key, selection.leave_out)]
         modules = {key: match["module"] for key in left if (match := KEY.fullmatch(key))}
         found.problems += [
             f"{given.name}: {key} is left out, and the base has its module"
             for key, module in modules.items()
-            if any(_longest_match(module, kind, stored.keys(), flat) for kind in ("weight", "bias"))
+            if any(
+                _longest_match(module, kind, stored.keys(), flat) or others.find(_names(module, kind))
+                for kind in ("weight", "bias")
+            )
         ]
         for (module, kind), parts in groups.items():
             found.modules += 1
@@ -228,18 +233,28 @@ def _most_numbers(base: Weights) -> int:
     return max(max(math.prod(shape), 9 * RANK * max((RANK, *shape))) for shape in shapes)
 
 
-def _read_file(
-    path: Path, most: int, problems: list[str], leave_out: Sequence[str]
-) -> tuple[Groups, Strength, set[str]]:
-    """The tensors of a LoRA by module and role, what is said of their strength, and the keys that are left out.
+def is_left_out(key: str, patterns: Sequence[str]) -> bool:
+    """True for a key that somebody leaves out on purpose."""
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
 
-    Larger tensors than are of use stay unread.
+
+def _read_file(
+    given: LoraInput,
+    most: int,
+    problems: list[str],
+    leave_out: Sequence[str],
+    belongs: Callable[[LoraInput, str], bool],
+) -> tuple[Groups, Strength, set[str]]:
+    """The tensors of a LoRA by module and role, what is said of their strength, and all keys of the file.
+
+    Larger tensors than are of use stay unread, and so does what is left out or for another component.
     """
-    file, config = configuration_of(path)
+    file, config = configuration_of(given.path)
     groups: Groups = {}
     stored = Weights([file], BadLora)
-    left = {key for key in stored.names() if any(fnmatch.fnmatchcase(key, pattern) for pattern in leave_out)}
-    keys = stored.names() - left
+    every = stored.names()
+    known = {key for key in every if not is_left_out(key, leave_out)}
+    keys = {key for key in known if belongs(given, key)}
     for key in sorted(keys):
         match = KEY.fullmatch(key)
         if match is None:
@@ -250,7 +265,7 @@ def _read_file(
             problems.append(f"{file}: {key} is {stored[key].dtype}, of which no numbers are read")
         elif not _put(match, stored[key], groups):
             problems.append(f"{file}: another key means the same as {key}")
-    strength = read_strength(file, config, stored.metadata[file.name], keys)
+    strength = read_strength(file, config, stored.metadata[file.name], known)
     for (module, kind), parts in groups.items():
         weight = groups.get((module, "weight"), {})
         if kind == "bias" and "of" in parts:  # a LoRA's own bias is scaled as its product is
@@ -259,7 +274,7 @@ def _read_file(
     return (
         {place: parts for place, parts in groups.items() if set(parts) != {"alpha"} or place[1] == "weight"},
         strength,
-        left,
+        every,
     )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import BadCheckpoint
 from lora_fuse.lora import LoraInput, Selection
 from lora_fuse.machine import file_state, files, progress
@@ -32,7 +33,8 @@ from lora_fuse.verification.coded_weights import (
     read_codes,
     requantised,
 )
-from lora_fuse.verification.expectation import ExpectedDelta, read_expected
+from lora_fuse.verification.components import Components, find_components
+from lora_fuse.verification.expectation import ExpectedDelta
 from lora_fuse.verification.kept_beside import compare_kept, is_kept_beside
 from lora_fuse.verification.nearest import FLOATS
 from lora_fuse.verification.target_check import LITTLE, Change, Kept, Sums, TargetCheck, check_target, is_converted
@@ -116,7 +118,8 @@ class Expectation:
     `pipeline` and `scheduler` are the recipe's changes; without them the base's are expected. `beside` are POSIX paths
     that are no part of the merge, see `lora_fuse.release.download_check`. `base_files` are those that the base's lock
     has, all of which are taken; without a lock they are what lies there. `generated` are those that the manifest says
-    were made anew. `dtype` is that of all floats of the merge, as configurations name it, None for the base's own.
+    were made anew. `dtype` is that of all floats of the merge, as configurations name it, None for the base's own, and
+    `converted` are the fused weights that had others.
     """
 
     pipeline: str | None = None
@@ -125,6 +128,7 @@ class Expectation:
     base_files: frozenset[str] | None = None
     generated: frozenset[str] = frozenset()
     dtype: str | None = None
+    converted: frozenset[str] = frozenset()
 
 
 def verify_merge(  # noqa: PLR0913 - by keyword, each is a choice of its own
@@ -132,9 +136,9 @@ def verify_merge(  # noqa: PLR0913 - by keyword, each is a choice of its own
     base: Path,
     loras: Sequence[LoraInput],
     *,
-    component: str,
     rows: int | None,
     expected: Expectation,
+    component: str | None = None,
     selection: Selection | None = None,
     seed: int | None = None,
 ) -> Verification:
@@ -149,42 +153,94 @@ def verify_merge(  # noqa: PLR0913 - by keyword, each is a choice of its own
     beside = base.exists() and is_kept_beside(merged)
     if not beside:
         _refuse_other_kinds(merged, base)
-    found = Verification()
-    if rows is not None:
-        found.drawn = DrawnRows(secrets.randbits(32) if seed is None else seed)
+    chosen = selection or Selection()
+    named = [given if given.component else replace(given, component=component or None) for given in loras]
+    components = find_components(base, named, chosen)
+    found = Verification(left_out=components.left_out)
+    found.drawn = None if rows is None else DrawnRows(secrets.randbits(32) if seed is None else seed)
+    for problem in components.problems:
+        found.problem(problem)
     with progress.byte_progress("verify", files.total_size(merged), at_least=progress.FEW) as advance:
-        shards = sort_base(base, component, expected.base_files) if base.is_dir() else None
-        base_files = [base / name for name in shards.shards] if shards else [base]
-        stored = open_weights(base_files)
-        expected_sum = read_expected(loras, stored, selection or Selection())
-        found.modules = expected_sum.modules
-        found.targets = len(expected_sum.deltas)
-        found.left_out = expected_sum.left_out
-        for problem in expected_sum.problems:
-            found.problem(problem)
+        shards = sort_base(base, components.names, expected.base_files) if base.is_dir() else None
         if beside:
-            kept = compare_kept(merged, base, shards, stored, expected_sum.deltas, expected, advance)
-            found.files_untouched, problems = kept
-            for problem in problems:
-                found.problem(problem)
-            return found
-        merged_files = [merged / path.relative_to(base) for path in base_files]
-        merged_files = [path for path in merged_files if path.is_file()] or weight_files(merged, component)
-        written = open_weights(merged_files)
-        ours, theirs = _comparable(written, stored, expected_sum.deltas.keys(), expected.dtype, found)
-        if written.is_gguf == stored.is_gguf:
-            _check_metadata(ours, theirs, found)
-        _check_tensors(ours, theirs, expected_sum.deltas, rows, found, advance)
+            return _verify_beside(merged, base, shards, components, expected, found, advance)
+        parts = [_Component(merged, base, name, shards, components, found) for name in components.names]
+        for part in parts:
+            part.check(expected.dtype, rows, advance)
+        _measure_update([one for part in parts for one in part.measured], found)
         if shards is not None:
-            fused = {path.relative_to(merged).as_posix() for path in merged_files}
-            if theirs is stored:  # all floats are in that dtype already, so no text says another one
-                expected = replace(expected, dtype=None)
-            found.files_untouched, problems = compare_files(
-                merged, base, fused, shards, expected, advance, _indexes(base, shards.index, theirs)
-            )
+            fused = {path.relative_to(merged).as_posix() for part in parts for path in part.merged_files}
+            converted = frozenset(name for part in parts if part.is_converted for name in part.names)
+            indexes = {name: index for part in parts for name, index in part.indexes.items()}
+            expected = replace(expected, converted=converted)
+            found.files_untouched, problems = compare_files(merged, base, fused, shards, expected, advance, indexes)
             for problem in problems:
                 found.problem(problem)
     return found
+
+
+def _verify_beside(
+    merged: Path,
+    base: Path,
+    shards: repository_files.SortedFiles | None,
+    components: Components,
+    expected: Expectation,
+    found: Verification,
+    advance: Callable[[int], None],
+) -> Verification:
+    """Compare a base that was left as it is, with LoRAs of one component beside it."""
+    stored = open_weights([base / name for name in shards.shards] if shards else [base])
+    wanted = components.expected(components.names[0], stored)
+    found.modules = wanted.modules
+    found.targets = len(wanted.deltas)
+    found.files_untouched, problems = compare_kept(merged, base, shards, stored, wanted.deltas, expected, advance)
+    for problem in [*wanted.problems, *problems]:
+        found.problem(problem)
+    return found
+
+
+class _Component:
+    """One component of a merge, whose weights are compared; names of several are told apart by their folder."""
+
+    def __init__(
+        self,
+        merged: Path,
+        base: Path,
+        name: str,
+        shards: repository_files.SortedFiles | None,
+        components: Components,
+        found: Verification,
+    ) -> None:
+        """Open the weights of the base, and read what LoRAs should add to them."""
+        more = shards.more if shards else {}
+        own = (shards.shards, shards.index) if shards else ((), None)
+        self.names, self._index = more.get(name, own)
+        base_files = [base / one for one in self.names] or [base]
+        self._base = base
+        self._found = found
+        self._prefix = f"{name}/" if len(components.names) > 1 else ""
+        self._stored = open_weights(base_files)
+        self._expected = components.expected(name, self._stored)
+        found.modules += self._expected.modules
+        found.targets += len(self._expected.deltas)
+        for problem in self._expected.problems:
+            found.problem(f"{self._prefix}{problem}")
+        merged_files = [merged / path.relative_to(base) for path in base_files]
+        self.merged_files = [path for path in merged_files if path.is_file()] or weight_files(merged, name)
+        self.is_converted = False
+        self.indexes: dict[str, dict[str, Any]] = {}
+        self.measured: list[tuple[str, TargetCheck, str]] = []
+
+    def check(self, dtype: str | None, rows: int | None, advance: Callable[[int], None]) -> None:
+        """Compare all tensors, and see which texts follow from their dtypes."""
+        written = open_weights(self.merged_files)
+        deltas = self._expected.deltas
+        ours, theirs = _comparable(written, self._stored, deltas.keys(), dtype, self._found)
+        if written.is_gguf == self._stored.is_gguf:
+            _check_metadata(ours, theirs, self._found)
+        self.measured = _check_tensors(ours, theirs, deltas, rows, self._found, advance, self._prefix)
+        self.is_converted = theirs is not self._stored  # else all floats are in that dtype, and no text says another
+        self.indexes = _indexes(self._base, self._index, theirs)
 
 
 def _refuse_other_kinds(merged: Path, base: Path) -> None:
@@ -260,15 +316,18 @@ def _check_tensors(
     rows: int | None,
     found: Verification,
     advance: Callable[[int], None],
-) -> None:
+    prefix: str,
+) -> list[tuple[str, TargetCheck, str]]:
+    """Compare the tensors of a component, before whose names `prefix` stands; the targets, each with its dtype."""
     for name in sorted(base.names() ^ merged.names()):
-        found.problem(f"{name} is only in the {'base' if name in base.names() else 'merged'} checkpoint")
+        found.problem(f"{prefix}{name} is only in the {'base' if name in base.names() else 'merged'} checkpoint")
     scales = {f"{match['module']}.weight": match[0] for match in map(SCALE.fullmatch, base.names()) if match}
     for name in sorted(deltas.keys() & scales.keys()):
         if isinstance(base[name], CodedTensor):
             continue  # its scale is its own
         found.problem(
-            f"{name} is no plain weight in the base: {scales[name]} goes with it, so the sum is of other numbers"
+            f"{prefix}{name} is no plain weight in the base: {scales[name]} goes with it, so the sum is of other "
+            "numbers"
         )
     common = sorted(base.names() & merged.names())
     whole = {name for name in common if name in deltas or isinstance(base[name], (CodedTensor, ConvertedTensor))}
@@ -281,10 +340,10 @@ def _check_tensors(
     def check(task: tuple[str, tuple[int, int] | None], told: Callable[[int], None]) -> TargetCheck | bool:
         name, piece = task
         if piece is None and name not in deltas:
-            result: TargetCheck | bool = is_converted(name, merged[name], base[name])
+            result: TargetCheck | bool = is_converted(prefix + name, merged[name], base[name])
         elif piece is None:
             seed = None if found.drawn is None else found.drawn.seed
-            result = check_target(name, merged[name], base[name], deltas[name], rows, seed)
+            result = check_target(prefix + name, merged[name], base[name], deltas[name], rows, seed)
         else:
             result = merged[name].is_like(base[name]) and merged[name].same(base[name], piece)
         told(size(task))
@@ -298,22 +357,26 @@ def _check_tensors(
     for (name, _), result in zip(tasks, results, strict=True):
         by_name[name].append(result)
     for name, checks in by_name.items():
-        _add_up(name, checks, merged[name].is_like(base[name]), found)
-    _measure_update({name: one for name, (one, *_) in by_name.items() if isinstance(one, TargetCheck)}, merged, found)
+        _add_up(prefix + name, checks, merged[name].is_like(base[name]), found)
+    return [
+        (prefix + name, one, merged[name].dtype) for name, (one, *_) in by_name.items() if isinstance(one, TargetCheck)
+    ]
 
 
-def _measure_update(checks: Mapping[str, TargetCheck], merged: Weights, found: Verification) -> None:
+def _measure_update(measured: Sequence[tuple[str, TargetCheck, str]], found: Verification) -> None:
     """Say what all targets together keep of the change that was meant, and where that is little."""
     together = Sums()
-    for name in found.changes:
-        together.add_share(checks[name].sums, checks[name].rows_total / checks[name].rows_checked)
-    written = {merged[name].dtype for name in found.changes}
+    dtypes = {name: dtype for name, check, dtype in measured if name in found.changes}
+    for name, check, _ in measured:
+        if name in dtypes:
+            together.add_share(check.sums, check.rows_total / check.rows_checked)
+    written = set(dtypes.values())
     found.update = together.kept(written.pop() if len(written) == 1 else "")
     cosines = {name: change.cosine for name, change in found.changes.items() if change.cosine is not None}
     little = {name: cosine for name, cosine in cosines.items() if cosine < LITTLE}
     if found.update.cosine is not None and (little or found.update.cosine < LITTLE):
         least = min(cosines, key=cosines.__getitem__)
-        worst = f"{least} has {cosines[least]:.3g} in {merged[least].dtype}, all together {found.update.cosine:.3g}"
+        worst = f"{least} has {cosines[least]:.3g} in {dtypes[least]}, all together {found.update.cosine:.3g}"
         found.warnings.append(
             f"{len(little)} of {len(cosines)} targets keep little of the change that was meant, by a cosine below "
             f"{LITTLE}: {worst}; so small a change needs weights of more bits: --dtype float32 (fuse.dtype)"

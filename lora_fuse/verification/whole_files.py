@@ -29,14 +29,14 @@ NAMES_DTYPE = ("torch_dtype", "dtype")  # in a configuration
 WEIGHTS = (".safetensors", ".sft")
 
 
-def sort_base(base: Path, component: str, names: Set[str] | None) -> repository_files.SortedFiles:
+def sort_base(base: Path, components: Sequence[str], names: Set[str] | None) -> repository_files.SortedFiles:
     """Sort the files of a base, those of its lock or all that lie there, as every fuse does: what is left is named.
 
     Raises:
-        BadCheckpoint: the component has no weights, see `repository_files.sort_files`.
+        BadCheckpoint: a component has no weights, see `repository_files.sort_files`.
     """
-    folder = component if (base / INDEX).is_file() else ""
-    return repository_files.sort_folder(base, folder, names or _listed(base))
+    main, *more = components
+    return repository_files.sort_folder(base, main, names or _listed(base), more)
 
 
 def compare_files(
@@ -57,9 +57,9 @@ def compare_files(
         The number of files that were compared with the base's, and what is wrong.
     """
     problems: list[str] = []
-    made = dict(_made_again(base, expected, fused, problems)) | dict(indexes)
+    made = dict(_made_again(base, expected, problems)) | dict(indexes)
     problems += [f"{name} is called generated, and no recipe asks for it" for name in expected.generated - made.keys()]
-    theirs = {*base_sorted.shards, *base_sorted.others, *base_sorted.left}
+    theirs = {*base_sorted.all_shards, *base_sorted.others, *base_sorted.left}
     beside = expected.beside - made.keys()
     ours = _listed(merged) - beside
     components = _components(base / INDEX, problems)
@@ -135,9 +135,7 @@ def _size(path: Path) -> int | None:
         return None
 
 
-def _made_again(
-    base: Path, expected: Expectation, fused: Set[str], problems: list[str]
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _made_again(base: Path, expected: Expectation, problems: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The content of what the recipe changes.
 
     The class of the pipeline, and of a scheduler that names one; all of a scheduler, but for its class where it names
@@ -151,7 +149,8 @@ def _made_again(
         changes[INDEX] = lambda index: index | named
     if expected.scheduler:
         changes[SCHEDULER] = lambda old: {key: old[key] for key in old if key[:1] == "_"} | dict(expected.scheduler)
-    configs = {(PurePosixPath(name).parent / "config.json").as_posix() for name in fused} if expected.dtype else set()
+    converted = expected.converted if expected.dtype else frozenset()
+    configs = {(PurePosixPath(name).parent / "config.json").as_posix() for name in converted}
     for name in (name for name in configs if (base / name).is_file()):
         changes[name] = lambda config: config | {key: expected.dtype for key in NAMES_DTYPE if config.get(key)}
     for name, change in changes.items():

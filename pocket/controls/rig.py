@@ -11,10 +11,8 @@ from typing import Self
 
 import torch
 
-from lora_fuse.checkpoint import open_checkpoint
-from lora_fuse.fusion import FuseJob, Plan, make_plan
+from lora_fuse.fusion import FuseJob, Plan, plan_base
 from lora_fuse.lora import LoraInput, Selection
-from lora_fuse.models import COMPONENT
 from lora_fuse.pictures import Case, environment, pairs, picture, render
 from lora_fuse.recipe import Recipe
 from lora_fuse.regression import verdicts
@@ -77,7 +75,7 @@ class Rig(ExitStack):
         """The recipe's fuse, or another; `loras` are files."""
         scale = self.params.fuse.scale_of(NAME) if scale is None else scale
         inputs = [LoraInput(NAME, path, scale) for path in loras or (self.lora,)]
-        return make_plan(open_checkpoint(base or self.base, COMPONENT), inputs, selection)
+        return plan_base(base or self.base, inputs, selection)
 
     def merge(self, folder: Path, plan: Plan | None = None, scheduler: Mapping[str, object] | None = None) -> Path:
         """Write a merged repository into `folder`, by default the recipe's; an empty scheduler keeps the base's."""

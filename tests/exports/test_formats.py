@@ -23,7 +23,8 @@ from lora_fuse.errors import BadCheckpoint, BadConfig, NoSpace
 from lora_fuse.exports import ExportOptions, making, read_export
 from lora_fuse.exports.export_contents import as_merged
 from lora_fuse.exports.formats import FORMATS, SUMS, export, export_size, is_export, words
-from lora_fuse.fusion import exact_sums, make_plan
+from lora_fuse.fusion import exact_sums
+from lora_fuse.fusion.plan import make_plan
 from lora_fuse.lora import LoraInput
 from lora_fuse.machine.files import FileRecord, hash_file
 from lora_fuse.quantisation import FORMATS as CODECS

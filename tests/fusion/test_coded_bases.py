@@ -17,8 +17,9 @@ from lora_fuse.checkpoint import Checkpoint, open_checkpoint
 from lora_fuse.checkpoint.stored import decode_rows
 from lora_fuse.cli import main
 from lora_fuse.errors import BadCheckpoint, BadConfig, Refused
-from lora_fuse.fusion import FuseJob, make_plan, read_manifest
+from lora_fuse.fusion import FuseJob, read_manifest
 from lora_fuse.fusion.merge import write_merged
+from lora_fuse.fusion.plan import make_plan
 from lora_fuse.machine import FileRecord, files
 from tests.support import codes, tiny
 

@@ -8,9 +8,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from lora_fuse.checkpoint import open_checkpoint
 from lora_fuse.errors import RenderFailed
-from lora_fuse.fusion import FuseJob, Plan, make_plan
+from lora_fuse.fusion import FuseJob, Plan, plan_base
 from lora_fuse.lora import LoraInput
 from lora_fuse.models import pipelines
 from lora_fuse.pictures.calls.call_arguments import check_case, check_sampling
@@ -48,7 +47,7 @@ def fused(name: str, folder: Path) -> Plan:
     """The plan of a merge of a family's tiny pipeline, which is written to ``merged``."""
     component = pipelines()[PIPELINES[name][0]].denoisers[0]
     base = tiny(name, folder / "base", dtype=torch.float32)
-    plan = make_plan(open_checkpoint(base, component), [lora_of(name, component, folder / "l.safetensors")])
+    plan = plan_base(base, [lora_of(name, component, folder / "l.safetensors")])
     FuseJob(plan, folder / "merged", device="cpu").run()
     return plan
 

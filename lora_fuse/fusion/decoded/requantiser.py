@@ -165,7 +165,7 @@ class Requantiser:
             Refused: see `Costs.refuse_too_much`.
         """
         for name, target in self._plan.targets.items():
-            if target.stored is not None and name not in self._costs.by_target:
+            if target.stored is not None and f"{self._plan.prefix}{name}" not in self._costs.by_target:
                 self._encode(name, target.stored)
         self._costs.refuse_too_much()
 
@@ -201,7 +201,7 @@ class Requantiser:
             except Unquantisable as error:
                 where = f"{target.shard.path}: {name!r} with the LoRA"
                 raise BadCheckpoint(f"{where}: {error}; leave --requantise out") from error
-            self._costs.add(name, _compared(target, matrix, meant, codes))
+            self._costs.add(f"{self._plan.prefix}{name}", _compared(target, matrix, meant, codes))
             return matrix, _bytes_of(codes)
 
 

@@ -27,13 +27,17 @@ def side_channel(plan: Plan) -> dict[str, bytes]:
     """The LoRAs of a plan as files beside the base, by POSIX path.
 
     Raises:
-        BadConfig: something of a LoRA is no product of two matrices, and has no such names.
+        BadConfig: something of a LoRA is no product of two matrices, and has no such names; or it is of several
+            components.
         BadLora: a file cannot be read any more.
     """
     if plan.dtype is not None:
         raise BadConfig(
             "--dtype (fuse.dtype) is of weights that are written, and --side-channel writes none: leave it out"
         )
+    if plan.further:
+        names = ", ".join(part.component for part in plan.parts)
+        raise BadConfig(f"LoRAs of one component are kept beside a base, and these are of {names}: fuse them")
     made = {}
     count = Counter(given.name for given in plan.inputs)
     bare = {tensor.name: name for name, tensor in plan.checkpoint.parameters().items()}

@@ -18,7 +18,6 @@ from lora_fuse.errors import BadCheckpoint, BadSource, Rerun
 from lora_fuse.exports import ExportOptions, QuantisedPart, problems, quantised_by, read_export
 from lora_fuse.fusion import Plan, exact_sums, read_manifest
 from lora_fuse.machine import FileRecord, files
-from lora_fuse.models import COMPONENT
 from lora_fuse.pictures import pairs
 from lora_fuse.recipe import Artifacts, Recipe
 from lora_fuse.regression import case_judgement, verdicts
@@ -51,7 +50,7 @@ def decoders_of(recipe: Recipe, at: Artifacts) -> dict[str, pairs.Decoded]:
     listed = exports_of(at)
     if listed.manifest_sha256 != read_manifest(at.manifest)[1]:
         raise BadSource(f"{at.exports} is of another merge than {at.manifest}", rerun=AGAIN)
-    shapes = {name: tensor.shape for name, tensor in open_checkpoint(at.merged, COMPONENT).tensors().items()}
+    shapes = {name: tensor.shape for name, tensor in open_checkpoint(at.merged).tensors().items()}
     found: dict[str, pairs.Decoded] = {}
     for name, place in places_of(recipe).items():
         check_file(at.exported / place, listed.files.get(place), str(at.exports))
@@ -88,7 +87,7 @@ class Meant:
     @staticmethod
     def of(plan: Plan, merged: Path) -> Meant:
         """Read nothing yet; `merged` is the repository that the plan made."""
-        checkpoint = open_checkpoint(merged, COMPONENT)
+        checkpoint = open_checkpoint(merged)
         stored = Plan(checkpoint, (), (), {})
         shapes = {name: tensor.shape for name, tensor in checkpoint.tensors().items()}
         base = replace(plan, targets={})

@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_fuse import hub
 from lora_fuse.errors import BadLora, CheckFailed, FactorMismatch, Rerun, ShapeMismatch, UnmatchedTargets, WrongPrefix
-from lora_fuse.fusion import Plan, make_plan, plan_of
+from lora_fuse.fusion import Plan, plan_of
 from lora_fuse.lora import open_lora
 from lora_fuse.machine import Console, file_state, staging
 from lora_fuse.models import COMPONENT
@@ -177,8 +177,8 @@ class Validation:
         selection = self.candidate.fuse.selection
         return Versions(
             plan,
-            make_plan(plan.checkpoint, beside, selection) if beside else None,
-            make_plan(plan.checkpoint, current.inputs, selection) if current else None,
+            plan.with_loras(beside, selection) if beside else None,
+            plan.with_loras(current.inputs, selection) if current else None,
         )
 
     def _current(self, approved: Mapping[str, list[goldens.Approved]]) -> Version | None:
