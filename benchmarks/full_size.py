@@ -213,14 +213,16 @@ def _peer(folder: Path, name: str, command: list[str], more: list[str]) -> Row:
     return row
 
 
-def _rendering(project: Path) -> Iterator[Row]:
-    """Parts of the row of `regress`, by its own record: what it loads, a picture of each side; and its report."""
+def _rendering(project: Path, whole: float) -> Iterator[Row]:
+    """Parts of the seconds of `regress` by its own record, the rest of them, a picture of each side; and its report."""
     run = json.loads((project / "artifacts/regression/run.json").read_text(encoding="utf-8"))
     seconds = run["seconds"]
     for name, took in seconds["loads"].items():
         yield Row(f"regress: {name}", took, 0.0, 0)
     of_sides = {side: [*seconds[side].values()] for side in ("merged", "unfused", "floor")}
-    yield Row("regress: all pictures", sum(map(sum, of_sides.values())), 0.0, 0)
+    pictures = sum(map(sum, of_sides.values()))
+    yield Row("regress: all pictures", pictures, 0.0, 0)
+    yield Row("regress: the rest, with its end", whole - pictures - sum(seconds["loads"].values()), 0.0, 0)
     for side, each in of_sides.items():
         yield Row(f"regress: a picture, {side}", statistics.median(each), 0.0, 0)
     yield Row(REPORT, 0.0, 0.0, 0)
@@ -338,8 +340,8 @@ class Project:
         Raises:
             Refused: a stage failed, by more than that nobody has approved its pictures.
         """
-        self._built("all, to the verdict", ["dvc", "repro"])
-        for row in _rendering(self.root):
+        stages = self._built("all, to the verdict", ["dvc", "repro"])
+        for row in _rendering(self.root, next(row.seconds for row in stages if row.name == "regress")):
             self._table.add(row)
 
     def publish(self) -> None:
@@ -355,7 +357,8 @@ class Project:
             self._built("approved and exported", ["dvc", "repro"])
             self._built("published", ["dvc", "repro", "publish/dvc.yaml"])
 
-    def _built(self, name: str, command: list[str]) -> None:
+    def _built(self, name: str, command: list[str]) -> list[Row]:
+        """Run a command that builds, and return the rows of its stages."""
         has_dvc = find_spec("dvc") is not None
         with self._table.following(self._rows) as rows:
             run = self._run(command) if has_dvc else self._run_stages()
@@ -363,6 +366,7 @@ class Project:
             rest = run.seconds - sum(row.seconds for row in rows)
             self._table.add(Row(DVC, rest, run.used - sum(row.used for row in rows), 0))
         self._table.add(Row(name, run.seconds, run.used, max(row.peak for row in rows)))
+        return rows
 
     def _run_stages(self) -> LimitedRun:
         """Run all stages of dvc.yaml, where there is no DVC."""

@@ -12,7 +12,7 @@ from lora_fuse.fusion import plan_of, read_manifest
 from lora_fuse.machine import Console, progress
 from lora_fuse.pictures import Case, DistributedRenderer, environment, pairs, render_progress
 from lora_fuse.recipe import Artifacts, Recipe, paths
-from lora_fuse.regression import goldens, judge, weight_check, write_regression
+from lora_fuse.regression import case_judgement, goldens, judge, weight_check, write_regression
 from lora_fuse.regression.exported import decoders_of, judge_exports
 from stages.run import PLAIN, command, run_stage
 
@@ -29,8 +29,7 @@ def regress(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN
     cases = Case.of(recipe)
     with paths.held([base, *loras.values()], _pictures(recipe)):
         team = DistributedRenderer(setup.placement, recipe.regress.threads)
-        environment.make_deterministic(recipe.regress.threads)
-        here = environment.environment(setup.placement, setup.dtype, compiled=setup.compiled)
+        here, seconds = _start(recipe, setup)
         pairs.check_cases(cases, setup)
         approved = goldens.Goldens.of(recipe, base).for_run(here.key, [case.name for case in cases])
         exports = decoders_of(recipe, at)
@@ -40,17 +39,18 @@ def regress(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN
         clock = progress.Stopwatch()
         console.will("regress", f"{task}{team}, on {here.key}{task.estimate}")
         plan = plan_of(base, loras, recipe)
-        with render_progress.watching(task) as watch:
-            rendered = team.render(
-                cases,
-                str(here.key),
-                lambda mine: pairs.render_pairs(at.merged, plan, mine, setup, watch, exports=exports),
+        with case_judgement.Comparisons(approved, beside=team.has_idle_cores) as compared:
+            with render_progress.watching(task, seconds, compared.while_made) as watch:
+                rendered = team.render(
+                    cases,
+                    str(here.key),
+                    lambda mine: pairs.render_pairs(at.merged, plan, mine, setup, watch, exports=exports),
+                )
+            if rendered is None:  # another process judges and writes
+                return 0
+            judged = judge(recipe, at, setup, here, rendered, compared, watch.seconds).with_exports(
+                partial(judge_exports, recipe, at, plan)
             )
-        if rendered is None:  # another process judges and writes
-            return 0
-        judged = judge(recipe, at, setup, here, rendered, approved, watch.seconds).with_exports(
-            partial(judge_exports, recipe, at, plan)
-        )
     write_regression(recipe, at, setup, judged, verify, partial(command, at=at))
     verdict = judged.metrics["verdict"]
     console.done(
@@ -61,6 +61,15 @@ def regress(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN
         then=GATE,
     )
     return 0
+
+
+def _start(recipe: Recipe, setup: pairs.Setup) -> tuple[environment.Environment, dict[str, float]]:
+    """The environment, made deterministic; and the seconds of that, and of the process until then."""
+    seconds = {"start": progress.process_age()}
+    with render_progress.spending(seconds, "torch, the device"):
+        environment.make_deterministic(recipe.regress.threads)
+        here = environment.environment(setup.placement, setup.dtype, compiled=setup.compiled)
+    return here, seconds
 
 
 def _pictures(recipe: Recipe) -> list[Path]:

@@ -11,17 +11,17 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from lora_fuse.errors import ProcessLost
 from lora_fuse.machine import text
 
-Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 LOST = (
@@ -104,28 +104,49 @@ class PeerWatcher:
         os._exit(128 + signal.SIGTERM if self._done else 2)
 
 
-def in_processes(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """Do some work on all items, in as many processes as there are cores: for libraries that keep Python's lock.
+class WorkerProcesses:
+    """Processes beside this one until the end of a `with`, at most one a core: for libraries that keep Python's lock.
 
-    `work` is a function of a module. The processes leave Ctrl-C to this one, and end with it.
-
-    Raises:
-        ProcessLost: one of them was ended from outside, as by the kernel where memory is short.
+    Each is started when there is work for it, leaves Ctrl-C to this process, and ends with it.
     """
-    count = min(len(items), os.cpu_count() or 1)
-    spawn = multiprocessing.get_context("spawn")  # a process that has used CUDA cannot be forked
-    with ProcessPoolExecutor(count, spawn, initializer=_end_with_parent) as pool:
+
+    def __init__(self) -> None:
+        spawn = multiprocessing.get_context("spawn")  # a process that has used CUDA cannot be forked
+        self._pool = ProcessPoolExecutor(os.cpu_count(), spawn, initializer=_end_with_parent)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def begin(self, work: Callable[..., Result], *items: object) -> Callable[[], Result]:
+        """Begin some work, a function of a module; returns a function that waits for its result and gives it.
+
+        Raises:
+            ProcessLost: a process was ended from outside, as by the kernel where memory is short. That function raises
+                it too, and what the work raises.
+        """
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which they inherit
         try:
-            running = [pool.submit(work, item) for item in items]
+            with _telling_of_the_lost():
+                running = self._pool.submit(work, *items)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        try:
-            return [one.result() for one in running]
-        except BrokenProcessPool as error:
-            raise ProcessLost(f"{LOST}, with more memory if that was short") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+
+        def result() -> Result:
+            with _telling_of_the_lost():
+                return running.result()
+
+        return result
+
+
+@contextmanager
+def _telling_of_the_lost() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise ProcessLost(f"{LOST}, with more memory if that was short") from error
 
 
 def _end_with_parent() -> None:

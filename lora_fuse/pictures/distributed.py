@@ -55,6 +55,11 @@ class DistributedRenderer:
         """The share of this process, as the end of a sentence."""
         return "" if self.here.is_alone else f" by this process, one of {self.here.count}"
 
+    @property
+    def has_idle_cores(self) -> bool:
+        """True for the process that judges, where a GPU makes the pictures."""
+        return self._on_gpu and self.here.is_first
+
     def share(self, cases: int) -> int:
         """The most cases that a process renders of so many; the first process gets that many."""
         return -(-cases // self.here.count)

@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from lora_fuse.pictures.pairs import Setup
 
 
+GIVEN_BACK = "memory given back"
+
+
 @dataclass(frozen=True, slots=True)
 class References:
     """Pictures of one run that a merge is compared with, one a case and side; `unfused_by` as in `Pair`."""
@@ -79,7 +82,8 @@ def share(folder: Path, cases: Sequence[Case], setup: Setup, watch: RenderProgre
     with watch.loading("libraries"):
         pipeline_class(setup.pipeline)
     shared = _encode(folder, cases, setup, watch)
-    free_memory()
+    with watch.spending(GIVEN_BACK):
+        free_memory()
     pipe = _load(folder, setup, {**dict.fromkeys(setup.call.denoisers), **shared.parts}, watch, "VAE")
     return Shared({**shared.parts, **shared_components(pipe)}, shared.prompts)
 
@@ -161,7 +165,8 @@ class MergedSides:
     def drop(self) -> None:
         """Give the denoisers' memory back."""
         if self._pipe is not None:
-            drop_denoisers(self._pipe)
+            with self._watch.spending(GIVEN_BACK):
+                drop_denoisers(self._pipe)
         self._pipe = None
 
     def _load(self) -> None:
@@ -245,7 +250,8 @@ class BaseSides:
     def drop(self) -> None:
         """Give the denoisers' memory back."""
         if self._pipe is not None:
-            drop_denoisers(self._pipe)
+            with self._watch.spending(GIVEN_BACK):
+                drop_denoisers(self._pipe)
         self._pipe = None
         self._attached = None
 
@@ -322,6 +328,7 @@ def render_all(
         for case in cases:
             with watch.picture(side, case.name, sampling) as on_step:
                 rendered.append(render(pipe, case, sampling, on_step, prompts_of(case, sampling)))
+            watch.made(side, case.name, rendered[-1])
     return rendered
 
 

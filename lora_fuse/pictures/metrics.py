@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -191,19 +191,32 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
 )
 
 
-def distances(a: Levels, b: Levels) -> dict[str, float]:
-    """The distances of two pictures by every metric of levels; FLIP's map is made once.
+# Metrics of levels, divided among cores: each part takes a second a megapixel at most, and FLIP's map is made once.
+PARTS: tuple[tuple[str, ...], ...] = (
+    ("flip", "flip_worst"),
+    ("ssimulacra2",),
+    ("psnr_db", "max_abs", "mean_abs", "changed_share", "ssim", "comb_db"),
+)
+
+
+def distances(a: Levels, b: Levels, names: Collection[str] | None = None) -> dict[str, float]:
+    """The distances of two pictures by some metrics of levels, or by all of them; FLIP's map is made once.
 
     Raises:
         ValueError: they differ in size.
     """
-    same = a.shape == b.shape and bool((a == b).all())
-    found = {name: metric.best for name, metric in METRICS.items() if not metric.of_latents}
-    if same:
-        return found
-    errors = _flip_map(a, b)
+    levels = [name for name, metric in METRICS.items() if not metric.of_latents]
+    wanted = [name for name in levels if names is None or name in names]
+    if is_same(a, b):
+        return {name: METRICS[name].best for name in wanted}
     of_map = {"flip": _mean, "flip_worst": _worst_block}
-    return {name: of_map[name](errors) if name in of_map else METRICS[name].measure(a, b) for name in found}
+    errors = _flip_map(a, b) if of_map.keys() & set(wanted) else np.empty(0, np.float32)
+    return {name: of_map[name](errors) if name in of_map else METRICS[name].measure(a, b) for name in wanted}
+
+
+def is_same(a: Levels, b: Levels) -> bool:
+    """True for two pictures that are the same bit for bit."""
+    return a.shape == b.shape and bool((a == b).all())
 
 
 HEAT_TOP = 64  # levels, from which on a heat map is brightest

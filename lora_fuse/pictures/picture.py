@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
 
@@ -47,10 +46,13 @@ class Picture:
         height, width = self.levels.shape[:2]
         return width, height
 
-    @cached_property
+    @property
     def png(self) -> bytes:
-        """The levels as a PNG file, see `encode.png`."""
-        return encode.png(self.levels)
+        """The levels as a PNG file, see `encode.png`; it is kept."""
+        if "_png" not in vars(self):  # `cached_property` has one lock for all pictures before Python 3.12
+            vars(self)["_png"] = encode.png(self.levels)
+        made: bytes = vars(self)["_png"]
+        return made
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -8,16 +8,22 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, TypeAlias
 
 from lora_fuse.machine import interrupts, progress, text
 
 if TYPE_CHECKING:
     from lora_fuse.pictures.cases import Sampling
+    from lora_fuse.pictures.picture import Rendered
+
+    OnPicture: TypeAlias = Callable[[str, str, Rendered], None]
+
+BESIDE = "beside the pictures"  # input pictures read, levels rounded
 
 
 def passes(sampling: Sampling) -> int:
@@ -70,15 +76,18 @@ class Task:
 class RenderProgress:
     """Turns what a renderer reports into sentences with the pace and, where the task is known, the time left.
 
-    `say` shows a sentence, and how much of the task's work is done.
+    `say` shows a sentence, and how much of the task's work is done; `on_picture` is given each picture as soon as it is
+    made, with the names of its side and case.
     """
 
     task: Task | None = None
     say: Callable[[str, int], None] = lambda _, __: None
-    seconds: dict[str, float] = field(default_factory=dict)  # of what was loaded and encoded, in that order
+    seconds: dict[str, float] = field(default_factory=dict)  # of all that is no picture, in that order
+    on_picture: OnPicture = lambda _, __, ___: None
     _made: int = 0
     _done: int = 0  # calls of the transformer, by whole pictures
     _seconds: float = 0.0  # of those
+    _took: float = 0.0  # seconds of the last one
     _picture: progress.Stopwatch = field(default_factory=progress.Stopwatch)
 
     @contextmanager
@@ -92,9 +101,13 @@ class RenderProgress:
     @contextmanager
     def spending(self, what: str) -> Iterator[None]:
         """Measure work that is no picture."""
-        clock = progress.Stopwatch()
-        yield
-        self.seconds[what] = self.seconds.get(what, 0.0) + clock.seconds
+        with spending(self.seconds, what):
+            yield
+
+    def made(self, side: str, case: str, rendered: Rendered) -> None:
+        """Report the picture that was made last; what it took beside its cost is work that is no picture."""
+        self.seconds[BESIDE] = self.seconds.get(BESIDE, 0.0) + self._took - rendered.cost.seconds
+        self.on_picture(side, case, rendered)
 
     @contextmanager
     def picture(self, side: str, case: str, sampling: Sampling) -> Iterator[Callable[[], None]]:
@@ -115,8 +128,9 @@ class RenderProgress:
         yield after_step
         self._made += 1
         self._done += passes(sampling)
-        self._seconds += self._picture.seconds
-        took = progress.human_seconds(self._picture.seconds)
+        self._took = self._picture.seconds
+        self._seconds += self._took
+        took = progress.human_seconds(self._took)
         self._picture = progress.Stopwatch()
         self.say(f"{label}, {took}{self._left()}", self._done)
 
@@ -129,11 +143,28 @@ class RenderProgress:
 
 
 @contextmanager
-def watching(task: Task) -> Iterator[RenderProgress]:
-    """Show the progress on stderr: a bar on a terminal, a line now and then elsewhere."""
+def spending(seconds: dict[str, float], what: str) -> Iterator[None]:
+    """Add the seconds of some work to those of its name."""
     clock = progress.Stopwatch()
+    yield
+    seconds[what] = seconds.get(what, 0.0) + clock.seconds
+
+
+@contextmanager
+def watching(
+    task: Task, seconds: Mapping[str, float] = MappingProxyType({}), on_picture: OnPicture = lambda _, __, ___: None
+) -> Iterator[RenderProgress]:
+    """Show the progress on stderr: a bar on a terminal, a line now and then elsewhere.
+
+    `seconds` were spent already; `on_picture` is as of `RenderProgress`.
+    """
+    clock = progress.Stopwatch()
+
+    def progress_that(say: Callable[[str, int], None] = lambda _, __: None) -> RenderProgress:
+        return RenderProgress(task, say, dict(seconds), on_picture)
+
     if progress.is_silent():
-        yield RenderProgress(task)
+        yield progress_that()
     elif sys.stderr.isatty():
         with progress.bar(task.stage, task.work, bar_format=f"{task.stage} {{percentage:.0f}}%: {{desc}}") as shown:
 
@@ -141,9 +172,9 @@ def watching(task: Task) -> Iterator[RenderProgress]:
                 shown.update(done - shown.n)
                 shown.set_description_str(text.line(sentence))
 
-            yield RenderProgress(task, update)
+            yield progress_that(update)
     else:
-        yield RenderProgress(task, _now_and_then(task.stage))
+        yield progress_that(_now_and_then(task.stage))
     progress.remember(task.name, task.work, clock.seconds)
 
 

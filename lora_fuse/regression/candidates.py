@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from lora_fuse.machine import FileRecord, files
 from lora_fuse.pictures import CaseOf, pairs
 from lora_fuse.recipe import Manifest, records
-from lora_fuse.regression.case_judgement import WORKERS, JudgedPair
+from lora_fuse.regression.case_judgement import JudgedPair
 from lora_fuse.regression.run_record import Environment, RunRecord
 from lora_fuse.regression.verdicts import Comparison
 
 SCHEMA = 1
+WORKERS = min(8, os.cpu_count() or 1)  # cases whose pictures are encoded at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,21 @@ def candidates(
             for case, sha256 in zip(judged, hashes, strict=True)
         },
     )
+
+
+def save_pictures(judged: Sequence[JudgedPair], folder: Path) -> None:
+    """Write ``CASE.merged.png``, ``CASE.unfused.png`` and so on, lossless; an approval copies the first."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def save(case: JudgedPair) -> None:
+        sides = {"merged": case.pair.merged, "unfused": case.pair.unfused, "baseline": case.pair.baseline}
+        sides |= case.pair.exports
+        for side, rendered in sides.items():
+            if rendered is not None:
+                (folder / f"{case.name}.{side}.png").write_bytes(rendered.png)
+
+    with ThreadPoolExecutor(WORKERS, "save") as pool:
+        list(pool.map(save, judged))
 
 
 def _finite(floor: Comparison | None) -> dict[str, float]:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 from lora_fuse.machine import launch
 from lora_fuse.pictures import Case, metrics, pairs, picture
-from lora_fuse.regression.verdicts import CaseResult, Comparison, Facts, Golden, Rules, Size, Verdict, beyond, compare
+from lora_fuse.regression.verdicts import (
+    CaseResult,
+    Comparison,
+    Facts,
+    Golden,
+    Rules,
+    Size,
+    Values,
+    Verdict,
+    beyond,
+    compare,
+)
 
 SIGMA_TOLERANCE = 1e-4
-WORKERS = min(8, os.cpu_count() or 1)  # cases whose pictures are written at once
-MANY = 1 << 21  # pixels of what is compared, from which on processes are worth their start: a second a megapixel
+LARGE = 1 << 18  # pixels of a picture, from which on processes are worth their start: three seconds a megapixel
 
-Two: TypeAlias = tuple[picture.Picture, picture.Picture]
 Compare: TypeAlias = Callable[[picture.Picture, picture.Picture], Comparison | None]
 
 
@@ -35,47 +41,108 @@ class JudgedPair:
         return self.pair.case.name
 
 
+class Comparisons:
+    """Comparisons of a run's pictures, those of large ones by processes beside this one, which end with the `with`.
+
+    FLIP's library keeps Python's lock for a second a megapixel.
+    """
+
+    def __init__(self, goldens: Mapping[str, Sequence[Golden]], *, beside: bool = False) -> None:
+        """Start nothing yet; `goldens` are by case, `beside` says that cores are idle while pictures are made."""
+        self._goldens = goldens
+        self._beside = beside
+        self._sides: dict[str, dict[str, picture.Picture]] = {}  # by case
+        self._begun: dict[tuple[str, str, str], list[Callable[[], Values]]] = {}  # by case and both sides
+        self._workers = launch.WorkerProcesses()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._workers.__exit__()
+
+    def while_made(self, side: str, case: str, made: picture.Picture) -> None:
+        """As `take`, of a picture that was just made while others are to come, where cores are idle."""
+        if self._beside:
+            self.take(side, case, made)
+
+    def take(self, side: str, case: str, made: picture.Picture) -> None:
+        """Take a picture of a case, once, and begin to compare it with those that are there.
+
+        `side` is its name as in the progress, as ``merged`` or ``export FORMAT``.
+
+        Raises:
+            ProcessLost: one of the processes was ended from outside.
+        """
+        named = {f"golden {golden.name}": golden for golden in self._goldens.get(case, ())}
+        sides = self._sides.setdefault(case, dict(named))
+        if side in sides:
+            return
+        sides[side] = made
+        for one, other in _to_compare(sides):
+            a = sides[one]
+            b = sides[other]
+            if side in (one, other) and a.levels.size // 3 >= LARGE and _are_worth_it(a, b):
+                self._begun[case, one, other] = [
+                    self._workers.begin(metrics.distances, a.levels, b.levels, part) for part in metrics.PARTS
+                ]
+
+    def judge(self, rendered: Sequence[pairs.Pair], rules: Rules) -> list[JudgedPair]:
+        """Judge every pair by what was compared, or is now.
+
+        Raises:
+            ProcessLost: see `take`.
+        """
+        for pair in rendered:
+            for side, made in _sides_of(pair).items():
+                self.take(side, pair.case.name, made)
+        return [self._judge(pair, rules) for pair in rendered]
+
+    def _judge(self, pair: pairs.Pair, rules: Rules) -> JudgedPair:
+        by = self._compare(pair.case.name, _sides_of(pair))
+        approved = self._goldens.get(pair.case.name, ())
+        exports = {name: by(export, pair.merged) for name, export in pair.exports.items()}
+        result = examine(pair.case, pair.merged, pair.unfused, approved, rules, pair.floor, compared_by=by)
+        return JudgedPair(pair, result, exports)
+
+    def _compare(self, case: str, sides: Mapping[str, picture.Picture]) -> Compare:
+        """A function that compares two of the sides of a case, which were taken, or one with a golden."""
+        names = {id(made): side for side, made in {**self._sides[case], **sides}.items()}
+
+        def compared(a: picture.Picture, b: picture.Picture) -> Comparison | None:
+            parts = self._begun.get((case, names.get(id(a), ""), names.get(id(b), "")))
+            if parts is None:
+                return _compare_if_possible(a, b)
+            values = {name: value for part in parts for name, value in part().items()}
+            return compare(a, b, {name: values[name] for name in metrics.METRICS if name in values})
+
+        return compared
+
+
+def _to_compare(sides: Iterable[str]) -> list[tuple[str, str]]:
+    """All that is compared of the sides of a case that are there."""
+    goldens = [("merged", side) for side in sides if side.startswith("golden ")]
+    exports = [(side, "merged") for side in sides if side.startswith("export ")]
+    wanted = [("merged", "unfused"), ("floor", "unfused"), *goldens, *exports]
+    return [(one, other) for one, other in wanted if one in sides and other in sides]
+
+
+def _are_worth_it(a: picture.Picture, b: picture.Picture) -> bool:
+    """True for two pictures that can be compared and are not the same."""
+    return a.levels.shape == b.levels.shape and not metrics.is_same(a.levels, b.levels)
+
+
 def judge_pairs(
     rendered: Sequence[pairs.Pair], goldens: Mapping[str, Sequence[Golden]], rules: Rules
 ) -> list[JudgedPair]:
-    """Judge every pair, with the goldens by case; what is large is compared by several processes.
-
-    Raises:
-        ProcessLost: one of them was ended from outside.
-    """
-    wanted = [two for pair in rendered for two in _to_compare(pair, goldens.get(pair.case.name, ()))]
-    compared = {(id(a), id(b)): found for (a, b), found in zip(wanted, _compare_all(wanted), strict=True)}
-
-    def judge(pair: pairs.Pair) -> JudgedPair:
-        approved = goldens.get(pair.case.name, ())
-        of = (pair.case, pair.merged, pair.unfused, approved, rules, pair.floor)
-        exports = {name: compared[id(export), id(pair.merged)] for name, export in pair.exports.items()}
-        return JudgedPair(pair, examine(*of, compared_by=lambda a, b: compared[id(a), id(b)]), exports)
-
-    return [judge(pair) for pair in rendered]
+    """Judge every pair, with the goldens by case, see `Comparisons.judge`."""
+    with Comparisons(goldens) as compared:
+        return compared.judge(rendered, rules)
 
 
-def _to_compare(pair: pairs.Pair, goldens: Sequence[Golden]) -> list[Two]:
-    """All that is compared of a pair."""
-    with_goldens = [(pair.merged, golden) for golden in goldens]
-    exports = [(export, pair.merged) for export in pair.exports.values()]
-    return [(pair.merged, pair.unfused), (pair.floor, pair.unfused), *with_goldens, *exports]
-
-
-def _compare_all(wanted: Sequence[Two]) -> list[Comparison | None]:
-    """Compare all pictures; FLIP's library keeps Python's lock for a second a megapixel."""
-    if sum(a.levels.size // 3 for a, _ in wanted) < MANY:
-        return [_compare_if_possible(*two) for two in wanted]
-    return launch.in_processes(_compare_two, [(_numbers(a), _numbers(b)) for a, b in wanted])
-
-
-def _numbers(of: picture.Picture) -> picture.Picture:
-    """A picture with nothing but what is compared."""
-    return picture.Picture(of.levels, latents=of.latents)
-
-
-def _compare_two(two: Two) -> Comparison | None:
-    return _compare_if_possible(*two)
+def _sides_of(pair: pairs.Pair) -> Mapping[str, picture.Picture]:
+    sides = {"merged": pair.merged, "unfused": pair.unfused, "floor": pair.floor}
+    return sides | {f"export {name}": export for name, export in pair.exports.items()}
 
 
 def examine(
@@ -239,18 +306,3 @@ def _measured(comparison: Comparison | None) -> str:
         return "not measured"
     shown = [(metrics.METRICS[name], comparison.values[name]) for name in ("psnr_db", "max_abs", "flip_worst")]
     return ", ".join(f"{metric.title} {metric.text(value)}" for metric, value in shown)
-
-
-def save_pictures(judged: Sequence[JudgedPair], folder: Path) -> None:
-    """Write ``CASE.merged.png``, ``CASE.unfused.png`` and so on, lossless; an approval copies the first."""
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def save(case: JudgedPair) -> None:
-        sides = {"merged": case.pair.merged, "unfused": case.pair.unfused, "baseline": case.pair.baseline}
-        sides |= case.pair.exports
-        for side, rendered in sides.items():
-            if rendered is not None:
-                (folder / f"{case.name}.{side}.png").write_bytes(rendered.png)
-
-    with ThreadPoolExecutor(WORKERS, "save") as pool:
-        list(pool.map(save, judged))

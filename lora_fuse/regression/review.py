@@ -12,8 +12,8 @@ from lora_fuse.checkpoint import blocks
 from lora_fuse.models import pair_warnings
 from lora_fuse.pictures import encode, environment, metrics, pairs
 from lora_fuse.recipe import Manifest, records
-from lora_fuse.regression.candidates import Candidates, Provenance, differences
-from lora_fuse.regression.case_judgement import WORKERS, JudgedPair
+from lora_fuse.regression.candidates import WORKERS, Candidates, Provenance, differences
+from lora_fuse.regression.case_judgement import JudgedPair
 from lora_fuse.regression.exported import JudgedExport, flat_exports
 from lora_fuse.regression.gate import case_names, commits_of
 from lora_fuse.regression.goldens import Approved

@@ -9,13 +9,12 @@ from typing import Any
 
 from lora_fuse.errors import Rerun
 from lora_fuse.fusion import read_manifest
-from lora_fuse.machine import progress, staging
-from lora_fuse.pictures import environment, pairs
+from lora_fuse.machine import staging
+from lora_fuse.pictures import environment, pairs, render_progress
 from lora_fuse.recipe import Artifacts, Recipe, records
-from lora_fuse.regression.candidates import candidates
-from lora_fuse.regression.case_judgement import judge_pairs, save_pictures
+from lora_fuse.regression.candidates import candidates, save_pictures
+from lora_fuse.regression.case_judgement import Comparisons
 from lora_fuse.regression.gate import next_step
-from lora_fuse.regression.goldens import Approved
 from lora_fuse.regression.report import report_html
 from lora_fuse.regression.review import Judged, block_changes, case_rows, review, run_metrics
 from lora_fuse.regression.run_record import RunRecord
@@ -28,15 +27,16 @@ def judge(
     setup: pairs.Setup,
     here: environment.Environment,
     rendered: Sequence[pairs.Pair],
-    approved: Mapping[str, Sequence[Approved]],
+    compared: Comparisons,
     loads: Mapping[str, float] | None = None,
 ) -> Judged:
     """Compare every pair with each other and with the goldens by case, and measure; `loads` took so many seconds."""
-    clock = progress.Stopwatch()
-    cases = judge_pairs(rendered, approved, Rules.of(params))
-    loads = {**(loads or {}), "comparisons": clock.seconds}
+    loads = dict(loads or {})
+    with render_progress.spending(loads, "comparisons"):
+        cases = compared.judge(rendered, Rules.of(params))
     manifest, manifest_sha256 = read_manifest(at.manifest)
-    found = candidates(cases, manifest, manifest_sha256, setup)
+    with render_progress.spending(loads, "PNG"):
+        found = candidates(cases, manifest, manifest_sha256, setup)
     run = RunRecord.of(records.to_json(found), here, rendered, loads)
     measured = run_metrics(cases, found, here.key, params.fuse.scale)
     return Judged(manifest, cases, found, run, measured)
@@ -54,10 +54,13 @@ def write_regression(
     blocks = [asdict(block) for block in block_changes(verify["changes"])]
     contents = ((at.metrics, judged.metrics), (at.cases, case_rows(judged.metrics)), (at.blocks, blocks))
     texts = {path: json.dumps(content, indent=2) + "\n" for path, content in contents}
-    texts |= {at.candidates: records.to_json(judged.found), at.run: records.to_json(judged.run)}
     then = next_step(judged.metrics) if verify["passed"] else Rerun("fuse", force=True)
-    texts[at.report] = report_html(review(judged, verify, Rules.of(params), setup, command(then)))
+    took: dict[str, float] = {}
     with staging.whole(at.regression) as folder:
-        save_pictures(judged.cases, folder / at.images.name)
+        with render_progress.spending(took, "PNG"):
+            save_pictures(judged.cases, folder / at.images.name)
+        with render_progress.spending(took, "report"):
+            texts[at.report] = report_html(review(judged, verify, Rules.of(params), setup, command(then)))
+        texts |= {at.candidates: records.to_json(judged.found), at.run: records.to_json(judged.run.and_took(took))}
         for path, text in texts.items():
             (folder / path.name).write_text(text, encoding="utf-8")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -27,7 +27,8 @@ class RunRecord:
     `candidates_sha256` is of the text of `candidates.json`: a merge has one manifest wherever it is made, and its
     pictures differ from one kind of machine to the next. `costs` are of the merged pictures, by case, see
     `lora_fuse.pictures.render_progress.Cost`; `seconds` of every picture, by side and case, and under ``loads`` those
-    of everything that this process loaded, in that order, of all prompts, and of the rest of its work.
+    of all else: of the process's start, of everything that it loaded, in that order, of all prompts, and of the rest of
+    its work until this record is written.
     """
 
     schema: int
@@ -53,6 +54,12 @@ class RunRecord:
             seconds[f"export {name}"] = {pair.case.name: pair.exports[name].cost.seconds for pair in rendered}
         now = datetime.now(UTC).isoformat(timespec="seconds")
         return cls(records.SCHEMA, digest_of(candidates), here, checkout.this_tool(), now, costs, seconds)
+
+    def and_took(self, more: Mapping[str, float]) -> RunRecord:
+        """The same run, which spent more seconds on its results, by what."""
+        loads = self.seconds["loads"]
+        spent = loads | {what: loads.get(what, 0.0) + seconds for what, seconds in more.items()}
+        return replace(self, seconds={**self.seconds, "loads": spent})
 
     def is_of(self, candidates: str) -> bool:
         """True if these are the candidates of the run, by their text."""

@@ -186,13 +186,15 @@ def over_floor(apart: Comparison | None, floor: Comparison | None) -> float | No
     return apart.values.get("latents_l2", math.nan) / max(floor.values["latents_l2"], FLOAT32_NOISE)
 
 
-def compare(a: picture.Picture, b: picture.Picture) -> Comparison:
+def compare(a: picture.Picture, b: picture.Picture, of_levels: Values | None = None) -> Comparison:
     """Measure two pictures against each other, and their latents where both have them.
+
+    `of_levels` are the distances of their levels where those are known already.
 
     Raises:
         ValueError: they differ in size.
     """
-    values = metrics.distances(a.levels, b.levels)
+    values = dict(of_levels or metrics.distances(a.levels, b.levels))
     if a.latents is not None and b.latents is not None:
         values |= {name: m.measure(a.latents, b.latents) for name, m in metrics.METRICS.items() if m.of_latents}
     return Comparison(values)

@@ -1,4 +1,4 @@
-"""Work in several processes: its results are in order, its errors are raised, and a process that is lost is told of."""
+"""Work in other processes: its results and errors are its own, and a process that is lost is told of."""
 
 import os
 import signal
@@ -18,7 +18,8 @@ import sys, time
 from lora_fuse.machine import launch
 from tests.machine.test_launch import stay
 if __name__ == "__main__":
-    launch.in_processes(stay, sys.argv[1:])
+    with launch.WorkerProcesses() as workers:
+        workers.begin(stay, sys.argv[1])()
 """
 
 
@@ -35,16 +36,21 @@ def stay(place: str) -> None:
     time.sleep(60)
 
 
-def test_results_are_in_the_order_of_the_items_and_of_other_processes() -> None:
-    results = launch.in_processes(work, [3, 1, 2])
+def test_every_result_is_that_of_its_item_and_of_another_process() -> None:
+    with launch.WorkerProcesses() as workers:
+        results = [begun() for begun in [workers.begin(work, item) for item in (3, 1, 2)]]
     assert [number for number, _ in results] == [3, 1, 2]
     assert os.getpid() not in {process for _, process in results}
 
 
-@pytest.mark.parametrize(("items", "error", "said"), [([1, -1], BadConfig, "-1 is below 0"), ([0], ProcessLost, "run")])
-def test_an_error_and_a_killed_process_are_told_of(items: list[int], error: type[Exception], said: str) -> None:
-    with pytest.raises(error, match=said):
-        launch.in_processes(work, items)
+def test_an_error_and_a_killed_process_are_told_of() -> None:
+    with launch.WorkerProcesses() as workers:
+        with pytest.raises(BadConfig, match="-1 is below 0"):
+            workers.begin(work, -1)()
+        with pytest.raises(ProcessLost, match="run"):
+            workers.begin(work, 0)()
+        with pytest.raises(ProcessLost, match="run"):
+            workers.begin(work, 1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

@@ -199,7 +199,7 @@ def test_every_library_is_the_core_s_or_has_an_extra_of_pyproject() -> None:
 HEAVY = frozenset({"torch", "diffusers", "transformers", "huggingface_hub", "hydra", "omegaconf", "numpy"})
 LIGHT = ("lora_fuse", "lora_fuse.cli", "stages.config", "stages.gate", "stages.summary", "lora_fuse.hub")
 # The import of numba takes most of a second, and so it would of the process that publishes.
-PLAIN = ("stages.publish", "stages.approve", "stages.verify")
+PLAIN = ("stages.publish", "stages.approve", "stages.verify", "stages.regress")
 UNNEEDED = {**dict.fromkeys(LIGHT, HEAVY), **dict.fromkeys(PLAIN, frozenset({"numba"}))}
 
 

@@ -2,16 +2,19 @@
 
 import json
 import math
+import multiprocessing
 
 import numpy as np
 import pytest
 
 from lora_fuse.pictures.cases import Case
-from lora_fuse.pictures.picture import Levels, Picture
+from lora_fuse.pictures.pairs import Pair
+from lora_fuse.pictures.picture import Levels, Picture, Rendered
+from lora_fuse.pictures.render_progress import Cost
 from lora_fuse.regression import case_judgement
-from lora_fuse.regression.case_judgement import examine
+from lora_fuse.regression.case_judgement import Comparisons, examine, judge_pairs
 from lora_fuse.regression.review import flat_metrics
-from lora_fuse.regression.verdicts import CaseResult, Golden, Rules, Verdict, compare
+from lora_fuse.regression.verdicts import CaseResult, Comparison, Golden, Rules, Values, Verdict, compare
 from tests.support.judgements import (
     CASE,
     GOLDEN,
@@ -255,9 +258,31 @@ def test_against_a_golden_the_lower_of_two_floors_counts(
     assert examine(CASE, merged, merged, [golden], Rules(UNFUSED, GOLDEN, 2.0), floor).verdict is verdict
 
 
-def test_large_pictures_are_compared_as_small_ones_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = [(Picture(scene()), Picture(other)) for other in (brighter(1), scene(), scene(0, 32, 48))]
-    here = case_judgement._compare_all(wanted)
-    monkeypatch.setattr(case_judgement, "MANY", 0)
-    assert case_judgement._compare_all(wanted) == here
-    assert here[2] is None
+@pytest.mark.parametrize("beside", [True, False])
+def test_large_pictures_are_compared_by_other_processes_as_small_ones_are_here(
+    beside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sides = {"merged": brighter(1), "unfused": scene(), "floor": noisy(scene(), 8)}
+    sides |= {"export a": scene(0, 32, 48), "export b": brighter(1)}  # of another size, and the same
+    cost = Cost(1.0, None, None, 1)
+    made = {side: Rendered(levels, latents=latents(), cost=cost) for side, levels in sides.items()}
+    exports = {"a": made["export a"], "b": made["export b"]}
+    pair = Pair(CASE, made["merged"], made["unfused"], made["floor"], "diffusers", exports=exports)
+    goldens = {CASE.name: [Golden(brighter(9), name="g.png"), Golden(brighter(2), name="h.png")]}
+    (here,) = judge_pairs([pair], goldens, RULES)
+    monkeypatch.setattr(case_judgement, "LARGE", 0)
+    with Comparisons(goldens, beside=beside) as compared:
+        for side, rendered in made.items():
+            compared.while_made(side, CASE.name, rendered)
+        assert bool(multiprocessing.active_children()) == beside
+        monkeypatch.setattr(case_judgement, "compare", of_other_processes)
+        (there,) = compared.judge([pair], RULES)
+    assert (there.result, there.exports) == (here.result, here.exports)
+    assert list(there.exports) == ["a", "b"]
+    assert there.exports["a"] is None
+
+
+def of_other_processes(a: Picture, b: Picture, of_levels: Values | None = None) -> Comparison:
+    """Refuse to compare here what is not the same."""
+    assert of_levels is not None or (a.levels == b.levels).all()
+    return compare(a, b, of_levels)

@@ -30,8 +30,8 @@ from lora_fuse.pictures.render_progress import RenderProgress
 from lora_fuse.pictures.unfused_lora import DIFFUSERS, _beyond_diffusers, attach, attach_differences
 from lora_fuse.pictures.weights_in_place import jitter, take_weights
 from lora_fuse.recipe.records import Lock, Manifest, MergedLora, from_json, to_json
-from lora_fuse.regression.candidates import Candidates, candidates
-from lora_fuse.regression.case_judgement import judge_pairs, save_pictures
+from lora_fuse.regression.candidates import Candidates, candidates, save_pictures
+from lora_fuse.regression.case_judgement import judge_pairs
 from lora_fuse.regression.run_record import RunRecord
 from lora_fuse.regression.verdicts import Golden, Limits, Rules, Verdict
 from stages.config import compose
@@ -135,8 +135,9 @@ def test_the_base_alone_runs_at_its_own_steps_and_scheduler_without_the_lora(pai
 
 def test_everything_is_loaded_once_and_its_seconds_are_kept(pairs: list[Pair], progress: RenderProgress) -> None:
     assert len(pairs) == 2
-    sides = ["merged transformer", "export same", "base transformer", "LoRAs beside it", "noise floor"]
-    assert list(progress.seconds) == ["libraries", "text encoder", "prompts", "VAE", *sides]
+    sides = ["merged transformer", "beside the pictures", "export same", "base transformer"]
+    before = ["libraries", "text encoder", "prompts", "memory given back", "VAE"]
+    assert list(progress.seconds) == [*before, *sides, "LoRAs beside it", "noise floor"]
     assert all(seconds > 0 for seconds in progress.seconds.values())
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from lora_fuse.checkpoint import Checkpoint, open_checkpoint
 from lora_fuse.errors import BadCheckpoint, BadSource, Rerun
 from lora_fuse.exports import ExportOptions, QuantisedPart, problems, quantised_by, read_export
-from lora_fuse.fusion import Plan, exact_sums, read_manifest
+from lora_fuse.fusion import Plan, read_manifest
 from lora_fuse.machine import FileRecord, files
 from lora_fuse.pictures import pairs
 from lora_fuse.recipe import Artifacts, Recipe
@@ -87,6 +87,8 @@ class Meant:
     @staticmethod
     def of(plan: Plan, merged: Path) -> Meant:
         """Read nothing yet; `merged` is the repository that the plan made."""
+        from lora_fuse.fusion import exact_sums  # numba's import takes half a second
+
         checkpoint = open_checkpoint(merged)
         stored = Plan(checkpoint, (), (), {})
         shapes = {name: tensor.shape for name, tensor in checkpoint.tensors().items()}

@@ -16,7 +16,7 @@ from lora_fuse.fusion import plan_of
 from lora_fuse.machine import FileRecord, files, staging
 from lora_fuse.pictures import Case, environment, pairs, picture
 from lora_fuse.recipe import Artifacts, Lock, hf_cache, paths, records
-from lora_fuse.regression import case_judgement, goldens, judge
+from lora_fuse.regression import candidates, case_judgement, goldens, judge
 from lora_fuse.studies.sweep.numbers import against_baseline, describe, failed
 from lora_fuse.studies.sweep.planning import PlannedPoint
 from lora_fuse.studies.sweep.points import BASELINES, IMAGES, METRICS, folder_of, key_of, waiting
@@ -98,15 +98,15 @@ class PointBuilder:
         here = environment.environment(setup.placement, setup.dtype, compiled=setup.compiled)
         approved = goldens.Goldens.of(recipe, planned.base).for_run(here.key, [case.name for case in cases])
         shared = self._share(plan.checkpoint.root, cases, pairs.Setup.of(recipe, baseline=True))
-        with paths.held(*read):
+        with paths.held(*read), case_judgement.Comparisons(approved) as compared:
             rendered = pairs.render_pairs(at.merged, plan, cases, setup, shared=shared)
-            judged = judge(recipe, at, setup, here, rendered, approved)
+            judged = judge(recipe, at, setup, here, rendered, compared)
         metrics = judged.metrics
         metrics["weights_passed"] = paths.read_object(at.verify, "verify")["passed"]
         for pair in rendered:
             metrics |= against_baseline(pair.case.name, pair.merged, alone[pair.case.name])
         with staging.whole(planned.point.folder / IMAGES) as images:
-            case_judgement.save_pictures(judged.cases, images)
+            candidates.save_pictures(judged.cases, images)
         files.replace_text(planned.point.folder / METRICS, json.dumps(metrics, indent=2) + "\n")
         return describe(metrics)
 
