@@ -139,7 +139,9 @@ def refuse_quantised(checkpoint: Checkpoint, stored: StoredWeights, targets: Ite
         if name in stored.refused:
             raise stored.refused[name]
         found = quantised.get(name.rpartition(".")[0])
-        if found is not None and not name.endswith(".bias") and name not in stored.matrices:
+        if found is None or (found.evidence == name and not found.certain):  # a norm's own `scale`, `scale_shift_table`
+            continue
+        if not name.endswith(".bias") and name not in stored.matrices:
             raise BadCheckpoint(
                 f"{checkpoint.root}: the target {name!r} is quantised, as {found.evidence!r} says ({found.what}); "
                 f"{UNQUANTISED}"

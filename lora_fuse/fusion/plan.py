@@ -302,6 +302,8 @@ def _matched(checkpoint: Checkpoint, routed: Sequence[RoutedLora], chosen: Selec
             _refuse_cut_columns(one.lora, placed)
             scale = one.given.scale * (chosen.share(name) or 0.0)
             deltas.setdefault(name, []).extend(ScaledDelta(one.lora, part_of, scale) for part_of in placed)
+    for name, scaled in deltas.items():
+        _refuse_shared_replacement(name, scaled)
     return deltas
 
 
@@ -390,6 +392,26 @@ def _refuse_cut_columns(lora: LoraFile, placed: Sequence[PlacedDelta]) -> None:
             raise BadLora(
                 f"{lora.path}: {one.delta.module!r} has a length for each column (dora_scale) of a matrix that the "
                 "base has not whole: its rows are in other parameters; fuse it into a base with the LoRA's names"
+            )
+
+
+def _refuse_shared_replacement(name: str, deltas: Sequence[ScaledDelta]) -> None:
+    """Refuse values in the place of the base's that are to be scaled, or that something is to be added to.
+
+    Raises:
+        BadLora: see above.
+    """
+    for one in deltas:
+        if not one.placed.delta.is_replacement:
+            continue
+        said = f"{one.lora.path}: {one.placed.delta.module!r} is put in the place of the base's {name!r} (set_weight)"
+        if one.scale not in (0.0, 1.0):
+            raise BadLora(
+                f"{said}, which has no strength, and the scale is {one.scale:g}; fuse at 1.0, or leave it out (--skip)"
+            )
+        if len(deltas) > 1:
+            raise BadLora(
+                f"{said}, and {len(deltas) - 1} more change it too, so the order would decide; take one of them out"
             )
 
 

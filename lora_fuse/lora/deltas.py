@@ -191,6 +191,30 @@ class Decomposed:
         return moved
 
 
+class Replacement:
+    """Values in the place of the base's: ``V - W``, added to nothing but W, so that the sum is V to its last bit.
+
+    Source: `set_weight` of ComfyUI, comfy/lora.py and comfy/weight_adapter.
+    """
+
+    def __init__(self, values: Matrix) -> None:
+        self._values = values
+        self.size = math.inf
+        self.roundings = 0
+
+    def add_to(self, total: torch.Tensor, weight: torch.Tensor, row: int, column: int) -> None:
+        """See `Delta`."""
+        self._values.add_to(total.sub_(weight), row, column, 1.0)
+
+    def close(self, rows: Indices, columns: Indices) -> DoubleDouble:
+        """Not possible, as `exact`."""
+        raise NotImplementedError
+
+    def exact(self, row: int, column: int) -> Fraction:
+        """Not possible without the base's value."""
+        raise NotImplementedError
+
+
 def make_delta(algorithm: Algorithm, tensors: Tensors, factor: float, scale: float) -> Delta:
     """Build the delta of tensors, float64 by role; `factor` is made of alpha and rank, `scale` is the user's."""
     if "magnitude" in tensors:
@@ -287,6 +311,8 @@ def _plain(algorithm: Algorithm, tensors: Tensors, factor: float, *, ordered: bo
             return Kronecker(_side(tensors, 1), _side(tensors, 2), factor)
         case Algorithm.FULL:
             return LowRank(Matrix(_flat(tensors["diff"]), ordered=ordered), factor)
+        case Algorithm.SET:
+            return Replacement(Matrix(_flat(tensors["diff"])))
 
 
 def _side(tensors: Tensors, n: int, *, ordered: bool = False) -> Matrix:

@@ -19,6 +19,7 @@ class Algorithm(StrEnum):
     LOHA = "LoHa"
     LOKR = "LoKr"
     FULL = "full delta"
+    SET = "whole parameter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,13 @@ FORMATS = (
         {name: f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
         usual_alpha=KOHYA_ALPHA,
     ),
-    KeyFormat("diff", Algorithm.FULL, {"diff": r"diff", "diff bias": r"diff_b"}),  # LyCORIS, modules/full.py; ComfyUI
+    KeyFormat(
+        "diff",  # LyCORIS, modules/full.py; ComfyUI; diff_m, of a block's modulation, in lightx2v's LoRAs for Wan
+        Algorithm.FULL,
+        {"diff": r"diff", "diff bias": r"diff_b", "diff modulation": r"diff_m"},
+    ),
+    KeyFormat("w_norm", Algorithm.FULL, {"diff": r"w_norm", "diff bias": r"b_norm"}),  # LyCORIS, modules/norms.py
+    KeyFormat("set_weight", Algorithm.SET, {"set": r"set_weight"}),  # ComfyUI: in the base's place
 )
 
 # Tensors that go with a delta of any format.
@@ -127,9 +134,7 @@ UNREAD = {
     r"lora_E|ranknum": "AdaLoRA",  # PEFT
     r"lora_diag": "KaSA",  # PEFT
     r"vera_": "VeRA",  # PEFT
-    r"\.(?:w|b)_norm$": "differences of norms",  # LyCORIS, modules/norms.py
-    r"\.diff_m$": "differences of a modulation",  # lightx2v, Wan
-    r"\.set_weight$": "weights in the place of the base's",  # ComfyUI
+    r"\.reshape_weight$": "a base's weight in another shape",  # ComfyUI, of FLUX.1's control LoRAs
     r"\bbundle_emb\b|^emb_params$": "an embedding beside the LoRA",  # OneTrainer, A1111
     r"_lora\d?\.(?:down|up)\.": "an attention processor's, of diffusers before it used PEFT or of XLabs",
     r"\.base_layer\.": "a model that PEFT has wrapped, not an adapter: save the adapter alone",

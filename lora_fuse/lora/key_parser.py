@@ -9,7 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from lora_fuse.checkpoint import TensorInfo
 from lora_fuse.errors import BadLora, FactorMismatch
@@ -20,6 +20,9 @@ SHOWN = 3  # offenders that an error names
 LEAVE_OUT = "; or leave them out on purpose: --leave-out PATTERN (fuse.leave_out)"
 LARGE_RANK = 1024  # what a rank may be in a weight of any size; above, no more than its longer side
 Roles = dict[str, TensorInfo]
+Part = Literal["weight", "bias", "modulation"]
+PARTS: tuple[Part, ...] = get_args(Part)
+WHOLE: Mapping[str, Part] = {"diff": "weight", "set": "weight", "diff bias": "bias", "diff modulation": "modulation"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +31,12 @@ class LoraDelta:
 
     `keys` are the tensors' names by role (see `key_formats`), `shape` the rows and columns of the delta as
     a matrix. The product of the tensors is multiplied by `factor`, which is made of `alpha` and `rank`; both are None
-    where the algorithm has none. `said_by` is the place that says alpha: the tensor, or an entry outside the tensors.
+    where the algorithm has none. A `part` called weight may be a parameter that has the module's own name. `said_by` is
+    the place that says alpha: the tensor, or an entry outside the tensors.
     """
 
     module: str
-    part: Literal["weight", "bias"]
+    part: Part
     format: KeyFormat
     keys: Mapping[str, str]
     shape: tuple[int, int]
@@ -55,6 +59,11 @@ class LoraDelta:
     def component(self) -> str | None:
         """The folder of the component that it is for; None for the main one, or whichever somebody names."""
         return component_of(self.module)
+
+    @property
+    def is_replacement(self) -> bool:
+        """True for values that are put in the place of the base's."""
+        return self.format.algorithm is Algorithm.SET
 
     @property
     def is_plain(self) -> bool:
@@ -168,7 +177,7 @@ class _Module:
                     yield self._loha(row, roles)
                 case Algorithm.LOKR if _has_both_sides(roles):
                     yield self._lokr(row, roles)
-                case Algorithm.FULL:
+                case Algorithm.FULL | Algorithm.SET:
                     yield from self._full(row, roles)
 
     def left(self) -> list[str]:
@@ -242,7 +251,7 @@ class _Module:
         return (left[1], right[1] * math.prod(core[2:])), rank
 
     def _full(self, row: KeyFormat, roles: Roles) -> Iterator[LoraDelta]:
-        for role, part in (("diff", "weight"), ("diff bias", "bias")):
+        for role, part in WHOLE.items():
             tensor = roles.pop(role, None)
             if tensor is None:
                 continue
@@ -250,9 +259,9 @@ class _Module:
                 raise self._mismatch({role: tensor}, "a tensor of the parameter's shape")
             shape = (tensor.shape[0], math.prod(tensor.shape[1:]))
             keys = {"diff": tensor.name}
-            if part == "weight":
+            if role == "diff":
                 keys |= self._take_magnitude(shape)
-            yield LoraDelta(self.name, "weight" if part == "weight" else "bias", row, keys, shape)
+            yield LoraDelta(self.name, part, row, keys, shape)
 
     def _scaled(self, row: KeyFormat, taken: Roles, shape: tuple[int, int], rank: int | None) -> LoraDelta:
         keys = {role: tensor.name for role, tensor in taken.items()} | self._take_magnitude(shape)

@@ -87,7 +87,7 @@ class LoraFile:
         """
         delta = placed.delta
         tensors = self.read(delta)
-        if delta.format.algorithm is Algorithm.FULL:
+        if delta.format.algorithm in (Algorithm.FULL, Algorithm.SET):
             tensors["diff"] = tensors["diff"].reshape(-1, placed.shape[1])
         made = make_delta(delta.format.algorithm, tensors, delta.factor, scale)
         return made if placed.runs is None else rows_of(made, placed.runs, placed.shape[0])

@@ -15,7 +15,7 @@ from functools import cached_property
 from lora_fuse.checkpoint import TensorInfo
 from lora_fuse.errors import BadLora, ShapeMismatch, UnmatchedTargets, WrongPrefix
 from lora_fuse.lora.key_formats import FLAT_PREFIXES, PREFIXES, Algorithm, spellings
-from lora_fuse.lora.key_parser import LEAVE_OUT, SHOWN, LoraDelta
+from lora_fuse.lora.key_parser import LEAVE_OUT, PARTS, SHOWN, LoraDelta
 from lora_fuse.machine import text
 from lora_fuse.models import name_maps
 
@@ -80,7 +80,7 @@ def modules_in(modules: Iterable[str], weights: Mapping[str, TensorInfo], where:
         BadLora: a name could mean two modules of the base.
     """
     names = _Names(weights, where)
-    return {name for name in modules if any(names.has(name, part) for part in ("weight", "bias"))}
+    return {name for name in modules if any(names.has(name, part) for part in PARTS)}
 
 
 class _Names:
@@ -106,8 +106,10 @@ class _Names:
         return self._own_name(module, part) is not None or any(self._translations(module, part))
 
     def _own_name(self, module: str, part: str) -> str | None:
-        dotted = (f"{spelling}.{part}" for spelling in spellings(module, PREFIXES))
-        if (name := next((name for name in dotted if name in self._weights), None)) is not None:
+        names = [f"{spelling}.{part}" for spelling in spellings(module, PREFIXES)]
+        if part == "weight":  # or a parameter that is no module's weight: for ComfyUI it is called as it stands
+            names += spellings(module, PREFIXES)
+        if (name := next((name for name in names if name in self._weights), None)) is not None:
             return name
         for spelling in spellings(module, FLAT_PREFIXES):
             modules = sorted(self._flat.get(spelling, []))
@@ -144,11 +146,12 @@ class _Names:
 
     def _translations(self, module: str, part: str) -> Iterator[tuple[dict[str, Runs], int]]:
         """The rows that a delta is for, as each map has them, and how many of the base's parameters that map has."""
-        names = [*spellings(module, PREFIXES), *spellings(module, FLAT_PREFIXES)]
+        modules = [*spellings(module, PREFIXES), *spellings(module, FLAT_PREFIXES)]
+        names = [f"{name}.{part}" for name in modules] + (modules if part == "weight" else [])
         for known, covered in self._maps:
             for name in names:
                 try:
-                    runs = known.translate(f"{name}.{part}", self._rows)
+                    runs = known.translate(name, self._rows)
                 except ValueError as error:
                     raise ShapeMismatch(f"{self._where}: {module!r}: {error}; use another base") from error
                 if runs is not None:
@@ -160,7 +163,8 @@ class _Names:
         weight = self._weights[name]
         shape = (weight.shape[0], math.prod(weight.shape[1:]))
         is_whole = len(places) == 1 and [run.start for run in places[name]] == [run.source for run in places[name]]
-        if is_whole and delta.format.algorithm is Algorithm.FULL and math.prod(shape) == math.prod(delta.shape):
+        has_values = delta.format.algorithm in (Algorithm.FULL, Algorithm.SET)
+        if is_whole and has_values and math.prod(shape) == math.prod(delta.shape):
             return PlacedDelta(delta, shape)  # the same numbers, laid out in other dimensions
         rows = sum(run.rows for runs in places.values() for run in runs)
         if (rows, shape[1]) != delta.shape or 0 in shape:

@@ -28,7 +28,7 @@ Groups = dict[tuple[str, str], dict[str, Part]]  # tensors by role, of each modu
 
 KEY = re.compile(
     r"(?P<module>.+?)\.(?P<part>lora_down|lora_up|lora_mid|lora_A|lora_B|lora\.down|lora\.up|lora_linear_layer\.down|"
-    r"lora_linear_layer\.up|(?:hada|lokr)_\w+|diff_b|diff|alpha|dora_scale|lora_magnitude_vector)"
+    r"lora_linear_layer\.up|(?:hada|lokr)_\w+|diff_[bm]|diff|[wb]_norm|set_weight|alpha|dora_scale|lora_magnitude_vector)"
     r"(?:\.(?!bias$)[^.]+)??(?:\.weight|(?P<bias>\.bias))?"
 )
 FILE_PREFIX = "model.diffusion_model."  # of names in a checkpoint for ComfyUI
@@ -66,10 +66,14 @@ class ExpectedDelta:
             ValueError: the delta has not so many rows, or lengths.
         """
         by_row = self.parts.get("up", self.parts.get("diff"))
+        if "set" in self.parts and self.scale * self.factor != 1:
+            raise ValueError(f"it replaces the weight, and its scale is {self.scale:g}")
         if self.own is not None:
             return self._in_own_rows(base)
         if by_row is not None and len(by_row) != total:
             raise ValueError(f"it has {len(by_row)} rows")
+        if "set" in self.parts:
+            return lambda block: self._plain(block) - widen(base(block)).reshape(len(block), -1)
         if "dora" not in self.parts:
             return lambda block: self._plain(block) * (self.factor * self.scale)
         lengths = _values(self.parts["dora"])
@@ -99,6 +103,7 @@ class ExpectedDelta:
             part = block[mine]
             if len(part) and lengths is None:
                 added[mine] = self._plain(part) * (self.factor * self.scale)
+                added[mine] -= weight[mine] if "set" in self.parts else 0
             elif len(part) and lengths is not None:
                 placed = lengths[own if len(lengths) > 1 else np.zeros_like(own)]  # one may be for all
                 added[mine] = self._by_output(base, placed, part)
@@ -201,17 +206,13 @@ def read_expected(
             for key, module in modules.items()
             if any(
                 _longest_match(module, kind, stored.keys(), flat) or others.find(_names(module, kind))
-                for kind in ("weight", "bias")
+                for kind in ("weight", "bias", "modulation")
             )
         ]
         for (module, kind), parts in groups.items():
             found.modules += 1
-            name = _longest_match(module, kind, stored.keys(), flat)
-            places: Mapping[str, Numbers | None] = {} if name is None else {name: None}
             try:
-                if name is None and (other := others.find(_names(module, kind))) is not None:
-                    name, places = other
-                    places = _checked(parts, {one: (rows, base[stored[one]].shape) for one, rows in other[1].items()})
+                name, places = _find(module, kind, parts, base, (stored, flat, others))
             except ValueError as error:
                 found.problems.append(f"{given.name}: {module} of the file does not fit: {error}")
                 continue
@@ -225,6 +226,30 @@ def read_expected(
                     found.deltas.setdefault(stored[place], []).append(delta)
         found.problems += [f"{given.name}: {problem}" for problem in dict.fromkeys(strength.problems)]
     return found
+
+
+def _find(
+    module: str,
+    kind: str,
+    parts: dict[str, Part],
+    base: Weights,
+    names: tuple[Mapping[str, str], Mapping[str, str], OtherNames],
+) -> tuple[str | None, Mapping[str, Numbers | None]]:
+    """The name that a module's parameter has, in either spelling, and the rows of the base's parameters that it is.
+
+    Raises:
+        ValueError: these are not as many.
+    """
+    stored, flat, others = names
+    name = _longest_match(module, kind, stored.keys(), flat)
+    if name is None and "diff" in parts and kind == "weight":  # a parameter that is no module's weight
+        name = next((tail for tail in _tails(module, ".") if tail in stored), None)
+    if name is not None:
+        return name, {name: None}
+    if (other := others.find(_names(module, kind))) is None:
+        return None, {}
+    places = {place: (rows, base[stored[place]].shape) for place, rows in other[1].items()}
+    return other[0], _checked(parts, places)
 
 
 def _most_numbers(base: Weights) -> int:
@@ -281,11 +306,12 @@ def _read_file(
 def _put(match: re.Match[str], value: StoredTensor, groups: Groups) -> bool:
     """Put a tensor where its key says; False where another one is there."""
     part = match["part"]
-    kind = "bias" if match["bias"] or part == "diff_b" else "weight"
+    kind = "bias" if match["bias"] or part in {"diff_b", "b_norm"} else "modulation" if part == "diff_m" else "weight"
     parts = groups.setdefault((match["module"], kind), {})
-    if kind == "bias":
+    if kind != "weight" or part in {"diff", "w_norm", "set_weight"}:
         role = "diff"
         parts.update({"of": value} if match["bias"] else {})
+        parts.update({"set": np.array(True)} if part == "set_weight" else {})
     elif part in {"dora_scale", "lora_magnitude_vector"}:
         role = "dora"
         parts["peft"] = np.array(part != "dora_scale")
@@ -313,8 +339,8 @@ def _longest_match(module: str, kind: str, names: Collection[str], flat: Mapping
 def _names(module: str, kind: str) -> list[str]:
     """The parameters that a module's tails may be; original norms call their weight a scale."""
     tails = _tails(module, "." if "." in module else "_")
-    kinds = (kind, "scale") if kind == "weight" else (kind,)
-    return [f"{tail}{dot}{one}" for tail in tails for one in kinds for dot in "._"]
+    kinds = (".weight", "_weight", ".scale", "_scale", "") if kind == "weight" else (f".{kind}", f"_{kind}")
+    return [tail + one for tail in tails for one in kinds]
 
 
 def _checked(

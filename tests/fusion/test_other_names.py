@@ -12,6 +12,7 @@ from tests.support import tiny
 from tests.support.key_styles import ALGORITHMS, Tensors, X, merged, update_of
 from tests.support.original_names import (
     FAMILY_OF,
+    differences,
     diffusers_names,
     family_of,
     original,
@@ -52,6 +53,39 @@ def test_a_lora_in_the_names_of_diffusers_goes_into_an_original_base(name: str, 
     assert_close(diffusers_names(family, made), wanted)
     made = merged(tmp_path / "flat", spelt(factors, "lora_transformer_", flat=True), base=theirs)
     assert_close(diffusers_names(family, made), wanted)
+
+
+@pytest.mark.parametrize("name", FAMILY_OF)
+def test_norms_biases_modulations_and_tokens_follow_too(name: str, tmp_path: Path) -> None:
+    family = family_of(name)
+    base = weights(name)
+    theirs = original(family, base)
+    keys, deltas = differences(theirs, "diffusion_model.")
+    wanted = diffusers_names(family, total(theirs, deltas))
+    assert_close(merged(tmp_path / "original", keys, base=base), wanted)
+    keys, deltas = differences(base, "")
+    made = merged(tmp_path / "diffusers", keys, base=theirs)
+    assert_close(diffusers_names(family, made), total(base, deltas))
+
+
+def test_norms_of_lycoris_are_differences_and_a_set_weight_takes_the_base_s_place(tmp_path: Path) -> None:
+    norm = "transformer_blocks.0.attn.norm_q.weight"
+    base: Tensors = {f"norm.{part}": np.ones(4, tiny.BF16) for part in ("weight", "bias")}
+    base[norm] = np.full(8, 3.1, tiny.BF16)
+    lora: Tensors = {"lycoris_norm.w_norm": np.arange(4.0), "lycoris_norm.b_norm": np.full(4, 2.0)}
+    replacement = {"diffusion_model.double_blocks.0.img_attn.norm.query_norm.scale.set_weight": np.full(8, 1.0078125)}
+    made = merged(tmp_path / "a", lora, base=base)
+    assert {key: made[key].astype(float).tolist() for key in made} == {
+        norm: base[norm].astype(float).tolist(),
+        "norm.weight": [1, 2, 3, 4],
+        "norm.bias": [3.0] * 4,
+    }
+    made = merged(tmp_path / "b", replacement, base=base)
+    assert made[norm].astype(float).tolist() == [1.0078125] * 8
+    with pytest.raises(BadLora, match=r"\(set_weight\), which has no strength, and the scale is 0\.5"):
+        merged(tmp_path / "c", replacement, 0.5, base=base)
+    with pytest.raises(BadLora, match=r"both mean the base's 'transformer_blocks"):
+        merged(tmp_path / "d", replacement | {"transformer_blocks.0.attn.norm_q.diff": np.ones(8)}, base=base)
 
 
 FUSED = "double_blocks.0.img_attn.qkv"

@@ -103,3 +103,18 @@ def spelt(factors: Tensors, prefix: str, *, flat: bool = False) -> Tensors:
 def total(tensors: Tensors, deltas: Tensors) -> Tensors:
     """The sums, float64."""
     return {name: values.astype(np.float64) + deltas.get(name, 0.0) for name, values in tensors.items()}
+
+
+def differences(tensors: Tensors, prefix: str, seed: int = 5) -> tuple[Tensors, Tensors]:
+    """Whole differences of all that is no matrix, under the keys that ComfyUI reads, by parameter and by key."""
+    rng = np.random.default_rng(seed)
+    keys: Tensors = {}
+    deltas: Tensors = {}
+    for name, values in tensors.items():
+        module, _, part = name.rpartition(".")
+        if part == "weight" and values.ndim > 1:
+            continue
+        deltas[name] = rng.standard_normal(values.shape)
+        roles = {"weight": f"{module}.diff", "bias": f"{module}.diff_b", "modulation": f"{module}.diff_m"}
+        keys[prefix + roles.get(part, f"{name}.diff")] = deltas[name]
+    return keys, deltas
