@@ -110,7 +110,7 @@ def _add_choices(command: argparse.ArgumentParser) -> None:
         action=_AfterLora,
         default=[],
         metavar="NAME",
-        help="the component that the --lora before it is for, before the first: all; default: as keys say",
+        help="the component that the --lora before it is for, before the first: all; auto (default): as keys say",
     )
     command.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="of all floats of OUT; default: as in BASE"
@@ -171,7 +171,7 @@ def _components(options: argparse.Namespace) -> list[str | None]:
         BadConfig: one is given twice for a LoRA, or not for each of several.
     """
     count = len(options.lora)
-    by_lora: dict[int, str] = {}
+    by_lora: dict[int, str | None] = {}
     for after, name in options.component:
         if after in by_lora:
             whose = f"--lora {options.lora[after - 1]}" if after else "all"
@@ -179,6 +179,7 @@ def _components(options: argparse.Namespace) -> list[str | None]:
                 f"--component is given twice for {whose}, {by_lora[after]} and {name}: give the --lora once for each"
             )
         by_lora[after] = name
+    by_lora = {after: None if name == "auto" else name for after, name in by_lora.items()}
     if set(by_lora) <= {0}:
         return [by_lora.get(0)] * count
     if set(by_lora) != set(range(1, count + 1)):
@@ -235,6 +236,10 @@ def _inspect(options: argparse.Namespace) -> int:
         text.say(f"  {line}: {count} modules")
     dtypes = Counter(tensor.dtype for tensor in lora.header.tensors.values())
     text.say("  dtypes: " + ", ".join(f"{dtype} x {count}" for dtype, count in sorted(dtypes.items())))
+    into = Counter(delta.component for delta in lora.deltas)
+    if set(into) != {None}:
+        said = (f"{name or 'the main one'} x {count}" for name, count in sorted(into.items(), key=str))
+        text.say(f"  components: {', '.join(said)}")
     if lora.remarks:
         text.say(f"  header entries that say nothing known: {', '.join(lora.remarks)}")
     for delta in lora.deltas:

@@ -6,6 +6,8 @@ Variants of one base share its lock: `stages.base` makes it, and ``--loras-only`
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lora_fuse import hub
 from lora_fuse.hub import locks
 from lora_fuse.machine import Console, file_state, files, progress
@@ -34,13 +36,16 @@ def download(
     seen = file_state.SeenFiles(paths.SEEN)
     # LoRAs first, as they are small: what is wrong with them is found before the base is fetched.
     loras = {
-        name: hub.lock_lora(
-            lora,
-            lora.filename,
-            previous=loras_before.get(name),
-            update=update,
-            transfer=recipe.download,
-            note=seen.note,
+        name: replace(
+            hub.lock_lora(
+                lora,
+                lora.filename,
+                previous=loras_before.get(name),
+                update=update,
+                transfer=recipe.download,
+                note=seen.note,
+            ),
+            component=lora.component,
         )
         for name, lora in wanted.items()
     }

@@ -27,14 +27,14 @@ def fuse(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -
         replace=True,  # the place is the pipeline's own
     )
     nbytes = job.nbytes
-    shards = f"{len(plan.fused_shards)} of {len(plan.checkpoint.shards)} weight files"
+    shards = f"{len(plan.fused_shards)} of {len(plan.shards)} weight files"
     to_write = f"{progress.human_bytes(nbytes)} to write to {at.merged} on {job.device}"
     console.will("fuse", f"{shards}, {to_write}{progress.estimate(job.label, nbytes)}")
     fused = job.run(recipe, base, loras, inputs.states)
     inputs.keep()
     counts = {
-        "targets": len(plan.targets),
-        "tensors": len(plan.checkpoint.tensors()),
+        "targets": fused.manifest.targets,
+        "tensors": sum(len(part.checkpoint.tensors()) for part in plan.parts),
         "files": len(fused.manifest.files),
     }
     line = "{targets} of {tensors} tensors changed, {files} files in {merged}".format(**counts, merged=at.merged)

@@ -9,7 +9,6 @@ from typing import Any
 from lora_fuse.errors import BadConfig, Refused
 from lora_fuse.fleet.needs import Needs
 from lora_fuse.hub import sizes
-from lora_fuse.models import COMPONENT
 from lora_fuse.recipe import Lock, Recipe, Source
 
 
@@ -69,7 +68,7 @@ def needs_of(recipe: Recipe, base: sizes.SourceSize) -> Needs:
     if regress.placement == "cpu" and regress.threads is None:
         raise BadConfig("regress.threads is null, and pictures made on a CPU depend on it: set it to a number")
     gpus = 0 if regress.placement == "cpu" else 1
-    grown = (recipe.fuse.growth - 1) * base.below(COMPONENT)
-    merged = grown + (base.total if recipe.fuse.untouched == "copy" else base.below(COMPONENT))
+    grown = (recipe.fuse.growth - 1) * base.fused(recipe.components)
+    merged = grown + (base.total if recipe.fuse.untouched == "copy" else base.fused(recipe.components))
     memory = 0 if regress.placement == "cuda" else base.total
     return Needs(1 if gpus else regress.threads or 1, gpus, memory, merged)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from lora_fuse.checkpoint import Checkpoint, Shard, TensorInfo, dtypes, fitness, open_checkpoint, repository_files
 from lora_fuse.checkpoint.stored import MADE, StoredMatrix, StoredWeights
 from lora_fuse.errors import BadCheckpoint, BadConfig, BadLora, require
+from lora_fuse.fusion.planning.experts import expert_warnings
 from lora_fuse.fusion.planning.routing import RoutedLora, components, route, route_to_one
 from lora_fuse.lora import Delta, LoraFile, LoraInput, PlacedDelta, Selection, match_targets
 from lora_fuse.machine import files
@@ -374,6 +375,10 @@ def cautions(plan: Plan, scheduler: Mapping[str, object] | None = None) -> list[
     base, _ = hf_cache.cached_from(plan.checkpoint.root.absolute())
     warnings = pair_warnings(base, [hf_cache.cached_from(given.path.absolute()) for given in plan.inputs])
     warnings += alpha_warnings([(lora.path.name, lora.missing_alphas) for lora in plan.loras])
+    warnings += expert_warnings(
+        repository_files.component_names(plan.checkpoint.root),
+        [(given.path.name, plan.components_of(number)) for number, given in enumerate(plan.inputs)],
+    )
     warnings += plan.checkpoint.remarks
     if scheduler:
         return warnings

@@ -45,9 +45,11 @@ class SourceSize:
         names = sorted(filter(repository_files.is_weights, self.sizes))
         return {folder: list(below) for folder, below in groupby(names, lambda name: PurePosixPath(name).parts[0])}
 
-    def below(self, component: str) -> int:
-        """Bytes in one component's folder."""
-        return sum(size for name, size in self.sizes.items() if PurePosixPath(name).parent.as_posix() == component)
+    def fused(self, named: Iterable[str | None]) -> int:
+        """Bytes in the folders of components to fuse, of which None is the main one."""
+        main = repository_files.main_component({PurePosixPath(name).parts[0] for name in self.sizes})
+        folders = {component or main for component in named}
+        return sum(size for name, size in self.sizes.items() if PurePosixPath(name).parent.as_posix() in folders)
 
 
 def base_size(source: Source, lock: Lock | None, *, timeout: float, once: bool = False) -> SourceSize:

@@ -33,7 +33,7 @@ from lora_fuse.pictures.render import (
     shared_components,
 )
 from lora_fuse.pictures.render_progress import RenderProgress
-from lora_fuse.pictures.unfused_lora import Attached, attach, fused_parts
+from lora_fuse.pictures.unfused_lora import Attached, attach, attach_differences, fused_parts
 from lora_fuse.pictures.weights_in_place import FloatArray, jitter, take_weights
 
 if TYPE_CHECKING:
@@ -71,6 +71,25 @@ class Shared:
         return self.prompts.get((case, *sampling.beside_prompt))
 
 
+def share_both(
+    merged: Path, plan: Plan, cases: Sequence[Case], setup: Setup, watch: RenderProgress, base: Shared | None = None
+) -> tuple[Shared, Shared]:
+    """Give what the merged sides share and what those of the base do; `base` is the latter where it is loaded already.
+
+    It is the same unless text encoders are fused too, whose prompts are others then.
+
+    Raises:
+        RenderFailed, OutOfMemory: see `share`.
+    """
+    if all(part.component in setup.call.denoisers for part in plan.parts):
+        both = base or share(merged, cases, setup, watch)
+        return both, both
+    theirs = base or share(plan.checkpoint.root, cases, setup, watch)
+    encoded = _encode(merged, cases, setup, watch)
+    free_memory()
+    return Shared({**theirs.parts, **encoded.parts}, encoded.prompts), theirs
+
+
 def share(folder: Path, cases: Sequence[Case], setup: Setup, watch: RenderProgress | None = None) -> Shared:
     """Encode the prompts of all cases for all sides, give the text encoder's memory back, and load the VAE.
 
@@ -88,8 +107,15 @@ def share(folder: Path, cases: Sequence[Case], setup: Setup, watch: RenderProgre
     return Shared({**shared.parts, **shared_components(pipe)}, shared.prompts)
 
 
-def _encode(folder: Path, cases: Sequence[Case], setup: Setup, watch: RenderProgress) -> Shared:
+def _encode(
+    folder: Path, cases: Sequence[Case], setup: Setup, watch: RenderProgress, plan: Plan | None = None
+) -> Shared:
+    """Encode the prompts of all cases; with a plan, with its LoRAs beside the text encoders of its base."""
     pipe = _load(folder, setup, dict.fromkeys((*setup.call.denoisers, "vae")), watch, "text encoder")
+    if plan is not None:
+        for name, targets in fused_parts(plan).items():
+            if name not in setup.call.denoisers:
+                attach_differences(getattr(pipe, name), targets)
     with _advised(setup.placement), watch.spending("prompts"):
         place(pipe, setup.placement)
         samplings = {sampling.beside_prompt: sampling for sampling in setup.sides}
@@ -200,6 +226,7 @@ class BaseSides:
         self._pipe: Pipeline = None
         self._scheduler: object = None  # the base's own
         self._attached: Attached | None = None
+        self._encoded: Shared | None = None  # with LoRAs beside the text encoders
 
     def alone(self) -> list[Rendered]:
         """Render every case as the base's authors run it: no LoRA, its own scheduler, the settings of `baseline`.
@@ -225,12 +252,20 @@ class BaseSides:
         if plan is not None:
             with self._watch.spending("LoRAs beside it"):
                 self._attached = attach_beside(pipe, plan)
+            self._encode_beside(plan)
         return self._render(self._setup.sampling, side)
+
+    def _encode_beside(self, plan: Plan) -> None:
+        """Encode the prompts with LoRAs beside the text encoders, where they are for those too."""
+        self._encoded = None
+        if any(part.component not in self._setup.call.denoisers for part in plan.parts):
+            encoded = _encode(self._base, self._cases, self._setup, self._watch, plan)
+            self._encoded = Shared(self._shared.parts, encoded.prompts)
 
     def references(self, plan: Plan) -> References:
         """Render every case from the base alone if asked, with the LoRAs beside it, and with its weights moved.
 
-        The weights stay moved, so that this comes last; the denoisers' memory is given back.
+        The weights of denoisers stay moved, so that this comes last; their memory is given back.
 
         Raises:
             RenderFailed: see `render_pairs`.
@@ -241,8 +276,9 @@ class BaseSides:
         unfused = self.beside(plan, "unfused")
         by = self._attached.by if self._attached else ""
         with self._watch.spending("noise floor"):
-            for component, targets in fused_parts(plan).items():
-                jitter(getattr(self._pipe, component), targets, _rounded_to(plan, setup))
+            for part in plan.parts:
+                if part.component in setup.call.denoisers:
+                    jitter(getattr(self._pipe, part.component), part.targets, _rounded_to(part, setup))
         floor = self._render(setup.sampling, "floor")
         self.drop()
         return References(unfused, floor, alone, by)
@@ -266,6 +302,7 @@ class BaseSides:
         if self._attached is not None:
             self._attached.detach(self._pipe)
             self._attached = None
+        self._encoded = None
         return self._pipe
 
     def _render(self, sampling: Sampling, side: str) -> list[Rendered]:
@@ -278,7 +315,7 @@ class BaseSides:
             self._setup.placement,
             side=side,
             watch=self._watch,
-            shared=self._shared,
+            shared=self._encoded or self._shared,
         )
 
 

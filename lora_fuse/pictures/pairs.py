@@ -26,6 +26,7 @@ from lora_fuse.pictures.load_plan import (
     render_all,
     render_merged,
     share,
+    share_both,
 )
 from lora_fuse.pictures.picture import Rendered
 from lora_fuse.pictures.render_progress import RenderProgress
@@ -48,6 +49,7 @@ __all__ = [
     "render_merged",
     "render_pairs",
     "share",
+    "share_both",
 ]
 
 
@@ -156,15 +158,15 @@ def render_pairs(
         OutOfMemory: the GPU's memory is short; the message names the placement to try.
     """
     watch = watch or RenderProgress()
-    shared = shared or share(merged, cases, setup, watch)
-    sides = MergedSides(merged, cases, setup, shared, watch)
+    ours_share, base_share = share_both(merged, plan, cases, setup, watch, shared)
+    sides = MergedSides(merged, cases, setup, ours_share, watch)
     ours = sides.merged()
     exported = {}
     for name, read in (exports or {}).items():
         with suppress(BadCheckpoint):
             exported[name] = sides.exported(name, read())
     sides.drop()
-    theirs = BaseSides(plan.checkpoint.root, cases, setup, shared, watch).references(plan)
+    theirs = BaseSides(plan.checkpoint.root, cases, setup, base_share, watch).references(plan)
     paired = pair_up(cases, ours, theirs)
     return [
         replace(pair, exports={name: rendered[number] for name, rendered in exported.items()})

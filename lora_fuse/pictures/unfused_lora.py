@@ -11,9 +11,9 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import RenderFailed
 from lora_fuse.lora import Decomposed, Delta, LoraInput
 from lora_fuse.pictures.calls.call_arguments import call_of
@@ -46,8 +46,8 @@ class Attached:
 
 
 def attach(pipe: Pipeline, plan: Plan) -> Attached:
-    """Let the LoRAs of a plan act in a pipeline of its base."""
-    parts = fused_parts(plan)
+    """Let the LoRAs of a plan act in a pipeline of its base, in the components that are there."""
+    parts = {name: targets for name, targets in fused_parts(plan).items() if getattr(pipe, name, None) is not None}
     reason = _beyond_diffusers(plan) or _misread(pipe, plan)
     if reason is None:
         try:
@@ -62,21 +62,18 @@ def attach(pipe: Pipeline, plan: Plan) -> Attached:
 
 def fused_parts(plan: Plan) -> dict[str, dict[str, Target]]:
     """The targets of a plan by the component of the pipeline that they are weights of."""
-    parts: dict[str, dict[str, Target]] = defaultdict(dict)
-    for name, target in plan.targets.items():
-        parts[PurePosixPath(target.shard.relative).parent.as_posix()][name] = target
-    return dict(parts)
+    return {part.component: part.targets for part in plan.parts}
 
 
 def modules_of(plan: Plan) -> int:
     """The modules of the base that each LoRA of a plan changes, summed over the LoRAs."""
-    return sum(len(target.deltas) for target in plan.targets.values())
+    return sum(len(target.deltas) for part in plan.parts for target in part.targets.values())
 
 
 def _misread(pipe: Pipeline, plan: Plan) -> str | None:
     """The reason why diffusers would attach another delta than the file has, where it is known to."""
     for pattern, reason in call_of(type(pipe).__name__).misread.items():
-        if found := fnmatch.filter(plan.targets, pattern):
+        if found := fnmatch.filter([name for part in plan.parts for name in part.targets], pattern):
             return f"diffusers misreads {found[0]} ({reason})"
     return None
 
@@ -84,6 +81,8 @@ def _misread(pipe: Pipeline, plan: Plan) -> str | None:
 def _beyond_diffusers(plan: Plan) -> str | None:
     if not plan.selection.everything:
         return "the recipe leaves modules out or scales them"
+    if plan.further or plan.component not in repository_files.MAIN:
+        return f"diffusers loads a file into one component, and these are for {', '.join(fused_parts(plan))}"
     if places := {place for lora in plan.loras for place in lora.expressions}:
         return f"diffusers would match the patterns in {', '.join(sorted(places))} without an end"
     if others := {delta.algorithm for lora in plan.loras for delta in lora.deltas if not delta.is_plain}:

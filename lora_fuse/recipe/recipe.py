@@ -36,6 +36,11 @@ class Recipe(sections.Section):
         return self.loras[lora].component if lora in self.loras else None
 
     @property
+    def components(self) -> frozenset[str | None]:
+        """The components that LoRAs name; None for those whose keys say it."""
+        return frozenset(lora.component for lora in self.loras.values())
+
+    @property
     def scheduler_config(self) -> dict[str, object]:
         """The scheduler's settings by diffusers' names; empty to keep the base's own."""
         return {} if self.scheduler is None else self.scheduler.model_dump(by_alias=True)

@@ -60,7 +60,8 @@ class Lock:
 
     `requested` is the branch, tag or commit that the recipe names, `revision` the 40-hex commit it stood for at
     download. A local folder has neither: its file hashes are the pin. `files` is keyed by POSIX path. `license` is what
-    the source says of itself at that commit, None if it says nothing.
+    the source says of itself at that commit, None if it says nothing. `component` is the one of a pipeline that the
+    recipe names for a LoRA: what comes after download is made again where it is another.
     """
 
     repo_id: str | None
@@ -69,6 +70,7 @@ class Lock:
     revision: str | None
     files: dict[str, FileRecord]
     license: License | None = None
+    component: Annotated[str | None, Field(exclude_if=lambda component: component is None)] = None
 
     @property
     def label(self) -> str:

@@ -24,6 +24,7 @@ from lora_fuse.release.licences import WAY_OUT, MergeLicence
 EXAMPLE = "A rabbit in a meadow"
 EXAMPLE_EDIT = "Change the rabbit's color to purple"
 SCHEDULER = "scheduler/scheduler_config.json"
+AUTO = "auto"  # of --component
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +174,7 @@ def model_card(
         prompt=prompt,
         licence=_licence_sentence(licence),
         scheduler=scheduler,
-        options=text.Markdown(" \\\n  ".join(_options(manifest, scheduler, repo_id))),
+        options=text.Markdown(" \\\n  ".join(build_options(manifest, scheduler, repo_id))),
         version=tool.version + (f" (git {tool.git})" if tool.git else ""),
     )
     return client.card_text(_front_matter(manifest, usage, licence.license), body + "\n")
@@ -222,12 +223,18 @@ def _file(lora: records.MergedLora) -> text.Markdown:
     return _word(lora.filename or f"{lora.name}.safetensors")
 
 
-def _options(manifest: Manifest, scheduler: str | None, repo_id: str | None) -> list[str]:
+def _component(lora: records.MergedLora) -> str:
+    """The component that a LoRA was fused into; of several, its keys say them."""
+    return lora.components[0] if len(lora.components) == 1 else AUTO
+
+
+def build_options(manifest: Manifest, scheduler: str | None = None, repo_id: str | None = None) -> list[str]:
     """Options of the `fuse` that builds a merge again, on files in the Hub client's cache: it knows their commits."""
     options = []
     for number, lora in enumerate(manifest.loras, start=1):
         file = f'"$LORA_{number}"' if lora.repo_id else _file(lora)
-        options.append(f"--lora {file} --scale {lora.scale!r}")
+        component = " ".join(["", "--component", _word(_component(lora))]) if manifest.components else ""
+        options.append(f"--lora {file} --scale {lora.scale!r}{component}")
     if chosen := manifest.selection:
         scales = [f"{pattern}={factor!r}" for pattern, factor in chosen.scales.items()]
         for name, values in (

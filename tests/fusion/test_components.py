@@ -11,8 +11,10 @@ from safetensors.numpy import load_file
 import lora_fuse
 from lora_fuse import LoraInput, cli
 from lora_fuse.errors import BadCheckpoint, BadConfig, BadLora, Refused
+from lora_fuse.fusion import cautions
 from lora_fuse.fusion.manifest import manifest_path, read_manifest
 from lora_fuse.lora.inputs import Selection
+from lora_fuse.release.card import build_options
 from tests.support import tiny
 
 TEXT = "text_model.encoder.layers.0.self_attn.q_proj"
@@ -74,7 +76,8 @@ def test_each_component_has_the_bytes_of_a_merge_of_it_alone(experts: Experts, t
     for component, lora in (("transformer", experts.high), ("transformer_2", experts.low)):
         alone = tmp_path / component
         plan = lora_fuse.plan(experts.base, [LoraInput("l", lora, 1.0, component)])
-        lora_fuse.fuse(plan, alone, device="cpu")
+        with pytest.warns(UserWarning, match="nothing is fused into transformer"):
+            lora_fuse.fuse(plan, alone, device="cpu")
         assert hashes(Path(component), alone) == hashes(Path(component), experts.out)
         assert not plan.further
 
@@ -122,6 +125,39 @@ def test_a_component_goes_with_the_lora_before_it(
 ) -> None:
     assert cli.main(["plan", "BASE", *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("wan_high_noise", "wan_low_noise"), []),
+        (("wan_low_noise", "wan_high_noise"), ["wan_low_noise.safetensors is for low noise by its name", "for high"]),
+        (("Wan22-HIGH-bf16", "Wan22-LOW-bf16"), []),
+        (("Wan22-LOW-bf16", "flowers-lowlight"), ["Wan22-LOW-bf16.safetensors is for low noise"]),
+        (("high_and_low_noise", "style"), []),
+        (("style", None), ["nothing is fused into transformer_2"]),
+    ],
+)
+def test_a_lora_for_the_other_expert_is_warned_of_by_its_name(
+    experts: Experts, tmp_path: Path, names: tuple[str, str | None], said: list[str]
+) -> None:
+    loras = []
+    for name, component in zip(names, ("transformer", "transformer_2"), strict=True):
+        if name is not None:
+            path = tmp_path / f"{name}.safetensors"
+            path.write_bytes(experts.high.read_bytes())
+            loras.append(LoraInput(name, path, 1.0, component))
+    found = [one for one in cautions(lora_fuse.plan(experts.base, loras), {"shift": 1.0}) if "alpha" not in one]
+    assert len(found) == len(said), found
+    assert all(words in sentence for words, sentence in zip(said, found, strict=True))
+
+
+def test_the_card_builds_it_again_and_report_and_card_say_where_each_lora_is(experts: Experts) -> None:
+    manifest, _ = read_manifest(manifest_path(experts.out))
+    assert [option.partition(" --scale")[2] for option in build_options(manifest)] == [
+        " 1.0 --component transformer",
+        " 1.0 --component transformer_2",
+    ]
 
 
 def test_one_component_before_the_first_lora_is_for_all(experts: Experts, capsys: pytest.CaptureFixture[str]) -> None:

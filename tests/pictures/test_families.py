@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from lora_fuse.checkpoint import open_checkpoint
 from lora_fuse.errors import RenderFailed
 from lora_fuse.fusion import FuseJob, Plan, plan_base
 from lora_fuse.lora import LoraInput
@@ -74,6 +75,48 @@ def test_merged_and_unfused_agree_to_the_noise_floor_and_the_lora_shows(name: st
     assert sampling.guided == (call.guidance.off < 3)
     whole = render(load_pipeline(tmp_path / "merged", kind, dtype="float32"), case, sampling)
     assert (whole.latents == pair.merged.latents).all()  # with prompts that were encoded apart
+
+
+def lora_into(base: Path, component: str, path: Path) -> None:
+    """A LoRA for the queries of a component, in diffusers' names."""
+    numbers = torch.Generator().manual_seed(2)
+    factors = {}
+    for name, tensor in open_checkpoint(base, component).tensors().items():
+        if name.endswith(("to_q.weight", "q_proj.weight")):
+            module = f"{component}.{name.removesuffix('.weight')}"
+            factors[f"{module}.lora_A.weight"] = torch.randn(2, tensor.shape[1], generator=numbers)
+            factors[f"{module}.lora_B.weight"] = torch.randn(tensor.shape[0], 2, generator=numbers)
+    save_file(factors, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "components"),
+    [("wan_22", ("transformer", "transformer_2")), ("sdxl", ("unet", "text_encoder", "text_encoder_2"))],
+)
+def test_components_that_are_fused_together_act_together_beside_the_base(
+    name: str, components: tuple[str, ...], tmp_path: Path
+) -> None:
+    kind = PIPELINES[name][0]
+    call = pipelines()[kind]
+    base = tiny(name, tmp_path / "base", dtype=torch.float32)
+    for component in components:
+        lora_into(base, component, tmp_path / f"{component}.safetensors")
+    plan = plan_base(base, [LoraInput(part, tmp_path / f"{part}.safetensors", 1.0) for part in components])
+    assert [part.component for part in plan.parts] == list(components)
+    FuseJob(plan, tmp_path / "merged", device="cpu").run()
+    case = Case("rabbit", "a purple rabbit", 0, (), 64, 64, 5 if call.makes_clip else None)
+    sampling = Sampling(2, 3.0, "grey", guidance=call.guidance)
+    setup = Setup(kind, sampling, {}, "cpu", "float32", baseline=sampling)
+    (pair,) = render_pairs(tmp_path / "merged", plan, [case], setup)
+    assert "one component" in pair.unfused_by
+    assert pair.baseline is not None
+    apart, lost = (compare(one, pair.unfused) for one in (pair.merged, pair.baseline))
+    assert apart.values["latents_l2"] < 1e-4
+    assert lost.values["latents_l2"] > 1e-3
+    whole = render(load_pipeline(tmp_path / "merged", kind, dtype="float32"), case, sampling)
+    assert (whole.latents == pair.merged.latents).all()
+    alone = render(load_pipeline(base, kind, dtype="float32"), case, sampling)
+    assert (alone.latents == pair.baseline.latents).all()
 
 
 def test_what_a_call_has_no_argument_for_is_refused() -> None:

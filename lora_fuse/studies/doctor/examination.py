@@ -11,7 +11,6 @@ from lora_fuse.errors import BadGolden, BadSource, NoDevice, Refused
 from lora_fuse.fusion import read_manifest, resolve_device
 from lora_fuse.hub import sizes
 from lora_fuse.machine import files, progress, space
-from lora_fuse.models import COMPONENT
 from lora_fuse.pictures import environment
 from lora_fuse.recipe import Artifacts, Recipe, hf_cache, paths
 from lora_fuse.regression import goldens
@@ -91,7 +90,7 @@ def _places(recipe: Recipe, at: Artifacts, found: Mapping[str, sizes.SourceSize]
         link = "copy" if copies else files.link_between(source, nearest, read_only=recipe.base.repo_id is not None)
     except OSError:
         link = "copy"
-    fused = sum(base.sizes[name] for name in base.weights.get(COMPONENT, ())) if base else 0
+    fused = base.fused(recipe.components) if base else 0
     rest = base.total - fused if base else 0
     yield disk.sharing(link, rest, " and ".join(dict.fromkeys(map(disk.filesystem, (source, out)))), editable)
     if base is None:

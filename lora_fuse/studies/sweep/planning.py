@@ -12,7 +12,6 @@ from typing import Any
 from lora_fuse.errors import LoraFuseError, Refused
 from lora_fuse.hub import sizes as source_sizes
 from lora_fuse.machine import files, progress
-from lora_fuse.models import COMPONENT
 from lora_fuse.pictures import Case, environment, pairs
 from lora_fuse.recipe import Lock, Recipe, checkout, paths
 from lora_fuse.regression import goldens
@@ -108,8 +107,8 @@ def _need(swept: Sequence[SweptPoint], pins: SourceLocks) -> tuple[int, int]:
         if recipe.base.place not in sizes:
             sizes[recipe.base.place] = pins.sizes(recipe.base)
         base = sizes[recipe.base.place]
-        grown = (recipe.fuse.growth - 1) * base.below(COMPONENT)
-        merged = base.total if recipe.fuse.untouched == "copy" else base.below(COMPONENT)
+        grown = (recipe.fuse.growth - 1) * base.fused(recipe.components)
+        merged = base.total if recipe.fuse.untouched == "copy" else base.fused(recipe.components)
         largest = max(largest, grown + merged)
         for lora in recipe.loras.values():
             if (lora.place, lora.filename) not in sizes:

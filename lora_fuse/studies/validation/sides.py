@@ -63,9 +63,9 @@ def render_sides(
         RenderFailed: a side cannot be loaded or run.
         OutOfMemory: the GPU's memory is short; the message names the placement to try.
     """
-    shared = pairs.share(merged, cases, setup, watch)
-    ours = pairs.render_merged(merged, cases, setup, shared, watch)
-    base = pairs.BaseSides(versions.new.checkpoint.root, cases, setup, shared, watch)
+    ours_share, base_share = pairs.share_both(merged, versions.new, cases, setup, watch)
+    ours = pairs.render_merged(merged, cases, setup, ours_share, watch)
+    base = pairs.BaseSides(versions.new.checkpoint.root, cases, setup, base_share, watch)
     without = base.beside(versions.others, "without")
     before = [None] * len(cases) if versions.current is None else base.beside(versions.current, "current")
     rendered = pairs.pair_up(cases, ours, base.references(versions.new))
