@@ -10,12 +10,62 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import chdir
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import pytest
 
 from lora_fuse.cli import main
-from tests.support.merges import hashes, left, run, start, write_coded_base
+from tests.support.merges import hashes, left, run, start, write_base, write_coded_base, write_lora
+
+SCALE, OLD = "1.0", "0.5"
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """A base, a LoRA and what lies at ``out``: the merge at scale 0.5. `new` is what one at 1.0 has."""
+
+    place: Path
+    old: dict[str, str]
+    new: dict[str, str]
+    seconds: float  # of the run that made `new`, in a process of its own
+
+    @classmethod
+    def of(cls, place: Path) -> Self:
+        begun = time.monotonic()
+        assert run(place, SCALE)[0] == 0
+        seconds = time.monotonic() - begun
+        new = hashes(place / "out")
+        fuse(place, OLD)
+        return cls(place, hashes(place / "out"), new, seconds)
+
+
+def fuse(place: Path, scale: str = SCALE) -> None:
+    """Run to the end, in this process."""
+    with chdir(place):
+        assert main(["fuse", "base", "out", "--lora", "l.safetensors", "--scale", scale]) == 0
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Fused:
+    place = tmp_path_factory.mktemp("place")
+    write_base(place / "base")
+    write_lora(place / "l.safetensors")
+    return Fused.of(place)
+
+
+@pytest.fixture
+def fused(made: Fused, tmp_path: Path) -> Fused:
+    """A copy of it, to be changed."""
+    return replace(made, place=shutil.copytree(made.place, tmp_path / "place"))
+
+
+@pytest.fixture
+def place(made: Fused, tmp_path: Path) -> Path:
+    """The same, with nothing at ``out``."""
+    return shutil.copytree(made.place, tmp_path / "place", ignore=shutil.ignore_patterns("out", ".*"))
 
 
 def kill_when(place: Path, finished: int) -> None:
@@ -29,16 +79,15 @@ def kill_when(place: Path, finished: int) -> None:
 
 
 @pytest.mark.parametrize("coded", [False, True], ids=["bfloat16", "codes"])
-def test_a_killed_run_leaves_the_last_result_and_the_next_one_goes_on(place: Path, coded: bool) -> None:
+def test_a_killed_run_leaves_the_last_result_and_the_next_one_goes_on(fused: Fused, coded: bool) -> None:
+    place = fused.place
     if coded:
+        shutil.rmtree(place / "out")
         shutil.rmtree(place / "base")
         write_coded_base(place / "base")
-    assert run(place)[0] == 0
-    wanted = hashes(place / "out")
-    assert run(place, "0.5")[0] == 0
-    before = hashes(place / "out")
+        fused = Fused.of(place)
     kill_when(place, finished=2)
-    assert hashes(place / "out") == before
+    assert hashes(place / "out") == fused.old
     (work,) = place.glob(".out.partial-*/files")
     done = {
         path.name: path.stat().st_ino
@@ -46,50 +95,39 @@ def test_a_killed_run_leaves_the_last_result_and_the_next_one_goes_on(place: Pat
         if (work.parent / "done" / f"{path.name}.json").exists()
     }
     assert len(done) >= 2
-    assert run(place)[0] == 0
-    assert hashes(place / "out") == wanted
+    fuse(place)
+    assert hashes(place / "out") == fused.new
     assert {name: (place / "out" / name).stat().st_ino for name in done} == done  # those very files, not made again
     assert left(place) == []
 
 
-def test_a_finished_shard_that_was_damaged_is_made_again(place: Path) -> None:
-    assert run(place)[0] == 0
-    wanted = hashes(place / "out")
-    assert run(place, "0.5")[0] == 0
-    kill_when(place, finished=1)
-    (mark, *_) = place.glob(".out.partial-*/done/*.json")
+def test_a_finished_shard_that_was_damaged_is_made_again(fused: Fused) -> None:
+    kill_when(fused.place, finished=1)
+    (mark, *_) = fused.place.glob(".out.partial-*/done/*.json")
     with (mark.parents[1] / "files" / mark.stem).open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\xff")
-    assert run(place)[0] == 0
-    assert hashes(place / "out") == wanted
+    fuse(fused.place)
+    assert hashes(fused.place / "out") == fused.new
 
 
-def test_other_inputs_do_not_take_over_what_is_left(place: Path) -> None:
-    assert run(place, "0.5")[0] == 0
-    wanted = hashes(place / "out")
-    kill_when(place, finished=1)
-    assert run(place, "0.5")[0] == 0
-    assert hashes(place / "out") == wanted
-    assert left(place) == []
+def test_other_inputs_do_not_take_over_what_is_left(fused: Fused) -> None:
+    kill_when(fused.place, finished=1)
+    fuse(fused.place, OLD)
+    assert hashes(fused.place / "out") == fused.old
+    assert left(fused.place) == []
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_kill_at_any_moment_leaves_the_old_result_or_the_new_one(place: Path, seed: int) -> None:
-    assert run(place, "0.5")[0] == 0
-    old, rng = hashes(place / "out"), random.Random(seed)
-    begun = time.monotonic()
-    assert run(place)[0] == 0
-    seconds, new = time.monotonic() - begun, hashes(place / "out")
-    assert run(place, "0.5")[0] == 0
-    for _ in range(4):
+def test_a_kill_at_any_moment_leaves_the_old_result_or_the_new_one(fused: Fused) -> None:
+    place, rng = fused.place, random.Random(0)
+    for _ in range(12):
         process = start(place)
-        time.sleep(rng.uniform(0.5, 1.05) * seconds)
+        time.sleep(rng.uniform(0.5, 1.05) * fused.seconds)
         process.kill()
         process.communicate()
-        assert hashes(place / "out") in (old, new)
-    assert run(place)[0] == 0
-    assert hashes(place / "out") == new
+        assert hashes(place / "out") in (fused.old, fused.new)
+    fuse(place)
+    assert hashes(place / "out") == fused.new
     assert left(place) == []
 
 
@@ -121,10 +159,9 @@ def stopped(place: Path) -> subprocess.Popen[str]:
     ids=["truncated", "touched", "removed"],
 )
 def test_a_base_that_changes_under_way_is_one_clear_error(
-    place: Path, change: Callable[[Path], None], said: str
+    fused: Fused, change: Callable[[Path], None], said: str
 ) -> None:
-    assert run(place, "0.5")[0] == 0
-    before = hashes(place / "out")
+    place = fused.place
     process = stopped(place)
     change(sorted((place / "base").glob("*.safetensors"))[-1])
     os.kill(process.pid, signal.SIGCONT)
@@ -132,7 +169,7 @@ def test_a_base_that_changes_under_way_is_one_clear_error(
     assert process.returncode == 2, out + err
     assert err.splitlines()[-1].startswith("error: ")
     assert said in err.splitlines()[-1]
-    assert hashes(place / "out") == before
+    assert hashes(place / "out") == fused.old
     assert left(place) == []
 
 
@@ -174,18 +211,17 @@ def test_a_disk_that_cannot_be_read_is_one_clear_error(
     assert left(place) == []
 
 
-def test_a_disk_that_fills_up_under_way_is_one_clear_error(place: Path) -> None:
+def test_a_disk_that_fills_up_under_way_is_one_clear_error(fused: Fused) -> None:
     """The kernel refuses to write more than 2 MB to a file, as it refuses a write to a full disk."""
 
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, 2 << 20))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-    assert run(place, "0.5")[0] == 0
-    before = hashes(place / "out")
+    place = fused.place
     code, said = run(place, preexec_fn=limited)
     assert code == 2
     assert said.splitlines()[-1].startswith("error: cannot write out: File too large")
     assert "it is as it was" in said
-    assert hashes(place / "out") == before
+    assert hashes(place / "out") == fused.old
     assert left(place) == []
