@@ -9,6 +9,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 # Threads that wait sleep: on a busy machine they would take the cores from those that work.
 export OMP_WAIT_POLICY := passive
+# A build starts ten processes and the tests start hundreds: what they import is compiled once.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup doctor repro check test engines validate fuzz controls format clean
 

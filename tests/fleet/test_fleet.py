@@ -9,13 +9,12 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-
-pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[fleet]'")
 
 from lora_fuse.errors import BadConfig, BadLora, BadSource, NoDevice, NoSpace
 from lora_fuse.fleet import Done, Fleet, Job, Needs, Package, archive, connected, node
@@ -30,6 +29,9 @@ from stages.config.variants import read_compiled
 from stages.variants import BuiltVariant, VariantWork, build_variant, take
 from tests.support.clusters import BASE, cluster, code, report
 from tests.support.machine import ROOT, start, until
+
+# Not imported to see: every worker collects this module, and one runs it.
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install -e '.[fleet]'")
 
 SMALL = Needs(cpus=2, gpus=0, memory=10**8, disk=10**6)  # one job a node
 QUICK = ("~regress.cases.hat", "base.sampling.steps=6", "loras.lightning.path=loras")

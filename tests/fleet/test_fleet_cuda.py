@@ -4,18 +4,21 @@ import json
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[fleet]'")
-
 from lora_fuse.fleet import Job, Needs, Package, connected
 from tests.support.clusters import STORE, code, wait_on_gpu
 from tests.support.machine import ROOT
 
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs here")]
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs here"),
+    pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install -e '.[fleet]'"),
+]
 
 SWEEP = ("recipe=pocket_cuda", "fuse.scale=0.8,1.0", "base.sampling.steps=6")
 

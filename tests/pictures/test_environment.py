@@ -139,4 +139,3 @@ def test_only_what_a_first_import_makes_is_never_looked_at_again() -> None:
         assert not gc.isenabled()
     assert gc.isenabled()
     assert gc.get_freeze_count() > frozen
-    gc.unfreeze()
