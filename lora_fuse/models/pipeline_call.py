@@ -24,6 +24,11 @@ class Guidance:
     off: float = 1.0
     negative: Literal["needed", "taken"] | None = "needed"
 
+    @property
+    def title(self) -> str:
+        """A name for a person."""
+        return "true CFG" if self.argument == "true_cfg_scale" else self.argument
+
     def doubles(self, scale: float, negative_prompt: str | None) -> bool:
         """True where the model runs twice a step."""
         return scale > self.off and (self.negative != "needed" or negative_prompt is not None)
@@ -47,7 +52,7 @@ class PipelineCall:
         name: the class.
         guidance: see `Guidance`.
         pictures: how many input pictures it takes, as `picture_argument`.
-        makes_clip: gives the frames of a clip and takes their number.
+        frames_per_second: of the clip that it makes, whose number of frames it takes; None of one that makes pictures.
         takes_sigmas: the call takes the sigmas to start from.
         denoisers: the components that run at every step; one that the folder has not is left out.
         has_templates: prompts go through the chat template that lies beside the tokenizer.
@@ -59,8 +64,18 @@ class PipelineCall:
     guidance: Guidance = TRUE_CFG
     pictures: range = range(1)
     picture_argument: str = "image"
-    makes_clip: bool = False
+    frames_per_second: int | None = None
     takes_sigmas: bool = True
     denoisers: tuple[str, ...] = ("transformer",)
     has_templates: bool = False
     misread: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def makes_clip(self) -> bool:
+        """True where frames come out."""
+        return self.frames_per_second is not None
+
+    @property
+    def edits(self) -> bool:
+        """True where it cannot do without an input picture."""
+        return 0 not in self.pictures

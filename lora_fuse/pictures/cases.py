@@ -45,8 +45,8 @@ class Case(CaseOf[tuple[Path, ...]]):
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """Width and height in pixels; None unless both are given."""
-        return (self.width, self.height) if self.width and self.height else None
+        """Width and height in pixels, of a clip those of the frames that are shown; None unless both are given."""
+        return (self.width * min(self.frames or 1, 3), self.height) if self.width and self.height else None
 
 
 @dataclass(frozen=True, slots=True)

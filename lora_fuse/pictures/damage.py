@@ -24,7 +24,12 @@ LONGEST_PERIOD = 64
 
 
 def is_flat(picture: Levels) -> bool:
-    """True for a picture of one colour: no channel has a standard deviation above `FLAT_STD` levels."""
+    """True for a picture of one colour: no channel has a standard deviation above `FLAT_STD` levels.
+
+    A clip, (frames, height, width, 3), is flat where every frame is: it may begin or end with one that is.
+    """
+    if picture.ndim == 4:
+        return all(map(is_flat, picture))
     return bool((picture.reshape(-1, picture.shape[-1]).std(axis=0, dtype=np.float64) <= FLAT_STD).all())
 
 

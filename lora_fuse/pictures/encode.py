@@ -18,6 +18,8 @@ LARGE = 512  # pixels of the longer side, beyond which a page has WebP; the file
 # (`python -m benchmarks.page_pictures`).
 SIDE = 640
 QUALITY = 92
+CLIP_SIDE = 320  # of a clip on a page: a dozen of them make one that can still be mailed
+CLIP_QUALITY = 75
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,19 @@ def encoded(picture: Picture, *, large: int = LARGE, side: int = SIDE, quality: 
     if max(picture.size) <= large:
         return Encoded(picture.png)
     return _webp(thumbnail(picture.levels, side), quality=quality)
+
+
+def playing(frames: Levels, frames_per_second: int, *, side: int = CLIP_SIDE, quality: int = CLIP_QUALITY) -> Encoded:
+    """Encode a clip as an animated WebP that repeats, its longer side shrunk to `side` pixels.
+
+    The same frames give the same bytes.
+    """
+    images = [Image.fromarray(thumbnail(frame, side)) for frame in frames]
+    duration = round(1000 / frames_per_second)  # of a frame, in milliseconds
+    buffer = io.BytesIO()
+    settings = {"save_all": True, "append_images": images[1:], "duration": duration, "loop": 0}
+    images[0].save(buffer, format="WEBP", quality=quality, method=4, **settings)
+    return Encoded(buffer.getvalue(), "image/webp")
 
 
 def encoded_map(heat: Levels) -> Encoded:

@@ -191,6 +191,20 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
 )
 
 
+def apart(a: float, b: float) -> float:
+    """The difference of two numbers of clips, in their unit."""
+    return abs(a - b)
+
+
+# Of two clips, by what each is by itself (`calls.clip.MEASURES`), over all of their frames.
+OF_CLIPS: Mapping[str, Metric] = MappingProxyType(
+    {
+        "flicker": Metric(apart, "difference in flicker", ".3g", " levels", worst=PEAK),
+        "motion": Metric(apart, "difference in motion", ".3g", " levels", worst=PEAK),
+    }
+)
+EVERY: Mapping[str, Metric] = MappingProxyType({**METRICS, **OF_CLIPS})
+
 # Metrics of levels, divided among cores: each part takes a second a megapixel at most, and FLIP's map is made once.
 PARTS: tuple[tuple[str, ...], ...] = (
     ("flip", "flip_worst"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
@@ -31,7 +32,10 @@ class Picture:
         nonfinite: count of the height x width x 3 values that were NaN or infinite; they are painted 0.
         latents: the final ones, float32, in the pipeline's own packing; None of a picture from a file.
         sigmas: visited, as many as steps, then 0; none of a scheduler that has none.
-        frames: all of a clip, (frames, height, width, 3), of which `levels` shows three; None of a picture.
+        frames: all of a clip, (frames, height, width, 3), of which `levels` shows three; None of a picture, and of a
+            clip that is read from a file.
+        frames_per_second: at which they are played.
+        clip: how it flickers and moves, see `calls.clip`; nothing of a picture.
     """
 
     levels: Levels
@@ -39,6 +43,8 @@ class Picture:
     latents: Latents | None = None
     sigmas: tuple[float, ...] = ()
     frames: Levels | None = None
+    frames_per_second: int = 0
+    clip: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def size(self) -> tuple[int, int]:

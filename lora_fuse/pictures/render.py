@@ -13,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,8 +22,8 @@ import numpy.typing as npt
 
 from lora_fuse.checkpoint import fitness
 from lora_fuse.errors import LoraFuseError, OutOfMemory, RenderFailed
+from lora_fuse.pictures.calls import clip
 from lora_fuse.pictures.calls.call_arguments import arguments, call_of
-from lora_fuse.pictures.calls.clip import shown_frames
 from lora_fuse.pictures.calls.encoded_prompts import AbsentModel, Prompts, PromptsEncoded, recorded, replayed
 from lora_fuse.pictures.cases import Case, Sampling
 from lora_fuse.pictures.environment import sealed, uncollected
@@ -268,9 +269,11 @@ def render(
     cost = meter.stop()
     latents = final["latents"].detach().float().cpu().numpy()
     sigmas = tuple(float(sigma) for sigma in getattr(pipe.scheduler, "sigmas", ()))  # LCM and DDIM have none
-    if call_of(type(pipe).__name__).makes_clip:
+    rate = call_of(type(pipe).__name__).frames_per_second
+    if rate is not None:
         frames, nonfinite = to_levels(output.frames[0])
-        return Rendered(shown_frames(frames), nonfinite, latents=latents, sigmas=sigmas, frames=frames, cost=cost)
+        shown = Rendered(clip.shown_frames(frames), nonfinite, latents=latents, sigmas=sigmas, cost=cost)
+        return replace(shown, frames=frames, frames_per_second=rate, clip=clip.measured(frames))
     levels, nonfinite = to_levels(output.images[0])
     return Rendered(levels, nonfinite, latents=latents, sigmas=sigmas, cost=cost)
 

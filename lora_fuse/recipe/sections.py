@@ -271,7 +271,10 @@ class CaseParams(Section):
 
 
 class LimitParams(Section):
-    """Limits that two pictures must keep, by the metrics of `lora_fuse.pictures.metrics`; a null decides nothing."""
+    """Limits that two pictures must keep, by the metrics of `lora_fuse.pictures.metrics`; a null decides nothing.
+
+    The last two are of clips, and may be left out.
+    """
 
     psnr_db: Finite | None
     max_abs: Finite | None
@@ -282,6 +285,8 @@ class LimitParams(Section):
     flip: Finite | None
     flip_worst: Finite | None
     comb_db: Finite | None
+    flicker: Finite | None = None
+    motion: Finite | None = None
 
     @model_validator(mode="after")
     def _something_decides(self) -> LimitParams:

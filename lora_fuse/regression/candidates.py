@@ -7,11 +7,11 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lora_fuse.machine import FileRecord, files
-from lora_fuse.pictures import CaseOf, pairs
+from lora_fuse.pictures import CaseOf, encode, pairs
 from lora_fuse.recipe import Manifest, records
 from lora_fuse.regression.case_judgement import JudgedPair
 from lora_fuse.regression.run_record import Environment, RunRecord
@@ -39,6 +39,7 @@ class PictureInputs:
         true_cfg_scale: 1.0 is without guidance, and without the negative prompt.
         scheduler: the settings that the recipe gives; empty where it keeps the base's.
         sigmas: that were visited.
+        call_sigmas: that went into the call; none leave them to the scheduler.
     """
 
     recipe: str
@@ -53,6 +54,7 @@ class PictureInputs:
     negative_prompt: str | None
     scheduler: dict[str, bool | int | float | str | None]
     sigmas: tuple[float, ...]
+    call_sigmas: tuple[float, ...] = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,8 @@ class Provenance(PictureInputs):
 class Candidate:
     """A picture of the last run: its sha256 as a PNG file, whether merged and unfused agree, and what it came from.
 
-    `floor` is the case's noise floor, by metric; a PSNR that is infinite is left out.
+    `floor` is the case's noise floor, by metric; a PSNR that is infinite is left out. `clip` is how one flickers and
+    moves, see `lora_fuse.pictures.calls.clip`.
     """
 
     sha256: str
@@ -81,6 +84,7 @@ class Candidate:
     reasons: tuple[str, ...]
     floor: dict[str, float]
     provenance: PictureInputs
+    clip: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +112,7 @@ def candidates(
                 reasons=case.result.reasons,
                 floor=_finite(case.result.floor),
                 provenance=_inputs(case.pair, manifest, manifest_sha256, setup),
+                clip={name: records.rounded(value) for name, value in case.pair.merged.clip.items()},
             )
             for case, sha256 in zip(judged, hashes, strict=True)
         },
@@ -115,7 +120,10 @@ def candidates(
 
 
 def save_pictures(judged: Sequence[JudgedPair], folder: Path) -> None:
-    """Write ``CASE.merged.png``, ``CASE.unfused.png`` and so on, lossless; an approval copies the first."""
+    """Write ``CASE.merged.png``, ``CASE.unfused.png`` and so on, lossless; an approval copies the first.
+
+    A clip is played by the WebP of the same name.
+    """
     folder.mkdir(parents=True, exist_ok=True)
 
     def save(case: JudgedPair) -> None:
@@ -124,6 +132,9 @@ def save_pictures(judged: Sequence[JudgedPair], folder: Path) -> None:
         for side, rendered in sides.items():
             if rendered is not None:
                 (folder / f"{case.name}.{side}.png").write_bytes(rendered.png)
+            if rendered is not None and rendered.frames is not None:
+                played = encode.playing(rendered.frames, rendered.frames_per_second, side=max(rendered.size))
+                (folder / f"{case.name}.{side}.webp").write_bytes(played.data)
 
     with ThreadPoolExecutor(WORKERS, "save") as pool:
         list(pool.map(save, judged))
@@ -146,12 +157,13 @@ def _inputs(pair: pairs.Pair, manifest: Manifest, manifest_sha256: str, setup: p
         loras=manifest.loras,
         manifest_sha256=manifest_sha256,
         pipeline=setup.pipeline,
-        case=CaseRecord(case.name, case.prompt, case.seed, images, case.height, case.width),
+        case=CaseRecord(case.name, case.prompt, case.seed, images, case.height, case.width, case.frames),
         steps=setup.sampling.steps,
         true_cfg_scale=setup.sampling.true_cfg_scale,
         negative_prompt=setup.sampling.negative_prompt,
         scheduler=dict(setup.scheduler),
         sigmas=pair.merged.sigmas,
+        call_sigmas=setup.sampling.call_sigmas,
     )
 
 
@@ -164,7 +176,7 @@ def differences(now: Provenance, then: Provenance) -> list[str]:
     """List what has changed since a golden was approved, and so may have changed its picture, a sentence each."""
     sentences = [f"the base is {now.base}, and was {then.base}"] if now.base_sha256 != then.base_sha256 else []
     sentences += _lora_differences(now.loras, then.loras)
-    alike = ("pipeline", "steps", "true_cfg_scale", "negative_prompt", "sigmas")
+    alike = ("pipeline", "steps", "true_cfg_scale", "negative_prompt", "sigmas", "call_sigmas")
     here = now.environment
     there = then.environment
     machine = [name for name in Environment.__dataclass_fields__ if name not in {"key", "flags"}]

@@ -67,7 +67,7 @@ def read_results(recipe: Recipe, at: Artifacts) -> Results:
     for case in cases:
         _check_made(case, recipe, found.cases[case.name].provenance)
     judged = [_judge(case, numbers, found.cases[case.name], at.images, goldens, Rules.of(recipe)) for case in cases]
-    floors = {case.name: numbers.comparison(f"{case.name}.floor") for case in cases}
+    floors = {case.name: numbers.comparison(f"{case.name}.floor", of_clips=case.frames is not None) for case in cases}
     exports = check_exports(recipe, at, numbers, floors)
     said = [Verdict(numbers.text(f"{case.name}.verdict")) for case in cases]
     overall = worst([*said, *(verdict for verdict in exports if not verdict.passed)])
@@ -110,9 +110,15 @@ def _judge(
     name = case.name
     merged = read_judged(images / f"{name}.merged.png", candidate.sha256)
     unfused = read_judged(images / f"{name}.unfused.png")
-    vs_unfused, floor, vs_golden = (numbers.comparison(f"{name}.{pair}") for pair in ("unfused", "floor", "golden"))
+    of_clips = case.frames is not None
+    vs_unfused, floor, vs_golden = (
+        numbers.comparison(f"{name}.{pair}", of_clips=of_clips) for pair in ("unfused", "floor", "golden")
+    )
     numbers.measured_again(f"{name}.unfused", vs_unfused, merged, unfused)
     golden = _golden_of(name, numbers, merged, vs_golden, goldens)
+    if of_clips and golden is not None and vs_golden is not None:
+        for metric, found in metrics.OF_CLIPS.items():
+            numbers.check(f"{name}.golden.{metric}", found.measure(candidate.clip[metric], golden.clip[metric]))
     facts = {side: Facts.of(picture.Picture(levels)) for side, levels in (("merged", merged), ("unfused", unfused))}
     sigmas = {"merged": candidate.provenance.sigmas}
     result = judge_measured(case, facts, Measured(vs_unfused, floor, vs_golden, golden), rules, sigmas)

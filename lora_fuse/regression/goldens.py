@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lora_fuse.errors import BadGolden, BadSource, Rerun
@@ -38,13 +38,14 @@ class Approval:
 
 @dataclass(frozen=True, slots=True)
 class GoldenRecord:
-    """The record beside an approved picture; `floor` is the noise floor of its run, see `Candidate`."""
+    """The record beside an approved picture; `floor` is the noise floor of its run and `clip`, see `Candidate`."""
 
     schema: int
     sha256: str
     floor: dict[str, float]
     approval: Approval
     provenance: Provenance
+    clip: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -143,7 +144,13 @@ class Goldens:
         for path, record in self.records(key, case):
             about = path.with_suffix(".json")
             yield Approved(
-                _levels(path), name=path.name, elsewhere=elsewhere, floor=record.floor, record=record, path=about
+                _levels(path),
+                name=path.name,
+                elsewhere=elsewhere,
+                floor=record.floor,
+                clip=record.clip,
+                record=record,
+                path=about,
             )
 
     def of_case(self, case: str, key: str) -> Iterator[Approved]:
@@ -187,7 +194,7 @@ class Goldens:
         replaced = () if beside else tuple(record.sha256 for _, record in present)
         provenance = Provenance.of(candidate.provenance, run)
         approval = replace(approval, replaces=replaced)
-        record = GoldenRecord(SCHEMA, candidate.sha256, candidate.floor, approval, provenance)
+        record = GoldenRecord(SCHEMA, candidate.sha256, candidate.floor, approval, provenance, candidate.clip)
         golden.parent.mkdir(parents=True, exist_ok=True)
         files.replace_bytes(golden, picture)
         files.replace_text(golden.with_suffix(".json"), records.to_json(record))
@@ -247,10 +254,10 @@ def _checked(picture: Path, record: Path, listed: Mapping[str, str]) -> tuple[Pa
 def _check_floor(record: Path, floor: Mapping[str, float]) -> None:
     """Refuse a noise floor that no run can have measured: its numbers loosen what the picture is held to."""
     for name, value in floor.items():
-        metric = metrics.METRICS.get(name)
+        metric = metrics.EVERY.get(name)
         if metric is None:
             raise BadGolden(
-                f"{record} has a noise floor of {name!r}, and the metrics are {', '.join(metrics.METRICS)}",
+                f"{record} has a noise floor of {name!r}, and the metrics are {', '.join(metrics.EVERY)}",
                 rerun=restoring(record),
             )
         if not metric.can_be(value):

@@ -49,9 +49,9 @@ class RecordedNumbers:
             raise BadSource(f"{self.path} says {name} {said!r}, which is no verdict", rerun=AGAIN)
         return str(said)
 
-    def comparison(self, pair: str) -> Comparison | None:
-        """The distances of a pair; None where nothing was compared."""
-        found = {name: self._distance(pair, name) for name in metrics.METRICS}
+    def comparison(self, pair: str, *, of_clips: bool = False) -> Comparison | None:
+        """The distances of a pair, of clips those too that only they have; None where nothing was compared."""
+        found = {name: self._distance(pair, name) for name in (metrics.EVERY if of_clips else metrics.METRICS)}
         identical = self.value(f"{pair}.identical")
         if found["max_abs"] is None:
             self.check(f"{pair}.identical", False)
@@ -72,7 +72,7 @@ class RecordedNumbers:
 
     def _distance(self, pair: str, metric: str) -> float | None:
         value = self.number(f"{pair}.{metric}")
-        if value is not None and not metrics.METRICS[metric].can_be(value):
+        if value is not None and not metrics.EVERY[metric].can_be(value):
             raise BadSource(f"{self.path} says {pair}.{metric} {value}, which no two pictures can have", rerun=AGAIN)
         return value
 

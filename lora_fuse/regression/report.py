@@ -47,7 +47,7 @@ class CaseReport:
 
     `heat` are maps of where merged differs, by what it is compared with; `cost` says what the merged picture took;
     `changed` what is not as it was when the golden was approved, None where there is none; `exports` are pictures by
-    format.
+    format; `clips` play what is merged and unfused.
     """
 
     result: CaseResult
@@ -60,6 +60,7 @@ class CaseReport:
     changed: tuple[str, ...] | None = None
     baseline: Baseline | None = None
     exports: Mapping[str, encode.Encoded] = field(default_factory=dict)
+    clips: Mapping[str, encode.Encoded] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +185,7 @@ def _metric_rows(result: CaseResult, rules: Rules) -> list[_Row]:
             _cell(name, metric, result.vs_unfused, result.unfused_limits),
             _cell(name, metric, result.floor, Limits({})),
         )
-        for name, metric in metrics.METRICS.items()
+        for name, metric in (metrics.METRICS if result.case.frames is None else metrics.EVERY).items()
     ]
     over = result.over_floor
     if over is not None:

@@ -65,7 +65,7 @@ def flat_metrics(results: Iterable[CaseResult]) -> dict[str, Scalar]:
         flat[f"{name}.agrees"] = result.agrees
         flat[f"{name}.over_floor"] = _json_number(result.over_floor)
         for pair, comparison in (("golden", result.vs_golden), ("unfused", result.vs_unfused), ("floor", result.floor)):
-            for metric in metrics.METRICS:
+            for metric in metrics.METRICS if result.case.frames is None else metrics.EVERY:
                 value = None if comparison is None else comparison.values.get(metric)
                 flat[f"{name}.{pair}.{metric}"] = _json_number(value)
             flat[f"{name}.{pair}.identical"] = comparison is not None and comparison.identical
@@ -169,6 +169,11 @@ def _case(case: JudgedPair, provenance: Provenance, setup: pairs.Setup) -> CaseR
         changed=tuple(differences(provenance, golden.record.provenance)) if isinstance(golden, Approved) else None,
         baseline=_baseline(case, setup),
         exports={name: encode.encoded(export) for name, export in case.pair.exports.items()},
+        clips={
+            name: encode.playing(side.frames, side.frames_per_second)
+            for name, side in (("merged", merged), ("unfused", case.pair.unfused))
+            if side.frames is not None
+        },
     )
 
 

@@ -79,7 +79,7 @@ class Limits:
             return self
         bounds = {}
         for name, bound in self.bounds.items():
-            metric = metrics.METRICS[name]
+            metric = metrics.EVERY[name]
             measured = [(floor or {}).get(name, metric.best) for floor in floors]
             bounds[name] = metric.tightest(
                 metric.loosened(bound, floor, times) if metric.can_be(floor) else bound for floor in measured
@@ -149,7 +149,8 @@ class Facts:
     @staticmethod
     def of(picture: picture.Picture) -> Facts:
         """Look at a picture alone."""
-        return Facts(picture.size, picture.nonfinite, damage.is_flat(picture.levels))
+        flat = damage.is_flat(picture.levels if picture.frames is None else picture.frames)
+        return Facts(picture.size, picture.nonfinite, flat)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +188,7 @@ def over_floor(apart: Comparison | None, floor: Comparison | None) -> float | No
 
 
 def compare(a: picture.Picture, b: picture.Picture, of_levels: Values | None = None) -> Comparison:
-    """Measure two pictures against each other, and their latents where both have them.
+    """Measure two pictures against each other, their latents and their clips where both have them.
 
     `of_levels` are the distances of their levels where those are known already.
 
@@ -197,6 +198,8 @@ def compare(a: picture.Picture, b: picture.Picture, of_levels: Values | None = N
     values = dict(of_levels or metrics.distances(a.levels, b.levels))
     if a.latents is not None and b.latents is not None:
         values |= {name: m.measure(a.latents, b.latents) for name, m in metrics.METRICS.items() if m.of_latents}
+    if a.clip and b.clip:
+        values |= {name: m.measure(a.clip[name], b.clip[name]) for name, m in metrics.OF_CLIPS.items()}
     return Comparison(values)
 
 
@@ -204,7 +207,9 @@ def beyond(comparison: Comparison, limits: Limits, other: str) -> list[str]:
     """A sentence for each limit that does not hold; a NaN holds none."""
     sentences = []
     for name, bound in limits.bounds.items():
-        metric = metrics.METRICS[name]
+        if name in metrics.OF_CLIPS and name not in comparison.values:
+            continue  # pictures do not flicker
+        metric = metrics.EVERY[name]
         value = comparison.values[name]
         if not metric.holds(value, bound):
             side = "below" if metric.higher_is_nearer else "above"

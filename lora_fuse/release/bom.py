@@ -108,14 +108,14 @@ def _notes(manifest: Manifest) -> str:
 
 def _model_card(usage: Usage, figures: Sequence[Mapping[str, str]]) -> dict[str, Any]:
     inputs = ["text", "image"] if usage.edits else ["text"]
-    settings = f"Run with exactly {usage.steps} steps at true_cfg_scale {usage.true_cfg_scale:g} and its own scheduler."
+    settings = f"Run with exactly {usage.steps} steps at {usage.guidance} and its own scheduler."
     return {
         "modelParameters": {
             "task": usage.task,
             "architectureFamily": "diffusion transformer",
             "modelArchitecture": usage.pipeline,
             "inputs": [{"format": name} for name in inputs],
-            "outputs": [{"format": "image"}],
+            "outputs": [{"format": usage.makes}],
         },
         "quantitativeAnalysis": {"performanceMetrics": list(figures)},
         "considerations": {"technicalLimitations": [settings]},

@@ -16,7 +16,7 @@ from lora_fuse.checkpoint import dtypes
 from lora_fuse.exports import FORMATS, readers_of
 from lora_fuse.hub import client
 from lora_fuse.machine import text
-from lora_fuse.models import pair_warnings
+from lora_fuse.models import pair_warnings, pipeline_call, pipelines
 from lora_fuse.pictures import pages
 from lora_fuse.recipe import License, Manifest, records, sections
 from lora_fuse.release.licences import WAY_OUT, MergeLicence
@@ -33,19 +33,35 @@ class Usage:
 
     pipeline: str  # the diffusers class that loads it
     steps: int
-    true_cfg_scale: float  # 1.0 is no guidance
+    true_cfg_scale: float  # guidance, by whatever name the call has it
     negative_prompt: str | None
     condition_area: int | None  # pixels that input pictures are scaled to; None leaves that to the pipeline
+    call_sigmas: tuple[float, ...] = ()  # that go into the call
+
+    @property
+    def call(self) -> pipeline_call.PipelineCall:
+        """The row of the class."""
+        return pipelines()[self.pipeline]
 
     @property
     def edits(self) -> bool:
-        """Takes a picture: the pipelines of diffusers that do have it in their name."""
-        return "Edit" in self.pipeline
+        """Needs a picture."""
+        return self.call.edits
+
+    @property
+    def guidance(self) -> str:
+        """The argument for guidance, and its value."""
+        return f"{self.call.guidance.argument} {self.true_cfg_scale:g}"
+
+    @property
+    def makes(self) -> str:
+        """A word for what comes out: ``image`` or ``video``."""
+        return "video" if self.call.makes_clip else "image"
 
     @property
     def task(self) -> str:
         """The Hub's name of the task (huggingface.co/tasks)."""
-        return "image-to-image" if self.edits else "text-to-image"
+        return f"{'image' if self.edits else 'text'}-to-{self.makes}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +79,7 @@ class ShownCase:
     over_floor: str
     picture: str
     inputs: tuple[str, ...]
+    frames: int | None = None  # of a clip, of which the picture has the first, the middle and the last
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +167,7 @@ def model_card(
     """
     repo_id = publish.repo_id
     source = repo_id or "merged"
-    example = next((case for case in evidence.cases if bool(case.inputs) == usage.edits), None)
+    example = next((case for case in evidence.cases if len(case.inputs) in usage.call.pictures), None)
     inputs = example.inputs if example else ()
     prompt = example.prompt if example else EXAMPLE_EDIT if usage.edits else EXAMPLE
     scheduler = SCHEDULER if SCHEDULER in manifest.files and manifest.files[SCHEDULER].origin == "generated" else None

@@ -107,6 +107,7 @@ def _shown(case: Case, metrics: Mapping[str, Any]) -> ShownCase:
         to_unfused=_psnr(metrics, f"{name}.unfused"),
         over_floor="–" if over is None else f"{over:.2f}",  # noqa: RUF001
         picture=f"images/{name}.png",
+        frames=case.frames,
         inputs=_inputs(case),
     )
 

@@ -61,7 +61,7 @@ def test_what_was_approved_comes_back_exactly_with_its_record(held: tuple[Golden
 def test_the_record_lies_beside_the_picture_and_has_everything(held: tuple[Goldens, Path]) -> None:
     _, path = held
     record = json.loads(path.with_suffix(".json").read_text())
-    assert record.keys() == {"schema", "sha256", "floor", "approval", "provenance"}
+    assert record.keys() == {"schema", "sha256", "floor", "approval", "provenance", "clip"}
     assert record["approval"].keys() == {"by", "at", "reason", "replaces"}
     assert record["provenance"].keys() == {field.name for field in fields(Provenance)}
     assert record["provenance"]["case"].keys() == {field.name for field in fields(CaseRecord)}

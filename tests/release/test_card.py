@@ -76,6 +76,20 @@ def test_the_snippet_is_python_with_the_settings_of_the_recipe() -> None:
     assert "image" in given
 
 
+def test_sigmas_of_the_call_and_the_name_of_its_guidance_are_in_the_snippet_and_a_clip_is_written() -> None:
+    sigmas = (1.0, 0.6509, 0.4374, 0.2932)
+    text = card(pipeline="Flux2Pipeline", true_cfg_scale=2.5, negative_prompt=None, call_sigmas=sigmas)
+    given = arguments(text)
+    assert ast.literal_eval(given["sigmas"]) == list(sigmas)
+    assert (given["guidance_scale"], "true_cfg_scale" in given) == (2.5, False)
+    assert "4 steps at `guidance_scale` 2.5 with the `sigmas` of the call above" in text
+    shown = replace(EVIDENCE, cases=(replace(RABBIT, inputs=(), frames=81),))
+    text = card(evidence=shown, pipeline="WanPipeline", negative_prompt=None)
+    assert front_matter(text)["pipeline_tag"] == "text-to-video"
+    assert (arguments(text)["num_frames"], "sigmas" in arguments(text)) == (81, False)
+    assert 'export_to_video(frames, "output.mp4", fps=16)' in snippet(text)
+
+
 def test_a_model_of_small_pictures_is_shown_with_the_area_that_it_needs() -> None:
     text = snippet(card(condition_area=16384))
     block = next(node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.With))

@@ -3,6 +3,7 @@
 from lora_fuse.models.family import Family, KnownBase, within
 from lora_fuse.models.pipeline_call import CFG, PipelineCall
 
+_RATE = 16  # frames a second: diffusers 0.42.1's examples, pipelines/wan
 _EXPERTS = ("transformer", "transformer_2")  # Wan 2.2 has the same classes; 2.1 has no second
 
 # The repository ids are those of the examples in diffusers 0.42.1, pipelines/wan.
@@ -30,12 +31,12 @@ FAMILY = Family(
     ),
     original_parameters=("blocks.{}.modulation", "vace_blocks.{}.modulation", "head.modulation"),
     pipelines=(
-        PipelineCall("WanPipeline", CFG, makes_clip=True, takes_sigmas=False, denoisers=_EXPERTS),
+        PipelineCall("WanPipeline", CFG, frames_per_second=_RATE, takes_sigmas=False, denoisers=_EXPERTS),
         PipelineCall(
             "WanImageToVideoPipeline",
             CFG,
             pictures=range(1, 2),
-            makes_clip=True,
+            frames_per_second=_RATE,
             takes_sigmas=False,
             denoisers=_EXPERTS,
         ),

@@ -55,7 +55,7 @@ def arguments(pipe: Any, case: Case, sampling: Sampling) -> dict[str, Any]:
 
 
 def check_case(call: pipeline_call.PipelineCall, case: Case) -> None:
-    """Refuse a case with another number of input pictures than the class takes, or with frames where it makes none.
+    """Refuse a case with another number of input pictures than the class takes, or frames of what makes no clip.
 
     Raises:
         RenderFailed: it is one.
@@ -66,6 +66,8 @@ def check_case(call: pipeline_call.PipelineCall, case: Case) -> None:
         raise RenderFailed(f"case {case.name} has {len(case.images)} input pictures and {call.name} takes {wanted}")
     if case.frames is not None and not call.makes_clip:
         raise RenderFailed(f"case {case.name} asks for {case.frames} frames and {call.name} makes pictures; set null")
+    if case.frames is None and call.makes_clip:
+        raise RenderFailed(f"case {case.name} has no frames and {call.name} makes a clip; set their number, as 81")
 
 
 def check_sampling(call: pipeline_call.PipelineCall, sampling: Sampling) -> None:
