@@ -298,7 +298,7 @@ def _matched(checkpoint: Checkpoint, routed: Sequence[RoutedLora], chosen: Selec
         if (part := one.parts.get(checkpoint.component)) is None:
             continue
         with fitness.blaming_a_quantised_base(checkpoint):
-            matched = match_targets(part.deltas, weights, str(one.lora.path))
+            matched = match_targets(part.deltas, weights, str(one.lora.path), one.lora.adds_the_same)
         for name, placed in matched.items():
             _refuse_cut_columns(one.lora, placed)
             scale = one.given.scale * (chosen.share(name) or 0.0)

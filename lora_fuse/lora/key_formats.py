@@ -148,11 +148,18 @@ _ROLES = tuple(
 ) + tuple((re.compile(rf"(?P<module>.+?)\.{ending}"), None, role) for role, ending in SHARED.items())
 
 
+# Beginnings of the last part of a name, as some write them, and as models have them.
+REWRITTEN = ((re.compile(r"\.to\.(?=[qkv]$)"), ".to_"),)  # LoRAs for Z-Image, huggingface/diffusers#13203
+
+
 def read_key(key: str) -> tuple[str, KeyFormat | None, str] | None:
     """Module, format (None for what goes with any) and role of a key; None if it is of no known format."""
     for pattern, format_, role in _ROLES:
         if match := pattern.fullmatch(key):
-            return match["module"], format_, role
+            module = match["module"]
+            for written, meant in REWRITTEN:
+                module = written.sub(meant, module)
+            return module, format_, role
     return None
 
 

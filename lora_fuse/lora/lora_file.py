@@ -29,6 +29,7 @@ from lora_fuse.machine import file_state, files
 LARGEST = 1 << 38  # bytes of a file; a difference of every weight of Qwen-Image has 2**36 in float32
 PLACES = 100  # that state a strength, a component of a configuration being one
 BLOCK = 1 << 26  # bytes that are looked at at once
+ROWS = 512  # of a weight that are compared at once
 INTEGERS = {name for name, dtype in dtypes.DTYPES.items() if not dtype.is_float and name != "BOOL"}
 
 
@@ -91,6 +92,24 @@ class LoraFile:
             tensors["diff"] = tensors["diff"].reshape(-1, placed.shape[1])
         made = make_delta(delta.format.algorithm, tensors, delta.factor, scale)
         return made if placed.runs is None else rows_of(made, placed.runs, placed.shape[0])
+
+    def adds_the_same(self, one: PlacedDelta, other: PlacedDelta) -> bool:
+        """True where two deltas add the same to the rows of a parameter that they have in common, to a part in 2^30."""
+        if any(each.delta.has_dora or each.delta.is_replacement for each in (one, other)):
+            return False
+        import torch
+
+        made = [self.make(each, 1.0) for each in (one, other)]
+        common = sorted(one.rows & other.rows)
+        for first in range(common[0], common[-1] + 1, ROWS):
+            rows = torch.tensor([row - first for row in common if first <= row < first + ROWS], dtype=torch.int64)
+            values = torch.zeros(2, min(ROWS, one.shape[0] - first), one.shape[1], dtype=torch.float64)
+            for total, delta in zip(values, made, strict=True):
+                delta.add_to(total, total, first, 0)
+            ours, theirs = values[:, rows]
+            if not torch.allclose(ours, theirs, rtol=0.0, atol=2.0**-30 * float(values.abs().max())):
+                return False
+        return True
 
     def has_lengths_of_columns(self, delta: LoraDelta) -> bool:
         """True for DoRA with a length for each column of the result, which depends on all of its rows."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -33,6 +33,13 @@ class PlacedDelta:
     shape: tuple[int, int]
     runs: Runs | None = None
 
+    @property
+    def rows(self) -> set[int]:
+        """The rows of the parameter to which something is added."""
+        if self.runs is None:
+            return set(range(self.shape[0]))
+        return {row for run in self.runs for row in range(run.start, run.start + run.rows)}
+
     def overlaps(self, other: PlacedDelta) -> bool:
         """True where both are added to a row."""
         if self.runs is None or other.runs is None:
@@ -44,33 +51,59 @@ class PlacedDelta:
         )
 
 
+Same = Callable[[PlacedDelta, PlacedDelta], bool]
+
+
 def match_targets(
-    deltas: Iterable[LoraDelta], weights: Mapping[str, TensorInfo], where: str
+    deltas: Iterable[LoraDelta], weights: Mapping[str, TensorInfo], where: str, same: Same = lambda *_: False
 ) -> dict[str, list[PlacedDelta]]:
     """The deltas of one file, by the name of the base's tensor that each changes.
+
+    Where two have rows in common, because the file has a module in both spellings, `same` says whether they add the
+    same there; then they count once.
 
     Raises:
         UnmatchedTargets: a module is not in the base; `WrongPrefix` if all are, but for the beginning of the names.
         ShapeMismatch: a delta does not fit its parameter.
-        BadLora: two deltas mean the same rows, or a name could mean two modules of the base.
+        BadLora: two deltas mean the same rows and differ, or a name could mean two modules of the base.
     """
     names = _Names(weights, where)
     matched: dict[str, list[PlacedDelta]] = {}
     missing: list[str] = []
-    for delta in deltas:
-        places = names.places(delta)
+    given = list(deltas)
+    for delta in given:
+        try:
+            places = names.places(delta)
+        except ShapeMismatch as error:
+            raise ShapeMismatch(f"{error}{names.made_for(given)}") from error
         if not places:
             missing.append(f"{delta.module}.{delta.part}")
         for name, placed in places.items():
-            for other in matched.get(name, ()):
-                if placed.overlaps(other):
-                    raise BadLora(f"{where}: {other.delta.module!r} and {delta.module!r} both mean the base's {name!r}")
-            matched.setdefault(name, []).append(placed)
+            matched[name] = _together(matched.get(name, []), placed, same, name, where)
     if missing:
         if not matched and (fault := _prefix_fault(missing, weights)) is not None:
             raise WrongPrefix(f"{where}: none of {len(missing)} modules is in the base as it is named; {fault}")
-        raise UnmatchedTargets(_missing_message(missing, len(matched), weights, where))
+        said = _missing_message(missing, len(matched), weights, where, names.made_for(given))
+        raise UnmatchedTargets(said)
     return matched
+
+
+def _together(there: list[PlacedDelta], placed: PlacedDelta, same: Same, name: str, where: str) -> list[PlacedDelta]:
+    """The deltas of a parameter with one more; of those that add the same to the same rows, the one that has more.
+
+    Raises:
+        BadLora: they add other things, or neither has all rows of the other.
+    """
+    others = [other for other in there if placed.overlaps(other)]
+    if not others:
+        return [*there, placed]
+    rows = set().union(*(other.rows for other in others))
+    if (placed.rows <= rows or rows <= placed.rows) and all(same(placed, other) for other in others):
+        return there if placed.rows <= rows else [*(other for other in there if other not in others), placed]
+    raise BadLora(
+        f"{where}: {others[0].delta.module!r} and {placed.delta.module!r} both mean the base's {name!r}, and add other "
+        "values to it; take one of them out of the file"
+    )
 
 
 def modules_in(modules: Iterable[str], weights: Mapping[str, TensorInfo], where: str) -> set[str]:
@@ -100,6 +133,10 @@ class _Names:
             return self._translated(delta)
         _check_fit(delta, self._weights[name], self._where)
         return {name: PlacedDelta(delta, delta.shape)}
+
+    def made_for(self, deltas: Iterable[LoraDelta]) -> str:
+        """The end of a sentence on a file that does not fit: whose names it has, where they tell."""
+        return name_maps.made_for([_spelt(delta.module, delta.part) for delta in deltas], list(self._weights))
 
     def has(self, module: str, part: str) -> bool:
         """True where the base has a parameter of a module of a file."""
@@ -146,10 +183,8 @@ class _Names:
 
     def _translations(self, module: str, part: str) -> Iterator[tuple[dict[str, Runs], int]]:
         """The rows that a delta is for, as each map has them, and how many of the base's parameters that map has."""
-        modules = [*spellings(module, PREFIXES), *spellings(module, FLAT_PREFIXES)]
-        names = [f"{name}.{part}" for name in modules] + (modules if part == "weight" else [])
         for known, covered in self._maps:
-            for name in names:
+            for name in _spelt(module, part):
                 try:
                     runs = known.translate(name, self._rows)
                 except ValueError as error:
@@ -176,6 +211,12 @@ class _Names:
         return PlacedDelta(delta, shape, None if is_whole and rows == shape[0] else places[name])
 
 
+def _spelt(module: str, part: str) -> list[str]:
+    """The parameters that a module of a file may mean, without the prefixes that it may have."""
+    modules = [*spellings(module, PREFIXES), *spellings(module, FLAT_PREFIXES)]
+    return [f"{name}.{part}" for name in modules] + (modules if part == "weight" else [])
+
+
 def _check_fit(delta: LoraDelta, weight: TensorInfo, where: str) -> None:
     if not weight.shape or 0 in weight.shape:
         raise ShapeMismatch(
@@ -189,14 +230,16 @@ def _check_fit(delta: LoraDelta, weight: TensorInfo, where: str) -> None:
         )
 
 
-def _missing_message(missing: list[str], matched: int, weights: Mapping[str, TensorInfo], where: str) -> str:
+def _missing_message(
+    missing: list[str], matched: int, weights: Mapping[str, TensorInfo], where: str, made_for: str
+) -> str:
     shown = []
     for name in sorted(missing)[:SHOWN]:
         near = text.nearest(name, weights)
         shown.append(f"{name!r} (nearest in the base: {near[0] if near else 'none'!r})")
     return (
-        f"{where}: {len(missing)} of {len(missing) + matched} modules are not in the base, first {', '.join(shown)}; "
-        "use the LoRA made for this base, or the other base" + (LEAVE_OUT if matched else "")
+        f"{where}: {len(missing)} of {len(missing) + matched} modules are not in the base, first {', '.join(shown)}"
+        f"{made_for}; use the LoRA made for this base, or the other base" + (LEAVE_OUT if matched else "")
     )
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from lora_fuse.models.families import families
+from lora_fuse.models.family import Family
 
 FOLDER = Path(__file__).parent / "families"
 _NUMBER = re.compile(r"(?<=[._])\d+(?=[._])")
@@ -45,17 +46,21 @@ Sides = tuple[dict[str, tuple[_Piece, ...]], dict[str, tuple[_Piece, ...]]]
 
 
 class NameMap:
-    """Names of the parameters of some families, in two spellings: 0 is the original, 1 is diffusers'."""
+    """Names of the parameters of a family, in two spellings: 0 is the original, 1 is diffusers'."""
 
-    def __init__(self, names: tuple[str, ...], pieces: Mapping[str, Sequence[tuple[str, int, int]]]) -> None:
-        """Take the map that families of these names have: by original parameter its pieces, as the file has them."""
-        self.families = names
+    def __init__(self, family: str, pieces: Mapping[str, Sequence[tuple[str, int, int]]]) -> None:
+        """Take the map that a family has: by original parameter its pieces, as the file has them."""
+        self.family = family
         self._sides = _sides(pieces)
         self._flat = tuple({name.replace(".", "_"): name for name in side} for side in self._sides)
 
     def covers(self, parameters: Sequence[str]) -> int:
         """Number of a base's parameters that the map has, in the spelling of which it has more."""
         return max(sum(_template(name, side) is not None for name in parameters) for side in self._sides)
+
+    def knows(self, parameter: str) -> bool:
+        """True for a parameter of the family, in either spelling, with dots or underscores; see `translate`."""
+        return any(self._sources(parameter, spelling) for spelling in (0, 1))
 
     def translate(self, parameter: str, rows: Mapping[str, int]) -> dict[str, tuple[RowRun, ...]] | None:
         """The parameters of a base that have the rows of one of the other spelling, by name.
@@ -70,16 +75,21 @@ class NameMap:
             ValueError: a parameter of the base cannot be cut in its shares.
         """
         for spelling in (0, 1):
-            for name in (parameter, parameter.removesuffix("weight") + "scale"):
-                flat = self._flat[spelling] if "." not in name.rpartition(".")[0] else None
-                found = _template(_flattened(name) if flat else name, flat or self._sides[spelling])
-                if found is None:
-                    continue
-                template, number = found
-                source = self._sides[spelling][flat[template] if flat else template]
+            for source, number in self._sources(parameter, spelling):
                 if (made := self._runs(source, spelling, number, rows)) is not None:
                     return made
         return None
+
+    def _sources(self, parameter: str, spelling: int) -> list[tuple[tuple[_Piece, ...], str]]:
+        """The pieces of a parameter in a spelling, and the number of its block."""
+        made = []
+        for name in (parameter, parameter.removesuffix("weight") + "scale"):
+            flat = self._flat[spelling] if "." not in name.rpartition(".")[0] else None
+            found = _template(name.replace(".", "_") if flat else name, flat or self._sides[spelling])
+            if found is not None:
+                template, number = found
+                made.append((self._sides[spelling][flat[template] if flat else template], number))
+        return made
 
     def _runs(
         self, source: tuple[_Piece, ...], spelling: int, number: str, rows: Mapping[str, int]
@@ -117,10 +127,6 @@ def _sides(pieces: Mapping[str, Sequence[tuple[str, int, int]]]) -> Sides:
     return original, {name: tuple(parts[at] for at in sorted(parts)) for name, parts in placed.items()}
 
 
-def _flattened(parameter: str) -> str:
-    return parameter.replace(".", "_")
-
-
 def _template(name: str, known: Mapping[str, object]) -> tuple[str, str] | None:
     """The template that a name is of, and the number of its block, if it has one."""
     if name in known:
@@ -145,15 +151,36 @@ def files() -> tuple[Path, ...]:
 
 @cache
 def maps() -> tuple[NameMap, ...]:
-    """All maps: families whose original names a converter takes to the same have one together."""
-    return tuple(_read())
+    """The maps of all families that list their original names."""
+    return tuple(NameMap(family.name, _pieces(family)) for family in families() if family.originals)
 
 
-def _read() -> Iterator[NameMap]:
-    named: dict[str, list[str]] = {}
-    for family in families():
-        if family.converter and family.originals:
-            named.setdefault(family.converter, []).append(family.name)
-    for converter, names in named.items():
-        content = json.loads(path_of(converter).read_text(encoding="utf-8"))
-        yield NameMap(tuple(names), {name: tuple(map(tuple, pieces)) for name, pieces in content["pieces"].items()})
+def _pieces(family: Family) -> dict[str, tuple[tuple[str, int, int], ...]]:
+    """The pieces of a family's parameters; each is the whole of itself where both spellings are one."""
+    if family.converter is None:
+        named = [f"{module}.{part}" for module in family.originals for part in ("weight", "bias")]
+        return {name: ((name, 0, 1),) for name in (*named, *family.original_parameters)}
+    content = json.loads(path_of(family.converter).read_text(encoding="utf-8"))
+    own = {*family.originals, *family.original_parameters}
+    return {
+        name: tuple(map(tuple, pieces))
+        for name, pieces in content["pieces"].items()
+        if name in own or name.rpartition(".")[0] in own
+    }
+
+
+def made_for(parameters: Iterable[Sequence[str]], base: Sequence[str]) -> str:
+    """The end of a sentence on a LoRA that does not fit: whose names it has, and whose the base; or nothing.
+
+    `parameters` are those of the LoRA, each in the ways in which it may be spelt. Only names that not all families have
+    tell something.
+    """
+    spelt = list(parameters)
+    known = {one.family: sum(any(map(one.knows, names)) for names in spelt) for one in maps()}
+    covered = {one.family: one.covers(base) for one in maps()}
+    theirs = [family for family, count in known.items() if count and count == max(known.values())]
+    ours = [family for family, count in covered.items() if count and count == max(covered.values())]
+    if len(theirs) not in (1, 2) or set(theirs) == set(ours):
+        return ""
+    said = f": its names are those of {' or '.join(theirs)}"
+    return said if set(theirs) & set(ours) or not ours else f"{said}, and the base's those of {' or '.join(ours)}"

@@ -15,6 +15,7 @@ from functools import partial
 from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from lora_fuse.errors import BadLora
 from lora_fuse.lora import LoraInput, Selection
@@ -209,6 +210,7 @@ def read_expected(
                 for kind in ("weight", "bias", "modulation")
             )
         ]
+        added: dict[str, list[ExpectedDelta]] = {}
         for (module, kind), parts in groups.items():
             found.modules += 1
             try:
@@ -223,9 +225,36 @@ def read_expected(
             for place, own in places.items():
                 if (share := selection.share(place)) is not None:
                     delta = ExpectedDelta(parts, factor, given.scale * share, own)
-                    found.deltas.setdefault(stored[place], []).append(delta)
+                    added.setdefault(stored[place], []).append(delta)
+        for place, deltas in added.items():
+            once, problem = _once(deltas, base[place].shape)
+            found.deltas.setdefault(place, []).extend(once)
+            found.problems += [f"{given.name}: {place}: {problem}"] if problem else []
         found.problems += [f"{given.name}: {problem}" for problem in dict.fromkeys(strength.problems)]
     return found
+
+
+def _once(deltas: list[ExpectedDelta], shape: tuple[int, ...]) -> tuple[list[ExpectedDelta], str]:
+    """The deltas of one file for a parameter of a shape: of two for the same rows, the one with more of them.
+
+    Returns:
+        These, and what is wrong, where two add other values to a row.
+    """
+    kept: list[tuple[npt.NDArray[np.bool_], ExpectedDelta]] = []
+    masks = [np.ones(shape[:1], bool) if one.own is None else one.own != ABSENT for one in deltas]
+    for mask, delta in sorted(zip(masks, deltas, strict=True), key=lambda pair: -int(pair[0].sum())):
+        shared = [(mask & other, there) for other, there in kept if (mask & other).any()]
+        if not shared:
+            kept.append((mask, delta))
+            continue
+        if "dora" in delta.parts or "set" in delta.parts or (mask & ~kept[0][0]).any():
+            return deltas, "two of its modules change the same rows"
+        for rows, there in shared:
+            for block in np.array_split(np.flatnonzero(rows), max(1, int(rows.sum()) // 64)):
+                one, other = (each._plain(block) * each.factor for each in (delta, there))
+                if not np.allclose(one, other, rtol=0, atol=2.0**-30 * np.abs(other).max(initial=0)):
+                    return deltas, "two of its modules change the same rows, each in its own way"
+    return [delta for _, delta in kept], ""
 
 
 def _find(
@@ -307,7 +336,8 @@ def _put(match: re.Match[str], value: StoredTensor, groups: Groups) -> bool:
     """Put a tensor where its key says; False where another one is there."""
     part = match["part"]
     kind = "bias" if match["bias"] or part in {"diff_b", "b_norm"} else "modulation" if part == "diff_m" else "weight"
-    parts = groups.setdefault((match["module"], kind), {})
+    module = re.sub(r"\.to\.([qkv])$", r".to_\1", match["module"])  # as Anime-Z's LoRAs for Z-Image say it
+    parts = groups.setdefault((module, kind), {})
     if kind != "weight" or part in {"diff", "w_norm", "set_weight"}:
         role = "diff"
         parts.update({"of": value} if match["bias"] else {})

@@ -1,5 +1,6 @@
 """Laws of a LoRA in other names than its base: every row goes where diffusers' converter of checkpoints takes it."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,7 @@ def test_norms_of_lycoris_are_differences_and_a_set_weight_takes_the_base_s_plac
     assert made[norm].astype(float).tolist() == [1.0078125] * 8
     with pytest.raises(BadLora, match=r"\(set_weight\), which has no strength, and the scale is 0\.5"):
         merged(tmp_path / "c", replacement, 0.5, base=base)
-    with pytest.raises(BadLora, match=r"both mean the base's 'transformer_blocks"):
+    with pytest.raises(BadLora, match=r"both mean the base's 'transformer_blocks.*and add other values"):
         merged(tmp_path / "d", replacement | {"transformer_blocks.0.attn.norm_q.diff": np.ones(8)}, base=base)
 
 
@@ -149,3 +150,55 @@ def test_what_is_of_another_size_is_refused(tmp_path: Path) -> None:
     whole, _ = random_lora({f"{FUSED}.weight": np.ones((24, 8))})
     with pytest.raises(UnmatchedTargets, match=r"1 of 1 modules are not in the base"):
         merged(tmp_path / "c", whole, base={name: base[name] for name in list(base)[:2]})
+
+
+def both_spellings(seed: int = 4) -> tuple[Tensors, Tensors]:
+    """A fused module's factors, and those of the three that it is: what some write beside each other."""
+    fused = "layers.0.attention.qkv"
+    factors, _ = random_lora({f"{fused}.weight": np.ones((24, 8))}, seed)
+    up = np.split(factors[f"{fused}.lora_up.weight"], 3)
+    split: Tensors = {}
+    for part, rows in zip("qkv", up, strict=True):
+        module = f"layers.0.attention.to.{part}"
+        split |= {f"{module}.lora_up.weight": rows, f"{module}.alpha": np.array(1.0)}
+        split[f"{module}.lora_down.weight"] = factors[f"{fused}.lora_down.weight"]
+    return factors, split
+
+
+@pytest.mark.parametrize("names", [["to_q", "to_k", "to_v"], ["qkv"]], ids=["diffusers", "original"])
+def test_a_module_in_both_spellings_counts_once_and_is_refused_where_they_differ(
+    names: list[str], tmp_path: Path
+) -> None:
+    rows = 24 // len(names)
+    base: Tensors = {f"layers.0.attention.{name}.weight": np.ones((rows, 8), np.float32) for name in names}
+    fused, split = both_spellings()
+    once = merged(tmp_path / "once", fused, base=base)
+    assert_close(merged(tmp_path / "both", fused | split, base=base), once)
+    assert_close(merged(tmp_path / "split", split, base=base), once)
+    with pytest.raises(BadLora, match=r"both mean the base's .*, and add other values to it; take one of them out"):
+        merged(tmp_path / "other", fused | both_spellings(5)[1], base=base)
+
+
+def test_verification_finds_a_module_in_both_spellings_that_differs(tmp_path: Path) -> None:
+    base: Tensors = {"layers.0.attention.qkv.weight": np.ones((24, 8), np.float32)}
+    fused, _ = both_spellings()
+    merged(tmp_path, fused, base=base)
+    other = LoraInput("l", tiny.write_lora(tmp_path / "both.safetensors", fused | both_spellings(5)[1]), 1.0)
+    found = verify_merge(tmp_path / "out", tmp_path / "base", [other], component="", rows=None, expected=Expectation())
+    assert any("two of its modules change the same rows, each in its own way" in text for text in found.problems)
+
+
+@pytest.mark.parametrize(
+    ("lora", "base", "said"),
+    [
+        ("flux_1", "flux_2", "its names are those of FLUX.1, and the base's those of FLUX.2"),
+        ("flux_2", "flux_1", "its names are those of FLUX.2, and the base's those of FLUX.1"),
+        ("wan_21_i2v", "wan_22", "its names are those of Wan 2.1"),
+        ("qwen_image", "qwen_image_21", "its names are those of Qwen-Image, and the base's those of Qwen-Image-2.1"),
+        ("krea_2", "z_image", "its names are those of Krea 2, and the base's those of Z-Image"),
+    ],
+)
+def test_a_lora_of_another_family_is_refused_with_its_name(lora: str, base: str, said: str, tmp_path: Path) -> None:
+    factors, _ = random_lora(weights(lora))
+    with pytest.raises((ShapeMismatch, UnmatchedTargets), match=re.escape(said)):
+        merged(tmp_path, spelt(factors, "transformer."), base=weights(base))

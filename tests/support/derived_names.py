@@ -32,9 +32,11 @@ class Whatever(dict[str, torch.Tensor]):
 
 
 def originals(family: Family) -> list[str]:
-    """The templates of the original parameters."""
-    named = [f"{module}.{part}" for module in family.originals for part in ("weight", "bias")]
-    return [*named, *family.original_parameters]
+    """The templates of the original parameters, of all families with the same converter."""
+    alike = [one for one in families() if one.converter == family.converter]
+    modules = dict.fromkeys(module for one in alike for module in one.originals)
+    named = [f"{module}.{part}" for module in modules for part in ("weight", "bias")]
+    return [*named, *dict.fromkeys(name for one in alike for name in one.original_parameters)]
 
 
 def derive(family: Family) -> Table:

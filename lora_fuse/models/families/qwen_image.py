@@ -1,6 +1,6 @@
 """Qwen-Image, text to image and edits, of 20B."""
 
-from lora_fuse.models.family import Family, KeptLayers, KnownBase
+from lora_fuse.models.family import Family, KeptLayers, KnownBase, within
 from lora_fuse.models.pipeline_call import PipelineCall
 
 _LIGHTNING = "lightx2v/Qwen-Image-Lightning"
@@ -60,5 +60,13 @@ FAMILY = Family(
         PipelineCall("QwenImagePipeline"),
         PipelineCall("QwenImageEditPipeline", pictures=range(1, 2)),
         PipelineCall("QwenImageEditPlusPipeline", pictures=range(1, 4)),
+    ),
+    originals=(
+        *within("transformer_blocks.{}.attn", "to_q to_k to_v to_out.0 norm_q norm_k"),
+        *within("transformer_blocks.{}.attn", "add_q_proj add_k_proj add_v_proj to_add_out norm_added_q norm_added_k"),
+        *within("transformer_blocks.{}", "img_mod.1 img_mlp.net.0.proj img_mlp.net.2"),
+        *within("transformer_blocks.{}", "txt_mod.1 txt_mlp.net.0.proj txt_mlp.net.2"),
+        *within("time_text_embed.timestep_embedder", "linear_1 linear_2"),
+        *("img_in", "txt_in", "txt_norm", "norm_out.linear", "proj_out"),
     ),
 )

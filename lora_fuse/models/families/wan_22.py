@@ -12,6 +12,8 @@ FAMILY = Family(
     ),
     components={"transformer": "WanTransformer3DModel", "transformer_2": "WanTransformer3DModel"},
     converter="convert_wan_transformer_to_diffusers",
-    originals=wan_21.FAMILY.originals,
+    originals=tuple(
+        name for name in wan_21.FAMILY.originals if not name.endswith("_img") and not name.startswith("img_emb.")
+    ),
     original_parameters=wan_21.FAMILY.original_parameters,
 )
