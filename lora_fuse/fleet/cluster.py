@@ -10,6 +10,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,8 +28,10 @@ from lora_fuse.fleet.needs import kinds, refuse_unmet
 from lora_fuse.fleet.package import Package
 
 AUTO = "auto"
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 ADDRESS = re.compile(r"(?P<host>[\w.-]+|\[[\da-fA-F:]+\]):(?P<port>\d{1,5})")
-REACHED = 5.0  # seconds that a head may take to answer
+REACHED = 5.0  # seconds that a head's machine may take to accept a connection
+ANSWERED = 15.0  # seconds that the head may take to answer on it; Ray itself asks for a quarter of an hour
 TRIES = 3  # times that a job is run again where its node or its process died
 GRACE = 20.0  # seconds in which interrupted jobs clean up before they are killed
 START = "start one with `ray start --head`, docs/scale.md"
@@ -182,6 +186,7 @@ def connected(address: str, package: Package) -> Iterator[Fleet]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
+    _ask(address)
     with tempfile.TemporaryDirectory(prefix="lora-fuse-") as folder:
         travels = Path(folder) / "package.zip"
         package.write(travels)
@@ -195,10 +200,7 @@ def connected(address: str, package: Package) -> Iterator[Fleet]:
                     configure_logging=False,
                 )
             except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
-                where = "on this machine" if address == AUTO else f"at {address}"
-                raise BadConfig(
-                    f"there is no Ray cluster {where} to work with: {_first_line(error)}; {START}"
-                ) from error
+                raise _none_at(address, _first_line(error)) from error
         try:
             yield Fleet(package, node.Software.here())
         finally:
@@ -213,6 +215,36 @@ def _reach(address: str) -> None:
         socket.create_connection((named["host"].strip("[]"), int(named["port"])), REACHED).close()
     except OSError as error:
         raise BadConfig(f"there is no Ray cluster at {address} ({error.strerror or error}); {START}") from error
+
+
+def _ask(address: str) -> None:
+    """Let Ray's own command ask the head how it is, in another process, which can be ended when it waits too long."""
+    at = [] if address == AUTO else ["--address", address]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "status", *at]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWERED, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise _none_at(address, f"no head answers within {ANSWERED:g} s{_elsewhere(address)}") from error
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines() or [f"`ray status` ends with {done.returncode}"]
+        raise _none_at(address, said[-1].partition("Error: ")[2] or said[-1])
+
+
+def _elsewhere(address: str) -> str:
+    """Name the address that Ray asks instead of one of the loopback, this machine's own, as the end of a sentence."""
+    host, _, port = address.rpartition(":")
+    if host not in LOOPBACK:
+        return ""
+    import ray
+
+    own: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    given = f"start it with `ray start --head --node-ip-address={own}`"
+    return "" if own in LOOPBACK else f", as Ray takes {host} for this machine's own address: at {own}:{port}; {given}"
+
+
+def _none_at(address: str, why: str) -> BadConfig:
+    where = "on this machine" if address == AUTO else f"at {address}"
+    return BadConfig(f"there is no Ray cluster {where} to work with: {why.rstrip('.')}; {START}")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ import pytest
 
 from lora_fuse.errors import BadConfig, BadLora, BadSource, NoDevice, NoSpace
 from lora_fuse.fleet import Done, Fleet, Job, Needs, Package, archive, connected, node
+from lora_fuse.fleet import cluster as cluster_of_ray
 from lora_fuse.fleet.needs import refuse_unmet
 from lora_fuse.fusion import read_manifest
 from lora_fuse.machine import Console
@@ -28,7 +30,7 @@ from lora_fuse.studies.catalog.gather import ELSEWHERE
 from stages.config.variants import read_compiled
 from stages.variants import BuiltVariant, VariantWork, build_variant, take
 from tests.support.clusters import BASE, cluster, code, report
-from tests.support.machine import ROOT, start, until
+from tests.support.machine import ROOT, python_path, start, until
 
 # Not imported to see: every worker collects this module, and one runs it.
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install -e '.[fleet]'")
@@ -43,7 +45,7 @@ def nodes() -> Iterator[tuple[str, dict[str, Any], Path]]:
     """The address of a cluster, its nodes by name, and the folder that they are in; its path is short, for sockets."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="lf") as folder:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("PYTHONPATH", python_path())
         patch.setenv("RAY_TMPDIR", folder)
         with cluster(Path(folder)) as (made, named):
             yield made.address, named, Path(folder)
@@ -246,6 +248,15 @@ def test_a_variant_from_a_node_has_its_records_here_and_keeps_weights_and_receip
 def test_an_address_without_a_cluster_is_refused(address: str, said: str) -> None:
     with pytest.raises(BadConfig, match=said), connected(address, Package({})):
         pass
+
+
+def test_what_accepts_a_connection_and_is_no_head_is_refused_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster_of_ray, "ANSWERED", 2.0)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        address = "{}:{}".format(*mute.getsockname())
+        said = f"at {address} .* no head answers within 2 s"
+        with pytest.raises(BadConfig, match=said), connected(address, Package({})):
+            pass
 
 
 def test_what_fits_no_node_is_refused_with_both_amounts() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from lora_fuse.fleet import Job, Needs, Package, connected
 from tests.support.clusters import STORE, code, wait_on_gpu
-from tests.support.machine import ROOT
+from tests.support.machine import ROOT, python_path
 
 pytestmark = [
     pytest.mark.cuda,
@@ -36,7 +36,7 @@ def test_two_jobs_at_once_have_a_gpu_each_and_points_the_records_of_one_process(
     monkeypatch.chdir(tmp_path)
     for name in ("RAY_USAGE_STATS_ENABLED", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
         monkeypatch.setenv(name, "0")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", python_path())
     with tempfile.TemporaryDirectory(prefix="lf") as folder:
         monkeypatch.setenv("RAY_TMPDIR", folder)
         monkeypatch.setenv("LORA_FUSE_WORK", f"{folder}/work")

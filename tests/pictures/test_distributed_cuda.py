@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.on_gpu import ROOT, merge
+from tests.support.machine import python_path
+from tests.support.on_gpu import merge
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs here")]
 
@@ -48,8 +49,7 @@ def test_process_i_has_gpu_i_and_the_pictures_are_those_of_one_process(tmp_path:
         outs[name] = tmp_path / name
         outs[name].mkdir()
         command = [*program, str(script), str(merged), str(outs[name])]
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=True)
+        subprocess.run(command, env={**os.environ, "PYTHONPATH": python_path()}, check=True)
     uuids = [str(torch.cuda.get_device_properties(gpu).uuid) for gpu in range(2)]
     assert files(outs["two"], "txt") == {f"process{i}.txt": uuid.encode() for i, uuid in enumerate(uuids)}
     assert len(files(outs["one"], "png")) == 9

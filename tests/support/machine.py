@@ -16,6 +16,11 @@ ROOT = Path(__file__).resolve().parents[2]
 LONGEST = 90.0  # seconds that anything is waited for
 
 
+def python_path() -> str:
+    """`PYTHONPATH` for a program that finds the project's modules, and libraries wherever this process finds them."""
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def until(
     true: Callable[[], object],
     process: subprocess.Popen[str] | None = None,
@@ -46,7 +51,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 def start(*command: str, cwd: Path, **env: str) -> subprocess.Popen[str]:
     """Start a program that finds the project's modules; both its outputs are piped."""
-    whole = {**os.environ, "PYTHONPATH": str(ROOT), **env}
+    whole = {**os.environ, "PYTHONPATH": python_path(), **env}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=cwd, env=whole, stdout=pipe, stderr=pipe, text=True)
 
