@@ -23,6 +23,7 @@ EXTRAS = {
         *("junitparser", "omegaconf", "packageurl", "packaging", "peft", "psutil"),
         *("skimage", "ssimulacra2", "tabulate", "transformers"),
     ),
+    "video": ("ftfy",),
     "gguf": ("gguf",),
     "fleet": ("ray",),
     "sign": ("OpenSSL", "cryptography", "model_signing", "sigstore"),

@@ -56,6 +56,7 @@ class PipelineCall:
         takes_sigmas: the call takes the sigmas to start from.
         denoisers: the components that run at every step; one that the folder has not is left out.
         has_templates: prompts go through the chat template that lies beside the tokenizer.
+        needs: libraries that the class calls and does not ask for.
         misread: patterns of parameters of which diffusers' loader of LoRAs makes another delta than the file has, and
             why; a LoRA for one of them is attached by this library itself.
     """
@@ -68,6 +69,7 @@ class PipelineCall:
     takes_sigmas: bool = True
     denoisers: tuple[str, ...] = ("transformer",)
     has_templates: bool = False
+    needs: tuple[str, ...] = ()
     misread: Mapping[str, str] = field(default_factory=dict)
 
     @property

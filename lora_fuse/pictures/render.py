@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_fuse.checkpoint import fitness
-from lora_fuse.errors import LoraFuseError, OutOfMemory, RenderFailed
+from lora_fuse.errors import LoraFuseError, OutOfMemory, RenderFailed, require
 from lora_fuse.pictures.calls import clip
 from lora_fuse.pictures.calls.call_arguments import arguments, call_of
 from lora_fuse.pictures.calls.encoded_prompts import AbsentModel, Prompts, PromptsEncoded, recorded, replayed
@@ -70,8 +70,10 @@ def pipeline_class(pipeline: str) -> Any:
 
     Raises:
         RenderFailed: see `call_of`.
+        MissingExtra: a library that the class calls is not installed.
     """
-    call_of(pipeline)
+    for library in call_of(pipeline).needs:
+        require(library, pipeline)
     with uncollected("diffusers"):
         quiet_libraries()
         allow_missing_torchvision()

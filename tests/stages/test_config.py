@@ -1,8 +1,10 @@
 """Laws of configuration: conf/ is the source, params.yaml is compiled from it, and every key is checked."""
 
+import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import yaml
 
 from lora_fuse.errors import BadConfig
-from lora_fuse.models import families, pair_warnings
+from lora_fuse.models import families, pair_warnings, pipelines
 from lora_fuse.recipe.recipe import Recipe
 from stages.config import compose, load
 
@@ -36,17 +38,37 @@ def test_a_value_calls_no_function(call: str) -> None:
         compose([f"recipe=${{{call}}}"])
 
 
+@cache
+def recipe_of(name: str) -> Recipe:
+    return load([f"recipe={name}"])
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_composes_to_checked_parameters(recipe: str) -> None:
-    params = load([f"recipe={recipe}"])
+    params = recipe_of(recipe)
     assert params.name == recipe
-    assert params.sampling.true_cfg_scale == 1.0
-    assert params.scheduler_config["shift_terminal"] is None
+    call = pipelines()[params.base.pipeline]
+    assert not call.guidance.doubles(params.sampling.true_cfg_scale, params.sampling.negative_prompt)
+    assert params.scheduler_config.get("shift_terminal") is None
+    assert all((case.frames is not None) == call.makes_clip for case in params.regress.cases.values())
     assert all((ROOT / image).is_file() for case in params.regress.cases.values() for image in case.images)
 
 
+def test_every_family_has_a_recipe_and_every_figure_of_one_a_source() -> None:
+    built = {recipe_of(recipe).base.repo_id for recipe in RECIPES}
+    for family in families():
+        assert built & {base.repo_id for base in family.bases}, family.name
+    bases = {path.stem: path.read_text() for path in (ROOT / "conf" / "base").glob("*.yaml")}
+    for recipe in RECIPES:
+        text = (ROOT / "conf" / "recipe" / f"{recipe}.yaml").read_text()
+        if not recipe.startswith(("pocket", "qwen_image_")) or recipe == "qwen_image_21_lightning_4steps":
+            (base,) = re.findall(r"/base: (\w+)", text)
+            for said in (text, bases[base]):
+                assert re.search(r"^#.*(card|github\.com|diffusers 0\.42)", said, re.MULTILINE), (recipe, said)
+
+
 def test_there_is_a_recipe_for_every_base_of_qwen_image_and_its_steps() -> None:
-    built = {(load([f"recipe={recipe}"]).base.repo_id, load([f"recipe={recipe}"]).sampling.steps) for recipe in RECIPES}
+    built = {(recipe_of(recipe).base.repo_id, recipe_of(recipe).sampling.steps) for recipe in RECIPES}
     only_4 = {"Qwen/Qwen-Image-Edit-2511", "Qwen/Qwen-Image-2512"}
     (family,) = (family for family in families() if family.name == "Qwen-Image")
     for base in family.bases:
@@ -56,16 +78,16 @@ def test_there_is_a_recipe_for_every_base_of_qwen_image_and_its_steps() -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_only_the_manual_procedure_s_pair_is_warned_about(recipe: str) -> None:
-    params = load([f"recipe={recipe}"])
+    params = recipe_of(recipe)
     warnings = pair_warnings(params.base.repo_id, [(lora.repo_id, lora.filename) for lora in params.loras.values()])
     assert bool(warnings) == (recipe == "qwen_image_edit_2509_lora_on_edit")
 
 
 def test_the_pipeline_of_a_recipe_is_its_family_s() -> None:
-    pipelines = {base.repo_id: base.pipeline for family in families() for base in family.bases}
+    known = {base.repo_id: base.pipeline for family in families() for base in family.bases}
     for recipe in RECIPES:
-        base = load([f"recipe={recipe}"]).base
-        assert base.repo_id is None or base.pipeline == pipelines[base.repo_id]
+        base = recipe_of(recipe).base
+        assert base.repo_id is None or base.pipeline == known[base.repo_id]
 
 
 def test_params_yaml_is_what_conf_composes_to() -> None:

@@ -304,6 +304,7 @@ def test_memory_is_compared_with_the_weights_that_are_in_it_together() -> None:
     assert memory.ram("balanced", PARTS, 64 * GB, 30 * GB, "bfloat16").status is Status.WARN
     short = memory.ram("cpu", PARTS, 32 * GB, 30 * GB, "bfloat16")
     assert (short.status, short.needed) == (Status.FAIL, "41.2GB (transformer and VAE in bfloat16)")
+    assert memory.together({"unet": 5 * GB, "text_encoder": GB, "text_encoder_2": 2 * GB}) == 5 * GB
     assert memory.ram("cuda", PARTS, 24 * GB, 20 * GB, "bfloat16").status is Status.OK
     assert 0 < memory.memory()[1] <= memory.memory()[0]
 

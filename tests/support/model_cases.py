@@ -2,12 +2,11 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import numpy as np
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from tests.support.key_styles import Tensors
 from tests.support.original_names import FAMILY_OF, RANK, family_of, original, random_lora, spelt, weights
@@ -30,12 +29,16 @@ PREFIX = "model.diffusion_model."
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A base and a LoRA, both as tensors; the base's component and the LoRA's keys that are left out on purpose."""
+    """A base and a LoRA, both as tensors, and the keys of the LoRA that are left out on purpose.
+
+    The base is a component, or one file, or where it has `encoders` a pipeline of a UNet and these.
+    """
 
     base: Tensors
     lora: Tensors
     leave_out: tuple[str, ...] = ()
     as_file: bool = False
+    encoders: Mapping[str, Tensors] = field(default_factory=dict)
 
 
 @cache
@@ -176,9 +179,13 @@ def cases() -> Iterator[tuple[str, str, Case]]:
     bundle = _plain(zimage) | {"bundle_emb.mine.clip_l": _random(2, 8)}
     yield "z_image", "with a bundled embedding, `bundle_emb`", Case(zimage, bundle)
     yield "z_image", "the same, it left out", Case(zimage, bundle, ("bundle_emb.*",))
-    kohya = spelt(_plain(sdxl), "lora_unet_", flat=True) | _towers()
-    yield "sdxl", "with keys of text encoders, on the UNet alone", Case(sdxl, kohya)
-    yield "sdxl", "the same, these left out", Case(sdxl, kohya, ("lora_te*",))
+    encoders = {"text_encoder": _encoder(projection=False), "text_encoder_2": _encoder(projection=True)}
+    kohya = spelt(_plain(sdxl), "lora_unet_", flat=True)
+    for number, tensors in enumerate(encoders.values(), 1):
+        kohya |= spelt(_plain(tensors), f"lora_te{number}_", flat=True)
+    yield "sdxl", "`lora_unet_`, `lora_te1_` and `lora_te2_` on a pipeline", Case(sdxl, kohya, encoders=encoders)
+    yield "sdxl", "the same on the UNet alone", Case(sdxl, kohya)
+    yield "sdxl", "the same, those of text encoders left out", Case(sdxl, kohya, ("lora_te*",))
 
 
 def _processor(theirs: Tensors) -> Tensors:
@@ -203,12 +210,7 @@ def _sgm(own: Tensors) -> Tensors:
     return {f"{theirs}.weight": own[f"{ours}.weight"] for theirs, ours in names.items()}
 
 
-def _towers() -> Tensors:
-    made: Tensors = {}
-    for number, projection in enumerate((False, True), 1):
-        model = texts.clip(projection=projection)
-        assert isinstance(model, CLIPTextModelWithProjection if projection else CLIPTextModel)
-        named = {key: value.detach().numpy() for key, value in model.state_dict().items() if ".q_proj.weight" in key}
-        stems = {key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in named.items()}
-        made |= spelt(_plain(stems), f"lora_te{number}_", flat=True)
-    return made
+def _encoder(*, projection: bool) -> Tensors:
+    state = texts.clip(projection=projection).state_dict()
+    tower = "" if projection else texts.TOWER
+    return {f"{tower}{key}": value.detach().numpy() for key, value in state.items() if ".q_proj.weight" in key}

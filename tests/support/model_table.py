@@ -3,20 +3,19 @@
 Every cell is a merge of a tiny model that verification follows row by row, or the refusal of one.
 """
 
+import json
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from lora_fuse.checkpoint.shards import open_checkpoint
+import lora_fuse
+from lora_fuse import LoraInput, Selection
 from lora_fuse.errors import Refused
-from lora_fuse.fusion.merge import write_merged
-from lora_fuse.fusion.plan import cautions, make_plan
-from lora_fuse.lora.inputs import LoraInput, Selection
-from lora_fuse.verification.rederivation import Expectation, verify_merge
 from tests.support import tiny
 from tests.support.model_cases import TITLES, Case, cases, roles, spellings
 
@@ -64,25 +63,38 @@ class Notes:
 def outcome(case: Case, folder: Path, notes: Notes) -> str:
     """Merge and verify: *fuses*, *warns* or *refused*, with a number of a note."""
     folder.mkdir(parents=True)
-    base, out = folder / "base", folder / "out"
-    if case.as_file:
-        base, out = folder / "base.safetensors", folder / "out.safetensors"
-        save_file(case.base, base)
-    else:
-        tiny.write_component(base, case.base, shards=1)
+    base, out = _write(case, folder), folder / "out"
     lora = LoraInput("lora", folder / "lora.safetensors", 1.0)
     save_file({key: np.ascontiguousarray(values, np.float32) for key, values in case.lora.items()}, lora.path)
     chosen = Selection(leave_out=case.leave_out)
     try:
-        plan = make_plan(open_checkpoint(base), [lora], chosen)
-        write_merged(plan, out, device="cpu", generated={}, known={}, progress=lambda _: None)
+        plan = lora_fuse.plan(base, [lora], selection=chosen)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            lora_fuse.fuse(plan, out, device="cpu")
     except Refused as refusal:
         return f"refused [{notes.number(_reason(str(refusal), folder))}](#why)"
-    found = verify_merge(out, base, [lora], component="", rows=None, expected=Expectation(), selection=chosen)
-    assert found.passed, (found.problems, found)
-    if warned := [text for text in cautions(plan) if "no alpha" not in text]:
+    found = lora_fuse.verify(out, base, [lora], rows="all", selection=chosen)
+    assert found.passed, found
+    if warned := [text for text in map(str, (one.message for one in said)) if "no alpha" not in text]:
         return f"warns [{notes.number(_reason(warned[0], folder))}](#why)"
     return "fuses"
+
+
+def _write(case: Case, folder: Path) -> Path:
+    """The base of a case: one file, a component's folder, or a pipeline's with text encoders."""
+    if case.as_file:
+        save_file(case.base, folder / "base.safetensors")
+        return folder / "base.safetensors"
+    if not case.encoders:
+        return tiny.write_component(folder / "base", case.base, shards=1)
+    kinds = {"unet": ["diffusers", "UNet2DConditionModel"]}
+    kinds |= {part: ["transformers", "CLIPTextModel"] for part in case.encoders}
+    for part, tensors in {"unet": case.base, **case.encoders}.items():
+        tiny.write_component(folder / "base" / part, tensors, shards=1)
+    index = {"_class_name": "StableDiffusionXLPipeline", **kinds}
+    (folder / "base" / "model_index.json").write_text(json.dumps(index))
+    return folder / "base"
 
 
 def _reason(text: str, folder: Path) -> str:

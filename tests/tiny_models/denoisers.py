@@ -8,6 +8,8 @@ import diffusers
 import torch
 import transformers
 
+from tests.tiny_models.texts import TOWER
+
 SEED = 20261
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
@@ -179,7 +181,8 @@ def text_encoder_shapes(*, second: bool) -> dict[str, tuple[int, ...]]:
     sizes = {**CLIP_G, "projection_dim": 1280} if second else CLIP_L
     with torch.device("meta"):
         model = kind(transformers.CLIPTextConfig(**{**sizes, "num_hidden_layers": 1}))
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return shapes if second else {f"{TOWER}{name}": shape for name, shape in shapes.items()}
 
 
 def fill(model: torch.nn.Module) -> torch.nn.Module:

@@ -8,7 +8,8 @@ from typing import Any
 import diffusers
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
 from tests.tiny_models import texts
 from tests.tiny_models.denoisers import DENOISERS, fill
@@ -182,10 +183,17 @@ def tiny(name: str, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> Pat
         index[part] = [library, _class_name(made)]
         stored: Any = made.to(dtype) if isinstance(made, torch.nn.Module) else made
         stored.save_pretrained(folder / part)
+        if isinstance(made, CLIPTextModel):
+            _as_published(folder / part / "model.safetensors")
     if "processor" in more:
         texts.save_processor(folder / "processor", more["processor"][1].removesuffix("Processor"))
     (folder / "model_index.json").write_text(json.dumps(index | more, indent=2) + "\n")
     return folder
+
+
+def _as_published(path: Path) -> None:
+    """Give CLIP's weights the names that published repositories have; transformers 5 saves them without the first."""
+    save_file({f"{texts.TOWER}{name}": tensor for name, tensor in load_file(path).items()}, path, {"format": "pt"})
 
 
 def _class_name(part: Any) -> str:

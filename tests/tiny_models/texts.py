@@ -29,6 +29,7 @@ from transformers import (
 
 from pocket.train.model import write_json
 
+TOWER = "text_model."  # before the names of CLIP's weights, in published repositories
 WIDTH = 16  # of every text encoder's hidden states
 POCKET = Path("pocket/model/tokenizer")  # one token for each word of the Qwen-Image templates, which drop 34
 CHAT = (

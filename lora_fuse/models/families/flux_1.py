@@ -9,7 +9,7 @@ _STREAM = "STREAM_attn.qkv STREAM_attn.proj STREAM_mlp.0 STREAM_mlp.2"
 FAMILY = Family(
     name="FLUX.1",
     bases=(
-        KnownBase("black-forest-labs/FLUX.1-dev", "FluxPipeline"),
+        KnownBase("black-forest-labs/FLUX.1-dev", "FluxPipeline", ("ByteDance/Hyper-SD/Hyper-FLUX.1-dev-*",)),
         KnownBase("black-forest-labs/FLUX.1-schnell", "FluxPipeline"),
         KnownBase("black-forest-labs/FLUX.1-Kontext-dev", "FluxKontextPipeline"),
     ),

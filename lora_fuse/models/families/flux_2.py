@@ -6,12 +6,13 @@ from lora_fuse.models.pipeline_call import CFG_ALONE, EMBEDDED, UP_TO_TEN, Pipel
 # The base's converter swaps scale and shift of the last modulation, the one for LoRAs does not.
 _MISREAD = {"norm_out.linear.*": "the scale and shift of the last modulation keep their original order"}
 
-# Repository ids: the examples in diffusers 0.42.1, pipelines/flux2.
+# Repository ids: the examples in diffusers 0.42.1, pipelines/flux2; github.com/black-forest-labs/flux2.
 FAMILY = Family(
     name="FLUX.2",
     bases=(
         KnownBase("black-forest-labs/FLUX.2-dev", "Flux2Pipeline"),
         KnownBase("black-forest-labs/FLUX.2-klein-base-9B", "Flux2KleinPipeline"),
+        KnownBase("black-forest-labs/FLUX.2-klein-4B", "Flux2KleinPipeline"),
     ),
     components={"transformer": "Flux2Transformer2DModel"},
     converter="convert_flux2_transformer_checkpoint_to_diffusers",

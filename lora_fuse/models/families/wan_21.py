@@ -39,6 +39,7 @@ FAMILY = Family(
             frames_per_second=_RATE,
             takes_sigmas=False,
             denoisers=_EXPERTS,
+            needs=("ftfy",),
         ),
     ),
 )

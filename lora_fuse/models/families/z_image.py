@@ -11,7 +11,7 @@ _BLOCK = (
 FAMILY = Family(
     name="Z-Image",
     bases=(
-        KnownBase("Tongyi-MAI/Z-Image", "ZImagePipeline"),
+        KnownBase("Tongyi-MAI/Z-Image", "ZImagePipeline", ("alibaba-pai/Z-Image-Fun-Lora-Distill/Z-Image-Fun-Lora-*",)),
         KnownBase("Tongyi-MAI/Z-Image-Turbo", "ZImagePipeline"),
     ),
     components={"transformer": "ZImageTransformer2DModel"},

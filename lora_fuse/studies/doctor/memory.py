@@ -36,9 +36,9 @@ def _in_memory(path: Path, size: int) -> int:
 
 
 def together(parts: Mapping[str, int]) -> int:
-    """Bytes of weights that are in memory at once: the text encoder has gone when the transformer comes."""
-    encoder = parts.get("text_encoder", 0)
-    return max(encoder, sum(parts.values()) - encoder)
+    """Bytes of weights that are in memory at once: text encoders have gone when what denoises comes."""
+    encoders = sum(size for part, size in parts.items() if part.startswith("text_encoder"))
+    return max(encoders, sum(parts.values()) - encoders)
 
 
 def fits(placement: str, parts: Mapping[str, int], gpus: Sequence[int]) -> bool:
