@@ -110,6 +110,7 @@ FLAT_PREFIXES = (
     "lycoris_",  # LyCORIS
     *("lora_te_", "lora_te1_", "lora_te2_", "lora_te3_"),  # kohya, OneTrainer
 )
+CLIP_PREFIX = "text_model"
 # Before the names of a component that is not the main one, and its folder; the first that a name begins with counts.
 COMPONENTS = {
     "transformer_2.": "transformer_2",
@@ -174,5 +175,17 @@ def component_of(key: str) -> str | None:
 
 
 def spellings(module: str, prefixes: Iterable[str]) -> list[str]:
-    """The names that a module of a file may have in the base: without its prefix."""
-    return [module.removeprefix(prefix) for prefix in prefixes if module.startswith(prefix)]
+    """The names that a module of a file may have in the base: without its prefix.
+
+    CLIP's text encoders have `CLIP_PREFIX` before their names, or since transformers 5 not.
+    """
+    names = [module.removeprefix(prefix) for prefix in prefixes if module.startswith(prefix)]
+    if (component_of(module) or "").startswith("text_encoder"):
+        names += [_other_clip_name(name) for name in names]
+    return names
+
+
+def _other_clip_name(name: str) -> str:
+    dot = "." if "." in name else "_"
+    prefix = f"{CLIP_PREFIX}{dot}"
+    return name.removeprefix(prefix) if name.startswith(prefix) else prefix + name

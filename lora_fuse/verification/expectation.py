@@ -363,6 +363,8 @@ def _longest_match(module: str, kind: str, names: Collection[str], flat: Mapping
     modules = _tails(module, ".")
     if "." not in module:
         modules += [flat[tail] for tail in _tails(module, "_") if tail in flat][:1]
+        modules += [flat[tail] for tail in (f"text_model_{tail}" for tail in _tails(module, "_")) if tail in flat][:1]
+    modules += [f"text_model.{tail}" for tail in _tails(module, ".")]  # CLIP, before transformers 5
     return next((f"{name}.{kind}" for name in modules if f"{name}.{kind}" in names), None)
 
 

@@ -198,6 +198,23 @@ def test_keys_say_which_component_they_are_for(encoders: Encoders, tmp_path: Pat
         assert after.tobytes() == wanted.tobytes()
 
 
+@pytest.mark.parametrize("there", ["", "text_model."])
+@pytest.mark.parametrize(
+    "key", ["lora_te1_text_model_{}", "lora_te1_{}", "text_encoder.text_model.{}", "text_encoder.{}"]
+)
+def test_clip_s_names_with_and_without_their_beginning_are_one(there: str, key: str, tmp_path: Path) -> None:
+    module = TEXT.removeprefix("text_model.")
+    weight = next(iter(encoder(4).values()))
+    base = write(tmp_path / "base", "unet", {"text_encoder": {f"{there}{module}.weight": weight}})
+    name = key.format(module if "." in key else module.replace(".", "_"))
+    factors = kohya("", "x", (16, 16), 6)
+    lora = tiny.write_lora(tmp_path / "l.safetensors", {k.replace("x", name, 1): v for k, v in factors.items()})
+    loras = [LoraInput("l", lora, 1.0)]
+    lora_fuse.fuse(lora_fuse.plan(base, loras), tmp_path / "out", device="cpu")
+    found = lora_fuse.verify(tmp_path / "out", base, loras)
+    assert (found.passed, list(found.changes)) == (True, [f"{there}{module}.weight"])
+
+
 def test_other_components_may_be_left_out_on_purpose_only(encoders: Encoders) -> None:
     named = LoraInput("l", encoders.lora.path, 1.0, "unet")
     with pytest.raises(BadLora, match=r"2 of 8 modules are for text_encoder, text_encoder_2 .*into unet"):
