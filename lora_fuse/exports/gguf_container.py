@@ -19,7 +19,7 @@ import numpy as np
 from lora_fuse.checkpoint import Shard, TensorInfo
 from lora_fuse.errors import BadCheckpoint, Unquantisable, naming_extras
 from lora_fuse.exports.export_contents import WEIGHT, Contents, Matrix, read_blocks, widened
-from lora_fuse.exports.making import Encode, MadeInOrder, naming, octets
+from lora_fuse.exports.making import Encode, made_in_order, naming, octets
 from lora_fuse.machine import FileRecord, direct_io
 
 ALIGNMENT = 32  # bytes; the format's own where a file says nothing else
@@ -61,21 +61,20 @@ def write(
     """Write a file whose matrices are of ggml's type `kind`; `progress` gets the bytes just written.
 
     Raises:
-        BadCheckpoint: a shard is not what its header says, or see `MadeInOrder`.
+        BadCheckpoint: a shard is not what its header says, or see `made_in_order`.
     """
     tensors = _tensors(contents, kind)
     with (
         direct_io.HashingWriter(path, progress, direct=False) as file,
-        MadeInOrder(contents.matrices, matrix, encode) as made,
+        made_in_order(contents.matrices, matrix, encode) as made,
     ):
         file.append(_header(contents, tensors))
-        results = iter(made)
         for tensor in tensors:
             if tensor.module is None:
                 for block in tensor.blocks():
                     file.append(block)
             else:
-                module, parts = next(results)
+                module, parts = next(made)
                 if module != tensor.module or parts["weight"].nbytes != tensor.nbytes:
                     raise BadCheckpoint(f"{tensor.name!r} has {parts['weight'].nbytes} bytes, not {tensor.nbytes}")
                 file.append(octets(parts["weight"]))

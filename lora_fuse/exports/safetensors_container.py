@@ -16,7 +16,7 @@ from pathlib import Path
 from lora_fuse.checkpoint import Header, dtypes
 from lora_fuse.errors import Unquantisable
 from lora_fuse.exports.export_contents import Contents, Matrix, Stored, read_blocks
-from lora_fuse.exports.making import Encode, MadeInOrder, naming, octets
+from lora_fuse.exports.making import Encode, made_in_order, naming, octets
 from lora_fuse.machine import FileRecord, direct_io
 from lora_fuse.quantisation import FORMATS
 
@@ -34,11 +34,11 @@ def write(
     """Write a file; `progress` gets the bytes just written.
 
     Raises:
-        BadCheckpoint: a shard is not what its header says, or see `MadeInOrder`.
+        BadCheckpoint: a shard is not what its header says, or see `made_in_order`.
     """
     with (
         direct_io.HashingWriter(path, progress, direct=False) as file,
-        MadeInOrder(contents.matrices, matrix, encode) as made,
+        made_in_order(contents.matrices, matrix, encode) as made,
     ):
         file.append(_header(contents, codec))
         front, back = _stored(contents)

@@ -25,6 +25,7 @@ from lora_fuse.machine.files import FileRecord, open_regular, read_json, replace
 from lora_fuse.machine.hashing import Advance as Advance  # noqa: PLC0414
 from lora_fuse.machine.hashing import HashingThreads as HashingThreads  # noqa: PLC0414
 from lora_fuse.machine.hashing import feed
+from lora_fuse.machine.hashing import in_order as in_order  # noqa: PLC0414
 from lora_fuse.machine.hashing import in_threads as in_threads  # noqa: PLC0414
 
 TICK = 20_000_000  # nanoseconds; two changes within one step of the kernel's clock have the same time

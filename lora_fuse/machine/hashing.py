@@ -1,4 +1,4 @@
-"""Files hashed by as many threads as there are cores.
+"""Files hashed by as many threads as there are cores, and other work that threads do while its results are taken.
 
 SHA-256 of one file is serial, so the largest file bounds them all: it is the first.
 """
@@ -6,7 +6,8 @@ SHA-256 of one file is serial, so the largest file bounds them all: it is the fi
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from threading import Event
 from typing import Any, BinaryIO, Self, TypeVar
@@ -64,3 +65,29 @@ def in_threads(
         largest_first = sorted(range(len(items)), key=lambda at: size(items[at]), reverse=True)
         running = {at: threads.submit(work, items[at]) for at in largest_first}
         return [running[at].result() for at in range(len(items))]
+
+
+def in_order(
+    threads: ThreadPoolExecutor, work: Iterable[tuple[int, Callable[[], Result]]], most: int
+) -> Iterator[Result]:
+    """Do work in threads, and yield the results in the order in which it is given.
+
+    Each comes with what it weighs, as bytes, or 1: no more than `most` is under way or waits to be taken, the result
+    that was yielded last with it, but for one that weighs more alone; so little is taken from whoever makes the work.
+    Where nobody asks any more, what was not begun is not.
+    """
+    running: deque[tuple[int, Future[Result]]] = deque()
+    total = 0
+    try:
+        for weight, one in work:
+            while running and total + weight > most:
+                lighter, future = running.popleft()
+                yield future.result()
+                total -= lighter
+            running.append((weight, threads.submit(one)))
+            total += weight
+        while running:
+            yield running.popleft()[1].result()
+    finally:
+        for _, future in running:
+            future.cancel()

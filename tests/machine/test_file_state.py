@@ -4,14 +4,24 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
-from concurrent.futures import CancelledError
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from lora_fuse.machine import FileRecord
-from lora_fuse.machine.file_state import TICK, FileState, FileStates, SeenFiles, hash_steady, in_threads, state_of
+from lora_fuse.machine.file_state import (
+    TICK,
+    FileState,
+    FileStates,
+    SeenFiles,
+    hash_steady,
+    in_order,
+    in_threads,
+    state_of,
+)
 
 
 @pytest.fixture
@@ -120,6 +130,30 @@ def test_work_in_threads_is_in_order_and_ends_with_the_first_error() -> None:
     with pytest.raises(ValueError, match="3"):
         in_threads(work, range(100), done.append, int)
     assert in_threads(work, [], done.append, int) == []
+
+
+def test_results_are_taken_in_order_and_little_is_made_ahead_of_them() -> None:
+    weights = [1, 1, 9, 1, 1, 1, 1]
+    begun: list[int] = []
+
+    def work(number: int) -> int:
+        if number == 5:
+            raise ValueError(number)
+        return number
+
+    def given() -> Iterator[tuple[int, Callable[[], int]]]:
+        for number, weight in enumerate(weights):
+            begun.append(number)
+            yield weight, partial(work, number)
+
+    with ThreadPoolExecutor(2) as threads:
+        results = in_order(threads, given(), 3)
+        taken = [(next(results), list(begun)) for _ in range(4)]
+        assert [result for result, _ in taken] == [0, 1, 2, 3]
+        assert [len(ahead) for _, ahead in taken] == [3, 3, 4, 7]  # what was begun by then, with one that had to wait
+        assert next(results) == 4
+        with pytest.raises(ValueError, match="5"):
+            next(results)
 
 
 def test_the_largest_is_first_and_the_results_are_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

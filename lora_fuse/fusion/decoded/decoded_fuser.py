@@ -7,7 +7,6 @@ model.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from lora_fuse.fusion.pieces import PIECE, row_pieces
 from lora_fuse.fusion.plan import Plan, Target
 from lora_fuse.fusion.stream import AddingThreads, FuseOptions, Progress, Share, Stopped, refuse_other_content
 from lora_fuse.lora import Delta, NotFinite
-from lora_fuse.machine import FileRecord, direct_io, files
+from lora_fuse.machine import FileRecord, direct_io, file_state, files
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,25 +55,17 @@ class DecodedFuser(AddingThreads):
             direct_io.HashingWriter(to, self._progress, self._way.direct, self._share.windows) as output,
         ):
             output.append(decoded_header(shard, tensors, self._plan.provenance))
-            for made in self._in_order(self._work(tensors, shard, source)):
+            work = self._unless_stopped(self._work(tensors, shard, source))
+            for made in file_state.in_order(self._adders, work, AHEAD * self._share.adders + 1):
                 output.append(made)
             return output.finish()
 
-    def _in_order(self, work: Iterable[Work]) -> Iterator[memoryview]:
-        """The results of work that threads do, in the order in which it is given, and little ahead of it."""
-        running: deque[Future[memoryview]] = deque()
-        try:
-            for one in work:
-                if self._way.stop.is_set():
-                    raise Stopped
-                running.append(self._adders.submit(one))
-                if len(running) > AHEAD * self._share.adders:
-                    yield running.popleft().result()
-            while running:
-                yield running.popleft().result()
-        finally:
-            for future in running:
-                future.cancel()
+    def _unless_stopped(self, work: Iterable[Work]) -> Iterator[tuple[int, Work]]:
+        """Each piece of work, all of the same weight, until the run is to stop."""
+        for one in work:
+            if self._way.stop.is_set():
+                raise Stopped
+            yield 1, one
 
     def _work(self, tensors: Iterable[DecodedTensor], shard: Shard, source: direct_io.Reader) -> Iterator[Work]:
         """The work of each piece of the file; what it needs of the base is read before it is given."""

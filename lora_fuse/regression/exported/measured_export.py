@@ -6,9 +6,8 @@ What was meant is the exact sum of base and LoRAs, before any rounding; what a f
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from lora_fuse.checkpoint import Checkpoint, open_checkpoint
 from lora_fuse.errors import BadCheckpoint, BadSource, Rerun
 from lora_fuse.exports import ExportOptions, QuantisedPart, problems, quantised_by, read_export
 from lora_fuse.fusion import Plan, read_manifest
-from lora_fuse.machine import FileRecord, files
+from lora_fuse.machine import FileRecord, file_state, files
 from lora_fuse.pictures import pairs
 from lora_fuse.recipe import Artifacts, Recipe
 from lora_fuse.regression import case_judgement, verdicts
@@ -111,17 +110,18 @@ def measure_weights(
     left = set(meant.shapes)
     wrong: list[str] = []
 
-    def known() -> Iterator[Callable[[], TensorNoise]]:
+    def known() -> Iterator[tuple[int, Callable[[], TensorNoise]]]:
         for name, values in decoded:
             if name not in left:
                 wrong.append(f"It has {name!r}, which is no weight of the model or comes twice.")
             elif values.shape != meant.shapes[name]:
                 wrong.append(f"Its {name!r} is of shape {values.shape}, the model's of {meant.shapes[name]}.")
             else:
-                yield partial(_measure, name, values, meant, quantised)
+                yield 1, partial(_measure, name, values, meant, quantised)
             left.discard(name)
 
-    tensors = tuple(_side_by_side(known()))
+    with ThreadPoolExecutor(WORKERS, "weights") as threads:
+        tensors = tuple(file_state.in_order(threads, known(), WORKERS + 1))
     if missing := sorted(name for name in left if 0 not in meant.shapes[name]):
         wrong.append(f"It lacks {len(missing)} weights, {missing[0]} for one.")
     return WeightNoise(tensors), wrong
@@ -134,18 +134,6 @@ def _measure(name: str, values: FloatArray, meant: Meant, quantised: QuantisedPa
     base = meant.base(name) if name in meant.targets else None
     best = quantised.at_best(name, exact) if quantised.at_best else None
     return tensor_noise(name, values, exact, base=base, best=best)
-
-
-def _side_by_side(jobs: Iterable[Callable[[], TensorNoise]]) -> Iterator[TensorNoise]:
-    """Run jobs in threads, in order, and take no more from their maker than run at once."""
-    with ThreadPoolExecutor(WORKERS, "weights") as pool:
-        running: deque[Future[TensorNoise]] = deque()
-        for job in jobs:
-            running.append(pool.submit(job))
-            if len(running) > WORKERS:
-                yield running.popleft().result()
-        for future in running:
-            yield future.result()
 
 
 def judge_exports(
