@@ -106,10 +106,15 @@ def _for_module(stated: Sequence[StatedScale], module: str, where: str) -> list[
     general = [place for place in stated if not place.component]
     special = [place for place in stated if place.component]
     own = [place for place in special if module.startswith(f"{place.component}.")]
-    own = own or [place for place in special if component_of(f"{place.component}.") is None] or special
+    own = own or [place for place in special if _denoises(place.component)] or special
     if len({place.component for place in own}) > 1:
         raise BadLora(
             f"{where}: the header speaks of {' and '.join(sorted(place.where for place in own))}, and the name of "
             f"{module!r} does not say which of them is meant; put the component before the names"
         )
     return general + own
+
+
+def _denoises(component: str) -> bool:
+    """True for a component that a module may be of whose name says none: a file may be for the second transformer."""
+    return component_of(f"{component}.") in (None, "transformer_2")
