@@ -135,6 +135,22 @@ def test_the_selection_is_part_of_the_way_to_rebuild() -> None:
         assert option in text
 
 
+def test_components_and_keys_that_are_left_out_are_said_and_part_of_the_way_to_rebuild() -> None:
+    high = replace(LORA, components=("transformer_2",), left_out=("a.k_img.alpha", "b.k_img.alpha"))
+    both = replace(LORA, name="both", components=("transformer", "transformer_2"))
+    chosen = Selection(leave_out=("*.k_img.*",))
+    counts = {"transformer": 10, "transformer_2": 20}
+    text = card(replace(MANIFEST, loras=(high, both), selection=chosen, components=counts))
+    assert "| LoRA in `transformer_2` |" in text
+    assert "| LoRA in `transformer`, `transformer_2` |" in text
+    assert "2 keys that no module of the base is for are left out on purpose: `*.k_img.*`." in text
+    assert "--scale 0.8 --component transformer_2 \\" in text
+    assert "--scale 0.8 --component auto \\" in text
+    assert "--leave-out '*.k_img.*'" in text
+    assert "--component" not in card()
+    assert "left out" not in card()
+
+
 def test_a_lora_that_was_made_for_another_base_is_warned_of() -> None:
     base = replace(BASE, repo_id="Qwen/Qwen-Image-Edit")
     file = "Qwen-Image-Edit-2509/Qwen-Image-Edit-2509-Lightning-4steps-V1.0-bf16.safetensors"
