@@ -249,6 +249,24 @@ def test_a_dtype_is_that_of_all_components(experts: Experts, tmp_path: Path) -> 
     assert {tensor.dtype for file in files for tensor in load_file(file).values()} == {np.dtype(np.float32)}
 
 
+def test_a_fault_of_the_second_component_leaves_nothing_of_the_first(experts: Experts, tmp_path: Path) -> None:
+    broken = tiny.weights(seed=1)
+    broken["transformer_blocks.1.attn.to_q.weight"][3, 3] = np.nan
+    base = write(tmp_path / "base", more={"transformer_2": broken})
+    loras = [LoraInput("h", experts.high, 1.0), LoraInput("l", experts.low, 1.0, "transformer_2")]
+    with pytest.raises(BadCheckpoint, match=r"transformer_2.*transformer_blocks\.1\.attn\.to_q.*nothing was written"):
+        lora_fuse.fuse(lora_fuse.plan(base, loras), tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+    assert not manifest_path(tmp_path / "out").exists()
+
+
+def test_a_text_encoder_s_folder_is_a_base_where_its_component_is_named(encoders: Encoders, tmp_path: Path) -> None:
+    tensors = kohya("lora_te1_", TEXT, (16, 16), 6)
+    loras = [LoraInput("l", tiny.write_lora(tmp_path / "te.safetensors", tensors), 1.0, "text_encoder")]
+    lora_fuse.fuse(lora_fuse.plan(encoders.base / "text_encoder", loras), tmp_path / "out", device="cpu")
+    assert lora_fuse.verify(tmp_path / "out", encoders.base / "text_encoder", loras, rows="all").passed
+
+
 def test_loras_of_several_components_are_not_kept_beside_a_base(experts: Experts, tmp_path: Path) -> None:
     loras = [LoraInput("h", experts.high, 1.0), LoraInput("l", experts.low, 1.0, "transformer_2")]
     with pytest.raises(Refused, match="of one component are kept beside"):
