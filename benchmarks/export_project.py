@@ -10,7 +10,6 @@ from pathlib import Path
 
 from benchmarks.make_checkpoint import Noise, Shapes, make_lora
 from benchmarks.memory_limit import LimitedRun, run_limited
-from lora_fuse.errors import Refused
 
 ROOT = Path(__file__).resolve().parents[1]
 RANK = 64
@@ -65,7 +64,4 @@ class ExportProject:
         """
         given = ["base.path=base", "loras.lightning.path=lora", f"loras.lightning.filename={self.lora.name}"]
         command = [sys.executable, "-m", f"stages.{stage}", f"name={self.name}", *given, *overrides]
-        done = run_limited(command, None, cwd=self.root, env={**os.environ, "PYTHONPATH": str(ROOT)})
-        if done.code:
-            raise Refused(f"{stage} ended with {done.code}: {done.output[-2000:]}")
-        return done
+        return run_limited(command, None, cwd=self.root, env={**os.environ, "PYTHONPATH": str(ROOT)}).well(stage)

@@ -106,8 +106,7 @@ class Row:
         Raises:
             Refused: it failed.
         """
-        if run.code:
-            raise Refused(f"{name} ended with {run.code}: {run.output[-2000:]}")
+        run.well(name)
         return cls(name, run.seconds, run.used, run.peak)
 
 
@@ -207,10 +206,7 @@ def _peer(folder: Path, name: str, command: list[str], more: list[str]) -> Row:
     """Time a peer that makes a folder of the transformer, and remove it: `more` files are between the two."""
     out = folder / "out"
     files = [folder / "base/transformer", *(folder / one for one in more), out]
-    row = Row.of(name, run_limited([*command, *map(str, files)], None))
-    shutil.rmtree(out)
-    os.sync()
-    return row
+    return Row.of(name, run_limited([*command, *map(str, files)], None).well(name).without(out))
 
 
 def _rendering(project: Path, whole: float) -> Iterator[Row]:

@@ -14,17 +14,14 @@ import json
 import os
 import platform
 import re
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from lora_fuse.errors import Refused
+from benchmarks.memory_limit import LimitedRun, run_limited
 from lora_fuse.machine import interrupts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,32 +43,14 @@ model.save_pretrained(out, max_shard_size="5GB")
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Wall time and seconds of one core of a process, and its peak resident memory in bytes."""
-
-    seconds: float
-    used: float
-    peak: int
-
-
-def measure(command: Sequence[str], out: Path, cwd: Path = ROOT) -> Run:
+def measure(command: Sequence[str], out: Path, cwd: Path = ROOT) -> LimitedRun:
     """Run a command that writes `out`, in a folder, and remove what it wrote.
 
     Raises:
         Refused: it failed.
     """
-    begun = time.perf_counter()
     whole = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    process = subprocess.Popen(command, cwd=cwd, env=whole, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    output = process.stdout.read() if process.stdout else ""
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - begun
-    if os.waitstatus_to_exitcode(status) != 0:
-        raise Refused(f"{' '.join(command)} failed: {output}")
-    shutil.rmtree(out)
-    os.sync()  # what it wrote must not be written back during the next one
-    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+    return run_limited(command, None, cwd=cwd, env=whole).well(" ".join(command)).without(out)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -106,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         places |= dict.fromkeys(STAGES, (project / "artifacts/merged", project))
         size = sum(path.stat().st_size for path in base.iterdir())
         print(f"{options.blocks} of 60 blocks, {size / 1e9:.2f} GB, bfloat16, rank 64; {machine()}")
-        runs: dict[str, list[Run]] = {name: [] for name in commands}
+        runs: dict[str, list[LimitedRun]] = {name: [] for name in commands}
         for _ in range(options.runs):
             for name, command in commands.items():
                 runs[name].append(measure(command, *places[name]))
@@ -128,7 +107,7 @@ def _project(project: Path, base: Path, lora: Path) -> str:
     return given
 
 
-def _table(runs: dict[str, list[Run]], size: int) -> None:
+def _table(runs: dict[str, list[LimitedRun]], size: int) -> None:
     medians = {name: statistics.median(run.seconds for run in of_name) for name, of_name in runs.items()}
     width = max(map(len, runs))
     print(f"| {'':{width}} | seconds, each run | median | of one core | GB/s | times cp | peak memory |")
@@ -136,7 +115,7 @@ def _table(runs: dict[str, list[Run]], size: int) -> None:
     for name, of_name in runs.items():
         each = ", ".join(f"{run.seconds:.1f}" for run in of_name)
         ratio = medians[name] / medians["cp"]
-        peak = max(run.peak for run in of_name) / 1e9
+        peak = max(run.resident for run in of_name) / 1e9
         used = statistics.median(run.used for run in of_name)
         speed = size / 1e9 / medians[name]
         figures = f"{medians[name]:.1f} | {used:.1f} | {speed:.2f} | {ratio:.2f} | {peak:.2f} GB"

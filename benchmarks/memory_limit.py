@@ -29,6 +29,7 @@ from pathlib import Path
 
 import psutil
 
+from lora_fuse.errors import Refused
 from lora_fuse.machine import interrupts, progress, text
 
 EVERY = 0.05  # seconds between two looks
@@ -39,7 +40,8 @@ OWN = ("RssAnon:", "RssShmem:")  # in kB
 class LimitedRun:
     """A command that ran: exit code, output, seconds, seconds of one core, and bytes that it held of its own at most.
 
-    `how` is the mechanism of the limit: ``cgroup``, ``RLIMIT_DATA``, or ``none`` without a limit.
+    `how` is the mechanism of the limit: ``cgroup``, ``RLIMIT_DATA``, or ``none`` without a limit. `resident` are the
+    most bytes that one of its processes held, of its own or not (ru_maxrss of getrusage(2)).
     """
 
     code: int
@@ -48,6 +50,23 @@ class LimitedRun:
     used: float
     peak: int
     how: str
+    resident: int
+
+    def well(self, name: str) -> LimitedRun:
+        """The same run, of a command that is called `name`.
+
+        Raises:
+            Refused: it failed.
+        """
+        if self.code:
+            raise Refused(f"{name} ended with {self.code}: {self.output[-2000:]}")
+        return self
+
+    def without(self, written: Path) -> LimitedRun:
+        """The same run, the folder that it wrote removed: that must not be written back during the next one."""
+        shutil.rmtree(written)
+        os.sync()
+        return self
 
 
 def run_limited(
@@ -74,7 +93,8 @@ def run_limited(
         process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         used = usage.ru_utime + usage.ru_stime
-        return LimitedRun(process.returncode, output.read(), seconds, used, sampler.peak, how)
+        resident = usage.ru_maxrss * 1024
+        return LimitedRun(process.returncode, output.read(), seconds, used, sampler.peak, how, resident)
 
 
 @contextmanager
