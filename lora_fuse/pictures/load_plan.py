@@ -33,7 +33,7 @@ from lora_fuse.pictures.render import (
     shared_components,
 )
 from lora_fuse.pictures.render_progress import RenderProgress
-from lora_fuse.pictures.unfused_lora import Attached, attach, attach_differences, fused_parts
+from lora_fuse.pictures.unfused_lora import Attached, attach
 from lora_fuse.pictures.weights_in_place import FloatArray, jitter, take_weights
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def share_both(
     Raises:
         RenderFailed, OutOfMemory: see `share`.
     """
-    if all(part.component in setup.call.denoisers for part in plan.parts):
+    if not _parts_beside(plan, setup):
         both = base or share(merged, cases, setup, watch)
         return both, both
     theirs = base or share(plan.checkpoint.root, cases, setup, watch)
@@ -108,14 +108,24 @@ def share(folder: Path, cases: Sequence[Case], setup: Setup, watch: RenderProgre
 
 
 def _encode(
-    folder: Path, cases: Sequence[Case], setup: Setup, watch: RenderProgress, plan: Plan | None = None
+    folder: Path,
+    cases: Sequence[Case],
+    setup: Setup,
+    watch: RenderProgress,
+    plan: Plan | None = None,
+    *,
+    moved: bool = False,
 ) -> Shared:
-    """Encode the prompts of all cases; with a plan, with its LoRAs beside the text encoders of its base."""
+    """Encode the prompts of all cases; with a plan, with its LoRAs beside the text encoders of its base.
+
+    These are `moved` by one rounding for the noise floor.
+    """
     pipe = _load(folder, setup, dict.fromkeys((*setup.call.denoisers, "vae")), watch, "text encoder")
     if plan is not None:
-        for name, targets in fused_parts(plan).items():
-            if name not in setup.call.denoisers:
-                attach_differences(getattr(pipe, name), targets)
+        attach(pipe, plan)
+    if plan is not None and moved:
+        for part in _parts_beside(plan, setup):
+            jitter(getattr(pipe, part.component), part.targets, _rounded_to(part, setup))
     with _advised(setup.placement), watch.spending("prompts"):
         place(pipe, setup.placement)
         samplings = {sampling.beside_prompt: sampling for sampling in setup.sides}
@@ -255,17 +265,17 @@ class BaseSides:
             self._encode_beside(plan)
         return self._render(self._setup.sampling, side)
 
-    def _encode_beside(self, plan: Plan) -> None:
+    def _encode_beside(self, plan: Plan, *, moved: bool = False) -> None:
         """Encode the prompts with LoRAs beside the text encoders, where they are for those too."""
         self._encoded = None
-        if any(part.component not in self._setup.call.denoisers for part in plan.parts):
-            encoded = _encode(self._base, self._cases, self._setup, self._watch, plan)
+        if _parts_beside(plan, self._setup):
+            encoded = _encode(self._base, self._cases, self._setup, self._watch, plan, moved=moved)
             self._encoded = Shared(self._shared.parts, encoded.prompts)
 
     def references(self, plan: Plan) -> References:
         """Render every case from the base alone if asked, with the LoRAs beside it, and with its weights moved.
 
-        The weights of denoisers stay moved, so that this comes last; their memory is given back.
+        The weights stay moved, so that this comes last; the denoisers' memory is given back.
 
         Raises:
             RenderFailed: see `render_pairs`.
@@ -279,6 +289,7 @@ class BaseSides:
             for part in plan.parts:
                 if part.component in setup.call.denoisers:
                     jitter(getattr(self._pipe, part.component), part.targets, _rounded_to(part, setup))
+        self._encode_beside(plan, moved=True)
         floor = self._render(setup.sampling, "floor")
         self.drop()
         return References(unfused, floor, alone, by)
@@ -317,6 +328,11 @@ class BaseSides:
             watch=self._watch,
             shared=self._encoded or self._shared,
         )
+
+
+def _parts_beside(plan: Plan, setup: Setup) -> list[Plan]:
+    """The parts of a plan that are no denoisers: text encoders."""
+    return [part for part in plan.parts if part.component not in setup.call.denoisers]
 
 
 def _rounded_to(plan: Plan, setup: Setup) -> list[torch.dtype]:

@@ -7,10 +7,12 @@ has no notion of (modules left out, scales of their own), is attached here.
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_fuse.checkpoint import repository_files
@@ -19,6 +21,7 @@ from lora_fuse.lora import Decomposed, Delta, LoraInput
 from lora_fuse.pictures.calls.call_arguments import call_of
 from lora_fuse.pictures.environment import sealed
 from lora_fuse.pictures.render import Pipeline, one_line
+from lora_fuse.pictures.weights_in_place import loaded_names
 
 if TYPE_CHECKING:
     import torch
@@ -47,11 +50,11 @@ class Attached:
 
 def attach(pipe: Pipeline, plan: Plan) -> Attached:
     """Let the LoRAs of a plan act in a pipeline of its base, in the components that are there."""
-    parts = {name: targets for name, targets in fused_parts(plan).items() if getattr(pipe, name, None) is not None}
+    parts = {name: targets for name, targets in fused_parts(plan).items() if _is_there(pipe, name)}
     reason = _beyond_diffusers(plan) or _misread(pipe, plan)
     if reason is None:
         try:
-            load_loras(pipe, plan.inputs, modules_of(plan), tuple(parts))
+            load_loras(pipe, plan.inputs, modules_of(parts), _routes(plan, parts))
             return Attached(DIFFUSERS)
         except RenderFailed as error:
             reason = str(error)
@@ -60,18 +63,32 @@ def attach(pipe: Pipeline, plan: Plan) -> Attached:
     return Attached(f"lora-fuse, for {reason}", hooks)
 
 
+def _is_there(pipe: Pipeline, component: str) -> bool:
+    return hasattr(getattr(pipe, component, None), "parameters")
+
+
+def _routes(plan: Plan, components: Iterable[str]) -> list[tuple[str, ...]] | None:
+    """The components that each LoRA goes into, of these; None where there is one, the main one."""
+    if not plan.further and plan.component in repository_files.MAIN:
+        return None
+    numbers = range(len(plan.inputs))
+    return [tuple(name for name in components if name in plan.components_of(number)) for number in numbers]
+
+
 def fused_parts(plan: Plan) -> dict[str, dict[str, Target]]:
     """The targets of a plan by the component of the pipeline that they are weights of."""
     return {part.component: part.targets for part in plan.parts}
 
 
-def modules_of(plan: Plan) -> int:
-    """The modules of the base that each LoRA of a plan changes, summed over the LoRAs."""
-    return sum(len(target.deltas) for part in plan.parts for target in part.targets.values())
+def modules_of(parts: Mapping[str, Mapping[str, Target]]) -> int:
+    """The modules of these components that each LoRA changes, summed over the LoRAs."""
+    return sum(len(target.deltas) for targets in parts.values() for target in targets.values())
 
 
 def _misread(pipe: Pipeline, plan: Plan) -> str | None:
-    """The reason why diffusers would attach another delta than the file has, where it is known to."""
+    """The reason why diffusers would attach nothing, or another delta than the file has, where it is known to."""
+    if others := fused_parts(plan).keys() - set(getattr(pipe, "_lora_loadable_modules", ())):
+        return f"diffusers loads no LoRA into {', '.join(sorted(others))}"
     for pattern, reason in call_of(type(pipe).__name__).misread.items():
         if found := fnmatch.filter([name for part in plan.parts for name in part.targets], pattern):
             return f"diffusers misreads {found[0]} ({reason})"
@@ -81,8 +98,6 @@ def _misread(pipe: Pipeline, plan: Plan) -> str | None:
 def _beyond_diffusers(plan: Plan) -> str | None:
     if not plan.selection.everything:
         return "the recipe leaves modules out or scales them"
-    if plan.further or plan.component not in repository_files.MAIN:
-        return f"diffusers loads a file into one component, and these are for {', '.join(fused_parts(plan))}"
     if places := {place for lora in plan.loras for place in lora.expressions}:
         return f"diffusers would match the patterns in {', '.join(sorted(places))} without an end"
     if others := {delta.algorithm for lora in plan.loras for delta in lora.deltas if not delta.is_plain}:
@@ -94,19 +109,21 @@ def _beyond_diffusers(plan: Plan) -> str | None:
 
 @sealed()
 def load_loras(
-    pipe: Pipeline, loras: Sequence[LoraInput], expected_modules: int, components: Sequence[str] = ("transformer",)
+    pipe: Pipeline, loras: Sequence[LoraInput], expected_modules: int, routes: Sequence[Sequence[str]] | None = None
 ) -> int:
     """Attach LoRAs, unfused, and check that they arrived: diffusers may load no layer at all and only warn.
 
     They act together, each at its scale. `expected_modules` are those of the base that each LoRA targets, summed over
-    the LoRAs; so many of the components' were given an adapter, and that number is returned.
+    the LoRAs; so many were given an adapter, and that number is returned. `routes` are the components that each LoRA
+    goes into; without them, it is the pipeline's denoiser.
 
     Raises:
         RenderFailed: diffusers cannot read a file, or attached another number of modules.
     """
     adapters = [f"lora_{number}" for number in range(len(loras))]  # torch forbids dots, which names may have
-    for lora, adapter in zip(loras, adapters, strict=True):
-        _load_lora(pipe, lora, adapter)
+    for number, (lora, adapter) in enumerate(zip(loras, adapters, strict=True)):
+        _load_lora(pipe, lora, adapter, None if routes is None else routes[number])
+    components = {name for route in routes or [call_of(type(pipe).__name__).denoisers[:1]] for name in route}
     factors = [getattr(module, "lora_A", {}) for name in components for module in getattr(pipe, name).modules()]
     attached = sum(adapter in factor for adapter in adapters for factor in factors)
     if attached != expected_modules:
@@ -115,19 +132,39 @@ def load_loras(
             f"diffusers attached {attached} of {expected_modules} LoRA modules ({names}): pictures would show "
             "another LoRA; convert the keys to the form transformer.X.lora_A.weight"
         )
-    pipe.set_adapters(adapters, [lora.scale for lora in loras])
+    here = [number for number in range(len(loras)) if routes is None or routes[number]]
+    pipe.set_adapters([adapters[number] for number in here], [loras[number].scale for number in here])
     return attached
 
 
-def _load_lora(pipe: Pipeline, lora: LoraInput, adapter: str) -> None:
+def _load_lora(pipe: Pipeline, lora: LoraInput, adapter: str, route: Sequence[str] | None) -> None:
+    at = {"weight_name": lora.path.name, "local_files_only": True}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second LoRA is what is meant
-            pipe.load_lora_weights(
-                lora.path.parent, weight_name=lora.path.name, adapter_name=adapter, local_files_only=True
-            )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+            if route is None:
+                pipe.load_lora_weights(lora.path.parent, adapter_name=adapter, **at)
+            elif route:
+                _load_into(pipe, lora.path.parent, adapter, route, at)
+    except (OSError, ValueError, LookupError, RuntimeError, AttributeError, TypeError) as error:
         raise RenderFailed(f"diffusers cannot load LoRA {lora.name} ({lora.path}): {one_line(error)}") from error
+
+
+def _load_into(pipe: Pipeline, folder: Path, adapter: str, route: Sequence[str], at: Mapping[str, Any]) -> None:
+    """Load a file as diffusers does, into these components alone: others may be absent, or have LoRAs of their own."""
+    unet = {"unet_config": pipe.unet.config} if hasattr(pipe, "unet") else {}
+    state, *alphas, metadata = pipe.lora_state_dict(folder, return_lora_metadata=True, **at, **unet)
+    for name in route:
+        text = name.startswith("text_encoder")
+        slot = "text_encoder" if text else name.partition("_")[0]
+        load = getattr(pipe, f"load_lora_into_{slot}")
+        own = {key: value for key, value in state.items() if key.startswith(f"{name}.")}
+        renamed = {f"{slot}.{key.partition('.')[2]}": value for key, value in own.items()} if not text else own
+        given = {slot: getattr(pipe, name), "adapter_name": adapter, "metadata": metadata, "_pipeline": pipe}
+        given |= {"prefix": name} if text else {}
+        given |= {"network_alphas": alphas[0]} if alphas else {"network_alphas": None}
+        known = inspect.signature(load).parameters
+        load(renamed or state, **{key: value for key, value in given.items() if key in known})
 
 
 def attach_differences(model: torch.nn.Module, targets: Mapping[str, Target]) -> list[RemovableHandle]:
@@ -137,7 +174,7 @@ def attach_differences(model: torch.nn.Module, targets: Mapping[str, Target]) ->
     difference has the precision of the pictures, and is not rounded to the base's.
     """
     modules: dict[str, dict[str, Target]] = defaultdict(dict)
-    for name, target in targets.items():
+    for name, target in loaded_names(model, targets).items():
         module, _, parameter = name.rpartition(".")
         modules[module][parameter] = target
     return [

@@ -10,8 +10,8 @@ pipeline's latents is what rounding may do; a merge that is wrong in anything el
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +24,24 @@ if TYPE_CHECKING:
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 Decoded: TypeAlias = Callable[[], Iterable[tuple[str, FloatArray]]]  # reads an export: names of diffusers, float32
 
+T = TypeVar("T")
+
 SHARE = 1 / 12  # of the weights, moved by one ulp
 EXPONENT = 0x7F800000  # the bits of a float32 that hold it
+
+
+def loaded_names(model: torch.nn.Module, found: Mapping[str, T]) -> dict[str, T]:
+    """Values of a checkpoint's parameters by the names that these have in a loaded model.
+
+    transformers 5 has CLIP's text model without the prefix ``text_model.`` of its checkpoints.
+    """
+    if hasattr(model, "text_model"):
+        return {name if name.startswith(_kept(model)) else f"text_model.{name}": one for name, one in found.items()}
+    return {name.removeprefix("text_model."): one for name, one in found.items()}
+
+
+def _kept(model: torch.nn.Module) -> tuple[str, ...]:
+    return tuple(f"{name}." for name, _ in model.named_children())
 
 
 def jitter(model: torch.nn.Module, names: Iterable[str], dtypes: Iterable[torch.dtype], seed: int = 0) -> None:
@@ -39,7 +55,7 @@ def jitter(model: torch.nn.Module, names: Iterable[str], dtypes: Iterable[torch.
     """
     import torch
 
-    wanted = set(names)
+    wanted = set(loaded_names(model, dict.fromkeys(names)))
     coarsest = max((torch.finfo(dtype) for dtype in dtypes), key=lambda info: info.eps)
     bits = round(-math.log2(coarsest.eps))
     lowest = round(math.log2(coarsest.smallest_normal))

@@ -108,9 +108,12 @@ def test_components_that_are_fused_together_act_together_beside_the_base(
     sampling = Sampling(2, 3.0, "grey", guidance=call.guidance)
     setup = Setup(kind, sampling, {}, "cpu", "float32", baseline=sampling)
     (pair,) = render_pairs(tmp_path / "merged", plan, [case], setup)
-    assert "one component" in pair.unfused_by
+    assert pair.unfused_by == "diffusers"
+    floor = compare(pair.floor, pair.unfused)
     assert pair.baseline is not None
     apart, lost = (compare(one, pair.unfused) for one in (pair.merged, pair.baseline))
+    assert (over_floor(apart, floor) or 0) < 2  # of text encoders that are moved too
+    assert 0 < floor.values["latents_l2"] < 1e-4
     assert apart.values["latents_l2"] < 1e-4
     assert lost.values["latents_l2"] > 1e-3
     whole = render(load_pipeline(tmp_path / "merged", kind, dtype="float32"), case, sampling)
