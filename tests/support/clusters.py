@@ -49,7 +49,7 @@ def wait_on_gpu(argument: dict[str, Any]) -> str:
 
 @contextmanager
 def cluster(folder: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """A head that runs no job, and three nodes by name, each with a Hub cache and a work folder of its own."""
+    """A head that runs no job, and two nodes by name, each with a Hub cache and a work folder of its own."""
     from ray.cluster_utils import Cluster
 
     health = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
@@ -58,7 +58,7 @@ def cluster(folder: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     made = Cluster(initialize_head=True, head_node_args={**same, **first})
     nodes = {}
     try:
-        for name in ("a", "b", "c"):
+        for name in ("a", "b"):
             env = {"NODE": name, "HF_HOME": str(folder / name / "hf"), "LORA_FUSE_WORK": str(folder / name / "work")}
             nodes[name] = made.add_node(
                 **same, num_cpus=2, memory=MEMORY, resources={"disk": 5.0}, env_vars=env, wait=False
