@@ -301,7 +301,7 @@ class Table:
             "fuse": ["base/transformer"],
             "verify": ["base"],
             DVC: ["base"],
-            "export": ["base/transformer"],
+            "export": ["project/artifacts/export"],
             "publish": ["base", "base/transformer"],
             REPORT: ["project/artifacts/regression/report.html"],
         }
