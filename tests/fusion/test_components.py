@@ -14,7 +14,13 @@ from lora_fuse.errors import BadCheckpoint, BadConfig, BadLora, Refused
 from lora_fuse.fusion import cautions
 from lora_fuse.fusion.manifest import manifest_path, read_manifest
 from lora_fuse.lora.inputs import Selection
+from lora_fuse.recipe import Artifacts, paths
+from lora_fuse.regression.review import block_changes
 from lora_fuse.release.card import build_options
+from stages.config import load
+from stages.download import download
+from stages.fuse import fuse
+from stages.verify import verify
 from tests.support import tiny
 
 TEXT = "text_model.encoder.layers.0.self_attn.q_proj"
@@ -109,6 +115,34 @@ def test_a_changed_byte_of_either_component_is_found(experts: Experts, tmp_path:
         path.write_bytes(sound[:-3] + bytes([sound[-3] ^ 64]) + sound[-2:])
         assert not lora_fuse.verify(tmp_path / "out", experts.base, loras, rows="all").passed, path
         path.write_bytes(sound)
+
+
+def test_stages_build_what_the_recipe_says_of_components(
+    experts: Experts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paths, "SEEN", tmp_path / "seen.json")
+    loras = [
+        f"+loras.{name}={{repo_id:null,path:'{path.parent}',revision:null,filename:{path.name},component:{component}}}"
+        for name, path, component in (("h", experts.high, "transformer"), ("l", experts.low, "transformer_2"))
+    ]
+    overrides = [f"base.path='{experts.base}'", "~loras.lightning", *loras]
+    recipe = load(overrides)
+    at = Artifacts(tmp_path / "artifacts")
+    assert (download(recipe, at), fuse(recipe, at), verify(recipe, at)) == (0, 0, 0)
+    assert {name: lock.component for name, lock in at.read_locks()[1].items()} == {
+        "h": "transformer",
+        "l": "transformer_2",
+    }
+    for component in ("transformer", "transformer_2"):
+        assert hashes(Path(component), at.merged) == hashes(Path(component), experts.out)
+    checked = json.loads(at.verify.read_text())
+    assert (checked["passed"], checked["targets"]) == (True, 12)
+    assert {block.block for block in block_changes(checked["changes"])} == {
+        f"{component}/{block}" for component in ("transformer", "transformer_2") for block in range(tiny.BLOCKS)
+    }
+    swapped = load([*overrides, "loras.h.component=transformer_2"])
+    assert verify(swapped, at) == 0
+    assert not json.loads(at.verify.read_text())["passed"]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from lora_fuse.errors import BadSource, LoraFuseError
 from lora_fuse.fusion import read_manifest
 from lora_fuse.hub import Receipt
 from lora_fuse.machine import files
+from lora_fuse.models import COMPONENT
 from lora_fuse.pictures import encode, picture
 from lora_fuse.recipe import Artifacts, Manifest, Recipe, Source, hf_cache, paths, records
 from lora_fuse.regression import gate
@@ -137,6 +138,8 @@ def _differences(recipe: Recipe, manifest: Manifest, at: Artifacts) -> Iterator[
             yield f"LoRA {name} is {_named(now)}/{now.filename} now, was {was}"
         elif recipe.fuse.scale_of(name) != then.scale:
             yield f"LoRA {name} has scale {recipe.fuse.scale_of(name):g} now, was built with {then.scale:g}"
+        elif now.component is not None and (now.component,) != (was_in := then.components or (COMPONENT,)):
+            yield f"LoRA {name} goes into {now.component} now, was built into {', '.join(was_in)}"
     selection = recipe.fuse.selection
     if manifest.selection != (None if selection.everything else selection):
         yield "other modules are chosen or scaled now"

@@ -174,4 +174,6 @@ def _inputs_merged(recipe: Recipe, loras: Mapping[str, Lock], here: environment.
 
 
 def _locked(lock: Lock) -> dict[str, Any]:
-    return {"from": lock.label, "files": {name: file.sha256 for name, file in lock.files.items()}}
+    files = {name: file.sha256 for name, file in lock.files.items()}
+    component = {} if lock.component is None else {"component": lock.component}
+    return {"from": lock.label, "files": files, **component}
