@@ -178,9 +178,15 @@ def attach_differences(model: torch.nn.Module, targets: Mapping[str, Target]) ->
         module, _, parameter = name.rpartition(".")
         modules[module][parameter] = target
     return [
-        model.get_submodule(name).register_forward_hook(_Beside(found), with_kwargs=True)
+        _submodule(model, name).register_forward_hook(_Beside(found), with_kwargs=True)
         for name, found in modules.items()
     ]
+
+
+def _submodule(model: torch.nn.Module, name: str) -> torch.nn.Module:
+    """A module by its name in the file; transformers 5 has CLIP's without their first word, where files have it."""
+    inner = name.partition(".")[2] if name.partition(".")[0] not in dict(model.named_children()) else name
+    return model.get_submodule(inner)
 
 
 class _Beside:
