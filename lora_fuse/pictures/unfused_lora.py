@@ -170,17 +170,57 @@ def _load_into(pipe: Pipeline, folder: Path, adapter: str, route: Sequence[str],
 def attach_differences(model: torch.nn.Module, targets: Mapping[str, Target]) -> list[RemovableHandle]:
     """Add to what a module gives what it would give with the difference in the place of its parameters.
 
-    Every module that has targets is linear in its parameters, so that is what the sum of both would give; the
-    difference has the precision of the pictures, and is not rounded to the base's.
+    Of a module that is linear in them that is what the sum of both would give; the difference has the precision of the
+    pictures, and is not rounded to the base's. Any other, a block with a modulation of its own or a norm that adds 1 to
+    its weight, has the sum as its parameters while it runs.
     """
     modules: dict[str, dict[str, Target]] = defaultdict(dict)
     for name, target in loaded_names(model, targets).items():
         module, _, parameter = name.rpartition(".")
         modules[module][parameter] = target
-    return [
-        _submodule(model, name).register_forward_hook(_Beside(found), with_kwargs=True)
-        for name, found in modules.items()
-    ]
+    handles: list[RemovableHandle] = []
+    for name, found in modules.items():
+        part = _submodule(model, name)
+        if _is_linear(part):
+            handles.append(part.register_forward_hook(_Beside(found), with_kwargs=True))
+            continue
+        inside = _Inside(found)
+        handles.append(part.register_forward_pre_hook(inside.put))
+        handles.append(part.register_forward_hook(inside.take_back, always_call=True))
+    return handles
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    """True for a module that is known to be linear in its parameters."""
+    import torch
+    from diffusers.models.normalization import RMSNorm
+
+    layers = (torch.nn.Linear, torch.nn.modules.conv._ConvNd, torch.nn.Embedding)
+    return isinstance(module, (*layers, torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.RMSNorm, RMSNorm))
+
+
+class _Inside:
+    """Two forward hooks, between which a module's parameters are their sums with deltas."""
+
+    def __init__(self, targets: Mapping[str, Target]) -> None:
+        from lora_fuse.fusion import read_deltas
+
+        self._differences = {name: read_deltas(target) for name, target in targets.items()}
+        self._own: dict[str, torch.nn.Parameter | None] = {}
+
+    def put(self, module: torch.nn.Module, _: Any) -> None:
+        """Put the sums in the parameters' place, in their dtype."""
+        import torch
+
+        for name, deltas in self._differences.items():
+            own = module.get_parameter(name)
+            self._own[name] = own
+            changed = own.detach().double() + _as_parameter(own.double(), deltas)
+            module._parameters[name] = torch.nn.Parameter(changed.to(own), requires_grad=False)
+
+    def take_back(self, module: torch.nn.Module, *_: Any) -> None:
+        """Put the module's own parameters back, also after an error."""
+        module._parameters.update(self._own)
 
 
 def _submodule(model: torch.nn.Module, name: str) -> torch.nn.Module:

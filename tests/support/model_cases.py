@@ -88,7 +88,7 @@ ON_A_FILE = ("`NAME` on the original file", "`ORIGINAL` on the original file")
 def spellings(name: str) -> dict[str, Case | None]:
     """A case by spelling; None where a family has no such names."""
     own = weights_of(name)
-    theirs = _sgm(own) if name == "sdxl" else originals_of(name)
+    theirs = originals_of(name)
     made: dict[str, Case | None] = {spelling: Case(own, write(own)) for spelling, write in OWN.items()}
     made |= {spelling: theirs and Case(own, write(theirs)) for spelling, write in THEIRS.items()}  # type: ignore[misc]
     one_file = theirs and {f"{PREFIX}{key}": values for key, values in theirs.items()}
@@ -198,16 +198,6 @@ def _both(own: Tensors) -> Tensors:
     names = [f"layers.0.attention.to_{part}.weight" for part in "qkv"]
     split = _plain({name: own[name] for name in names})
     return split | _plain({"layers.0.attention.qkv.weight": np.concatenate([own[name] for name in names])})
-
-
-def _sgm(own: Tensors) -> Tensors:
-    """Two parameters of SDXL's UNet in its makers' names, as kohya's trainers write them."""
-    query = "transformer_blocks.0.attn1.to_q"
-    names = {
-        f"input_blocks.4.1.{query}": f"down_blocks.1.attentions.0.{query}",
-        "input_blocks.4.0.in_layers.2": "down_blocks.1.resnets.0.conv1",
-    }
-    return {f"{theirs}.weight": own[f"{ours}.weight"] for theirs, ours in names.items()}
 
 
 def _encoder(*, projection: bool) -> Tensors:
