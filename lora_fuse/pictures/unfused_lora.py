@@ -180,7 +180,7 @@ def attach_differences(model: torch.nn.Module, targets: Mapping[str, Target]) ->
         modules[module][parameter] = target
     handles: list[RemovableHandle] = []
     for name, found in modules.items():
-        part = _submodule(model, name)
+        part = model.get_submodule(name)
         if _is_linear(part):
             handles.append(part.register_forward_hook(_Beside(found), with_kwargs=True))
             continue
@@ -221,12 +221,6 @@ class _Inside:
     def take_back(self, module: torch.nn.Module, *_: Any) -> None:
         """Put the module's own parameters back, also after an error."""
         module._parameters.update(self._own)
-
-
-def _submodule(model: torch.nn.Module, name: str) -> torch.nn.Module:
-    """A module by its name in the file; transformers 5 has CLIP's without their first word, where files have it."""
-    inner = name.partition(".")[2] if name.partition(".")[0] not in dict(model.named_children()) else name
-    return model.get_submodule(inner)
 
 
 class _Beside:

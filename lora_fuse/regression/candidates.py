@@ -112,7 +112,7 @@ def candidates(
                 reasons=case.result.reasons,
                 floor=_finite(case.result.floor),
                 provenance=_inputs(case.pair, manifest, manifest_sha256, setup),
-                clip={name: records.rounded(value) for name, value in case.pair.merged.clip.items()},
+                clip=dict(case.pair.merged.clip),
             )
             for case, sha256 in zip(judged, hashes, strict=True)
         },

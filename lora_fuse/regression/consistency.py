@@ -118,6 +118,8 @@ def _judge(
     golden = _golden_of(name, numbers, merged, vs_golden, goldens)
     if of_clips and golden is not None and vs_golden is not None:
         for metric, found in metrics.OF_CLIPS.items():
+            if metric not in candidate.clip or metric not in golden.clip:
+                raise BadSource(f"the candidate {name} or its golden says no {metric} of its clip", rerun=AGAIN)
             numbers.check(f"{name}.golden.{metric}", found.measure(candidate.clip[metric], golden.clip[metric]))
     facts = {side: Facts.of(picture.Picture(levels)) for side, levels in (("merged", merged), ("unfused", unfused))}
     sigmas = {"merged": candidate.provenance.sigmas}

@@ -11,6 +11,7 @@ from lora_fuse.pictures import damage, encode, metrics
 from lora_fuse.pictures.calls import clip
 from lora_fuse.pictures.cases import Case
 from lora_fuse.pictures.picture import Levels, Picture
+from lora_fuse.recipe import records
 from lora_fuse.regression.case_judgement import examine
 from lora_fuse.regression.review import flat_metrics
 from lora_fuse.regression.verdicts import Facts, Golden, Limits, Rules, Verdict, compare
@@ -36,6 +37,8 @@ def test_steady_change_is_motion_and_jumps_are_both() -> None:
     assert clip.measured(STEADY) == {"flicker": 0, "motion": 10}
     assert clip.measured(JUMPING) == {"flicker": 10, "motion": 10}
     assert clip.measured(frames_of([50] * 9)) == {"flicker": 0, "motion": 0}
+    noise = clip.measured(np.random.default_rng(1).integers(0, 256, (7, 9, 11, 3), dtype=np.uint8))
+    assert noise == {name: records.rounded(value) for name, value in noise.items()}  # as a record has them
     assert clip.measured(STEADY[:1]) == {"flicker": 0, "motion": 0}
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lora_fuse.errors import RenderFailed
-from lora_fuse.pictures.weights_in_place import SHARE, jitter
+from lora_fuse.pictures.weights_in_place import SHARE, jitter, loaded_names
+from tests.tiny_models import texts
 
 DTYPES = {"bfloat16": 7, "float16": 10, "float32": 23}  # and the bits after the point
 
@@ -109,3 +110,14 @@ def test_a_zero_moves_no_further_than_the_smallest_ulp(name: str) -> None:
     with torch.no_grad():
         assert 0 < float(model.first.weight.abs().max()) <= smallest
     assert math.isfinite(smallest)
+
+
+def test_names_of_a_checkpoint_are_found_in_clip_as_it_is_loaded() -> None:
+    """The name of one layer, as files have it with and without the prefix that one of both classes has in memory."""
+    layer = "encoder.layers.0.self_attn.q_proj.weight"
+    for projection in (False, True):
+        model = texts.clip(projection=projection)
+        for name in (layer, f"text_model.{layer}"):
+            (found,) = loaded_names(model, {name: None})
+            assert found in dict(model.named_parameters())
+    assert loaded_names(model, {"text_projection.weight": 1}) == {"text_projection.weight": 1}

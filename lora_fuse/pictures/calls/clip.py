@@ -13,6 +13,7 @@ from types import MappingProxyType
 import numpy as np
 
 from lora_fuse.pictures.picture import Levels
+from lora_fuse.recipe import records
 
 
 def shown_frames(frames: Levels) -> Levels:
@@ -48,5 +49,5 @@ MEASURES: Mapping[str, Callable[[Levels], float]] = MappingProxyType(
 
 
 def measured(frames: Levels) -> dict[str, float]:
-    """Every measure of a clip by itself, in levels of 255."""
-    return {name: measure(frames) for name, measure in MEASURES.items()}
+    """Every measure of a clip by itself, in levels of 255, in the digits that a record has of it."""
+    return {name: records.rounded(measure(frames)) for name, measure in MEASURES.items()}
