@@ -52,7 +52,7 @@ class PictureInputs:
     steps: int
     true_cfg_scale: float
     negative_prompt: str | None
-    scheduler: dict[str, bool | int | float | str | None]
+    scheduler: dict[str, bool | int | float | str | list[bool | int | float | str] | None]
     sigmas: tuple[float, ...]
     call_sigmas: tuple[float, ...] = field(default=(), kw_only=True)
 

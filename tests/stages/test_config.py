@@ -61,7 +61,7 @@ def test_every_family_has_a_recipe_and_every_figure_of_one_a_source() -> None:
     bases = {path.stem: path.read_text() for path in (ROOT / "conf" / "base").glob("*.yaml")}
     for recipe in RECIPES:
         text = (ROOT / "conf" / "recipe" / f"{recipe}.yaml").read_text()
-        if not recipe.startswith(("pocket", "qwen_image_")) or recipe == "qwen_image_21_lightning_4steps":
+        if not recipe.startswith(("pocket", "tiny_", "qwen_image_")) or recipe == "qwen_image_21_lightning_4steps":
             (base,) = re.findall(r"/base: (\w+)", text)
             for said in (text, bases[base]):
                 assert re.search(r"^#.*(card|github\.com|diffusers 0\.42)", said, re.MULTILINE), (recipe, said)
