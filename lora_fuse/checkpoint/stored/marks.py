@@ -61,7 +61,9 @@ MARKS = (
     ),
     QuantisationMark(re.compile(r"W_q|svd_(up|down)"), "HQQ or SDNQ"),
     QuantisationMark(
-        re.compile(r"\w*(scale|quant|zero_?point|absmax)\w*"), "a scale of unknown meaning", certain=False
+        re.compile(r"(?!\w*scale_shift_table)\w*(scale|quant|zero_?point|absmax)\w*"),
+        "a scale of unknown meaning",
+        certain=False,
     ),
 )
 # The entry of a header that lists layers: ComfyUI's, comfy/utils.py.
