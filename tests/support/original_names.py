@@ -15,7 +15,7 @@ from tests.support.key_styles import Tensors
 from tests.tiny_models import tiny_transformer
 
 FAMILY_OF = {"wan_21_i2v": "Wan 2.1", "wan_22": "Wan 2.2", "flux_1": "FLUX.1", "flux_2": "FLUX.2", "krea_2": "Krea 2"}
-FAMILY_OF |= {"z_image": "Z-Image", "qwen_image_21": "Qwen-Image-2.1"}
+FAMILY_OF |= {"z_image": "Z-Image", "qwen_image_21": "Qwen-Image-2.1", "ltx_2": "LTX-2"}
 RANK = 2
 
 

@@ -9,11 +9,11 @@ import torch
 
 from tests.tiny_models.denoisers import DENOISERS
 from tests.tiny_models.headers import headers, write_hole
-from tests.tiny_models.pipelines import call, tiny
+from tests.tiny_models.pipelines import PIPELINES, call, tiny
 
 __all__ = ["FAMILIES", "call", "headers", "tiny", "tiny_transformer", "write_hole"]
 
-FAMILIES = tuple(DENOISERS)
+FAMILIES = tuple(PIPELINES)
 
 
 def tiny_transformer(name: str) -> torch.nn.Module:

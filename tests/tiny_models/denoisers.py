@@ -148,6 +148,19 @@ DENOISERS: Mapping[str, Denoiser] = {
         },
         {"num_layers": 1, "num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1},
     ),
+    "ltx_2": Denoiser(
+        "LTX2VideoTransformer3DModel",
+        {
+            **_HEADS,
+            "num_layers": 2,
+            "cross_attention_dim": 16,
+            "audio_num_attention_heads": 2,
+            "audio_attention_head_dim": 4,
+            "audio_cross_attention_dim": 8,
+            "caption_channels": 16,
+        },
+        {"num_layers": 1},
+    ),
     "sdxl": Denoiser(
         "UNet2DConditionModel",
         {
