@@ -57,8 +57,8 @@ class PipelineCall:
         denoisers: the components that run at every step; one that the folder has not is left out.
         has_templates: prompts go through the chat template that lies beside the tokenizer.
         needs: libraries that the class calls and does not ask for.
-        misread: patterns of parameters of which diffusers' loader of LoRAs makes another delta than the file has, and
-            why; a LoRA for one of them is attached by this library itself.
+        misread: patterns of parameters of which diffusers' loader of LoRAs makes another delta than the file has where
+            that has original names, and why; such a LoRA is attached by this library itself.
     """
 
     name: str

@@ -89,8 +89,10 @@ def _misread(pipe: Pipeline, plan: Plan) -> str | None:
     """The reason why diffusers would attach nothing, or another delta than the file has, where it is known to."""
     if others := fused_parts(plan).keys() - set(getattr(pipe, "_lora_loadable_modules", ())):
         return f"diffusers loads no LoRA into {', '.join(sorted(others))}"
+    targets = {name: target for part in plan.parts for name, target in part.targets.items()}
+    moved = [name for name, one in targets.items() if any(delta.placed.runs is not None for delta in one.deltas)]
     for pattern, reason in call_of(type(pipe).__name__).misread.items():
-        if found := fnmatch.filter([name for part in plan.parts for name in part.targets], pattern):
+        if found := fnmatch.filter(moved, pattern):
             return f"diffusers misreads {found[0]} ({reason})"
     return None
 

@@ -13,6 +13,7 @@ from lora_fuse.errors import RenderFailed
 from lora_fuse.fusion import FuseJob, Plan, plan_base
 from lora_fuse.lora import LoraInput
 from lora_fuse.models import pipelines
+from lora_fuse.models.pipeline_call import CFG_ALONE
 from lora_fuse.pictures.calls.call_arguments import check_case, check_sampling
 from lora_fuse.pictures.cases import Case, Sampling
 from lora_fuse.pictures.metrics import psnr_db
@@ -120,6 +121,28 @@ def test_components_that_are_fused_together_act_together_beside_the_base(
     assert (whole.latents == pair.merged.latents).all()
     alone = render(load_pipeline(base, kind, dtype="float32"), case, sampling)
     assert (alone.latents == pair.baseline.latents).all()
+
+
+def test_a_lora_that_diffusers_misreads_is_attached_here_and_in_its_own_names_there(tmp_path: Path) -> None:
+    """FLUX.2's last modulation, whose halves are the other way round in original names."""
+    base = tiny("flux_2_klein", tmp_path / "base", dtype=torch.float32)
+    rows, columns = open_checkpoint(base, "transformer").tensors()["norm_out.linear.weight"].shape
+    numbers = torch.Generator().manual_seed(2)
+    down = torch.randn(2, columns, generator=numbers)
+    up = torch.randn(rows, 2, generator=numbers)
+    by = {}
+    for name in ("diffusion_model.final_layer.adaLN_modulation.1", "transformer.norm_out.linear"):
+        path = tmp_path / f"{name}.safetensors"
+        save_file({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, path)
+        plan = plan_base(base, [LoraInput("l", path, 1.0)])
+        FuseJob(plan, tmp_path / name, device="cpu").run()
+        setup = Setup("Flux2KleinPipeline", Sampling(2, 1.0, None, guidance=CFG_ALONE), {}, "cpu", "float32")
+        (pair,) = render_pairs(tmp_path / name, plan, [Case("rabbit", "a rabbit", 0, (), 64, 64)], setup)
+        assert compare(pair.merged, pair.unfused).values["latents_l2"] < 1e-5
+        by[name] = pair.unfused_by
+    ours, theirs = by.values()
+    assert ours.startswith("lora-fuse, for diffusers misreads norm_out.linear.weight")
+    assert theirs == "diffusers"
 
 
 def test_what_a_call_has_no_argument_for_is_refused() -> None:
