@@ -101,10 +101,11 @@ class OtherNames:
         cut = dict(_cut(group, pieces, rows, original=not spelt.original))
         theirs, base = _numbered(cut, group, pieces, spelt.original)
         wanted = theirs[spelt.template]
-        at = {number: position for position, number in enumerate(wanted.tolist())}
+        at = np.full(sum(cut.values()), ABSENT, np.int64)
+        at[wanted] = np.arange(len(wanted))
         made = {}
         for name, numbers in base.items():
-            own = np.array([at.get(number, ABSENT) for number in numbers.tolist()], np.int64)
+            own = at[numbers]
             if (own != ABSENT).any():
                 made[name.replace("{}", spelt.block)] = own
         return made
