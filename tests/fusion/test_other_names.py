@@ -5,8 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from lora_fuse.checkpoint import open_checkpoint
 from lora_fuse.errors import BadLora, ShapeMismatch, UnmatchedTargets
+from lora_fuse.fusion.merge import write_merged
+from lora_fuse.fusion.plan import make_plan
 from lora_fuse.lora import LoraInput
 from lora_fuse.verification import Expectation, verify_merge
 from tests.support import tiny
@@ -202,3 +206,23 @@ def test_a_lora_of_another_family_is_refused_with_its_name(lora: str, base: str,
     factors, _ = random_lora(weights(lora))
     with pytest.raises((ShapeMismatch, UnmatchedTargets), match=re.escape(said)):
         merged(tmp_path, spelt(factors, "transformer."), base=weights(base))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("name", OF_A_MATRIX)
+def test_a_gpu_cuts_and_joins_to_the_same_bytes(name: str, tmp_path: Path) -> None:
+    _, parts, _ = update_of(name)
+    if "dora_scale" in parts and parts["dora_scale"].shape == (1, 16):
+        return
+    weight = tiny.weights()[f"{X}.weight"]
+    base = tiny.write_component(tmp_path / "base", {f"{FUSED}.weight": np.concatenate([weight] * 3)}, 1)
+    lora = tiny.write_lora(tmp_path / "l.safetensors", {f"{SPLIT[1]}.{end}": np.asarray(p) for end, p in parts.items()})
+    plan = make_plan(open_checkpoint(base), [LoraInput("l", lora, 0.7)])
+    made = {}
+    for device in ("cpu", "cuda"):
+        out = tmp_path / device
+        write_merged(plan, out, device=device, generated={}, known={}, progress=lambda _: None)
+        (shard,) = out.glob("*.safetensors")
+        made[device] = shard.read_bytes()
+    assert made["cpu"] == made["cuda"]
