@@ -82,9 +82,9 @@ def listens(pid: int) -> bool:
     return bool(int(status(pid, "SigBlk"), 16) & 1 << signal.SIGTERM - 1)
 
 
-def is_loaded(pid: int) -> bool:
-    """Its weights are in memory, so it is making pictures."""
-    return int(status(pid, "VmRSS")) > 520_000  # kB; 590,000 while it renders
+def is_rendering(pid: int) -> bool:
+    """It has loaded the libraries, so it loads weights, and makes pictures with them for the rest of its life."""
+    return "tokenizers" in Path(f"/proc/{pid}/maps").read_text()
 
 
 def kill(workspace: Workspace, lost: int, *program: str, ready: Callable[[int], bool]) -> str:
@@ -111,7 +111,7 @@ def kill(workspace: Workspace, lost: int, *program: str, ready: Callable[[int], 
 def test_a_lost_process_is_one_error_and_leaves_the_last_results(workspace: Workspace) -> None:
     before = results(workspace)
     slow = ["sampling.steps=300", "sampling.sigmas=null"]
-    output = kill(workspace, 1, "-m", "stages.regress", *slow, ready=lambda pid: listens(pid) and is_loaded(pid))
+    output = kill(workspace, 1, "-m", "stages.regress", *slow, ready=lambda pid: listens(pid) and is_rendering(pid))
     assert len(errors(output)) == 1, output
     assert "another process of this run ended" in output
     assert "nothing was written" in output
