@@ -104,6 +104,19 @@ class PeerWatcher:
         os._exit(128 + signal.SIGTERM if self._done else 2)
 
 
+@contextmanager
+def _leaving_signals() -> Iterator[None]:
+    """Start processes within, which no Ctrl-C reaches; what is blocked here stays so.
+
+    Python's resource tracker, started with the first of them, lets SIGTERM through to the thread that starts it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which they inherit
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class WorkerProcesses:
     """Processes beside this one until the end of a `with`, at most one a core: for libraries that keep Python's lock.
 
@@ -112,7 +125,8 @@ class WorkerProcesses:
 
     def __init__(self) -> None:
         spawn = multiprocessing.get_context("spawn")  # a process that has used CUDA cannot be forked
-        self._pool = ProcessPoolExecutor(os.cpu_count(), spawn, initializer=_end_with_parent)
+        with _leaving_signals():
+            self._pool = ProcessPoolExecutor(os.cpu_count(), spawn, initializer=_end_with_parent)
 
     def __enter__(self) -> Self:
         return self
@@ -127,12 +141,8 @@ class WorkerProcesses:
             ProcessLost: a process was ended from outside, as by the kernel where memory is short. That function raises
                 it too, and what the work raises.
         """
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which they inherit
-        try:
-            with _telling_of_the_lost():
-                running = self._pool.submit(work, *items)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with _leaving_signals(), _telling_of_the_lost():
+            running = self._pool.submit(work, *items)
 
         def result() -> Result:
             with _telling_of_the_lost():

@@ -23,6 +23,15 @@ if __name__ == "__main__":
 """
 
 
+BLOCKS = """
+import signal
+from lora_fuse.machine import launch
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+with launch.WorkerProcesses():
+    print(signal.pthread_sigmask(signal.SIG_BLOCK, set()) == {signal.SIGTERM})
+"""
+
+
 def work(number: int) -> tuple[int, int]:
     if number < 0:
         raise BadConfig(f"{number} is below 0")
@@ -41,6 +50,12 @@ def test_every_result_is_that_of_its_item_and_of_another_process() -> None:
         results = [begun() for begun in [workers.begin(work, item) for item in (3, 1, 2)]]
     assert [number for number, _ in results] == [3, 1, 2]
     assert os.getpid() not in {process for _, process in results}
+
+
+def test_a_signal_that_is_left_to_another_thread_stays_so() -> None:
+    """In a process of its own, which has no resource tracker yet."""
+    done = subprocess.run([sys.executable, "-c", BLOCKS], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
 
 
 def test_an_error_and_a_killed_process_are_told_of() -> None:
