@@ -57,7 +57,7 @@ class RunRecord:
 
     def and_took(self, more: Mapping[str, float]) -> RunRecord:
         """The same run, which spent more seconds on its results, by what."""
-        loads = self.seconds["loads"]
+        loads = self.seconds.get("loads", {})
         spent = loads | {what: loads.get(what, 0.0) + seconds for what, seconds in more.items()}
         return replace(self, seconds={**self.seconds, "loads": spent})
 
