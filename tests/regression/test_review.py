@@ -103,7 +103,9 @@ def test_a_kill_at_any_step_leaves_all_of_the_last_run_or_all_of_this_one(tmp_pa
         write_regression(recipe, at, SETUP, run_of(merged, None), VERIFY, lambda _: NEXT)
 
     def content() -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in (*files, *at.images.iterdir())}
+        run = {**json.loads(at.run.read_text()), "seconds": {}}  # which are those of each attempt
+        found = {path.name: path.read_bytes() for path in (*files, *at.images.iterdir())}
+        return {**found, at.run.name: json.dumps(run).encode()}
 
     write(scene(0))
     old = content()
