@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_fuse.checkpoint import Header, TensorInfo, dtypes, read_header, repository_files
-from lora_fuse.errors import BadCheckpoint, BadLora
+from lora_fuse.errors import BadCheckpoint, BadLora, require
 from lora_fuse.lora.adapter_config import parse_adapter_config
 from lora_fuse.lora.deltas import Delta, is_by_column, make_delta, rows_of
 from lora_fuse.lora.header_entries import read_entries
@@ -97,6 +97,9 @@ class LoraFile:
         """True where two deltas add the same to the rows of a parameter that they have in common, to a part in 2^30."""
         if any(each.delta.has_dora or each.delta.is_replacement for each in (one, other)):
             return False
+        require(
+            "torch", f"{self.path}: a comparison of {one.delta.module!r} and {other.delta.module!r}, which are one,"
+        )
         import torch
 
         made = [self.make(each, 1.0) for each in (one, other)]
