@@ -224,7 +224,7 @@ def _scheduler(options: argparse.Namespace) -> Mapping[str, object]:
         text.say(f"scheduler auto: that of {found.filename}, for {found.usage}")
         return found.scheduler
     settings = files.read_json(options.scheduler, dict, lambda message: BadConfig(f"--scheduler {message}"))
-    return {key: value for key, value in settings.items() if not key.startswith("_")}
+    return {key: value for key, value in settings.items() if key == "_class_name" or not key.startswith("_")}
 
 
 def _inspect(options: argparse.Namespace) -> int:

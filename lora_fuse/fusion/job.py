@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_fuse.checkpoint import diffusers_files
+from lora_fuse.checkpoint import diffusers_files, repository_files
 from lora_fuse.errors import BadConfig
 from lora_fuse.fusion.decoded.decoded_layout import decoded_texts
 from lora_fuse.fusion.decoded.requantiser import Costs
@@ -25,6 +25,7 @@ from lora_fuse.fusion.merge import bytes_to_copy, bytes_to_write, write_merged
 from lora_fuse.fusion.plan import Plan
 from lora_fuse.fusion.taking_over import ways_of
 from lora_fuse.machine import file_state, files, progress
+from lora_fuse.models import pipeline_call
 from lora_fuse.recipe import Lock, Manifest, checkout, records
 
 if TYPE_CHECKING:  # parameters are models of pydantic, and a plain fuse has none
@@ -80,7 +81,7 @@ class FuseJob:
         Raises:
             Refused: `out` may not be replaced, see `Destination.check`.
             NoDevice: the device asked for is not on this machine.
-            BadConfig: a scheduler is given for a base that has none.
+            BadConfig: a scheduler is given for a base that has none, or is of an unknown class.
             BadCheckpoint: the base's own configuration cannot be read.
         """
         base = plan.checkpoint
@@ -94,6 +95,10 @@ class FuseJob:
         self.generated: dict[str, bytes] = {}
         if pipeline or scheduler:
             self.generated = diffusers_files(base.root, pipeline=pipeline, scheduler=scheduler or {})
+            kind = (scheduler or {}).get("_class_name")
+            if repository_files.MODEL_INDEX in self.generated and kind not in (None, *pipeline_call.SCHEDULERS):
+                known = ", ".join(pipeline_call.SCHEDULERS)
+                raise BadConfig(f"--scheduler names the class {kind!r}, which is not the base's; known are {known}")
         self._written = plan
         if beside:
             self.generated |= side_channel(plan)

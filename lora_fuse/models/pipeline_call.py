@@ -41,6 +41,17 @@ CFG_FROM_ZERO = Guidance("guidance_scale", off=0.0, negative="taken")
 CFG_ALONE = Guidance("guidance_scale", negative=None)
 EMBEDDED = Guidance("guidance_scale", off=math.inf, negative=None)
 
+SCHEDULERS = (
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+)  # classes that a recipe may name
 UP_TO_TEN = range(11)  # input pictures, where the class sets no limit: its memory does
 
 

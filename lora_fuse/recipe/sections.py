@@ -28,6 +28,7 @@ from pydantic import Tag as UnionTag
 from lora_fuse.errors import BadConfig
 from lora_fuse.lora import Selection
 from lora_fuse.machine import files
+from lora_fuse.models import pipeline_call
 from lora_fuse.recipe.records import key_path
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -207,25 +208,12 @@ class SchedulerParams(Section):
     use_karras_sigmas: bool
 
 
-SCHEDULERS = (
-    "DDIMScheduler",
-    "DPMSolverMultistepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "FlowMatchEulerDiscreteScheduler",
-    "FlowMatchHeunDiscreteScheduler",
-    "LCMScheduler",
-    "TCDScheduler",
-    "UniPCMultistepScheduler",
-)
-
-
 class NamedSchedulerParams(Section):
     """Settings of another scheduler of diffusers, under its own names; those that are left out are its defaults."""
 
     model_config = ConfigDict(extra="allow", validate_by_name=False)
 
-    kind: Literal[SCHEDULERS] = Field(alias="_class_name")  # type: ignore[valid-type]
+    kind: Literal[pipeline_call.SCHEDULERS] = Field(alias="_class_name")  # type: ignore[valid-type]
 
 
 UNNAMED = "FlowMatchEuler's settings"  # tags of the two kinds; part of no key

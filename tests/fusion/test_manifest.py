@@ -9,6 +9,7 @@ from pydantic import ValidationError
 import lora_fuse
 from lora_fuse.checkpoint.diffusers_layout import diffusers_files
 from lora_fuse.checkpoint.shards import open_checkpoint
+from lora_fuse.cli import main
 from lora_fuse.errors import BadCheckpoint, BadSource, Rerun
 from lora_fuse.fusion.manifest import build_manifest, read_manifest
 from lora_fuse.fusion.plan import make_plan
@@ -95,6 +96,13 @@ def test_a_scheduler_of_another_class_is_in_the_index_too_and_verified_there(bas
     assert json.loads((merged / "scheduler/scheduler_config.json").read_text()) == scheduler
     assert lora_fuse.verify(merged, base, [lora], scheduler=scheduler).passed
     assert not lora_fuse.verify(merged, base, [lora], scheduler=scheduler | {"_class_name": "LCMScheduler"}).passed
+    for kind, code in (("UniPCMultistepScheduler", 0), ("UniPC", 2)):
+        (tmp_path / "s.json").write_text(json.dumps(scheduler | {"_class_name": kind, "_diffusers_version": "0"}))
+        given = [base, tmp_path / kind, "--lora", lora.path, "--scale", "1.0", "--scheduler", tmp_path / "s.json"]
+        assert main(["fuse", *map(str, given)]) == code
+        assert (tmp_path / kind).exists() == (code == 0)
+    for file in ("model_index.json", "scheduler/scheduler_config.json"):
+        assert (tmp_path / "UniPCMultistepScheduler" / file).read_bytes() == (merged / file).read_bytes()
     (merged / "model_index.json").write_bytes((base / "model_index.json").read_bytes())
     (problem,) = lora_fuse.verify(merged, base, [lora], scheduler=scheduler).problems
     assert "model_index.json: scheduler is" in problem

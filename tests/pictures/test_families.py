@@ -54,7 +54,7 @@ def fused(name: str, folder: Path) -> Plan:
     return plan
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", sorted({*FAMILIES} - {"wan_22", "sdxl"}))  # of these several components, below
 def test_merged_and_unfused_agree_to_the_noise_floor_and_the_lora_shows(name: str, tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), (90, 140, 30)).save(tmp_path / "in.png")
     kind = PIPELINES[name][0]
