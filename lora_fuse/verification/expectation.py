@@ -273,10 +273,12 @@ def _find(
     name = _longest_match(module, kind, stored.keys(), flat)
     if name is None and "diff" in parts and kind == "weight":  # a parameter that is no module's weight
         name = next((tail for tail in _tails(module, ".") if tail in stored), None)
-    if name is not None:
+    beginning = module[: -len(name.rpartition(".")[0])] if name else ""
+    if name is not None and not re.search(r"\d[._]", beginning):
         return name, {name: None}
-    if (other := others.find(_names(module, kind))) is None:
-        return None, {}
+    other = others.find(_names(module, kind))  # `out.0` is not what a name means that ends in `to_out.0`
+    if other is None or (name is not None and len(other[0]) <= len(name)):
+        return name, {} if name is None else {name: None}
     places = {place: (rows, base[stored[place]].shape) for place, rows in other[1].items()}
     return other[0], _checked(parts, places)
 

@@ -30,6 +30,8 @@ CASES: dict[tuple[str, str], tuple[str, set[str]]] = {
     **{(name, "diffusers"): (".*", set()) for name in ("flux_1", "flux_2", "z_image", "krea_2", "qwen_image_21")},
     ("wan_21_i2v", "diffusers"): (".*", set()),
     ("wan_22", "diffusers"): (".*", set()),
+    ("sdxl", "diffusers"): (".*", set()),
+    ("sdxl", "kohya"): (".*", set()),
     # The base's last modulation is swapped, the LoRA's is not.
     ("flux_2", "dotted"): (".*", {"norm_out.linear"}),
     ("flux_2", "kohya"): (
@@ -48,18 +50,19 @@ CASES: dict[tuple[str, str], tuple[str, set[str]]] = {
     ("flux_1", "kohya"): (r"double_blocks\..*(attn|mlp|mod).*", set()),
 }
 LOADERS = {"wan_21_i2v": "Wan", "wan_22": "Wan", "flux_1": "Flux", "flux_2": "Flux2", "z_image": "ZImage"}
-LOADERS |= {"krea_2": "Krea2", "qwen_image_21": "QwenImage"}
+LOADERS |= {"krea_2": "Krea2", "qwen_image_21": "QwenImage", "sdxl": "StableDiffusionXL"}
 
 
 def by_diffusers(name: str, lora: Tensors) -> Tensors:
     """The tiny transformer in float64 with a LoRA fused by diffusers."""
     mixin: Any = getattr(lora_pipeline, f"{LOADERS[name]}LoraLoaderMixin")
     model: Any = tiny_transformer(name).double()
-    parts = {"transformer": model, "components": {"transformer": model}, "text_encoder": None, "hf_device_map": None}
-    pipe = type("Transformer", (mixin,), parts)()
+    part = "unet" if name == "sdxl" else "transformer"
+    others = dict.fromkeys(("text_encoder", "text_encoder_2", "hf_device_map"))
+    pipe = type("Denoiser", (mixin,), {**others, part: model, "components": {part: model}})()
     pipe.load_lora_weights({key: torch.from_numpy(np.array(part)) for key, part in lora.items()}, adapter_name="a")
     model.double()
-    pipe.fuse_lora(components=["transformer"])
+    pipe.fuse_lora(components=[part])
     pipe.unload_lora_weights()
     return {key: tensor.numpy() for key, tensor in model.state_dict().items()}
 
@@ -68,7 +71,8 @@ def written(factors: Tensors, spelling: str) -> Tensors:
     """The keys that trainers write for a spelling."""
     if spelling == "kohya":
         return spelt(factors, "lora_unet_", flat=True)
-    made = spelt(factors, "transformer." if spelling == "diffusers" else "diffusion_model.")
+    own = "unet." if any(key.startswith("down_blocks") for key in factors) else "transformer."
+    made = spelt(factors, own if spelling == "diffusers" else "diffusion_model.")
     half = {key: part * (0.5 if "lora_up" in key else 1.0) for key, part in made.items() if not key.endswith(".alpha")}
     return {key.replace("lora_down", "lora_A").replace("lora_up", "lora_B"): part for key, part in half.items()}
 

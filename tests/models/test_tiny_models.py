@@ -11,8 +11,10 @@ import torch
 
 from lora_fuse.checkpoint import open_checkpoint
 from lora_fuse.errors import MissingExtra
+from lora_fuse.fusion.plan import make_plan
+from lora_fuse.lora import LoraInput
 from lora_fuse.pictures.render import pipeline_class
-from tests.tiny_models import FAMILIES, call, headers, tiny, tiny_transformer
+from tests.tiny_models import FAMILIES, call, headers, tiny, tiny_transformer, write_hole
 
 # Of each family one weight of a published checkpoint: shapes that its cards, trainers and LoRAs give.
 TRUE_SHAPES = {
@@ -28,6 +30,22 @@ TRUE_SHAPES = {
     "z_image": ("transformer/layers.0.feed_forward.w1.weight", (10240, 3840)),
     "krea_2": ("transformer/transformer_blocks.0.ff.up.weight", (16384, 6144)),
     "sdxl": ("unet/down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight", (640, 2048)),
+}
+
+# Modules of LoRAs as trainers write them for the published checkpoints, with their shapes, and the targets in the base.
+PUBLISHED = {
+    "qwen_image": ({"transformer_blocks.0.attn.to_q": (3072, 3072)}, 1),
+    "qwen_image_21": ({"transformer_blocks.0.img_mlp.gate_up": (24576, 4096)}, 2),
+    "wan_21": ({"blocks.0.self_attn.q": (5120, 5120), "blocks.0.ffn.0": (13824, 5120)}, 2),
+    "wan_21_i2v": ({"blocks.0.cross_attn.k_img": (5120, 5120)}, 1),
+    "wan_22": ({"blocks.0.ffn.2": (5120, 13824)}, 1),
+    "wan_22_i2v": ({"blocks.0.cross_attn.o": (5120, 5120)}, 1),
+    "flux_1": ({"double_blocks.0.img_attn.qkv": (9216, 3072), "single_blocks.0.linear1": (21504, 3072)}, 7),
+    "flux_2": ({"double_blocks.0.img_attn.qkv": (18432, 6144), "single_blocks.0.linear1": (55296, 6144)}, 4),
+    "flux_2_klein": ({"double_blocks.0.txt_attn.qkv": (9216, 3072)}, 3),
+    "z_image": ({"layers.0.attention.qkv": (11520, 3840), "layers.0.feed_forward.w1": (10240, 3840)}, 4),
+    "krea_2": ({"blocks.0.attn.wq": (6144, 6144), "blocks.0.mlp.up": (16384, 6144)}, 2),
+    "sdxl": ({"input_blocks.4.1.transformer_blocks.0.attn2.to_k": (640, 2048)}, 1),
 }
 
 
@@ -61,3 +79,8 @@ def test_a_file_of_true_shapes_is_a_header_and_a_hole(name: str, tmp_path: Path)
     assert sum(path.stat().st_blocks for path in files) * 512 < 1e6
     kinds = {re.sub(r"\d+", "{}", key) for key in tiny_transformer(name).state_dict()}
     assert kinds == {re.sub(r"\d+", "{}", key) for key in checkpoint.tensors()}
+    modules, targets = PUBLISHED[name]
+    shapes = {f"diffusion_model.{module}.lora_A.weight": (16, columns) for module, (_, columns) in modules.items()}
+    shapes |= {f"diffusion_model.{module}.lora_B.weight": (rows, 16) for module, (rows, _) in modules.items()}
+    lora = LoraInput("lora", write_hole(tmp_path / "lora.safetensors", shapes), 1.0)
+    assert len(make_plan(checkpoint, [lora]).targets) == targets

@@ -6,8 +6,11 @@ splits, joins and swaps rows, so what comes out says of each diffusers parameter
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import textwrap
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,22 @@ class Whatever(dict[str, torch.Tensor]):
         return super().pop(key, torch.full((ROWS, 1), -1))
 
 
+def convert(family: Family, tensors: dict[str, torch.Tensor], width: int | None = None) -> dict[str, torch.Tensor]:
+    """Tensors in original names as diffusers' converter makes them; `width` is a model's where FLUX.1's has its own."""
+    assert family.converter is not None
+    function: Callable[..., dict[str, torch.Tensor]] = getattr(single_file_utils, family.converter)
+    if "config" in inspect.signature(function).parameters:  # of the UNet, which is part of a larger file
+        whole = {f"{single_file_utils.LDM_UNET_KEY}{name}": tensor for name, tensor in tensors.items()}
+        return function(whole, {"layers_per_block": 2, "addition_embed_type": "text_time"})
+    if width is not None and family.name == "FLUX.1":
+        source = textwrap.dedent(inspect.getsource(function))
+        assert source.count("inner_dim = 3072") == 1
+        there = {**vars(single_file_utils)}
+        exec(source.replace("inner_dim = 3072", f"inner_dim = {width}"), there)  # noqa: S102
+        function = there[family.converter]
+    return function(tensors)
+
+
 def originals(family: Family) -> list[str]:
     """The templates of the original parameters, of all families with the same converter."""
     alike = [one for one in families() if one.converter == family.converter]
@@ -41,11 +60,10 @@ def originals(family: Family) -> list[str]:
 
 def derive(family: Family) -> Table:
     """The pieces of each original parameter, in order: diffusers parameter, place in it, and share of the rows."""
-    assert family.converter is not None
     names = originals(family)
     numbers = torch.arange(ROWS).reshape(-1, 1)
     tensors = {name.replace("{}", BLOCK): numbers + (at << 32) for at, name in enumerate(names)}
-    converted = getattr(single_file_utils, family.converter)(Whatever(tensors))
+    converted = convert(family, Whatever(tensors))
     found: dict[str, list[tuple[int, str, int, int]]] = {}
     for name, values in converted.items():
         rows = values.flatten()

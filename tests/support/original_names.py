@@ -1,21 +1,18 @@
 """Tiny transformers under the names of their original checkpoints, and back by diffusers' own converter."""
 
-import inspect
-import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.loaders import single_file_utils
 
 from lora_fuse.models import Family, families
-from tests.support.derived_names import derive
+from tests.support.derived_names import convert, derive
 from tests.support.key_styles import Tensors
 from tests.tiny_models import tiny_transformer
 
 FAMILY_OF = {"wan_21_i2v": "Wan 2.1", "wan_22": "Wan 2.2", "flux_1": "FLUX.1", "flux_2": "FLUX.2", "krea_2": "Krea 2"}
-FAMILY_OF |= {"z_image": "Z-Image", "qwen_image_21": "Qwen-Image-2.1", "ltx_2": "LTX-2"}
+FAMILY_OF |= {"z_image": "Z-Image", "qwen_image_21": "Qwen-Image-2.1", "sdxl": "SDXL", "ltx_2": "LTX-2"}
 RANK = 2
 
 
@@ -58,20 +55,8 @@ def _laid_out(template: str, values: Any) -> Any:
 def diffusers_names(family: Family, tensors: Mapping[str, Any]) -> Tensors:
     """Parameters in original names as diffusers' converter makes them."""
     given = {name: torch.from_numpy(np.array(values)) for name, values in tensors.items()}
-    return {name: tensor.numpy() for name, tensor in _converter(family, given)(given).items()}
-
-
-def _converter(family: Family, given: Mapping[str, torch.Tensor]) -> Callable[[Any], dict[str, torch.Tensor]]:
-    """The family's converter; FLUX.1's says the width of the published model, where here is that of the tiny one."""
-    assert family.converter is not None
-    function = getattr(single_file_utils, family.converter)
-    if "img_in.weight" not in given or family.name != "FLUX.1":
-        return function  # type: ignore[no-any-return]
-    source = textwrap.dedent(inspect.getsource(function))
-    assert source.count("inner_dim = 3072") == 1
-    there = {**vars(single_file_utils)}
-    exec(source.replace("inner_dim = 3072", f"inner_dim = {len(given['img_in.weight'])}"), there)  # noqa: S102
-    return there[family.converter]  # type: ignore[no-any-return]
+    width = len(given["img_in.weight"]) if "img_in.weight" in given else None
+    return {name: tensor.numpy() for name, tensor in convert(family, given, width).items()}
 
 
 def random_lora(tensors: Tensors, seed: int = 3) -> tuple[Tensors, Tensors]:
