@@ -28,7 +28,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 # What takes longest begins first, so that no worker is left with it when the others have ended.
-LONGEST = ("stages/test_remotes", "studies/test_sweep_command", "pictures/test_distributed", "pocket/", "stages/")
+FIRST = ("stages/test_remotes", "studies/test_sweep_command", "stages/test_tiny_recipes", "pictures/test_distributed")
+LONGEST = (*FIRST, "pocket/", "stages/", "fleet/")
 
 
 @pytest.hookimpl(optionalhook=True)
