@@ -193,7 +193,7 @@ def test_every_library_is_the_core_s_or_has_an_extra_of_pyproject() -> None:
         extra = extra_of.get(library, "core")
         assert {canonicalize_name(name) for name in distributions[library]} & declared[extra], (library, extra)
     assert "lora-fuse[gguf,hub,torch]" in lines["pipeline"]
-    assert "lora-fuse[fleet,pipeline,s3,sign]" in lines["dev"]
+    assert "lora-fuse[fleet,pipeline,s3,sign,video]" in lines["dev"]
 
 
 HEAVY = frozenset({"torch", "diffusers", "transformers", "huggingface_hub", "hydra", "omegaconf", "numpy"})
