@@ -43,7 +43,7 @@ class Recipe(sections.Section):
     @property
     def scheduler_config(self) -> dict[str, object]:
         """The scheduler's settings by diffusers' names; empty to keep the base's own."""
-        return {} if self.scheduler is None else self.scheduler.model_dump(by_alias=True)
+        return {} if self.scheduler is None else self.scheduler.model_dump()
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], where: str) -> Recipe:

@@ -59,7 +59,7 @@ DType = Literal["float32", "bfloat16", "float16"]
 class Section(BaseModel):
     """A section of the parameters: frozen, strict, and closed to unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, serialize_by_alias=True)
 
 
 class Source(Section):

@@ -1,5 +1,5 @@
+from .components import find_components as find_components
 from .expectation import ExpectedDelta as ExpectedDelta
-from .expectation import read_expected as read_expected
 from .rederivation import Expectation as Expectation
 from .rederivation import Verification as Verification
 from .rederivation import verify_merge as verify_merge

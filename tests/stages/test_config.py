@@ -166,7 +166,9 @@ def changed(path: str, value: object) -> dict[str, Any]:
 
 def test_a_scheduler_of_another_class_has_its_own_settings_and_sigmas_go_into_the_call() -> None:
     named = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}
-    assert Recipe.parse(changed("scheduler", named), "params.yaml").scheduler_config == named
+    recipe = Recipe.parse(changed("scheduler", named), "params.yaml")
+    assert recipe.scheduler_config == named
+    assert Recipe.parse(recipe.model_dump(), "a candidate, a job") == recipe
     recipe = Recipe.parse(changed("sampling.call_sigmas", [1.0, 0.65, 0.44, 0.29]), "params.yaml")
     assert recipe.sampling.usage["call_sigmas"] == (1.0, 0.65, 0.44, 0.29)
     with pytest.raises(BadConfig, match="4 steps visit as many sigmas: got 1"):

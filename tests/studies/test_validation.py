@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_fuse.errors import BadConfig, BadGolden, BadSource
 from lora_fuse.hub import lock_base
+from lora_fuse.lora import LoraInput
 from lora_fuse.machine.console import Console
 from lora_fuse.machine.files import FileRecord
 from lora_fuse.recipe.recipe import Recipe
@@ -34,6 +35,8 @@ from pocket.controls.pictures import grid
 from stages.validate import requested, validate, validate_several
 from tests.hub_server import LoopbackHub
 from tests.support.tiny import in_folder
+from tests.tiny_models import tiny
+from tests.tiny_models.loras import write_loras
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = "pocket/lora/pocket-lightning-4steps-v1.safetensors"
@@ -205,14 +208,38 @@ def test_goldens_of_another_base_are_refused_before_anything_is_built(project: P
     assert not (project / "artifacts/validation/build").exists()
 
 
+def given(path: Path) -> LoraInput:
+    return LoraInput("lora", path, 1.0)
+
+
 def test_the_lora_of_a_reordered_base_is_right_there_and_wrong_here(tmp_path: Path) -> None:
     """What makes `other_base` one: every norm is kept, and no direction."""
     other = for_another_base(load_file(ROOT / CURRENT))
     save_file(other, tmp_path / "other.safetensors")
-    found = compare_files(ROOT / CURRENT, tmp_path / "other.safetensors", ROOT / "pocket/model", "transformer", 1000)
+    other_lora = given(tmp_path / "other.safetensors")
+    found = compare_files(given(ROOT / CURRENT), other_lora, ROOT / "pocket/model", rows=1000)
     assert found.ratio == pytest.approx(1.0, rel=1e-6)
     assert found.cosine is not None
     assert abs(found.cosine) < 0.2
+
+
+def test_a_file_for_several_components_is_compared_in_all_of_them(tmp_path: Path) -> None:
+    write_loras("sdxl", tiny("sdxl", tmp_path / "model"), tmp_path / "lora")
+    (lora,) = (tmp_path / "lora").iterdir()
+    tensors = load_file(lora)
+    save_file(
+        {
+            name: one * (0.5 if name.startswith("lora_te2_") and "lora_up" in name else 1)
+            for name, one in tensors.items()
+        },
+        tmp_path / "new.safetensors",
+    )
+    found = compare_files(given(lora), given(tmp_path / "new.safetensors"), tmp_path / "model")
+    assert (found.only_new, found.only_current) == ((), ())
+    assert (found.lowest, found.highest) == (pytest.approx(0.5, rel=1e-6), pytest.approx(1.0))
+    halved = [block.block for block in found.blocks if block.new < 0.75 * block.current]
+    assert halved
+    assert all(block.startswith("text_encoder_2/") for block in halved)
 
 
 def test_two_files_are_compared_module_by_module(tmp_path: Path) -> None:
@@ -222,7 +249,7 @@ def test_two_files_are_compared_module_by_module(tmp_path: Path) -> None:
     save_file(
         {name: one for name, one in half.items() if not name.startswith(f"{gone}.")}, tmp_path / "new.safetensors"
     )
-    found = compare_files(ROOT / CURRENT, tmp_path / "new.safetensors", ROOT / "pocket/model", "transformer")
+    found = compare_files(given(ROOT / CURRENT), given(tmp_path / "new.safetensors"), ROOT / "pocket/model")
     assert (found.both, found.only_new, found.only_current) == (59, (), (f"{gone}.weight",))
     assert found.ratio == pytest.approx(0.5, rel=1e-6)
     assert found.cosine == pytest.approx(1.0)

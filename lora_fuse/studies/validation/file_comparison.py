@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from lora_fuse.checkpoint import blocks
 from lora_fuse.lora import LoraFile, LoraInput, Selection
-from lora_fuse.verification import ExpectedDelta, Weights, read_expected, row_blocks, weight_files
+from lora_fuse.verification import ExpectedDelta, Weights, find_components, row_blocks, weight_files
 
 ROWS = 16  # of each weight
 
@@ -90,28 +90,41 @@ def facts_of(lora: LoraFile, label: str) -> FileFacts:
     return FileFacts(label, lora.sha256, tuple(lines))
 
 
-def compare_files(current: Path, new: Path, base: Path, component: str, rows: int = ROWS) -> FileComparison:
+def compare_files(
+    current: LoraInput, new: LoraInput, base: Path, leave_out: tuple[str, ...] = (), rows: int = ROWS
+) -> FileComparison:
     """Compare the differences that two LoRAs (files or PEFT folders) make to a base, by so many rows of each weight.
+
+    Of several components the names of weights begin with the component's; `leave_out` is that of `Selection`.
 
     Raises:
         BadCheckpoint: the base has no weights.
     """
-    weights = Weights(weight_files(base, component))
-    before, after = (
-        read_expected([LoraInput("lora", path, 1.0)], weights, Selection()).deltas for path in (current, new)
-    )
-    names = sorted(before.keys() | after.keys())
-    with threadpool_limits(1, user_api="blas"):  # products of so few rows are done before more threads wake
-        sums = {name: _measure(name, weights, before.get(name, []), after.get(name, []), rows) for name in names}
-    both = sorted(before.keys() & after.keys())
+    sides = [
+        find_components(base, [replace(lora, scale=1.0)], Selection(leave_out=leave_out)) for lora in (current, new)
+    ]
+    components = sorted({name for side in sides for name in side.names})
+    before: set[str] = set()
+    after: set[str] = set()
+    sums: dict[str, _Sums] = {}
+    for component in components:
+        weights = Weights(weight_files(base, component))
+        ours, theirs = (side.expected(component, weights).deltas for side in sides)
+        prefix = f"{component}/" if len(components) > 1 else ""
+        before |= {prefix + name for name in ours}
+        after |= {prefix + name for name in theirs}
+        with threadpool_limits(1, user_api="blas"):  # products of so few rows are done before more threads wake
+            for name in sorted(ours.keys() | theirs.keys()):
+                sums[prefix + name] = _measure(name, weights, ours.get(name, []), theirs.get(name, []), rows)
+    both = sorted(before & after)
     total = _Sums()
     for name in both:
         total.add(sums[name])
     ratios = [math.sqrt(sums[name].new / sums[name].current) for name in both if sums[name].current]
     return FileComparison(
         len(both),
-        tuple(sorted(after.keys() - before.keys())),
-        tuple(sorted(before.keys() - after.keys())),
+        tuple(sorted(after - before)),
+        tuple(sorted(before - after)),
         math.sqrt(total.new / total.current) if total.current and total.new else None,
         min(ratios, default=math.nan),
         max(ratios, default=math.nan),

@@ -14,7 +14,6 @@ from lora_fuse.errors import BadLora, CheckFailed, FactorMismatch, Rerun, ShapeM
 from lora_fuse.fusion import Plan, plan_of
 from lora_fuse.lora import open_lora
 from lora_fuse.machine import Console, file_state, staging
-from lora_fuse.models import COMPONENT
 from lora_fuse.pictures import Case, encode, environment, pairs, render_progress
 from lora_fuse.recipe import Artifacts, Lock, Recipe, hf_cache, paths
 from lora_fuse.regression import goldens, verdicts
@@ -165,7 +164,8 @@ class Validation:
         measured = measure(sides, approved, verdicts.Rules.of(self.recipe))
         files = None
         if current is not None and name in current.locks and self.name is not None:
-            files = compare_files(current.path(name), new.path(name), hf_cache.locate(base), COMPONENT)
+            used, given = (next(lora for lora in one.inputs if lora.name == name) for one in (current, new))
+            files = compare_files(used, given, hf_cache.locate(base), self.candidate.fuse.selection.leave_out)
         warnings = misfits(base, new, current, name)
         wanted = new.scales[name] / current.scales[name] if current and current.scales.get(name) else 1.0
         judgement = judge([case.evidence for case in measured], files, warnings, self.recipe, wanted)

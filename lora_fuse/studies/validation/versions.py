@@ -77,7 +77,10 @@ class Version:
     @property
     def inputs(self) -> list[LoraInput]:
         """The same as inputs of a fuse."""
-        return [LoraInput(name, self.path(name), self.scales[name]) for name in sorted(self.locks)]
+        return [
+            LoraInput(name, self.path(name), self.scales[name], lock.component)
+            for name, lock in sorted(self.locks.items())
+        ]
 
     def path(self, name: str) -> Path:
         """The path of one of them."""
