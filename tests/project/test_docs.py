@@ -10,8 +10,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"\]\(([^)#:\s]+)(?:#[^)\s]*)?\)")
 CODE = re.compile(r"`([\w./-]+)`")
 PLACES = (ROOT, ROOT / "lora_fuse")  # paths in code spans are given from one of the two
-FOLDERS = {path.name for place in PLACES for path in place.iterdir() if path.is_dir()} - {"artifacts", ".dvc"}  # made
-MADE = (".json", ".html")  # by a run
+FOLDERS = {path.name for place in PLACES for path in place.iterdir() if path.is_dir()} - {"artifacts", "build", ".dvc"}
+MADE = (".json", ".html")  # by a run, as all that is in those three
 
 
 def named(text: str) -> set[str]:
