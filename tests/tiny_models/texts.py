@@ -136,10 +136,6 @@ def qwen3_vl(*, head: bool) -> PreTrainedModel:
     return (Qwen3VLForConditionalGeneration if head else Qwen3VLModel)(config)
 
 
-def _vision() -> dict[str, Any]:
-    return {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": WIDTH}
-
-
 def _rope(section: list[int]) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 1e6, "mrope_section": section}
 

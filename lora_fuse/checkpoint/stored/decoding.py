@@ -15,7 +15,6 @@ from lora_fuse.checkpoint.stored.gguf_file import BY_NAME
 Float32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2")  # ComfyUI's names, and ml_dtypes'
-_HADAMARD_4 = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))  # of ConvRot: regular and symmetric
 
 
 def decode_rows(matrix: StoredMatrix, codes: Bytes, first: int) -> Float32:
