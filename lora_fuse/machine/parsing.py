@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from lora_fuse.machine.text import one_line
+
 DEEPEST = 64  # mappings and lists in one another, of YAML
 
 
@@ -43,7 +45,7 @@ def check_yaml(text: str) -> None:
             if depth > DEEPEST:
                 raise ValueError(f"it is nested deeper than {DEEPEST}")
     except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(one_line(error)) from error
 
 
 def parse_yaml(text: str) -> Any:
@@ -66,4 +68,4 @@ def parse_yaml(text: str) -> Any:
     try:
         return yaml.load(text, OneOfEach)  # noqa: S506 - a safe loader
     except (yaml.YAMLError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(one_line(error)) from error

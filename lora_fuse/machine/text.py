@@ -61,6 +61,11 @@ def line(text: object) -> str:
     return _IN_A_LINE.sub(_escape, redacted(str(text)))
 
 
+def one_line(error: Exception) -> str:
+    """The text of an error of a library, without its line breaks."""
+    return " ".join(str(error).split())
+
+
 def xml(text: object) -> str:
     """Text for an XML or HTML file, or a whole file: as `line`, but its line ends and tabs stay.
 

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from lora_fuse.checkpoint import fitness
 from lora_fuse.errors import LoraFuseError, OutOfMemory, RenderFailed, require
+from lora_fuse.machine import text
 from lora_fuse.pictures.calls import clip
 from lora_fuse.pictures.calls.call_arguments import arguments, call_of
 from lora_fuse.pictures.calls.encoded_prompts import AbsentModel, Prompts, PromptsEncoded, recorded, replayed
@@ -211,7 +212,7 @@ def compile_blocks(model: Any) -> None:
     try:
         model.compile_repeated_blocks(dynamic=True)
     except (AttributeError, ValueError) as error:
-        blocks = f"{type(model).__name__} has no blocks to compile ({one_line(error)})"
+        blocks = f"{type(model).__name__} has no blocks to compile ({text.one_line(error)})"
         raise RenderFailed(f"{blocks}; set regress.compile to false") from error
 
 
@@ -310,9 +311,4 @@ def to_levels(values: npt.NDArray[np.float32]) -> tuple[Levels, int]:
 
 
 def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {one_line(error)}"
-
-
-def one_line(error: Exception) -> str:
-    """An error's text without its line breaks."""
-    return " ".join(str(error).split())
+    return f"{type(error).__name__}: {text.one_line(error)}"

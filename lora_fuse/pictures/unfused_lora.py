@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import RenderFailed
 from lora_fuse.lora import Decomposed, Delta, LoraInput
+from lora_fuse.machine import text
 from lora_fuse.pictures.calls.call_arguments import call_of
 from lora_fuse.pictures.environment import sealed
-from lora_fuse.pictures.render import Pipeline, one_line
+from lora_fuse.pictures.render import Pipeline
 from lora_fuse.pictures.weights_in_place import loaded_names
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def _load_lora(pipe: Pipeline, lora: LoraInput, adapter: str, route: Sequence[st
             elif route:
                 _load_into(pipe, lora.path.parent, adapter, route, at)
     except (OSError, ValueError, LookupError, RuntimeError, AttributeError, TypeError) as error:
-        raise RenderFailed(f"diffusers cannot load LoRA {lora.name} ({lora.path}): {one_line(error)}") from error
+        raise RenderFailed(f"diffusers cannot load LoRA {lora.name} ({lora.path}): {text.one_line(error)}") from error
 
 
 def _load_into(pipe: Pipeline, folder: Path, adapter: str, route: Sequence[str], at: Mapping[str, Any]) -> None:
@@ -157,13 +158,13 @@ def _load_into(pipe: Pipeline, folder: Path, adapter: str, route: Sequence[str],
     unet = {"unet_config": pipe.unet.config} if hasattr(pipe, "unet") else {}
     state, *alphas, metadata = pipe.lora_state_dict(folder, return_lora_metadata=True, **at, **unet)
     for name in route:
-        text = name.startswith("text_encoder")
-        slot = "text_encoder" if text else name.partition("_")[0]
+        encodes = name.startswith("text_encoder")
+        slot = "text_encoder" if encodes else name.partition("_")[0]
         load = getattr(pipe, f"load_lora_into_{slot}")
         own = {key: value for key, value in state.items() if key.startswith(f"{name}.")}
-        renamed = {f"{slot}.{key.partition('.')[2]}": value for key, value in own.items()} if not text else own
+        renamed = {f"{slot}.{key.partition('.')[2]}": value for key, value in own.items()} if not encodes else own
         given = {slot: getattr(pipe, name), "adapter_name": adapter, "metadata": metadata, "_pipeline": pipe}
-        given |= {"prefix": name} if text else {}
+        given |= {"prefix": name} if encodes else {}
         given |= {"network_alphas": alphas[0]} if alphas else {"network_alphas": None}
         known = inspect.signature(load).parameters
         load(renamed or state, **{key: value for key, value in given.items() if key in known})

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_fuse.errors import BadKey, CheckFailed, naming_extras
+from lora_fuse.machine import text
 from lora_fuse.recipe import sections
 
 SIGNATURE = "model.sig"
@@ -111,7 +112,7 @@ def check(folder: Path, trusted: Trusted, unsigned: Iterable[str] = ()) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return text.one_line(error) or type(error).__name__
 
 
 def _whom(trusted: Trusted) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_fuse.errors import BadConfig
-from lora_fuse.machine import files
+from lora_fuse.machine import files, text
 
 CONF = Path("conf")
 REFERENCES = 16  # in one composition; three that each name the last one, five times over, make 243 of one value
@@ -90,4 +90,4 @@ def recipes() -> list[str]:
 
 def one_line(error: Exception) -> str:
     """A library's error about a configuration, on one line."""
-    return " ".join(str(error).split()).partition(" Config search path")[0]
+    return text.one_line(error).partition(" Config search path")[0]

@@ -97,5 +97,5 @@ def open_picture(path: Path, case: Case) -> Picture:
     try:
         return Picture(read_levels(path))
     except OSError as error:
-        one_line = " ".join(str(error).split())
-        raise RenderFailed(f"case {case.name}: input picture {path} cannot be read: {one_line}") from error
+        said = text.one_line(error)
+        raise RenderFailed(f"case {case.name}: input picture {path} cannot be read: {said}") from error
