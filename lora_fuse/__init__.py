@@ -15,6 +15,7 @@ Everything else is in a room, and a room imports only from those above it:
     exports       the merged transformer in other formats, quantised too
     hub           lock, fetch and publish repositories
     pictures      render, measure and compare
+    differences   a checkpoint held against its base: which LoRAs are in it
     regression    goldens, verdicts, the report
     release       model card, provenance, bill of materials, signature; a download checked
     studies       validation of a LoRA, sweeps over scales, the catalog, the doctor

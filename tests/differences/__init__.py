@@ -1,0 +1,1 @@
+"""Laws of differences between a checkpoint and its base."""
