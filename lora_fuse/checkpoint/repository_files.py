@@ -110,19 +110,26 @@ def list_files(root: Path) -> list[str]:
     return sorted(path.relative_to(root).as_posix() for path in _walk(root, frozenset()))
 
 
-def _walk(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
-    info = folder.stat()
-    inside = above | {(info.st_dev, info.st_ino)}
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
     try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        return sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
-        if folder.name == LOST:
-            yield folder
-            return
         raise BadSource(
             f"{folder} cannot be listed ({error.strerror}), so what is in it is not known; give yourself the right to "
             "read it, or take it away"
         ) from error
+
+
+def _walk(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
+    info = folder.stat()
+    inside = above | {(info.st_dev, info.st_ino)}
+    try:
+        entries = _entries(folder)
+    except BadSource:
+        if folder.name != LOST:
+            raise
+        yield folder
+        return
     for entry in entries:
         path = folder / entry.name
         if not entry.is_dir() or (entry.is_symlink() and (entry.stat().st_dev, entry.stat().st_ino) in inside):
@@ -172,11 +179,13 @@ def component_names(root: Path) -> frozenset[str]:
 
     Raises:
         BadCheckpoint: its index cannot be read.
+        BadSource: the folder cannot be listed.
     """
     if not (root / MODEL_INDEX).is_file():
         return frozenset()
     index = files.read_json(locate(root, MODEL_INDEX), dict, BadCheckpoint, "fetch the base again")
-    return frozenset(name for name in (*named_components(index), *MAIN) if (root / name).is_dir())
+    named = {*named_components(index), *MAIN}  # foreign text, so no part of a path before a folder has it as its name
+    return frozenset(entry.name for entry in _entries(root) if entry.name in named and entry.is_dir())
 
 
 def main_component(components: Collection[str]) -> str:

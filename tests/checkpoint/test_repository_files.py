@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from lora_fuse.checkpoint import repository_files
 from lora_fuse.checkpoint.file_roles import Role, role_of
-from lora_fuse.checkpoint.repository_files import SortedFiles, is_pickle, left_behind, named_components, sort_files
+from lora_fuse.checkpoint.repository_files import (
+    SortedFiles,
+    component_names,
+    is_pickle,
+    left_behind,
+    named_components,
+    sort_files,
+)
 from lora_fuse.errors import BadSource
 
 PLAIN = "diffusion_pytorch_model.safetensors"
@@ -49,6 +56,14 @@ def sort(names: Iterable[str], component: str = "unet", contents: Mapping[str, o
 def test_pickles_are_known_by_their_suffix_in_any_case() -> None:
     assert all(map(is_pickle, ("a/b.bin", "x.PT", "x.ckpt", "x.pkl", "x.pickle", "x.pth")))
     assert not any(map(is_pickle, ("a.safetensors", "bin/a.json", "config.json")))
+
+
+def test_components_that_are_there_are_folders_of_that_very_name(tmp_path: Path) -> None:
+    for name in ("base/vae", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+    named = dict.fromkeys(("vae", "unet", "../elsewhere", "x" * 5000, "a\0b"), ["diffusers", "V"])
+    (tmp_path / "base/model_index.json").write_text(json.dumps({"_class_name": "P", **named}))
+    assert component_names(tmp_path / "base") == {"vae"}
 
 
 def test_components_are_the_pairs_that_are_not_null() -> None:
