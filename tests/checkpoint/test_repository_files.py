@@ -61,7 +61,7 @@ def test_pickles_are_known_by_their_suffix_in_any_case() -> None:
 def test_components_that_are_there_are_folders_of_that_very_name(tmp_path: Path) -> None:
     for name in ("base/vae", "elsewhere"):
         (tmp_path / name).mkdir(parents=True)
-    named = dict.fromkeys(("vae", "unet", "../elsewhere", "x" * 5000, "a\0b"), ["diffusers", "V"])
+    named = {name: ["diffusers", "V"] for name in ("vae", "unet", "../elsewhere", "x" * 5000, "a\0b")}
     (tmp_path / "base/model_index.json").write_text(json.dumps({"_class_name": "P", **named}))
     assert component_names(tmp_path / "base") == {"vae"}
 
