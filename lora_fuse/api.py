@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from lora_fuse.checkpoint import dtypes
 from lora_fuse.errors import BadConfig
@@ -18,11 +18,14 @@ from lora_fuse.models import needed_scheduler
 from lora_fuse.recipe import hf_cache
 from lora_fuse.verification import Expectation, Verification, verify_merge
 
+if TYPE_CHECKING:
+    from lora_fuse.hub import streamed_base
+
 Scheduler: TypeAlias = Mapping[str, object] | Literal["auto"] | None
 
 
 def plan(
-    base: Path,
+    base: Path | streamed_base.StreamedBase,
     loras: Sequence[LoraInput],
     *,
     selection: Selection | None = None,
@@ -33,7 +36,9 @@ def plan(
     """Open a base and LoRAs and match them; nothing is written, and only headers and alphas are read.
 
     Args:
-        base: a pipeline folder, a component folder or one safetensors file.
+        base: a pipeline folder, a component folder or one safetensors file; or what `streamed_base.open_streamed` of
+            `lora_fuse.hub` opens, whose weights are fetched while they are fused: the plan is good as long as it is
+            open.
         loras: files or PEFT folders, each with its scale; they are summed.
         selection: the modules to fuse; None for all that the LoRAs have.
         component: the pipeline's component to fuse into, of LoRAs that name none themselves; without one their keys
@@ -44,8 +49,21 @@ def plan(
     Raises:
         Refused: the base, a LoRA, a scale or a pattern cannot be used; see `lora_fuse.errors` for the kinds.
     """
-    label = hf_cache.cached_at(base.absolute())
-    return plan_base(base, _named(loras, component), selection, label=label, dtype=dtype, requantise=requantise)
+    given = _named(loras, component)
+    if isinstance(base, Path):
+        label = hf_cache.cached_at(base.absolute())
+        return plan_base(base, given, selection, label=label, dtype=dtype, requantise=requantise)
+    made = plan_base(
+        base.root,
+        given,
+        selection,
+        names=base.lock.files,
+        label=base.lock.label,
+        dtype=dtype,
+        requantise=requantise,
+        streamed=base.files,
+    )
+    return replace(made, lock=base.lock)
 
 
 def fuse(  # noqa: PLR0913 - by keyword, each is a choice of its own

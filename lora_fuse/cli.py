@@ -11,8 +11,8 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,8 @@ from lora_fuse.errors import BadConfig, naming_extras
 from lora_fuse.machine import OnceParser, interrupts, text
 
 if TYPE_CHECKING:
-    from lora_fuse import LoraInput, Plan, Selection
+    from lora_fuse import Fused, LoraInput, Plan, Selection
+    from lora_fuse.hub import streamed_base
     from lora_fuse.release import Published, Trusted
 
 SHOWN = 3  # names of a list
@@ -54,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("lora", type=Path, metavar="LORA")
     inspect.set_defaults(run=_inspect)
     plan = commands.add_parser("plan", help="what would be fused, what refused; writes nothing")
-    plan.add_argument("base", type=Path, metavar="BASE")
+    plan.add_argument("base", type=_base, metavar="BASE")
     plan.set_defaults(run=_plan)
     fuse = _add_fuse(commands)
     verify = commands.add_parser(
@@ -120,7 +121,12 @@ def _add_choices(command: argparse.ArgumentParser) -> None:
 def _add_fuse(commands: Any) -> argparse.ArgumentParser:
     """Add the options that only `fuse` has."""
     fuse: argparse.ArgumentParser = commands.add_parser("fuse", help="write BASE with the LoRAs fused into it to OUT")
-    fuse.add_argument("base", type=Path, metavar="BASE")
+    fuse.add_argument(
+        "base",
+        type=_base,
+        metavar="BASE",
+        help="pipeline, component or file; hf://OWNER/NAME@COMMIT: a pipeline on the Hub, fetched while it is fused",
+    )
     fuse.add_argument("out", metavar="OUT")
     fuse.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     fuse.add_argument(
@@ -190,9 +196,26 @@ def _components(options: argparse.Namespace) -> list[str | None]:
     return [by_lora[number] for number in range(1, count + 1)]
 
 
-def _make_plan(options: argparse.Namespace) -> Plan:
+def _base(given: str) -> Path | str:
+    """A place on this machine, or a repository on the Hub."""
+    return given if given.startswith("hf://") else Path(given)
+
+
+@contextmanager
+def _opened(base: Path | str) -> Iterator[Path | streamed_base.StreamedBase]:
+    """A base that is here, or one on the Hub as it is opened to be streamed."""
+    if isinstance(base, Path):
+        yield base
+        return
+    from lora_fuse.hub import streamed_base
+
+    with streamed_base.open_streamed(base) as streamed:
+        yield streamed
+
+
+def _make_plan(options: argparse.Namespace, base: Path | streamed_base.StreamedBase) -> Plan:
     return lora_fuse.plan(
-        options.base,
+        base,
         _inputs(options),
         selection=_selection(options),
         requantise=options.requantise,
@@ -250,7 +273,8 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    _print_plan(_make_plan(options))
+    with _opened(options.base) as base:
+        _print_plan(_make_plan(options, base))
     return 0
 
 
@@ -305,36 +329,42 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _fuse(options: argparse.Namespace) -> int:
-    from lora_fuse.machine import progress
-
     if options.side_channel and options.requantise:
         raise BadConfig(
             "--side-channel leaves the codes as they are, and --requantise makes new ones: give one of them"
         )
-    plan = _make_plan(options)
     out = Path(options.out)
-    if plan.checkpoint.kind == "file" and not options.side_channel and options.out.endswith(os.sep):
-        raise BadConfig(
-            f"BASE is a file, and OUT {options.out} a folder; name the file to write, {out / options.base.name}"
-        )
-    scheduler = _scheduler(options)
-    _print_plan(plan, scheduler)
-    with warnings.catch_warnings(action="ignore"):  # they are printed
-        fused = lora_fuse.fuse(
-            plan,
-            out,
-            device=options.device,
-            untouched=options.untouched,
-            scheduler=scheduler,
-            replace=options.replace,
-            force_quantised=options.force_quantised,
-            side_channel=options.side_channel,
-            show_progress=True,
-        )
+    with _opened(options.base) as base:
+        plan = _make_plan(options, base)
+        if plan.checkpoint.kind == "file" and not options.side_channel and options.out.endswith(os.sep):
+            raise BadConfig(
+                f"BASE is a file, and OUT {options.out} a folder; name the file to write, {out / options.base.name}"
+            )
+        scheduler = _scheduler(options)
+        _print_plan(plan, scheduler)
+        with warnings.catch_warnings(action="ignore"):  # they are printed
+            fused = lora_fuse.fuse(
+                plan,
+                out,
+                device=options.device,
+                untouched=options.untouched,
+                scheduler=scheduler,
+                replace=options.replace,
+                force_quantised=options.force_quantised,
+                side_channel=options.side_channel,
+                show_progress=True,
+            )
+    _print_fused(fused, options.out)
+    return 0
+
+
+def _print_fused(fused: Fused, out: str) -> None:
+    from lora_fuse.machine import progress
+
     files = fused.manifest.files
     total = progress.human_bytes(sum(file.size for file in files.values()))
     written = progress.human_rate(fused.bytes_written, fused.seconds)
-    text.say(f"merged: {options.out}, {total} in {len(files)} files; written: {written}")
+    text.say(f"merged: {out}, {total} in {len(files)} files; written: {written}")
     if (cost := fused.manifest.requantised) is not None:
         left = f"{cost.cosine:.4f} of the change is left (cosine), noise {cost.noise_over_change:.3g} of its energy"
         text.say(f"quantised again: {left}")
@@ -343,7 +373,6 @@ def _fuse(options: argparse.Namespace) -> int:
             text.say(f"  {file.sha256}  {name}")
     if fused.sharing:
         text.say(fused.sharing)
-    return 0
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -125,6 +125,14 @@ class BadSource(Refused):
     """A repository, revision or file cannot be had, or its content is not what was promised."""
 
 
+class WrongContent(BadSource):
+    """The bytes of a file that came are not those that were promised of it."""
+
+
+class ConnectionLost(BadSource):
+    """A Hub cannot be had any more: what is finished stays, and the same command goes on with it."""
+
+
 class PublishRefused(Refused):
     """Something that publishing needs is missing, failed, or belongs to other bytes."""
 

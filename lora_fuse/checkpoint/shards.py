@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -34,7 +34,7 @@ from lora_fuse.checkpoint.stored import (
     read_gguf_header,
 )
 from lora_fuse.errors import BadCheckpoint
-from lora_fuse.machine import file_state, files
+from lora_fuse.machine import direct_io, file_state, files
 
 PROVENANCE = "lora_fuse"  # the metadata entry of a fused shard: what was fused, as JSON
 
@@ -48,12 +48,27 @@ Kind = Literal["pipeline", "component", "file"]
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One file of the component's weights: `relative` is its POSIX path below the base."""
+    """One file of the component's weights: `relative` is its POSIX path below the base.
+
+    Of one that is `streamed`, `path` has the header and nothing else.
+    """
 
     path: Path
     relative: str
     header: Header
     is_gguf: bool = False
+    streamed: direct_io.StreamedFiles | None = None
+
+    def open(self) -> AbstractContextManager[direct_io.ByteSource]:
+        """Read it; one that is streamed once, in order, and all that is behind its header.
+
+        Raises:
+            BadCheckpoint: it cannot be opened.
+            Refused: see `direct_io.StreamedFiles.open`.
+        """
+        if self.streamed is not None:
+            return self.streamed.open(self.relative, self.header.raw)
+        return direct_io.open_shard(self.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +78,7 @@ class Checkpoint:
     `left` are files that are not, each with the reason; `remarks` are sentences on what is odd and not wrong. `states`
     are those of all its files, by their places on disk, from before they were looked into. `component` is the folder of
     a pipeline that the shards are in, and empty of another kind; `further` are components that were opened with it,
-    each as a base that takes over the same files.
+    each as a base that takes over the same files. `streamed` are files of weights that are on their way yet.
     """
 
     root: Path
@@ -77,6 +92,7 @@ class Checkpoint:
     states: Mapping[Path, file_state.FileState] = field(default_factory=dict)
     component: str = ""
     further: tuple[Checkpoint, ...] = ()
+    streamed: direct_io.StreamedFiles | None = None
 
     def tensors(self) -> dict[str, TensorInfo]:
         """Every tensor of the component by name."""
@@ -95,9 +111,16 @@ class Checkpoint:
         """The weights of the component that are stored as codes; scales and descriptions are read.
 
         Raises:
-            BadCheckpoint: a file cannot be read.
+            BadCheckpoint: a file cannot be read; or there are such weights, and they are streamed: what their codes
+                mean is said in data.
         """
-        return find_stored(((shard.path, shard.header) for shard in self.shards), str(self.root))
+        found = find_stored(((shard.path, shard.header) for shard in self.shards), str(self.root))
+        if self.streamed is not None and (quantised := [*found.matrices, *found.refused, *found.markers]):
+            raise BadCheckpoint(
+                f"{self.streamed.label} is quantised, as {quantised[0]!r} says, and only plain weights are fused while "
+                "they arrive; fetch it first (`hf download`), and name the folder"
+            )
+        return found
 
     def quantised(self) -> dict[str, Quantised]:
         """The modules of the component that are quantised, by name."""
@@ -155,10 +178,11 @@ def open_checkpoint(
     files: Iterable[str] | None = None,
     label: str | None = None,
     more: Sequence[str] = (),
+    streamed: direct_io.StreamedFiles | None = None,
 ) -> Checkpoint:
     """Open a base from its headers; `component` is for a pipeline only, whose main one is opened by default.
 
-    `more` are further components of a pipeline to open, see `Checkpoint.further`.
+    `more` are further components of a pipeline to open, see `Checkpoint.further`; `streamed` is that of `Checkpoint`.
 
     Of a folder, `files` are the POSIX paths that belong to the base (a lock's); without them, all files in it. They are
     sorted by `repository_files.sort_files`.
@@ -181,7 +205,11 @@ def open_checkpoint(
     main = "" if kind == "component" else component or main_component(component_names(root))
     found = sort_folder(root, main, files, more)
     states = _states(locate(root, name) for name in (*found.all_shards, *found.others))
-    every = [Shard(root / name, name, read_header(root / name)) for name in found.all_shards]
+    coming = frozenset(streamed.records) if streamed else frozenset()
+    every = [
+        Shard(root / name, name, read_header(root / name), streamed=streamed if name in coming else None)
+        for name in found.all_shards
+    ]
     if found.missing:
         raise BadCheckpoint(
             f"{root} has no {', '.join(found.missing)}, which its {MODEL_INDEX} names; get a complete copy, or "
@@ -197,7 +225,9 @@ def open_checkpoint(
         _refuse_unreadable(root / name)
     common = (label, found.left, tuple(remarks), states)
     opened = [
-        Checkpoint(root, kind, shards, found.others, _settings(root, folder), *common, component=folder)
+        Checkpoint(
+            root, kind, shards, found.others, _settings(root, folder), *common, component=folder, streamed=streamed
+        )
         for folder, shards in zip((main, *found.more), parts, strict=True)
     ]
     return replace(opened[0], further=tuple(opened[1:]))

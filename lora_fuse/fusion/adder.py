@@ -91,10 +91,10 @@ def _rows_of(target: Target) -> Iterator[tuple[int, torch.Tensor]]:
     """Read a target's rows from the base, in its own dtype or decoded, block by block: in memory that is used again."""
     at = target.tensor.start
     memory = direct_io.block_memory(PIECE)
-    with direct_io.open_shard(target.shard.path) as source:
+    with target.shard.open() as source:
         for piece in row_pieces(target):
             data = memory[: piece.nbytes]
-            direct_io.read_exactly(source, data, at)
+            source.fill(data, at)
             yield piece.first_row, base_rows(target, data, piece.first_row)
             at += piece.nbytes
 
@@ -177,8 +177,8 @@ def _stored(shard: Shard, tensor: TensorInfo) -> npt.NDArray[np.float32]:
     """
     dtype = dtypes.DTYPES[tensor.dtype]
     memory = direct_io.block_memory(tensor.nbytes)[: tensor.nbytes]
-    with direct_io.open_shard(shard.path) as source:
-        direct_io.read_exactly(source, memory, tensor.start)
+    with shard.open() as source:
+        source.fill(memory, tensor.start)
     if dtype.bits < BYTE or dtype.name == "C64":
         raise BadCheckpoint(f"{shard.path}: {tensor.name!r} is {dtype.name}, and no array of numbers; use another base")
     stored = np.frombuffer(memory, dtype.numpy).reshape(tensor.shape)

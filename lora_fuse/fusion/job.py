@@ -138,6 +138,7 @@ class FuseJob:
         clock = progress.Stopwatch()
         nbytes = self.nbytes
         written: list[Fused] = []
+        base = base or self.plan.lock
 
         def beside(merged: Mapping[str, records.MergedFile]) -> dict[Path, str]:
             cost = self.costs.total if self._written.requantise else None

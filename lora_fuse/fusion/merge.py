@@ -72,7 +72,7 @@ def write_merged(  # noqa: PLR0913 - by keyword, each is a choice of its own
     space.require(files.nearest_folder(place), need, "the merged checkpoint", "make room, or write OUT on another disk")
     try:
         states = _watched(plan, states)
-        pinned = {name: record.sha256 for name, record in known.items()} if hash_inputs else {}
+        pinned = {name: known[name].sha256 for name in known.keys() - _arriving(plan).keys()} if hash_inputs else {}
         with staging.staging_folder(place, _key(plan, states, pinned)) as staged:
             way = FuseOptions(device, direct=direct_io.too_large_to_cache(to_write), pinned=pinned)
             others = OtherFiles(plan, staged, generated, ways, {} if hash_inputs else known, pinned)
@@ -89,6 +89,12 @@ def write_merged(  # noqa: PLR0913 - by keyword, each is a choice of its own
     except OSError as error:
         raise Refused(f"cannot write {out}: {error.strerror} ({error.filename or out}); it is as it was") from error
     return merged
+
+
+def _arriving(plan: Plan) -> dict[str, str]:
+    """The sha256 that each file has to have which is streamed."""
+    streamed = plan.checkpoint.streamed
+    return {} if streamed is None else {name: record.sha256 for name, record in streamed.records.items()}
 
 
 def _replace(new: Path, place: Path, beside: Mapping[Path, str], states: file_state.FileStates) -> None:
@@ -119,9 +125,15 @@ def _refuse_changed(states: file_state.FileStates, paths: Iterable[Path] | None 
 
 
 def _key(plan: Plan, states: file_state.FileStates, pinned: Mapping[str, str]) -> str:
-    """A hash of all that the bytes of fused shards depend on; a base shard is known by its state, or also pinned."""
-    shards = {shard.relative: [*astuple(states[shard.path]), pinned.get(shard.relative)] for shard in plan.fused_shards}
-    said = [ENGINE, *(part.provenance for part in plan.parts), shards]
+    """A hash of all that the bytes of finished files depend on.
+
+    A base shard is known by its state, or also pinned; what is streamed, shard or not, by the sha256 that it has to
+    have.
+    """
+    arriving = _arriving(plan)
+    here = [shard for shard in plan.fused_shards if shard.relative not in arriving]
+    shards = {shard.relative: [*astuple(states[shard.path]), pinned.get(shard.relative)] for shard in here}
+    said = [ENGINE, *(part.provenance for part in plan.parts), shards | dict(sorted(arriving.items()))]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
@@ -155,9 +167,9 @@ def _write_files(
     costs: Costs | None,
 ) -> dict[str, records.MergedFile]:
     """Fuse the shards that change, while the other files are prepared; all of them by POSIX path."""
-    done = place.keep_finished([shard.relative for shard in plan.fused_shards], progress)
+    done = place.keep_finished([*(shard.relative for shard in plan.fused_shards), *others.arriving], progress)
     written: dict[str, records.MergedFile] = {}
-    with others.prepared(progress, way.stop):
+    with others.prepared(progress, way.stop, done):
         try:
             for part in plan.parts:
                 written |= _fuse_shards(part, place, done, way, states, progress, costs or Costs())
@@ -182,7 +194,10 @@ def _fuse_shards(
 
     def fuse(shard: Shard) -> FileRecord:
         path = place.place(shard.relative)
-        record = fuser.fuse(shard, path)
+        if shard.streamed is None:
+            record = fuser.fuse(shard, path)
+        else:
+            record = shard.streamed.twice(shard.relative, lambda: fuser.fuse(shard, path))
         _refuse_changed(states, [shard.path])
         files.sync(path)  # while others are fused
         place.finish(shard.relative, record)

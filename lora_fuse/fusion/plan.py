@@ -15,7 +15,7 @@ from lora_fuse.errors import BadCheckpoint, BadConfig, BadLora, require
 from lora_fuse.fusion.planning.experts import expert_warnings
 from lora_fuse.fusion.planning.routing import RoutedLora, components, route, route_to_one
 from lora_fuse.lora import Delta, LoraFile, LoraInput, PlacedDelta, Selection, match_targets
-from lora_fuse.machine import files
+from lora_fuse.machine import direct_io, files
 from lora_fuse.models import COMPONENT, alpha_warnings, distillation, pair_warnings
 from lora_fuse.recipe import Lock, hf_cache, paths
 
@@ -60,7 +60,8 @@ class Plan:
     where there are several. `skipped` are the parameters that the selection leaves out.
     `stored` are the base's weights that are codes, where a target is one of them or the base is GGUF: all of these are
     decoded then, or with `requantise` the targets alone, to be quantised again as they were. `dtype` is that of all
-    floats of the result, by a header's name; None where that is the base's own everywhere.
+    floats of the result, by a header's name; None where that is the base's own everywhere. `lock` is that of a base
+    that is streamed.
     """
 
     checkpoint: Checkpoint
@@ -75,6 +76,7 @@ class Plan:
     own: tuple[int, ...] = ()
     prefix: str = ""
     further: tuple[Plan, ...] = ()
+    lock: Lock | None = None
 
     @property
     def parts(self) -> tuple[Plan, ...]:
@@ -110,7 +112,8 @@ class Plan:
         if base.kind != "pipeline":
             return make_plan(base, inputs, selection)
         names = [*(shard.relative for shard in self.shards), *base.others]
-        return plan_base(base.root, inputs, selection, names=names, label=base.label)
+        plan = plan_base(base.root, inputs, selection, names=names, label=base.label, streamed=base.streamed)
+        return replace(plan, lock=self.lock)
 
     @property
     def is_laid_out_anew(self) -> bool:
@@ -235,11 +238,12 @@ def plan_base(  # noqa: PLR0913 - by keyword, each is a choice of its own
     dtype: str | None = None,
     digests: bool = False,
     requantise: bool = False,
+    streamed: direct_io.StreamedFiles | None = None,
 ) -> Plan:
     """Open a base and the components of it that LoRAs are for, and match them; see `make_plan`.
 
-    A pipeline may have several: a LoRA is for the component that it names, or for those that its keys name. `names` and
-    `label` are those of `open_checkpoint`.
+    A pipeline may have several: a LoRA is for the component that it names, or for those that its keys name. `names`,
+    `label` and `streamed` are those of `open_checkpoint`.
 
     Raises:
         Refused: as `make_plan`.
@@ -247,12 +251,12 @@ def plan_base(  # noqa: PLR0913 - by keyword, each is a choice of its own
     chosen = selection or Selection()
     there = repository_files.component_names(root)
     if not there:
-        checkpoint = open_checkpoint(root, None, names, label)
+        checkpoint = open_checkpoint(root, None, names, label, streamed=streamed)
         return make_plan(checkpoint, inputs, chosen, dtype=dtype, digests=digests, requantise=requantise)
     main = repository_files.main_component(there)
     routed = route(inputs, chosen, digests=digests, main=main, available=there)
     first, *more = components(routed, main)
-    checkpoint = open_checkpoint(root, first, names, label, more)
+    checkpoint = open_checkpoint(root, first, names, label, more, streamed)
     opened = (checkpoint, *checkpoint.further)
     for one in opened:
         fitness.refuse_unfit(one)
@@ -301,6 +305,8 @@ def _matched(checkpoint: Checkpoint, routed: Sequence[RoutedLora], chosen: Selec
             matched = match_targets(part.deltas, weights, str(one.lora.path), one.lora.adds_the_same)
         for name, placed in matched.items():
             _refuse_cut_columns(one.lora, placed)
+            if checkpoint.streamed is not None:
+                _refuse_lengths_of_columns(one.lora, placed)
             scale = one.given.scale * (chosen.share(name) or 0.0)
             deltas.setdefault(name, []).extend(ScaledDelta(one.lora, part_of, scale) for part_of in placed)
     for name, scaled in deltas.items():
@@ -373,6 +379,8 @@ def cautions(plan: Plan, scheduler: Mapping[str, object] | None = None) -> list[
     `scheduler` are the settings that the result gets, None or nothing for the base's own.
     """
     base, _ = hf_cache.cached_from(plan.checkpoint.root.absolute())
+    if plan.checkpoint.streamed is not None and plan.checkpoint.label is not None:
+        base = plan.checkpoint.label.partition("@")[0]
     warnings = pair_warnings(base, [hf_cache.cached_from(given.path.absolute()) for given in plan.inputs])
     warnings += alpha_warnings([(lora.path.name, lora.missing_alphas) for lora in plan.loras])
     warnings += expert_warnings(
@@ -397,6 +405,16 @@ def _refuse_cut_columns(lora: LoraFile, placed: Sequence[PlacedDelta]) -> None:
             raise BadLora(
                 f"{lora.path}: {one.delta.module!r} has a length for each column (dora_scale) of a matrix that the "
                 "base has not whole: its rows are in other parameters; fuse it into a base with the LoRA's names"
+            )
+
+
+def _refuse_lengths_of_columns(lora: LoraFile, placed: Sequence[PlacedDelta]) -> None:
+    """Refuse DoRA by column for weights that are streamed: a column has its length when the whole weight was read."""
+    for one in placed:
+        if lora.has_lengths_of_columns(one.delta):
+            raise BadLora(
+                f"{lora.path}: {one.delta.module!r} has a length for each column (dora_scale), for which the weight is "
+                "read twice, and what arrives is read once; fetch the base first (`hf download`), and name the folder"
             )
 
 
@@ -480,6 +498,11 @@ def _converted(checkpoint: Checkpoint, dtype: str | None, *, decoded: bool, requ
         tensor.dtype in (wanted, *(dtypes.DTYPES.keys() - dtypes.ROUNDABLE)) for tensor in checkpoint.tensors().values()
     ):
         return None
+    if checkpoint.streamed is not None:
+        raise BadConfig(
+            f"--dtype (fuse.dtype) is {dtype}: tensors of another dtype lie in another order, and weights that arrive "
+            "are read in their own; fetch the base first (`hf download`), and name the folder"
+        )
     require("torch", f"{checkpoint.root}: weights in {dtype}")
     return wanted
 

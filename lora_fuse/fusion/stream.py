@@ -101,6 +101,7 @@ class ShardFuser(AddingThreads):
         """Write the merged shard to `to`, hashing on the way.
 
         Raises:
+            Refused: of a shard that is streamed, see `direct_io.StreamedFiles.open`.
             BadCheckpoint: the base shard cannot be read, ended early (it changed since its header was read), is not
                 what it is pinned to, or holds NaN or infinity where something is added; or a sum is too large for its
                 dtype.
@@ -109,7 +110,7 @@ class ShardFuser(AddingThreads):
         pinned = self._way.pinned.get(shard.relative)
         at = len(shard.header.raw)
         with (
-            direct_io.open_shard(shard.path) as source,
+            shard.open() as source,
             direct_io.HashingWriter(to, self._progress, self._way.direct, self._share.windows) as output,
             _pinned(self._way.device, output.memories),
             _Pin(pinned, hashlib.sha256(shard.header.raw)) as pin,
@@ -121,7 +122,7 @@ class ShardFuser(AddingThreads):
                 if self._way.stop.is_set():
                     raise Stopped
                 data = output.room()[: sum(piece.nbytes for piece in window)]
-                direct_io.read_exactly(source, data, at)
+                source.fill(data, at)
                 output.send(len(data), sums.add(window, data, pin.see(data)))
                 at += len(data)
             record = output.finish()

@@ -18,8 +18,8 @@ from threading import Event
 from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import BadCheckpoint
 from lora_fuse.fusion.plan import Plan
-from lora_fuse.fusion.stream import refuse_other_content
-from lora_fuse.machine import file_state, files, staging
+from lora_fuse.fusion.stream import Stopped, refuse_other_content
+from lora_fuse.machine import direct_io, file_state, files, staging
 from lora_fuse.recipe import hf_cache, records
 
 Ways = Mapping[str, files.Untouched]
@@ -29,6 +29,7 @@ def ways_of(plan: Plan, place: Path, untouched: files.Untouched) -> Ways:
     """The way of each file of the base that does not change to `place`, by POSIX path, without ``auto``."""
     fused = {shard.relative for shard in plan.fused_shards}
     folder = files.nearest_folder(place)
+    streamed = plan.checkpoint.streamed
     others = [*(shard.relative for shard in plan.shards), *plan.checkpoint.others]
     shares: dict[int, bool] = {}  # blocks, by device
     ways: dict[str, files.Untouched] = {}
@@ -40,7 +41,8 @@ def ways_of(plan: Plan, place: Path, untouched: files.Untouched) -> Ways:
         is_weight = repository_files.is_weights(given.name) or repository_files.is_weights(source.name)
         device = _device(source)
         ways[name] = "copy"
-        if not is_weight or untouched == "copy" or device != folder.stat().st_dev:
+        arrives = streamed is not None and name in streamed.records
+        if arrives or not is_weight or untouched == "copy" or device != folder.stat().st_dev:
             continue
         if untouched != "hardlink" and device not in shares:
             shares[device] = files.can_reflink(source, folder)
@@ -75,16 +77,34 @@ class OtherFiles:
         self._ways = ways
         self._known = known
         self._pinned = pinned
+        self._streamed = plan.checkpoint.streamed
         self._prepared: dict[str, Future[files.FileRecord]] = {}
 
+    @property
+    def arriving(self) -> list[str]:
+        """The files that are streamed, by POSIX path."""
+        coming = {} if self._streamed is None else self._streamed.records
+        return [name for name in self._sources if name in coming and name not in self._generated]
+
     @contextmanager
-    def prepared(self, progress: Callable[[int], None], stop: Event) -> Iterator[None]:
-        """Copy and hash within it, the largest first; `progress` is told of what was copied, an error sets `stop`."""
+    def prepared(
+        self, progress: Callable[[int], None], stop: Event, done: Mapping[str, files.FileRecord]
+    ) -> Iterator[None]:
+        """Copy and hash within it, the largest first; `progress` is told of what was copied, an error sets `stop`.
+
+        Those of `arriving` that are `done` were finished by an earlier run.
+        """
         states = {name: file_state.state_of(source) for name, source in self._sources.items()}
         sizes = {name: state.size if state else 0 for name, state in states.items()}
+        streamed = self._streamed
+        arriving = set(self.arriving)
 
         def prepare(name: str, advance: file_state.Advance) -> files.FileRecord:
+            if name in done:
+                return done[name]
             try:
+                if name in arriving and streamed is not None:
+                    return self._arrived(streamed, name, stop, advance, progress)
                 record = self._prepare(name, advance)
             except Exception:
                 stop.set()
@@ -96,6 +116,37 @@ class OtherFiles:
             for name in sorted(sizes, key=lambda name: -sizes[name]):
                 self._prepared[name] = threads.submit(prepare, name)
             yield
+
+    def _arrived(
+        self,
+        streamed: direct_io.StreamedFiles,
+        name: str,
+        stop: Event,
+        advance: file_state.Advance,
+        progress: Callable[[int], None],
+    ) -> files.FileRecord:
+        """Write a file that is streamed to its place, and mark it as whole."""
+        placed = self._place.place(name)
+
+        def write() -> files.FileRecord:
+            size = streamed.records[name].size
+            with (
+                streamed.open(name) as source,
+                direct_io.HashingWriter(placed, progress, direct=False, windows=2) as output,
+            ):
+                for start in range(0, size, direct_io.WINDOW):
+                    if stop.is_set():
+                        raise Stopped
+                    advance(0)
+                    part = min(direct_io.WINDOW, size - start)
+                    source.fill(output.room()[:part], start)
+                    output.send(part)
+                return output.finish()
+
+        record = streamed.twice(name, write)
+        files.sync(placed)
+        self._place.finish(name, record)
+        return record
 
     def _prepare(self, name: str, advance: file_state.Advance) -> files.FileRecord:
         source = self._sources[name]

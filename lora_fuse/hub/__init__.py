@@ -7,6 +7,8 @@ is the process in which the client itself transfers; nothing imports it.
 Invariants: no pickle is ever fetched; a lock that exists keeps its commit, however far its branch moves, unless it
 is told to move; a source that is locked and whole on this machine needs no network; the token comes from `HF_TOKEN`
 and nowhere else; no answer is used that no Hub gives; a question ends in its time, and a transfer that hardly moves.
+
+`streaming` reads weights from the Hub while a fuse goes on: they never lie on this machine.
 """
 
 import lazy_loader

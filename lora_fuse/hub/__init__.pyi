@@ -6,7 +6,7 @@ from . import sizes as sizes
 from . import sources as sources
 from .locks import lock_base as lock_base
 from .locks import lock_lora as lock_lora
-from .payload import Addition as Addition
 from .publisher import Receipt as Receipt
 from .publisher import preview as preview
 from .publisher import publish as publish
+from .streaming import streamed_base as streamed_base

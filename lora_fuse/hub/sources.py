@@ -72,12 +72,15 @@ def ignored(*_: object) -> None:
 
 @dataclass(slots=True)
 class VerifiedFiles:
-    """Files taken from a source so far, by POSIX path; each is as the source lists it, and `note` is told of it."""
+    """Files taken from a source so far, by POSIX path; each is as the source lists it, and `note` is told of it.
+
+    They are in `root`.
+    """
 
     source: FileSource
     note: file_state.Note = ignored
     records: dict[str, FileRecord] = field(default_factory=dict)
-    _root: Path = Path()
+    root: Path = Path()
 
     def take(self, names: Iterable[str]) -> None:
         """Fetch files, hash each as soon as it is here, and compare with the source's list; a bad one is fetched anew.
@@ -95,9 +98,9 @@ class VerifiedFiles:
             def begin(root: Path, name: str) -> None:
                 running[name] = threads.submit(partial(self._examined, root), name)
 
-            self._root = self.source.fetch(wanted, False, begin)
+            self.root = self.source.fetch(wanted, False, begin)
             for name in sorted(sizes.keys() - running.keys(), key=lambda name: sizes[name], reverse=True):
-                begin(self._root, name)
+                begin(self.root, name)
             with hashed.shown("hash", sum(sizes.values()), at_least=progress.FEW):
                 self.records |= {name: self._mended(name, running[name].result()) for name in wanted}
 
@@ -108,7 +111,7 @@ class VerifiedFiles:
             BadSource: the file is not JSON.
         """
         try:
-            return files.parse_json(files.read_bytes(self._root / name))
+            return files.parse_json(files.read_bytes(self.root / name))
         except (OSError, ValueError) as error:
             raise BadSource(f"{name} of {self.source.label} is not JSON: {error}; get a good copy") from error
 
@@ -120,7 +123,7 @@ class VerifiedFiles:
         if isinstance(result, str) and self.source.commit:
             text.say(f"download: {name} of {self.source.label}: {result}; fetching it again", sys.stderr)
             self.source.fetch([name], True, ignored)
-            result = self._examined(self._root, name, lambda _: None)
+            result = self._examined(self.root, name, lambda _: None)
         if isinstance(result, str):
             advice = "it was fetched twice, so report it to its owner" if self.source.commit else "mend the folder"
             raise BadSource(f"{name} of {self.source.label}: {result}; {advice}")
@@ -129,6 +132,17 @@ class VerifiedFiles:
 
 def take_pipeline(taken: VerifiedFiles) -> None:
     """Take the files of a source's diffusers pipeline that `repository_files.sort_files` takes, and say what it leaves.
+
+    Raises:
+        BadSource: see `choose_pipeline` and `VerifiedFiles.take`.
+    """
+    wanted = choose_pipeline(taken)
+    taken.take(wanted)
+    taken.records = {name: record for name, record in taken.records.items() if name in wanted}
+
+
+def choose_pipeline(taken: VerifiedFiles) -> set[str]:
+    """Choose the files of a source's pipeline; its configurations are taken, as they decide.
 
     Raises:
         BadSource: the source is no pipeline, is incomplete, or asks for code; or as `sort_files` and
@@ -161,8 +175,7 @@ def take_pipeline(taken: VerifiedFiles) -> None:
     configurations = sorted(name for name in wanted if name.endswith(".json"))
     taken.take(configurations)
     fitness.refuse_code(((name, taken.json(name)) for name in configurations), label, BadSource)
-    taken.take(wanted)
-    taken.records = {name: record for name, record in taken.records.items() if name in wanted}
+    return wanted
 
 
 def refuse_missing(names: Iterable[str], files: Mapping[str, ExpectedFile], label: str) -> None:

@@ -11,13 +11,13 @@ import ctypes
 import hashlib
 import mmap
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -66,6 +66,34 @@ def _available_memory() -> int:
     return int(line.split()[1]) * 1024
 
 
+class ByteSource(Protocol):
+    """Bytes of a file of the base, wherever they come from."""
+
+    def fill(self, memory: memoryview, start: int) -> None:
+        """Fill memory with the bytes from `start` on; of what arrives from elsewhere, each once and in order."""
+
+
+class StreamedFiles(Protocol):
+    """Files that arrive while they are read and never lie on a disk: where they should lie is a hole.
+
+    `records` has those files only, each with what was promised of it, by POSIX path.
+    """
+
+    label: str
+    records: Mapping[str, FileRecord]
+
+    def open(self, name: str, read: bytes = b"") -> AbstractContextManager[ByteSource]:
+        """Read a file in order, behind the bytes that were `read` before; all of it, or its end is an error.
+
+        Raises:
+            WrongContent: at the end, what arrived is not what was promised.
+            BadSource: it cannot be had.
+        """
+
+    def twice(self, name: str, work: Callable[[], FileRecord]) -> FileRecord:
+        """Do work on a file, and once more where that was refused for its bytes."""
+
+
 class _File:
     def __init__(self, path: Path, flags: int, direct: bool) -> None:
         self.path = path
@@ -98,6 +126,17 @@ class Reader(_File):
             done += got
         return done
 
+    def fill(self, memory: memoryview, start: int) -> None:
+        """Fill memory with a part of a shard.
+
+        Raises:
+            BadCheckpoint: it cannot be read, or is not there any more.
+        """
+        with _reading(self.path):
+            missing = len(memory) - self.read(memory, start)
+        if missing:
+            raise BadCheckpoint(f"{self.path} ended {missing} bytes early: it changed while it was read")
+
     def _read_some(self, memory: memoryview, start: int) -> int:
         if self._direct is None:
             return os.preadv(self._plain, [memory], start)
@@ -110,7 +149,7 @@ class Reader(_File):
         wanted = min(len(memory), AT_ONCE)
         got = os.preadv(self._direct, [self._blocks[: blocks(lead + wanted)]], start - lead)
         part = self._blocks[lead : min(got, lead + wanted)]
-        _copy(part, memory)
+        copy(part, memory)
         return len(part)
 
 
@@ -133,7 +172,7 @@ class Writer(_File):
         self._size += nbytes
 
 
-def _copy(data: memoryview | bytes, memory: memoryview) -> None:
+def copy(data: memoryview | bytes, memory: memoryview) -> None:
     """Copy to the beginning of some memory, while other threads go on, as they do not in an assignment of Python's."""
     np.copyto(np.frombuffer(memory, np.uint8, count=len(data)), np.frombuffer(data, np.uint8))
 
@@ -160,18 +199,6 @@ def open_shard(path: Path) -> Reader:
     """
     with _reading(path):
         return Reader(path)
-
-
-def read_exactly(source: Reader, memory: memoryview, start: int) -> None:
-    """Fill memory with a part of a shard.
-
-    Raises:
-        BadCheckpoint: it cannot be read, or is not there any more.
-    """
-    with _reading(source.path):
-        missing = len(memory) - source.read(memory, start)
-    if missing:
-        raise BadCheckpoint(f"{source.path} ended {missing} bytes early: it changed while it was read")
 
 
 @contextmanager
@@ -257,7 +284,7 @@ class HashingWriter:
         while left:
             room = self.room()
             part = left[: len(room)]
-            _copy(part, room)
+            copy(part, room)
             left = left[len(part) :]
             self._filled += len(part)
             if len(part) == len(room):

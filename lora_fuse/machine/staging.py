@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lora_fuse.errors import Busy, Refused
+from lora_fuse.errors import Busy, ConnectionLost, Refused
 from lora_fuse.machine.files import FileRecord, hash_file, open_lock, read_json, replace_text, sync, sync_all
 from lora_fuse.machine.hashing import Advance, in_threads
 
@@ -86,8 +86,8 @@ class StagingFolder:
 def staging_folder(out: Path, key: str) -> Iterator[StagingFolder]:
     """Hold `out`, a folder or file, and prepare its next content; `key` is a hash of all that the bytes depend on.
 
-    Files that an error leaves are removed, those that a kill leaves are kept: nobody else can have put them there, as
-    the folder is closed to others, and one of another user is not gone on with.
+    Files that an error leaves are removed, those that a kill or a lost connection leaves are kept: nobody else can have
+    put them there, as the folder is closed to others, and one of another user is not gone on with.
 
     Raises:
         Busy: another process holds it.
@@ -136,6 +136,8 @@ def _prepared(out: Path, key: str) -> Iterator[StagingFolder]:
             mine.folder.chmod(PRIVATE)
         mine.files.mkdir(exist_ok=True)
         yield mine
+    except ConnectionLost:
+        raise
     except Exception:
         remove(mine.folder)
         raise

@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_fuse.errors import PublishRefused, Rerun
 from lora_fuse.fusion import read_build, read_manifest
-from lora_fuse.hub import Addition, payload
+from lora_fuse.hub import payload
 from lora_fuse.machine import FileRecord
 from lora_fuse.pictures import Case
 from lora_fuse.recipe import Artifacts, Manifest, Recipe, checkout, paths, records
@@ -39,7 +39,7 @@ def contents_of(
     metrics: Mapping[str, Any],
     licence: MergeLicence,
     tool: records.Tool,
-) -> tuple[dict[str, bytes], dict[str, Addition]]:
+) -> tuple[dict[str, bytes], dict[str, payload.Addition]]:
     """The files that are published beside the merged checkpoint: texts and plot made now, and those that lie here.
 
     Raises:
@@ -86,7 +86,7 @@ def _exports(params: Recipe, at: Artifacts, manifest_sha256: str) -> dict[str, F
     return record.files
 
 
-def checked_release(params: Recipe, at: Artifacts) -> tuple[Manifest, str, dict[str, Addition], payload.Hashed]:
+def checked_release(params: Recipe, at: Artifacts) -> tuple[Manifest, str, dict[str, payload.Addition], payload.Hashed]:
     """The manifest, the card and the other files to publish, if `verify` and `gate` passed for these very bytes.
 
     Before a sha256 is written down, the file is hashed that has it: of what is sent, and of base and LoRAs. Returned

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lora_fuse.errors import PublishRefused
-from lora_fuse.hub import Addition
+from lora_fuse.hub import payload
 from lora_fuse.machine import files
 from lora_fuse.recipe import Manifest, checkout, records, sections
 from lora_fuse.release.signing import SIGNATURE, keep_or_sign
@@ -33,9 +33,9 @@ def write_release(
     merged: Path,
     manifest: records.ReleaseList,
     texts: Mapping[str, bytes],
-    additions: Mapping[str, Addition],
+    additions: Mapping[str, payload.Addition],
     signer: sections.Signer | None,
-) -> dict[str, Addition]:
+) -> dict[str, payload.Addition]:
     """Write the texts to `folder`, list everything, and sign it if there is a signer.
 
     The folder is emptied before, but for a signature that still holds.
@@ -74,7 +74,7 @@ def named(manifest: Manifest, repository: str | None, tag: str | None, tool: rec
     return records.ReleaseList(**parts, repository=repository, tag=tag, builder=builder)
 
 
-def listed(manifest: records.ReleaseList, additions: Mapping[str, Addition]) -> records.ReleaseList:
+def listed(manifest: records.ReleaseList, additions: Mapping[str, payload.Addition]) -> records.ReleaseList:
     """The manifest as it is published: with every file of the repository, and no path of this machine."""
     generated = {
         name: records.MergedFile(record.size, record.sha256, "generated") for name, (_, record) in additions.items()
@@ -96,12 +96,12 @@ def _last(path: str | None) -> str | None:
     return None if path is None else PurePath(path).name
 
 
-def _written(path: Path, content: bytes) -> Addition:
+def _written(path: Path, content: bytes) -> payload.Addition:
     files.replace_bytes(path, content)
     return path, files.hash_file(path)
 
 
-def _refuse_twins(manifest: Manifest, additions: Mapping[str, Addition]) -> None:
+def _refuse_twins(manifest: Manifest, additions: Mapping[str, payload.Addition]) -> None:
     for name in sorted(additions):
         if name in manifest.files or name in (LIST, SIGNATURE):
             raise PublishRefused(f"{name} is both in the merged checkpoint and made for the repository; fuse again")

@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_fuse.checkpoint import open_checkpoint
 from lora_fuse.errors import PublishRefused, Rerun
-from lora_fuse.hub import Addition
+from lora_fuse.hub import payload
 from lora_fuse.machine import files, progress
 from lora_fuse.pictures import Case
 from lora_fuse.regression import candidates, gate
@@ -65,7 +65,7 @@ def _measured(change: Mapping[str, Any]) -> bool:
 
 def judged_pictures(
     cases: Sequence[Case], judged: candidates.Candidates, manifest_sha256: str, images: Path
-) -> dict[str, Addition]:
+) -> dict[str, payload.Addition]:
     """The merged pictures and the input pictures of their cases, by their paths in the repository.
 
     Raises:
@@ -120,7 +120,7 @@ def _inputs(case: Case) -> tuple[str, ...]:
     )
 
 
-def _picture(path: Path) -> Addition:
+def _picture(path: Path) -> payload.Addition:
     try:
         return path, files.hash_file(path)
     except OSError as error:

@@ -51,7 +51,7 @@ class DecodedFuser(AddingThreads):
             refuse_other_content(shard.path, files.hash_file(shard.path).sha256, pinned)
         tensors = decoded_tensors(shard, self._plan)
         with (
-            direct_io.open_shard(shard.path) as source,
+            shard.open() as source,
             direct_io.HashingWriter(to, self._progress, self._way.direct, self._share.windows) as output,
         ):
             output.append(decoded_header(shard, tensors, self._plan.provenance))
@@ -67,7 +67,7 @@ class DecodedFuser(AddingThreads):
                 raise Stopped
             yield 1, one
 
-    def _work(self, tensors: Iterable[DecodedTensor], shard: Shard, source: direct_io.Reader) -> Iterator[Work]:
+    def _work(self, tensors: Iterable[DecodedTensor], shard: Shard, source: direct_io.ByteSource) -> Iterator[Work]:
         """The work of each piece of the file; what it needs of the base is read before it is given."""
         for tensor in tensors:
             target = self._plan.targets.get(tensor.name)
@@ -86,10 +86,10 @@ class DecodedFuser(AddingThreads):
                 at += piece.nbytes
 
 
-def read(source: direct_io.Reader, start: int, nbytes: int) -> bytearray:
+def read(source: direct_io.ByteSource, start: int, nbytes: int) -> bytearray:
     """Read bytes of a shard into memory of their own."""
     data = bytearray(nbytes)
-    direct_io.read_exactly(source, memoryview(data), start)
+    source.fill(memoryview(data), start)
     return data
 
 

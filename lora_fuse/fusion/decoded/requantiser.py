@@ -139,7 +139,7 @@ class Requantiser:
         made = _Made()
         size = shard.path.stat().st_size
         with (
-            direct_io.open_shard(shard.path) as source,
+            shard.open() as source,
             direct_io.HashingWriter(to, self._progress, self._way.direct, self._windows) as output,
         ):
             output.append(fused_header(shard, self._plan.provenance))
@@ -187,8 +187,8 @@ class Requantiser:
     def _plain(self, target: Target) -> memoryview:
         """A target beside codes that is in plain numbers, a bias say; it is small."""
         data = bytearray(target.tensor.nbytes)
-        with direct_io.open_shard(target.shard.path) as source:
-            direct_io.read_exactly(source, memoryview(data), target.tensor.start)
+        with target.shard.open() as source:
+            source.fill(memoryview(data), target.tensor.start)
         read_sum(target, "cpu")(memoryview(data), 0)
         return memoryview(data)
 
@@ -210,12 +210,12 @@ def _compared(
 ) -> Iterator[tuple[Float32, Float32, Float32]]:
     """Rows of the base, of the exact sum and of what codes stand for."""
     end = 0
-    with direct_io.open_shard(target.shard.path) as source:
+    with target.shard.open() as source:
         for piece in row_pieces(target):
             data = memoryview(bytearray(piece.nbytes))
             start = end
             end += piece.nbytes
-            direct_io.read_exactly(source, data, target.tensor.start + start)
+            source.fill(data, target.tensor.start + start)
             before = base_rows(target, data, piece.first_row).numpy()
             stored = decode_rows(matrix, codes[start:end], piece.first_row)
             yield before, meant[piece.first_row : piece.first_row + len(before)], stored
@@ -225,9 +225,9 @@ def _bytes_of(array: npt.NDArray[np.generic]) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def _blocks(source: direct_io.Reader, start: int, end: int) -> Iterator[memoryview]:
+def _blocks(source: direct_io.ByteSource, start: int, end: int) -> Iterator[memoryview]:
     """Bytes of the base, as they are."""
     for at in range(start, end, PIECE):
         data = memoryview(bytearray(min(PIECE, end - at)))
-        direct_io.read_exactly(source, data, at)
+        source.fill(data, at)
         yield data

@@ -102,7 +102,7 @@ def _file(lora: LoraFile, deltas: Mapping[str, ScaledDelta], component: str, bas
     with direct_io.open_shard(lora.path) as file:
         for name in ordered:
             start, end = places[name]
-            direct_io.read_exactly(file, memoryview(data)[start:end], tensors[name].start)
+            file.fill(memoryview(data)[start:end], tensors[name].start)
     return Header.pack(entries, metadata) + bytes(data)
 
 
