@@ -54,7 +54,7 @@ class StoredRows:
         """Rows of the matrix; 1 of a single number."""
         return self.shape[0] if self.shape else 1
 
-    def read(self, source: direct_io.Reader, first: int, count: int) -> Values:
+    def read(self, source: direct_io.ByteSource, first: int, count: int) -> Values:
         """Read rows, (count, columns), float32, or float64 where they are stored so; exact for floats.
 
         Raises:
@@ -63,7 +63,7 @@ class StoredRows:
         place = self.codes.codes.tensor if self.codes else self.tensor
         row_bytes = place.nbytes // self.rows
         memory = direct_io.block_memory(count * row_bytes)[: count * row_bytes]
-        direct_io.read_exactly(source, memory, place.start + first * row_bytes)
+        source.fill(memory, place.start + first * row_bytes)
         if self.codes is not None:
             return decode_rows(self.codes, np.frombuffer(memory, np.uint8), first).reshape(count, -1)
         values = np.frombuffer(memory, dtypes.DTYPES[self.tensor.dtype].numpy).reshape(count, -1)
