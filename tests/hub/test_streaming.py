@@ -1,6 +1,14 @@
-"""A base fused while it arrives from a Hub: the bytes of a fuse from disk, each fetched once, none of them kept."""
+"""A base fused while it arrives from a Hub: the bytes of a fuse from disk, each fetched once, none of them kept.
 
+What the wire and a lying Hub do to single ranges is in `test_streamed_faults`.
+"""
+
+import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,20 +19,24 @@ import pytest
 import lora_fuse
 from lora_fuse.cli import main
 from lora_fuse.hub import lock_base, streamed_base
-from lora_fuse.hub.streaming import arriving_file
+from lora_fuse.hub.streaming import arriving_file, remote_file
 from lora_fuse.lora.inputs import LoraInput
 from lora_fuse.recipe import hf_cache
-from tests.hub_server import LoopbackHub
+from tests.hub_server import Fault, LoopbackHub
 from tests.support import merges, tiny
+from tests.support.machine import until
 
 REPO = "alice/base"
 STORED = "GET /_lfs/"
+SHARD = 2 * 2 * merges.LINEAR[0] * merges.LINEAR[1]  # bytes of the data
+OFTEN = (0.01, 0.01, 0.01)
 
 
 class Place:
     """A base of six shards and a VAE on the Hub, and a LoRA for it here."""
 
     def __init__(self, root: Path, hub: LoopbackHub) -> None:
+        self.root = root
         self.hub = hub
         self.lora = merges.write_lora(root / "l.safetensors")
         self.out = root / "out"
@@ -34,19 +46,31 @@ class Place:
             for name in ("to_q", "to_r"):
                 tensors[f"blocks.{block}.{name}.weight"] = rng.standard_normal(merges.LINEAR).astype(tiny.BF16)
         self.base = tiny.write_pipeline(root / "base", tensors, merges.SHARDS)
-        content = {path.relative_to(self.base).as_posix(): path.read_bytes() for path in files_of(self.base)}
-        self.commit = hub.push(REPO, dict(content)).oid
-        self.name = f"hf://{REPO}@{self.commit}"
+        self.commit = self.push({path.relative_to(self.base).as_posix(): path.read_bytes() for path in self.files})
+        self.weights = sum(path.stat().st_size for path in self.files if path.suffix == ".safetensors")
 
-    def fuse(self, *more: str) -> int:
-        return main(["fuse", self.name, str(self.out), "--lora", str(self.lora), *more])
+    @property
+    def files(self) -> list[Path]:
+        return [path for path in sorted(self.base.rglob("*")) if path.is_file()]
 
-    def fetched(self) -> int:
-        return sum(call.sent for call in self.hub.calls(STORED))
+    def push(self, content: dict[str, bytes]) -> str:
+        self.commit = self.hub.push(REPO, dict(content)).oid
+        return self.commit
 
+    @property
+    def name(self) -> str:
+        return f"hf://{REPO}@{self.commit}"
 
-def files_of(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    def stored(self, number: int) -> str:
+        """The request for a shard of the transformer."""
+        name = f"transformer/diffusion_pytorch_model-{number:05d}-of-{merges.SHARDS:05d}.safetensors"
+        return f"{STORED}{self.hub.registry.repos[REPO].at(self.commit).tree[name].sha256}"
+
+    def fuse(self) -> int:
+        return main(["fuse", self.name, str(self.out), "--lora", str(self.lora)])
+
+    def fetched(self, since: int = 0) -> int:
+        return sum(call.sent for call in self.hub.log[since:] if call.line.startswith(STORED))
 
 
 @pytest.fixture
@@ -58,25 +82,105 @@ def place(tmp_path: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> 
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
-def test_the_bytes_are_those_of_a_fuse_from_disk_and_each_is_fetched_once(place: Place, tmp_path: Path) -> None:
+def test_after_a_kill_finished_shards_are_not_fetched_again_and_the_bytes_are_those_of_a_fuse_from_disk(
+    place: Place, tmp_path: Path
+) -> None:
+    place.hub.faults.append(Fault(STORED, times=-1, bytes_per_s=8e6))
+    command = [sys.executable, "-m", "lora_fuse", "fuse", place.name, str(place.out), "--lora", str(place.lora)]
+    with subprocess.Popen(command, env={**os.environ, "TMPDIR": str(tmp_path / "tmp")}, text=True) as process:
+        until(lambda: len(list(tmp_path.glob(".out.partial-*/done/transformer/*"))) > 2, process)
+        process.send_signal(signal.SIGKILL)
+    finished = len(list(tmp_path.glob(".out.partial-*/done/transformer/*")))
+    assert not place.out.exists()
+    (left,) = (tmp_path / "tmp").iterdir()
+    assert left.stat().st_mode & 0o77 == 0
+    os.utime(left, (0, 0))
+    place.hub.faults.clear()
+    before = len(place.hub.log)
     assert place.fuse() == 0
-    weights = sum(path.stat().st_size for path in files_of(place.base) if path.suffix == ".safetensors")
-    assert weights <= place.fetched() < weights + 8 * streamed_base.FIRST
-    assert not [path for path in Path(tmp_path / "hf-home").rglob("*") if path.stat().st_size > 1 << 16]
-    streamed = merges.hashes(place.out)
-    shutil.rmtree(place.out)
+    rest = place.weights - finished * SHARD
+    assert rest - SHARD < place.fetched(before) < rest + merges.SHARDS * streamed_base.FIRST
     lock = lock_base(tiny.on_hub(REPO, place.commit), previous=None)
     plan = lora_fuse.plan(hf_cache.locate(lock), [LoraInput("l", place.lora, 1.0)])
     with pytest.warns(UserWarning, match="no alpha"):
-        assert lora_fuse.fuse(plan, tmp_path / "disk", untouched="copy").manifest.base is None
-    assert merges.hashes(tmp_path / "disk") == streamed
+        lora_fuse.fuse(plan, tmp_path / "disk", untouched="copy")
+    assert merges.hashes(tmp_path / "disk") == merges.hashes(place.out)
 
 
-def test_the_python_door_names_the_base_in_the_manifest(place: Place) -> None:
+def test_every_byte_is_fetched_once_none_is_kept_and_the_manifest_names_the_base(place: Place, tmp_path: Path) -> None:
     with streamed_base.open_streamed(place.name) as base:
         plan = lora_fuse.plan(base, [LoraInput("l", place.lora, 1.0)])
         with pytest.warns(UserWarning, match="no alpha"):
             made = lora_fuse.fuse(plan, place.out).manifest
+    assert place.weights <= place.fetched() < place.weights + (merges.SHARDS + 1) * streamed_base.FIRST
+    assert not [path for path in (tmp_path / "hf-home").rglob("*") if path.stat().st_size > streamed_base.FIRST]
     assert made.base is not None
     assert (made.base.repo_id, made.base.revision) == (REPO, place.commit)
     assert made.base.files.keys() == made.files.keys()
+
+
+def test_a_lost_connection_keeps_what_is_finished_and_a_wrong_shard_is_fetched_once_more(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(remote_file, "DELAYS", OFTEN)
+    place.hub.faults.append(Fault(place.stored(6), times=-1, skip=2, status=502))
+    assert place.fuse() == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "answered 502" in error
+    assert "what is finished stays" in error
+    assert not place.out.exists()
+    finished = len(list(place.root.glob(".out.partial-*/done/transformer/*")))
+    assert finished > 0
+    place.hub.faults[:] = [Fault(place.stored(6), skip=3, times=1, flip_at=1000)]
+    before = len(place.hub.log)
+    assert place.fuse() == 0
+    assert "fetching transformer/diffusion_pytorch_model-00006-of-00006.safetensors again" in capsys.readouterr().err
+    more = place.weights - finished * SHARD + SHARD
+    assert more - SHARD < place.fetched(before) < more + merges.SHARDS * streamed_base.FIRST
+
+
+def test_a_shard_that_is_wrong_twice_is_refused_and_nothing_of_it_is_left(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored = place.hub.lfs.path(place.stored(2).removeprefix(STORED))
+    content = bytearray(stored.read_bytes())
+    content[-1] ^= 1
+    stored.write_bytes(content)
+    assert place.fuse() == 2
+    assert "expected" in (error := capsys.readouterr().err.splitlines()[-1])
+    assert "it was fetched twice" in error
+    assert not place.out.exists()
+    assert merges.left(place.root) == []
+
+
+def test_what_cannot_be_streamed_is_refused_in_one_line_before_anything_is_fetched(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*words: str, base: str = place.name, more: tuple[str, ...] = ()) -> None:
+        assert main(["plan", base, "--lora", str(place.lora), *more]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert [word for word in words if word not in error] == [], error
+
+    refused("is float16", "fetch the base first", more=("--dtype", "float16"))
+    refused("write hf://owner/name@commit", base="hf://base")
+    place.hub.faults.append(Fault(STORED, times=1, whole=True))
+    refused("answered 200, not 206", "fetch the base first")
+    shutil.rmtree(place.base)
+    place.base = merges.write_coded_base(place.root / "coded")
+    index = {"_class_name": "X", "transformer": ["diffusers", "Y"]}
+    coded = {f"transformer/{path.relative_to(place.base).as_posix()}": path.read_bytes() for path in place.files}
+    place.push({**coded, "model_index.json": json.dumps(index).encode()})
+    refused("is quantised", "fetch it first", base=place.name)
+    assert place.fetched() < place.weights
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    refused("HF_HUB_OFFLINE is set", base=place.name)
+
+
+def test_a_plan_fetches_headers_alone_and_says_what_a_branch_is(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", f"hf://{REPO}", "--lora", str(place.lora)]) == 0
+    printed = capsys.readouterr()
+    assert f"hf://{REPO}@main is {place.commit} now" in printed.err
+    assert "6 of 12 tensors change" in printed.out
+    assert place.fetched() <= (merges.SHARDS + 1) * streamed_base.FIRST

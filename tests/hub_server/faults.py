@@ -26,6 +26,8 @@ class Fault:
         delay: seconds to wait first.
         bytes_per_s: throttle.
         trickle: seconds before each byte of the body.
+        says: headers of the real answer, in the place of its own.
+        whole: send the whole file, whatever range is asked for.
     """
 
     match: str
@@ -42,6 +44,8 @@ class Fault:
     delay: float = 0.0
     bytes_per_s: float | None = None
     trickle: float = 0.0
+    says: Mapping[str, str] = field(default_factory=dict)
+    whole: bool = False
     hits: int = 0
 
     def strikes(self, line: str) -> bool:
@@ -113,10 +117,10 @@ class _Sender:
 
     @staticmethod
     def _headers(headers: list[tuple[bytes, bytes]], fault: Fault) -> list[tuple[bytes, bytes]]:
-        if fault.truncate_to is None:
-            return headers
-        length = str(fault.truncate_to).encode()
-        return [(key, length if key == b"content-length" else value) for key, value in headers]
+        says = {key.lower().encode(): value.encode() for key, value in fault.says.items()}
+        if fault.truncate_to is not None:
+            says[b"content-length"] = str(fault.truncate_to).encode()
+        return [(key, says.get(key, value)) for key, value in headers]
 
     async def _body(self, message: Message, fault: Fault) -> None:
         start, body = self._call.sent, bytearray(message.get("body", b""))
@@ -165,6 +169,8 @@ class FaultyWire:
                 await self._app(scope, receive, _nowhere)
                 if fault.status is None:
                     raise ConnectionAbortedError
+            if fault.whole:
+                scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] != b"range"]}
             if fault.status is not None:
                 while not fault.after and (await receive()).get("more_body"):
                     pass  # an answer before the request is read would look like a broken connection

@@ -23,7 +23,7 @@ from lora_fuse.hub.wire.pace import TOO_SLOW, Pace
 from lora_fuse.machine import text
 
 if TYPE_CHECKING:
-    from httpx2 import Response
+    from httpx2 import Response, Timeout
 
     from lora_fuse.machine import FileRecord
 
@@ -69,6 +69,7 @@ class RemoteFile:
         self._closed = Event()
         self._sockets: set[socket.socket] = set()
         self._lock = Lock()
+        self._locating = Lock()
 
     def close(self) -> None:
         """End what is being read."""
@@ -164,26 +165,53 @@ class RemoteFile:
     @contextmanager
     def _answer(self, start: int, stop: int) -> Iterator[Response]:
         """The answer to a range, from wherever the Hub has the file."""
-        from httpx2 import Timeout
         from huggingface_hub import get_session
 
-        url = signed = self._address or self._url
-        timeout = Timeout(self._stall_seconds, connect=min(CONNECT, self._stall_seconds), pool=None)
+        with self._locating:
+            url = address = self._address or self._locate()
         for _ in range(HOPS):
             headers = {**_headers(url), "Range": f"bytes={start}-{stop - 1}"}
-            with get_session().stream("GET", url, headers=headers, follow_redirects=False, timeout=timeout) as response:
+            asked = get_session().stream("GET", url, headers=headers, follow_redirects=False, timeout=self._timeout())
+            with asked as response:
                 if response.has_redirect_location:
-                    self._check_promise(response)
                     url = str(response.url.join(response.headers["location"]))
                     continue
-                if signed == url != self._url and response.status_code in EXPIRED:
-                    self._address = None
+                if response.status_code in EXPIRED and not _is_home(address):
+                    self._address = None if self._address == address else self._address
                     raise _Expired(f"the address of the storage is not good any more ({response.status_code})")
                 self._check(response, start, stop)
-                self._address = None if _is_home(url) else url
                 yield response
                 return
-        raise BadSource(f"{self.label}: {endpoint()} sends it from one address to the next, {HOPS} times; {FETCH}")
+        raise self._circle()
+
+    def _locate(self) -> str:
+        """Ask the Hub where the file is, as its own client does."""
+        from huggingface_hub import get_session
+        from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
+
+        url = self._url
+        for _ in range(HOPS):
+            response = get_session().request(
+                "HEAD", url, headers=_headers(url), follow_redirects=False, timeout=self._timeout()
+            )
+            hf_raise_for_status(response)
+            self._check_promise(response)
+            if not response.has_redirect_location:
+                self._address = url
+                return url
+            url = str(response.url.join(response.headers["location"]))
+            if not _is_home(url):
+                self._address = url
+                return url
+        raise self._circle()
+
+    def _timeout(self) -> Timeout:
+        from httpx2 import Timeout
+
+        return Timeout(self._stall_seconds, connect=min(CONNECT, self._stall_seconds), pool=None)
+
+    def _circle(self) -> BadSource:
+        return BadSource(f"{self.label}: {endpoint()} sends it from one address to the next, {HOPS} times; {FETCH}")
 
     def _check(self, response: Response, start: int, stop: int) -> None:
         """Refuse an answer that is not the range that was asked for."""
@@ -198,7 +226,6 @@ class RemoteFile:
                 f"{self.label}: asked for the bytes {start} to {stop - 1}, {response.url.host} answered {status}, not "
                 f"206, as a server that knows no ranges does; {FETCH}"
             )
-        self._check_promise(response)
         said = response.headers.get("content-range", "")
         match = CONTENT_RANGE.fullmatch(said)
         if match is None or tuple(map(int, match.groups())) != (start, stop - 1, self.record.size):
@@ -215,8 +242,6 @@ class RemoteFile:
 
     def _check_promise(self, response: Response) -> None:
         """Refuse a file that the Hub has changed since it was listed; a commit's own never do."""
-        if not _is_home(str(response.url)):
-            return
         etag = response.headers.get("x-linked-etag", "").removeprefix("W/").strip('"')
         size = response.headers.get("x-linked-size", "")
         if len(etag) == len(self.record.sha256) and etag != self.record.sha256:
