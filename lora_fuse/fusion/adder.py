@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 # Overwrites a weight's rows in some memory, from a number on, with the merged ones. Raises `NotFinite` where the base
 # holds NaN or infinity, or a sum is too large for its dtype.
 Adder = Callable[[memoryview, int], None]
+ReadSum = Callable[[Target, str], Adder]  # reads a target's deltas and chooses their adder, on a device
 
 BYTE = 8  # bits; what has fewer is packed
 SURELY_EXACT = 16  # bits of a number, at most, that float32 is known to have

@@ -16,6 +16,7 @@ from lora_fuse.checkpoint import PROVENANCE, read_header, repository_files
 from lora_fuse.errors import BadCheckpoint, BadSource, Refused
 from lora_fuse.fusion.manifest import build_path, manifest_path, read_manifest
 from lora_fuse.fusion.plan import Plan
+from lora_fuse.fusion.undone.merge_marks import UNMERGED
 from lora_fuse.machine import files
 from lora_fuse.recipe import records
 
@@ -186,7 +187,7 @@ def _identity(path: Path) -> _Identity | None:
 def _is_fused(path: Path) -> bool:
     """True for a safetensors file whose header says that it was fused here."""
     try:
-        return PROVENANCE in read_header(path).metadata
+        return not {PROVENANCE, UNMERGED}.isdisjoint(read_header(path).metadata)
     except BadCheckpoint:
         return False
 

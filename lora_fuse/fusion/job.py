@@ -24,6 +24,7 @@ from lora_fuse.fusion.manifest import build_manifest, manifest_path
 from lora_fuse.fusion.merge import bytes_to_copy, bytes_to_write, write_merged
 from lora_fuse.fusion.plan import Plan
 from lora_fuse.fusion.taking_over import ways_of
+from lora_fuse.fusion.undone.undone_sums import UndoneSums
 from lora_fuse.machine import file_state, files, progress
 from lora_fuse.models import pipeline_call
 from lora_fuse.recipe import Lock, Manifest, checkout, records
@@ -89,9 +90,11 @@ class FuseJob:
             raise BadConfig(f"--scheduler is for a pipeline, and {base.root} is a {base.kind}; leave it out")
         self.plan = plan
         self.out = out
-        self.device = fuse_device(device, plan.plain)
+        self.device = "cpu" if plan.undo else fuse_device(device, plan.plain)
         self.untouched = untouched
-        self.costs = Costs(least=-1.0) if force_quantised else Costs()
+        self.costs: Costs | UndoneSums = Costs(least=-1.0) if force_quantised else Costs()
+        if plan.undo:
+            self.costs = UndoneSums(plan.undo)
         self.generated: dict[str, bytes] = {}
         if pipeline or scheduler:
             self.generated = diffusers_files(base.root, pipeline=pipeline, scheduler=scheduler or {})
@@ -113,7 +116,7 @@ class FuseJob:
     @property
     def label(self) -> str:
         """The work's name in progress lines; rates are remembered by it."""
-        return f"fuse ({self.device})"
+        return "unmerge" if self.plan.undo else f"fuse ({self.device})"
 
     @property
     def nbytes(self) -> int:
@@ -141,8 +144,11 @@ class FuseJob:
         base = base or self.plan.lock
 
         def beside(merged: Mapping[str, records.MergedFile]) -> dict[Path, str]:
-            cost = self.costs.total if self._written.requantise else None
-            manifest = build_manifest(self.plan, dict(merged), recipe=recipe, base=base, loras=loras, cost=cost)
+            manifest = build_manifest(self.plan, dict(merged), recipe=recipe, base=base, loras=loras)
+            if isinstance(self.costs, UndoneSums):
+                manifest = dataclasses.replace(manifest, unmerged=self.costs.total)
+            elif self._written.requantise:
+                manifest = dataclasses.replace(manifest, requantised=self.costs.total)
             written.append(Fused(manifest, nbytes, clock.seconds))
             return self._records(written[0])
 

@@ -30,7 +30,6 @@ def build_manifest(
     recipe: Recipe | None = None,
     base: Lock | None = None,
     loras: Mapping[str, Lock] | None = None,
-    cost: records.Requantised | None = None,
 ) -> Manifest:
     """Build the manifest of a merge that was just written, as far as it was pinned with its locks.
 
@@ -60,7 +59,6 @@ def build_manifest(
         targets=sum(by_component.values()),
         files=written,
         source=_source(plan) or None,
-        requantised=cost,
         dtype=next((part.dtype for part in plan.parts if part.dtype is not None), None),
         components=by_component if plan.is_of_other_components else None,
     )

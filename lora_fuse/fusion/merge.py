@@ -22,6 +22,7 @@ from lora_fuse.fusion.destination import Destination
 from lora_fuse.fusion.plan import Plan
 from lora_fuse.fusion.stream import FuseOptions, Progress, ShardFuser, Share, Stopped
 from lora_fuse.fusion.taking_over import OtherFiles, Ways, ways_of
+from lora_fuse.fusion.undone.undone_sums import UndoneSums
 from lora_fuse.machine import FileRecord, direct_io, file_state, files, space, staging
 from lora_fuse.recipe import records
 
@@ -42,7 +43,7 @@ def write_merged(  # noqa: PLR0913 - by keyword, each is a choice of its own
     beside: Beside = lambda _: {},
     states: file_state.FileStates | None = None,
     hash_inputs: bool = False,
-    costs: Costs | None = None,
+    costs: Costs | UndoneSums | None = None,
     folder: bool = False,
 ) -> dict[str, records.MergedFile]:
     """Write the merged checkpoint of the same kind as the base to `out`, replacing what was there.
@@ -52,7 +53,7 @@ def write_merged(  # noqa: PLR0913 - by keyword, each is a choice of its own
     `hash_inputs` all are, as they are read, and have to be those. `replace` is that of `Destination`; `beside` makes
     the texts that are put beside the result right after it, of its files. All inputs have to stay as they were when the
     plan was made, or as `states` has them from before: that is told of links to them that were made here. `costs` are
-    told what it cost to quantise targets again, and refuse what is too much; `folder` is that of `Destination`.
+    told what it cost to quantise or undo targets, and refuse what is too much; `folder` is that of `Destination`.
 
     Returns:
         Every file of the result by POSIX path.
@@ -143,11 +144,10 @@ def bytes_to_write(plan: Plan) -> int:
 
 
 def _bytes_of_component(plan: Plan) -> int:
-    entry = plan.provenance
     if plan.is_laid_out_anew:
         return sum(decoded_size(shard, plan) for shard in plan.own_fused_shards)
     return sum(
-        _stat(shard.path).st_size - len(shard.header.raw) + len(fused_header(shard, entry))
+        _stat(shard.path).st_size - len(shard.header.raw) + len(fused_header(shard, plan))
         for shard in plan.own_fused_shards
     )
 
@@ -164,10 +164,11 @@ def _write_files(
     way: FuseOptions,
     states: file_state.FileStates,
     progress: Progress,
-    costs: Costs | None,
+    costs: Costs | UndoneSums | None,
 ) -> dict[str, records.MergedFile]:
     """Fuse the shards that change, while the other files are prepared; all of them by POSIX path."""
-    done = place.keep_finished([*(shard.relative for shard in plan.fused_shards), *others.arriving], progress)
+    whole = [] if plan.undo else [shard.relative for shard in plan.fused_shards]  # of others nothing is counted
+    done = place.keep_finished([*whole, *others.arriving], progress)
     written: dict[str, records.MergedFile] = {}
     with others.prepared(progress, way.stop, done):
         try:
@@ -186,7 +187,7 @@ def _fuse_shards(
     way: FuseOptions,
     states: file_state.FileStates,
     progress: Progress,
-    costs: Costs,
+    costs: Costs | UndoneSums,
 ) -> dict[str, records.MergedFile]:
     """Fuse the shards of a component, several at a time; those that a killed run has finished are not made again."""
     to_fuse = [shard for shard in plan.own_fused_shards if shard.relative not in done]
@@ -226,6 +227,8 @@ def _fuse_shards(
             raise error
         if isinstance(fuser, Requantiser):
             fuser.finish_measuring()
+        if isinstance(costs, UndoneSums):
+            costs.refuse_absent(str(plan.checkpoint.root))
         mine = {shard.relative for shard in plan.own_fused_shards}
         hashed = {name: record for name, record in done.items() if name in mine}
         hashed |= {name: shard.result() for name, shard in running.items()}
@@ -233,13 +236,15 @@ def _fuse_shards(
 
 
 def _fuser(
-    plan: Plan, way: FuseOptions, share: Share, progress: Progress, costs: Costs
+    plan: Plan, way: FuseOptions, share: Share, progress: Progress, costs: Costs | UndoneSums
 ) -> ShardFuser | DecodedFuser | Requantiser:
+    if isinstance(costs, UndoneSums):
+        return ShardFuser(plan, way, share, progress, costs.read)
     if plan.requantise:
         return Requantiser(plan, way, share, progress, costs)
     if plan.is_laid_out_anew:
         return DecodedFuser(plan, way, share, progress)
-    return ShardFuser(plan.targets, plan.provenance, way, share, progress)
+    return ShardFuser(plan, way, share, progress)
 
 
 def _stat(path: Path) -> os.stat_result:

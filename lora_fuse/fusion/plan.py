@@ -9,11 +9,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_fuse.checkpoint import Checkpoint, Shard, TensorInfo, dtypes, fitness, open_checkpoint, repository_files
+from lora_fuse.checkpoint import (
+    PROVENANCE,
+    Checkpoint,
+    Shard,
+    TensorInfo,
+    dtypes,
+    fitness,
+    open_checkpoint,
+    repository_files,
+)
 from lora_fuse.checkpoint.stored import MADE, StoredMatrix, StoredWeights
 from lora_fuse.errors import BadCheckpoint, BadConfig, BadLora, require
 from lora_fuse.fusion.planning.experts import expert_warnings
 from lora_fuse.fusion.planning.routing import RoutedLora, components, route, route_to_one
+from lora_fuse.fusion.undone.merge_marks import UNMERGED, Rounding, undone_plan, unmarked
 from lora_fuse.lora import Delta, LoraFile, LoraInput, PlacedDelta, Selection, match_targets
 from lora_fuse.machine import direct_io, files
 from lora_fuse.models import COMPONENT, alpha_warnings, distillation, pair_warnings
@@ -61,7 +71,7 @@ class Plan:
     `stored` are the base's weights that are codes, where a target is one of them or the base is GGUF: all of these are
     decoded then, or with `requantise` the targets alone, to be quantised again as they were. `dtype` is that of all
     floats of the result, by a header's name; None where that is the base's own everywhere. `lock` is that of a base
-    that is streamed.
+    that is streamed. With `undo` the base is a merge that was rounded so, and the LoRAs are taken out of it.
     """
 
     checkpoint: Checkpoint
@@ -77,6 +87,7 @@ class Plan:
     prefix: str = ""
     further: tuple[Plan, ...] = ()
     lock: Lock | None = None
+    undo: Rounding | None = None
 
     @property
     def parts(self) -> tuple[Plan, ...]:
@@ -169,9 +180,13 @@ class Plan:
         selected = self.selection.entries
         source = {} if self.stored is None else {"source": self.source, "requantised": self.requantise}
         dtype = {} if self.dtype is None else {"dtype": self.dtype}
-        return json.dumps(
-            {"base": self.checkpoint.label, "loras": loras, **selected, **source, **dtype}, sort_keys=True
-        )
+        of = {"merged" if self.undo else "base": self.checkpoint.label}
+        return json.dumps({**of, "loras": loras, **selected, **source, **dtype}, sort_keys=True)
+
+    @property
+    def entry(self) -> str:
+        """The name of that entry."""
+        return UNMERGED if self.undo else PROVENANCE
 
     @property
     def source(self) -> dict[str, int]:
@@ -239,28 +254,34 @@ def plan_base(  # noqa: PLR0913 - by keyword, each is a choice of its own
     digests: bool = False,
     requantise: bool = False,
     streamed: direct_io.StreamedFiles | None = None,
+    undo: Rounding | None = None,
 ) -> Plan:
     """Open a base and the components of it that LoRAs are for, and match them; see `make_plan`.
 
     A pipeline may have several: a LoRA is for the component that it names, or for those that its keys name. `names`,
-    `label` and `streamed` are those of `open_checkpoint`.
+    `label` and `streamed` are those of `open_checkpoint`. With `undo` the base is a merge that was rounded so, and the
+    LoRAs are to be taken out of it.
 
     Raises:
-        Refused: as `make_plan`.
+        Refused: as `make_plan`; or they cannot be taken out, see `undone_plan`.
     """
     chosen = selection or Selection()
     there = repository_files.component_names(root)
     if not there:
-        checkpoint = open_checkpoint(root, None, names, label, streamed=streamed)
-        return make_plan(checkpoint, inputs, chosen, dtype=dtype, digests=digests, requantise=requantise)
+        merged = open_checkpoint(root, None, names, label, streamed=streamed)
+        base = unmarked(merged) if undo else merged
+        plan = make_plan(base, inputs, chosen, dtype=dtype, digests=digests, requantise=requantise)
+        return undone_plan(plan, merged, undo) if undo else plan
     main = repository_files.main_component(there)
     routed = route(inputs, chosen, digests=digests, main=main, available=there)
     first, *more = components(routed, main)
-    checkpoint = open_checkpoint(root, first, names, label, more, streamed)
-    opened = (checkpoint, *checkpoint.further)
+    merged = open_checkpoint(root, first, names, label, more, streamed)
+    base = unmarked(merged) if undo else merged
+    opened = (base, *base.further)
     for one in opened:
         fitness.refuse_unfit(one)
-    return _plan_components(opened, routed, chosen, dtype, requantise=requantise)
+    plan = _plan_components(opened, routed, chosen, dtype, requantise=requantise)
+    return undone_plan(plan, merged, undo) if undo else plan
 
 
 def _plan_components(

@@ -18,11 +18,11 @@ from pathlib import Path
 from threading import Event
 from typing import Any, Self
 
-from lora_fuse.checkpoint import PROVENANCE, Shard
+from lora_fuse.checkpoint import Shard
 from lora_fuse.errors import BadCheckpoint, Rerun
-from lora_fuse.fusion.adder import Adder, read_sum
+from lora_fuse.fusion.adder import Adder, ReadSum, read_sum
 from lora_fuse.fusion.pieces import Piece, windows
-from lora_fuse.fusion.plan import Target
+from lora_fuse.fusion.plan import Plan, Target
 from lora_fuse.lora import NotFinite
 from lora_fuse.machine import FileRecord, direct_io
 
@@ -90,12 +90,12 @@ class ShardFuser(AddingThreads):
     """Fuses the shards of a plan, each in a thread of its caller's, which share the threads that add."""
 
     def __init__(
-        self, targets: Mapping[str, Target], provenance: str, way: FuseOptions, share: Share, progress: Progress
+        self, plan: Plan, way: FuseOptions, share: Share, progress: Progress, read: ReadSum = read_sum
     ) -> None:
-        """Have threads ready; `provenance` goes into each header, `progress` is told of what is written."""
+        """Have threads ready; `progress` is told of what is written, `read` is what makes a target's adder."""
         super().__init__(way, share, progress)
-        self._targets = targets
-        self._provenance = provenance
+        self._plan = plan
+        self._read = read
 
     def fuse(self, shard: Shard, to: Path) -> FileRecord:
         """Write the merged shard to `to`, hashing on the way.
@@ -114,11 +114,11 @@ class ShardFuser(AddingThreads):
             direct_io.HashingWriter(to, self._progress, self._way.direct, self._share.windows) as output,
             _pinned(self._way.device, output.memories),
             _Pin(pinned, hashlib.sha256(shard.header.raw)) as pin,
-            _Sums(self._adders, self._way.device) as sums,
+            _Sums(self._adders, self._way.device, self._read) as sums,
         ):
-            output.append(shard.header.with_metadata(PROVENANCE, self._provenance))
+            output.append(shard.header.with_metadata(self._plan.entry, self._plan.provenance))
             output.send(0)
-            for window in windows(shard, self._targets, direct_io.WINDOW):
+            for window in windows(shard, self._plan.targets, direct_io.WINDOW):
                 if self._way.stop.is_set():
                     raise Stopped
                 data = output.room()[: sum(piece.nbytes for piece in window)]
@@ -170,9 +170,10 @@ def refuse_other_content(path: Path, sha256: str, wanted: str) -> None:
 class _Sums:
     """The sums of one shard, each of them taken by a thread of a pool, in the order in which they are given."""
 
-    def __init__(self, pool: ThreadPoolExecutor, device: str) -> None:
+    def __init__(self, pool: ThreadPoolExecutor, device: str, read: ReadSum) -> None:
         self._pool = pool
         self._device = device
+        self._read = read
         self._adder: Future[Adder] | None = None  # of the last target
         self._running: list[Future[None]] = []
 
@@ -191,7 +192,7 @@ class _Sums:
         for piece in window:
             if piece.target is not None:
                 if piece.first_row == 0:  # the pieces of one target come one after another
-                    self._adder = self._pool.submit(read_sum, piece.target, self._device)
+                    self._adder = self._pool.submit(self._read, piece.target, self._device)
                 part = data[start : start + piece.nbytes]
                 ready.append(self._pool.submit(_add, piece.target, self._adder, piece.first_row, part, seen))
             start += piece.nbytes

@@ -159,6 +159,23 @@ class Requantised:
 
 
 @dataclass(frozen=True, slots=True)
+class Unmerged:
+    """Weights that LoRAs were taken out of, by number of elements.
+
+    `certain` ones have one value whose merge is the checkpoint's, `uncertain` ones several, the largest error of which
+    is `largest_error`, and `impossible` ones none: of a merge that is rounded once there are no such, and of a
+    checkpoint without the LoRAs about `telling`.
+    """
+
+    elements: int
+    certain: int
+    uncertain: int
+    impossible: int
+    telling: float
+    largest_error: float
+
+
+@dataclass(frozen=True, slots=True)
 class Exports:
     """The files of an export by POSIX path, and the manifest of the checkpoint that was exported."""
 
@@ -174,7 +191,8 @@ class Manifest:
     `selection` is None where every module of every LoRA was fused. `source` are the formats of a base whose weights are
     codes, each with the number of weights, `requantised` the cost where targets were quantised again, `dtype` that of
     all floats where it is another than the base's; `components` are those of a pipeline that were fused, each with its
-    number of targets, where that is more or another than the transformer; not there for others.
+    number of targets, where that is more or another than the transformer; not there for others. With `unmerged` the
+    files are those of a base again: the LoRAs were taken out of a merge.
     """
 
     schema: int
@@ -189,6 +207,7 @@ class Manifest:
     requantised: Annotated[Requantised | None, Field(exclude_if=lambda cost: cost is None)] = None
     dtype: Annotated[str | None, Field(exclude_if=lambda dtype: dtype is None)] = None
     components: Annotated[dict[str, int] | None, Field(exclude_if=lambda components: components is None)] = None
+    unmerged: Annotated[Unmerged | None, Field(exclude_if=lambda unmerged: unmerged is None)] = None
 
     @property
     def pair(self) -> tuple[str | None, list[tuple[str | None, str | None]]]:

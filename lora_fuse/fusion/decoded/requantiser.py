@@ -15,7 +15,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from lora_fuse.checkpoint import PROVENANCE, Shard, TensorInfo
+from lora_fuse.checkpoint import Shard, TensorInfo
 from lora_fuse.checkpoint.stored import StoredMatrix, decode_rows, encode, with_entry
 from lora_fuse.errors import BadCheckpoint, Refused, Unquantisable
 from lora_fuse.fusion.adder import ExactSums, base_rows, read_sum
@@ -84,15 +84,15 @@ def _cosine(sums: tuple[float, float, float, float]) -> float:
     return product / math.sqrt(change * kept) if change and kept else 0.0
 
 
-def fused_header(shard: Shard, provenance: str) -> bytes:
+def fused_header(shard: Shard, plan: Plan) -> bytes:
     """All of a shard before its tensors, which says what was fused; tensors stay at their distances from it.
 
     Raises:
         BadCheckpoint: see `Header.with_metadata`.
     """
     if shard.is_gguf:
-        return with_entry(shard.header, PROVENANCE, provenance)
-    return shard.header.with_metadata(PROVENANCE, provenance)
+        return with_entry(shard.header, plan.entry, plan.provenance)
+    return shard.header.with_metadata(plan.entry, plan.provenance)
 
 
 @dataclass(slots=True)
@@ -142,7 +142,7 @@ class Requantiser:
             shard.open() as source,
             direct_io.HashingWriter(to, self._progress, self._way.direct, self._windows) as output,
         ):
-            output.append(fused_header(shard, self._plan.provenance))
+            output.append(fused_header(shard, self._plan))
             at = len(shard.header.raw)
             for tensor in shard.header.tensors.values():
                 for block in _blocks(source, at, tensor.start):

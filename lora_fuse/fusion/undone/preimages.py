@@ -1,8 +1,9 @@
 """The weights that a rounded sum may have come from: all v of a format with ``round(v + d) = c``, counted. Pure.
 
 Rounding is monotone, so these are all numbers of the format between two bounds: half-way from c to either neighbour,
-minus d. Numbers of a format are counted by their order: 0 is 0, 1 the smallest above it, -1 the one below. Where v and c
-are equally coarse, that is one number; where c is the coarser one, several; where it is the finer one, one or none.
+minus d. Numbers of a format are counted by their order: 0 is 0, 1 the smallest above it, -1 the one below. Where v and
+c are equally coarse, that is one number; where c is the coarser one, several; where it is the finer one, one or none.
+
 A bound is known up to the error of d in float64. Where a number of the format lies within that, the bound is settled
 by sums in two float64 each, and what those leave, in fractions: so the answer is that of the exact d.
 """
@@ -12,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from lora_fuse.checkpoint import dtypes
-from lora_fuse.lora import Delta, DoubleDouble
+from lora_fuse.lora import DoubleDouble
 
 Wide = npt.NDArray[np.float64]
 Orders = npt.NDArray[np.int64]
@@ -75,6 +77,13 @@ class Ordered:
         below = self.floor(values)
         return below + (values - self.value(below) > self.value(below + 1) - values)
 
+    def nearest_even(self, values: Wide) -> Wide:
+        """The nearest numbers themselves, of two that are as near the even one; what is too large stays the last."""
+        below = self.floor(values)
+        middle = (self.value(below) + self.value(below + 1)) / 2
+        above = (values > middle) | ((values == middle) & (below % 2 != 0))
+        return self.value(np.clip(below + above, -self.most, self.most))
+
     def _magnitude(self, sizes: Wide) -> tuple[Orders, Flags]:
         """Rounded towards 0, and whether nothing was lost; what is too large is one more than the last."""
         limited = np.minimum(sizes, 2.0 ** (self.kind.bias + 1))
@@ -123,10 +132,35 @@ def _half_way(numbers: Ordered, order: Orders, step: int) -> Wide:
     return np.asarray((numbers.value(order) + numbers.value(order + step)) / 2)
 
 
+class ExactValues(Protocol):
+    """The part of `Delta` that is exact."""
+
+    def close(self, rows: Orders, columns: Orders) -> DoubleDouble:
+        """See `Delta`."""
+
+    def exact(self, row: int, column: int) -> Fraction:
+        """See `Delta`."""
+
+
+class KnownValues:
+    """A delta that is known to its last bit, (n, columns) float64."""
+
+    def __init__(self, values: Wide) -> None:
+        self._values = values
+
+    def close(self, rows: Orders, columns: Orders) -> DoubleDouble:
+        """See `Delta`."""
+        return DoubleDouble(self._values[rows, columns])
+
+    def exact(self, row: int, column: int) -> Fraction:
+        """See `Delta`."""
+        return Fraction(float(self._values[row, column]))
+
+
 class Exactly:
     """The exact sum of some deltas, element by element, in a part that begins at a row."""
 
-    def __init__(self, deltas: Sequence[Delta], first: int) -> None:
+    def __init__(self, deltas: Sequence[ExactValues], first: int) -> None:
         self._deltas = deltas
         self._first = first
 
@@ -138,7 +172,7 @@ class Exactly:
 class ExactSum:
     """Sums of deltas, (n,): in two float64 each, and where asked for in fractions."""
 
-    def __init__(self, deltas: Sequence[Delta], rows: Orders, columns: Orders) -> None:
+    def __init__(self, deltas: Sequence[ExactValues], rows: Orders, columns: Orders) -> None:
         self._deltas = deltas
         self._rows = rows
         self._columns = columns
@@ -160,8 +194,8 @@ class ExactSum:
 
     def _fraction(self, number: int) -> Fraction:
         if number not in self._exact:
-            row, column = int(self._rows[number]), int(self._columns[number])
-            self._exact[number] = sum((delta.exact(row, column) for delta in self._deltas), Fraction(0))
+            place = int(self._rows[number]), int(self._columns[number])
+            self._exact[number] = sum((delta.exact(*place) for delta in self._deltas), Fraction(0))
         return self._exact[number]
 
 
@@ -197,10 +231,10 @@ class _Settled:
     def _is_reached(self, order: Orders, lowest: Wide) -> Flags:
         """True where the sum is no further below than what rounds to the merged number."""
         side = self._exact.side(self._numbers.value(order), lowest)
-        return (side > 0) | ((side == 0) & self._even)
+        return np.asarray((side > 0) | ((side == 0) & self._even))
 
     def _is_passed(self, order: Orders, highest: Wide) -> Flags:
         """True where the sum is further above: of -0, what is 0 exactly, but for a zero to which nothing is added."""
         side = self._exact.side(self._numbers.value(order), highest)
         ends_in = np.where(self._minus_zero, order == 0, self._even)
-        return (side > 0) | ((side == 0) & ~ends_in)
+        return np.asarray((side > 0) | ((side == 0) & ~ends_in))
