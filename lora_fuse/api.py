@@ -120,7 +120,7 @@ def fuse(  # noqa: PLR0913 - by keyword, each is a choice of its own
 
 def verify(  # noqa: PLR0913 - by keyword, each is a choice of its own
     merged: Path,
-    base: Path,
+    base: Path | streamed_base.StreamedBase,
     loras: Sequence[LoraInput],
     *,
     rows: int | Literal["all"] = 16,
@@ -137,7 +137,8 @@ def verify(  # noqa: PLR0913 - by keyword, each is a choice of its own
 
     Args:
         merged: the result of `fuse`.
-        base: what it was merged from.
+        base: what it was merged from, as for `plan`; of one on the Hub, rows and tensors are fetched as they are
+            compared.
         loras: what was fused, with the scales that were applied.
         rows: rows of each target to derive again and to measure, and as many more that are drawn at random; everything
             else is compared with the base, whole.
@@ -162,12 +163,13 @@ def verify(  # noqa: PLR0913 - by keyword, each is a choice of its own
     with nullcontext() if show_progress else progress.silence():
         return verify_merge(
             merged,
-            base,
+            base if isinstance(base, Path) else base.root,
             _named(loras, component),
             rows=None if rows == "all" else rows,
             expected=Expectation(pipeline, _settings(scheduler, loras), beside, dtype=dtype),
             selection=selection,
             seed=seed,
+            streamed=None if isinstance(base, Path) else base.files,
         )
 
 

@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         "merge and compare",
     )
     verify.add_argument("merged", type=Path, metavar="MERGED", help="a merged checkpoint, or a published repository")
-    verify.add_argument("base", type=Path, metavar="BASE", nargs="?", help="what it was merged from")
+    verify.add_argument("base", type=_base, metavar="BASE", nargs="?", help="what it was merged from, as for fuse")
     verify.add_argument("--rows", default="16", metavar="N|all", help="rows of each target to re-derive (default 16)")
     verify.add_argument("--seed", type=int, metavar="N", help="draw the same rows as an earlier verification")
     verify.add_argument("--scheduler", type=Path, metavar="JSON|auto", help="settings that MERGED should have")
@@ -415,19 +415,20 @@ def _verify_download(folder: Path, trusted: Trusted | None, expected: Mapping[st
 def _verify_merge(options: argparse.Namespace, published: Published | None) -> int:
     if published and published.recipe_note:
         text.say(f"  note: {published.recipe_note}")
-    found = lora_fuse.verify(
-        options.merged,
-        options.base,
-        _inputs(options),
-        rows="all" if options.rows == "all" else int(options.rows),
-        selection=_selection(options),
-        dtype=options.dtype or (published.dtype if published else None),
-        pipeline=published.pipeline if published else None,
-        scheduler=_scheduler(options) or (published.scheduler if published else {}),
-        beside=published.beside if published else frozenset(),
-        seed=options.seed,
-        show_progress=True,
-    )
+    with _opened(options.base) as base:
+        found = lora_fuse.verify(
+            options.merged,
+            base,
+            _inputs(options),
+            rows="all" if options.rows == "all" else int(options.rows),
+            selection=_selection(options),
+            dtype=options.dtype or (published.dtype if published else None),
+            pipeline=published.pipeline if published else None,
+            scheduler=_scheduler(options) or (published.scheduler if published else {}),
+            beside=published.beside if published else frozenset(),
+            seed=options.seed,
+            show_progress=True,
+        )
     text.say(
         f"verify: {found.targets} targets ({found.modules} modules), {found.rows_checked} of {found.rows_total} rows, "
         f"{found.tensors_untouched} tensors and {found.files_untouched} files identical to the base"

@@ -90,6 +90,13 @@ class StreamedFiles(Protocol):
             BadSource: it cannot be had.
         """
 
+    def read(self, name: str, wanted: Sequence[tuple[memoryview, int]]) -> None:
+        """Fill memories, each with the bytes from a place on; who reads so checks no sha256.
+
+        Raises:
+            BadSource: they cannot be had.
+        """
+
     def twice(self, name: str, work: Callable[[], FileRecord]) -> FileRecord:
         """Do work on a file, and once more where that was refused for its bytes."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from io import BufferedReader
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from lora_fuse.machine import files
 Bytes = npt.NDArray[np.uint8]
 
 PIECE = 64 << 20  # bytes that one thread compares, so that none has a whole file to itself at the end
+STREAMED = 8 << 20  # bytes that are fetched at a time
 BLOCK = 1 << 20  # bytes that are read at a time, two of which stay in a core's cache until they are compared
 
 
@@ -40,6 +42,23 @@ def same_bytes(ours: Path, theirs: Path, starts: tuple[int, int], nbytes: int) -
             read = [read_into(side, file, start + at) for side, file, start in sides]
             words = memory.view(np.uint64)
             if read != [count, count] or not np.array_equal(words[0], words[1]):
+                return False
+    return True
+
+
+def same_bytes_as_streamed(
+    ours: Path, fill: Callable[[Sequence[tuple[Bytes, int]]], bool], starts: tuple[int, int], nbytes: int
+) -> bool:
+    """As `same_bytes`, with a file whose bytes `fill` fetches.
+
+    Raises:
+        OSError, Refused: a side cannot be read.
+    """
+    with files.open_regular(ours) as file:
+        for at in range(0, nbytes, STREAMED):
+            sides = np.zeros((2, min(STREAMED, nbytes - at)), np.uint8)
+            read = read_into(sides[0], file, starts[0] + at)
+            if not fill([(sides[1], starts[1] + at)]) or read != len(sides[0]) or not np.array_equal(*sides):
                 return False
     return True
 

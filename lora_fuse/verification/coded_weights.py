@@ -19,7 +19,7 @@ import numpy.typing as npt
 from lora_fuse.errors import BadCheckpoint, naming_extras
 from lora_fuse.machine import files
 from lora_fuse.verification.nearest import Wide, widen
-from lora_fuse.verification.weights import NUMBERS, Array, Rows, StoredTensor, Weights
+from lora_fuse.verification.weights import NUMBERS, Array, Rows, StoredTensor, WeightFile, Weights
 
 MAGIC = b"GGUF"
 TORCH = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
@@ -47,7 +47,7 @@ class CodedTensor(StoredTensor):
     @classmethod
     def of(cls, stored: StoredTensor, scales: Wide | None = None, group: int = 0, scale_name: str = "") -> CodedTensor:
         """Give the codes of a tensor their meaning."""
-        place = (stored.path, WRITTEN, stored.shape, stored.start, stored.nbytes, stored.refuse)
+        place = (stored.file, WRITTEN, stored.shape, stored.start, stored.nbytes, stored.refuse)
         return cls(*place, stored.dtype, scales, group, scale_name)
 
     def is_like(self, other: StoredTensor) -> bool:
@@ -112,7 +112,7 @@ class CodedTensor(StoredTensor):
     def codes(self, rows: Rows | None = None) -> npt.NDArray[np.uint8]:
         """The bytes of the codes of all rows or some, uint8 (rows, bytes)."""
         shape = (len(self), self.nbytes // max(1, len(self)))
-        stored = StoredTensor(self.path, "U8", shape, self.start, self.nbytes, self.refuse)
+        stored = StoredTensor(self.file, "U8", shape, self.start, self.nbytes, self.refuse)
         return stored.read(np.arange(len(self)) if rows is None else rows)
 
     def read(self, rows: Rows | None = None) -> Array:
@@ -150,7 +150,7 @@ class ConvertedTensor(StoredTensor):
     @classmethod
     def of(cls, stored: StoredTensor, dtype: str) -> ConvertedTensor:
         """Give a tensor another dtype."""
-        return cls(stored.path, dtype, stored.shape, stored.start, stored.nbytes, stored.refuse, stored.dtype)
+        return cls(stored.file, dtype, stored.shape, stored.start, stored.nbytes, stored.refuse, stored.dtype)
 
     @property
     def nbytes_merged(self) -> int:
@@ -159,7 +159,7 @@ class ConvertedTensor(StoredTensor):
 
     def read(self, rows: Rows | None = None) -> Array:
         """Values in the base's dtype, see `StoredTensor`."""
-        return StoredTensor(self.path, self.kind, self.shape, self.start, self.nbytes, self.refuse).read(rows)
+        return StoredTensor(self.file, self.kind, self.shape, self.start, self.nbytes, self.refuse).read(rows)
 
 
 def _hadamard(size: int) -> Wide:
@@ -180,18 +180,19 @@ class CodedWeights:
     problems: dict[str, str] = field(default_factory=dict)
 
 
-def open_weights(paths: Sequence[Path]) -> Weights:
+def open_weights(paths: Sequence[Path | WeightFile]) -> Weights:
     """Open the tensors of safetensors files, or of one GGUF file.
 
     Raises:
         BadCheckpoint: a file cannot be opened.
     """
+    first = paths[0].path if isinstance(paths[0], WeightFile) else paths[0]
     try:
-        with files.open_regular(paths[0]) as file:
+        with files.open_regular(first) as file:
             is_gguf = file.read(len(MAGIC)) == MAGIC
     except OSError as error:
-        raise BadCheckpoint(f"{paths[0]} cannot be read ({error.strerror}); fetch or make it again") from error
-    return _gguf_weights(paths[0]) if is_gguf else Weights(paths)
+        raise BadCheckpoint(f"{first} cannot be read ({error.strerror}); fetch or make it again") from error
+    return _gguf_weights(first) if is_gguf else Weights(paths)
 
 
 def _gguf_weights(path: Path) -> Weights:
@@ -211,7 +212,7 @@ def _gguf_weights(path: Path) -> Weights:
     for tensor in reader.tensors:
         shape = tuple(int(size) for size in reversed(tensor.shape.tolist()))
         place = (int(tensor.data_offset), int(tensor.n_bytes))
-        found.add(tensor.name, StoredTensor(path, tensor.tensor_type.name, shape, *place, BadCheckpoint))
+        found.add(tensor.name, StoredTensor(WeightFile(path), tensor.tensor_type.name, shape, *place, BadCheckpoint))
     return found
 
 

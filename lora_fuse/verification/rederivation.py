@@ -14,6 +14,7 @@ import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from threadpoolctl import threadpool_limits
 from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import BadCheckpoint
 from lora_fuse.lora import LoraInput, Selection
-from lora_fuse.machine import file_state, files, progress
+from lora_fuse.machine import FileRecord, direct_io, file_state, files, progress
 from lora_fuse.verification.byte_comparison import pieces
 from lora_fuse.verification.coded_weights import (
     CodedTensor,
@@ -38,7 +39,7 @@ from lora_fuse.verification.expectation import ExpectedDelta
 from lora_fuse.verification.kept_beside import compare_kept, is_kept_beside
 from lora_fuse.verification.nearest import FLOATS
 from lora_fuse.verification.target_check import LITTLE, Change, Kept, Sums, TargetCheck, check_target, is_converted
-from lora_fuse.verification.weights import Weights, weight_files
+from lora_fuse.verification.weights import WeightFile, Weights, weight_files
 from lora_fuse.verification.whole_files import compare_files, sort_base
 
 # A tensor beside a weight that says its numbers are not yet the weight: they are multiplied, or quantised.
@@ -118,8 +119,9 @@ class Expectation:
     `pipeline` and `scheduler` are the recipe's changes; without them the base's are expected. `beside` are POSIX paths
     that are no part of the merge, see `lora_fuse.release.download_check`. `base_files` are those that the base's lock
     has, all of which are taken; without a lock they are what lies there. `generated` are those that the manifest says
-    were made anew. `dtype` is that of all floats of the merge, as configurations name it, None for the base's own, and
-    `converted` are the fused weights that had others.
+    were made anew. `promised` are those of the base that are not here, as the Hub lists them. `dtype` is that of all
+    floats of the merge, as configurations name it, None for the base's own, and `converted` are the fused weights that
+    had others.
     """
 
     pipeline: str | None = None
@@ -127,6 +129,7 @@ class Expectation:
     beside: frozenset[str] = frozenset()
     base_files: frozenset[str] | None = None
     generated: frozenset[str] = frozenset()
+    promised: Mapping[str, FileRecord] = field(default_factory=dict)
     dtype: str | None = None
     converted: frozenset[str] = frozenset()
 
@@ -141,10 +144,12 @@ def verify_merge(  # noqa: PLR0913 - by keyword, each is a choice of its own
     component: str | None = None,
     selection: Selection | None = None,
     seed: int | None = None,
+    streamed: direct_io.StreamedFiles | None = None,
 ) -> Verification:
     """Compare a merged checkpoint with what the base and the LoRAs should have given; progress goes to stderr.
 
-    As `lora_fuse.verify`, but that `rows` is None for all of them.
+    As `lora_fuse.verify`, but that `rows` is None for all of them. Of files of the base that are `streamed`, what is
+    compared is fetched: rows, and tensors that do not change; whole files are compared by the sha256 of the Hub's list.
 
     Raises:
         BadCheckpoint: one side has nothing to compare, is of another kind, or cannot be read.
@@ -156,6 +161,8 @@ def verify_merge(  # noqa: PLR0913 - by keyword, each is a choice of its own
     chosen = selection or Selection()
     named = [given if given.component else replace(given, component=component or None) for given in loras]
     components = find_components(base, named, chosen)
+    expected = replace(expected, promised={} if streamed is None else streamed.records)
+    opening = partial(_open_base, base, streamed)
     found = Verification(left_out=components.left_out)
     found.drawn = None if rows is None else DrawnRows(secrets.randbits(32) if seed is None else seed)
     for problem in components.problems:
@@ -163,8 +170,8 @@ def verify_merge(  # noqa: PLR0913 - by keyword, each is a choice of its own
     with progress.byte_progress("verify", files.total_size(merged), at_least=progress.FEW) as advance:
         shards = sort_base(base, components.names, expected.base_files) if base.is_dir() else None
         if beside:
-            return _verify_beside(merged, base, shards, components, expected, found, advance)
-        parts = [_Component(merged, base, name, shards, components, found) for name in components.names]
+            return _verify_beside(merged, base, shards, components, expected, found, advance=advance, opening=opening)
+        parts = [_Component(merged, base, name, shards, components, found, opening) for name in components.names]
         for part in parts:
             part.check(expected.dtype, rows, advance)
         _measure_update([one for part in parts for one in part.measured], found)
@@ -179,17 +186,19 @@ def verify_merge(  # noqa: PLR0913 - by keyword, each is a choice of its own
     return found
 
 
-def _verify_beside(
+def _verify_beside(  # noqa: PLR0913 - each is of another kind
     merged: Path,
     base: Path,
     shards: repository_files.SortedFiles | None,
     components: Components,
     expected: Expectation,
     found: Verification,
+    *,
     advance: Callable[[int], None],
+    opening: Callable[[Sequence[str]], Weights],
 ) -> Verification:
     """Compare a base that was left as it is, with LoRAs of one component beside it."""
-    stored = open_weights([base / name for name in shards.shards] if shards else [base])
+    stored = opening(shards.shards if shards else ())
     wanted = components.expected(components.names[0], stored)
     found.modules = wanted.modules
     found.targets = len(wanted.deltas)
@@ -197,6 +206,13 @@ def _verify_beside(
     for problem in [*wanted.problems, *problems]:
         found.problem(problem)
     return found
+
+
+def _open_base(base: Path, streamed: direct_io.StreamedFiles | None, names: Sequence[str]) -> Weights:
+    """Open weights of a base, all of one that is a file; those that are streamed are read where they are."""
+    coming = {} if streamed is None else streamed.records
+    here = [WeightFile(base / name, streamed if name in coming else None, name) for name in names]
+    return open_weights(here or [base])
 
 
 class _Component:
@@ -210,6 +226,7 @@ class _Component:
         shards: repository_files.SortedFiles | None,
         components: Components,
         found: Verification,
+        opening: Callable[[Sequence[str]], Weights],
     ) -> None:
         """Open the weights of the base, and read what LoRAs should add to them."""
         more = shards.more if shards else {}
@@ -219,7 +236,7 @@ class _Component:
         self._base = base
         self._found = found
         self._prefix = f"{name}/" if len(components.names) > 1 else ""
-        self._stored = open_weights(base_files)
+        self._stored = opening(self.names)
         self._expected = components.expected(name, self._stored)
         found.modules += self._expected.modules
         found.targets += len(self._expected.deltas)

@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 
 from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import BadCheckpoint
-from lora_fuse.machine import files
-from lora_fuse.verification.byte_comparison import read_into, same_bytes
+from lora_fuse.machine import direct_io, files
+from lora_fuse.verification.byte_comparison import read_into, same_bytes, same_bytes_as_streamed
 
 Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]
@@ -40,13 +40,35 @@ NUMBERS: Mapping[str, np.dtype[Any]] = {
 
 
 @dataclass(frozen=True, slots=True)
+class WeightFile:
+    """A file of weights; of one that is `streamed`, by a name there, `path` has the header and nothing else."""
+
+    path: Path
+    streamed: direct_io.StreamedFiles | None = None
+    name: str = ""
+
+    def fill(self, wanted: Sequence[tuple[npt.NDArray[np.uint8], int]]) -> bool:
+        """Fill memories, each with the bytes from a place on; false where the file has ended.
+
+        Raises:
+            OSError: it cannot be read.
+            BadSource: the Hub that it is streamed from cannot be had.
+        """
+        if self.streamed is not None:
+            self.streamed.read(self.name, [(memory.data, start) for memory, start in wanted])
+            return True
+        with files.open_regular(self.path) as file:
+            return all(read_into(memory, file, start) == len(memory) for memory, start in wanted)
+
+
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor in a file: its dtype by the header's name, its shape, and where its bytes begin; values are read anew.
 
     `refuse` makes the error of a file that cannot be read any more.
     """
 
-    path: Path
+    file: WeightFile
     dtype: str
     shape: tuple[int, ...]
     start: int
@@ -81,12 +103,11 @@ class StoredTensor:
 
     def _fill(self, wanted: Sequence[tuple[npt.NDArray[np.uint8], int]]) -> None:
         try:
-            with files.open_regular(self.path) as file:
-                if all(read_into(memory, file, start) == len(memory) for memory, start in wanted):
-                    return
+            if self.file.fill(wanted):
+                return
         except OSError as error:
-            raise self.refuse(f"{self.path} cannot be read ({error.strerror}); fetch or make it again") from error
-        raise self.refuse(f"{self.path} ends before its last tensor does; run again when nothing writes to it")
+            raise self.refuse(f"{self.file.path} cannot be read ({error.strerror}); fetch or make it again") from error
+        raise self.refuse(f"{self.file.path} ends before its last tensor does; run again when nothing writes to it")
 
     @property
     def nbytes_merged(self) -> int:
@@ -100,8 +121,11 @@ class StoredTensor:
     def same(self, other: StoredTensor, piece: tuple[int, int]) -> bool:
         """True where a piece, start and size in bytes, is the same as of another tensor that is as large."""
         start, nbytes = piece
+        starts = (self.start + start, other.start + start)
         try:
-            return same_bytes(self.path, other.path, (self.start + start, other.start + start), nbytes)
+            if other.file.streamed is not None:
+                return same_bytes_as_streamed(self.file.path, other.file.fill, starts, nbytes)
+            return same_bytes(self.file.path, other.file.path, starts, nbytes)
         except OSError as error:
             raise self.refuse(f"{error.filename} cannot be read ({error.strerror}); fetch or make it again") from error
 
@@ -109,7 +133,7 @@ class StoredTensor:
 class Weights:
     """The tensors of safetensors files in one place, by name. Bytes are bytes: numpy has no name for some dtypes."""
 
-    def __init__(self, paths: Sequence[Path], refuse: Refusal = BadCheckpoint) -> None:
+    def __init__(self, paths: Sequence[Path | WeightFile], refuse: Refusal = BadCheckpoint) -> None:
         """Read the headers.
 
         Raises:
@@ -118,13 +142,15 @@ class Weights:
         self._tensors: dict[str, StoredTensor] = {}
         self.is_gguf = False  # all of one file, then
         self.metadata: dict[str, dict[str, str]] = {}  # of each file's header, by the file's name
-        for path in paths:
+        for given in paths:
+            file = given if isinstance(given, WeightFile) else WeightFile(given)
+            path = file.path
             entries, data = _read_header(path, refuse)
             self.metadata[path.name] = entries.pop("__metadata__", None) or {}  # null is none, for safetensors too
             for name, entry in entries.items():
                 start, end = entry["data_offsets"]
                 shape = tuple(entry["shape"])
-                self._tensors[name] = StoredTensor(path, entry["dtype"], shape, data + start, end - start, refuse)
+                self._tensors[name] = StoredTensor(file, entry["dtype"], shape, data + start, end - start, refuse)
 
     def __getitem__(self, name: str) -> StoredTensor:
         return self._tensors[name]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import BadCheckpoint
-from lora_fuse.machine import file_state, files
+from lora_fuse.machine import FileRecord, file_state, files
 from lora_fuse.recipe import Manifest
 from lora_fuse.verification.byte_comparison import pieces, same_bytes
 
@@ -68,7 +68,10 @@ def compare_files(
     problems += [f"{name} is in the base and not in {merged}" for name in sorted(needed - ours)]
     problems += _unfused(ours, fused)
     others = sorted(ours - fused - made.keys())
-    differing = _differing(merged, base, [name for name in others if name in theirs], advance)
+    compared = [name for name in others if name in theirs]
+    here = [name for name in compared if name not in expected.promised]
+    differing = _differing(merged, base, here, advance)
+    differing |= _unpromised(merged, expected.promised, set(compared) - set(here), advance)
     for name in sorted(ours - fused):
         if name in made:
             problems += _differences(merged / name, made[name])
@@ -125,6 +128,22 @@ def _differing(merged: Path, base: Path, names: Sequence[str], advance: Callable
 
     results = file_state.in_threads(is_same, tasks, advance, lambda task: task[1][1])
     return differing | {name for (name, _), same in zip(tasks, results, strict=True) if not same}
+
+
+def _unpromised(
+    merged: Path, promised: Mapping[str, FileRecord], names: Set[str], advance: Callable[[int], None]
+) -> set[str]:
+    """The files that have not the size and sha256 that the Hub promises of the base's, or cannot be read."""
+
+    def is_same(name: str, told: Callable[[int], None]) -> bool:
+        try:
+            return files.hash_file(merged / name, told) == promised[name]
+        except OSError:
+            return False
+
+    ordered = sorted(names)
+    results = file_state.in_threads(is_same, ordered, advance, lambda name: promised[name].size)
+    return {name for name, same in zip(ordered, results, strict=True) if not same}
 
 
 def _size(path: Path) -> int | None:

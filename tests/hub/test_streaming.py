@@ -69,6 +69,9 @@ class Place:
     def fuse(self) -> int:
         return main(["fuse", self.name, str(self.out), "--lora", str(self.lora)])
 
+    def verify(self) -> int:
+        return main(["verify", str(self.out), self.name, "--lora", str(self.lora)])
+
     def fetched(self, since: int = 0) -> int:
         return sum(call.sent for call in self.hub.log[since:] if call.line.startswith(STORED))
 
@@ -107,7 +110,9 @@ def test_after_a_kill_finished_shards_are_not_fetched_again_and_the_bytes_are_th
     assert merges.hashes(tmp_path / "disk") == merges.hashes(place.out)
 
 
-def test_every_byte_is_fetched_once_none_is_kept_and_the_manifest_names_the_base(place: Place, tmp_path: Path) -> None:
+def test_every_byte_is_fetched_once_and_none_is_kept_but_in_a_merge_that_verifies(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with streamed_base.open_streamed(place.name) as base:
         plan = lora_fuse.plan(base, [LoraInput("l", place.lora, 1.0)])
         with pytest.warns(UserWarning, match="no alpha"):
@@ -117,6 +122,17 @@ def test_every_byte_is_fetched_once_none_is_kept_and_the_manifest_names_the_base
     assert made.base is not None
     assert (made.base.repo_id, made.base.revision) == (REPO, place.commit)
     assert made.base.files.keys() == made.files.keys()
+    before = len(place.hub.log)
+    assert place.verify() == 0
+    assert "6 targets (6 modules), 96 of 6144 rows, 6 tensors and 6 files identical" in capsys.readouterr().out
+    assert place.fetched(before) < 0.6 * place.weights  # half of it is no target
+    for name, at in (("vae/diffusion_pytorch_model", -1), ("transformer/diffusion_pytorch_model-00002-of-00006", -1)):
+        changed = place.out / f"{name}.safetensors"
+        content = bytearray(changed.read_bytes())
+        content[at] ^= 1
+        changed.write_bytes(content)
+    assert place.verify() == 1
+    assert "FAILED, 2 problems" in capsys.readouterr().out
 
 
 def test_a_lost_connection_keeps_what_is_finished_and_a_wrong_shard_is_fetched_once_more(

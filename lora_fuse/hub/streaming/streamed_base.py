@@ -12,8 +12,9 @@ import re
 import shutil
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -48,13 +49,35 @@ class HubFiles:
         self._source = source
         self._lanes = lanes
         self._stall = stall
+        self._remotes: dict[str, RemoteFile] = {}
+        self._opening = threading.Lock()
 
     def open(self, name: str, read: bytes = b"") -> ArrivingFile:
         """Read a file, see `direct_io.StreamedFiles.open`."""
-        return ArrivingFile(self.remote(name), self._lanes, read)
+        return ArrivingFile(self._remote(name), self._lanes, read)
 
-    def remote(self, name: str) -> RemoteFile:
-        """A file, to read any of its bytes, which are not checked then."""
+    def read(self, name: str, wanted: Sequence[tuple[memoryview, int]]) -> None:
+        """Read any bytes of a file, see `direct_io.StreamedFiles.read`."""
+        with self._opening:
+            remote = self._remotes.setdefault(name, self._remote(name))
+        list(self._lanes.threads.map(lambda pair: remote.read(*pair), wanted))
+
+    def write_header(self, name: str, path: Path) -> None:
+        """Make a file of the right size that has a file's header and a hole; who opens it says whether it has one."""
+        size = self.records[name].size
+        start = memoryview(bytearray(min(FIRST, size)))
+        remote = self._remote(name)
+        remote.read(start, 0)
+        end = min(8 + int.from_bytes(start[:8], "little"), size, files.MOST)
+        rest = memoryview(bytearray(max(0, end - len(start))))
+        remote.read(rest, len(start))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.write(start[:end])
+            file.write(rest)
+            file.truncate(size)
+
+    def _remote(self, name: str) -> RemoteFile:
         return RemoteFile(*self._source, name, self.records[name], self._stall)
 
     def twice(self, name: str, work: Callable[[], FileRecord]) -> FileRecord:
@@ -133,7 +156,7 @@ def open_streamed(
         if lock is not None:
             _refuse_other_files(made, lock)
         arriving = HubFiles((source.repo_id, commit), weights, lanes, transfer.stall_seconds)
-        list(threads.map(lambda name: _write_header(arriving.remote(name), root / name), weights))
+        list(threads.map(lambda name: arriving.write_header(name, root / name), weights))
         yield StreamedBase(root, made, arriving)
 
 
@@ -166,21 +189,6 @@ def _refuse_other_files(made: Lock, lock: Lock) -> None:
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
-
-
-def _write_header(remote: RemoteFile, path: Path) -> None:
-    """Make a file of the right size that has its header and a hole; who opens it says whether that is one."""
-    size = remote.record.size
-    start = memoryview(bytearray(min(FIRST, size)))
-    remote.read(start, 0)
-    end = min(8 + int.from_bytes(start[:8], "little"), size, files.MOST)
-    rest = memoryview(bytearray(max(0, end - len(start))))
-    remote.read(rest, len(start))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.write(start[:end])
-        file.write(rest)
-        file.truncate(size)
 
 
 @contextmanager
