@@ -280,9 +280,10 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _print_plan(plan: Plan, scheduler: Mapping[str, object] | None = None) -> None:
     from lora_fuse.checkpoint import repository_files
+    from lora_fuse.differences import presence_warnings
     from lora_fuse.fusion import cautions
 
-    for warning in cautions(plan, scheduler):
+    for warning in [*cautions(plan, scheduler), *presence_warnings(plan)]:
         text.say(f"warning: {warning}", sys.stderr)
     for number, given in enumerate(plan.inputs):
         into = f" into {', '.join(plan.components_of(number))}" if plan.is_of_other_components else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lora_fuse.differences import presence_warnings
 from lora_fuse.fusion import FuseJob, cautions, plan_of
 from lora_fuse.machine import Console, progress
 from lora_fuse.recipe import Artifacts, Recipe, paths
@@ -15,7 +16,7 @@ def fuse(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -
     base, loras = at.read_locks()
     inputs = paths.hold([base, *loras.values()])
     plan = plan_of(base, loras, recipe)
-    for warning in cautions(plan, recipe.scheduler_config):
+    for warning in [*cautions(plan, recipe.scheduler_config), *presence_warnings(plan)]:
         console.warn(warning)
     job = FuseJob(
         plan,

@@ -70,6 +70,11 @@ class StoredRows:
         return values.astype(np.float64 if values.dtype.itemsize > 4 else np.float32)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in its file."""
+        return (self.codes.codes.tensor if self.codes else self.tensor).nbytes
+
+    @property
     def path(self) -> Path:
         """The file that it lies in."""
         return self.codes.codes.path if self.codes else self.shard.path

@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.numpy import load_file, save_file
 
+import lora_fuse
 from lora_fuse.errors import BadLora, BadSource, Refused
 from lora_fuse.hub import sizes
+from lora_fuse.lora import LoraInput
 from lora_fuse.machine.space import free_bytes
 from lora_fuse.pictures.environment import Key
 from lora_fuse.recipe.paths import Artifacts
@@ -23,7 +26,7 @@ from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.records import Lock
 from lora_fuse.recipe.sections import Source
 from lora_fuse.studies.doctor import access, disk, memory, software
-from lora_fuse.studies.doctor.examination import _places, approved_pictures
+from lora_fuse.studies.doctor.examination import _places, approved_pictures, in_the_base
 from lora_fuse.studies.doctor.finding import Finding, Status, fail, ok, table, verdict, warn
 from tests.hub_server import Fault, LoopbackHub
 from tests.support.machine import ROOT
@@ -75,6 +78,24 @@ def run(*arguments: str, cwd: Path = ROOT, **env: str) -> tuple[int, dict[str, A
 # ---------------------------------------------------------------- the whole
 
 
+def test_a_lora_that_is_in_its_base_is_a_warning_and_one_that_cannot_be_fused_a_failure(tmp_path: Path) -> None:
+    (name, lora), *_ = recipe(in_folder(ROOT / "pocket/model")).loras.items()
+    given = LoraInput(name, ROOT / str(lora.path) / lora.filename, 1.0)
+    merged = tmp_path / "merged"
+    lora_fuse.fuse(lora_fuse.plan(ROOT / "pocket/model", [given]), merged, untouched="copy")
+
+    def looked() -> Finding:
+        found = {"base": base_size(in_folder(merged), None), f"LoRA {name}": lora_size(lora, lora.filename, None)}
+        return in_the_base(recipe(in_folder(merged)), found)
+
+    assert looked().status is Status.FAIL
+    assert "is merged already" in looked().found
+    for path in merged.glob("transformer/*.safetensors"):  # as other programs write it
+        save_file(load_file(path), path, metadata={"format": "pt"})
+    assert looked().status is Status.WARN
+    assert f"{lora.filename} is in {merged} already, as it seems" in looked().found
+
+
 def test_pocket_fits_this_machine_and_nothing_is_written(tmp_path: Path) -> None:
     for name in ("params.yaml", "pyproject.toml"):
         shutil.copyfile(ROOT / name, tmp_path / name)
@@ -87,6 +108,7 @@ def test_pocket_fits_this_machine_and_nothing_is_written(tmp_path: Path) -> None
     code, found, said = run(cwd=tmp_path, PATH=path, PYTHONDONTWRITEBYTECODE="1")
     assert (code, found["fits"]) == (0, True), found
     assert {finding["status"] for finding in found["findings"]} <= {"ok", "warn"}
+    assert [one["status"] for one in found["findings"] if one["name"] == "in the base"] == ["ok"]
     assert sorted(tmp_path.rglob("*")) == before
     assert said == "doctor: looks whether pocket fits this machine; no file is fetched, and none stays\n"
 

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from lora_fuse.differences import WAY_OUT, look_for
 from lora_fuse.errors import BadGolden, BadSource, NoDevice, Refused
-from lora_fuse.fusion import read_manifest, resolve_device
+from lora_fuse.fusion import plan_base, read_manifest, resolve_device
 from lora_fuse.hub import sizes
+from lora_fuse.lora import LoraInput
 from lora_fuse.machine import files, progress, space
 from lora_fuse.pictures import environment
 from lora_fuse.recipe import Artifacts, Recipe, hf_cache, paths
@@ -40,6 +42,8 @@ def _sources(recipe: Recipe, at: Artifacts) -> Iterator[Finding]:
         yield _size(label, size)
     yield from _places(recipe, at, found)
     yield from _machine(recipe, found.get("base"))
+    if not refusals and not missing:
+        yield in_the_base(recipe, found)
     yield from _pictures(recipe)
 
 
@@ -142,6 +146,26 @@ def _is_of(recipe: Recipe, at: Artifacts) -> bool:
         and (base.repo_id, base.path, base.requested) == recipe.base.place
         and built == wanted
     )
+
+
+def in_the_base(recipe: Recipe, found: Mapping[str, sizes.SourceSize]) -> Finding:
+    """Look for the recipe's LoRAs in its base, all of which are here."""
+    base = found["base"]
+    inputs = [
+        LoraInput(
+            name, found[f"LoRA {name}"].root / lora.filename, recipe.fuse.scale_of(name), recipe.component_of(name)
+        )
+        for name, lora in sorted(recipe.loras.items())
+    ]
+    try:
+        looked = look_for(plan_base(base.root, inputs, recipe.fuse.selection, names=base.sizes, label=base.label))
+    except Refused as refusal:
+        return fail("in the base", str(refusal))
+    claims = [one.claim for one in looked if one.claim is not None]
+    if claims:
+        return warn("in the base", " and ".join(claims), "", WAY_OUT)
+    told = [f"{one.name} would show from {one.found.smallest:.2g} on" for one in looked if one.found is not None]
+    return ok("in the base", f"no LoRA of the recipe is seen in it: {', '.join(told) or 'too few weights to tell'}")
 
 
 def _machine(recipe: Recipe, base: sizes.SourceSize | None) -> Iterator[Finding]:
