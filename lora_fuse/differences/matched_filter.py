@@ -32,7 +32,7 @@ WEAKEST = 1e-4  # of the largest singular value: what is below is rounding
 
 
 @dataclass(frozen=True, slots=True)
-class Evidence:
+class Answers:
     """The answers of a weight to the components of a delta, and the singular values; both over the noise, (n,)."""
 
     answers: Floats
@@ -45,7 +45,7 @@ class Evidence:
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class ScaleEstimate:
     """A scale, half of the width of its interval of 95 %, and what the groups say, each for itself."""
 
     scale: float
@@ -64,7 +64,7 @@ class Estimate:
         return self.smallest <= self.scale <= LARGEST and agree
 
 
-def weigh(weight: Floats, left: Floats, right: Floats) -> Evidence:
+def weigh(weight: Floats, left: Floats, right: Floats) -> Answers:
     """Ask some rows of a weight for a delta ``left @ right``.
 
     Args:
@@ -74,7 +74,7 @@ def weigh(weight: Floats, left: Floats, right: Floats) -> Evidence:
     """
     own = float(np.mean(weight * weight))
     if not 0.0 < own < math.inf:  # nothing to hear, or NaN
-        return Evidence(np.zeros(0), np.zeros(0))
+        return Answers(np.zeros(0), np.zeros(0))
     u, sigmas, v = _components(left, right)
     crossed = u.T @ (weight @ v)  # (n, n): on the diagonal the answers, beside it the null
     answers = np.diag(crossed).copy()
@@ -82,12 +82,12 @@ def weigh(weight: Floats, left: Floats, right: Floats) -> Evidence:
     np.fill_diagonal(null, 0.0)
     count = max(1, 2 * (len(sigmas) - 1))
     noise = np.sqrt(np.maximum((null.sum(axis=0) + null.sum(axis=1)) / count, own))
-    return Evidence(answers / noise, sigmas / noise)
+    return Answers(answers / noise, sigmas / noise)
 
 
-def estimate(evidence: Sequence[Evidence]) -> Estimate | None:
+def estimate(evidence: Sequence[Answers]) -> ScaleEstimate | None:
     """The scale that weights say together; None where too few say anything for an answer."""
-    dealt: list[list[Evidence]] = [[] for _ in range(GROUPS)]
+    dealt: list[list[Answers]] = [[] for _ in range(GROUPS)]
     telling = sorted((one for one in evidence if one.size > 0), key=lambda one: -one.size)
     for number, one in enumerate(telling):  # there and back, so that all groups know about as much
         turn, place = divmod(number, GROUPS)
@@ -100,10 +100,10 @@ def estimate(evidence: Sequence[Evidence]) -> Estimate | None:
     size = float(sigmas @ sigmas)
     spread = max(float(groups.std(ddof=1)) / math.sqrt(GROUPS), math.sqrt(float(np.mean(left * left)) / size))
     trained = abs(float(left.mean())) * float(sigmas.sum()) / size  # if all answers are off by as much
-    return Estimate(scale, STUDENT * spread + trained, tuple(groups.tolist()))
+    return ScaleEstimate(scale, STUDENT * spread + trained, tuple(groups.tolist()))
 
 
-def _slope(evidence: Sequence[Evidence]) -> tuple[float, Floats, Floats]:
+def _slope(evidence: Sequence[Answers]) -> tuple[float, Floats, Floats]:
     """The scale by least squares, the answers and the singular values."""
     answers = np.concatenate([one.answers for one in evidence])
     sigmas = np.concatenate([one.sigmas for one in evidence])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lora_fuse.differences.matched_filter import Estimate, Evidence, estimate, weigh
+from lora_fuse.differences.matched_filter import Answers, ScaleEstimate, estimate, weigh
 from lora_fuse.differences.paired import StoredRows
 from lora_fuse.fusion import Plan
 from lora_fuse.lora import Delta, LoraFile, LowRank
@@ -38,7 +38,7 @@ class Presence:
 
     name: str
     base: str
-    found: Estimate | None
+    found: ScaleEstimate | None
     weights: int
     nbytes: int
 
@@ -55,7 +55,9 @@ class Presence:
 
 
 def look_for(plan: Plan) -> list[Presence]:
-    """Look for each LoRA of a plan in its base; those that are given to be taken out, at a negative scale, are not.
+    """Look for each LoRA of a plan in its base, but for those that are to be taken out, at a negative scale.
+
+    A base that is streamed is not looked into: its weights pass once, when they are fused.
 
     Raises:
         BadCheckpoint: the base cannot be read.
@@ -64,7 +66,7 @@ def look_for(plan: Plan) -> list[Presence]:
     return [
         _look(plan, number)
         for number, given in enumerate(plan.inputs)
-        if given.scale > 0 and any(part.targets for part in plan.parts if number in part.own)
+        if given.scale > 0 and plan.checkpoint.streamed is None
     ]
 
 
@@ -76,7 +78,7 @@ def presence_warnings(plan: Plan) -> list[str]:
 def _look(plan: Plan, number: int) -> Presence:
     lora = plan.loras[number]
     parts = [part for part in plan.parts if number in part.own]
-    evidence: list[Evidence] = []
+    evidence: list[Answers] = []
     nbytes = 0
     for part in parts:
         for stored, delta in _chosen(part, lora):
