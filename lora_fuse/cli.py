@@ -402,11 +402,15 @@ def _trusted(options: argparse.Namespace) -> Trusted | None:
 
 
 def _verify_download(folder: Path, trusted: Trusted | None, expected: Mapping[str, str]) -> tuple[int, Published]:
+    from lora_fuse.machine import progress
     from lora_fuse.release import check_published
 
     found = check_published(folder, trusted, expected)
     text.say(f"verify: {found.files} files of {folder} compared with its list, {found.signature}")
     text.say(f"  release, by its list: {found.release}")
+    if found.absent[0]:
+        gone = f"{found.absent[0]} files, {progress.human_bytes(found.absent[1])}"
+        text.say(f"  a recipe: its weights ({gone}) are not there; python -m lora_fuse rebuild {folder} OUT makes them")
     _print_findings(found.notes, found.problems)
     outcome = f"passed, {found.signature}" if not found.problems else f"FAILED, {len(found.problems)} problems"
     text.say(f"download: {outcome}")
@@ -414,6 +418,11 @@ def _verify_download(folder: Path, trusted: Trusted | None, expected: Mapping[st
 
 
 def _verify_merge(options: argparse.Namespace, published: Published | None) -> int:
+    if published and published.absent[0]:
+        raise BadConfig(
+            f"{options.merged} is a recipe, and {published.absent[0]} files of it are not there; make them first: "
+            f"python -m lora_fuse rebuild {options.merged} OUT"
+        )
     if published and published.recipe_note:
         text.say(f"  note: {published.recipe_note}")
     with _opened(options.base) as base:

@@ -24,8 +24,9 @@ def publish(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN
     wanted = recipe.publish
     clock = progress.Stopwatch()
     if dry_run:
-        manifest, card, beside, hashed = checked_release(recipe, at)
-        preview = hub.preview(at.merged, manifest, card, beside, repo_id=wanted.repo_id, tag=wanted.tag, hashed=hashed)
+        ready = checked_release(recipe, at)
+        to = partial(hub.preview, repo_id=wanted.repo_id, tag=wanted.tag, hashed=ready.hashed, absent=ready.absent)
+        preview = to(at.merged, ready.manifest, ready.card, ready.beside)
         if console.as_json:
             console.done("publish", facts={"dry_run": preview})
         else:
@@ -37,12 +38,22 @@ def publish(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN
     elif wanted.repo_id is None:
         raise PublishRefused("publish.enabled is true and publish.repo_id is null; name the repository: owner/name")
     else:
-        manifest, card, beside, hashed = checked_release(recipe, at)
-        title = f"{manifest.recipe}, scale {manifest.scale:g}, by lora-fuse {checkout.this_version()}"
-        size = sum(file.size for file in manifest.files.values())
-        console.will("publish", f"{len(manifest.files)} files, {progress.human_bytes(size)}, to {wanted.repo_id}")
-        to = partial(hub.publish, repo_id=wanted.repo_id, private=wanted.private, tag=wanted.tag, hashed=hashed)
-        receipt = to(at.merged, manifest, card, beside, message=title)
+        ready = checked_release(recipe, at)
+        title = f"{ready.manifest.recipe}, scale {ready.manifest.scale:g}, by lora-fuse {checkout.this_version()}"
+        size = progress.human_bytes(sum(ready.sizes))
+        console.will("publish", f"{len(ready.sizes)} files, {size}, to {wanted.repo_id}")
+        receipt = hub.publish(
+            at.merged,
+            ready.manifest,
+            ready.card,
+            ready.beside,
+            repo_id=wanted.repo_id,
+            private=wanted.private,
+            tag=wanted.tag,
+            message=title,
+            hashed=ready.hashed,
+            absent=ready.absent,
+        )
     receipt.write(at.receipt)
     took = f"{len(receipt.files)} files in {progress.human_seconds(clock.seconds)}, see {receipt.url}"
     lines = [str(receipt), took] if receipt.files else [str(receipt)]

@@ -85,10 +85,12 @@ def open_payload(
     card: str,
     beside: Mapping[str, Addition] | None = None,
     hashed: Hashed = frozenset(),
+    absent: AbstractSet[str] = frozenset(),
 ) -> Iterator[Payload]:
     """Check and hash the files to publish; they can be sent until the block ends.
 
-    Those that were `hashed` a moment ago, and are in the same state, are not hashed again.
+    The manifest's files that are `absent` from what is published are not among them. Those that were `hashed` a moment
+    ago, and are in the same state, are not hashed again.
 
     Raises:
         PublishRefused: the folder holds something that the manifest does not name, or a link; a file is a pickle,
@@ -97,9 +99,10 @@ def open_payload(
     with TemporaryDirectory() as folder:
         refuse_unnamed(merged, manifest)
         paths = _named(merged, manifest)
+        paths = {name: path for name, path in paths.items() if name not in absent}
+        expected = {name: FileRecord(manifest.files[name].size, manifest.files[name].sha256) for name in paths}
         paths[CARD] = Path(folder, CARD)
         paths[CARD].write_text(card, encoding="utf-8")
-        expected = {name: FileRecord(file.size, file.sha256) for name, file in manifest.files.items()}
         expected[CARD] = files.hash_file(paths[CARD])
         for name, (path, record) in (beside or {}).items():
             _refuse_pickle(name)

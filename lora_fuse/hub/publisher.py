@@ -20,6 +20,7 @@ from lora_fuse.recipe import Manifest, records
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from collections.abc import Set as AbstractSet
 
     from lora_fuse.hub.payload import Addition, Payload
 
@@ -83,6 +84,7 @@ def publish(  # noqa: PLR0913 - each is a choice of its own, by keyword
     tag: str | None = None,
     message: str,
     hashed: Hashed = frozenset(),
+    absent: AbstractSet[str] = frozenset(),
 ) -> Receipt:
     """Publish a merged checkpoint; the repository is created if it is not there.
 
@@ -97,6 +99,7 @@ def publish(  # noqa: PLR0913 - each is a choice of its own, by keyword
         tag: a name for the commit; None for none.
         message: title of the commit and, with the manifest's sha256, of the pull request.
         hashed: files that were hashed a moment ago, see `open_payload`.
+        absent: the manifest's files that stay here.
 
     Raises:
         PublishRefused: there is no token, the files are not the manifest's, the repository cannot be had, is
@@ -106,7 +109,7 @@ def publish(  # noqa: PLR0913 - each is a choice of its own, by keyword
     if token() is None:
         raise PublishRefused("publishing needs an access token; set HF_TOKEN to one that may write to " + repo_id)
     key = hashlib.sha256(records.to_json(manifest).encode()).hexdigest()
-    with open_payload(merged, manifest, card, beside, hashed) as payload:
+    with open_payload(merged, manifest, card, beside, hashed, absent) as payload:
         repository = RemoteRepository(repo_id)
         main = repository.open(private=private)
         repository.refuse_strangers(main, payload)
@@ -127,7 +130,7 @@ def publish(  # noqa: PLR0913 - each is a choice of its own, by keyword
     return Receipt(records.SCHEMA, "published", None, repo_id, main.commit, tag, number, url, main.private, sent, key)
 
 
-def preview(
+def preview(  # noqa: PLR0913 - each is a choice of its own, by keyword
     merged: Path,
     manifest: Manifest,
     card: str,
@@ -136,6 +139,7 @@ def preview(
     repo_id: str | None,
     tag: str | None,
     hashed: Hashed = frozenset(),
+    absent: AbstractSet[str] = frozenset(),
 ) -> str:
     """List every file that would be published with what would happen to it, and show the card; nothing is sent.
 
@@ -144,7 +148,7 @@ def preview(
     Raises:
         PublishRefused: these files would not be published anywhere, or not beside what is there.
     """
-    with open_payload(merged, manifest, card, beside, hashed) as payload:
+    with open_payload(merged, manifest, card, beside, hashed, absent) as payload:
         remote, place = _look(repo_id)
         if repo_id and remote:
             RemoteRepository(repo_id).refuse_strangers(remote, payload)
@@ -152,7 +156,9 @@ def preview(
     sizes = {name: payload.files[name].size for name, state in states.items() if state != "same"}
     lines = [f"{states[name]:7} {record.size:>12} {record.sha256} {name}" for name, record in payload.files.items()]
     size = progress.human_bytes(sum(sizes.values()))
-    how = f"{len(sizes)} of {len(lines)} files, {size}, would be sent" if sizes else "nothing would be sent"
+    kept = progress.human_bytes(sum(manifest.files[name].size for name in absent))
+    lines += [f"a recipe: {len(absent)} files with the weights, {kept}, are not sent"] if absent else []
+    how = f"{len(sizes)} of {len(states)} files, {size}, would be sent" if sizes else "nothing would be sent"
     tagged = f"; tag {tag}" if tag else ""
     return "\n".join([f"dry run: {place}", *lines, f"{how}{tagged}", "", "README.md:", "", card])
 

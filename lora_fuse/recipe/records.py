@@ -228,12 +228,16 @@ class ReleaseList(Manifest):
     """The list of a published repository: the manifest with every file of it, and the name of the release.
 
     `repository` is ``owner/name`` on the Hub and `tag` the name of the commit there; each is None where a release has
-    none, and `builder` only in a list that was made before lists had names.
+    none, and `builder` only in a list that was made before lists had names. With `weights` ``recipe`` the files
+    `absent`, which are in `files`, are not in the repository: who has the base makes them again. Neither is there for
+    ``full``.
     """
 
     repository: str | None = None
     tag: str | None = None
     builder: Builder | None = None
+    weights: Annotated[Literal["full", "recipe"], Field(exclude_if=lambda weights: weights == "full")] = "full"
+    absent: Annotated[tuple[str, ...], Field(exclude_if=lambda names: not names)] = ()
 
     def __str__(self) -> str:
         if self.builder is None:

@@ -54,6 +54,7 @@ Tag = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Device = Literal["auto", "cpu", "cuda"]
 Placement = Literal["cuda", "model_offload", "group_offload", "balanced", "cpu"]
 DType = Literal["float32", "bfloat16", "float16"]
+Weights = Literal["full", "recipe"]
 
 
 class Section(BaseModel):
@@ -381,11 +382,13 @@ class SigningParams(Section):
 class PublishParams(Section):
     """The place of the merged repository on the Hub, if it is published, its licence, and its signer.
 
-    `license` is an id of the Hub that somebody states by hand; null takes what base and LoRAs state.
+    `license` is an id of the Hub that somebody states by hand; null takes what base and LoRAs state. With `weights`
+    ``recipe`` the repository has all but the weights: what is signed there is enough to make them again.
     """
 
     enabled: bool
     repo_id: Text | None
+    weights: Weights
     private: bool
     license: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.+-]*$")] | None
     signing: SigningParams

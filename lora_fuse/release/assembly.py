@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_fuse.errors import PublishRefused, Rerun
@@ -19,15 +19,18 @@ from lora_fuse.release.card import Usage, model_card
 from lora_fuse.release.contents import BOM, PROVENANCE, named, public_parameters, write_release
 from lora_fuse.release.licences import MergeLicence, resolve_licence
 from lora_fuse.release.named_files import hash_named
+from lora_fuse.release.recipe_only import copy_name, left_out, smaller_copies
 from lora_fuse.release.regression_evidence import (
     PLOT,
     judged_pictures,
     performance_metrics,
     shown_evidence,
     shown_exports,
+    with_copies,
 )
 from lora_fuse.release.slsa import provenance_json
 
+RECIPE = "recipe"
 SECTIONS = {"name", "base", "loras", "fuse", "scheduler", "sampling", "export"}  # the result depends on these
 
 
@@ -52,6 +55,10 @@ def contents_of(
     pictures = judged_pictures(cases, judged, manifest_sha256, at.images)
     blocks = [(row["block"], row["relative_norm"]) for row in paths.read_rows(at.blocks, "regress")]
     evidence = shown_evidence(metrics, weight_check.read_weight_check(at.verify), cases, PLOT if blocks else None)
+    copies = smaller_copies(pictures) if params.publish.weights == RECIPE else {}
+    if copies:
+        evidence = with_copies(evidence)
+        pictures = {}
     card = model_card(
         manifest,
         usage=usage,
@@ -74,6 +81,7 @@ def contents_of(
     )
     texts = {payload.CARD: card.encode(), PROVENANCE: statement.encode(), BOM: bom.encode()}
     texts |= {PLOT: block_plot(blocks)} if blocks else {}
+    texts |= {copy_name(name): content for name, content in copies.items()}
     return texts, pictures | {name: (at.exported / name, record) for name, record in exports.items()}
 
 
@@ -86,11 +94,29 @@ def _exports(params: Recipe, at: Artifacts, manifest_sha256: str) -> dict[str, F
     return record.files
 
 
-def checked_release(params: Recipe, at: Artifacts) -> tuple[Manifest, str, dict[str, payload.Addition], payload.Hashed]:
-    """The manifest, the card and the other files to publish, if `verify` and `gate` passed for these very bytes.
+@dataclass(frozen=True, slots=True)
+class Release:
+    """The manifest, the card and the other files to publish, what was hashed for it, and what stays here.
 
-    Before a sha256 is written down, the file is hashed that has it: of what is sent, and of base and LoRAs. Returned
-    last is what was.
+    `absent` are names of the manifest's files, all but those of a recipe.
+    """
+
+    manifest: Manifest
+    card: str
+    beside: dict[str, payload.Addition]
+    hashed: payload.Hashed
+    absent: frozenset[str]
+
+    @property
+    def sizes(self) -> list[int]:
+        """The sizes in bytes of the manifest's files that are sent."""
+        return [file.size for name, file in self.manifest.files.items() if name not in self.absent]
+
+
+def checked_release(params: Recipe, at: Artifacts) -> Release:
+    """The release, if `verify` and `gate` passed for these very bytes.
+
+    Before a sha256 is written down, the file is hashed that has it: of what is sent, and of base and LoRAs.
 
     Raises:
         BadSource, BadGolden: see `gate.decide`; or a file of the base is not on this machine.
@@ -105,8 +131,11 @@ def checked_release(params: Recipe, at: Artifacts) -> tuple[Manifest, str, dict[
     if licence.problem and not params.publish.private:
         raise PublishRefused(licence.problem)
     tool = read_build(at.manifest, manifest_sha256).tool
-    hashed = hash_named(at, manifest, _exports(params, at, manifest_sha256))
+    exports = _exports(params, at, manifest_sha256)
+    hashed = hash_named(at, manifest, exports)
     texts, additions = contents_of(params, at, manifest, manifest_sha256, decision.metrics, licence, tool)
     release = named(manifest, params.publish.repo_id, params.publish.tag, tool)
-    beside = write_release(at.release, at.merged, release, texts, additions, params.publish.signing.signer)
-    return manifest, beside.pop(payload.CARD)[0].read_text(encoding="utf-8"), beside, hashed
+    absent = left_out(manifest, exports) if params.publish.weights == RECIPE else frozenset()
+    beside = write_release(at.release, at.merged, release, texts, additions, params.publish.signing.signer, absent)
+    card = beside.pop(payload.CARD)[0].read_text(encoding="utf-8")
+    return Release(manifest, card, beside, hashed, absent & manifest.files.keys())

@@ -15,11 +15,12 @@ from typing import Any
 from lora_fuse.checkpoint import dtypes
 from lora_fuse.exports import FORMATS, readers_of
 from lora_fuse.hub import client
-from lora_fuse.machine import text
+from lora_fuse.machine import progress, text
 from lora_fuse.models import pair_warnings, pipeline_call, pipelines
 from lora_fuse.pictures import pages
 from lora_fuse.recipe import License, Manifest, records, sections
 from lora_fuse.release.licences import WAY_OUT, MergeLicence
+from lora_fuse.release.recipe_only import left_out
 
 EXAMPLE = "A rabbit in a meadow"
 EXAMPLE_EDIT = "Change the rabbit's color to purple"
@@ -140,7 +141,8 @@ class Evidence:
     """Checks before publishing: the gate's sentence, the kind of machine, the cases, path of the plot of the blocks.
 
     `kept` is what the weights have of the change that was meant, of all first and then the least first, `warnings` are
-    those of the weights' check, `exports` the files in other formats, which were judged too.
+    those of the weights' check, `exports` the files in other formats, which were judged too. With `smaller` the
+    pictures are smaller copies.
     """
 
     verdict: str
@@ -150,6 +152,7 @@ class Evidence:
     kept: tuple[ShownChange, ...] = ()
     warnings: tuple[str, ...] = ()
     exports: tuple[ShownExport, ...] = ()
+    smaller: bool = False
 
 
 def model_card(
@@ -166,7 +169,8 @@ def model_card(
     Without a `repo_id` it is the card of a folder.
     """
     repo_id = publish.repo_id
-    source = repo_id or "merged"
+    recipe = publish.weights == "recipe"
+    source = "OUT" if recipe else repo_id or "merged"
     example = next((case for case in evidence.cases if len(case.inputs) in usage.call.pictures), None)
     inputs = example.inputs if example else ()
     prompt = example.prompt if example else EXAMPLE_EDIT if usage.edits else EXAMPLE
@@ -186,12 +190,14 @@ def model_card(
         source=source,
         warnings=[*pair_warnings(*manifest.pair), *evidence.warnings],
         example=example,  # the case that the snippet makes
-        pictures=[text.Markdown(f"load_image(hf_hub_download({_python(source)}, {_python(name)}))") for name in inputs],
+        pictures=[_picture(repo_id or source, name) for name in inputs],
         area=usage.condition_area if usage.edits else None,  # the pipelines have no argument for it
         prompt=prompt,
         licence=_licence_sentence(licence),
         scheduler=scheduler,
         options=text.Markdown(" \\\n  ".join(build_options(manifest, scheduler, repo_id))),
+        rebuild=text.Markdown(rebuild_command(manifest, publish)) if recipe else None,
+        absent=_size_of_absent(manifest),
         version=tool.version + (f" (git {tool.git})" if tool.git else ""),
     )
     return client.card_text(_front_matter(manifest, usage, licence.license), body + "\n")
@@ -237,7 +243,30 @@ def _python(value: str | None) -> text.Markdown:
 
 
 def _file(lora: records.MergedLora) -> text.Markdown:
-    return _word(lora.filename or f"{lora.name}.safetensors")
+    return _word(_name(lora))
+
+
+def _name(lora: records.MergedLora) -> str:
+    return lora.filename or f"{lora.name}.safetensors"
+
+
+def _picture(repo_id: str, name: str) -> text.Markdown:
+    return text.Markdown(f"load_image(hf_hub_download({_python(repo_id)}, {_python(name)}))")
+
+
+def _size_of_absent(manifest: Manifest) -> str:
+    sizes = [manifest.files[name].size for name in left_out(manifest, {})]
+    return f"{len(sizes)} files, {progress.human_bytes(sum(sizes))}"
+
+
+def rebuild_command(manifest: Manifest, publish: sections.PublishParams) -> str:
+    """The command that makes the weights of a recipe; what has no address on the Hub is named on it."""
+    place = f"{publish.repo_id}@{publish.tag}" if publish.tag else publish.repo_id
+    words = ["python -m lora_fuse rebuild", _word(place) if place else "FOLDER", "OUT"]
+    if manifest.base is None or manifest.base.repo_id is None:
+        words.append("--base BASE")
+    words += [f"--lora {_word(f'{lora.name}={_name(lora)}')}" for lora in manifest.loras if lora.repo_id is None]
+    return " ".join(words)
 
 
 def _component(lora: records.MergedLora) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import fields, replace
 from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
@@ -21,6 +22,7 @@ from lora_fuse.errors import PublishRefused
 from lora_fuse.hub import payload
 from lora_fuse.machine import files
 from lora_fuse.recipe import Manifest, checkout, records, sections
+from lora_fuse.release.recipe_only import refuse_large
 from lora_fuse.release.signing import SIGNATURE, keep_or_sign
 
 LIST = "lora_fuse.json"
@@ -35,16 +37,19 @@ def write_release(
     texts: Mapping[str, bytes],
     additions: Mapping[str, payload.Addition],
     signer: sections.Signer | None,
+    absent: AbstractSet[str] = frozenset(),
 ) -> dict[str, payload.Addition]:
     """Write the texts to `folder`, list everything, and sign it if there is a signer.
 
     The folder is emptied before, but for a signature that still holds.
 
+    `absent` are the files that are listed and not published, as of a recipe; the signature is over what is.
+
     Returns:
         Every file to publish beside the manifest's, by POSIX path: texts, additions, list and signature.
 
     Raises:
-        PublishRefused: two files have the same path.
+        PublishRefused: two files have the same path, or the repository of a recipe is too large.
         BadKey: the signer cannot sign.
     """
     signature = folder / SIGNATURE
@@ -54,16 +59,20 @@ def write_release(
     for name, content in texts.items():
         beside[name] = _written(folder / name, content)
     _refuse_twins(manifest, beside)
-    beside[LIST] = _written(folder / LIST, records.to_json(listed(manifest, beside)).encode())
+    everything = records.to_json(listed(manifest, beside, absent)).encode()
+    beside = {name: addition for name, addition in beside.items() if name not in absent}
+    beside[LIST] = _written(folder / LIST, everything)
+    mine = {name: merged / name for name in manifest.files if name not in absent}
     if signer is not None:
         with TemporaryDirectory(dir=folder.parent, prefix=".release.") as staging:
             root = Path(staging, "repository")
-            paths = {name: merged / name for name in manifest.files}
-            paths |= {name: path for name, (path, _) in beside.items()}
+            paths = mine | {name: path for name, (path, _) in beside.items()}
             for name, path in paths.items():  # links, as what is signed lies in several places
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
                 (root / name).symlink_to(path.resolve())
             beside[SIGNATURE] = _written(signature, keep_or_sign(root, signer, before))
+    if absent:
+        refuse_large([*(manifest.files[name].size for name in mine), *(record.size for _, record in beside.values())])
     return beside
 
 
@@ -74,14 +83,18 @@ def named(manifest: Manifest, repository: str | None, tag: str | None, tool: rec
     return records.ReleaseList(**parts, repository=repository, tag=tag, builder=builder)
 
 
-def listed(manifest: records.ReleaseList, additions: Mapping[str, payload.Addition]) -> records.ReleaseList:
+def listed(
+    manifest: records.ReleaseList, additions: Mapping[str, payload.Addition], absent: AbstractSet[str] = frozenset()
+) -> records.ReleaseList:
     """The manifest as it is published: with every file of the repository, and no path of this machine."""
     generated = {
         name: records.MergedFile(record.size, record.sha256, "generated") for name, (_, record) in additions.items()
     }
     base = manifest.base and replace(manifest.base, path=_last(manifest.base.path))
     loras = tuple(replace(lora, path=_last(lora.path)) for lora in manifest.loras)
-    return replace(manifest, base=base, loras=loras, files=dict(sorted({**manifest.files, **generated}.items())))
+    entries = dict(sorted({**manifest.files, **generated}.items()))
+    weights: sections.Weights = "recipe" if absent else "full"
+    return replace(manifest, base=base, loras=loras, files=entries, weights=weights, absent=tuple(sorted(absent)))
 
 
 def public_parameters(sections: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ signature that was checked the list is only as good as where it came from, and s
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -36,7 +37,8 @@ CONFIG_MADE_AGAIN = re.compile(r"[^/]+/config\.json")  # where the recipe says a
 class Published:
     """Result of a check; the folder is as it was published, as far as it was checked, if there are no problems."""
 
-    files: int = 0  # in the list
+    files: int = 0  # that were compared with the list
+    absent: tuple[int, int] = (0, 0)  # files and bytes of a recipe that are not there
     release: str = "no release"  # which one the list says that it is
     signature: str = UNSIGNED  # in words
     problems: list[str] = field(default_factory=list)
@@ -87,12 +89,14 @@ def check_published(folder: Path, trusted: Trusted | None, expected: Mapping[str
     except (BadSource, OSError) as error:
         result.problems.append(f"{LIST} is no list of files: {str(error).partition(';')[0]}")
         return result
-    result.files = len(manifest.files)
+    gone = _absent(folder, manifest, result)
+    result.files = len(manifest.files) - len(gone)
+    result.absent = (len(gone), sum(manifest.files[name].size for name in gone))
     result.release = str(manifest)
     for what, wanted in (expected or {}).items():
         if (said := getattr(manifest, what)) != wanted:
             result.problems.append(f"{LIST} names {f'the {what} {said}' if said else f'no {what}'}, expected {wanted}")
-    _check_listed(folder, manifest, result)
+    _check_listed(folder, {name: file for name, file in manifest.files.items() if name not in gone}, result)
     found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     names = {path.relative_to(folder).as_posix() for path in found}
     housekeeping = {name for name in names if payload.is_housekeeping(name)}
@@ -102,26 +106,43 @@ def check_published(folder: Path, trusted: Trusted | None, expected: Mapping[str
     result.notes += [f"{name} is not in {LIST}" for name in harmless]
     _read_recipe(folder / PROVENANCE, result)
     result.beside = frozenset([*_made_beside(manifest, result), *extra, *housekeeping, LIST, SIGNATURE])
-    result.signature = _check_signature(folder, trusted, extra, result)
+    made = [name for name in manifest.absent if name not in gone]  # put there since: signed by the list alone
+    result.signature = _check_signature(folder, trusted, [*extra, *made], result)
     return result
 
 
-def _check_listed(folder: Path, manifest: records.ReleaseList, result: Published) -> None:
+def _absent(folder: Path, manifest: records.ReleaseList, result: Published) -> frozenset[str]:
+    """The files of a recipe that are not there, as it says; it may say that of no others."""
+    if (manifest.weights == "recipe") != bool(manifest.absent):
+        said = f"{len(manifest.absent)} files as absent"
+        result.problems.append(f"{LIST} names {said}, and its weights are {manifest.weights}")
+    unknown = sorted(set(manifest.absent) - manifest.files.keys())
+    result.problems += [f"{name} is called absent in {LIST}, which has no sha256 of it" for name in unknown]
+    listed = (name for name in manifest.absent if name in manifest.files)
+    return frozenset(name for name in listed if is_inside(name) and not os.path.lexists(folder / name))
+
+
+def _check_listed(folder: Path, listed: Mapping[str, records.MergedFile], result: Published) -> None:
     def problem(name: str, advance: file_state.Advance) -> str | None:
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts:
+        if not is_inside(name):
             return f"{name} in {LIST} leads out of the folder"
-        file = manifest.files[name]
+        file = listed[name]
         try:
             difference = sources.examine(folder / name, sources.ExpectedFile(file.size, file.sha256), advance, folder)
         except ValueError:  # a NUL, or half of a character
             difference = "no file can have this name"
         return f"{name}: {difference}" if isinstance(difference, str) else None
 
-    sizes = {name: file.size for name, file in manifest.files.items()}
+    sizes = {name: file.size for name, file in listed.items()}
     with sources.hashing(sum(sizes.values())) as advance:
         found = file_state.in_threads(problem, sorted(sizes), advance, lambda name: sizes[name])
     result.problems += [one for one in found if one is not None]
+
+
+def is_inside(name: str) -> bool:
+    """True for a POSIX path that stays in the folder which it is relative to."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def _made_beside(manifest: records.ReleaseList, result: Published) -> list[str]:
@@ -132,7 +153,8 @@ def _made_beside(manifest: records.ReleaseList, result: Published) -> list[str]:
             beside.append(name)
         elif not _is_made_again(name, result.dtype):
             result.problems.append(f"{name} is called generated in {LIST}, and no publication makes such a file")
-    result.notes += [f"{name} is an export: it is not derived again" for name in beside if is_export(name)]
+    there = (name for name in beside if name not in manifest.absent)
+    result.notes += [f"{name} is an export: it is not derived again" for name in there if is_export(name)]
     return beside
 
 

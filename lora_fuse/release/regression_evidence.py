@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lora_fuse.machine import files, progress
 from lora_fuse.pictures import Case
 from lora_fuse.regression import candidates, gate
 from lora_fuse.release.card import Evidence, ShownCase, ShownChange, ShownExport
+from lora_fuse.release.recipe_only import copy_name
 
 AGAIN = Rerun("regress", force=True)
 PLOT = "images/blocks.png"
@@ -33,6 +35,15 @@ def shown_exports(metrics: Mapping[str, Any], cases: Sequence[Case], merged: Pat
     names = [key.split(".")[1] for key in metrics if gate.EXPORT_VERDICT.fullmatch(key)]
     kind = str(open_checkpoint(merged).config.get("_class_name")) if names else ""
     return tuple(_export(name, metrics, cases, kind) for name in names)
+
+
+def with_copies(evidence: Evidence) -> Evidence:
+    """The evidence with the smaller copies of its pictures."""
+    cases = [
+        replace(case, picture=copy_name(case.picture), inputs=tuple(map(copy_name, case.inputs)))
+        for case in evidence.cases
+    ]
+    return replace(evidence, cases=tuple(cases), smaller=True)
 
 
 def _export(name: str, metrics: Mapping[str, Any], cases: Sequence[Case], kind: str) -> ShownExport:

@@ -31,6 +31,7 @@ OWN = {  # what an entry's own keys set, so that no override says it a second ti
     "publish.repo_id": "repo_id",
     "publish.tag": "tag",
     "publish.private": "private",
+    "publish.weights": "weights",
 }
 
 
@@ -43,6 +44,7 @@ class Variant(sections.Section):
     repo_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")] | None = None
     tag: sections.Tag | None = None
     private: bool | None = None
+    weights: sections.Weights | None = None
 
     @field_validator("overrides")
     @classmethod
@@ -58,6 +60,7 @@ class Variant(sections.Section):
         """The entry as Hydra overrides."""
         own: dict[str, object] = {"fuse.scale": self.scale, "publish.private": self.private}
         own |= {"publish.repo_id": self.repo_id, "publish.tag": self.tag, "publish.enabled": self.repo_id is not None}
+        own["publish.weights"] = self.weights
         settings = [f"{key}={_hydra(value)}" for key, value in own.items() if value is not None]
         return [f"recipe={self.recipe}", f"name='{name}'", *self.overrides, *settings]
 

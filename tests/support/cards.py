@@ -7,7 +7,7 @@ import yaml
 
 from lora_fuse.machine.files import FileRecord
 from lora_fuse.recipe.records import License, Lock, Manifest, MergedFile, MergedLora, Tool
-from lora_fuse.recipe.sections import PublishParams, SigningParams
+from lora_fuse.recipe.sections import PublishParams, SigningParams, Weights
 from lora_fuse.release.card import Evidence, ShownCase, Usage, model_card
 from lora_fuse.release.licences import resolve_licence
 
@@ -56,11 +56,19 @@ def card(
     return model_card(manifest, usage=usage, evidence=evidence, licence=settled, tool=TOOL, publish=publishing(repo_id))
 
 
-def publishing(repo_id: str | None, tag: str | None = None, key: str | None = None) -> PublishParams:
+def publishing(
+    repo_id: str | None, tag: str | None = None, key: str | None = None, weights: Weights = "full"
+) -> PublishParams:
     """The parameters, not checked: the name may be anything."""
     signing = SigningParams(key=key, keyless=False)
     return PublishParams.model_construct(
-        enabled=True, repo_id=repo_id, private=True, license=None, signing=signing, tag=tag
+        enabled=True,
+        repo_id=repo_id,
+        weights=weights,
+        private=True,
+        license=None,
+        signing=signing,
+        tag=tag,
     )
 
 

@@ -107,7 +107,15 @@ class Place:
         """Write params.yaml with these settings of `publish`."""
         params = yaml.safe_load((ROOT / "params.yaml").read_text())
         unsigned = {"license": "apache-2.0", "signing": {"key": None, "keyless": False}}
-        params["publish"] = {"enabled": True, "repo_id": REPO, "private": True, "tag": None, **unsigned, **publish}
+        params["publish"] = {
+            "enabled": True,
+            "repo_id": REPO,
+            "weights": "full",
+            "private": True,
+            "tag": None,
+            **unsigned,
+            **publish,
+        }
         (self.root / "params.yaml").write_text(yaml.safe_dump(params))
 
     def start(self, *arguments: str, **env: str) -> subprocess.Popen[str]:
