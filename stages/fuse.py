@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from lora_fuse.differences import presence_warnings
 from lora_fuse.fusion import FuseJob, cautions, plan_of
+from lora_fuse.hub import streamed_base
 from lora_fuse.machine import Console, progress
-from lora_fuse.recipe import Artifacts, Recipe, paths
+from lora_fuse.recipe import Artifacts, Lock, Recipe, paths
 from stages.run import PLAIN, run_stage
 
 KEPT = "shards that are finished are kept, artifacts/merged is as it was; `dvc repro` goes on with the next shard"
@@ -14,8 +17,24 @@ KEPT = "shards that are finished are kept, artifacts/merged is as it was; `dvc r
 def fuse(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:
     """Write `merged/` and `merged.manifest.json`."""
     base, loras = at.read_locks()
-    inputs = paths.hold([base, *loras.values()])
-    plan = plan_of(base, loras, recipe)
+    with streamed_base.open_locked(base, recipe.download) as arriving:
+        return _fuse(recipe, at, console, base, loras, arriving)
+
+
+def _fuse(
+    recipe: Recipe,
+    at: Artifacts,
+    console: Console,
+    base: Lock,
+    loras: Mapping[str, Lock],
+    arriving: streamed_base.StreamedBase | None,
+) -> int:
+    if arriving is None:
+        inputs = paths.hold([base, *loras.values()])
+        plan = plan_of(base, loras, recipe)
+    else:
+        inputs = paths.hold(loras.values())
+        plan = plan_of(base, loras, recipe, root=arriving.root, streamed=arriving.files)
     for warning in [*cautions(plan, recipe.scheduler_config), *presence_warnings(plan)]:
         console.warn(warning)
     job = FuseJob(

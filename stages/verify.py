@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 
 from lora_fuse.fusion import read_manifest
+from lora_fuse.hub import streamed_base
 from lora_fuse.machine import Console, files, progress
 from lora_fuse.recipe import Artifacts, Lock, Manifest, Recipe, checkout, hf_cache, paths, records
 from lora_fuse.verification import Expectation, Verification, check_files, verify_merge
@@ -25,14 +26,18 @@ def verify(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN)
         "verify",
         f"derives {rows} of {manifest.targets} targets again, compares the rest{progress.estimate('verify', size)}",
     )
-    with paths.held([base, *loras.values()]):
+    with (
+        streamed_base.open_locked(base, recipe.download) as arriving,
+        paths.held([*([base] if arriving is None else []), *loras.values()]),
+    ):
         found = verify_merge(
             at.merged,
-            hf_cache.locate(base),
+            hf_cache.locate(base) if arriving is None else arriving.root,
             paths.lora_inputs(loras, recipe),
             rows=None if recipe.verify.rows == "all" else recipe.verify.rows,
             expected=_expectation(recipe, base, manifest),
             selection=recipe.fuse.selection,
+            streamed=None if arriving is None else arriving.files,
         )
     for problem in [*check_files(manifest, at.merged), *_other_counts(manifest, found)]:
         found.problem(problem)

@@ -370,21 +370,31 @@ def _planned(
     )
 
 
-def plan_of(base: Lock, loras: Mapping[str, Lock], params: Recipe) -> Plan:
+def plan_of(
+    base: Lock,
+    loras: Mapping[str, Lock],
+    params: Recipe,
+    *,
+    root: Path | None = None,
+    streamed: direct_io.StreamedFiles | None = None,
+) -> Plan:
     """Match the pinned LoRAs against the pinned base, as the recipe chooses and scales them.
+
+    The base is what its lock says, on this machine; or in `root`, of one that is `streamed` (`open_checkpoint`).
 
     Raises:
         BadSource: a LoRA is not what its lock says, by the bytes that were read.
     """
     inputs = paths.lora_inputs(loras, params)
     plan = plan_base(
-        hf_cache.locate(base),
+        root or hf_cache.locate(base),
         inputs,
         params.fuse.selection,
         names=base.files,
         label=base.label if base.repo_id else None,
         dtype=params.fuse.dtype,
         digests=params.fuse.inputs == "hash",
+        streamed=streamed,
     )
     for given, lora in zip(inputs, plan.loras, strict=True):
         for name, record in loras[given.name].files.items():

@@ -111,22 +111,25 @@ def verify_files(root: Path, files: Mapping[str, FileRecord], note: file_state.N
     check_records({name: root / name for name in files}, files, refusal, root, note)
 
 
-def will_lock(sources: Sequence[Source], previous: Sequence[Lock]) -> str:
-    """A sentence on the work that making the locks will be."""
+def will_lock(sources: Sequence[Source], previous: Sequence[Lock], *, streams: bool = False) -> str:
+    """A sentence on the work that making the locks will be; `streams` is said of the weights of a base on the Hub."""
     earlier = {(lock.repo_id, lock.path): lock for lock in previous}
     kept = [lock for source in sources if (lock := earlier.get((source.repo_id, source.path))) is not None]
     size = sum(lock.size for lock in kept)
     known = f", {progress.human_bytes(size)} locked before" if kept else ""
     names = ", ".join(dict.fromkeys(source.label for source in sources))
+    if streams:
+        return f"{names}{known}: what is not here is fetched, and hashed, but for the base's weights"
     return f"{names}{known}: what is not here is fetched, and all of it hashed{progress.estimate('hash', size)}"
 
 
-def checked(locks: Sequence[Lock]) -> str:
-    """A sentence on locks that were just made: labels, number of files, bytes."""
+def checked(locks: Sequence[Lock], *, streamed: bool = False) -> str:
+    """A sentence on locks that were just made: labels, number of files, bytes, and what was checked."""
     names = ", ".join(dict.fromkeys(lock.label for lock in locks))
     files = sum(len(lock.files) for lock in locks)
     size = sum(lock.size for lock in locks)
-    return f"{names}: {files} files, {progress.human_bytes(size)}, every sha256 checked"
+    how = "every sha256 checked" if not streamed else "weights by the Hub's list, the other sha256 checked"
+    return f"{names}: {files} files, {progress.human_bytes(size)}, {how}"
 
 
 def changes(before: Lock, after: Lock) -> list[str]:

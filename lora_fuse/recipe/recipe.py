@@ -31,6 +31,11 @@ class Recipe(sections.Section):
         """The scale of every LoRA and the steps, with which pictures have to be made to be approved."""
         return {name: self.fuse.scale_of(name) for name in self.loras}, self.sampling.steps
 
+    @property
+    def streams(self) -> bool:
+        """True where the base is on the Hub and not fetched (`DownloadParams.stream`)."""
+        return self.download.stream and self.base.repo_id is not None
+
     def component_of(self, lora: str) -> str | None:
         """The component of the pipeline that a LoRA names; None where its keys say that."""
         return self.loras[lora].component if lora in self.loras else None

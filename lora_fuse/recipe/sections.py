@@ -233,10 +233,14 @@ AnyScheduler = Annotated[
 
 
 class DownloadParams(Section):
-    """Files fetched at once, and seconds without a byte after which a transfer has stalled and is tried another way."""
+    """Files fetched at once, and seconds without a byte after which a transfer has stalled and is tried another way.
+
+    With `stream` a base on the Hub is not fetched, but fused while it arrives.
+    """
 
     workers: PositiveInt
     stall_seconds: Positive
+    stream: bool = False
 
 
 class VerifyParams(Section):

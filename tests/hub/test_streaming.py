@@ -18,13 +18,21 @@ import pytest
 
 import lora_fuse
 from lora_fuse.cli import main
+from lora_fuse.errors import BadSource
+from lora_fuse.fusion import read_manifest
 from lora_fuse.hub import lock_base, streamed_base
 from lora_fuse.hub.streaming import arriving_file, remote_file
 from lora_fuse.lora.inputs import LoraInput
-from lora_fuse.recipe import hf_cache
+from lora_fuse.recipe import hf_cache, paths
+from lora_fuse.recipe.paths import HERE
+from stages.config import load
+from stages.download import download
+from stages.fuse import fuse
+from stages.run import next_commands
+from stages.verify import verify
 from tests.hub_server import Fault, LoopbackHub
 from tests.support import merges, tiny
-from tests.support.machine import until
+from tests.support.machine import ROOT, until
 
 REPO = "alice/base"
 STORED = "GET /_lfs/"
@@ -200,3 +208,30 @@ def test_a_plan_fetches_headers_alone_and_says_what_a_branch_is(
     assert f"hf://{REPO}@main is {place.commit} now" in printed.err
     assert "6 of 12 tensors change" in printed.out
     assert place.fetched() <= (merges.SHARDS + 1) * streamed_base.FIRST
+
+
+def test_a_recipe_streams_its_base_and_what_needs_it_here_says_how_it_is_fetched(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "conf").symlink_to(ROOT / "conf")
+    monkeypatch.chdir(project)
+    from_hub = [f"base.repo_id={REPO}", f"base.revision={place.commit}", "base.path=null", "download.stream=true"]
+    lora = [f"loras.lightning.path={place.lora.parent}", f"loras.lightning.filename={place.lora.name}"]
+    recipe = load([*from_hub, *lora])
+    assert download(recipe) == 0
+    assert "is not fetched (download.stream)" in capsys.readouterr().err
+    assert place.fetched() <= (merges.SHARDS + 1) * streamed_base.FIRST
+    assert fuse(recipe) == 0
+    manifest, _ = read_manifest(HERE.manifest)
+    assert manifest.base == HERE.read_locks()[0]
+    assert verify(recipe) == 0
+    assert json.loads(HERE.verify.read_text())["problems"] == []
+    assert place.fetched() < 1.6 * place.weights
+    with (
+        pytest.raises(BadSource, match=r"not on this machine.*next: python -m stages.download download.stream=false"),
+        next_commands(HERE, streams=True),
+        paths.held([manifest.base]),
+    ):
+        pass

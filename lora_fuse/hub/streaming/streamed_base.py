@@ -29,7 +29,7 @@ from lora_fuse.hub.sources import FileSource, VerifiedFiles, choose_pipeline, re
 from lora_fuse.hub.streaming.arriving_file import ArrivingFile, Lanes
 from lora_fuse.hub.streaming.remote_file import RemoteFile
 from lora_fuse.machine import FileRecord, files, progress, staging, text
-from lora_fuse.recipe import Lock, Source, sections
+from lora_fuse.recipe import Lock, Source, hf_cache, sections
 
 SCHEME = "hf://"
 PLACE = re.compile(r"hf://(?P<repo>[^/@\s]+/[^/@\s]+)(@(?P<revision>\S+))?")
@@ -158,6 +158,45 @@ def open_streamed(
         arriving = HubFiles((source.repo_id, commit), weights, lanes, transfer.stall_seconds)
         list(threads.map(lambda name: arriving.write_header(name, root / name), weights))
         yield StreamedBase(root, made, arriving)
+
+
+def lock_streamed(
+    source: Source, *, previous: Lock | None, update: bool = False, transfer: sections.DownloadParams = DEFAULT_TRANSFER
+) -> Lock:
+    """Pin a base that will be streamed: its small files are here and checked, its weights as the Hub promises them.
+
+    The arguments are those of `locks.lock_base`.
+
+    Raises:
+        BadSource, BadCheckpoint: see `open_streamed`.
+    """
+    asked = (source.repo_id, source.revision)
+    kept = previous if previous and asked == (previous.repo_id, previous.requested) and not update else None
+    with open_streamed(source, lock=kept, transfer=transfer) as base:
+        return base.lock
+
+
+@contextmanager
+def open_locked(lock: Lock, transfer: sections.DownloadParams) -> Iterator[StreamedBase | None]:
+    """Open a locked base to be streamed, if that is asked for and it is on the Hub, and not on this machine.
+
+    Raises:
+        BadSource, BadCheckpoint: see `open_streamed`.
+    """
+    if not transfer.stream or lock.repo_id is None or _is_here(lock):
+        yield None
+        return
+    source = Source(repo_id=lock.repo_id, path=None, revision=lock.requested)
+    with open_streamed(source, lock=lock, transfer=transfer) as base:
+        yield base
+
+
+def _is_here(lock: Lock) -> bool:
+    try:
+        hf_cache.locate(lock)
+    except BadSource:
+        return False
+    return True
 
 
 def _take_small(taken: VerifiedFiles, lock: Lock | None) -> dict[str, FileRecord]:
