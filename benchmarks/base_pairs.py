@@ -129,29 +129,63 @@ BLOCKS = 3
 BATCH = 16
 
 
-def trained_pairs(bases: int, loras: int) -> Iterator[BasePair]:
-    """Train transformers on this project's pages, character by character, and LoRAs of each on its code.
+class TrainedBase:
+    """A transformer that is trained on this project's pages, character by character; with LoRAs that are trained on it.
 
-    Both are small; what counts is that the LoRAs are made by training on the very weights in which they are looked for.
+    It is small; what counts is that LoRAs are made by training on the very weights in which they are looked for.
     """
-    import torch
 
-    torch.set_num_threads(1)
-    for seed in range(bases):
+    def __init__(self, seed: int) -> None:
+        """Train it."""
+        import torch
+
+        torch.set_num_threads(1)
         torch.manual_seed(seed)
-        weights = {name: torch.nn.Parameter(tensor) for name, tensor in _first_weights().items()}
-        _train(weights, list(weights.values()), "docs/*.md", steps=400, rate=3e-3, seed=seed)
-        frozen = {name: tensor.detach() for name, tensor in weights.items()}
+        self.seed = seed
+        learnt = {name: torch.nn.Parameter(tensor) for name, tensor in _first_weights().items()}
+        _train(learnt, list(learnt.values()), "docs/*.md", steps=400, rate=3e-3, seed=seed)
+        self._weights = {name: tensor.detach() for name, tensor in learnt.items()}
+
+    def pair(
+        self, *, pattern: str, start: int = 1, order: int = 1, steps: int = 150, rate: float = 3e-3, rank: int = 8
+    ) -> BasePair:
+        """Train a LoRA of all linears on texts, from a start (A at random, B zero), with examples in some order."""
+        import torch
+
+        torch.manual_seed(1000 * self.seed + start)
+        names = [name for name in self._weights if name.endswith(".weight")]
+        factors = {
+            name.removesuffix(".weight"): (
+                torch.nn.Parameter(torch.zeros(len(self._weights[name]), rank)),
+                torch.nn.Parameter(
+                    torch.randn(rank, self._weights[name].shape[1]) / self._weights[name].shape[1] ** 0.5
+                ),
+            )
+            for name in names
+        }
+        _train(self._weights, [one for pair in factors.values() for one in pair], pattern, steps, rate, order, factors)
+        made = {module: (_doubles(up), _doubles(down)) for module, (up, down) in factors.items()}
+        stored = {name: _stored(_doubles(self._weights[name]), DTYPES["bf16"]) for name in names}
+        kind = f"trained: base {self.seed}, rank {rank}, {steps} steps at {rate:g} on {pattern}"
+        return BasePair(kind, DTYPES["bf16"], stored, made)
+
+
+def _doubles(tensor: Any) -> Floats:
+    return np.asarray(tensor.detach().double().numpy(), np.float64)
+
+
+def trained_pairs(bases: int, loras: int) -> Iterator[BasePair]:
+    """Train so many LoRAs on each of so many bases, with ranks, steps, learning rates and texts in turn."""
+    for base in map(TrainedBase, range(bases)):
         for number in range(loras):
-            rank = (2, 4, 8, 16)[number % 4]
-            rate = (1e-3, 3e-3, 1e-2)[number % 3]
-            steps = (60, 150)[number % 2]
-            pattern = ("lora_fuse/fusion/*.py", "tests/lora/*.py", "conf/*.yaml")[number // 2 % 3]
-            torch.manual_seed(1000 * seed + number)
-            factors = _trained_lora(frozen, rank, pattern, steps, rate, number)
-            kind = f"trained: base {seed}, rank {rank}, {steps} steps at {rate:g} on {pattern}"
-            stored = {name: _stored(tensor.double().numpy(), DTYPES["bf16"]) for name, tensor in frozen.items()}
-            yield BasePair(kind, DTYPES["bf16"], {k: v for k, v in stored.items() if k.endswith("weight")}, factors)
+            yield base.pair(
+                pattern=("lora_fuse/fusion/*.py", "tests/lora/*.py", "conf/*.yaml")[number // 2 % 3],
+                start=number,
+                order=number,
+                steps=(60, 150)[number % 2],
+                rate=(1e-3, 3e-3, 1e-2)[number % 3],
+                rank=(2, 4, 8, 16)[number % 4],
+            )
 
 
 def _first_weights() -> dict[str, Any]:
@@ -165,26 +199,6 @@ def _first_weights() -> dict[str, Any]:
             name = f"transformer_blocks.{block}.{linear}.weight"
             made[name] = scale * torch.randn(rows * WIDTH, columns * WIDTH)
     return made
-
-
-def _trained_lora(
-    frozen: Mapping[str, Any], rank: int, pattern: str, steps: int, rate: float, seed: int
-) -> dict[str, tuple[Floats, Floats]]:
-    """Train a LoRA of all linears, which begins as LoRAs do: A at random, B at zero."""
-    import torch
-
-    factors = {
-        name.removesuffix(".weight"): (
-            torch.nn.Parameter(torch.zeros(len(tensor), rank)),
-            torch.nn.Parameter(torch.randn(rank, tensor.shape[1]) / math.sqrt(tensor.shape[1])),
-        )
-        for name, tensor in frozen.items()
-        if name.endswith(".weight")
-    }
-    _train(frozen, [one for pair in factors.values() for one in pair], pattern, steps, rate, seed, factors)
-    return {
-        module: (up.detach().double().numpy(), down.detach().double().numpy()) for module, (up, down) in factors.items()
-    }
 
 
 @cache

@@ -1,7 +1,7 @@
 """Versions of pocket's LoRA to try a validation on: ``python -m pocket.candidates [FOLDER]`` writes three broken ones.
 
 A good one lies beside the current one: `pocket-lightning-4steps-v1.safetensors` is another training. ``--judge``
-validates these and more, and says whether every answer is right.
+validates these and more, and says whether every answer is right. ``--compare`` compares the files alone, in a moment.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
+from lora_fuse.lora import LoraInput
 from lora_fuse.machine import Console, interrupts
-from lora_fuse.studies.validation import ValidationReport
+from lora_fuse.studies.validation import ValidationReport, compare_files
 from pocket import LORAS
 from pocket.controls.files import Tensors, copy_of, without_alpha
 from pocket.controls.rig import RECIPE
@@ -26,6 +27,7 @@ from stages.validate import judged, requested
 
 LORA = Path("pocket/lora") / LORAS["v2"]
 FOLDER = Path("build/candidates")
+MODEL = Path("pocket/model")
 SAME = "same pictures as the current version"
 CHANGED = "changed as expected, needs a reviewer"
 SCALE = "broken: wrong scale"
@@ -142,6 +144,7 @@ def write(folder: Path, names: Iterable[str] = FIRST) -> dict[str, Path]:
     return paths
 
 
+FILES = ("candidate", "what it is", "size", "cosine", "by block", "relation")
 HEAD = ("candidate", "what it is", "verdict", "file", "cosine", "alignment", "strength", "gain", "noise", "comb")
 
 
@@ -157,6 +160,25 @@ def judge(folder: Path, recipe: str) -> tuple[list[tuple[str, ...]], int]:
         rows.append(_row(name, validation, "" if is_right else ": WRONG"))
         print("  ".join(rows[-1]), flush=True)
     return rows, right
+
+
+def compare(folder: Path) -> list[tuple[str, ...]]:
+    """Compare every candidate's file with the current one; the rows of the table."""
+    rows: list[tuple[str, ...]] = []
+    for name, path in write(folder, CANDIDATES).items():
+        found = compare_files(LoraInput("lora", LORA, 1.0), LoraInput("lora", path, 1.0), MODEL)
+        by_block = [block.cosine for block in found.blocks if block.cosine is not None]
+        rows.append(
+            (
+                name,
+                CANDIDATES[name].what,
+                "-" if found.ratio is None else f"{found.ratio:.3f}",
+                "-" if found.cosine is None else f"{found.cosine:.3f}",
+                _range(by_block, ".3f") if by_block else "-",
+                "-" if found.kinship is None else str(found.kinship),
+            )
+        )
+    return rows
 
 
 def _row(name: str, validation: ValidationReport, mark: str) -> tuple[str, ...]:
@@ -186,11 +208,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m pocket.candidates", description="broken LoRAs to validate")
     parser.add_argument("folder", nargs="?", type=Path, default=FOLDER, metavar="FOLDER")
     parser.add_argument("--judge", action="store_true", help="validate many, and say whether the answers are right")
-    parser.add_argument(
-        "--markdown", type=Path, metavar="FILE", help="with --judge, put the table between FILE's markers"
-    )
+    parser.add_argument("--compare", action="store_true", help="compare the files of the same, without pictures")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="put the table between FILE's markers")
     parser.add_argument("--recipe", default=RECIPE, help="with --judge; pocket_cuda renders on a GPU in bfloat16")
     options = parser.parse_args()
+    if options.compare:
+        table = markdown(FILES, compare(options.folder))
+        print(table)
+        if options.markdown:
+            between_markers(options.markdown, "candidate files", table)
+        return 0
     if not options.judge:
         print(*write(options.folder).values(), sep="\n")
         return 0

@@ -24,6 +24,7 @@ WEIGHTS = 64  # of a component, at most, evenly over its targets
 NBYTES = 2 << 20  # of each, at most: 128 MiB of a base of any size
 RUN = 16  # rows in one piece
 PRODUCTS = 2e8  # of a weight's rows, its columns and the delta's rank: a tenth of a second
+LARGEST_DELTA = 16 << 20  # bytes of a delta in the LoRA's file: factors of any rank, and no whole difference of 3072²
 DENSE_ROWS = 128  # of a delta that has no factors
 WAY_OUT = "fused again it acts twice: take the base without it, or leave the LoRA out"
 NARROWEST = 8  # rows and columns that a weight has to have: a vector has one component
@@ -94,7 +95,8 @@ def _chosen(part: Plan, lora: LoraFile) -> Iterator[tuple[StoredRows, Delta]]:
     for target in part.targets.values():
         own = [one.placed for one in target.deltas if one.lora is lora]
         if len(own) == 1 and min(own[0].shape) >= NARROWEST and not own[0].delta.has_dora:
-            found.append((target, own[0]))
+            nbytes = sum(lora.header.tensors[key].nbytes for key in own[0].delta.keys.values())
+            found += [(target, own[0])] if nbytes <= LARGEST_DELTA else []
     places = sorted({round(place) for place in np.linspace(0, len(found) - 1, min(WEIGHTS, len(found)))})
     for place in places:
         target, placed = found[place]

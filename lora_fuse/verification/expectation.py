@@ -58,6 +58,16 @@ class ExpectedDelta:
         breaks = np.flatnonzero(np.diff(self.own) != 1)
         return np.unique(np.concatenate([breaks, breaks + 1]))
 
+    @property
+    def factors(self) -> tuple[Wide, Wide] | None:
+        """Two matrices whose product it is, (rows, rank) and (rank, columns); None where it is not a plain LoRA's."""
+        if not {"up", "down"} <= self.parts.keys() or self.parts.keys() & {"lora_mid", "dora"}:
+            return None
+        up = _matrix(_values(self.parts["up"])) * (self.factor * self.scale)
+        if self.own is not None:
+            up = np.where((self.own == ABSENT)[:, None], 0.0, up[self.own])
+        return up, _matrix(_values(self.parts["down"]))
+
     def derive(self, total: int, base: Callable[[Rows], Array]) -> Callable[[Rows], Wide]:
         """The function that gives the delta of some rows, float64 (n, columns).
 

@@ -25,12 +25,12 @@ from lora_fuse.machine.files import FileRecord
 from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.records import Lock
 from lora_fuse.regression.goldens import Goldens
-from lora_fuse.studies.validation.file_comparison import FileComparison, compare_files
+from lora_fuse.studies.validation.file_comparison import FileComparison, Kinship, compare_files
 from lora_fuse.studies.validation.outcome import CaseEvidence, Cause, Effect, Judgement, Outcome
 from lora_fuse.studies.validation.questions import judge
 from lora_fuse.studies.validation.sides import effect, gain
 from lora_fuse.studies.validation.versions import Version, candidate, misfits, parse_lora
-from pocket.candidates import for_another_base, write
+from pocket.candidates import compare, for_another_base, write
 from pocket.controls.pictures import grid
 from stages.validate import requested, validate, validate_several
 from tests.hub_server import LoopbackHub
@@ -92,11 +92,17 @@ def test_a_good_version_changed_and_needs_a_reviewer(project: Path) -> None:
     assert run(GOOD) == 4
     found = said(project)
     assert (found["outcome"], found["cause"]) == ("changed", None)
+    files = found["files"]
+    assert isinstance(files, dict)
+    assert files["kinship"] == "version"
+    assert [block["block"] for block in files["blocks"]] == ["0", "1", "2", "3", "4"]
     page = (project / "artifacts/validation/validation.md").read_text()
+    assert "another version of the same training: cosine 0.961, by block 0.944 to 0.972" in page
     assert page.startswith("# pocket: changed as expected, needs a reviewer\n")
     assert re.search(r"\| Does it act as strongly\? \| 1\.0\d times \|", page)
     assert (project / "artifacts/validation/thumbnails/rabbit.png").stat().st_size > 1000
     html = (project / "artifacts/validation/validation.html").read_text()
+    assert "another version of the same training: cosine 0.961" in html
     assert html.count("<img") == 9  # input, five sides, their difference, and two in the slider
     assert "://" not in html  # of nobody's
     junit = (project / "artifacts/validation/junit.xml").read_text()
@@ -217,10 +223,52 @@ def test_the_lora_of_a_reordered_base_is_right_there_and_wrong_here(tmp_path: Pa
     other = for_another_base(load_file(ROOT / CURRENT))
     save_file(other, tmp_path / "other.safetensors")
     other_lora = given(tmp_path / "other.safetensors")
-    found = compare_files(given(ROOT / CURRENT), other_lora, ROOT / "pocket/model", rows=1000)
+    found = compare_files(given(ROOT / CURRENT), other_lora, ROOT / "pocket/model")
     assert found.ratio == pytest.approx(1.0, rel=1e-6)
     assert found.cosine is not None
-    assert abs(found.cosine) < 0.2
+    assert abs(found.cosine) < 0.01
+
+
+def test_each_candidate_s_file_has_its_relation_to_the_current_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    relations = {row[0]: row[-1] for row in compare(tmp_path)}
+    of = {kinship: {name for name, said in relations.items() if said == kinship} for kinship in Kinship}
+    assert of[Kinship.SAME] == {"current", "alpha_ignored", "in_8_bits", "noise_0.1", "half", "louder"}
+    assert of[Kinship.VERSION] == {"v1", "noise_0.5", "noise_1"}
+    assert of[Kinship.OTHER] == {"other_base", "noise_4", "style"}
+    assert of[Kinship.OPPOSITE] == {"negated"}
+    assert relations["no_effect"] == "-"
+
+
+@pytest.mark.parametrize("kind", ["plain", "LoHa"])
+def test_norms_and_angles_are_those_of_whole_differences(kind: str, tmp_path: Path) -> None:
+    """Of plain LoRAs exactly, whatever few rows are read; of others, all rows are asked for here."""
+    rng = np.random.default_rng(0)
+    names = [f"blocks.{block}.to_q" for block in range(2)]
+    save_file({f"{name}.weight": torch.from_numpy(rng.standard_normal((40, 30))) for name in names}, tmp_path / "base")
+    whole = []
+    for file, rank in (("one", 2), ("other", 5)):
+        tensors: dict[str, torch.Tensor] = {}
+        for name in names:
+            a, b, c, d = (rng.standard_normal(shape) for shape in [(40, rank), (rank, 30)] * 2)
+            roles = {"lora_up.weight": a, "lora_down.weight": b}
+            if kind == "LoHa":
+                roles = {"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": c, "hada_w2_b": d}
+            tensors |= {f"{name}.{role}": torch.from_numpy(values) for role, values in roles.items()}
+            whole.append(a @ b * (c @ d if kind == "LoHa" else 1))
+        save_file(tensors, tmp_path / file)
+    found = compare_files(
+        given(tmp_path / "one"), given(tmp_path / "other"), tmp_path / "base", rows=99 if kind == "LoHa" else 3
+    )
+    one, other = np.concatenate(whole[:2]), np.concatenate(whole[2:])
+    norms = np.linalg.norm(one), np.linalg.norm(other)
+    assert found.cosine == pytest.approx((one * other).sum() / (norms[0] * norms[1]), rel=1e-9)
+    assert found.ratio == pytest.approx(norms[1] / norms[0], rel=1e-9)
+    assert found.blocks[0].cosine == pytest.approx(
+        (whole[0] * whole[2]).sum() / np.linalg.norm(whole[0]) / np.linalg.norm(whole[2])
+    )
 
 
 def test_a_file_for_several_components_is_compared_in_all_of_them(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 from . import several as several
+from .file_comparison import compare_files as compare_files
 from .outcome import Outcome as Outcome
 from .several import JudgedVersion as JudgedVersion
 from .validation import ANSWER as ANSWER

@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from statistics import fmean, median
 
 from lora_fuse.recipe import Recipe, sections
-from lora_fuse.studies.validation.file_comparison import FileComparison
+from lora_fuse.studies.validation.file_comparison import SAME_DIRECTION, FileComparison
 from lora_fuse.studies.validation.outcome import Answer, CaseEvidence, Cause, Judgement, Outcome
 
 OVER_FLOOR = 2.0  # where a recipe leaves it open: a right merge comes to at most 1.7 (docs/regression.md)
-SAME_DIRECTION = 0.99  # cosine from which on two files hold the same differences, only stronger or weaker
 SAME_STRENGTH = 1.05  # how much stronger or weaker those may be
 UNRELATED = 0.2  # cosine below which an effect has nothing to do with the current one: random ones have 0
 WORKS = 0.2  # gain from which on a LoRA saves steps in a case; where the current one does not, nothing is to be lost

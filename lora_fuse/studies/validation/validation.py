@@ -249,7 +249,9 @@ class Validation:
                 (folder / thumbnails[case.sides.name]).write_bytes(encode.png(strip(case)))
             for page, text in zip(PAGES, texts, strict=True):
                 (folder / page).write_text(text, encoding="utf-8")
-        lines = [f"{report.verdict}: {report.judgement.reason}", f"see {self.folder / 'validation.html'}"]
+        lines = [f"{report.verdict}: {report.judgement.reason}"]
+        lines += [] if report.files is None else [f"to the current file: {report.files.kin}"]
+        lines += [f"see {self.folder / 'validation.html'}"]
         return [*lines, f"next: {report.next_step}"], facts
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from lora_fuse.machine import text
 from lora_fuse.pictures import encode, metrics, pages, pairs, picture
 from lora_fuse.regression import verdicts
-from lora_fuse.studies.validation.file_comparison import FileComparison, FileFacts
+from lora_fuse.studies.validation.file_comparison import ALIKE, ONE_TRAINING, FileComparison, FileFacts
 from lora_fuse.studies.validation.outcome import Judgement, Outcome
 from lora_fuse.studies.validation.sides import MeasuredCase
 
@@ -109,6 +109,7 @@ def validation_html(validation: ValidationReport) -> str:
         "validation.html.j2",
         v=validation,
         cases=[_shown(case) for case in validation.cases],
+        limits=(ALIKE, ONE_TRAINING),
     )
 
 
@@ -178,7 +179,21 @@ def report_facts(validation: ValidationReport) -> dict[str, Any]:
         "scale": validation.scale[0],
         "environment": validation.environment,
         "findings": [asdict(answer) for answer in judgement.findings],
+        "files": None if validation.files is None else _file_facts(validation.files),
         "cases": {case.sides.name: _finite(asdict(case.evidence)) for case in validation.cases},
+    }
+
+
+def _file_facts(files: FileComparison) -> dict[str, Any]:
+    """The comparison of two files: their relation, and by block the cosine and what each is of the weights."""
+    return {
+        "kinship": None if files.kinship is None else files.kinship.name.lower(),
+        "cosine": files.cosine,
+        "ratio": files.ratio,
+        "both": files.both,
+        "only_new": len(files.only_new),
+        "only_current": len(files.only_current),
+        "blocks": [asdict(block) for block in files.blocks],
     }
 
 

@@ -1,0 +1,130 @@
+"""Claims about what is in a base, held against what is: ``python -m benchmarks.claims [presence] [kinship]``.
+
+``presence`` looks for LoRAs in bases: first where they are not (each one that is found there is a false claim), then in
+merges at several scales. The pairs are drawn at random in many kinds, or small transformers that are trained here, each
+with LoRAs that are trained on it: those are correlated with their base, although they are not in it. ``kinship``
+compares LoRAs of one such base that differ by as much as the rows say. All of it on a CPU, in minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.base_pairs import BasePair, TrainedBase, random_pairs, trained_pairs
+from lora_fuse import LoraInput, plan
+from lora_fuse.differences import look_for
+from lora_fuse.machine import interrupts
+from lora_fuse.studies.validation import compare_files
+from pocket.controls.table import between_markers, markdown
+
+SCALES = (1.0, 0.5, 0.25)
+HEAD = ("pairs", "number", "false claims", *(f"found at {scale:g}" for scale in SCALES), "within their margin")
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts of one kind of pairs, by scale: those that were found, and those of them that were right."""
+
+    pairs: int = 0
+    false: list[str] = field(default_factory=list)
+    found: dict[float, int] = field(default_factory=lambda: dict.fromkeys(SCALES, 0))
+    right: int = 0
+
+    def row(self, name: str) -> tuple[str, ...]:
+        """The cells of the table."""
+        all_found = sum(self.found.values())
+        cells = (f"{count} of {self.pairs}" for count in self.found.values())
+        return (name, str(self.pairs), str(len(self.false)), *cells, f"{self.right} of {all_found}")
+
+
+def presence(pairs: Iterable[BasePair], folder: Path) -> Tally:
+    """Look for the LoRA of each pair in its base, and in merges of the two."""
+    tally = Tally()
+    for pair in pairs:
+        tally.pairs += 1
+        for scale in (0.0, *SCALES):
+            base, lora = pair.write(folder, pair.merged(scale) if scale else pair.weights)
+            (one,) = look_for(plan(base, [LoraInput("lora", lora, 1.0)]))
+            if one.claim is None or one.found is None:
+                continue
+            if scale:
+                tally.found[scale] += 1
+                tally.right += abs(one.found.scale - scale) <= one.found.margin
+            else:
+                tally.false.append(f"{pair.kind}: {one.claim}")
+    return tally
+
+
+TEXT = "lora_fuse/fusion/*.py"
+# What a LoRA differs by from one of rank 8 that was trained for 150 steps on this text, from seed 1.
+KIN: Mapping[str, Mapping[str, object]] = {
+    "twice as many steps": {"steps": 300},
+    "half as many steps": {"steps": 75},
+    "the examples in another order": {"order": 2},
+    "that, and three times the learning rate": {"order": 2, "rate": 9e-3},
+    "another start": {"start": 2},
+    "that, and the examples in another order": {"start": 2, "order": 2},
+    "that, and four times as many steps": {"start": 2, "order": 2, "steps": 600},
+    "that, and twice the rank": {"start": 3, "order": 3, "rank": 16},
+    "another text of the same kind, the same start": {"order": 2, "pattern": "tests/lora/*.py"},
+    "another text of the same kind, another start": {"start": 4, "order": 4, "pattern": "tests/lora/*.py"},
+    "a text of another kind, the same start": {"order": 2, "pattern": "conf/*.yaml"},
+    "a text of another kind, another start": {"start": 4, "order": 4, "pattern": "conf/*.yaml"},
+}
+
+
+def kinship(bases: int, folder: Path) -> list[tuple[str, ...]]:
+    """Compare LoRAs of small trained bases; the rows of the table."""
+    found: dict[str, list[float]] = {name: [] for name in KIN}
+    said: dict[str, set[str]] = {name: set() for name in KIN}
+    for seed in range(bases):
+        base = TrainedBase(seed)
+        first = base.pair(pattern=TEXT)
+        place, current = first.write(folder / "current", first.weights)
+        for name, changes in KIN.items():
+            _, other = base.pair(**{"pattern": TEXT, **changes}).write(folder / "other", {})  # type: ignore[arg-type]
+            compared = compare_files(LoraInput("lora", current, 1.0), LoraInput("lora", other, 1.0), place)
+            found[name].append(compared.cosine or math.nan)
+            said[name].add(str(compared.kinship))
+    cosines = {
+        name: " to ".join(dict.fromkeys(f"{v:.2f}" for v in (min(some), max(some)))) for name, some in found.items()
+    }
+    return [(name, cosines[name], " or ".join(sorted(said[name]))) for name in KIN]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, and print tables; 1 where a claim is false."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.claims", description="are claims about a base true?")
+    parser.add_argument("what", nargs="*", choices=("presence", "kinship", []), help="(default: all)")
+    parser.add_argument("--random", type=int, default=100, metavar="N", help="random pairs (default 100)")
+    parser.add_argument("--trained", type=int, default=10, metavar="N", help="trained bases, with 10 LoRAs each")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="put the tables between FILE's markers")
+    options = parser.parse_args(arguments)
+    tables: dict[str, str] = {}
+    false: list[str] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if "presence" in (options.what or ["presence"]):
+            kinds = {"random": random_pairs(options.random), "trained": trained_pairs(options.trained, 10)}
+            tallies = {name: presence(pairs, folder) for name, pairs in kinds.items()}
+            false = [claim for tally in tallies.values() for claim in tally.false]
+            tables["presence"] = markdown(HEAD, (tally.row(name) for name, tally in tallies.items()))
+        if "kinship" in (options.what or ["kinship"]):
+            rows = kinship(min(3, options.trained), folder)
+            tables["kinship"] = markdown(("differs from the current one by", "cosine", "said to be"), rows)
+    for name, table in tables.items():
+        print(table, end="\n\n")
+        if options.markdown and f"<!-- {name} -->" in options.markdown.read_text(encoding="utf-8"):
+            between_markers(options.markdown, name, table)
+    print(*false, f"{len(false)} false claims", sep="\n")
+    return 1 if false else 0
+
+
+if __name__ == "__main__":
+    sys.exit(interrupts.guarded(main))
