@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     doing = given[0] if given else ""
     kept = "shards that are finished are kept beside OUT, which is as it was; the same command goes on with them"
-    kept = kept if doing == "fuse" else interrupts.KEPT
+    kept = kept if doing in ("fuse", "rebuild") else interrupts.KEPT
     return interrupts.guarded(lambda: _run(_parser().parse_args(given)), kept, doing)
 
 
@@ -49,8 +49,11 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from lora_fuse.rebuilding import add_rebuild
+    from lora_fuse.release import add_signer
+
     parser = OnceParser(prog="python -m lora_fuse", description="Fuse LoRAs into a checkpoint, exactly.")
-    commands = parser.add_subparsers(required=True, dest="command", metavar="inspect|plan|fuse|verify")
+    commands = parser.add_subparsers(required=True, dest="command", metavar="inspect|plan|fuse|verify|rebuild")
     inspect = commands.add_parser("inspect", help="what is in a LoRA: format, ranks, alphas, targets")
     inspect.add_argument("lora", type=Path, metavar="LORA")
     inspect.set_defaults(run=_inspect)
@@ -68,12 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--rows", default="16", metavar="N|all", help="rows of each target to re-derive (default 16)")
     verify.add_argument("--seed", type=int, metavar="N", help="draw the same rows as an earlier verification")
     verify.add_argument("--scheduler", type=Path, metavar="JSON|auto", help="settings that MERGED should have")
-    verify.add_argument("--public-key", type=Path, metavar="FILE", help="the repository has to be signed by its owner")
-    verify.add_argument("--identity", metavar="WHO", help="the repository has to be signed, keyless, by this identity")
-    verify.add_argument("--issuer", metavar="URL", help="the OpenID issuer that vouches for --identity")
-    verify.add_argument("--repository", metavar="OWNER/NAME", help="the release has to be one of this repository")
-    verify.add_argument("--tag", metavar="TAG", help="the release has to be this one")
+    add_signer(verify)
     verify.set_defaults(run=_verify)
+    add_rebuild(commands)
     for command in (fuse, verify):
         command.add_argument("--quiet", action="store_true", help="say only what is wrong")
     for command in (plan, fuse):
@@ -377,28 +377,18 @@ def _print_fused(fused: Fused, out: str) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from lora_fuse.release import is_published
+    from lora_fuse.release import is_published, release_of, trusted_of
 
     if options.rows != "all" and not (options.rows.isdigit() and int(options.rows) > 0):
         raise BadConfig(f"--rows is {options.rows!r}; give a number of rows, or all")
     if (options.base is None) != (not options.lora):
         raise BadConfig("BASE and --lora go together: give both to check the merge, none to check a download alone")
-    trusted = _trusted(options)
-    expected = {name: value for name in ("repository", "tag") if (value := getattr(options, name)) is not None}
+    trusted = trusted_of(options)
+    expected = release_of(options)
     if not (trusted or expected) and options.base is not None and not is_published(options.merged):
         return _verify_merge(options, None)
     code, published = _verify_download(options.merged, trusted, expected)
     return code if options.base is None else max(code, _verify_merge(options, published))
-
-
-def _trusted(options: argparse.Namespace) -> Trusted | None:
-    from lora_fuse.release import Trusted
-
-    if (options.identity is None) != (options.issuer is None) or (options.identity and options.public_key):
-        raise BadConfig("who has to have signed: give --public-key alone, or --identity and --issuer")
-    if options.public_key is None and options.identity is None:
-        return None
-    return Trusted(options.public_key, options.identity, options.issuer)
 
 
 def _verify_download(folder: Path, trusted: Trusted | None, expected: Mapping[str, str]) -> tuple[int, Published]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -72,12 +72,14 @@ class FuseJob:
         replace: bool = False,
         force_quantised: bool = False,
         beside: bool = False,
+        also: Mapping[str, bytes] | None = None,
     ) -> None:
         """Choose the device, generate the files and look at `out`.
 
         `pipeline` and `scheduler` are those of `diffusers_files`, `replace` is that of `Destination`; with
         `force_quantised` no result is refused for what it cost to quantise it again. With `beside` nothing is added to
-        the base: `out` is a folder with it and the LoRAs, see `side_channel`.
+        the base: `out` is a folder with it and the LoRAs, see `side_channel`. `also` are further files of a pipeline,
+        by POSIX path.
 
         Raises:
             Refused: `out` may not be replaced, see `Destination.check`.
@@ -102,6 +104,7 @@ class FuseJob:
             if repository_files.MODEL_INDEX in self.generated and kind not in (None, *pipeline_call.SCHEDULERS):
                 known = ", ".join(pipeline_call.SCHEDULERS)
                 raise BadConfig(f"--scheduler names the class {kind!r}, which is not the base's; known are {known}")
+        self.generated |= also or {}
         self._written = plan
         if beside:
             self.generated |= side_channel(plan)
@@ -129,11 +132,13 @@ class FuseJob:
         base: Lock | None = None,
         loras: Mapping[str, Lock] | None = None,
         states: file_state.FileStates | None = None,
+        approve: Callable[[Manifest], Manifest] = lambda manifest: manifest,
     ) -> Fused:
         """Write the merge and its manifest, and show progress; the locks say where base and LoRAs came from.
 
         `states` are those in which the base's files were what the lock says, see `write_merged`; without them its
-        files are hashed.
+        files are hashed. `approve` is given the manifest when all is written and nothing is in its place; it returns
+        the one to keep, or raises, and `out` stays as it was.
 
         Raises:
             NoSpace, Busy, Refused: see `write_merged`.
@@ -149,6 +154,7 @@ class FuseJob:
                 manifest = dataclasses.replace(manifest, unmerged=self.costs.total)
             elif self._written.requantise:
                 manifest = dataclasses.replace(manifest, requantised=self.costs.total)
+            manifest = approve(manifest)
             written.append(Fused(manifest, nbytes, clock.seconds))
             return self._records(written[0])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ from lora_fuse.machine import FileRecord, file_state, progress
 from lora_fuse.recipe import Lock, Source, hf_cache, sections
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 
 DEFAULT_TRANSFER = sections.DownloadParams(workers=8, stall_seconds=60.0)
@@ -95,6 +95,24 @@ def lock_lora(
         taken.take(repository_files.lora_files(name, taken.source.files, taken.source.label))
 
     return _lock(source, previous, take, offline or is_offline(), update, transfer, note)
+
+
+@contextmanager
+def opened(source: Source, *, transfer: sections.DownloadParams = DEFAULT_TRANSFER) -> Iterator[VerifiedFiles]:
+    """Open a repository or a folder, to take single files from it.
+
+    Raises:
+        BadSource: it cannot be had, or the Hub may not be asked.
+    """
+    if source.repo_id is None:
+        yield VerifiedFiles(open_folder(Path(str(source.path))))
+        return
+    if is_offline():
+        raise BadSource(
+            f"{source.label} is asked for of the Hub, and HF_HUB_OFFLINE is set; unset it, or name a folder"
+        )
+    with open_repository(source.repo_id, source.revision, transfer) as repository:
+        yield VerifiedFiles(repository)
 
 
 def verify_files(root: Path, files: Mapping[str, FileRecord], note: file_state.Note = ignored) -> None:

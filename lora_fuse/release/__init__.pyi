@@ -1,5 +1,11 @@
+from . import contents as contents
+from . import download_check as download_check
+from . import signing as signing
 from .assembly import checked_release as checked_release
 from .download_check import Published as Published
 from .download_check import check_published as check_published
 from .download_check import is_published as is_published
+from .signer_options import add_signer as add_signer
+from .signer_options import release_of as release_of
+from .signer_options import trusted_of as trusted_of
 from .signing import Trusted as Trusted

@@ -104,7 +104,10 @@ def check_published(folder: Path, trusted: Trusted | None, expected: Mapping[str
     harmless = [name for name in extra if payload.is_read_by_people(name) and (folder / name).is_file()]
     result.problems += [f"{name} is not in {LIST}, so nobody published it" for name in extra if name not in harmless]
     result.notes += [f"{name} is not in {LIST}" for name in harmless]
-    _read_recipe(folder / PROVENANCE, result)
+    try:
+        result.pipeline, result.scheduler, result.dtype = read_recipe(folder / PROVENANCE)
+    except BadSource as error:
+        result.notes.append(f"{error}; what it changes is compared with the base's")
     result.beside = frozenset([*_made_beside(manifest, result), *extra, *housekeeping, LIST, SIGNATURE])
     made = [name for name in manifest.absent if name not in gone]  # put there since: signed by the list alone
     result.signature = _check_signature(folder, trusted, [*extra, *made], result)
@@ -139,6 +142,11 @@ def _check_listed(folder: Path, listed: Mapping[str, records.MergedFile], result
     result.problems += [one for one in found if one is not None]
 
 
+def is_made_beside(name: str) -> bool:
+    """True for a file that a publication makes and that is no part of the merge, but for exports."""
+    return name in MADE_BESIDE or PICTURES.fullmatch(name) is not None
+
+
 def is_inside(name: str) -> bool:
     """True for a POSIX path that stays in the folder which it is relative to."""
     path = PurePosixPath(name)
@@ -149,7 +157,7 @@ def _made_beside(manifest: records.ReleaseList, result: Published) -> list[str]:
     """Names that were made for the repository; what else is called generated is a problem, and part of the merge."""
     beside = []
     for name in sorted(name for name, file in manifest.files.items() if file.origin == "generated"):
-        if name in MADE_BESIDE or PICTURES.fullmatch(name) or is_export(name):
+        if is_made_beside(name) or is_export(name):
             beside.append(name)
         elif not _is_made_again(name, result.dtype):
             result.problems.append(f"{name} is called generated in {LIST}, and no publication makes such a file")
@@ -164,19 +172,24 @@ def _is_made_again(name: str, dtype: str | None) -> bool:
     return name in MADE_AGAIN or INDEX_MADE_AGAIN.fullmatch(name) is not None or config
 
 
-def _read_recipe(provenance: Path, result: Published) -> None:
-    """Read what the recipe changes of the base's own files, so that they can be made again."""
+def read_recipe(provenance: Path) -> tuple[str, Mapping[str, object], str | None]:
+    """Read what the recipe changes of the base's own files, so that they can be made again.
+
+    Returns:
+        The pipeline's class, the scheduler's settings (none keep the base's), and the dtype of all floats, if any.
+
+    Raises:
+        BadSource: the statement does not say them.
+    """
     try:
         statement = files.read_json(provenance, dict, BadSource)
         recipe = statement["predicate"]["buildDefinition"]["externalParameters"]
-        result.pipeline = _of_kind(str, recipe["base"]["pipeline"])
-        result.scheduler = _of_kind(dict, recipe["scheduler"] or {})
-        if (dtype := recipe.get("fuse", {}).get("dtype")) is not None:
-            result.dtype = _of_kind(str, dtype)
-    except (BadSource, KeyError, TypeError) as error:
-        result.notes.append(
-            f"{PROVENANCE} does not say the recipe ({error}); what it changes is compared with the base's"
-        )
+        pipeline = _of_kind(str, recipe["base"]["pipeline"])
+        scheduler = _of_kind(dict, recipe["scheduler"] or {})
+        dtype = recipe.get("fuse", {}).get("dtype")
+        return pipeline, scheduler, None if dtype is None else _of_kind(str, dtype)
+    except (BadSource, KeyError, TypeError, AttributeError) as error:
+        raise BadSource(f"{PROVENANCE} does not say the recipe ({error})") from error
 
 
 def _of_kind(kind: type[Any], value: object) -> Any:

@@ -9,7 +9,7 @@ Invariant: nothing of a key but its path is ever in an output.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,8 +88,11 @@ def check(folder: Path, trusted: Trusted, unsigned: Iterable[str] = ()) -> None:
         MissingExtra: `model_signing` is not installed.
         CheckFailed: `model.sig` is no signature, one by somebody else, or of other files.
     """
-    verifying = _library("verifying")
-    config = verifying.Config().set_hashing_config(_hashing(unsigned))
+    _verify(folder, folder / SIGNATURE, trusted, _hashing(unsigned))
+
+
+def _verify(folder: Path, signature: Path, trusted: Trusted, hashing: Any) -> None:
+    config = _library("verifying").Config().set_hashing_config(hashing)
     if trusted.key is not None:
         try:
             config.use_elliptic_key_verifier(public_key=trusted.key)
@@ -104,11 +107,41 @@ def check(folder: Path, trusted: Trusted, unsigned: Iterable[str] = ()) -> None:
                 "FILE, or try again with a network"
             ) from error
     try:
-        config.verify(folder, folder / SIGNATURE)
+        config.verify(folder, signature)
     except Exception as error:  # what is no signature may raise anything in those libraries
         raise CheckFailed(
             f"{SIGNATURE} is no signature of these files by {_whom(trusted)}: {_reason(error)}"
         ) from error
+
+
+def check_listed(signature: Path, digests: Mapping[str, str], trusted: Trusted) -> None:
+    """Check that a signature is one of files with these sha256, by POSIX path, wherever they are: none is read.
+
+    Raises:
+        BadKey, MissingExtra: see `check`.
+        CheckFailed: it is no signature, one by somebody else, or of other files.
+    """
+    _verify(signature.parent, signature, trusted, _Listed(digests))
+
+
+class _Listed:
+    """A hashing configuration that takes the sha256 of files from a list."""
+
+    def __init__(self, digests: Mapping[str, str]) -> None:
+        self._digests = digests
+
+    def add_ignored_paths(self, **_: object) -> None:
+        """Take no note of what a signer left out: the list has not got it."""
+
+    def hash(self, folder: Path, **_: object) -> Any:
+        """The list as the library's own manifest."""
+        manifest = _library("manifest")
+        serialization = manifest.SerializationType.from_args(
+            {"method": "files", "hash_type": "sha256", "allow_symlinks": True}
+        )
+        sums = {name: manifest.hashing.Digest("sha256", bytes.fromhex(sha)) for name, sha in self._digests.items()}
+        items = [serialization.new_item(name, digest) for name, digest in sums.items()]
+        return manifest.Manifest(folder.name, items, serialization)
 
 
 def _reason(error: Exception) -> str:

@@ -38,6 +38,7 @@ ROOMS = (
     "differences",
     "regression",
     "release",
+    "rebuilding",
     "fleet",
     "studies",
 )

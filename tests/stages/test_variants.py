@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from lora_fuse import cli
 from lora_fuse.machine.console import Console
 from lora_fuse.recipe.paths import HERE
 from lora_fuse.regression.gate import MEANINGS
@@ -18,6 +19,7 @@ from stages.config import load
 from stages.config.__main__ import main
 from tests.hub_server import LoopbackHub
 from tests.support.machine import Once
+from tests.support.merges import hashes
 from tests.support.workspace import Workspace, hub_environment
 
 NAMES = ["pocket_pastel", "pocket_soft"]  # `pocket` is the default recipe, which other tests build
@@ -153,7 +155,7 @@ def test_publishing_sends_what_is_new_and_nothing_twice(checkout: Checkout, hub:
     env = hub_environment()
     listing = ("dvc", "stage", "list", "--name-only", "publish/dvc.yaml")
     assert checkout.run(*listing).stdout.split() == ["publish/dvc.yaml:publish"]
-    pastel = {"repo_id": "alice/pastel", "tag": "v1"}
+    pastel = {"repo_id": "alice/pastel", "tag": "v1", "weights": "recipe"}
     checkout.entries(pocket_pastel=pastel, pocket_soft={"repo_id": "alice/soft"}, later={"recipe": "pocket"})
     both = [f"{PUBLISHED}@{name}" for name in NAMES]  # and `later`, which goes nowhere, is not built for it
     assert checkout.run(*listing).stdout.split() == ["publish/dvc.yaml:publish", *both]
@@ -180,11 +182,17 @@ def test_publishing_sends_what_is_new_and_nothing_twice(checkout: Checkout, hub:
     sent = hub.uploaded()
     checkout.entries(pocket_pastel={"tag": "v2"})
     assert ran(checkout.repro(PUBLISHED, env=env)) == [f"{PUBLISHED}@pocket_pastel"]
-    assert hub.uploaded() == sent  # the weights are there; the list and the card name the tag
+    assert hub.uploaded() == sent  # the pictures are there; the list and the card name the tag
     second = checkout.result("pocket_pastel", "publish.json")
     assert repos["alice/pastel"].tags == {"v1": first["commit"], "v2": second["commit"]}
     changed = {name for name, file in second["files"].items() if file != first["files"][name]}
     assert changed == {"README.md", "lora_fuse.json"}
+    assert sum(file["size"] for file in second["files"].values()) < 1_000_000
+    locks = checkout.result("pocket_pastel", "lora.lock.json")["loras"]
+    files = [f"--lora={name}={lock['path']}/{next(iter(lock['files']))}" for name, lock in locks.items()]
+    assert cli.main(["rebuild", "alice/pastel@v2", "rebuilt", "--base", "pocket/model", *files]) == 0
+    made = checkout.result("pocket_pastel", "merged.manifest.json")["files"]
+    assert {name: file["sha256"] for name, file in made.items()}.items() < hashes(checkout.root / "rebuilt").items()
 
     entries = listed(checkout)
     assert entries["pocket_pastel"]["publication"] == {

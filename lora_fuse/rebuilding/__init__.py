@@ -1,0 +1,8 @@
+"""A published checkpoint made again from its base and LoRAs, byte for byte, and statements of those who did that.
+
+`published_recipe` reads what a repository says of how it was made, `made_again` fuses it and compares every sha256.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,3 @@
+from .made_again import Rebuilt as Rebuilt
+from .made_again import rebuild as rebuild
+from .rebuild_command import add_rebuild as add_rebuild

@@ -1,0 +1,1 @@
+"""Published checkpoints made again, and statements on that."""
