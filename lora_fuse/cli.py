@@ -1,4 +1,4 @@
-"""The command line: ``python -m lora_fuse inspect|plan|fuse|verify``.
+"""The command line: ``python -m lora_fuse inspect|plan|fuse|verify|explain``.
 
 Exit 0: done and right. 1: a check failed. 2: refused, with one ``error:`` line and nothing left behind.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lora_fuse
+from lora_fuse.differences.explaining import add_explain
 from lora_fuse.errors import BadConfig, naming_extras
 from lora_fuse.machine import OnceParser, interrupts, text
 
@@ -53,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     from lora_fuse.release import add_signer
 
     parser = OnceParser(prog="python -m lora_fuse", description="Fuse LoRAs into a checkpoint, exactly.")
-    commands = parser.add_subparsers(required=True, dest="command", metavar="inspect|plan|fuse|verify|rebuild")
+    commands = parser.add_subparsers(required=True, dest="command", metavar="inspect|plan|fuse|verify|rebuild|explain")
     inspect = commands.add_parser("inspect", help="what is in a LoRA: format, ranks, alphas, targets")
     inspect.add_argument("lora", type=Path, metavar="LORA")
     inspect.set_defaults(run=_inspect)
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add_signer(verify)
     verify.set_defaults(run=_verify)
     add_rebuild(commands)
+    add_explain(commands)
     for command in (fuse, verify):
         command.add_argument("--quiet", action="store_true", help="say only what is wrong")
     for command in (plan, fuse):
