@@ -24,7 +24,6 @@ Array = npt.NDArray[np.float64]
 STEPS = 12  # of Newton's
 ROUNDS = 3  # over all LoRAs, one after the other
 CLEAN = 3.0  # times the energy of rounding that a weight may have left, for nothing else to be in it
-DIGITS = 4  # behind the point of a scale that somebody would give
 TRACE = 16  # values that have to move for a scale to be told
 
 

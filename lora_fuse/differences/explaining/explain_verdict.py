@@ -12,12 +12,11 @@ from lora_fuse.differences.explaining.remainder import MOST
 def verdict(explained: Explanation) -> str:
     """The answer in one sentence."""
     if explained.is_equal:
-        return "BASE itself: no weight differs"
+        how = f", rounded to {', '.join(explained.dtypes)}" if explained.dtypes else ""
+        return f"BASE itself{how}: no weight differs"
     if explained.is_other_base:
         return f"another base: the cosine of both is {explained.cosine:.2g}"
     left = explained.unexplained
-    if not explained.found and not left:
-        return "BASE itself, rounded to another dtype"
     if not explained.found and explained.is_full:
         return (
             f"BASE trained on as a whole, or another version of it: {len(left)} of {len(explained.tensors)} weights "
@@ -33,11 +32,13 @@ def _sum(explained: Explanation) -> str:
         return "BASE"
     named = " + ".join(f"{lora.name} at {_scale(lora, exact=explained.way is not None)}" for lora in explained.found)
     if explained.way is None:
-        return f"BASE + {named}, in no known way to round"
+        return f"BASE + {named}, rounded in no way that is known here"
     exactly = "exactly " if not explained.missed else ""
     where = _where(explained)
+    half = all(one.dtype == "F16" for one in explained.pair.tensors)
+    also = " and ComfyUI on a GPU" if half and explained.way.way.key == "twice" else ""
     some = "" if not explained.missed else f", {_share(1 - explained.missed / max(1, explained.moved))} of what moved"
-    return f"{exactly}BASE + {named}{where} ({explained.way.way.words}{some})"
+    return f"{exactly}BASE + {named}{where} ({explained.way.way.words}{also}{some})"
 
 
 def _where(explained: Explanation) -> str:

@@ -19,7 +19,7 @@ from lora_fuse.checkpoint import PROVENANCE, blocks
 from lora_fuse.differences import PairedCheckpoints, open_pair
 from lora_fuse.differences.explaining.estimation import TRACE, Estimate, cosine_of, estimate, smallest_told
 from lora_fuse.differences.explaining.examination import ExaminedTensor, Examiner, LeftInBlock
-from lora_fuse.differences.explaining.remainder import effective_rank
+from lora_fuse.differences.explaining.remainder import effective_rank, pencil_scales
 from lora_fuse.differences.explaining.samples import SampledTensor, TargetedTensor, find_targets, take_samples
 from lora_fuse.differences.explaining.way_search import Recognised, recognise, trace_of
 from lora_fuse.errors import BadLora, require
@@ -27,12 +27,15 @@ from lora_fuse.fusion import plan_base
 from lora_fuse.lora import LoraInput, Selection
 from lora_fuse.machine import progress
 
+Array = npt.NDArray[np.float64]
+
 SURE = 6.0  # standard errors
 STEADY = 0.1  # of a scale is how far single weights may be from it
 NEARLY_ALL = 0.9  # of the energy, or of the weights
 ALIKE = 0.9999  # cosine of two LoRAs that are one
 OTHER_BASE = 0.9  # cosine of two checkpoints below which one did not come from the other
 RANKED = 3  # weights whose ranks are compared with and without a LoRA
+CLEAR = 1.5  # times the energy of rounding, of weights with nothing else in them
 RELATED = 0.3  # cosine of the difference and a LoRA
 
 
@@ -110,12 +113,17 @@ class Explanation:
     @property
     def missed(self) -> int:
         """Values that do not come out, of weights that are explained."""
-        return sum(one.missed for one in self.tensors if one.explained)
+        return sum(one.missed for one in self.tensors if one.explained and one.differing)
 
     @property
     def moved(self) -> int:
         """Values that moved or should have, of weights that are explained."""
-        return sum(one.moved for one in self.tensors if one.explained)
+        return sum(one.moved for one in self.tensors if one.explained and one.differing)
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The dtypes of the checkpoint's weights that are others in the base."""
+        return tuple(sorted({one.dtype or "codes" for one in self.pair.tensors if one.dtype != one.base.dtype}))
 
     @property
     def is_other_base(self) -> bool:
@@ -209,7 +217,9 @@ def _asked(
                     f"{cosine_of(guess.fits, one, other):.6f}), so no checkpoint tells their scales apart; give one"
                 )
     scales = guess.scales if way is None else np.array(way.scales)
-    found = _without_way(guess, targets) if way is None else None
+    found = None
+    if way is None:
+        found, scales = _without_way(guess, targets)
     asked = []
     for number, (name, path) in enumerate(named):
         trace = 0 if way is None else trace_of(samples, way, number)
@@ -255,47 +265,70 @@ def _by_block(guess: Estimate, number: int) -> dict[str, tuple[float, float]]:
     return found
 
 
-def _without_way(guess: Estimate, targets: Mapping[str, TargetedTensor]) -> list[bool]:
+def _without_way(guess: Estimate, targets: Mapping[str, TargetedTensor]) -> tuple[list[bool], Array]:
     """The LoRAs that are in a checkpoint although no way to round fits: sure, the same everywhere, and simpler so.
 
     Simpler means that what is left is rounding, or has fewer directions than with the LoRA in it.
+
+    Returns:
+        By LoRA if it is in it, and the scales, which are better than the guess where something else is there.
     """
     errors = np.maximum(guess.errors, guess.robust)
-    likely = [
+    found = [
         bool(abs(scale) > SURE * error and spread <= STEADY * abs(scale))
         for scale, error, spread in zip(guess.scales, errors, guess.spread, strict=True)
     ]
-    if not any(likely):
-        return likely
-    scales = np.where(likely, guess.scales, 0.0)
-    return [one and _is_simpler(guess, targets, scales, number) for number, one in enumerate(likely)]
+    scales = guess.scales.copy()
+    if not any(found) or _is_rounding(guess, np.where(found, scales, 0.0)):
+        return found, scales
+    for number in [number for number, one in enumerate(found) if one]:
+        others = np.where(found, scales, 0.0)
+        found[number], scales[number] = _told_by_rank(guess, targets, others, number)
+    return found, scales
 
 
-def _is_simpler(
-    guess: Estimate,
-    targets: Mapping[str, TargetedTensor],
-    scales: npt.NDArray[np.float64],
-    number: int,
-) -> bool:
-    own = [fit for fit in guess.fits if number in fit.sample.loras and fit.changed]
+def _is_rounding(guess: Estimate, scales: Array) -> bool:
+    """True where scales leave no more than rounding does."""
     energy = rest = 0.0
-    for fit in own:
+    near = changed = 0
+    for fit in (one for one in guess.fits if one.changed):
         difference = fit.sample.values - fit.sample.summands.weights
-        left = fit.sample.values - fit.sample.summands.total(scales.tolist())
+        left = fit.sample.values - fit.sample.summands.total(scales)
         energy += float(difference @ difference) / fit.unit
         rest += max(0.0, float(left @ left) / fit.unit - len(left))
-    if sum(fit.left <= 1.5 for fit in own) >= NEARLY_ALL * len(own) and rest <= (1 - NEARLY_ALL) * energy:
-        return True
+        near += fit.left <= CLEAR
+        changed += 1
+    return near >= NEARLY_ALL * changed and rest <= (1 - NEARLY_ALL) * energy
+
+
+def _told_by_rank(
+    guess: Estimate, targets: Mapping[str, TargetedTensor], scales: Array, number: int
+) -> tuple[bool, float]:
+    """A LoRA by the largest weights that it is for: whether less is left without it, and its scale."""
+    own = [targets[fit.sample.name] for fit in guess.fits if number in fit.sample.loras and fit.changed]
+    matrices = [one for one in own if min(one.tensor.rows, one.tensor.columns) > 1]
+    largest = sorted(matrices, key=lambda one: -one.tensor.size)[:RANKED]
     without = scales.copy()
     without[number] = 0.0
+    unit = without.copy()
+    unit[number] = 1.0
     examiner = Examiner(None, scales.tolist(), None)
-    matrices = [targets[fit.sample.name] for fit in own if min(targets[fit.sample.name].tensor.base.shape) > 1]
-    largest = sorted(matrices, key=lambda one: -one.tensor.size)[:RANKED]
-    fewer = 0
+    rests = []
+    told = []
     for one in largest:
-        ranks = [effective_rank(examiner.rest(one.tensor, one, some.tolist())[0])[0] for some in (scales, without)]
-        fewer += ranks[0] < ranks[1]
-    return 2 * fewer > len(largest)
+        there, _ = examiner.rest(one.tensor, one, without.tolist())
+        delta = there - examiner.rest(one.tensor, one, unit.tolist())[0]
+        rests.append((there, delta))
+        told += pencil_scales(there, delta).tolist()
+    if not told:
+        return False, float(scales[number])
+    scale = float(np.median(told))
+    width = float(np.median(np.abs(np.array(told) - scale))) / len(told) ** 0.5
+    scale = next((round(scale, digits) for digits in range(5) if abs(round(scale, digits) - scale) <= 3 * width), scale)
+    fewer = sum(
+        effective_rank(there - np.float32(scale) * delta)[0] < effective_rank(there)[0] for there, delta in rests
+    )
+    return 2 * fewer > len(largest), scale
 
 
 def _examined(

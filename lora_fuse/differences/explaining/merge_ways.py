@@ -6,7 +6,7 @@ who made it: each way is worked out in float64 and rounded where that program ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -140,4 +140,3 @@ WAYS = (
     MergeWay("thrice", "rounded three times, as diffusers does on a GPU", _thrice, ordered=True, is_coarse=True),
     MergeWay("float16", "summed in float16, as ComfyUI does on a GPU", _float16, ordered=True),
 )
-BY_KEY: Mapping[str, MergeWay] = {way.key: way for way in WAYS}

@@ -16,6 +16,7 @@ Array = npt.NDArray[np.float32]
 MOST = 64  # a rank that is told; what has more is called full
 ITERATIONS = 2
 OVER = 1.1  # times the edge: it is a random number too
+INSIDE = 0.9  # of a delta's energy lies in the directions of a difference that it is a part of
 LARGEST = 1 << 22  # values of a matrix that are looked at, whole rows of it
 
 
@@ -52,3 +53,25 @@ def _leading(matrix: Array, count: int, draw: np.random.Generator) -> tuple[Arra
     basis = np.linalg.qr(basis)[0]
     left, sizes, right = np.linalg.svd(basis.T @ matrix, full_matrices=False)
     return np.asarray(basis @ left[:, :count]), sizes[:count], right[:count]
+
+
+def pencil_scales(difference: Array, delta: Array, seed: int = 0) -> npt.NDArray[np.float64]:
+    """The scales of a low-rank delta in a difference that has something else of low rank in it too.
+
+    In the spaces of the difference ``D = s E + X``, of rank r(E) + r(X), the matrix ``D - s E`` is singular r(E) times
+    over: s are the eigenvalues of that pencil (Golub and Van Loan, "Matrix Computations", section 7.7), all equal if
+    the delta E is in D, whatever X is. None where E is not in the spaces of D.
+    """
+    draw = np.random.default_rng(seed)
+    rank, _ = effective_rank(difference, seed)
+    if not rank:
+        return np.zeros(0)
+    left, sizes, right = _leading(difference, rank, draw)
+    inside = (left.T @ delta @ right.T).astype(np.float64)
+    if np.linalg.norm(inside) ** 2 < INSIDE * float(np.square(delta, dtype=np.float64).sum()):
+        return np.zeros(0)
+    own = int((np.linalg.svd(inside, compute_uv=False) > 1e-2 * np.linalg.norm(inside)).sum())
+    values = np.linalg.eigvals(inside / sizes.astype(np.float64)[:, None])
+    values = values[np.argsort(-np.abs(values))][:own]
+    real = values.real[np.abs(values.imag) < 0.1 * np.abs(values.real)]
+    return np.asarray(1 / real[real != 0])

@@ -5,7 +5,7 @@ Only values count that moved, or should have: most weights of a small delta are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -13,16 +13,20 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_fuse.checkpoint import dtypes
-from lora_fuse.differences.explaining.estimation import DIGITS, TRACE
-from lora_fuse.differences.explaining.float_rounding import FORMATS, rounded
-from lora_fuse.differences.explaining.merge_ways import BY_KEY, WAYS, MergeWay, Summands
-from lora_fuse.differences.explaining.samples import SampledTensor
+from lora_fuse.differences.explaining.estimation import TRACE
+from lora_fuse.differences.explaining.float_rounding import FORMATS, rounded, spacing
+from lora_fuse.differences.explaining.merge_ways import WAYS, MergeWay, Summands
+from lora_fuse.differences.explaining.samples import BUDGET, SampledTensor
 
 Array = npt.NDArray[np.float64]
 
 FITS = 0.99  # of the values that moved come out, where sums in float32 are a few bits better than the result
 FITS_FLOAT32 = 0.5  # where they are not: the order of a sum shows
 MOST_ORDERS = 6  # of LoRAs one after the other
+SCREENED = 1 << 16  # values on which everything is tried
+GOOD = 0.999  # of values come out, so that scales are not looked for any better
+DIGITS = 4  # behind the point of a scale that somebody would give
+STEPS = 10  # of Newton's
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +50,20 @@ class Recognised:
 
 
 class _Moved:
-    """The values of one sample that moved, or would at some scales."""
+    """The values of one sample that moved, or would at some scales; at most `most` of them."""
 
-    def __init__(self, sample: SampledTensor, kind: dtypes.FloatFormat, scales: Sequence[float]) -> None:
+    def __init__(self, sample: SampledTensor, kind: dtypes.FloatFormat, scales: Sequence[float], most: int) -> None:
         start = rounded(sample.summands.weights, kind)
         meant = rounded(sample.summands.total(scales), kind)
-        where = (sample.values != start) | (meant != start)
+        places = np.flatnonzero((sample.values != start) | (meant != start))
+        where = np.zeros(len(start), bool)
+        where[places[:: max(1, len(places) // most)]] = True
         self.name = sample.name
         self.kind = kind
         self.summands = sample.summands.part(where)
         self.values = sample.values[where]
         self.size = len(self.values)
+        self.unit = float(np.mean(spacing(self.values, kind) ** 2)) if self.size else 1.0
         self.needed = FITS_FLOAT32 if kind == FORMATS["F32"] else FITS
 
     def equal(self, way: MergeWay, scales: Sequence[float], order: Sequence[int]) -> int:
@@ -65,27 +72,59 @@ class _Moved:
 
 
 def recognise(samples: Sequence[SampledTensor], scales: Array) -> Recognised | None:
-    """Find round scales near those that were estimated, and the way that fits most weights; None where none does."""
-    moved = [_Moved(one, one.kind, scales.tolist()) for one in samples if one.kind is not None]
-    moved = [one for one in moved if one.size]
-    if sum(one.size for one in moved) < TRACE:
+    """Find round scales near those that were estimated, and the way that fits most weights; None where none does.
+
+    All ways and orders are tried on a few values, and the best of them on all. Scales are estimated as if sums were
+    rounded once: if that fits badly, they are estimated anew for each way.
+    """
+    plain = [one for one in samples if one.kind is not None]
+    few = _moved(plain, scales, max(1, SCREENED // max(1, len(plain))))
+    if sum(one.size for one in few) < 1:
         return None
-    round_scales = _snapped(moved, scales)
-    order = tuple(range(len(scales)))
-    best: Recognised | None = None
+    tried = list(_tried(len(scales), scales))
+    best = _best(few, [(way, order, _snapped(few, way, order, scales)) for way, order in tried])
+    if _share(few, *best) < GOOD:
+        refined = [(way, order, _newton(few, way, order, scales)) for way, order in tried]
+        best = _best(few, [best, *((way, order, _snapped(few, way, order, some)) for way, order, some in refined)])
+    return _measured(_moved(plain, np.array(best[2]), BUDGET), *best)
+
+
+Trial = tuple[MergeWay, tuple[int, ...], list[float]]
+
+
+def _moved(samples: Sequence[SampledTensor], scales: Array, most: int) -> list[_Moved]:
+    found = [_Moved(one, one.kind, scales.tolist(), most) for one in samples if one.kind is not None]
+    return [one for one in found if one.size]
+
+
+def _tried(count: int, scales: Array) -> Iterator[tuple[MergeWay, tuple[int, ...]]]:
+    """Ways, each with the orders in which LoRAs may have been added."""
+    active = [number for number in range(count) if scales[number]]
     for way in WAYS:
-        active = [number for number in order if round_scales[number]]
-        orders = list(permutations(active))[:MOST_ORDERS] if way.ordered else [tuple(active)]
-        for one in orders:
-            found = _measured(moved, way, round_scales, one)
-            if found is not None and (best is None or found.equal > best.equal):
-                best = found
-    return best
+        for order in list(permutations(active))[:MOST_ORDERS] if way.ordered else [tuple(active)]:
+            yield way, order
 
 
-def _measured(
-    moved: Sequence[_Moved], way: MergeWay, scales: Sequence[float], order: tuple[int, ...]
-) -> Recognised | None:
+def _share(moved: Sequence[_Moved], way: MergeWay, order: tuple[int, ...], scales: Sequence[float]) -> float:
+    """The share of values that come out, of weights in which most do; of all where there are none such."""
+    pairs = [(one.equal(way, scales, order), one.size) for one in moved]
+    fitting = [pair for pair, one in zip(pairs, moved, strict=True) if pair[0] >= one.needed * one.size] or pairs
+    return sum(count for count, _ in fitting) / sum(size for _, size in fitting)
+
+
+def _best(moved: Sequence[_Moved], trials: Sequence[Trial]) -> Trial:
+    """The trial that fits most weights, and of those most values; the first of equal ones."""
+
+    def fit(trial: Trial) -> tuple[int, int]:
+        way, order, scales = trial
+        pairs = [(one.equal(way, scales, order), one) for one in moved]
+        fitting = sum(one.size for count, one in pairs if count >= one.needed * one.size)
+        return fitting, sum(count for count, _ in pairs)
+
+    return max(trials, key=fit)
+
+
+def _measured(moved: Sequence[_Moved], way: MergeWay, order: tuple[int, ...], scales: list[float]) -> Recognised | None:
     """The weights that come out in a way; None where those are none."""
     pairs = [(one, one.equal(way, scales, order)) for one in moved]
     fitting = [(one, count) for one, count in pairs if count >= one.needed * one.size]
@@ -96,28 +135,39 @@ def _measured(
     return Recognised(way, tuple(scales), order, equal, size, frozenset(one.name for one, _ in fitting))
 
 
-def _snapped(moved: Sequence[_Moved], scales: Array) -> list[float]:
+def _snapped(moved: Sequence[_Moved], way: MergeWay, order: tuple[int, ...], scales: Array) -> list[float]:
     """The scales in as few digits as fit as well as any."""
-    once = BY_KEY["once"]
 
     def equal(some: Sequence[float]) -> int:
-        return sum(one.equal(once, some, ()) for one in moved)
+        return sum(one.equal(way, some, order) for one in moved)
 
     raw = scales.tolist()
-    least = max(1, sum(one.size for one in moved) // 10_000)
+    least = max(1, sum(one.size for one in moved) // 5_000)
     tried = [[round(scale, digits) for scale in raw] for digits in range(DIGITS + 1)]
     counts = [equal(some) for some in (*tried, raw)]
-    good = [some for some, count in zip((*tried, raw), counts, strict=True) if count >= max(counts) - least]
-    now = list(good[0])
+    now = next(some for some, count in zip((*tried, raw), counts, strict=True) if count >= max(counts) - least)
     reached = equal(now)
     for number in range(len(now)):
         for simpler in dict.fromkeys([0.0, *(round(now[number], digits) for digits in range(DIGITS))]):
             other = [*now[:number], simpler, *now[number + 1 :]]
-            if simpler != now[number] and (count := equal(other)) >= reached - (0 if simpler == 0.0 else least // 4):
+            if simpler != now[number] and equal(other) >= reached - (0 if simpler == 0.0 else least // 4):
                 now = other
-                reached = max(reached, count)
+                reached = max(reached, equal(now))
                 break
     return [scale + 0.0 for scale in now]
+
+
+def _newton(moved: Sequence[_Moved], way: MergeWay, order: tuple[int, ...], scales: Array) -> Array:
+    """The scales at which a way leaves nothing that the LoRAs explain."""
+    now = scales.copy()
+    deltas = [np.stack(one.summands.deltas) for one in moved]
+    gram = sum((each @ each.T / one.unit for each, one in zip(deltas, moved, strict=True)), np.zeros((len(now),) * 2))
+    for _ in range(STEPS):
+        moment = np.zeros(len(now))
+        for each, one in zip(deltas, moved, strict=True):
+            moment += each @ (one.values - way.make(one.summands, now, one.kind, order)) / one.unit
+        now = now + np.linalg.lstsq(gram, moment, rcond=1e-10)[0]
+    return now
 
 
 def trace_of(samples: Sequence[SampledTensor], found: Recognised, number: int) -> int:
