@@ -6,11 +6,13 @@ import argparse
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lora_fuse.differences.explaining.explain_verdict import of_lora, verdict
 from lora_fuse.errors import BadConfig, naming_extras
 from lora_fuse.machine import files, text
+
+if TYPE_CHECKING:
+    from lora_fuse.differences.explaining.explanation import Explanation
 
 SHOWN = 12  # blocks that are listed
 
@@ -54,13 +56,15 @@ def _explain(options: argparse.Namespace) -> int:
             page = explain_html(explained)
         files.replace_text(options.html, page)
     if options.json:
-        text.say(json.dumps(answer(explained), indent=2, sort_keys=True))
+        text.say(json.dumps(answer(explained), sort_keys=True))
         return 0
     _print(explained)
     return 0
 
 
-def _print(explained: Any) -> None:
+def _print(explained: Explanation) -> None:
+    from lora_fuse.differences.explaining.explain_verdict import of_lora, verdict
+
     text.say(f"explain: {verdict(explained)}")
     for lora in explained.loras:
         text.say(f"  {of_lora(lora, explained)}")
@@ -80,8 +84,10 @@ def _print(explained: Any) -> None:
         text.say(f"  CKPT's header says, which is not relied on: {explained.header}")
 
 
-def answer(explained: Any) -> dict[str, Any]:
+def answer(explained: Explanation) -> dict[str, Any]:
     """The explanation as JSON has it: no infinite numbers."""
+    from lora_fuse.differences.explaining.explain_verdict import of_lora, verdict
+
     way = explained.way
     return {
         "verdict": verdict(explained),

@@ -32,8 +32,8 @@ def _sum(explained: Explanation) -> str:
         return "BASE"
     named = " + ".join(f"{lora.name} at {_scale(lora, exact=explained.way is not None)}" for lora in explained.found)
     if explained.way is None:
-        return f"BASE + {named}, rounded in no way that is known here"
-    exactly = "exactly " if not explained.missed else ""
+        return f"BASE + {named}{'' if explained.unexplained else ', rounded in no way that is known here'}"
+    exactly = "exactly " if not explained.missed and explained.way.way.is_exact else ""
     where = _where(explained)
     half = all(one.dtype == "F16" for one in explained.pair.tensors)
     also = " and ComfyUI on a GPU" if half and explained.way.way.key == "twice" else ""
@@ -67,9 +67,8 @@ def _rest(explained: Explanation) -> str:
 def of_lora(lora: AskedLora, explained: Explanation) -> str:
     """A sentence on one of the LoRAs."""
     if lora.found:
-        how = "" if explained.way is None else ", where its weights come out bit for bit"
-        if explained.missed and explained.way is not None:
-            how = ""
+        exactly = explained.way is not None and explained.way.way.is_exact and not explained.missed
+        how = ", where all weights come out bit for bit" if exactly and not explained.unexplained else ""
         return f"{lora.name} is in it at {_scale(lora, exact=False)}{how}"
     if lora.smallest == math.inf:
         return f"{lora.name} cannot be told apart from rounding at any scale: its deltas are too small to move a weight"

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from lora_fuse.checkpoint import PROVENANCE, blocks
 from lora_fuse.differences import PairedCheckpoints, open_pair
 from lora_fuse.differences.explaining.estimation import TRACE, Estimate, cosine_of, estimate, smallest_told
-from lora_fuse.differences.explaining.examination import ExaminedTensor, Examiner, LeftInBlock
+from lora_fuse.differences.explaining.examiner import ExaminedTensor, Examiner, LeftInBlock
 from lora_fuse.differences.explaining.remainder import effective_rank, pencil_scales
 from lora_fuse.differences.explaining.samples import SampledTensor, TargetedTensor, find_targets, take_samples
 from lora_fuse.differences.explaining.way_search import Recognised, recognise, trace_of

@@ -60,15 +60,26 @@ class MergeWay:
     ordered: bool = False
     is_coarse: bool = False
 
+    @property
+    def is_exact(self) -> bool:
+        """True where the values do not depend on the order of sums."""
+        return self.make is not _float32
+
     def comes_out(
         self, summands: Summands, scales: Scales, kind: dtypes.FloatFormat, order: Sequence[int], values: Array
     ) -> npt.NDArray[np.bool_]:
-        """True for each value that this way makes; of an exact sum, which float64 has nearly, that is the nearest."""
-        if self.make is not _once:
+        """True for each value that this way makes.
+
+        Of an exact sum, which float64 has nearly, it is the nearest; of a float32 sum it may be that of any order.
+        """
+        if self.make not in (_once, _float32):
             return np.asarray(self.make(summands, scales, kind, order) == values)
         low, high = intervals(values, kind)
-        slack = SLACK * (high - low)
         total = summands.total(scales)
+        slack = SLACK * (high - low)
+        if self.make is _float32:
+            parts = [abs(scale) * np.abs(delta) for scale, delta in zip(scales, summands.deltas, strict=True) if scale]
+            slack += 2.0**-23 * np.abs(total) + 2.0**-20 * sum(parts, np.zeros_like(total))
         return np.asarray((total >= low - slack) & (total <= high + slack))
 
 

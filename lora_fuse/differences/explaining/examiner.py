@@ -63,7 +63,7 @@ class ExaminedTensor:
 
 @dataclass(frozen=True, slots=True)
 class LeftInBlock:
-    """What is left in a block, of the weight that has most of it: `rank` None where that is no matrix.
+    """The remainder of a block, of the weight that has most of it: `rank` None where that is no matrix.
 
     `full` is True where what is left has no few directions.
     """
@@ -75,7 +75,7 @@ class LeftInBlock:
 
 
 class Examiner:
-    """What LoRAs are held to be in the checkpoint: a way and its scales, or scales alone."""
+    """A comparison of weights with what LoRAs at some scales, in a way or in none that is known, would have made."""
 
     def __init__(self, found: Recognised | None, scales: Sequence[float], rows: int | None) -> None:
         """Take what was found; `rows` are looked at of each weight, None for all."""
@@ -134,7 +134,7 @@ class Examiner:
     def rest(
         self, tensor: PairedTensor, targeted: TargetedTensor | None, scales: Sequence[float]
     ) -> tuple[npt.NDArray[np.float32], float]:
-        """What scales of the LoRAs leave in some rows, and the variance that rounding has there."""
+        """Rows of the difference without LoRAs at some scales, and the variance of rounding there."""
         kind = FORMATS.get(tensor.dtype or "")
         rows = drawn(tensor, max(2, LARGEST // tensor.columns))
         piece = tensor.read(rows)
