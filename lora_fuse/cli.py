@@ -1,4 +1,4 @@
-"""The command line: ``python -m lora_fuse inspect|plan|fuse|verify|explain``.
+"""The command line: ``python -m lora_fuse inspect|plan|fuse|verify|rebuild|explain``.
 
 Exit 0: done and right. 1: a check failed. 2: refused, with one ``error:`` line and nothing left behind.
 """
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lora_fuse
-from lora_fuse.differences.explaining import add_explain
 from lora_fuse.errors import BadConfig, naming_extras
 from lora_fuse.machine import OnceParser, interrupts, text
 
@@ -50,6 +49,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from lora_fuse.differences.explaining import add_explain
     from lora_fuse.rebuilding import add_rebuild
     from lora_fuse.release import add_signer
 
