@@ -29,7 +29,7 @@ LARGEST_REST = 1 << 30  # bytes of card, pictures, provenance and bill of materi
 
 @dataclass(frozen=True, slots=True)
 class PublishedRecipe:
-    """What a repository says of its weights, and the files that it has beside them.
+    """The statements of a repository on its weights, and the files that it has beside them.
 
     Attributes:
         label: ``repo@commit``, or the folder.
