@@ -25,9 +25,9 @@ Floats = npt.NDArray[np.float64]
 GROUPS = 8
 SMALLEST = 0.2  # scale that is claimed; pocket's Lightning LoRAs, which are in no weight of their base, come to -0.1
 LARGEST = 4.0  # nobody merges at more: such a delta is a part of the base's own weights
-SURE = 2.0  # margins, at least, that a scale is away from 0
+SURE = 1.5  # margins, at least, that a scale is away from 0
 APART = 0.5  # of the scale, at most, that a group is off by
-STUDENT = 2.36  # of a mean of 8: 95 %, two-sided, 7 degrees of freedom
+STUDENT = 3.5  # of a mean of 8: 99 %, two-sided, 7 degrees of freedom
 WEAKEST = 1e-4  # of the largest singular value: what is below is rounding
 
 
@@ -46,7 +46,7 @@ class Answers:
 
 @dataclass(frozen=True, slots=True)
 class ScaleEstimate:
-    """A scale, half of the width of its interval of 95 %, and what the groups say, each for itself."""
+    """A scale, half of the width of its interval of 99 %, and what the groups say, each for itself."""
 
     scale: float
     margin: float

@@ -61,7 +61,7 @@ def test_trained_loras_are_not_in_the_base_that_they_were_trained_on(tmp_path: P
     assert [one.name for one in theirs if one.claim] == [v1.name, v2.name]
     for one in (ours[2], theirs[1]):
         assert one.found is not None
-        assert abs(one.found.scale - 1.0) < one.found.margin < 0.2
+        assert abs(one.found.scale - 1.0) < one.found.margin < 0.25
 
 
 def write(folder: Path, weights: Mapping[str, Floats], tensors: Mapping[str, Floats]) -> tuple[Path, Path]:
