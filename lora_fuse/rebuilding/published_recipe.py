@@ -64,7 +64,7 @@ def parse_place(place: str) -> Source:
     Raises:
         BadSource: it is neither.
     """
-    if Path(place).is_dir():
+    if place and Path(place).is_dir():
         return Source(repo_id=None, path=place, revision=None)
     match = PLACE.fullmatch(place)
     if match is None:

@@ -179,8 +179,9 @@ def test_who_signed_is_looked_at_before_anything_else_and_the_release_is_the_one
     assert f"{LIST} of {folder} is no list of files" in refused()
     (folder / LIST).unlink()
     assert f"{folder} has no {LIST}" in refused()
-    assert rebuild("nothing", tmp_path / "out") == 2
-    assert "'nothing' is no folder here, and no repository's name" in capsys.readouterr().err
+    for place in ("nothing", ""):
+        assert rebuild(place, tmp_path / "out") == 2
+        assert f"{place!r} is no folder here, and no repository's name" in capsys.readouterr().err
 
 
 def test_another_base_or_lora_is_refused_by_name(
