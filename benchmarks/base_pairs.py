@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,7 +13,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+from safetensors import safe_open
 from safetensors.numpy import save_file
+
+from lora_fuse import LoraInput, plan
+from lora_fuse.checkpoint import dtypes as checkpoint_dtypes
+from lora_fuse.lora import LowRank
 
 Floats = npt.NDArray[np.float64]
 Factors = Mapping[str, tuple[Floats, Floats]]  # by module: up (rows, rank) and down (rank, columns)
@@ -57,6 +62,24 @@ class BasePair:
         }
         save_file(tensors, lora)
         return base, lora
+
+
+def pairs_of(base: Path, loras: Sequence[Path]) -> Iterator[BasePair]:
+    """The plain LoRAs in some files, each with the weights of a base's main component that it changes."""
+    for path in loras:
+        weights: dict[str, Floats] = {}
+        factors: dict[str, tuple[Floats, Floats]] = {}
+        targets = [one for one in plan(base, [LoraInput(path.stem, path, 1.0)]).targets.values() if one.stored is None]
+        for target in targets:
+            (delta,) = (scaled.read() for scaled in target.deltas)
+            if not isinstance(delta, LowRank) or delta.matrix.b is None or not target.tensor.name.endswith(".weight"):
+                continue
+            factors[target.tensor.name.removesuffix(".weight")] = (delta.factor * delta.matrix.a, delta.matrix.b)
+            with safe_open(target.shard.path, framework="np") as file:
+                values = file.get_tensor(target.tensor.name).astype(np.float64)
+            weights[target.tensor.name] = values.reshape(len(values), -1)
+        dtype = np.dtype(checkpoint_dtypes.DTYPES[targets[0].tensor.dtype].numpy)
+        yield BasePair(path.stem, dtype, weights, factors)
 
 
 def random_pairs(count: int, seed: int = 0, width: int = 32) -> Iterator[BasePair]:

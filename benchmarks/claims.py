@@ -12,16 +12,18 @@ import argparse
 import math
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.base_pairs import BasePair, TrainedBase, random_pairs, trained_pairs
+from benchmarks.base_pairs import BasePair, TrainedBase, pairs_of, random_pairs, trained_pairs
 from lora_fuse import LoraInput, plan
 from lora_fuse.differences import look_for
 from lora_fuse.machine import interrupts
 from lora_fuse.studies.validation import compare_files
 from pocket.controls.table import between_markers, markdown
+from tests.tiny_models import FAMILIES, tiny
+from tests.tiny_models.loras import write_loras
 
 SCALES = (1.0, 0.5, 0.25)
 HEAD = ("pairs", "number", "false claims", *(f"found at {scale:g}" for scale in SCALES), "within their margin")
@@ -59,6 +61,13 @@ def presence(pairs: Iterable[BasePair], folder: Path) -> Tally:
             else:
                 tally.false.append(f"{pair.kind}: {one.claim}")
     return tally
+
+
+def _tiny(folder: Path) -> Iterator[BasePair]:
+    """The models of `tests.tiny_models`, whose LoRAs are random."""
+    for name in FAMILIES:
+        write_loras(name, tiny(name, folder / name), folder / f"{name} lora")
+        yield from pairs_of(folder / name, sorted((folder / f"{name} lora").iterdir()))
 
 
 TEXT = "lora_fuse/fusion/*.py"
@@ -111,7 +120,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if "presence" in (options.what or ["presence"]):
-            kinds = {"random": random_pairs(options.random), "trained": trained_pairs(options.trained, 10)}
+            kinds = {
+                "random": random_pairs(options.random),
+                "small trained transformers": trained_pairs(options.trained, 10),
+                "pocket": pairs_of(Path("pocket/model"), sorted(Path("pocket/lora").glob("*.safetensors"))),
+                "tiny models of all families": _tiny(folder),
+            }
             tallies = {name: presence(pairs, folder) for name, pairs in kinds.items()}
             false = [claim for tally in tallies.values() for claim in tally.false]
             tables["presence"] = markdown(HEAD, (tally.row(name) for name, tally in tallies.items()))
