@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lora_fuse
+from lora_fuse.differences.taking_out import add_extract, add_unmerge, run_unmerge
 from lora_fuse.errors import BadConfig, naming_extras
 from lora_fuse.machine import OnceParser, interrupts, text
 
@@ -76,6 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     verify.set_defaults(run=_verify)
     add_rebuild(commands)
     add_explain(commands)
+    add_extract(commands)
+    unmerge = add_unmerge(commands)
+    unmerge.set_defaults(run=lambda given: run_unmerge(given, _inputs(given), _selection(given)))
     for command in (fuse, verify):
         command.add_argument("--quiet", action="store_true", help="say only what is wrong")
     for command in (plan, fuse):
@@ -84,13 +88,17 @@ def _parser() -> argparse.ArgumentParser:
             action="store_true",
             help="of a quantised BASE, quantise the fused weights again as they were (default: write all as BF16)",
         )
-    for command in (plan, fuse, verify):
+    for command in (plan, fuse, verify, unmerge):
         needed = command is not verify
         command.add_argument(
             "--lora", type=Path, action="append", required=needed, default=[], metavar="F", help="file or PEFT folder"
         )
         command.add_argument("--scale", type=float, action="append", metavar="S", help="one for each --lora")
         _add_choices(command)
+    for command in (plan, fuse, verify):
+        command.add_argument(
+            "--dtype", choices=("bfloat16", "float16", "float32"), help="of all floats of OUT; default: as in BASE"
+        )
     return parser
 
 
@@ -114,9 +122,6 @@ def _add_choices(command: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME",
         help="the component that the --lora before it is for, before the first: all; auto (default): as keys say",
-    )
-    command.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), help="of all floats of OUT; default: as in BASE"
     )
 
 

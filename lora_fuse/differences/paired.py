@@ -74,6 +74,10 @@ class StoredRows:
         """Bytes that it takes in its file."""
         return (self.codes.codes.tensor if self.codes else self.tensor).nbytes
 
+    def is_in_place_of(self, other: StoredRows) -> bool:
+        """True for the same bytes of one file."""
+        return self.tensor == other.tensor and self.codes is None and self.path.samefile(other.path)
+
     @property
     def path(self) -> Path:
         """The file that it lies in."""
@@ -125,6 +129,18 @@ class PairedTensor:
     def size(self) -> int:
         """Number of values."""
         return self.rows * self.columns
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both sides."""
+        parts = (part.stored.nbytes * part.rows // part.stored.rows for part in self.parts)
+        return self.base.nbytes + sum(parts)
+
+    @property
+    def is_shared(self) -> bool:
+        """True where both sides are the same bytes of one file, under one name or two."""
+        (*parts,) = ((part.stored, part.source) for part in self.parts)
+        return len(parts) == 1 and parts[0][1] == 0 and self.base.is_in_place_of(parts[0][0])
 
     @property
     def dtype(self) -> str | None:

@@ -42,6 +42,7 @@ MEANINGLESS = (
     *("software", "training_info", "name", "version"),  # ostris/ai-toolkit
     "ot_*",  # OneTrainer: its own settings; it writes .alpha tensors
     *("prompt", "workflow"),  # ComfyUI
+    "lora_fuse.extracted",  # `differences`: of what it was extracted, and what is left
 )
 # Words in a name that speak of strength or kind.
 WORDS = re.compile(
