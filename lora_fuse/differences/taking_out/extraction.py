@@ -71,7 +71,7 @@ class Extracted:
 
     @property
     def total(self) -> Left:
-        """What is left over all weights that differ."""
+        """The sums over all weights that differ."""
         parts = [weight.left for weight in self.weights]
         difference, product, fused = (
             math.fsum(getattr(part, name) for part in parts) for name in ("difference", "product", "fused")
