@@ -4,6 +4,9 @@ A Qwen-Image transformer of true shapes with random weights (normal) and a LoRA 
 has them, fused at 0.8. Of each command: seconds, seconds of one core, and the memory held of its own. Of what is
 extracted: what is left when it is fused. Of what is unmerged: the elements that cannot be told, those that are not the
 base's, and whether its fuse is the merge again. One result is on the disk at a time, beside base and merge.
+
+A second table is of one weight, merged in several ways and at several strengths: the sums that are impossible as they
+are taken, over those that would be if nothing had been merged. By this a checkpoint is refused.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
+import re
 import shutil
 import sys
 import tempfile
@@ -18,16 +23,36 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+
 from benchmarks.fuse import machine
 from benchmarks.make_checkpoint import Noise, make_base, make_lora, qwen_image_edit_config, tensor_shapes
 from benchmarks.memory_limit import LimitedRun, run_limited
 from lora_fuse.differences import open_pair
+from lora_fuse.differences.taking_out import unmerge
+from lora_fuse.errors import BadLora
+from lora_fuse.lora import LoraInput
 from lora_fuse.machine import files, interrupts, progress, text
 
 RANK = 64
 ALPHA = 16.0  # the update is .04 of the weights
 SCALE = "0.8"
 EXTRACTS = (("--rank", str(RANK)), ("--rank", "16"), ("--residual", "0.2"))
+SHAPE = (1024, 2048)  # of the weight that is merged in several ways
+FEW = 32  # rank of its LoRA
+STRENGTHS = [(dtype, update) for dtype in ("BF16", "F16") for update in (0.001, 0.01, 0.04)]  # shares of the weight
+WAYS = (
+    ("once", "once, 0.8"),
+    ("once, in float32", "once, 0.8"),
+    ("twice", "once, 0.8"),
+    ("thrice", "once, 0.8"),
+    ("twice", "twice, 0.8"),
+    ("thrice", "thrice, 0.8"),
+    ("once", "twice, 0.8"),
+    ("once", "once, 0.79"),
+    ("nothing", "once, 0.8"),
+)
+REFUSED = re.compile(r"(\d+) of \d+ elements are no such sum; without the LoRAs it would be about (\d+)")
 COLUMNS = ("command", "seconds", "of one core", "memory", "result")
 
 
@@ -38,7 +63,14 @@ def main() -> None:
     blocks = parser.parse_args().blocks
     with tempfile.TemporaryDirectory(prefix="taken-out-") as folder:
         text.say(f"{blocks} blocks of Qwen-Image in BF16, LoRA of rank {RANK} at {SCALE}; {machine()}")
-        text.say(text.markdown_table([COLUMNS, *_rows(Path(folder), blocks)]).replace("\\", ""))
+        _print([COLUMNS, *_rows(Path(folder), blocks)])
+    with tempfile.TemporaryDirectory(prefix="taken-out-") as folder, progress.silence():
+        _print([("merged", "taken as", *(f"{dtype}, {update:g}" for dtype, update in STRENGTHS)), *_told(Path(folder))])
+
+
+def _print(rows: Sequence[Sequence[object]]) -> None:
+    for line in text.markdown_table(rows).splitlines():
+        text.say(line)
 
 
 def _rows(folder: Path, blocks: int) -> Iterator[Sequence[str]]:
@@ -100,6 +132,49 @@ def _sums(root: Path) -> dict[str, str]:
             file.seek(8 + int.from_bytes(file.read(8), "little"))
             found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
+
+
+def _told(folder: Path) -> Iterator[Sequence[str]]:
+    """A row for each way to merge and to take out: at each strength, the share of impossible sums."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = SHAPE
+    weight, up, down = (torch.randn(*shape, generator=generator) for shape in (SHAPE, (rows, FEW), (FEW, columns)))
+    found: dict[tuple[str, str], list[str]] = {way: [] for way in WAYS}
+    for dtype, update in STRENGTHS:
+        kind = torch.bfloat16 if dtype == "BF16" else torch.float16
+        base, a, b = ((one * size).to(kind) for one, size in ((weight, 0.02), (down, 0.02 * update), (up, FEW**-0.5)))
+        product = b.float() @ a.float()
+        made = {
+            "once": base.double() + 0.8 * (b.double() @ a.double()),
+            "once, in float32": base.float() + 0.8 * product,
+            "twice": base + (0.8 * product).to(kind),
+            "thrice": base + product.to(kind) * 0.8,
+            "nothing": base,
+        }
+        lora = folder / "lora.safetensors"
+        save_file({"x.lora_A.weight": a, "x.lora_B.weight": b}, lora)
+        for merged, taken in WAYS:
+            save_file({"x.weight": made[merged].to(kind)}, folder / "merged.safetensors")
+            rounding, scale = taken.split(", ")
+            found[merged, taken].append(f"{_impossible(folder, lora, rounding, float(scale)):.2g}")
+    for way, shares in found.items():
+        yield *way, *shares
+
+
+def _impossible(folder: Path, lora: Path, rounding: Any, scale: float) -> float:
+    """Impossible sums over those that would be without the LoRA; where it is refused, of the first that decided it."""
+    try:
+        given = [LoraInput("lora", lora, scale)]
+        made = unmerge(folder / "merged.safetensors", given, folder / "undone.safetensors", rounding=rounding)
+    except BadLora as error:
+        numbers = REFUSED.search(str(error))
+        if numbers is None:
+            raise
+        return int(numbers[1]) / int(numbers[2])
+    counts = made.manifest.unmerged
+    return counts.impossible / counts.telling if counts else math.nan
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lora_fuse
-from lora_fuse.differences.taking_out import add_extract, add_unmerge, run_unmerge
 from lora_fuse.errors import BadConfig, naming_extras
 from lora_fuse.machine import OnceParser, interrupts, text
 
@@ -51,11 +50,15 @@ def _run(options: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from lora_fuse.differences.explaining import add_explain
+    from lora_fuse.differences.taking_out import add_extract, add_unmerge, run_unmerge
     from lora_fuse.rebuilding import add_rebuild
     from lora_fuse.release import add_signer
 
     parser = OnceParser(prog="python -m lora_fuse", description="Fuse LoRAs into a checkpoint, exactly.")
     commands = parser.add_subparsers(required=True, dest="command", metavar="inspect|plan|fuse|verify|rebuild|explain")
+    commands = parser.add_subparsers(
+        required=True, dest="command", metavar="inspect|plan|fuse|verify|rebuild|extract|unmerge"
+    )
     inspect = commands.add_parser("inspect", help="what is in a LoRA: format, ranks, alphas, targets")
     inspect.add_argument("lora", type=Path, metavar="LORA")
     inspect.set_defaults(run=_inspect)
