@@ -1,4 +1,4 @@
-"""The command line: ``python -m lora_fuse inspect|plan|fuse|verify|rebuild|explain``.
+"""The command line: ``python -m lora_fuse inspect|plan|fuse|verify|rebuild|explain|extract|unmerge``.
 
 Exit 0: done and right. 1: a check failed. 2: refused, with one ``error:`` line and nothing left behind.
 """
@@ -55,9 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     from lora_fuse.release import add_signer
 
     parser = OnceParser(prog="python -m lora_fuse", description="Fuse LoRAs into a checkpoint, exactly.")
-    commands = parser.add_subparsers(required=True, dest="command", metavar="inspect|plan|fuse|verify|rebuild|explain")
     commands = parser.add_subparsers(
-        required=True, dest="command", metavar="inspect|plan|fuse|verify|rebuild|extract|unmerge"
+        required=True, dest="command", metavar="inspect|plan|fuse|verify|rebuild|explain|extract|unmerge"
     )
     inspect = commands.add_parser("inspect", help="what is in a LoRA: format, ranks, alphas, targets")
     inspect.add_argument("lora", type=Path, metavar="LORA")

@@ -143,6 +143,10 @@ def test_convolutions_are_factored_and_what_is_no_matrix_is_whole(tmp_path: Path
     assert {"unet.conv_in.diff_b", "unet.conv_norm_out.diff"} < found.keys()
     left_of(made, base, other, fused(base, made.path, tmp_path / "again"))
     assert made.total.residual < 0.01
+    mixed = lora_fuse.open_lora(extract(other, base, tmp_path / "few.safetensors", rank=1, dtype="bfloat16").path)
+    found_dtypes = [tensor.dtype for tensor in mixed.header.tensors.values()]
+    assert found_dtypes == sorted(found_dtypes, reverse=True)  # wide ones first: each is aligned
+    assert set(found_dtypes) == {"F32", "BF16"}
     few = extract(other, base, tmp_path / "few.safetensors", rank=2, dtype="float16", matrices_only=True)
     assert {weight.form for weight in few.weights} == {"rank 2", "left out"}
     assert {values.dtype for name, values in load_file(few.path).items() if "lora_" in name} == {np.dtype(np.float16)}
@@ -228,3 +232,19 @@ def test_the_commands_answer_on_a_terminal_and_as_json_and_refuse_what_they_cann
         with pytest.raises(kind, match=words):
             call()
     assert not list(tmp_path.glob("n.safetensors*")) + list(tmp_path.glob(".n.*partial*"))
+
+
+def test_the_commands_of_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("### Ask a checkpoint")[2]
+    block = section.partition("```\n")[2].partition("```")[0]
+    base = tiny.write_pipeline(tmp_path / "BASE", tiny.weights())
+    lora = tiny.write_lora(tmp_path / "LORA", tiny.lora_tensors())
+    fused(base, lora, tmp_path / "CKPT")
+    monkeypatch.chdir(tmp_path)
+    commands = [line.split() for line in block.splitlines()]
+    assert {"extract", "unmerge"} <= {command[3] for command in commands}
+    for command in commands:
+        assert command[:3] == ["python", "-m", "lora_fuse"]
+        assert cli.main(command[3:]) == 0, command
+    assert (tmp_path / "LORA.safetensors").is_file()
+    assert (tmp_path / "OUT/model_index.json").is_file()

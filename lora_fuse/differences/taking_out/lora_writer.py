@@ -9,14 +9,14 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from lora_fuse.checkpoint import Header, dtypes, read_header
 from lora_fuse.errors import BadCheckpoint, Refused
-from lora_fuse.machine import direct_io, files, staging
+from lora_fuse.machine import FileRecord, direct_io, staging
 
 EXTRACTED = "lora_fuse.extracted"  # the metadata entry of an extracted LoRA: of what, and what is left, as JSON
 BLOCK = 8 << 20  # bytes that are copied at once
@@ -25,31 +25,45 @@ ENDING = ".safetensors"
 
 
 class LoraWriter:
-    """Takes tensors; `finish` puts the header before them."""
+    """Takes tensors; `finish` puts the header before them, and wide ones before narrow ones: each is aligned."""
 
-    def __init__(self, spool: BinaryIO, place: Path) -> None:
-        self._spool = spool
+    def __init__(self, folder: Path, place: Path) -> None:
+        self._folder = folder
         self._place = place
-        self._entries: dict[str, dict[str, object]] = {}
-        self._at = 0
+        self._spools: dict[int, BinaryIO] = {}  # by bytes of a value
+        self._tensors: dict[int, list[tuple[str, str, tuple[int, ...], int]]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for spool in self._spools.values():
+            spool.close()
 
     def add(self, name: str, values: npt.NDArray[np.generic]) -> None:
         """Take a tensor, float32 or of 16 bits."""
         data = np.ascontiguousarray(values)
-        offsets = [self._at, self._at + data.nbytes]
-        self._entries[name] = {"dtype": NAMES[data.dtype], "shape": list(values.shape), "data_offsets": offsets}
-        self._spool.write(data.reshape(-1).view(np.uint8).data)
-        self._at += data.nbytes
+        width = data.dtype.itemsize
+        if width not in self._spools:
+            self._spools[width] = (self._folder / f"tensors-{width}").open("w+b")
+        self._spools[width].write(data.reshape(-1).view(np.uint8).data)
+        self._tensors.setdefault(width, []).append((name, NAMES[data.dtype], values.shape, data.nbytes))
 
-    def finish(self, entry: Mapping[str, object]) -> files.FileRecord:
+    def finish(self, entry: Mapping[str, object]) -> FileRecord:
         """Write the file, with an entry that says what it is."""
-        self._spool.flush()
-        self._spool.seek(0)
+        entries: dict[str, dict[str, object]] = {}
+        at = 0
+        widths = sorted(self._tensors, reverse=True)
+        for name, dtype, shape, nbytes in (tensor for width in widths for tensor in self._tensors[width]):
+            entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + nbytes]}
+            at += nbytes
         metadata = {"format": "pt", EXTRACTED: json.dumps(entry, sort_keys=True)}
         with direct_io.HashingWriter(self._place, lambda _: None, direct=False) as output:
-            output.append(Header.pack(self._entries, metadata))
-            while block := self._spool.read(BLOCK):
-                output.append(block)
+            output.append(Header.pack(entries, metadata))
+            for spool in (self._spools[width] for width in widths):
+                spool.seek(0)
+                while block := spool.read(BLOCK):
+                    output.append(block)
             return output.finish()
 
 
@@ -68,8 +82,8 @@ def lora_writer(out: Path, *, replace: bool = False) -> Iterator[tuple[LoraWrite
         with staging.staging_folder(out, staging.ANEW) as staged:
             staged.keep_finished([])
             new = staged.place(out.name)
-            with (staged.folder / "files" / "tensors").open("w+b") as spool:
-                yield LoraWriter(spool, new), new
+            with LoraWriter(staged.files, new) as writer:
+                yield writer, new
             staging.replace_atomically(new, out)
     except OSError as error:
         raise Refused(f"cannot write {out}: {error.strerror} ({error.filename or out}); it is as it was") from error

@@ -177,6 +177,7 @@ def _part(deltas: Sequence[Delta], first: int, shape: tuple[int, ...]) -> Wide:
         else:
             import torch
 
+            torch.set_num_threads(1)  # of this thread, as in `torch_sums`
             there = torch.from_numpy(total)
             delta.add_to(there, there, first, 0)
     return total
