@@ -29,7 +29,7 @@ def add_unmerge(commands: Any) -> argparse.ArgumentParser:
         "--rounding",
         choices=("once", "twice", "thrice"),
         default="once",
-        help="in the merge: once (default; ComfyUI too), or as by PEFT and diffusers on a CPU: twice, a GPU: thrice",
+        help="in the merge: once (default), or as PEFT and diffusers do in 16 bits, on a CPU: twice, a GPU: thrice",
     )
     unmerge.add_argument(
         "--base-like", type=Path, metavar="FOLDER", help="names, shapes and dtypes that OUT has to have"

@@ -36,8 +36,8 @@ def unmerge(  # noqa: PLR0913 - by keyword, each is a choice of its own
         checkpoint: the merge: a pipeline folder, a component folder or one file.
         loras: all that were merged, with their scales.
         out: the folder or file to make, of the same kind.
-        rounding: ``once``, as here and in ComfyUI; ``twice``, the delta too, as PEFT and diffusers do on a CPU; or
-            ``thrice``, its product of two factors too, as they do on a GPU.
+        rounding: ``once``, as here and in ComfyUI; ``twice``, the delta too, as PEFT and diffusers do in 16 bits on a
+            CPU; or ``thrice``, its product of two factors too, as they do on a GPU.
         selection: the modules that were fused.
         base_like: a checkpoint that `out` has to be like: in names, shapes and dtypes of the weights.
         untouched: how other weights are taken over, see `files.take_over`.

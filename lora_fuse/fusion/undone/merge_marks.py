@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from lora_fuse.fusion.plan import Plan, Target
 
 UNMERGED = f"{PROVENANCE}.unmerged"  # the metadata entry of a shard that LoRAs were taken out of, as JSON
-# Roundings of a merge: of the exact sum; of the delta and of the sum, as PEFT does on a CPU; or of the product of the
-# two factors, of that with the scale and of the sum, as PEFT does on a GPU (peft/tuners/lora/layer.py).
+# Roundings of a merge: of the exact sum; of the delta and of the sum, as PEFT does with an adapter in 16 bits on a CPU;
+# or of the product of the two factors, of that with the scale and of the sum, as it does on a GPU
+# (peft/tuners/lora/layer.py, get_delta_weight). With an adapter in float32, its default, it rounds once.
 Rounding = Literal["once", "twice", "thrice"]
 OF_THE_MERGE = ("loras", "only", "skip", "scales", "leave_out")  # parts of a fused shard's entry
 

@@ -24,8 +24,8 @@ from lora_fuse.recipe import records
 
 BLOCK = 1 << 15  # values at a time: a dozen float64 arrays of them stay in a cache
 # Of the sums that would show that a LoRA is not there, the part that may: in a merge that was rounded as is said it is
-# 0, and of sums in float32 3 of 10000. Where a scale of 0.8 is taken for 0.79 it is 7 of 10 or more, and where a merge
-# was rounded in another way 2 of 10 or more (docs/explain.md).
+# 0, and of sums in float32 4 of 10000. Where a scale of 0.8 is taken for 0.79 it is 6 of 10 or more, and where a merge
+# was rounded in another way 1 of 10 or more (docs/explain.md, Measured).
 MOST = 0.05
 ENOUGH = 64  # of such sums in one weight, to say it of that weight alone
 
@@ -107,7 +107,8 @@ class UndoneSums:
             f"{where} does not have these LoRAs at these scales, rounded {self.rounding}: {counts.impossible} of "
             f"{counts.elements} elements are no such sum; without the LoRAs it would be about {counts.telling:.0f}, "
             f"and of their merge at most {MOST * counts.telling:.0f}. Give the LoRAs, scales, --only and --skip that "
-            "it was merged with, and --rounding twice or thrice for a merge by PEFT or diffusers; nothing was written"
+            "it was merged with, and --rounding twice or thrice for one by PEFT or diffusers in 16 bits; nothing was "
+            "written"
         )
 
 
