@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from lora_fuse.checkpoint import PROVENANCE, Checkpoint, Shard, TensorInfo, dtypes
 from lora_fuse.errors import BadCheckpoint, BadConfig
+from lora_fuse.machine import files
 from lora_fuse.models import kept_layers
 from lora_fuse.quantisation import Fp8Options
 from lora_fuse.recipe import sections
@@ -139,7 +140,7 @@ def read_blocks(tensor: TensorInfo, path: Path) -> Iterator[bytes]:
     Raises:
         BadCheckpoint: the file is not what its header says.
     """
-    with path.open("rb") as file:
+    with files.open_regular(path) as file:
         file.seek(tensor.start)
         left = tensor.nbytes
         while left:

@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_fuse.checkpoint import Header, TensorInfo, dtypes, read_header
-from lora_fuse.errors import BadCheckpoint, Unquantisable, naming_extras
+from lora_fuse.checkpoint.stored import is_gguf, open_gguf
+from lora_fuse.errors import BadCheckpoint, Unquantisable
+from lora_fuse.machine import files
 from lora_fuse.quantisation import decode, decode_ggml
 
 Float32s = npt.NDArray[np.float32]
@@ -32,9 +34,9 @@ def read_export(path: Path, shapes: Mapping[str, tuple[int, ...]] | None = None)
     Raises:
         BadCheckpoint: the file is no export, or what is stored of a weight does not add up.
     """
-    with path.open("rb") as file:
-        is_gguf = file.read(4) == b"GGUF"
-    found = _read_gguf(path) if is_gguf else _read_safetensors(path, shapes or {})
+    with files.open_regular(path) as file:
+        gguf = is_gguf(file.read(4))
+    found = _read_gguf(path) if gguf else _read_safetensors(path, shapes or {})
     for name, values in found:
         shape = (shapes or {}).get(name, values.shape)
         if values.shape != tuple(shape):
@@ -80,7 +82,7 @@ def _decoded(
 
 def _array(path: Path, tensor: TensorInfo) -> npt.NDArray[Any]:
     kind = dtypes.DTYPES[tensor.dtype].numpy
-    with path.open("rb") as file:
+    with files.open_regular(path) as file:
         file.seek(tensor.start)
         data = file.read(tensor.nbytes)
     if len(data) != tensor.nbytes:
@@ -89,12 +91,7 @@ def _array(path: Path, tensor: TensorInfo) -> npt.NDArray[Any]:
 
 
 def _read_gguf(path: Path) -> Iterator[tuple[str, Float32s]]:
-    with naming_extras(f"reading {path}"):
-        import gguf
-    try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, KeyError, IndexError) as error:
-        raise BadCheckpoint(f"{path} is no GGUF file that can be read ({error}); write it again") from error
+    reader = open_gguf(path)
     prefix = next((one for one in PREFIXES if any(tensor.name.startswith(one) for tensor in reader.tensors)), "")
     for tensor in reader.tensors:
         shape = tuple(int(size) for size in reversed(tensor.shape))

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lora_fuse.checkpoint import Header, TensorInfo, read_header
-from lora_fuse.errors import BadCheckpoint, naming_extras
+from lora_fuse.checkpoint.stored import open_gguf
+from lora_fuse.errors import BadCheckpoint
 from lora_fuse.exports.engine_keys import (
     CODES,
     FAMILIES,
@@ -127,12 +128,7 @@ def _rows(tensor: TensorInfo, shape: Shape, scale: TensorInfo) -> Iterator[str]:
 
 def _in_gguf(path: Path, family: BuiltModel, config: Settings, reader: ComfyVersion) -> Iterator[str]:
     """Problems of a GGUF file, whose names ComfyUI-GGUF, diffusers and stable-diffusion.cpp read without a prefix."""
-    with naming_extras(f"reading {path}"):
-        import gguf
-    try:
-        file = gguf.GGUFReader(path)
-    except (ValueError, KeyError, IndexError) as error:
-        raise BadCheckpoint(f"{path} is no GGUF file that can be read ({error}); write it again") from error
+    file = open_gguf(path)
     entry = file.get_field("general.architecture")
     architecture = entry.contents() if entry else None
     if architecture != family.architecture:

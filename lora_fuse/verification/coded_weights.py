@@ -6,7 +6,6 @@ a problem, and fails the verification.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lora_fuse.checkpoint.stored import open_gguf
 from lora_fuse.errors import BadCheckpoint, naming_extras
 from lora_fuse.machine import files
 from lora_fuse.verification.nearest import Wide, widen
@@ -197,12 +197,7 @@ def open_weights(paths: Sequence[Path | WeightFile]) -> Weights:
 
 def _gguf_weights(path: Path) -> Weights:
     """The tensors of a GGUF file as gguf's reader finds them; dtypes are ggml's types."""
-    with naming_extras("a GGUF base"):
-        from gguf import GGUFReader
-    try:
-        reader = GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:
-        raise BadCheckpoint(f"{path} cannot be opened as GGUF ({error}); fetch it again") from error
+    reader = open_gguf(path)
     found = Weights([])
     found.is_gguf = True
     entries = {
@@ -228,12 +223,12 @@ def read_codes(base: Weights) -> CodedWeights:
     for name in sorted(base.names() - markers):
         stored = base[name]
         module = name.removesuffix(".weight")
-        said = _said(base, f"{module}.comfy_quant", listed, module) if module != name else None
-        if stored.dtype not in {*TORCH, "I8"} and said is None and _is_plain(stored.dtype):
-            continue
         try:
+            said = _said(base, f"{module}.comfy_quant", listed, module) if module != name else None
+            if stored.dtype not in {*TORCH, "I8"} and said is None and _is_plain(stored.dtype):
+                continue
             tensor = _coded(base, name, stored, said)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             found.problems[name] = f"{name} is stored as {stored.dtype}, and what that means is not known: {error}"
             continue
         found.tensors[name] = tensor
@@ -273,15 +268,19 @@ def _coded(base: Weights, name: str, stored: StoredTensor, said: Mapping[str, An
 def _said(base: Weights, name: str, listed: Mapping[str, Any], module: str) -> Mapping[str, Any] | None:
     """The description of a module's codes: a tensor of text, or an entry of the header, which may lack a prefix."""
     if name in base.names():
-        said: Any = json.loads(base[name].read().tobytes())
+        said: Any = files.parse_json(base[name].read().tobytes())
         return said if isinstance(said, dict) else {"format": None}
     return next((said for key, said in listed.items() if f".{module}".endswith(f".{key}")), None)
 
 
 def _listed(base: Weights) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for metadata in base.metadata.values():
-        found |= json.loads(metadata.get(LAYERS, "{}")).get("layers", {})
+    for path, metadata in base.metadata.items():
+        try:
+            layers = files.parse_json(metadata[LAYERS])["layers"] if LAYERS in metadata else {}
+            found |= {str(layer): said for layer, said in layers.items()}
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise BadCheckpoint(f"{path}: {LAYERS} in its header lists no layers ({error}); fetch it again") from error
     return found
 
 

@@ -21,6 +21,7 @@ from lora_fuse.fusion import FuseJob, read_manifest
 from lora_fuse.fusion.merge import write_merged
 from lora_fuse.fusion.plan import make_plan
 from lora_fuse.machine import FileRecord, files
+from lora_fuse.verification.coded_weights import open_weights, read_codes
 from tests.support import codes, tiny
 
 SCALE = 0.7
@@ -236,6 +237,59 @@ def test_a_gguf_file_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     kind = dimension + 16
     with pytest.raises(BadCheckpoint, match="ggml's type 99"):
         opened(whole[:kind] + struct.pack("<I", 99) + whole[kind + 4 :], path)
+
+
+def entry(name: str, kind: int, value: bytes) -> bytes:
+    """An entry of GGUF's header."""
+    return struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", kind) + value
+
+
+def listed(kind: int, count: int, values: bytes = b"") -> bytes:
+    return struct.pack("<IQ", kind, count) + values
+
+
+SHAPE_OF = f"comfy.gguf.orig_shape.{codes.MODULES[0]}.weight"
+HOSTILE = {
+    "more values than a disk has": ([entry("a", 9, listed(0, 1 << 60))], "its header ends"),
+    "an entry twice": ([entry("a", 0, b"1"), entry("a", 0, b"2")], "'a' stands in it twice"),
+    "a shape below zero": ([entry(SHAPE_OF, 9, listed(5, 2, struct.pack("<ii", -24, -256)))], "originally"),
+    "a shape of fractions": ([entry(SHAPE_OF, 9, listed(6, 2, struct.pack("<ff", 24, 256)))], "originally"),
+}
+
+
+@pytest.mark.parametrize("why", HOSTILE)
+def test_a_hostile_header_of_gguf_is_refused_by_both_readers(tmp_path: Path, why: str) -> None:
+    """Gguf's own reader, which verifies, believes every length and takes what numbers there are."""
+    whole = codes.write("Q8_0", tmp_path).path.read_bytes()
+    (count,) = struct.unpack("<Q", whole[16:24])
+    entries, words = HOSTILE[why]
+    made = whole[:16] + struct.pack("<Q", count + len(entries)) + b"".join(entries) + whole[24:]
+    with pytest.raises(BadCheckpoint, match=words):
+        opened(made, tmp_path / "hostile.gguf")
+    with pytest.raises(BadCheckpoint, match=words):
+        open_weights([tmp_path / "hostile.gguf"])
+
+
+LAYERS = ("{", "[]", '{"layers": [1]}', "[" * 90_000)
+
+
+@pytest.mark.parametrize("text", LAYERS, ids=lambda text: text[:20])
+def test_a_list_of_layers_that_cannot_be_read_is_refused_by_both_readers(
+    tmp_path: Path, lora: LoraInput, text: str
+) -> None:
+    path = tmp_path / "base.safetensors"
+    save_file(codes.tensors("int8_tensorwise")[0], path, metadata={"_quantization_metadata": text})
+    with pytest.raises(BadCheckpoint, match="_quantization_metadata in its header is no JSON with layers"):
+        make_plan(open_checkpoint(path), [lora])
+    with pytest.raises(BadCheckpoint, match="_quantization_metadata in its header lists no layers"):
+        read_codes(open_weights([path]))
+
+
+@pytest.mark.parametrize("said", ["{", "[" * 90_000, '{"format": "int8_tensorwise", "convrot_groupsize": 1e999}'])
+def test_a_mark_that_cannot_be_read_fails_the_verification(tmp_path: Path, said: str) -> None:
+    marked = said.replace("}", ', "convrot": true}')
+    found = read_codes(open_weights([saved(tmp_path, "int8_tensorwise", comfy_quant=text(marked))]))
+    assert f"{codes.MODULES[0]}.weight" in found.problems
 
 
 def test_a_type_of_gguf_that_is_not_decoded_is_named(tmp_path: Path, lora: LoraInput) -> None:

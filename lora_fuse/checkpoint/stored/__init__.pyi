@@ -5,6 +5,7 @@ from .decoding import decode_rows as decode_rows
 from .encoding import MADE as MADE
 from .encoding import encode as encode
 from .gguf_file import is_gguf as is_gguf
+from .gguf_file import open_gguf as open_gguf
 from .gguf_file import read_gguf_header as read_gguf_header
 from .gguf_file import with_entry as with_entry
 from .marks import Quantised as Quantised

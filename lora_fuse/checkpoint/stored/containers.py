@@ -98,7 +98,11 @@ class StoredWeights:
 
 
 def find_stored(files_and_headers: Iterable[tuple[Path, Header]], where: str) -> StoredWeights:
-    """Find the weights that are codes in the files of one component; scales and descriptions are read."""
+    """Find the weights that are codes in the files of one component; scales and descriptions are read.
+
+    Raises:
+        BadCheckpoint: a header has a list of layers that cannot be read.
+    """
     pairs = list(files_and_headers)
     parts = {name: Part(path, tensor) for path, header in pairs for name, tensor in header.tensors.items()}
     search = _Search(parts, _listed_layers(pairs), where)
@@ -259,15 +263,21 @@ def _words_of(tail: str, behind_weight: bool = False) -> str | None:
 
 
 def _listed_layers(pairs: Iterable[tuple[Path, Header]]) -> dict[str, object]:
-    """The layers that a header lists, with what it says of each."""
+    """The layers that a header lists, with what it says of each.
+
+    Raises:
+        BadCheckpoint: it has a list that cannot be read, so that codes would be taken for what they are not.
+    """
     found: dict[str, object] = {}
-    for _, header in pairs:
+    for path, header in pairs:
         try:
-            said = files.parse_json(header.metadata.get(BY_LAYER, "{}"))
-        except ValueError:
-            said = {}
-        layers = said.get("layers") if isinstance(said, dict) else None
-        found |= layers if isinstance(layers, dict) else {}
+            said = files.parse_json(header.metadata.get(BY_LAYER, '{"layers": {}}'))
+            found |= {str(layer): one for layer, one in said["layers"].items()}
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise BadCheckpoint(
+                f"{path}: {BY_LAYER} in its header is no JSON with layers ({error}), and it says what codes mean; "
+                "fetch it again"
+            ) from error
     return found
 
 

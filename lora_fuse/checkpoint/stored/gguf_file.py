@@ -8,14 +8,20 @@ turned here. Nothing of a length that the file only claims is read or allocated.
 from __future__ import annotations
 
 import math
+import os
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import BinaryIO
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 from lora_fuse.checkpoint import Header, TensorInfo
-from lora_fuse.errors import BadCheckpoint
+from lora_fuse.errors import BadCheckpoint, naming_extras
+from lora_fuse.machine import files
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -81,6 +87,26 @@ def is_gguf(start: bytes) -> bool:
     return start.startswith(MAGIC)
 
 
+def open_gguf(path: Path) -> GGUFReader:
+    """Open a file with gguf's own reader, which believes every length in a header: it is read here before.
+
+    Raises:
+        BadCheckpoint: see `read_gguf_header`, or gguf's reader refuses it.
+        MissingExtra: gguf is not installed.
+    """
+    try:
+        with files.open_regular(path) as file:
+            read_gguf_header(file, os.fstat(file.fileno()).st_size, str(path))
+    except OSError as error:
+        raise BadCheckpoint(f"{path} cannot be read ({error.strerror}); fetch or make it again") from error
+    with naming_extras(f"reading {path}"):
+        from gguf import GGUFReader
+    try:
+        return GGUFReader(path)
+    except (OSError, ValueError, LookupError, OverflowError) as error:
+        raise BadCheckpoint(f"{path} cannot be opened as GGUF ({error}); fetch or make it again") from error
+
+
 class _Bytes:
     """Bytes of a header, read one after another; `fail` makes the error of one that does not add up."""
 
@@ -132,7 +158,7 @@ def read_gguf_header(file: BinaryIO, size: int, where: str) -> Header:
         raise BadCheckpoint(f"{where} is a GGUF file without a tensor; take another copy")
     if max(counts) > MAX_ENTRIES:
         raise source.fail(f"it has {max(counts)} tensors or entries, and at most {MAX_ENTRIES} are read")
-    entries = dict(_entry(source) for _ in range(counts[1]))
+    entries = _entries(source, counts[1])
     described = [_description(source) for _ in range(counts[0])]
     alignment = _alignment(entries, source)
     source.take(-len(source.raw) % alignment)
@@ -158,7 +184,7 @@ def with_entry(header: Header, name: str, value: str) -> bytes:
     tensors = source.number("Q")
     count = source.number("Q")
     before = len(source.raw)
-    entries = dict(_entry(source) for _ in range(count))
+    entries = _entries(source, count)
     end = len(source.raw)
     for _ in range(tensors):
         _description(source)
@@ -177,9 +203,14 @@ def _alignment(entries: dict[str, object], source: _Bytes) -> int:
     return alignment
 
 
-def _entry(source: _Bytes) -> tuple[str, object]:
-    name = source.text()
-    return name, _value(source, source.number("I"))
+def _entries(source: _Bytes, count: int) -> dict[str, object]:
+    entries: dict[str, object] = {}
+    for _ in range(count):
+        name = source.text()
+        if name in entries:
+            raise source.fail(f"the entry {name[:60]!r} stands in it twice")
+        entries[name] = _value(source, source.number("I"))
+    return entries
 
 
 def _value(source: _Bytes, code: int) -> object:
@@ -235,7 +266,7 @@ def _tensor(one: _Description, entries: dict[str, object], data: int, size: int,
         raise source.fail(f"{one.name!r} ends at byte {start + nbytes}, and the file has {size}: it is truncated")
     original = entries.get(f"{ORIGINAL_SHAPE}{one.name}")
     if isinstance(original, list) and original:
-        if math.prod(original) != count:
+        if not all(type(one) is int and one >= 0 for one in original) or math.prod(original) != count:
             raise source.fail(f"{one.name!r} has the shape {list(shape)}, and originally {original}")
         shape = tuple(original)
     return TensorInfo(one.name, kind.name, shape, start, start + nbytes)
