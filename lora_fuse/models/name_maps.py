@@ -18,6 +18,7 @@ from lora_fuse.models.families import families
 from lora_fuse.models.family import Family
 
 FOLDER = Path(__file__).parent / "families"
+LONGEST = 200  # characters of a name with its number; of the maps, the longest has 80
 _NUMBER = re.compile(r"(?<=[._])\d+(?=[._])")
 
 
@@ -128,9 +129,14 @@ def _sides(pieces: Mapping[str, Sequence[tuple[str, int, int]]]) -> Sides:
 
 
 def _template(name: str, known: Mapping[str, object]) -> tuple[str, str] | None:
-    """The template that a name is of, and the number of its block, if it has one."""
+    """The template that a name is of, and the number of its block, if it has one.
+
+    A longer name than any template is of none: a LoRA's may have hundreds of numbers, each of which is tried.
+    """
     if name in known:
         return name, ""
+    if len(name) > LONGEST:
+        return None
     for match in _NUMBER.finditer(name):
         template = f"{name[: match.start()]}{{}}{name[match.end() :]}"
         if template in known:

@@ -1,4 +1,4 @@
-"""Names of the other spelling of a base's family, written out for every block, and the rows of the base that they are.
+"""Names of the other spelling of a base's family, and the rows of the base that they are.
 
 The data of the maps is the engine's; the way to it is not: a row of the base has here the number of the row that it is
 in the other spelling, where the engine has runs of rows.
@@ -19,6 +19,7 @@ from lora_fuse.models import name_maps
 
 Numbers = npt.NDArray[np.int64]
 Pieces = list[tuple[str, int, int]]  # of an original parameter, in order: diffusers', place in it, share of the rows
+LONGEST = 300  # characters of a name that is looked for; those of the maps have up to 80
 ABSENT = -1  # the number of a row that the other parameter has not
 
 
@@ -48,24 +49,30 @@ class OtherNames:
         """Number of parameters of the base that each map has, in the spelling of which it has more."""
         sides = [[0, 0] for _ in self._maps]
         for name in self._rows:
-            for spelt in self._spelt.get(name, ()):
+            for spelt in self._spelt(name):
                 sides[spelt.of_map][spelt.original] += 1
         return [max(both) for both in sides]
 
+    def _spelt(self, name: str) -> Iterator[_Spelt]:
+        """The meanings of a name, each of its numbers taken for that of a block; a very long name has none."""
+        if len(name) > LONGEST:
+            return
+        numbers = re.finditer(r"(?<![^._])\d+(?![^._])", name)
+        written = [("", name), *((one[0], f"{name[: one.start()]}{{}}{name[one.end() :]}") for one in numbers)]
+        for block, template in written:
+            for number, original, dotted in self._templates.get(template, ()):
+                yield _Spelt(number, original, dotted, block)
+
     @cached_property
-    def _spelt(self) -> dict[str, list[_Spelt]]:
-        """Every name, in dots and with underscores for dots, of every block that the base has."""
-        blocks = {number for name in self._rows for number in re.findall(r"(?<=\.)\d+(?=\.)", name)}
-        made: dict[str, list[_Spelt]] = {}
+    def _templates(self) -> dict[str, list[tuple[int, bool, str]]]:
+        """Every name of every map, in dots and with underscores for dots: the map, the spelling, the name in dots."""
+        made: dict[str, list[tuple[int, bool, str]]] = {}
         for number, pieces in enumerate(self._maps):
             both = [(True, name) for name in pieces]
             both += [(False, name) for name in {part[0] for parts in pieces.values() for part in parts}]
             for original, template in both:
-                for block in blocks if "{}" in template else {""}:
-                    name = template.replace("{}", block)
-                    spelt = _Spelt(number, original, template, block)
-                    for spelling in {name, name.replace(".", "_")}:
-                        made.setdefault(spelling, []).append(spelt)
+                for spelling in {template, template.replace(".", "_")}:
+                    made.setdefault(spelling, []).append((number, original, template))
         return made
 
     def find(self, tails: list[str]) -> tuple[str, dict[str, Numbers]] | None:
@@ -78,7 +85,7 @@ class OtherNames:
         """
         for tail in tails:
             found: list[tuple[int, dict[str, Numbers]]] = []
-            for spelt in self._spelt.get(tail, ()):
+            for spelt in self._spelt(tail):
                 if (places := self._places(spelt)) is not None:
                     found.append((self._known[spelt.of_map], places))
             if not found:

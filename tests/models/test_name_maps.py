@@ -7,6 +7,7 @@ import pytest
 
 from lora_fuse.models import Family, families
 from lora_fuse.models.name_maps import NameMap, RowRun, maps, path_of
+from lora_fuse.verification.other_names import OtherNames
 from tests.support.derived_names import text_of
 from tests.support.original_names import FAMILY_OF, family_of
 from tests.tiny_models import tiny_transformer
@@ -43,6 +44,19 @@ def test_a_name_that_is_in_both_spellings_is_the_same_parameter(family: Family) 
 def known(name: str) -> NameMap:
     (one,) = (one for one in maps() if one.family == name)
     return one
+
+
+def test_a_name_of_many_numbers_is_no_work() -> None:
+    """Each might be a block's: of 20,000 numbers the names alone would have 10^9 characters."""
+    name = f"single_blocks.3.linear1.weight{'.1' * 20_000}"
+    rows = {"single_transformer_blocks.3.proj_mlp.weight": 16}
+    assert not any(one.knows(name) or one.translate(name.replace(".", "_"), rows) for one in maps())
+    assert OtherNames(rows).find([name]) is None
+
+
+def test_many_blocks_of_a_base_are_no_work_for_the_verification() -> None:
+    names = OtherNames({f"blocks.{number}.attn.weight": 4 for number in range(100_000)})
+    assert names.find(["single_blocks.3.linear1.weight"]) is None
 
 
 def test_rows_are_cut_joined_and_swapped() -> None:
