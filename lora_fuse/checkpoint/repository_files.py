@@ -30,6 +30,7 @@ HIDDEN = "hidden: housekeeping of git, the Hub's client or a file manager"
 UNNAMED = f"in a folder that {MODEL_INDEX} does not name"
 MAIN = ("transformer", "unet")  # the folder of the component that denoises, in every pipeline of diffusers that has one
 LOST = "lost+found"  # at the top of a disk, for root alone
+MOST_ENTRIES = 100_000  # files and folders below one, links to folders followed; as many as a Hub may list
 SHOWN = 5  # files of one reason that are named
 
 
@@ -105,9 +106,11 @@ def list_files(root: Path) -> list[str]:
     A dangling link is listed, and anything else that is no folder.
 
     Raises:
-        BadSource: a folder cannot be read, so that nobody knows what is missing.
+        BadSource: a folder cannot be read, so that nobody knows what is missing; or there is no end of them, as where
+            links to folders lie in each other.
     """
-    return sorted(path.relative_to(root).as_posix() for path in _walk(root, frozenset()))
+    found = _walk(root, frozenset(), iter(range(MOST_ENTRIES)))
+    return sorted(path.relative_to(root).as_posix() for path in found)
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -120,7 +123,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         ) from error
 
 
-def _walk(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
+def _walk(folder: Path, above: frozenset[tuple[int, int]], left: Iterator[int]) -> Iterator[Path]:
     info = folder.stat()
     inside = above | {(info.st_dev, info.st_ino)}
     try:
@@ -132,10 +135,15 @@ def _walk(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
         return
     for entry in entries:
         path = folder / entry.name
+        if next(left, None) is None:
+            raise BadSource(
+                f"{path} is one of more than {MOST_ENTRIES} files and folders; name the folder of the files alone, and "
+                "copy folders that are links to each other"
+            )
         if not entry.is_dir() or (entry.is_symlink() and (entry.stat().st_dev, entry.stat().st_ino) in inside):
             yield path
         else:
-            yield from _walk(path, inside)
+            yield from _walk(path, inside, left)
 
 
 def is_pickle(path: str) -> bool:

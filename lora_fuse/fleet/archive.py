@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import struct
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from zipfile import ZIP_STORED, ZipFile, ZipInfo
+from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
+from lora_fuse.errors import BadSource
 from lora_fuse.machine import files, staging
 
-LARGEST = 2_000_000_000  # bytes of a file of a result
+LARGEST = 2_000_000_000  # bytes of a result
 
 
 def pack(folder: Path, keeps: Callable[[str], bool] = lambda _: True) -> bytes:
@@ -33,13 +37,29 @@ def unpack(content: bytes, out: Path, *, stays: Iterable[str] = ()) -> None:
 
     Raises:
         Busy: another process holds `out`.
+        BadSource: it is not whole, or would be larger than anything that is packed.
         OSError: it cannot be written.
     """
-    with staging.exclusive(out), staging.whole(out, stays=stays) as folder, ZipFile(BytesIO(content)) as archive:
+    with staging.exclusive(out), staging.whole(out, stays=stays) as folder, _opened(content) as archive:
+        if (size := sum(one.file_size for one in archive.infolist())) > LARGEST:
+            raise BadSource(f"the result for {out} has {size} bytes, and at most {LARGEST} come back; run again")
         archive.extractall(folder)
 
 
 def read(content: bytes, name: str) -> bytes | None:
-    """One file of what was packed; None if there is none of that name."""
-    with ZipFile(BytesIO(content)) as archive:
+    """One file of what was packed; None if there is none of that name.
+
+    Raises:
+        BadSource: it is not whole.
+    """
+    with _opened(content) as archive:
         return archive.read(name) if name in archive.namelist() else None
+
+
+@contextmanager
+def _opened(content: bytes) -> Iterator[ZipFile]:
+    try:
+        with ZipFile(BytesIO(content)) as archive:
+            yield archive
+    except (BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise BadSource(f"a result that came back is not whole ({error}); run again") from error

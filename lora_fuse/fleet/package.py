@@ -5,19 +5,19 @@ They are listed, and nothing else travels: no configuration of the user, no toke
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
-from lora_fuse.errors import BadSource
+from lora_fuse.checkpoint import repository_files
+from lora_fuse.errors import BadCheckpoint, BadSource
 from lora_fuse.machine import files, progress
 from lora_fuse.recipe import Recipe, paths, stated_licence
 
 LARGEST = 256_000_000  # bytes of all; Ray's own bound is 512 MiB, and the head sends them to each node
-UNSENT = ("__pycache__",)
+UNSENT = frozenset({"__pycache__"})
 ADAPTER = ("adapter_config.json",)  # beside PEFT's weights
 
 
@@ -33,7 +33,7 @@ class Package:
         """Packages of code as they are imported here, and files and folders of the working folder, where they are.
 
         Raises:
-            BadSource: together they are too large to travel.
+            BadSource: together they are too large to travel, or a link leads out of a folder.
         """
         found: dict[str, Path] = {}
         for module in code:
@@ -60,7 +60,11 @@ class Package:
 
 
 def project_files(recipes: Iterable[Recipe]) -> list[Path]:
-    """The files and folders that nodes need for recipes: local sources, pictures, goldens, the build's locks."""
+    """The files and folders that nodes need for recipes: local sources, pictures, goldens, the build's locks.
+
+    Raises:
+        BadSource: a link leads out of a LoRA's folder.
+    """
     found = [paths.HERE.base_lock, paths.HERE.lora_lock]
     for recipe in recipes:
         if recipe.base.path is not None:
@@ -68,19 +72,25 @@ def project_files(recipes: Iterable[Recipe]) -> list[Path]:
         for lora in recipe.loras.values():
             if lora.path is not None:
                 folder = Path(lora.path)
-                found += [folder / name for name in (lora.filename, *ADAPTER, *stated_licence.NAMES, "README.md")]
+                names = (lora.filename, *ADAPTER, *stated_licence.NAMES, "README.md")
+                found += [_inside(folder, name) for name in names]
         found += [Path(image) for case in recipe.regress.cases.values() for image in case.images]
         found.append(paths.GOLDEN / recipe.name)
     return list(dict.fromkeys(found))
 
 
 def _below(folder: Path) -> Iterator[tuple[str, Path]]:
-    for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(set(folders) - {*UNSENT})
-        for name in sorted(names):
-            path = Path(root) / name
-            if path.is_file():
-                yield path.relative_to(folder).as_posix(), path
+    """The regular files of a folder by POSIX path; a link that leads out of a base or LoRA is refused, as by a fuse."""
+    for name in repository_files.list_files(folder):
+        if UNSENT.isdisjoint(Path(name).parts) and (folder / name).is_file():
+            yield name, _inside(folder, name)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    try:
+        return repository_files.locate(folder, name)
+    except BadCheckpoint as error:
+        raise BadSource(str(error)) from error
 
 
 def _refuse_large(found: dict[str, Path]) -> None:

@@ -124,7 +124,7 @@ def inside(root: Path, name: str) -> Path:
         OSError: a link leads elsewhere; `strerror` names its target.
     """
     path = root / name
-    top = root / Path(name).parts[0]
+    top = root / next(iter(Path(name).parts), "")
     own = [root, *([top] if top != path and not (root / ".git").exists() else [])]
     folders = [os.path.realpath(folder) for folder in own]
     target = Path(os.path.realpath(path))

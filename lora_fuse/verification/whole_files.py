@@ -27,6 +27,7 @@ SCHEDULER = "scheduler/scheduler_config.json"
 NEEDED = re.compile(r"(licen[cs]e|notice)[^/]*|[^/]+\.(json|txt|model)", re.IGNORECASE)
 NAMES_DTYPE = ("torch_dtype", "dtype")  # in a configuration
 WEIGHTS = (".safetensors", ".sft")
+MOST = 200_000  # files and folders of one, as links show them
 
 
 def sort_base(base: Path, components: Sequence[str], names: Set[str] | None) -> repository_files.SortedFiles:
@@ -83,13 +84,16 @@ def compare_files(
     return len(others), problems
 
 
-def _listed(folder: Path, place: str = "", above: tuple[Path, ...] = ()) -> frozenset[str]:
+def _listed(
+    folder: Path, place: str = "", above: tuple[Path, ...] = (), left: Iterator[int] | None = None
+) -> frozenset[str]:
     """Every file below a folder, also behind links; a link to a folder above is one name.
 
     Raises:
-        BadCheckpoint: a folder cannot be read.
+        BadCheckpoint: a folder cannot be read, or there is no end of them.
     """
     names: set[str] = set()
+    left = iter(range(MOST)) if left is None else left
     inside = (*above, folder.resolve())
     try:
         paths = list(folder.iterdir())
@@ -100,8 +104,10 @@ def _listed(folder: Path, place: str = "", above: tuple[Path, ...] = ()) -> froz
             f"{folder} cannot be listed ({error.strerror}); give yourself the right to read it"
         ) from error
     for path in paths:
+        if next(left, None) is None:
+            raise BadCheckpoint(f"{path} is one of more than {MOST} files and folders; copy those that are links")
         if path.is_dir() and path.resolve() not in inside:
-            names |= _listed(path, f"{place}{path.name}/", inside)
+            names |= _listed(path, f"{place}{path.name}/", inside, left)
         else:
             names.add(f"{place}{path.name}")
     return frozenset(names)

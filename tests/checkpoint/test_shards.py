@@ -9,8 +9,10 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
+from lora_fuse.checkpoint import repository_files
 from lora_fuse.checkpoint.shards import open_checkpoint
 from lora_fuse.errors import BadCheckpoint, BadSource
+from lora_fuse.verification import whole_files
 from tests.support import tiny
 
 INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
@@ -129,6 +131,22 @@ def test_linked_folders_are_followed_and_loops_end(tmp_path: Path, base: Path) -
     assert found.tensors() == plain.tensors()
     assert found.others == ("NOTICE", *plain.others)
     assert {"vae/itself", "vae/loop"} <= found.left.keys()
+
+
+def test_links_that_multiply_come_to_an_end(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two links in each of 30 folders to the next one are a thousand million folders."""
+    for depth in range(30):
+        (tmp_path / f"{depth}").mkdir()
+        for link in "ab":
+            (tmp_path / f"{depth}" / link).symlink_to(tmp_path / f"{depth + 1}")
+    (tmp_path / "30").mkdir()
+    (base / "vae/many").symlink_to(tmp_path / "0")
+    monkeypatch.setattr(repository_files, "MOST_ENTRIES", 100)
+    monkeypatch.setattr(whole_files, "MOST", 100)
+    with pytest.raises(BadSource, match="one of more than 100 files and folders"):
+        open_checkpoint(base)
+    with pytest.raises(BadCheckpoint, match="one of more than 100 files and folders"):
+        whole_files.sort_base(base, ["transformer"], None)
 
 
 def test_a_component_may_be_a_link_into_the_hubs_cache(tmp_path: Path, base: Path) -> None:

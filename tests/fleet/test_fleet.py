@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 import psutil
 import pytest
@@ -276,9 +278,13 @@ def test_a_package_has_what_is_named_and_nothing_too_large(tmp_path: Path, monke
         large.truncate(10**9)
     with pytest.raises(BadSource, match=r"the largest is in/base\.safetensors with 1.00GB"):
         Package.of([], [Path("in")])
+    (tmp_path / "in/base.safetensors").unlink()
+    (tmp_path / "in/notes.txt").symlink_to(tmp_path / ".env")
+    with pytest.raises(BadSource, match=r"a link leads to .*\.env, out of in"):
+        Package.of([], [Path("in")])
 
 
-def test_a_result_comes_back_whole_and_without_what_stays(tmp_path: Path) -> None:
+def test_a_result_comes_back_whole_and_without_what_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = tmp_path / "made"
     for name in ("a/b.txt", "merged/w", ".lock"):
         (made / name).parent.mkdir(parents=True, exist_ok=True)
@@ -290,6 +296,14 @@ def test_a_result_comes_back_whole_and_without_what_stays(tmp_path: Path) -> Non
     archive.unpack(content, tmp_path / "out", stays=["receipt"])
     assert sorted(path.name for path in (tmp_path / "out").rglob("*")) == ["a", "b.txt", "receipt"]
     assert (archive.read(content, "a/b.txt"), archive.read(content, "c")) == (b"a/b.txt", None)
+    large = BytesIO()
+    with ZipFile(large, "w", ZIP_DEFLATED) as packed, packed.open(ZipInfo("zeros"), "w") as file:
+        file.write(bytes(1 << 20))
+    monkeypatch.setattr(archive, "LARGEST", 1 << 16)
+    for bad, words in ((content[:-9], "is not whole"), (large.getvalue(), "has 1048576 bytes, and at most 65536")):
+        with pytest.raises(BadSource, match=words):
+            archive.unpack(bad, tmp_path / "out")
+    assert (tmp_path / "out/receipt").exists()
 
 
 def test_without_ray_the_extra_is_named(tmp_path: Path) -> None:
