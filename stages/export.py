@@ -101,7 +101,7 @@ def bytes_of(size: str) -> int:
     Raises:
         BadConfig: it is none.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(B|kB|MB|GB)?", size)
+    found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?)(B|kB|MB|GB)?", size)
     if not found:
         raise BadConfig(f"--search takes a size, and got {size!r}: python -m stages.export --search 13.5GB")
     return int(float(found[1]) * {"kB": 1e3, "MB": 1e6, "GB": 1e9}.get(found[2], 1))

@@ -28,6 +28,7 @@ from lora_fuse.regression.goldens import Goldens
 from lora_fuse.studies.validation.file_comparison import FileComparison, Kinship, compare_files
 from lora_fuse.studies.validation.outcome import CaseEvidence, Cause, Effect, Judgement, Outcome
 from lora_fuse.studies.validation.questions import judge
+from lora_fuse.studies.validation.several import folder_of
 from lora_fuse.studies.validation.sides import effect, gain
 from lora_fuse.studies.validation.versions import Version, candidate, misfits, parse_lora
 from pocket.candidates import compare, for_another_base, write
@@ -174,6 +175,11 @@ def test_several_versions_have_a_report_each_and_the_exit_code_is_the_worst_one_
     assert "python -m stages.validate other.safetensors bob/lora:gone.safetensors --set" in table
     assert validate_several([requested(loras[1], None, None, False, ONE_CASE)], None, Console(quiet=True)) == 2
     assert not page.exists()  # an answer to another request
+
+
+def test_a_version_whose_name_is_no_text_has_a_folder() -> None:
+    """Names on disk are bytes, which Python escapes."""
+    assert folder_of("a\udcff.safetensors").name.startswith("a-")
 
 
 def test_a_file_that_holds_nan_is_unusable(tmp_path: Path, project: Path) -> None:

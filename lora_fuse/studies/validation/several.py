@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +40,7 @@ class JudgedVersion:
 def folder_of(lora: str) -> Path:
     """The folder of the report of a version: readable, and with eight digits of a hash of all of its name."""
     readable = re.sub(r"[^A-Za-z0-9]+", "-", lora.removesuffix(".safetensors")).strip("-")
-    return VERSIONS / f"{readable[-60:]}-{hashlib.sha256(lora.encode()).hexdigest()[:8]}"
+    return VERSIONS / f"{readable[-60:]}-{hashlib.sha256(os.fsencode(lora)).hexdigest()[:8]}"
 
 
 def judge_here(validation: Validation) -> JudgedVersion:
