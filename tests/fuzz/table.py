@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from itertools import chain
 
-from tests.fuzz import answers, pictures, releases, stage_records, texts, weights
+from tests.fuzz import answers, exported, pictures, releases, stage_records, texts, weights
 from tests.fuzz.parsers import Parser
 
-KINDS = (weights, texts, stage_records, releases, pictures, answers)
+KINDS = (weights, exported, texts, stage_records, releases, pictures, answers)
 
 
 def parsers() -> dict[str, Parser]:
