@@ -51,7 +51,7 @@ def _run(options: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     from lora_fuse.differences.explaining import add_explain
     from lora_fuse.differences.taking_out import add_extract, add_unmerge, run_unmerge
-    from lora_fuse.rebuilding import add_rebuild
+    from lora_fuse.rebuilding import add_rebuild, add_rebuilders
     from lora_fuse.release import add_signer
 
     parser = OnceParser(prog="python -m lora_fuse", description="Fuse LoRAs into a checkpoint, exactly.")
@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--seed", type=int, metavar="N", help="draw the same rows as an earlier verification")
     verify.add_argument("--scheduler", type=Path, metavar="JSON|auto", help="settings that MERGED should have")
     add_signer(verify)
+    add_rebuilders(verify)
     verify.set_defaults(run=_verify)
     add_rebuild(commands)
     add_explain(commands)
@@ -386,6 +387,7 @@ def _print_fused(fused: Fused, out: str) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from lora_fuse.rebuilding import run_rebuilders
     from lora_fuse.release import is_published, release_of, trusted_of
 
     if options.rows != "all" and not (options.rows.isdigit() and int(options.rows) > 0):
@@ -394,9 +396,12 @@ def _verify(options: argparse.Namespace) -> int:
         raise BadConfig("BASE and --lora go together: give both to check the merge, none to check a download alone")
     trusted = trusted_of(options)
     expected = release_of(options)
-    if not (trusted or expected) and options.base is not None and not is_published(options.merged):
+    asked = trusted or expected or options.rebuilders
+    if not asked and options.base is not None and not is_published(options.merged):
         return _verify_merge(options, None)
     code, published = _verify_download(options.merged, trusted, expected)
+    if options.rebuilders is not None:
+        code = max(code, run_rebuilders(options.merged, options.rebuilders))
     return code if options.base is None else max(code, _verify_merge(options, published))
 
 

@@ -17,16 +17,16 @@ LONGEST = 2000  # characters of a message
 # The extras of pyproject.toml, with the libraries of each that are imported here; all others are the core's.
 EXTRAS = {
     "torch": ("torch",),
-    "hub": ("httpx2", "huggingface_hub", "yaml"),
+    "hub": ("httpx2", "huggingface_hub", "packageurl", "yaml"),
     "pipeline": (
         *("PIL", "accelerate", "cyclonedx", "diffusers", "flip_evaluator", "hydra", "jinja2"),
-        *("junitparser", "omegaconf", "packageurl", "packaging", "peft", "psutil"),
+        *("junitparser", "omegaconf", "packaging", "peft", "psutil"),
         *("skimage", "ssimulacra2", "tabulate", "transformers"),
     ),
     "video": ("ftfy",),
     "gguf": ("gguf",),
     "fleet": ("ray",),
-    "sign": ("OpenSSL", "cryptography", "model_signing", "sigstore"),
+    "sign": ("OpenSSL", "cryptography", "model_signing", "securesystemslib", "sigstore"),
 }
 
 

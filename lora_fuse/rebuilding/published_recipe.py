@@ -50,12 +50,17 @@ class PublishedRecipe:
     @property
     def merge(self) -> dict[str, records.MergedFile]:
         """The files that a rebuild makes, by POSIX path."""
-        return {name: file for name, file in self.listing.files.items() if not _is_beside(name, file)}
+        return merge_of(self.listing)
 
     @property
     def exports(self) -> list[str]:
         """The files in other formats, which a rebuild does not make."""
         return [name for name, file in self.listing.files.items() if _is_beside(name, file) and is_export(name)]
+
+
+def merge_of(listing: records.ReleaseList) -> dict[str, records.MergedFile]:
+    """The files of a release that are made of base and LoRAs, by POSIX path; exports are not among them."""
+    return {name: file for name, file in listing.files.items() if not _is_beside(name, file)}
 
 
 def parse_place(place: str) -> Source:

@@ -1,6 +1,7 @@
 from . import contents as contents
 from . import download_check as download_check
 from . import signing as signing
+from . import slsa as slsa
 from .assembly import checked_release as checked_release
 from .download_check import Published as Published
 from .download_check import check_published as check_published

@@ -10,12 +10,13 @@ Invariant: no clock time and no host in it, so the same build gives the same sta
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-from packageurl import PackageURL
+from typing import TYPE_CHECKING, Any
 
 from lora_fuse.machine import FileRecord
 from lora_fuse.recipe import Manifest, records
+
+if TYPE_CHECKING:  # who reads statements needs none
+    from packageurl import PackageURL
 
 BUILD_TYPE = "urn:lora-fuse:fuse:1"  # gives externalParameters their meaning: the sections of params.yaml
 Descriptor = dict[str, Any]  # a ResourceDescriptor: an artifact by name and digest (by algorithm), and its address
@@ -42,11 +43,16 @@ def provenance_json(
         "resolvedDependencies": dependencies(manifest),
     }
     builder = {"id": f"{repository or 'pkg:pypi/lora-fuse'}{commit}", "version": {"lora-fuse": tool.version}}
+    return statement_json({name: file.sha256 for name, file in files.items()}, definition, builder)
+
+
+def statement_json(sums: Mapping[str, str], definition: Mapping[str, Any], builder: Mapping[str, Any]) -> str:
+    """An in-toto statement on files by their sha256, with an SLSA provenance of this build definition and builder."""
     statement = {
         "_type": "https://in-toto.io/Statement/v1",
-        "subject": [_file(name, file.sha256) for name, file in sorted(files.items())],
+        "subject": [_file(name, sha256) for name, sha256 in sorted(sums.items())],
         "predicateType": "https://slsa.dev/provenance/v1",
-        "predicate": {"buildDefinition": definition, "runDetails": {"builder": builder}},
+        "predicate": {"buildDefinition": dict(definition), "runDetails": {"builder": dict(builder)}},
     }
     return records.to_json(statement)
 
@@ -65,6 +71,8 @@ def dependencies(manifest: Manifest) -> list[Descriptor]:
 
 def purl(repo_id: str, commit: str | None, file: str | None = None) -> PackageURL:
     """The package URL of a Hub repository (github.com/package-url/purl-spec, type huggingface), or of a file in it."""
+    from packageurl import PackageURL
+
     owner, _, name = repo_id.rpartition("/")
     return PackageURL("huggingface", owner or None, name, commit, subpath=file)
 
