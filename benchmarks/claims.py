@@ -1,9 +1,10 @@
-"""Claims about what is in a base, held against what is: ``python -m benchmarks.claims [presence] [kinship]``.
+"""Claims on what is in a checkpoint, held against what is: ``python -m benchmarks.claims presence|explain|kinship``.
 
 ``presence`` looks for LoRAs in bases: first where they are not (each one that is found there is a false claim), then in
 merges at several scales. The pairs are drawn at random in many kinds, or small transformers that are trained here, each
-with LoRAs that are trained on it: those are correlated with their base, although they are not in it. ``kinship``
-compares LoRAs of one such base that differ by as much as the rows say. All of it on a CPU, in minutes.
+with LoRAs that are trained on it: those are correlated with their base, although they are not in it. ``explain``
+asks of checkpoints beside their bases, of the same random pairs, for LoRAs that are in them and that are not.
+``kinship`` compares LoRAs of one trained base that differ by as much as the rows say. All of it on a CPU, in minutes.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ import argparse
 import math
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import numpy as np
 
 from benchmarks.base_pairs import BasePair, TrainedBase, pairs_of, random_pairs, trained_pairs
 from lora_fuse import LoraInput, plan
 from lora_fuse.differences import look_for
+from lora_fuse.differences.explaining import explain
 from lora_fuse.machine import interrupts
 from lora_fuse.studies.validation import compare_files
 from pocket.controls.table import between_markers, markdown
@@ -70,6 +75,53 @@ def _tiny(folder: Path) -> Iterator[BasePair]:
         yield from pairs_of(folder / name, sorted((folder / f"{name} lora").iterdir()))
 
 
+CASES = (
+    "BASE + the LoRA",
+    "BASE + the LoRA of another pair",
+    "BASE trained on as a whole",
+    "another base",
+    "BASE itself",
+)
+
+
+def explained(count: int, folder: Path) -> tuple[list[tuple[str, ...]], list[str]]:
+    """Explain checkpoints of random pairs, asked for the pair's LoRA; the rows of the table, and the false claims."""
+    rows: dict[str, Counter[str]] = {case: Counter() for case in CASES}
+    false: list[str] = []
+    errors: list[float] = []
+    rng = np.random.default_rng(0)
+    pairs = list(random_pairs(count))
+    for number, pair in enumerate(pairs):
+        other = pairs[number - 1]
+        scale = round(float(rng.uniform(0.1, 1.5)), 3)
+        trained = {
+            name: values + 0.02 * values.std() * rng.standard_normal(values.shape)
+            for name, values in pair.weights.items()
+        }
+        checkpoints = (
+            pair.merged(scale),
+            replace(pair, factors=other.factors).merged(scale),
+            trained,
+            other.weights,
+            pair.weights,
+        )
+        base, lora = pair.write(folder / "base", pair.weights)
+        for case, weights in zip(CASES, checkpoints, strict=True):
+            found = explain(pair.write(folder / "checkpoint", weights)[0], base, [lora])
+            (asked,) = found.loras
+            rows[case]["asked"] += 1
+            rows[case]["claimed"] += asked.found
+            rows[case]["exact"] += asked.found and found.way is not None and not found.missed and not found.unexplained
+            if asked.found and case == CASES[0]:
+                errors.append(abs(asked.scale - scale))
+            elif asked.found:
+                false.append(f"{pair.kind}: {case}, the LoRA claimed at {asked.scale:.3g}")
+    first, *others = (
+        (case, *(str(tally[what]) for what in ("asked", "claimed", "exact"))) for case, tally in rows.items()
+    )
+    return [(*first, f"{max(errors):.1g}"), *((*row, "") for row in others)], false
+
+
 TEXT = "lora_fuse/fusion/*.py"
 # What a LoRA differs by from one of rank 8 that was trained for 150 steps on this text, from seed 1.
 KIN: Mapping[str, Mapping[str, object]] = {
@@ -110,7 +162,7 @@ def kinship(bases: int, folder: Path) -> list[tuple[str, ...]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and print tables; 1 where a claim is false."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.claims", description="are claims about a base true?")
-    parser.add_argument("what", nargs="*", choices=("presence", "kinship", []), help="(default: all)")
+    parser.add_argument("what", nargs="*", choices=("presence", "explain", "kinship", []), help="(default: all)")
     parser.add_argument("--random", type=int, default=100, metavar="N", help="random pairs (default 100)")
     parser.add_argument("--trained", type=int, default=10, metavar="N", help="trained bases, with 10 LoRAs each")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="put the tables between FILE's markers")
@@ -129,6 +181,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tallies = {name: presence(pairs, folder) for name, pairs in kinds.items()}
             false = [claim for tally in tallies.values() for claim in tally.false]
             tables["presence"] = markdown(HEAD, (tally.row(name) for name, tally in tallies.items()))
+        if "explain" in (options.what or ["explain"]):
+            rows, claims = explained(options.random, folder)
+            false += claims
+            head = ("the checkpoint is", "asked", "the LoRA is claimed", "exactly", "largest error of the scale")
+            tables["explain"] = markdown(head, rows)
         if "kinship" in (options.what or ["kinship"]):
             rows = kinship(min(3, options.trained), folder)
             tables["kinship"] = markdown(("differs from the current one by", "cosine", "said to be"), rows)
