@@ -185,6 +185,12 @@ class PairedTensor:
         first = part.first + start
         base = self.base.read(readers[self.base.path], first, count)
         other = part.stored.read(readers[part.stored.path], part.source + start, count)
+        for stored, values in ((self.base, base), (part.stored, other)):
+            if not np.isfinite(values).all():
+                raise BadCheckpoint(
+                    f"{stored.path}: {stored.tensor.name!r} holds NaN or infinity, of which no differences are taken; "
+                    "get a good copy"
+                )
         return RowPiece(first, base, other)
 
 
@@ -357,7 +363,9 @@ def _refuse_architecture(
     Raises:
         BadCheckpoint: always.
     """
-    first = missing[0] if missing else "no weight at all"
+    if not missing:
+        raise BadCheckpoint(f"{base.root} has no weights; name the base that {other.root} came from")
+    first = missing[0]
     near = text.nearest(first, left)
     hint = f" (nearest there: {near[0]!r})" if near else ""
     families = name_maps.made_for([[name] for name in left], list(missing))

@@ -167,7 +167,7 @@ def _allowed(sample: SampledTensor, kind: dtypes.FloatFormat, scales: Array, num
 def _most_allowed(samples: Sequence[SampledTensor], scales: Array, number: int) -> float:
     """The scale that most values allow: the middle of where the count is highest."""
     pairs = [_allowed(one, one.kind, scales, number) for one in samples if one.kind is not None and number in one.loras]
-    if not pairs:
+    if not any(low.size for low, _ in pairs):
         return float(scales[number])
     lows = np.sort(np.concatenate([low for low, _ in pairs]))
     highs = np.sort(np.concatenate([high for _, high in pairs]))

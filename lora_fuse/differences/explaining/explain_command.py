@@ -39,8 +39,10 @@ def add_explain(commands: Any) -> None:
 def _explain(options: argparse.Namespace) -> int:
     from lora_fuse.differences.explaining.explanation import explain
 
-    if options.rows != "all" and not (options.rows.isdigit() and int(options.rows) > 0):
+    if options.rows != "all" and not (options.rows.isdecimal() and int(options.rows) > 0):
         raise BadConfig(f"--rows is {options.rows!r}; give a number of rows, or all")
+    if options.html is not None and options.html.is_dir():
+        raise BadConfig(f"--html {options.html} is a folder; name the file to write, {options.html / 'explain.html'}")
     explained = explain(
         options.checkpoint,
         options.base,
