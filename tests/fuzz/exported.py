@@ -54,7 +54,7 @@ def gguf_file() -> bytes:
 
 @cache
 def coded_file() -> bytes:
-    return save(codes.tensors(KIND)[0], metadata={"format": "pt", "_quantization_metadata": json.dumps(LAYERS)})
+    return bytes(save(codes.tensors(KIND)[0], metadata={"format": "pt", "_quantization_metadata": json.dumps(LAYERS)}))
 
 
 def gguf_header(_: Path, content: bytes) -> None:
@@ -94,12 +94,12 @@ def planned_and_verified(name: str, made: Callable[[bytes], bytes] = bytes) -> C
 
 def with_mark(content: bytes) -> bytes:
     made, _ = codes.tensors(KIND)
-    return save(made | {MARK: np.frombuffer(content, np.uint8)})
+    return bytes(save(made | {MARK: np.frombuffer(content, np.uint8)}))
 
 
 def with_layers(content: bytes) -> bytes:
     made = {name: tensor for name, tensor in codes.tensors(KIND)[0].items() if name != MARK}
-    return save(made, metadata={"_quantization_metadata": content.decode("utf-8", "replace")})
+    return bytes(save(made, metadata={"_quantization_metadata": content.decode("utf-8", "replace")}))
 
 
 def exported(name: str) -> Callable[[Path, bytes], object]:
