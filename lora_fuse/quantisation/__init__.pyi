@@ -1,5 +1,4 @@
 from .codecs import FORMATS as FORMATS
-from .codecs import QuantisedFormat as QuantisedFormat
 from .compiling import compiled as compiled
 from .fp8 import Fp8Options as Fp8Options
 from .stored import decode as decode

@@ -49,7 +49,7 @@ def gguf_file() -> bytes:
         path = codes.write("Q8_0", folder).path
         with path.open("rb") as file:
             header = read_gguf_header(file, path.stat().st_size, "x")
-            return with_entry(header, "an entry", "é") + file.read()
+            return bytes(with_entry(header, "an entry", "é") + file.read())
 
 
 @cache
