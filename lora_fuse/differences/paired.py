@@ -301,9 +301,11 @@ def _weights(checkpoint: Checkpoint) -> dict[str, StoredRows]:
         raise error
     shards = {name: shard for shard in checkpoint.shards for name in shard.header.tensors}
     found = {}
-    for name, tensor in checkpoint.parameters().items():
-        if tensor.name in stored.beside or not tensor.nbytes:
+    seen = set()
+    for name, tensor in checkpoint.parameters().items():  # one of a single file has two names, the shorter first
+        if tensor.name in seen or tensor.name in stored.beside or not tensor.nbytes:
             continue
+        seen.add(tensor.name)
         codes = stored.matrices.get(tensor.name)
         if codes is None and tensor.dtype not in dtypes.ROUNDABLE and not _is_whole_number(tensor):
             raise BadCheckpoint(

@@ -60,6 +60,14 @@ def test_a_weight_that_is_rows_of_another_file_s_weights_is_found_by_the_family_
                 assert np.array_equal(piece.base, piece.other)
 
 
+def test_a_weight_of_a_single_file_is_one_although_it_has_two_names(tmp_path: Path) -> None:
+    tensors = tiny.weights()
+    for name, values in (("base", tensors), ("other", moved(tensors))):
+        save_file({f"model.diffusion_model.{key}": one for key, one in values.items()}, tmp_path / name)
+    pair = open_pair(tmp_path / "other", tmp_path / "base")
+    assert sorted(tensor.name for tensor in pair.tensors) == sorted(tensors)
+
+
 def test_another_architecture_or_the_same_place_is_refused_with_both_and_a_way_out(tmp_path: Path) -> None:
     base = tiny.write_component(tmp_path / "base", tiny.weights())
     name = "transformer_blocks.0.attn.to_q.weight"
