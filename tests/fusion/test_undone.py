@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import ml_dtypes
@@ -14,7 +15,10 @@ from lora_fuse.checkpoint import PROVENANCE, dtypes, read_header
 from lora_fuse.errors import BadCheckpoint, BadConfig, BadLora, LoraFuseError
 from lora_fuse.fusion import FuseJob, plan_base
 from lora_fuse.fusion.undone.preimages import Exactly, KnownValues, Ordered, preimages
-from lora_fuse.lora import LoraInput, Selection
+from lora_fuse.fusion.undone.undone_sums import before
+from lora_fuse.lora import LoraInput, LowRank, Selection
+from lora_fuse.lora.exact import nearest
+from lora_fuse.lora.matrices import Matrix
 from tests.support import tiny
 
 Wide = npt.NDArray[np.float64]
@@ -53,6 +57,30 @@ def test_the_numbers_that_a_sum_may_come_from_are_all_that_give_it_and_no_others
         assert inside.sum() > 1000
         assert np.array_equal(found.first[inside, 0], numbers.floor(near[starts])[inside])
         assert np.array_equal(found.last[inside, 0], numbers.floor(near[ends])[inside])
+
+
+@pytest.mark.parametrize("name", ["F16", "BF16", "F32"])
+def test_the_exact_sum_of_what_was_taken_out_is_the_merge_for_zeros_and_the_smallest_numbers_too(name: str) -> None:
+    kind = dtypes.ROUNDABLE[name]
+    numbers = Ordered(kind)
+    rng = np.random.default_rng(11)
+    weights = numbers.value(rng.integers(-numbers.most // 2, numbers.most // 2, (40, 30)))
+    weights[:2] = 0.0
+    weights[2, :10] = numbers.value(np.arange(-5, 5))  # the smallest
+    for size in (0.0, 1.0, 2.0**-8, kind.smallest_normal):  # with few bits: sums lie half-way between two numbers
+        few = rng.integers(-8, 9, (40, 2)) / 8.0
+        delta = LowRank(Matrix(few, rng.integers(-8, 9, (2, 30)) / 4.0), size)
+        exactly = [[Fraction(float(weights[i, j])) + delta.exact(i, j) for j in range(30)] for i in range(40)]
+        merged = np.array([[nearest(total, kind) for total in row] for row in exactly])
+        found, counts = before(merged, [delta], 0, kind)
+        again = [
+            [nearest(Fraction(float(found[i, j])) + delta.exact(i, j), kind) for j in range(30)] for i in range(40)
+        ]
+        assert np.array_equal(np.array(again), merged)
+        assert (counts.impossible, counts.certain + counts.uncertain) == (0, 40 * 30)
+        off = np.abs(found - weights)
+        assert off.max() <= counts.largest_error
+        assert (off > 0).sum() <= counts.uncertain
 
 
 def merged_of(
