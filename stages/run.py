@@ -18,7 +18,6 @@ from stages.config import load
 
 ALONE = "DVC_STAGE" not in os.environ  # DVC goes on with the next stage by itself
 PLAIN = Console()  # of a stage that is called, and not run as a program
-FETCH = Rerun("download", settings=("download.stream=false",))
 KEPT = "earlier results are as they were; `dvc repro` goes on with this stage"
 
 
@@ -99,7 +98,7 @@ def run_stage(
         params = load(overrides, variant) if read is None else read(overrides)
         where = at if variant is None else Artifacts.of_variant(variant, load(variant=variant))
         holds = staging.holding(where.root) if writes and here.is_first else nullcontext()
-        with next_commands(where, streams=isinstance(params, Recipe) and params.streams), holds:
+        with next_commands(where, params if isinstance(params, Recipe) else None), holds:
             return stage(params, where, replace(console, variant=variant), **chosen)
 
     interrupts.leave(run(name, console, work, kept, pages))
@@ -182,15 +181,17 @@ def merge(recipe: Recipe, at: Artifacts, base: Lock, loras: Mapping[str, Lock]) 
 
 
 @contextmanager
-def next_commands(at: Artifacts, *, streams: bool = False) -> Iterator[None]:
+def next_commands(at: Artifacts, recipe: Recipe | None = None) -> Iterator[None]:
     """Let what is refused in here end with the command that is its way out, where it has one.
 
-    Where the recipe `streams` its base, what needs it on this machine has to have it fetched.
+    Where the `recipe` streams its base, what needs it on this machine has to have it fetched.
     """
     try:
         yield
     except LoraFuseError as error:
         if error.rerun is None:
             raise
-        again = FETCH if streams and error.rerun.stage == "download" else error.rerun
+        again = error.rerun
+        if recipe is not None and recipe.streams and again.stage == "download":
+            again = Rerun("download", settings=(f"recipe={recipe.name}", "download.stream=false"))
         raise type(error)(f"{error}; next: {command(again, at)}") from error

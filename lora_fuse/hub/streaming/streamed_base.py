@@ -28,7 +28,7 @@ from lora_fuse.hub.repository import open_repository
 from lora_fuse.hub.sources import FileSource, VerifiedFiles, choose_pipeline, refuse_missing
 from lora_fuse.hub.streaming.arriving_file import ArrivingFile, Lanes
 from lora_fuse.hub.streaming.remote_file import RemoteFile
-from lora_fuse.machine import FileRecord, files, progress, staging, text
+from lora_fuse.machine import FileRecord, direct_io, files, progress, staging, text
 from lora_fuse.recipe import Lock, Source, hf_cache, sections
 
 SCHEME = "hf://"
@@ -36,6 +36,7 @@ PLACE = re.compile(r"hf://(?P<repo>[^/@\s]+/[^/@\s]+)(@(?P<revision>\S+))?")
 COMMIT = re.compile("[0-9a-f]{40}")
 FOLDER = "lora-fuse-stream-"
 YOUNG = 60.0  # seconds: a folder that was just made is not locked yet
+NEAR = 1 << 17  # bytes between two places of a file that take less time than another question
 FIRST = 1 << 16  # bytes of a file that are asked for at first: most headers are in them
 
 
@@ -60,7 +61,7 @@ class HubFiles:
         """Read any bytes of a file, see `direct_io.StreamedFiles.read`."""
         with self._opening:
             remote = self._remotes.setdefault(name, self._remote(name))
-        list(self._lanes.threads.map(lambda pair: remote.read(*pair), wanted))
+        list(self._lanes.threads.map(lambda some: _read_together(remote, some), _near(wanted)))
 
     def write_header(self, name: str, path: Path) -> None:
         """Make a file of the right size that has a file's header and a hole; who opens it says whether it has one."""
@@ -104,6 +105,32 @@ class StreamedBase:
     root: Path
     lock: Lock
     files: HubFiles
+
+
+def _near(wanted: Sequence[tuple[memoryview, int]]) -> Iterator[list[tuple[memoryview, int]]]:
+    """Group what is wanted of a file: what lies nearly together is asked for together."""
+    group: list[tuple[memoryview, int]] = []
+    end = 0
+    for memory, start in sorted(wanted, key=lambda pair: pair[1]):
+        if group and start - end > NEAR:
+            yield group
+            group = []
+        group.append((memory, start))
+        end = max(end, start + len(memory))
+    if group:
+        yield group
+
+
+def _read_together(remote: RemoteFile, some: Sequence[tuple[memoryview, int]]) -> None:
+    """Read all from the first of some places to the last, and take what is wanted of it."""
+    if len(some) == 1:
+        remote.read(*some[0])
+        return
+    first = some[0][1]
+    whole = memoryview(bytearray(max(start + len(memory) for memory, start in some) - first))
+    remote.read(whole, first)
+    for memory, start in some:
+        direct_io.copy(whole[start - first : start - first + len(memory)], memory)
 
 
 def parse_place(place: str) -> Source:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from lora_fuse.checkpoint import repository_files
 from lora_fuse.differences import WAY_OUT, look_for
 from lora_fuse.errors import BadGolden, BadSource, NoDevice, Refused
 from lora_fuse.fusion import plan_base, read_manifest, resolve_device
@@ -90,7 +91,7 @@ def _places(recipe: Recipe, at: Artifacts, found: Mapping[str, sizes.SourceSize]
     nearest = files.nearest_folder(out)
     editable = recipe.base.path if source.stat().st_dev == nearest.stat().st_dev else None
     try:
-        copies = recipe.fuse.untouched == "copy"
+        copies = recipe.fuse.untouched == "copy" or recipe.streams
         link = "copy" if copies else files.link_between(source, nearest, read_only=recipe.base.repo_id is not None)
     except OSError:
         link = "copy"
@@ -108,7 +109,7 @@ def _places(recipe: Recipe, at: Artifacts, found: Mapping[str, sizes.SourceSize]
         parts["copies of the rest"] = rest
     if recipe.export.formats:
         parts["exports"] = len(recipe.export.formats) * fused
-    fetch = sum(size.to_fetch for size in found.values())
+    fetch = _to_fetch(recipe, found)
     if uses_cache and files.nearest_folder(cache).stat().st_dev != files.nearest_folder(out).stat().st_dev:
         yield disk.room("disk, cache", cache, space.free_bytes(cache), fetch, "base and LoRAs that are not here")
     elif fetch:
@@ -119,6 +120,12 @@ def _places(recipe: Recipe, at: Artifacts, found: Mapping[str, sizes.SourceSize]
         yield disk.rebuild("disk", merged, space.free_bytes(out), needed, own, same=_is_of(recipe, at))
     else:
         yield disk.room("disk", out, space.free_bytes(out), needed, ", ".join(parts))
+
+
+def _to_fetch(recipe: Recipe, found: Mapping[str, sizes.SourceSize]) -> int:
+    """Bytes that come to the cache: not the weights of a base that is streamed."""
+    streamed = {name for name in found["base"].missing if recipe.streams and repository_files.is_weights(name)}
+    return sum(size.to_fetch for size in found.values()) - sum(found["base"].sizes[name] for name in streamed)
 
 
 def _own_bytes(merged: Path) -> int:
