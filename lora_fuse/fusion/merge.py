@@ -215,9 +215,9 @@ def _fuse_shards(
         try:
             ended = wait(running.values(), return_when=FIRST_EXCEPTION).done
             if len(ended) < len(running) or any(shard.exception() for shard in ended):
-                way.stop.set()
+                _stop(plan, way)
         except BaseException:  # Ctrl-C
-            way.stop.set()
+            _stop(plan, way)
             raise
         finally:
             cancelled = [shard for shard in running.values() if shard.cancel()]
@@ -233,6 +233,13 @@ def _fuse_shards(
         hashed = {name: record for name, record in done.items() if name in mine}
         hashed |= {name: shard.result() for name, shard in running.items()}
     return {name: records.MergedFile(record.size, record.sha256, "fused") for name, record in hashed.items()}
+
+
+def _stop(plan: Plan, way: FuseOptions) -> None:
+    """Have all threads end, those that wait for a Hub too."""
+    way.stop.set()
+    if plan.checkpoint.streamed is not None:
+        plan.checkpoint.streamed.stop()
 
 
 def _fuser(

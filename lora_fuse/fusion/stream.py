@@ -32,11 +32,8 @@ PART = 4  # of the memory that is free, one part in so many at most
 FEWEST = 2  # windows of a shard: one is read while the other is hashed and written
 MOST = {"cuda": 8}  # threads that add, by device: each has memory of its own there
 
+Stopped = direct_io.Stopped
 Progress = Callable[[int], None]  # called with the number of bytes just written, from any thread
-
-
-class Stopped(Exception):
-    """Another shard failed, or the run was interrupted."""
 
 
 @dataclass(frozen=True, slots=True)

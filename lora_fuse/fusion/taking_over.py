@@ -108,6 +108,8 @@ class OtherFiles:
                 record = self._prepare(name, advance)
             except Exception:
                 stop.set()
+                if streamed is not None:
+                    streamed.stop()
                 raise
             progress(sizes[name] if self._ways[name] == "copy" else 0)
             return record

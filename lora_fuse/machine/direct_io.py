@@ -66,6 +66,10 @@ def _available_memory() -> int:
     return int(line.split()[1]) * 1024
 
 
+class Stopped(Exception):
+    """Another shard failed, or the run was interrupted."""
+
+
 class ByteSource(Protocol):
     """Bytes of a file of the base, wherever they come from."""
 
@@ -96,6 +100,9 @@ class StreamedFiles(Protocol):
         Raises:
             BadSource: they cannot be had.
         """
+
+    def stop(self) -> None:
+        """End what is being read, whose readers raise `Stopped`."""
 
     def twice(self, name: str, work: Callable[[], FileRecord]) -> FileRecord:
         """Do work on a file, and once more where that was refused for its bytes."""

@@ -99,9 +99,9 @@ def test_after_a_kill_finished_shards_are_not_fetched_again_and_the_bytes_are_th
     place.hub.faults.append(Fault(STORED, times=-1, bytes_per_s=8e6))
     command = [sys.executable, "-m", "lora_fuse", "fuse", place.name, str(place.out), "--lora", str(place.lora)]
     with subprocess.Popen(command, env={**os.environ, "TMPDIR": str(tmp_path / "tmp")}, text=True) as process:
-        until(lambda: len(list(tmp_path.glob(".out.partial-*/done/transformer/*"))) > 2, process)
+        until(lambda: len(list(tmp_path.glob(".out.partial-*/done/transformer/[!.]*.json"))) > 2, process)
         process.send_signal(signal.SIGKILL)
-    finished = len(list(tmp_path.glob(".out.partial-*/done/transformer/*")))
+    finished = len(list(tmp_path.glob(".out.partial-*/done/transformer/[!.]*.json")))
     assert not place.out.exists()
     (left,) = (tmp_path / "tmp").iterdir()
     assert left.stat().st_mode & 0o77 == 0
@@ -153,7 +153,7 @@ def test_a_lost_connection_keeps_what_is_finished_and_a_wrong_shard_is_fetched_o
     assert "answered 502" in error
     assert "what is finished stays" in error
     assert not place.out.exists()
-    finished = len(list(place.root.glob(".out.partial-*/done/transformer/*")))
+    finished = len(list(place.root.glob(".out.partial-*/done/transformer/[!.]*.json")))
     assert finished > 0
     place.hub.faults[:] = [Fault(place.stored(6), skip=3, times=1, flip_at=1000)]
     before = len(place.hub.log)

@@ -10,20 +10,21 @@ from __future__ import annotations
 import re
 import socket
 import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from threading import Event, Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_fuse.errors import BadSource, ConnectionLost, Refused, WrongContent
 from lora_fuse.hub.client import client, endpoint, token
 from lora_fuse.hub.error_texts import explain, is_passing
 from lora_fuse.hub.retry import DELAYS, requested_pause
 from lora_fuse.hub.wire.pace import TOO_SLOW, Pace
-from lora_fuse.machine import text
+from lora_fuse.machine import direct_io, text
 
 if TYPE_CHECKING:
-    from httpx2 import Response, Timeout
+    from httpx2 import Response
 
     from lora_fuse.machine import FileRecord
 
@@ -35,8 +36,23 @@ CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 FETCH = "fetch the base first (`hf download`, or download.stream: false), and name the folder"
 
 
-class Closed(Exception):
-    """Nobody wants the bytes any more."""
+_connections: weakref.WeakSet[socket.socket] = weakref.WeakSet()  # that were made for ranges, and may be used again
+_noting = Lock()
+
+
+def end_waiting() -> None:
+    """End every connection that ranges come over: who waits for a Hub that is silent fails at once."""
+    with _noting:
+        for one in _connections:
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+
+def _note_connection(event: str, info: Mapping[str, Any]) -> None:
+    """Note a connection that the client's HTTP library has made, by the events that it tells of."""
+    if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+        with _noting:
+            _connections.add(info["return_value"].get_extra_info("socket"))
 
 
 class _Passing(Exception):
@@ -67,17 +83,12 @@ class RemoteFile:
         self._address: str | None = None
         self._etags: dict[str, str] = {}  # by address, without what signs it
         self._closed = Event()
-        self._sockets: set[socket.socket] = set()
         self._lock = Lock()
         self._locating = Lock()
 
     def close(self) -> None:
-        """End what is being read."""
+        """Have what is being read end, with the next bytes that come; see `end_waiting`."""
         self._closed.set()
-        with self._lock:
-            for one in self._sockets:
-                with suppress(OSError):
-                    one.shutdown(socket.SHUT_RDWR)
 
     def read(self, memory: memoryview, start: int) -> None:
         """Fill memory with the bytes from `start` on.
@@ -86,7 +97,7 @@ class RemoteFile:
             WrongContent: the file is not what was promised, or changes.
             ConnectionLost: they do not come, though they were asked for again.
             BadSource: the Hub refuses, or cannot give ranges.
-            Closed: see `close`.
+            Stopped: see `close`.
         """
         done = 0
         failures: list[Exception] = []
@@ -102,7 +113,7 @@ class RemoteFile:
                 raise
             except Exception as error:  # the client raises anything where an answer is none
                 if self._closed.is_set():
-                    raise Closed from error
+                    raise direct_io.Stopped from error
                 if done - before >= ENOUGH:
                     failures.clear()
                 failures.append(error)
@@ -134,33 +145,17 @@ class RemoteFile:
         """The bytes from `start` (included) to `stop` (not included), as they come; there may be fewer."""
         pace = Pace(self._stall_seconds)
         left = stop - start
-        with self._answer(start, stop) as response, self._closable(response):
+        with self._answer(start, stop) as response:
             for block in response.iter_raw():
                 left -= len(block)
                 if left < 0:
                     raise WrongContent(f"{self.label}: more bytes came than those from {start} to {stop}; {FETCH}")
                 if self._closed.is_set():
-                    raise Closed
+                    raise direct_io.Stopped
                 pace.add(len(block))
                 if pace.quiet > self._stall_seconds:
                     raise _Stalled(f"{TOO_SLOW} {pace.quiet:.0f} s")
                 yield block
-
-    @contextmanager
-    def _closable(self, response: Response) -> Iterator[None]:
-        """Let `close` end an answer that is waited for."""
-        stream = response.extensions.get("network_stream")
-        one = stream.get_extra_info("socket") if stream is not None else None
-        if one is None:
-            yield
-            return
-        with self._lock:
-            self._sockets.add(one)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._sockets.discard(one)
 
     @contextmanager
     def _answer(self, start: int, stop: int) -> Iterator[Response]:
@@ -171,7 +166,7 @@ class RemoteFile:
             url = address = self._address or self._locate()
         for _ in range(HOPS):
             headers = {**_headers(url), "Range": f"bytes={start}-{stop - 1}"}
-            asked = get_session().stream("GET", url, headers=headers, follow_redirects=False, timeout=self._timeout())
+            asked = get_session().stream("GET", url, headers=headers, **self._how)
             with asked as response:
                 if response.has_redirect_location:
                     url = str(response.url.join(response.headers["location"]))
@@ -191,9 +186,7 @@ class RemoteFile:
 
         url = self._url
         for _ in range(HOPS):
-            response = get_session().request(
-                "HEAD", url, headers=_headers(url), follow_redirects=False, timeout=self._timeout()
-            )
+            response = get_session().request("HEAD", url, headers=_headers(url), **self._how)
             hf_raise_for_status(response)
             self._check_promise(response)
             if not response.has_redirect_location:
@@ -205,10 +198,13 @@ class RemoteFile:
                 return url
         raise self._circle()
 
-    def _timeout(self) -> Timeout:
+    @property
+    def _how(self) -> dict[str, Any]:
+        """Arguments of every request."""
         from httpx2 import Timeout
 
-        return Timeout(self._stall_seconds, connect=min(CONNECT, self._stall_seconds), pool=None)
+        timeout = Timeout(self._stall_seconds, connect=min(CONNECT, self._stall_seconds), pool=None)
+        return {"follow_redirects": False, "timeout": timeout, "extensions": {"trace": _note_connection}}
 
     def _circle(self) -> BadSource:
         return BadSource(f"{self.label}: {endpoint()} sends it from one address to the next, {HOPS} times; {FETCH}")

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -27,7 +28,7 @@ from lora_fuse.hub.locks import DEFAULT_TRANSFER
 from lora_fuse.hub.repository import open_repository
 from lora_fuse.hub.sources import FileSource, VerifiedFiles, choose_pipeline, refuse_missing
 from lora_fuse.hub.streaming.arriving_file import ArrivingFile, Lanes
-from lora_fuse.hub.streaming.remote_file import RemoteFile
+from lora_fuse.hub.streaming.remote_file import RemoteFile, end_waiting
 from lora_fuse.machine import FileRecord, direct_io, files, progress, staging, text
 from lora_fuse.recipe import Lock, Source, hf_cache, sections
 
@@ -51,6 +52,7 @@ class HubFiles:
         self._lanes = lanes
         self._stall = stall
         self._remotes: dict[str, RemoteFile] = {}
+        self._all: weakref.WeakSet[RemoteFile] = weakref.WeakSet()
         self._opening = threading.Lock()
 
     def open(self, name: str, read: bytes = b"") -> ArrivingFile:
@@ -59,8 +61,7 @@ class HubFiles:
 
     def read(self, name: str, wanted: Sequence[tuple[memoryview, int]]) -> None:
         """Read any bytes of a file, see `direct_io.StreamedFiles.read`."""
-        with self._opening:
-            remote = self._remotes.setdefault(name, self._remote(name))
+        remote = self._remotes.get(name) or self._remotes.setdefault(name, self._remote(name))
         list(self._lanes.threads.map(lambda some: _read_together(remote, some), _near(wanted)))
 
     def write_header(self, name: str, path: Path) -> None:
@@ -78,8 +79,18 @@ class HubFiles:
             file.write(rest)
             file.truncate(size)
 
+    def stop(self) -> None:
+        """End all that is being read."""
+        with self._opening:
+            for remote in self._all:
+                remote.close()
+        end_waiting()
+
     def _remote(self, name: str) -> RemoteFile:
-        return RemoteFile(*self._source, name, self.records[name], self._stall)
+        remote = RemoteFile(*self._source, name, self.records[name], self._stall)
+        with self._opening:
+            self._all.add(remote)
+        return remote
 
     def twice(self, name: str, work: Callable[[], FileRecord]) -> FileRecord:
         """Do work on a file, and once more where that was refused for its bytes.
@@ -183,8 +194,12 @@ def open_streamed(
         if lock is not None:
             _refuse_other_files(made, lock)
         arriving = HubFiles((source.repo_id, commit), weights, lanes, transfer.stall_seconds)
-        list(threads.map(lambda name: arriving.write_header(name, root / name), weights))
-        yield StreamedBase(root, made, arriving)
+        try:
+            list(threads.map(lambda name: arriving.write_header(name, root / name), weights))
+            yield StreamedBase(root, made, arriving)
+        except BaseException:
+            arriving.stop()
+            raise
 
 
 def lock_streamed(
