@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,12 +159,11 @@ class DiskSampler:
 def _on_disk(folder: Path) -> int:
     """Bytes of all files below a folder; a hole takes none, and two names of a file are one."""
     taken = {}
-    for path in folder.rglob("*"):
-        try:
-            info = path.lstat()
-        except OSError:  # just removed
-            continue
-        taken[info.st_ino] = info.st_blocks * 512
+    for above, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):  # just removed
+                info = Path(above, name).lstat()
+                taken[info.st_ino] = info.st_blocks * 512
     return sum(taken.values())
 
 
