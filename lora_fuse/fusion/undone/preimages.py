@@ -58,10 +58,11 @@ class Ordered:
     def value(self, order: Orders) -> Wide:
         """The numbers; of one more than the last, what would come next."""
         size = np.abs(order)
-        normal = ((size + self._offset) << self._dropped).view(np.float64)
+        sizes = ((size + self._offset) << self._dropped).view(np.float64)
         small = size < (1 << (self.kind.precision - 1))
-        sizes = np.where(small, size * 2.0**self._least, normal)
-        return np.copysign(sizes, order)
+        if small.any():
+            sizes[small] = size[small] * 2.0**self._least
+        return np.copysign(sizes, order, out=sizes)
 
     def floor(self, values: Wide) -> Orders:
         """The order of the largest number that is not larger."""
@@ -87,12 +88,14 @@ class Ordered:
     def _magnitude(self, sizes: Wide) -> tuple[Orders, Flags]:
         """Rounded towards 0, and whether nothing was lost; what is too large is one more than the last."""
         limited = np.minimum(sizes, 2.0 ** (self.kind.bias + 1))
-        bits = np.ascontiguousarray(limited).view(np.int64)
-        scaled = np.minimum(limited, self.kind.smallest_normal) * 2.0**-self._least
+        bits = limited.view(np.int64)
+        orders = (bits >> self._dropped) - self._offset
+        exact = bits & ((1 << self._dropped) - 1) == 0
         small = limited < self.kind.smallest_normal
-        whole = np.floor(scaled)
-        orders = np.where(small, whole.astype(np.int64), (bits >> self._dropped) - self._offset)
-        exact = np.where(small, whole == scaled, bits & ((1 << self._dropped) - 1) == 0)
+        if small.any():
+            scaled = limited[small] * 2.0**-self._least
+            orders[small] = scaled.astype(np.int64)
+            exact[small] = orders[small] == scaled
         return orders, exact
 
 
