@@ -18,6 +18,7 @@ Everything else is in a room, and a room imports only from those above it:
     differences   a checkpoint held against its base: which LoRAs are in it
     regression    goldens, verdicts, the report
     release       model card, provenance, bill of materials, signature; a download checked
+    rebuilding    a published checkpoint made again byte for byte, and signed statements on that
     studies       validation of a LoRA, sweeps over scales, the catalog, the doctor
 """
 

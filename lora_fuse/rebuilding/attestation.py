@@ -106,25 +106,26 @@ def signers_of(path: Path, keys: Mapping[str, Any]) -> tuple[list[str], Attestat
         BadSource: the file is no such envelope, or none of the keys signed it.
     """
     from securesystemslib.dsse import Envelope
-    from securesystemslib.exceptions import VerificationError
 
     try:
         content = files.parse_json(files.read_bytes(path, LARGEST))
         envelope = Envelope.from_dict(content)
     except Exception as error:  # what is no envelope may raise anything in the library
         raise BadSource(f"{path.name} is no DSSE envelope: {text.one_line(error)}") from error
-    names = []
-    for name, key in keys.items():
-        try:
-            envelope.verify([key], 1)
-        except VerificationError:
-            continue
-        names.append(name)
+    names = [name for name, key in keys.items() if _is_signed(envelope, key)]
     if not names:
         raise BadSource(f"{path.name} is signed by none of the keys of {', '.join(keys)}")
     if envelope.payload_type != PAYLOAD:
         raise BadSource(f"{path.name} holds {envelope.payload_type!r}, and no in-toto statement")
     return names, _read(path.name, envelope.payload)
+
+
+def _is_signed(envelope: Any, key: Any) -> bool:
+    try:
+        envelope.verify([key], 1)
+    except Exception:  # noqa: BLE001 - what is no signature may raise anything in the libraries
+        return False
+    return True
 
 
 def _statement(recipe: PublishedRecipe, keyid: str) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import Field, PositiveInt, model_validator
 
 from lora_fuse.errors import BadConfig, BadSource, naming_extras
-from lora_fuse.machine import files
+from lora_fuse.machine import files, text
 from lora_fuse.rebuilding.attestation import Attestation, public_key, signers_of
 from lora_fuse.rebuilding.published_recipe import merge_of
 from lora_fuse.recipe import records, sections
@@ -65,9 +65,7 @@ def count_rebuilders(folder: Path, policy_file: Path) -> Counted:
         MissingExtra: the library is not installed.
     """
     policy = _read_policy(policy_file)
-    listing = records.from_json(
-        records.ReleaseList, files.read_text(files.inside(folder, contents.LIST)), str(folder / contents.LIST)
-    )
+    listing = _read_list(folder)
     wanted = {name: file.sha256 for name, file in merge_of(listing).items()}
     keys = {name: public_key(policy_file.parent / key) for name, key in policy.rebuilders.items()}
     ids = [key.keyid for key in keys.values()]
@@ -94,6 +92,16 @@ def count_rebuilders(folder: Path, policy_file: Path) -> Counted:
     return found
 
 
+def _read_list(folder: Path) -> records.ReleaseList:
+    path = folder / contents.LIST
+    try:
+        return records.from_json(records.ReleaseList, files.read_text(files.inside(folder, contents.LIST)), str(path))
+    except OSError as error:
+        raise BadSource(
+            f"{path} cannot be read ({error}), which says what rebuilders state; get a good copy"
+        ) from error
+
+
 def _read_policy(path: Path) -> Policy:
     remedy = "it has needed, rebuilders (NAME: public key) and attestations, see docs/rebuild.md"
     try:
@@ -109,9 +117,13 @@ def _attestations(folder: Path, policy: Policy, policy_file: Path) -> list[Path]
     whole = folder.absolute()
     beside = whole.with_name(whole.name + BESIDE)
     place = beside if policy.attestations is None else policy_file.parent / policy.attestations
-    if not place.is_dir():
-        raise BadSource(f"{place} is no folder, and attestations are looked for there; name it, attestations: FOLDER")
-    paths = sorted(path for path in place.iterdir() if path.suffix == ".json")
+    try:
+        paths = sorted(path for path in place.iterdir() if path.suffix == ".json")
+    except (OSError, ValueError) as error:
+        raise BadSource(
+            f"{place} is no folder that can be read ({text.one_line(error)}), and attestations are looked for there; "
+            "name it, attestations: FOLDER"
+        ) from error
     if len(paths) > MOST:
         raise BadSource(f"{place} has {len(paths)} attestations, and {MOST} are read; take those of other releases out")
     return paths

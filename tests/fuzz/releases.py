@@ -8,9 +8,14 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from lora_fuse.rebuilding.attestation import StatementSigner, signers_of
+from lora_fuse.rebuilding.attestation import public_key as public_key_of
+from lora_fuse.rebuilding.published_recipe import read_recipe
+from lora_fuse.rebuilding.rebuilders import count_rebuilders
 from lora_fuse.recipe import Manifest, records, sections
 from lora_fuse.recipe.records import MergedFile
 from lora_fuse.release import Trusted, check_published
+from lora_fuse.release.download_check import is_inside
 from lora_fuse.release.signing import keep_or_sign, sign
 from tests.fuzz import formats
 from tests.fuzz.parsers import Parser
@@ -25,8 +30,9 @@ PROVENANCE = {
 
 
 def listing() -> Manifest:
-    file = MergedFile(len(CARD), hashlib.sha256(CARD).hexdigest(), "generated")
-    return dataclasses.replace(MANIFEST, files={"README.md": file})
+    contents = {"README.md": CARD, "provenance.json": json.dumps(PROVENANCE).encode()}
+    sums = {name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in contents.items()}
+    return dataclasses.replace(MANIFEST, files={name: MergedFile(*one, "generated") for name, one in sums.items()})
 
 
 @cache
@@ -77,6 +83,39 @@ def kept(folder: Path, content: bytes) -> None:
     keep_or_sign(release, sections.Signer(folder / "key.pem"), content)
 
 
+def rebuilt(folder: Path, content: bytes) -> None:
+    """The list as a rebuild reads it, which is more careful: its names become paths."""
+    recipe = read_recipe(str(downloaded(folder, **{"lora_fuse.json": content})))
+    assert all(is_inside(name) for name in [*recipe.listing.files, *(recipe.listing.base or recipe.listing).files])
+
+
+@cache
+def attested() -> bytes:
+    with TemporaryDirectory() as place:
+        recipe = read_recipe(str(downloaded(Path(place))))
+        return StatementSigner(Path(place) / "key.pem").attest(recipe)
+
+
+def attestation(folder: Path, content: bytes) -> None:
+    downloaded(folder)
+    path = folder / "alice.json"
+    path.write_bytes(content)
+    names, stated = signers_of(path, {"alice": public_key_of(folder / "key.pub")})
+    assert (names, stated.files) == (["alice"], {})
+
+
+POLICY = {"needed": 1, "rebuilders": {"alice": "key.pub"}, "attestations": "stated"}
+
+
+def policy(folder: Path, content: bytes) -> None:
+    release = downloaded(folder)
+    (folder / "stated").mkdir(exist_ok=True)
+    (folder / "stated/alice.json").write_bytes(attested())
+    (folder / "policy.yaml").write_bytes(content)
+    found = count_rebuilders(release, folder / "policy.yaml")
+    assert len(found.agree) <= 1  # by whatever name
+
+
 def rows() -> Iterator[Parser]:
     def valid(name: str) -> Callable[[], list[bytes]]:
         return lambda: [signed()[name]]
@@ -101,4 +140,7 @@ def rows() -> Iterator[Parser]:
         formats.raw,
         valid("key.pem"),
     )
+    yield Parser("list of a rebuild", rebuilt, formats.JSON, valid("lora_fuse.json"))
+    yield Parser("attestation", attestation, formats.JSON, lambda: [attested()])
+    yield Parser("policy of rebuilders", policy, formats.JSON, lambda: [json.dumps(POLICY).encode()])
     yield Parser("earlier signature", kept, formats.JSON, valid("model.sig"), examples=5)
