@@ -1,6 +1,8 @@
 """Laws of explain: scales and ways come out of the bytes, what is left has a rank and blocks, nothing is claimed."""
 
 import json
+import shlex
+import tracemalloc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from lora_fuse.errors import BadCheckpoint, BadLora
 from tests.support import tiny
 from tests.tiny_models.denoisers import DENOISERS
 
+ROOT = Path(__file__).resolve().parents[2]
 Tensors = dict[str, torch.Tensor]
 BLOCKS = 8
 SHAPES = {"attn.to_q": (64, 64), "mlp": (96, 64)}
@@ -83,8 +86,11 @@ def scales_of(explained: Explanation) -> list[float]:
     return [lora.scale for lora in explained.loras]
 
 
-@FLOATS
-@pytest.mark.parametrize(("size", "given"), [(0.1, (0.8, 0.35, -0.5)), (0.004, (1.0, 0.125, 0.6))])
+@pytest.mark.parametrize(
+    ("dtype", "size", "given"),
+    [(torch.float16, 0.1, (0.8, 0.35, -0.5)), (torch.bfloat16, 0.004, (1.0, 0.125, 0.6))],
+    ids=["F16", "BF16"],
+)
 def test_our_merge_of_one_to_three_is_told_exactly_also_where_most_weights_do_not_move(
     tmp_path: Path, dtype: torch.dtype, size: float, given: tuple[float, ...]
 ) -> None:
@@ -302,3 +308,45 @@ def test_names_of_the_other_spelling_are_one_model(tmp_path: Path) -> None:
     save_file(joined, tmp_path / "comfyui.safetensors")
     explained = explain(tmp_path / "comfyui.safetensors", tmp_path / "base", [path])
     assert verdict(explained) == "exactly BASE + l at 0.7 (rounded once)"
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """More blocks take no more; all of either model would be more than what is held at once."""
+    peaks = []
+    for blocks in (2, 5):
+        stream = torch.Generator().manual_seed(1)
+        base = {}
+        factors = {}
+        for block in range(blocks):
+            name = f"transformer_blocks.{block}.attn.to_q"
+            base[f"{name}.weight"] = (torch.randn(768, 768, generator=stream) * SPREAD).to(torch.bfloat16)
+            factors[f"{name}.lora_down.weight"] = torch.randn(2, 768, generator=stream) * 0.03
+            factors[f"{name}.lora_up.weight"] = torch.randn(768, 2, generator=stream) * 0.03
+            factors[f"{name}.alpha"] = torch.tensor(2.0)
+        place = Place(tmp_path / str(blocks), base)
+        asked = place.write("l", factors)
+        merged = place.merged({asked: 0.8})
+        tracemalloc.start()
+        explained = explain(merged, place.base, [asked])
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert verdict(explained) == "exactly BASE + l at 0.8 (rounded once)"
+    assert peaks[1] < 1.1 * peaks[0], peaks
+
+
+def test_the_commands_of_the_readme_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("### Ask a checkpoint")[2]
+    block, _, after = section.partition("```\n")[2].partition("```")
+    commands = [shlex.split(line) for line in block.splitlines()]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pocket").symlink_to(ROOT / "pocket")
+    for command in commands:
+        assert command[:3] == ["python", "-m", "lora_fuse"]
+        assert main(command[3:]) == 0
+    promised = after.partition("says `")[2].partition("`")[0]
+    said = capsys.readouterr().out
+    assert f"explain: {promised}\n" in said
+    assert "pocket-pastel is not in it" in said
+    assert (tmp_path / "explain.html").is_file()

@@ -14,6 +14,7 @@ HEIGHT = 220
 FOOT = 24
 LEFT = 56
 NAMES = 24  # below the bars, at most
+SIGN = 7  # the width of a letter, about
 LISTED = 200  # weights in the table, those with the largest difference
 
 
@@ -26,7 +27,7 @@ class _Bar:
     width: float
     height: float
     left: float
-    named: bool
+    name: str
 
 
 def explain_html(explained: Explanation) -> str:
@@ -53,6 +54,7 @@ def explain_html(explained: Explanation) -> str:
 def _bars(explained: Explanation, top: float) -> list[_Bar]:
     step = (WIDTH - LEFT - 8) / max(1, len(explained.blocks))
     every = -(-len(explained.blocks) // NAMES)
+    most = max(2, int(step * every / SIGN))
     room = HEIGHT - FOOT - 8
     return [
         _Bar(
@@ -61,7 +63,7 @@ def _bars(explained: Explanation, top: float) -> list[_Bar]:
             step * 0.8,
             min(one.relative, top) / top * room,
             min(one.left, top) / top * room,
-            number % every == 0,
+            one.block[:most] if number % every == 0 else "",
         )
         for number, one in enumerate(explained.blocks)
     ]
