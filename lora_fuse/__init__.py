@@ -13,7 +13,7 @@ Everything else is in a room, and a room imports only from those above it:
     fusion        plan and write a merge: streamed, the exact sum rounded once
     verification  the merge derived a second time, by code that shares nothing with `fusion`
     exports       the merged transformer in other formats, quantised too
-    hub           lock, fetch and publish repositories
+    hub           lock, fetch, stream and publish repositories
     pictures      render, measure and compare
     differences   a checkpoint held against its base: which LoRAs are in it
     regression    goldens, verdicts, the report
