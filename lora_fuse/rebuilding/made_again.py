@@ -5,6 +5,7 @@ Invariant: what is in OUT afterwards is what the list says, byte for byte, and o
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -221,5 +222,14 @@ def described(done: Rebuilt) -> list[str]:
     lines = [f"{total} in {len(made)} files, each with the sha256 of the list; base {done.base}; written: {rate}"]
     lines += [f"  {file.sha256}  {name}" for name, file in made.items() if file.origin == "fused"]
     for name in done.recipe.exports:
-        lines.append(text.line(f"  note: {name} is an export, and not made again"))
+        lines.append(text.line(f"  note: {name} is an export, and not made again{_fetching(done, name)}"))
     return lines
+
+
+def _fetching(done: Rebuilt, name: str) -> str:
+    """The way to an export that a repository has, as a verification of the whole misses it."""
+    listing = done.recipe.listing
+    if name in listing.absent or listing.repository is None:
+        return ""
+    words = [listing.repository, name, *(["--revision", listing.tag] if listing.tag else []), "--local-dir", "OUT"]
+    return f"; hf download {shlex.join(words)} fetches it"

@@ -6,6 +6,7 @@ before anything else is fetched. Nothing in it becomes a path before it was look
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -101,25 +102,26 @@ def read_recipe(
             raise BadSource(
                 f"{label} has no {contents.LIST}, which a published repository has, so nothing says how to make it"
             )
-        listing = _read_list(taken)
+        listing, content = _read_list(taken)
         _refuse_names(listing, label)
         for what, wanted in (expected or {}).items():
             if (said := getattr(listing, what)) != wanted:
                 raise Refused(f"{label} names {f'the {what} {said}' if said else f'no {what}'}, expected {wanted}")
-        signature = _check_signature(taken, listing, trusted)
-        beside = _take_beside(taken, listing)
-        pipeline, scheduler, _ = download_check.read_recipe(taken.root / contents.PROVENANCE)
+        signature = _check_signature(taken, listing, content, trusted)
+        beside = {**_take_beside(taken, listing), contents.LIST: content}
+    pipeline, scheduler, _ = download_check.read_recipe(beside[contents.PROVENANCE])
     return PublishedRecipe(label, listing, signature, beside, pipeline, scheduler)
 
 
-def _read_list(taken: sources.VerifiedFiles) -> records.ReleaseList:
+def _read_list(taken: sources.VerifiedFiles) -> tuple[records.ReleaseList, bytes]:
+    """The list, and its very bytes, which are read once."""
     label = f"{contents.LIST} of {taken.source.label}"
     if (size := taken.source.files[contents.LIST].size or 0) > LARGEST_LIST:
         raise BadSource(f"{label} has {size} bytes, and no list has more than {LARGEST_LIST}; name another repository")
     taken.take([contents.LIST])
     try:
-        text = files.read_text(taken.root / contents.LIST)
-        return records.from_json(records.ReleaseList, text, label)
+        content = files.read_bytes(files.inside(taken.root, contents.LIST))
+        return records.from_json(records.ReleaseList, content, label), content
     except (BadSource, OSError) as error:
         raise BadSource(f"{label} is no list of files: {str(error).partition(';')[0]}; get a good copy") from error
 
@@ -158,7 +160,9 @@ def _refuse_names(listing: records.ReleaseList, label: str) -> None:
             raise BadSource(f"{said} has {file.sha256!r} as the sha256 of {name}; it is not rebuilt")
 
 
-def _check_signature(taken: sources.VerifiedFiles, listing: records.ReleaseList, trusted: Trusted | None) -> str:
+def _check_signature(
+    taken: sources.VerifiedFiles, listing: records.ReleaseList, content: bytes, trusted: Trusted | None
+) -> str:
     """Check the signature, if somebody is trusted to sign, and say in words what was found.
 
     Raises:
@@ -171,7 +175,7 @@ def _check_signature(taken: sources.VerifiedFiles, listing: records.ReleaseList,
         raise Refused(f"{taken.source.label} is not signed, and a signature is asked for")
     taken.take([signing.SIGNATURE])
     digests = {name: file.sha256 for name, file in listing.files.items() if name not in listing.absent}
-    digests[contents.LIST] = taken.records[contents.LIST].sha256
+    digests[contents.LIST] = hashlib.sha256(content).hexdigest()
     try:
         signing.check_listed(taken.root / signing.SIGNATURE, digests, trusted)
     except CheckFailed as error:
@@ -195,12 +199,13 @@ def _take_beside(taken: sources.VerifiedFiles, listing: records.ReleaseList) -> 
             f"{progress.human_bytes(LARGEST_REST)} are taken; name another repository"
         )
     taken.take(wanted | signed)
+    read = {name: files.read_bytes(files.inside(taken.root, name)) for name in sorted(wanted | signed)}
     for name in sorted(wanted):
         listed = listing.files.get(name)
-        if listed is None or taken.records[name].sha256 != listed.sha256:
+        sha256 = hashlib.sha256(read[name]).hexdigest()
+        if listed is None or sha256 != listed.sha256:
             said = listed.sha256 if listed else "nothing of it"
             raise BadSource(
-                f"{name} of {taken.source.label} has sha256 {taken.records[name].sha256}, and {contents.LIST} says "
-                f"{said}; get a good copy"
+                f"{name} of {taken.source.label} has sha256 {sha256}, and {contents.LIST} says {said}; get a good copy"
             )
-    return {name: files.read_bytes(taken.root / name) for name in sorted({*wanted, *signed, contents.LIST})}
+    return read

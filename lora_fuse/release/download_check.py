@@ -107,7 +107,12 @@ def check_published(folder: Path, trusted: Trusted | None, expected: Mapping[str
     result.problems += [f"{name} is not in {LIST}, so nobody published it" for name in extra if name not in harmless]
     result.notes += [f"{name} is not in {LIST}" for name in harmless]
     try:
-        result.pipeline, result.scheduler, result.dtype = read_recipe(folder / PROVENANCE)
+        statement = files.read_bytes(folder / PROVENANCE)
+        result.pipeline, result.scheduler, result.dtype = read_recipe(statement)
+    except OSError as error:
+        result.notes.append(
+            f"{PROVENANCE} cannot be read ({error.strerror}); what it changes is compared with the base's"
+        )
     except BadSource as error:
         result.notes.append(f"{error}; what it changes is compared with the base's")
     result.beside = frozenset([*_made_beside(manifest, result), *extra, *housekeeping, LIST, SIGNATURE])
@@ -174,7 +179,7 @@ def _is_made_again(name: str, dtype: str | None) -> bool:
     return name in MADE_AGAIN or INDEX_MADE_AGAIN.fullmatch(name) is not None or config
 
 
-def read_recipe(provenance: Path) -> tuple[str, Mapping[str, object], str | None]:
+def read_recipe(statement: bytes) -> tuple[str, Mapping[str, object], str | None]:
     """Read what the recipe changes of the base's own files, so that they can be made again.
 
     Returns:
@@ -184,13 +189,12 @@ def read_recipe(provenance: Path) -> tuple[str, Mapping[str, object], str | None
         BadSource: the statement does not say them.
     """
     try:
-        statement = files.read_json(provenance, dict, BadSource)
-        recipe = statement["predicate"]["buildDefinition"]["externalParameters"]
+        recipe = files.parse_json(statement)["predicate"]["buildDefinition"]["externalParameters"]
         pipeline = _of_kind(str, recipe["base"]["pipeline"])
         scheduler = _of_kind(dict, recipe["scheduler"] or {})
         dtype = recipe.get("fuse", {}).get("dtype")
         return pipeline, scheduler, None if dtype is None else _of_kind(str, dtype)
-    except (BadSource, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadSource(f"{PROVENANCE} does not say the recipe ({error})") from error
 
 

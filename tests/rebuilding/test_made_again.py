@@ -96,6 +96,12 @@ def test_a_repository_with_weights_and_a_folder_give_the_same_and_a_second_run_r
     assert facts["files"] == merged
     assert (facts["signature"], facts["repository"], facts["tag"]) == ("signature right", FULL, None)
     assert merged.items() < merges.hashes(tmp_path / "out").items()
+    listing = from_json(ReleaseList, (full / LIST).read_text(), LIST)
+    export = {"diffusion_models/x.safetensors": MergedFile(1, "5" * 64, "generated")}
+    (full / LIST).write_text(to_json(replace(listing, files=listing.files | export)))
+    assert rebuild(full, tmp_path / "out", *sources) == 0
+    said = "note: diffusion_models/x.safetensors is an export, and not made again; hf download alice/full diffusion_mod"
+    assert said in capsys.readouterr().out
 
 
 Change = Callable[[ReleaseList], ReleaseList]
