@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks.base_pairs import BasePair, TrainedBase, pairs_of, random_pairs, trained_pairs
 from lora_fuse import LoraInput, plan
 from lora_fuse.differences import look_for
-from lora_fuse.differences.explaining import explain
+from lora_fuse.differences.explaining import Explanation, explain
 from lora_fuse.machine import interrupts
 from lora_fuse.studies.validation import compare_files
 from pocket.controls.table import between_markers, markdown
@@ -111,15 +111,28 @@ def explained(count: int, folder: Path) -> tuple[list[tuple[str, ...]], list[str
             (asked,) = found.loras
             rows[case]["asked"] += 1
             rows[case]["claimed"] += asked.found
-            rows[case]["exact"] += asked.found and found.way is not None and not found.missed and not found.unexplained
+            rows[case]["right"] += _is_right(case, found)
             if asked.found and case == CASES[0]:
                 errors.append(abs(asked.scale - scale))
             elif asked.found:
                 false.append(f"{pair.kind}: {case}, the LoRA claimed at {asked.scale:.3g}")
     first, *others = (
-        (case, *(str(tally[what]) for what in ("asked", "claimed", "exact"))) for case, tally in rows.items()
+        (case, *(str(tally[what]) for what in ("asked", "claimed", "right"))) for case, tally in rows.items()
     )
     return [(*first, f"{max(errors):.1g}"), *((*row, "") for row in others)], false
+
+
+def _is_right(case: str, found: Explanation) -> bool:
+    """True where the explanation is that of the case, whatever it says of the LoRA."""
+    whole = not found.is_other_base and not found.is_equal
+    answers = {
+        CASES[0]: whole and bool(found.found) and not found.unexplained,
+        CASES[1]: whole and not found.found and not found.is_full,
+        CASES[2]: whole and not found.found and found.is_full,
+        CASES[3]: found.is_other_base,
+        CASES[4]: found.is_equal,
+    }
+    return answers[case]
 
 
 TEXT = "lora_fuse/fusion/*.py"
@@ -184,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "explain" in (options.what or ["explain"]):
             rows, claims = explained(options.random, folder)
             false += claims
-            head = ("the checkpoint is", "asked", "the LoRA is claimed", "exactly", "largest error of the scale")
+            head = ("the checkpoint is", "asked", "the LoRA is claimed", "said so", "largest error of the scale")
             tables["explain"] = markdown(head, rows)
         if "kinship" in (options.what or ["kinship"]):
             rows = kinship(min(3, options.trained), folder)
