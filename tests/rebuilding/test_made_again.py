@@ -269,3 +269,16 @@ def test_weights_that_are_codes_are_decoded_or_quantised_as_they_were(tmp_path: 
     assert recipe.made.source is not None
     assert rebuild(recipe.folder, tmp_path / "out", *recipe.sources) == 0
     assert merges.hashes(tmp_path / "merged").items() < merges.hashes(tmp_path / "out").items()
+
+
+def test_a_base_that_is_read_more_than_once_is_fetched_and_then_read_in_the_cache(
+    published: Published, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = published.folder(tmp_path / "recipe")
+    text = (folder / LIST).read_text()
+    (folder / LIST).write_text(to_json(replace(from_json(ReleaseList, text, LIST), dtype="F32")))
+    assert rebuild(folder, tmp_path / "out") == 2
+    assert f"{WEIGHTS} came out with sha256 " in capsys.readouterr().err
+    (folder / LIST).write_text(text)
+    assert rebuild(folder, tmp_path / "out") == 0
+    assert "base in the Hub client's cache; written" in capsys.readouterr().out
