@@ -249,6 +249,7 @@ def test_what_cannot_be_asked_is_refused_on_one_line(place: Place, capsys: pytes
         ([merged, "--base", place.base, "--lora", asked, "--lora", asked], "is given twice"),
         ([merged, "--base", place.base, "--lora", asked, "--lora", twice], "no checkpoint tells their scales apart"),
         ([merged, "--base", place.base, "--rows", "none"], "--rows is 'none'"),
+        ([merged, "--base", place.base, "--lora", asked, *["--component", "unet"] * 2], "1 --lora and 2 --component"),
         ([merged, "--base", place.base, "--lora", place.base], "32 of 32 keys belong to no"),
     ):
         assert main(["explain", *map(str, given)]) == 2
@@ -279,6 +280,27 @@ def test_the_command_says_prints_json_and_writes_a_page(place: Place, capsys: py
     few = explain(merged, place.base, [asked], rows=4)
     assert (few.rows, verdict(few)) == (4, said["verdict"])
     assert "4 rows of each" in explain_html(few)
+
+
+def test_a_lora_for_each_of_two_transformers_is_found_in_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of Wan 2.2: keys do not say which of them a LoRA is for."""
+    for place in ("base", "merged"):
+        tiny.write_pipeline(tmp_path / place, tiny.weights())
+        tiny.write_component(tmp_path / place / "transformer_2", tiny.weights(seed=1))
+        index = json.loads((tmp_path / place / "model_index.json").read_text())
+        index["transformer_2"] = index["transformer"]
+        (tmp_path / place / "model_index.json").write_text(json.dumps(index))
+    loras = [
+        tiny.write_lora(tmp_path / f"{name}.safetensors", tiny.lora_tensors(seed=n)) for n, name in enumerate("ab")
+    ]
+    parts = ("transformer", "transformer_2")
+    inputs = [LoraInput(path.stem, path, 0.5, part) for path, part in zip(loras, parts, strict=True)]
+    fuse(plan(tmp_path / "base", inputs), tmp_path / "merged", device="cpu", replace=True)
+    given = [one for path, part in zip(loras, parts, strict=True) for one in ("--lora", path, "--component", part)]
+    assert main(["explain", *map(str, [tmp_path / "merged", "--base", tmp_path / "base", *given])]) == 0
+    assert "explain: exactly BASE + a at 0.5 + b at 0.5 (rounded once)\n" in capsys.readouterr().out
 
 
 def test_names_of_the_other_spelling_are_one_model(tmp_path: Path) -> None:

@@ -26,6 +26,13 @@ def add_explain(commands: Any) -> None:
     explain.add_argument("--base", type=Path, required=True, metavar="BASE", help="what it may have come from")
     explain.add_argument("--lora", type=Path, action="append", default=[], metavar="F", help="may be in it; repeat")
     explain.add_argument(
+        "--component",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="the component that each --lora is for, once for each; auto: as its keys say (default)",
+    )
+    explain.add_argument(
         "--rows", default="all", metavar="N|all", help="rows of each weight to compare (default all); scales: as ever"
     )
     explain.add_argument(
@@ -43,10 +50,15 @@ def _explain(options: argparse.Namespace) -> int:
         raise BadConfig(f"--rows is {options.rows!r}; give a number of rows, or all")
     if options.html is not None and options.html.is_dir():
         raise BadConfig(f"--html {options.html} is a folder; name the file to write, {options.html / 'explain.html'}")
+    if len(options.component) not in (0, len(options.lora)):
+        raise BadConfig(
+            f"{len(options.lora)} --lora and {len(options.component)} --component: give one for each --lora, or none"
+        )
     explained = explain(
         options.checkpoint,
         options.base,
         options.lora,
+        components=[None if name == "auto" else name for name in options.component],
         rows=None if options.rows == "all" else int(options.rows),
         leave_out=options.leave_out,
         show_progress=not options.json,

@@ -144,6 +144,7 @@ def explain(
     base: Path,
     loras: Sequence[Path] = (),
     *,
+    components: Sequence[str | None] = (),
     rows: int | None = None,
     leave_out: Sequence[str] = (),
     show_progress: bool = False,
@@ -154,6 +155,8 @@ def explain(
         checkpoint: a pipeline folder, a component folder or one file, in any spelling of the family's names.
         base: what it may have come from, as `checkpoint`.
         loras: files or PEFT folders.
+        components: the folder of the pipeline's component that each LoRA is for, None where its keys say it; nothing
+            for all of them.
         rows: rows of each weight to compare in the end; None for all.
         leave_out: patterns of keys of the LoRAs that the base has no module for, see `Selection`.
         show_progress: show bytes and rate on stderr.
@@ -167,7 +170,8 @@ def explain(
     targets: dict[str, TargetedTensor] = {}
     if named:
         require("torch", "explain with LoRAs")
-        inputs = [LoraInput(name, path, 1.0) for name, path in named]
+        given = [*components, *[None] * (len(named) - len(components))]
+        inputs = [LoraInput(name, path, 1.0, part) for (name, path), part in zip(named, given, strict=True)]
         targets = find_targets(plan_base(base, inputs, Selection(leave_out=tuple(leave_out))), pair.tensors)
         if not targets:
             raise BadLora(f"{named[0][1]}: none of its targets is in both {checkpoint} and {base}; name its own base")
