@@ -83,7 +83,7 @@ def _print(explained: Explanation) -> None:
     for lora in explained.loras:
         text.say(f"  {of_lora(lora, explained)}")
     count = len(explained.tensors)
-    text.say(f"  {explained.differing} of {count} weights differ; what rounding and LoRAs do not explain is left:")
+    text.say(f"  {explained.differing} of {count} weights differ" + (", by block:" if explained.differing else ""))
     changed = [one for one in explained.blocks if one.differing]
     for one in changed[:SHOWN]:
         left = f", left {one.left:.3g}" if one.unexplained else ""
