@@ -77,9 +77,9 @@ def of_lora(lora: AskedLora, explained: Explanation) -> str:
             f"{lora.name} is not in it as it is, and something like it is: the cosine of its delta and the difference "
             f"is {lora.cosine:.2f}; another version of it?"
         )
-    return (
-        f"{lora.name} is not in it: from a scale of {lora.smallest:.2g} on it would show, below that rounding hides it"
-    )
+    hides = "rounding" if explained.is_equal or explained.way is not None else "what else changed"
+    seen = f"from a scale of {lora.smallest:.2g} on it would show"
+    return f"{lora.name} is not in it: {seen}, below that {hides} hides it"
 
 
 def _scale(lora: AskedLora, *, exact: bool) -> str:
