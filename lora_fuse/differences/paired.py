@@ -102,6 +102,13 @@ class RowPiece:
     base: Values
     other: Values
 
+    def in_parts(self, values: int) -> Iterator[RowPiece]:
+        """Cut it into pieces of so many values at most, unless one row is more."""
+        count = max(1, values // max(1, self.base.shape[1]))
+        for start in range(0, len(self.base), count):
+            part = slice(start, start + count)
+            yield RowPiece(self.first + start, self.base[part], self.other[part])
+
 
 @dataclass(frozen=True, slots=True)
 class PairedTensor:

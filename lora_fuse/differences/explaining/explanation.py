@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import threadpool_limits
 
 from lora_fuse.checkpoint import PROVENANCE, blocks
 from lora_fuse.differences import PairedCheckpoints, open_pair
@@ -25,7 +26,7 @@ from lora_fuse.differences.explaining.way_search import Recognised, recognise, t
 from lora_fuse.errors import BadLora, require
 from lora_fuse.fusion import plan_base
 from lora_fuse.lora import LoraInput, Selection
-from lora_fuse.machine import progress
+from lora_fuse.machine import file_state, progress
 
 Array = npt.NDArray[np.float64]
 
@@ -348,8 +349,17 @@ def _examined(
     if way is not None and not any(scales):
         way = None
     examiner = Examiner(way, scales, rows)
-    with progress.byte_progress("explain", pair.nbytes, at_least=progress.FEW) as advance:
-        tensors = [examiner.examine(one, targets.get(one.name), advance) for one in pair.tensors]
+    # BLAS has one thread: its own would spin against those that examine other weights.
+    with (
+        progress.byte_progress("explain", pair.nbytes, at_least=progress.FEW) as advance,
+        threadpool_limits(1, user_api="blas"),
+    ):
+        tensors = file_state.in_threads(
+            lambda one, read: examiner.examine(one, targets.get(one.name), read),
+            pair.tensors,
+            advance,
+            lambda one: one.nbytes,
+        )
     paired = {one.name: one for one in pair.tensors}
     by_block: dict[str, list[ExaminedTensor]] = {}
     for one in tensors:

@@ -13,14 +13,17 @@ from lora_fuse.checkpoint import dtypes
 
 Array = npt.NDArray[np.float64]
 
+MANTISSA = 52  # bits of a float64 behind its exponent
+BIAS = 1023  # of that exponent
+
 FORMATS = {name: kind for name, kind in dtypes.ROUNDABLE.items() if name != "F64"}
 
 
 def spacing(values: Array, kind: dtypes.FloatFormat) -> Array:
-    """Distance of two neighbours of a format where each value lies: a power of two."""
-    _, exponent = np.frexp(values)
-    lowest = np.maximum(exponent, 2 - kind.bias) - kind.precision
-    return np.asarray(np.ldexp(1.0, lowest))
+    """Distance of two neighbours of a format where each value lies: a power of two, made of float64's own bits."""
+    exponent = (np.ascontiguousarray(values).view(np.int64) >> MANTISSA) & (2 * BIAS + 1)
+    lowest = np.maximum(exponent, BIAS + 1 - kind.bias) + (1 - kind.precision)
+    return np.asarray((lowest << MANTISSA).view(np.float64))
 
 
 def rounded(values: Array, kind: dtypes.FloatFormat) -> Array:
@@ -43,8 +46,7 @@ def intervals(values: Array, kind: dtypes.FloatFormat) -> tuple[Array, Array]:
     """
     size = np.abs(values)
     outer = spacing(size, kind) / 2
-    part, _ = np.frexp(size)
-    is_power = (part == 0.5) & (size > kind.smallest_normal)
+    is_power = (size.view(np.int64) & ((1 << MANTISSA) - 1) == 0) & (size > kind.smallest_normal)
     inner = np.where(is_power, outer / 2, outer)
     low = np.where(values > 0, values - inner, values - outer)
     high = np.where(values < 0, values + inner, values + outer)
