@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -24,8 +25,12 @@ def this_version() -> str:
         return "unknown"
 
 
+@cache
 def this_tool() -> Tool:
-    """Version, git commit and whether tracked files were modified; no commit outside a git checkout."""
+    """Version, git commit and whether tracked files were modified; no commit outside a git checkout.
+
+    Git is asked once: the code that works is what was imported, whatever lies in the checkout later.
+    """
     number = this_version()
     commit = _git(ROOT, "rev-parse", "HEAD")
     if commit is None or not (ROOT / "pyproject.toml").is_file():

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,24 @@ class _Spelt:
     block: str
 
 
+@cache
+def _maps() -> tuple[dict[str, Pieces], ...]:
+    return tuple(json.loads(path.read_bytes())["pieces"] for path in name_maps.files())
+
+
+@cache
+def _templates() -> dict[str, list[tuple[int, bool, str]]]:
+    """Every name of every map, in dots and with underscores for dots: the map, the spelling, the name in dots."""
+    made: dict[str, list[tuple[int, bool, str]]] = {}
+    for number, pieces in enumerate(_maps()):
+        both = [(True, name) for name in pieces]
+        both += [(False, name) for name in {part[0] for parts in pieces.values() for part in parts}]
+        for original, template in both:
+            for spelling in {template, template.replace(".", "_")}:
+                made.setdefault(spelling, []).append((number, original, template))
+    return made
+
+
 class OtherNames:
     """The other names of some parameters, whose rows are given by name."""
 
@@ -41,13 +59,9 @@ class OtherNames:
         self._rows = rows
 
     @cached_property
-    def _maps(self) -> list[dict[str, Pieces]]:
-        return [json.loads(path.read_bytes())["pieces"] for path in name_maps.files()]
-
-    @cached_property
     def _known(self) -> list[int]:
         """Number of parameters of the base that each map has, in the spelling of which it has more."""
-        sides = [[0, 0] for _ in self._maps]
+        sides = [[0, 0] for _ in _maps()]
         for name in self._rows:
             for spelt in self._spelt(name):
                 sides[spelt.of_map][spelt.original] += 1
@@ -60,20 +74,8 @@ class OtherNames:
         numbers = re.finditer(r"(?<![^._])\d+(?![^._])", name)
         written = [("", name), *((one[0], f"{name[: one.start()]}{{}}{name[one.end() :]}") for one in numbers)]
         for block, template in written:
-            for number, original, dotted in self._templates.get(template, ()):
+            for number, original, dotted in _templates().get(template, ()):
                 yield _Spelt(number, original, dotted, block)
-
-    @cached_property
-    def _templates(self) -> dict[str, list[tuple[int, bool, str]]]:
-        """Every name of every map, in dots and with underscores for dots: the map, the spelling, the name in dots."""
-        made: dict[str, list[tuple[int, bool, str]]] = {}
-        for number, pieces in enumerate(self._maps):
-            both = [(True, name) for name in pieces]
-            both += [(False, name) for name in {part[0] for parts in pieces.values() for part in parts}]
-            for original, template in both:
-                for spelling in {template, template.replace(".", "_")}:
-                    made.setdefault(spelling, []).append((number, original, template))
-        return made
 
     def find(self, tails: list[str]) -> tuple[str, dict[str, Numbers]] | None:
         """The first of some names that is a parameter's in the other spelling, and the parameters of the base.
@@ -99,7 +101,7 @@ class OtherNames:
 
     def _places(self, spelt: _Spelt) -> dict[str, Numbers] | None:
         """Rows of the base by parameter; None where the base has not all that the name is of."""
-        pieces = self._maps[spelt.of_map]
+        pieces = _maps()[spelt.of_map]
         group = _together(pieces, spelt)
         ours = {part[0] for name in group for part in pieces[name]} if spelt.original else set(group)
         if not all(name.replace("{}", spelt.block) in self._rows for name in ours):
