@@ -10,7 +10,7 @@ from pocket import tasks
 from pocket.bench import EIGHT, FEW, MANY, MERGED, OWN_SCHEDULER, SCALES, Bench, Setting, nearest, psnr
 from pocket.evaluate import contact_sheet
 
-SCENES = 16
+SCENES = 8
 Pictures = dict[str, list[Image.Image]]
 
 
