@@ -14,6 +14,8 @@ from lora_fuse.errors import BadSource
 from lora_fuse.machine import files, staging
 
 LARGEST = 2_000_000_000  # bytes of a result
+# What zipfile raises on bytes that are none of its own; of an empty name an IndexError.
+UNREADABLE = (BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError, LookupError)
 
 
 def pack(folder: Path, keeps: Callable[[str], bool] = lambda _: True) -> bytes:
@@ -61,5 +63,5 @@ def _opened(content: bytes) -> Iterator[ZipFile]:
     try:
         with ZipFile(BytesIO(content)) as archive:
             yield archive
-    except (BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+    except UNREADABLE as error:
         raise BadSource(f"a result that came back is not whole ({error}); run again") from error

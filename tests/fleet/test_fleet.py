@@ -300,7 +300,12 @@ def test_a_result_comes_back_whole_and_without_what_stays(tmp_path: Path, monkey
     with ZipFile(large, "w", ZIP_DEFLATED) as packed, packed.open(ZipInfo("zeros"), "w") as file:
         file.write(bytes(1 << 20))
     monkeypatch.setattr(archive, "LARGEST", 1 << 16)
-    for bad, words in ((content[:-9], "is not whole"), (large.getvalue(), "has 1048576 bytes, and at most 65536")):
+    nameless = content.replace(b"a/b.txt", b"\0/b.txt")  # a name ends at its first NUL
+    for bad, words in (
+        (content[:-9], "is not whole"),
+        (nameless, "is not whole"),
+        (large.getvalue(), "has 1048576 bytes, and at most 65536"),
+    ):
         with pytest.raises(BadSource, match=words):
             archive.unpack(bad, tmp_path / "out")
     assert (tmp_path / "out/receipt").exists()
