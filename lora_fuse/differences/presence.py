@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import threadpool_limits
 
 from lora_fuse.differences.matched_filter import Answers, ScaleEstimate, estimate, weigh
 from lora_fuse.differences.paired import StoredRows
@@ -64,11 +65,13 @@ def look_for(plan: Plan) -> list[Presence]:
         BadCheckpoint: the base cannot be read.
         BadLora: a LoRA cannot be read any more.
     """
-    return [
-        _look(plan, number)
-        for number, given in enumerate(plan.inputs)
-        if given.scale > 0 and plan.checkpoint.streamed is None
-    ]
+    # BLAS has one thread: those of small decompositions spin, and take ten times as long where others are at work.
+    with threadpool_limits(1, user_api="blas"):
+        return [
+            _look(plan, number)
+            for number, given in enumerate(plan.inputs)
+            if given.scale > 0 and plan.checkpoint.streamed is None
+        ]
 
 
 def presence_warnings(plan: Plan) -> list[str]:

@@ -177,7 +177,8 @@ def explain(
         if not targets:
             raise BadLora(f"{named[0][1]}: none of its targets is in both {checkpoint} and {base}; name its own base")
     count = len(named)
-    with nullcontext() if show_progress else progress.silence():
+    # BLAS has one thread: its own would spin against those that examine other weights.
+    with nullcontext() if show_progress else progress.silence(), threadpool_limits(1, user_api="blas"):
         samples = list(take_samples(list(targets.values()), count))
         guess = estimate(samples, count) if samples else None
         way = recognise(samples, guess.scales) if guess is not None else None
@@ -349,11 +350,7 @@ def _examined(
     if way is not None and not any(scales):
         way = None
     examiner = Examiner(way, scales, rows)
-    # BLAS has one thread: its own would spin against those that examine other weights.
-    with (
-        progress.byte_progress("explain", pair.nbytes, at_least=progress.FEW) as advance,
-        threadpool_limits(1, user_api="blas"),
-    ):
+    with progress.byte_progress("explain", pair.nbytes, at_least=progress.FEW) as advance:
         tensors = file_state.in_threads(
             lambda one, read: examiner.examine(one, targets.get(one.name), read),
             pair.tensors,
