@@ -34,8 +34,8 @@ LONGEST = (*FIRST, "pocket/", "stages/", "fleet/")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Two workers a core: many tests wait for a Hub that is slow on purpose, or for a process."""
-    return min(2 * (os.cpu_count() or 1), MOST_WORKERS)
+    """Three workers a core: many tests wait for a Hub that is slow on purpose, or for a process."""
+    return min(3 * (os.cpu_count() or 1), MOST_WORKERS)
 
 
 class Scheduling(LoadScopeScheduling):  # type: ignore[misc] # it has no types

@@ -12,8 +12,8 @@ from lora_fuse.machine import OnceParser
 REPEATED = ("_AppendAction", "_AfterLora")
 
 
-def options_with_a_value() -> Iterator[tuple[str, str, str]]:
-    """Each subcommand with each of its options that take one value, and with one that it takes.
+def options_with_a_value() -> Iterator[tuple[str, str, str, str]]:
+    """Each subcommand with each of its options that take one value, and with one that it takes, as given and as shown.
 
     But for --component, which goes with the --lora before it.
     """
@@ -21,16 +21,18 @@ def options_with_a_value() -> Iterator[tuple[str, str, str]]:
     for command, parser in commands.choices.items():
         for action in parser._actions:
             if action.option_strings and action.nargs is None and type(action).__name__ not in REPEATED:
-                yield command, action.option_strings[0], next(iter(action.choices or ["1"]))
+                value = next(iter(action.choices or ["1"]))
+                shown = f"{action.type(value)}" if callable(action.type) else value
+                yield command, action.option_strings[0], value, shown
 
 
 def test_every_option_of_the_command_line_is_given_once(capsys: pytest.CaptureFixture[str]) -> None:
     found = list(options_with_a_value())
-    assert {"--device", "--rows", "--scheduler", "--untouched"} <= {option for _, option, _ in found}
-    for command, option, value in found:
+    assert {"--device", "--rows", "--scheduler", "--untouched"} <= {option for _, option, *_ in found}
+    for command, option, value, shown in found:
         with pytest.raises(SystemExit, match="2"):
             main([command, "BASE", option, value, option, value])
-        assert f"argument {option}: given twice, {value} and {value}; give it once" in capsys.readouterr().err
+        assert f"argument {option}: given twice, {shown} and {shown}; give it once" in capsys.readouterr().err
 
 
 def test_two_components_of_one_lora_are_both_named(capsys: pytest.CaptureFixture[str], base: Path) -> None:
