@@ -50,7 +50,7 @@ check: $(READY)
 	mypy
 	python -m stages.config --check
 
-# Three workers a core, since many tests wait; the longest first; a module whose tests share a fixture in one worker
+# Two workers a core, since many tests wait; the longest first; a module whose tests share a fixture in one worker
 # (tests/conftest.py), and every other test in whichever is free.
 test: check
 	pytest -n auto --dist loadscope --no-loadscope-reorder

@@ -20,7 +20,9 @@ from tests.support.workspace import Workspace
 CLEARED = ("HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET", "HF_XET_CACHE", "HF_TOKEN_PATH")
 MOST_WORKERS = 8  # each takes a gigabyte of memory
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # more workers than cores: threads that spin take others' time
+# More workers than cores: threads that spin take others' time. Workers and all processes of tests inherit it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own, which spin whatever is said
 
 # Started in the background by a shell, this process ignores Ctrl-C, and so would every process that a test starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -34,8 +36,8 @@ LONGEST = (*FIRST, "pocket/", "stages/", "fleet/")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Three workers a core: many tests wait for a Hub that is slow on purpose, or for a process."""
-    return min(3 * (os.cpu_count() or 1), MOST_WORKERS)
+    """Two workers a core: many tests wait for a Hub that is slow on purpose, or for a process."""
+    return min(2 * (os.cpu_count() or 1), MOST_WORKERS)
 
 
 class Scheduling(LoadScopeScheduling):  # type: ignore[misc] # it has no types
