@@ -71,7 +71,8 @@ KINDS = (
 
 def kind_of(start: bytes) -> FileKind | None:
     """The kind of a file by its first `LOOKED_AT` bytes; None for safetensors and for what is not known."""
-    if start[8:9] == b"{":  # a header's length in 8 bytes, then its JSON: github.com/huggingface/safetensors, "Format"
+    # A header's length in 8 bytes, then its JSON: github.com/huggingface/safetensors, "Format"; some begin with spaces.
+    if start[8:].lstrip(b" \t\r\n").startswith(b"{"):
         return None
     begins = start[:LOOKED_AT].lstrip(b" \t\r\n\xef\xbb\xbf").lower()
     return next((kind for kind in KINDS if begins.startswith(kind.starts)), None)

@@ -81,6 +81,7 @@ def test_safetensors_are_read_under_any_name(tmp_path: Path, name: str) -> None:
 def test_a_cut_safetensors_file_is_called_truncated(tmp_path: Path) -> None:
     whole = save(tiny.weights())
     assert file_kind.kind_of(whole) is None
+    assert file_kind.kind_of(b"\x80\x02" + bytes(6) + b' {"a": {}}') is None  # 640 bytes of header, and no pickle
     for kept in (len(whole) - 1, 9):
         (tmp_path / "cut.safetensors").write_bytes(whole[:kept])
         with pytest.raises(BadCheckpoint, match="truncated"):
