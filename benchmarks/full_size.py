@@ -26,6 +26,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ import yaml
 
 from benchmarks import make_pipeline
 from benchmarks.fuse import DIFFUSERS, machine
-from benchmarks.memory_limit import LimitedRun, PeakSampler, limiting, mechanism, run_limited
+from benchmarks.memory_limit import LimitedRun, PeakSampler, limiting, mechanism, memory_of_all, run_limited
 from lora_fuse.errors import Refused
 from lora_fuse.machine import interrupts, progress, space, staging, text
 
@@ -117,7 +118,7 @@ def measured(arguments: Sequence[str], rows: str, limit: float | None) -> int:
     before = os.times()
     begun = time.perf_counter()
     process = subprocess.Popen([*limiting(how, int(limit or 0)), sys.executable, *arguments])
-    with PeakSampler(process.pid) as sampler:
+    with PeakSampler(partial(memory_of_all, process.pid)) as sampler:
         process.wait()
     seconds = time.perf_counter() - begun
     after = os.times()

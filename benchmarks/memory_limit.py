@@ -21,10 +21,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import psutil
@@ -87,7 +87,7 @@ def run_limited(
             stdout=output,
             stderr=subprocess.STDOUT,
         )
-        with PeakSampler(process.pid) as sampler, ended_with(process.pid):
+        with PeakSampler(partial(memory_of_all, process.pid)) as sampler, ended_with(process.pid):
             _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - begun
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -134,14 +134,14 @@ def _scope() -> list[str]:
 
 
 class PeakSampler:
-    """The most bytes that a process and all below it held of their own at one moment, looked at within a `with`.
+    """The most that something came to at one moment, as `measured` says every `EVERY` seconds, within a `with`.
 
-    What is held for less than `EVERY` may be missed, and pages that a fork shares count in both processes.
+    What lasts for less may be missed.
     """
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, measured: Callable[[], int]) -> None:
         self.peak = 0
-        self._pid = pid
+        self._measured = measured
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
 
@@ -155,12 +155,17 @@ class PeakSampler:
 
     def _look(self) -> None:
         while not self._stop.is_set():
-            try:
-                below = psutil.Process(self._pid).children(recursive=True)
-            except psutil.NoSuchProcess:
-                return
-            self.peak = max(self.peak, sum(own_memory(pid) for pid in (self._pid, *(one.pid for one in below))))
+            self.peak = max(self.peak, self._measured())
             self._stop.wait(EVERY)
+
+
+def memory_of_all(pid: int) -> int:
+    """Bytes that a process and all below it hold of their own now; pages that a fork shares count in both."""
+    try:
+        below = psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return 0
+    return sum(own_memory(one) for one in (pid, *(child.pid for child in below)))
 
 
 def own_memory(pid: int) -> int:

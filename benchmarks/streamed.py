@@ -18,16 +18,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmarks.fuse import machine
 from benchmarks.hub import ALONE, LOCKED, REPO
 from benchmarks.hub_publish import write_random
-from benchmarks.memory_limit import run_limited
+from benchmarks.memory_limit import PeakSampler, run_limited
 from lora_fuse.machine import interrupts
 from tests.hub_server import Entry, LoopbackHub
 
@@ -36,7 +36,6 @@ BAR = 1.15
 MEMORY = 2e9  # bytes
 SHARD = 200_000_000  # bytes
 ENCODER = 400_000_000  # bytes
-EVERY = 0.05  # seconds between two looks at the disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,34 +125,11 @@ class Turns:
         places = {"HF_HOME": str(self._work / "home"), "TMPDIR": str(self._work / "tmp"), "PYTHONPATH": str(ROOT)}
         hub = {"HF_ENDPOINT": self._hub.url, "HF_TOKEN": "", "HF_HUB_DISABLE_XET": "1"}
         before = len(self._hub.log)
-        with DiskSampler(self._work) as disk:
+        with PeakSampler(partial(_on_disk, self._work)) as disk:
             run = run_limited([sys.executable, *arguments], None, env={**os.environ, **places, **hub})
         done = run.well(" ".join(arguments))
         fetched = sum(call.sent for call in self._hub.log[before:])
         return Run(done.seconds, done.used, fetched, disk.peak, done.peak)
-
-
-class DiskSampler:
-    """The most bytes that the files in a folder took on the disk at one moment, looked at within a `with`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.peak = 0
-        self._folder = folder
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-
-    def __enter__(self) -> DiskSampler:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        while not self._stop.is_set():
-            self.peak = max(self.peak, _on_disk(self._folder))
-            self._stop.wait(EVERY)
 
 
 def _on_disk(folder: Path) -> int:
