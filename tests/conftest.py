@@ -11,6 +11,7 @@ import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
+from lora_fuse.pictures.environment import CPU_PINS
 from tests.hub_server import LoopbackHub
 from tests.support import merges, tiny
 from tests.support.downloads import Project
@@ -23,6 +24,10 @@ MOST_WORKERS = 8  # each takes a gigabyte of memory
 # More workers than cores: threads that spin take others' time. Workers and all processes of tests inherit it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own, which spin whatever is said
+
+# Read when torch and MKL first work in a process, which may be before a test renders: a floor would hang on the order.
+for pin, value in CPU_PINS.items():
+    os.environ.setdefault(pin, value)
 
 # Started in the background by a shell, this process ignores Ctrl-C, and so would every process that a test starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -21,7 +21,8 @@ from lora_fuse.hub import client
 # Read when CUDA starts, and when torch, MKL and oneDNN choose their kernels. Every x86 processor of the last ten years
 # has AVX2: pinned to it, and MKL to the code that all of them share, machines differ less; it costs no time here.
 _CUDA_PINS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-_X86_PINS = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+_OF_X86 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+CPU_PINS = _OF_X86 if platform.machine().lower() in {"x86_64", "amd64"} else {}
 
 FLASH_FROM = (8, 0)  # compute capability of the first GPUs that torch's flash attention runs on
 
@@ -117,8 +118,7 @@ def make_deterministic(threads: int | None = None) -> None:
     `threads` are intra-op threads; None leaves torch's choice, the number of cores.
     Source: https://docs.pytorch.org/docs/stable/notes/randomness.html
     """
-    pins = _CUDA_PINS | (_X86_PINS if platform.machine().lower() in {"x86_64", "amd64"} else {})
-    for name, value in pins.items():
+    for name, value in (_CUDA_PINS | CPU_PINS).items():
         os.environ.setdefault(name, value)
     with uncollected("torch"):
         import torch
@@ -227,7 +227,7 @@ def environment(placement: str, dtype: str, *, compiled: bool = False) -> Enviro
         isa = f"{name}-{torch.backends.cpu.get_cpu_capability().lower()}"
     minor = (_minor(torch_version), _minor(versions["diffusers"]))
     key = Key(device, isa, threads, dtype, *minor, attention, compiled)
-    flags = FLAGS | {pin: os.environ[pin] for pin in sorted(_CUDA_PINS | _X86_PINS) if pin in os.environ}
+    flags = FLAGS | {pin: os.environ[pin] for pin in sorted(_CUDA_PINS | _OF_X86) if pin in os.environ}
     if compiled:
         flags["compiled"] = "the transformer's blocks"
     return Environment(

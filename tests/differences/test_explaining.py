@@ -27,6 +27,7 @@ SHAPES = {"attn.to_q": (64, 64), "mlp": (96, 64)}
 SPREAD = 0.03
 SIZES = {torch.bfloat16: "BF16", torch.float16: "F16"}
 FLOATS = pytest.mark.parametrize("dtype", SIZES, ids=list(SIZES.values()))
+ON_A_GPU = (pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"))
 
 
 def weights(dtype: torch.dtype, seed: int = 0) -> Tensors:
@@ -137,12 +138,16 @@ def test_comfyui_s_sums_are_told_apart_and_their_scales_found(
 
 
 @pytest.mark.filterwarnings("ignore:Already found")
+@pytest.mark.parametrize(("device", "times"), [("cpu", "twice"), pytest.param("cuda", "three times", marks=ON_A_GPU)])
 @FLOATS
-def test_what_diffusers_fuses_is_told_as_rounded_twice(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_what_diffusers_fuses_is_told_by_its_roundings(
+    tmp_path: Path, dtype: torch.dtype, device: str, times: str
+) -> None:
     """Its own `load_lora_adapter` and `fuse_lora`; the LoRA is float32, and diffusers takes it in the model's dtype."""
     settings = {"num_attention_heads": 2, "attention_head_dim": 32, "axes_dims_rope": (8, 12, 12)}
     model: Any = DENOISERS["qwen_image"].make(**settings).to(dtype)
     model.save_pretrained(tmp_path / "base")
+    model.to(device)
     stream = torch.Generator().manual_seed(5)
     names = [f"transformer_blocks.{block}.attn.to_{kind}" for block in range(2) for kind in "qkv"]
     shapes = {name: model.get_parameter(f"{name}.weight").shape for name in names}
@@ -161,7 +166,7 @@ def test_what_diffusers_fuses_is_told_as_rounded_twice(tmp_path: Path, dtype: to
     model.save_pretrained(tmp_path / "fused")
     explained = explain(tmp_path / "fused", tmp_path / "base", paths)
     assert scales_of(explained) == [0.8, 0.35]
-    assert "rounded twice" in verdict(explained)
+    assert f"rounded {times}" in verdict(explained)
     assert "as diffusers does" in verdict(explained)
     assert explained.missed <= 1e-3 * explained.moved
     assert not explained.unexplained

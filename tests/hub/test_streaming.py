@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import lora_fuse
 from lora_fuse.cli import main
@@ -74,8 +75,8 @@ class Place:
         name = f"transformer/diffusion_pytorch_model-{number:05d}-of-{merges.SHARDS:05d}.safetensors"
         return f"{STORED}{self.hub.registry.repos[REPO].at(self.commit).tree[name].sha256}"
 
-    def fuse(self) -> int:
-        return main(["fuse", self.name, str(self.out), "--lora", str(self.lora)])
+    def fuse(self, *options: str) -> int:
+        return main(["fuse", self.name, str(self.out), "--lora", str(self.lora), *options])
 
     def verify(self) -> int:
         return main(["verify", str(self.out), self.name, "--lora", str(self.lora)])
@@ -116,6 +117,16 @@ def test_after_a_kill_finished_shards_are_not_fetched_again_and_the_bytes_are_th
     with pytest.warns(UserWarning, match="no alpha"):
         lora_fuse.fuse(plan, tmp_path / "disk", untouched="copy")
     assert merges.hashes(tmp_path / "disk") == merges.hashes(place.out)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_a_gpu_makes_the_same_bytes_of_what_arrives(place: Place) -> None:
+    assert place.fuse("--device", "cuda") == 0
+    assert torch.cuda.max_memory_allocated() > SHARD // 2  # of one weight and its sum
+    made = merges.hashes(place.out)
+    assert place.fuse("--device", "cpu", "--replace") == 0
+    assert merges.hashes(place.out) == made
 
 
 def test_every_byte_is_fetched_once_and_none_is_kept_but_in_a_merge_that_verifies(

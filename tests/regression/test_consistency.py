@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from lora_fuse.errors import BadGolden, BadSource
+from lora_fuse.machine.parsing import parse_yaml
 from lora_fuse.pictures.cases import Case
 from lora_fuse.recipe.paths import GOLDEN, HERE
 from lora_fuse.recipe.recipe import Recipe
@@ -28,7 +28,7 @@ Change = Callable[[dict[str, Any]], object]
 
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
-    return Recipe.parse(yaml.safe_load((ROOT / "params.yaml").read_text()), "params.yaml")
+    return Recipe.parse(parse_yaml((ROOT / "params.yaml").read_text()), "params.yaml")
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
 from lora_fuse.checkpoint.shards import open_checkpoint
 from lora_fuse.exports.export_contents import ExportOptions
@@ -15,6 +14,7 @@ from lora_fuse.fusion.merge import write_merged
 from lora_fuse.fusion.plan import make_plan
 from lora_fuse.lora.inputs import LoraInput
 from lora_fuse.machine.files import FileRecord
+from lora_fuse.machine.parsing import parse_yaml
 from lora_fuse.pictures.picture import Picture
 from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.regression.exported.export_records import flat_exports
@@ -43,7 +43,7 @@ ENCODED = [name for name, one in FORMATS.items() if one.ggml is None or one.code
 
 @pytest.fixture(scope="module")
 def limits() -> Mapping[str, ExportLimits]:
-    recipe = Recipe.parse(yaml.safe_load((ROOT / "params.yaml").read_text()), "params.yaml")
+    recipe = Recipe.parse(parse_yaml((ROOT / "params.yaml").read_text()), "params.yaml")
     return {name: {str(key): bound for key, bound in bounds.items()} for name, bounds in recipe.regress.exports.items()}
 
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from lora_fuse.errors import BadConfig, Rerun
+from lora_fuse.machine.parsing import parse_yaml
 from lora_fuse.recipe.paths import Artifacts
 from stages.config.__main__ import main
 from stages.config.variants import COMPILED, ENTRIES, compile_entries, load_variant, read_compiled, read_entries
@@ -149,7 +150,7 @@ def test_an_edited_compiled_file_is_refused_with_the_way_out(text: str) -> None:
 
 def test_a_compiled_variant_that_is_a_path_is_refused() -> None:
     assert main([]) == 0
-    tree = yaml.safe_load(COMPILED.read_text())
+    tree = parse_yaml(COMPILED.read_text())
     tree["variants"]["../../x"] = deepcopy(tree["variants"]["pocket"])
     COMPILED.write_text(yaml.safe_dump(tree))
     with pytest.raises(BadConfig, match=r"variants/params\.yaml.*'\.\./\.\./x' cannot name a file.*python -m stages"):

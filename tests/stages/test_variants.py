@@ -12,6 +12,7 @@ import yaml
 
 from lora_fuse import cli
 from lora_fuse.machine.console import Console
+from lora_fuse.machine.parsing import parse_yaml
 from lora_fuse.recipe.paths import HERE
 from lora_fuse.regression.gate import MEANINGS
 from stages.catalog import catalog
@@ -36,7 +37,7 @@ class Checkout(Workspace):
 
     def entries(self, **changes: dict[str, Any] | None) -> None:
         """Change entries, add some, or leave some out (None), and compile them; the current folder is the checkout."""
-        entries = yaml.safe_load((self.root / ENTRIES).read_text())
+        entries = parse_yaml((self.root / ENTRIES).read_text())
         for name, change in changes.items():
             entries[name] = None if change is None else entries.get(name, {}) | change
         (self.root / ENTRIES).write_text(yaml.safe_dump({n: one for n, one in entries.items() if one is not None}))
@@ -50,7 +51,7 @@ def ran(output: str) -> list[str]:
 def build(root: Path) -> None:
     """Build all variants; where nobody has approved pictures for this environment, they are approved here."""
     checkout = Checkout.checkout(root)
-    entries = yaml.safe_load((root / ENTRIES).read_text())
+    entries = parse_yaml((root / ENTRIES).read_text())
     (root / ENTRIES).write_text(yaml.safe_dump({name: entries[name] for name in NAMES}))
     checkout.config()
     checkout.commit("two variants")
@@ -143,7 +144,7 @@ def test_pictures_are_approved_under_the_variant_s_name_of_parameters_that_conf_
     done = checkout.stage("approve", "--variant", "pocket_soft", "--reason", "softer")
     assert done.startswith("approved: artifacts/golden/pocket_soft/")
     compiled = checkout.root / "variants/params.yaml"
-    edited = yaml.safe_load(compiled.read_text())
+    edited = parse_yaml(compiled.read_text())
     edited["variants"]["pocket_soft"]["fuse"]["scale"] = 0.9
     compiled.write_text(yaml.safe_dump(edited))
     refused = checkout.stage("approve", "--variant", "pocket_soft", "--reason", "softer", code=1)

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
 from lora_fuse.errors import BadConfig, BadGolden, BadSource
@@ -22,6 +21,7 @@ from lora_fuse.hub import lock_base
 from lora_fuse.lora import LoraInput
 from lora_fuse.machine.console import Console
 from lora_fuse.machine.files import FileRecord
+from lora_fuse.machine.parsing import parse_yaml
 from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.records import Lock
 from lora_fuse.regression.goldens import Goldens
@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GOOD = "pocket/lora/pocket-lightning-4steps-v1.safetensors"
 CURRENT = "pocket/lora/pocket-lightning-4steps-v2.safetensors"
 ONE_CASE = ("recipe=pocket", "~regress.cases.hat")
-RECIPE = Recipe.parse(yaml.safe_load((ROOT / "params.yaml").read_text()), "params.yaml")  # its bounds
+RECIPE = Recipe.parse(parse_yaml((ROOT / "params.yaml").read_text()), "params.yaml")  # its bounds
 CASE = CaseEvidence(
     name="rabbit",
     faults=(),

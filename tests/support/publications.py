@@ -15,6 +15,7 @@ import yaml
 
 from lora_fuse.hub import Receipt
 from lora_fuse.machine.files import hash_file
+from lora_fuse.machine.parsing import parse_yaml
 from lora_fuse.recipe.paths import Artifacts
 from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.records import BuildRecord, Lock, Manifest, MergedFile, MergedLora, Tool, from_json, to_json
@@ -96,7 +97,7 @@ class Place:
         if not (self.root / "pocket").exists():
             (self.root / "pocket").symlink_to(ROOT / "pocket")  # its pictures are the cases' inputs
         with contextlib.chdir(self.root):
-            leave_regression(Recipe.parse(yaml.safe_load((ROOT / "params.yaml").read_text()), "params.yaml"))
+            leave_regression(Recipe.parse(parse_yaml((ROOT / "params.yaml").read_text()), "params.yaml"))
 
     def _lock(self, name: str) -> Lock:
         """Lay down a file of that name, and pin it."""
@@ -105,7 +106,7 @@ class Place:
 
     def configure(self, **publish: object) -> None:
         """Write params.yaml with these settings of `publish`."""
-        params = yaml.safe_load((ROOT / "params.yaml").read_text())
+        params = parse_yaml((ROOT / "params.yaml").read_text())
         unsigned = {"license": "apache-2.0", "signing": {"key": None, "keyless": False}}
         params["publish"] = {
             "enabled": True,

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
+from lora_fuse.pictures import environment
 from lora_fuse.studies.doctor.finding import Finding, fail, ok, warn
 
 SHOWN = ("torch", "diffusers", "transformers", "huggingface_hub", "dvc")
@@ -76,7 +77,7 @@ def determinism(environ: Mapping[str, str], *, on_gpu: bool) -> Finding:
     if on_gpu and environ.get("NVIDIA_TF32_OVERRIDE") == "1":
         found = "NVIDIA_TF32_OVERRIDE=1 makes every product TF32"
         return warn(name, found, "", "unset it, or pictures differ from the goldens")
-    mine = [pin for pin in ("ATEN_CPU_CAPABILITY", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA") if pin in environ]
+    mine = [pin for pin, value in environment.CPU_PINS.items() if environ.get(pin, value) != value]
     if mine and not on_gpu:
         found = f"{', '.join(f'{pin}={environ[pin]}' for pin in mine)} is used in place of regress's own"
         return warn(name, found, "", "unset it, or goldens of other machines may not fit")
