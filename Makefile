@@ -47,7 +47,7 @@ repro: $(READY)
 check: $(READY)
 	ruff format --check .
 	ruff check .
-	mypy
+	mypy --num-workers 2
 	python -m stages.config --check
 
 # Two workers a core, since many tests wait; the longest first; a module whose tests share a fixture in one worker

@@ -11,8 +11,13 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Callable, Mapping
+from functools import cache
+from typing import TYPE_CHECKING
 
 from lora_fuse.machine import text
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 SLIDER = """
 for (const slider of document.querySelectorAll(".slider")) {
@@ -33,10 +38,16 @@ def render_page(
     Every value is escaped, by HTML's rules and `text.xml` or by those of Markdown, unless it is `Markdown` or marked
     safe; one that is missing is an error.
     """
+    environment = _environment(package, ".html" in template, tuple(sorted((filters or {}).items())))
+    return environment.get_template(template).render(slider=SLIDER, slider_hash=SLIDER_HASH, **values)
+
+
+@cache
+def _environment(package: str, html: bool, filters: tuple[tuple[str, Callable[..., object]], ...]) -> Environment:
+    """What holds the templates of a package once they are compiled, which takes longer than to fill one."""
     import jinja2
 
     loaders = [jinja2.PackageLoader(name) for name in (package, "lora_fuse.pictures")]
-    html = ".html" in template
     environment = jinja2.Environment(
         loader=jinja2.ChoiceLoader(loaders),
         autoescape=html,  # noqa: S701 (Markdown has rules of its own)
@@ -45,8 +56,8 @@ def render_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"code": text.code, "link": text.link, **(filters or {})}
-    return environment.get_template(template).render(slider=SLIDER, slider_hash=SLIDER_HASH, **values)
+    environment.filters |= {"code": text.code, "link": text.link, **dict(filters)}
+    return environment
 
 
 def _seen(value: object) -> object:

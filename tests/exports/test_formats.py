@@ -29,9 +29,9 @@ from lora_fuse.lora import LoraInput
 from lora_fuse.machine.files import FileRecord, hash_file
 from lora_fuse.quantisation import FORMATS as CODECS
 from lora_fuse.quantisation import Fp8Options
-from lora_fuse.recipe.recipe import Recipe
 from lora_fuse.recipe.records import Exports, from_json
 from tests.support import tiny
+from tests.support.composed import recipe_of
 from tests.support.matrices import matrix, qwen
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -416,13 +416,11 @@ def test_a_path_that_a_format_gives_is_an_export_and_no_other() -> None:
 @pytest.fixture(scope="module")
 def pocket(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which pocket is downloaded and fused."""
-    from stages.config import compose
     from stages.download import download
     from stages.fuse import fuse as fuse_stage
 
     folder = tmp_path_factory.mktemp("pocket")
-    with contextlib.chdir(ROOT):
-        recipe = Recipe.parse(compose([]), "test")
+    recipe = recipe_of()
     (folder / "pocket").symlink_to(ROOT / "pocket")
     with contextlib.chdir(folder):
         assert (download(recipe), fuse_stage(recipe)) == (0, 0)
@@ -431,11 +429,9 @@ def pocket(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def exported(pocket: Path, *settings: str) -> Path:
     """The folder that the stage writes, by a recipe with some settings."""
-    from stages.config import compose
     from stages.export import export_formats
 
-    with contextlib.chdir(ROOT):
-        recipe = Recipe.parse(compose(list(settings)), "test")
+    recipe = recipe_of(*settings)
     with contextlib.chdir(pocket):
         assert export_formats(recipe) == 0
         record = from_json(Exports, Path("artifacts/export.json").read_text(), "export.json")

@@ -12,8 +12,8 @@ from lora_fuse.cli import main
 from lora_fuse.errors import BadConfig
 from lora_fuse.fusion.plan import cautions
 from lora_fuse.models import LIGHTNING, distillation, needed_scheduler, pair_warnings
-from stages.config import load
 from tests.support import tiny
+from tests.support.composed import recipe_of
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "Qwen-Image-Lightning-4steps-V2.0-bf16.safetensors"
@@ -35,9 +35,8 @@ def test_the_settings_are_those_of_conf() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_what_a_recipe_says_is_what_its_lora_is_known_to_need(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    params = load([f"recipe={recipe}"])
+def test_what_a_recipe_says_is_what_its_lora_is_known_to_need(recipe: str) -> None:
+    params = recipe_of(f"recipe={recipe}")
     for source in params.loras.values():
         known = distillation(source.filename)
         assert known is not None

@@ -13,7 +13,7 @@ from lora_fuse.models import pipelines
 from lora_fuse.pictures.calls.call_arguments import open_picture
 from lora_fuse.pictures.cases import Case
 from lora_fuse.recipe.recipe import Recipe
-from stages.config import compose
+from tests.support.composed import recipe_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path.stem for path in (ROOT / "conf" / "recipe").glob("*.yaml"))
@@ -36,7 +36,7 @@ def in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def parameters(recipe: str) -> Recipe:
-    return Recipe.parse(compose([f"recipe={recipe}"]), recipe)
+    return recipe_of(f"recipe={recipe}")
 
 
 @pytest.mark.parametrize("path", sorted(KEPT.iterdir()), ids=lambda path: path.name)

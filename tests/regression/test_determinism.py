@@ -12,7 +12,7 @@ from lora_fuse.checkpoint.shards import open_checkpoint
 from lora_fuse.fusion.merge import write_merged
 from lora_fuse.fusion.plan import make_plan
 from lora_fuse.lora.inputs import LoraInput
-from stages.config import compose
+from tests.support.composed import tree_of
 
 ROOT = Path(__file__).resolve().parents[2]
 LORA = ROOT / "pocket/lora/pocket-lightning-4steps-v2.safetensors"
@@ -40,9 +40,7 @@ print(json.dumps([str(environment("cpu", "float32").key), *(hashlib.sha256(file)
 @pytest.fixture(scope="module")
 def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("merge") / "merged"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        scheduler = compose()["scheduler"]
+    scheduler = tree_of()["scheduler"]
     generated = diffusers_files(ROOT / "pocket/model", pipeline="QwenImagePipeline", scheduler=scheduler)
     plan = make_plan(open_checkpoint(ROOT / "pocket/model"), [LoraInput("l", LORA, 1.0)])
     write_merged(plan, out, device="cpu", generated=generated, known={}, progress=lambda _: None)

@@ -34,7 +34,7 @@ from lora_fuse.regression.candidates import Candidates, candidates, save_picture
 from lora_fuse.regression.case_judgement import judge_pairs
 from lora_fuse.regression.run_record import RunRecord
 from lora_fuse.regression.verdicts import Golden, Limits, Rules, Verdict
-from stages.config import compose
+from tests.support.composed import tree_of
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "pocket/model"
@@ -64,9 +64,7 @@ def merge(out: Path, what: Plan, scheduler: Mapping[str, object]) -> Path:
 
 @pytest.fixture(scope="module")
 def setup() -> Setup:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        scheduler = compose()["scheduler"]
+    scheduler = tree_of()["scheduler"]
     return Setup("QwenImagePipeline", Sampling(4, 1.0, " "), scheduler, "cpu", "float32")
 
 

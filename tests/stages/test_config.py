@@ -4,7 +4,6 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from lora_fuse.errors import BadConfig
 from lora_fuse.models import families, pair_warnings, pipelines
 from lora_fuse.recipe.recipe import Recipe
 from stages.config import compose, load
+from tests.support.composed import recipe_of, tree_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path.stem for path in (ROOT / "conf" / "recipe").glob("*.yaml"))
@@ -38,14 +38,9 @@ def test_a_value_calls_no_function(call: str) -> None:
         compose([f"recipe=${{{call}}}"])
 
 
-@cache
-def recipe_of(name: str) -> Recipe:
-    return load([f"recipe={name}"])
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_composes_to_checked_parameters(recipe: str) -> None:
-    params = recipe_of(recipe)
+    params = recipe_of(f"recipe={recipe}")
     assert params.name == recipe
     call = pipelines()[params.base.pipeline]
     assert not call.guidance.doubles(params.sampling.true_cfg_scale, params.sampling.negative_prompt)
@@ -55,7 +50,7 @@ def test_every_recipe_composes_to_checked_parameters(recipe: str) -> None:
 
 
 def test_every_family_has_a_recipe_and_every_figure_of_one_a_source() -> None:
-    built = {recipe_of(recipe).base.repo_id for recipe in RECIPES}
+    built = {recipe_of(f"recipe={recipe}").base.repo_id for recipe in RECIPES}
     for family in (family for family in families() if family.pipelines or family.name == "Wan 2.2"):
         assert built & {base.repo_id for base in family.bases}, family.name
     bases = {path.stem: path.read_text() for path in (ROOT / "conf" / "base").glob("*.yaml")}
@@ -68,7 +63,7 @@ def test_every_family_has_a_recipe_and_every_figure_of_one_a_source() -> None:
 
 
 def test_there_is_a_recipe_for_every_base_of_qwen_image_and_its_steps() -> None:
-    built = {(recipe_of(recipe).base.repo_id, recipe_of(recipe).sampling.steps) for recipe in RECIPES}
+    built = {(one.base.repo_id, one.sampling.steps) for one in map(recipe_of, (f"recipe={name}" for name in RECIPES))}
     only_4 = {"Qwen/Qwen-Image-Edit-2511", "Qwen/Qwen-Image-2512"}
     (family,) = (family for family in families() if family.name == "Qwen-Image")
     for base in family.bases:
@@ -78,7 +73,7 @@ def test_there_is_a_recipe_for_every_base_of_qwen_image_and_its_steps() -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_only_the_manual_procedure_s_pair_is_warned_about(recipe: str) -> None:
-    params = recipe_of(recipe)
+    params = recipe_of(f"recipe={recipe}")
     warnings = pair_warnings(params.base.repo_id, [(lora.repo_id, lora.filename) for lora in params.loras.values()])
     assert bool(warnings) == (recipe == "qwen_image_edit_2509_lora_on_edit")
 
@@ -86,7 +81,7 @@ def test_only_the_manual_procedure_s_pair_is_warned_about(recipe: str) -> None:
 def test_the_pipeline_of_a_recipe_is_its_family_s() -> None:
     known = {base.repo_id: base.pipeline for family in families() for base in family.bases}
     for recipe in RECIPES:
-        base = recipe_of(recipe).base
+        base = recipe_of(f"recipe={recipe}").base
         assert base.repo_id is None or base.pipeline == known[base.repo_id]
 
 
@@ -152,7 +147,7 @@ def test_steps_are_free_where_the_sigmas_are_open() -> None:
 
 
 def changed(path: str, value: object) -> dict[str, Any]:
-    tree = compose()
+    tree = tree_of()
     *parents, last = path.split(".")
     at = tree
     for parent in parents:
@@ -180,7 +175,7 @@ NO_NAMES = ["../../x", "a/b", "/x", "..", ".", ".x", "-x", "a\\b", "a b", "x\n",
 
 @pytest.mark.parametrize("name", NO_NAMES)
 def test_a_name_that_is_a_path_is_refused_with_the_name_and_the_rule(name: str) -> None:
-    tree = compose()
+    tree = tree_of()
     lora = tree["loras"]["lightning"]
     for changed_tree in (tree | {"name": name}, tree | {"loras": {name: lora}}):
         with pytest.raises(BadConfig, match="take up to 64 of A-Z a-z 0-9 ") as refused:
@@ -190,7 +185,7 @@ def test_a_name_that_is_a_path_is_refused_with_the_name_and_the_rule(name: str) 
 
 @pytest.mark.parametrize("name", ["pocket", "Qwen-Image-2.1", "2512_lightning", "x" * 64])
 def test_a_name_that_is_one_part_of_a_path_is_a_name(name: str) -> None:
-    tree = compose()
+    tree = tree_of()
     recipe = Recipe.parse(tree | {"name": name, "loras": {name: tree["loras"]["lightning"]}}, "params.yaml")
     assert (recipe.name, list(recipe.loras)) == (name, [name])
 

@@ -35,6 +35,7 @@ from pocket.candidates import compare, for_another_base, write
 from pocket.controls.pictures import grid
 from stages.validate import requested, validate, validate_several
 from tests.hub_server import LoopbackHub
+from tests.support.composed import recipe_of
 from tests.support.tiny import in_folder
 from tests.tiny_models import tiny
 from tests.tiny_models.loras import write_loras
@@ -421,11 +422,8 @@ def test_a_lora_is_named_by_repository_or_path(
     assert tuple(parse_lora(text)[key] for key in ("repo_id", "path", "revision", "filename")) == wanted
 
 
-def test_the_candidate_is_the_recipe_with_one_lora_and_one_scale_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from stages.config import compose
-
-    monkeypatch.chdir(ROOT)
-    params = Recipe.parse(compose(["recipe=pocket_pastel"]), "test")
+def test_the_candidate_is_the_recipe_with_one_lora_and_one_scale_changed() -> None:
+    params = recipe_of("recipe=pocket_pastel")
     new = candidate(params, GOOD, "lightning", 0.5)
     assert new.loras["lightning"].filename == Path(GOOD).name
     assert new.loras["pastel"] == params.loras["pastel"]

@@ -6,14 +6,13 @@ import os
 import re
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from stages.config import compose
 from tests.hub_server import Call, LoopbackHub
+from tests.support.composed import tree_of
 from tests.support.machine import ROOT, start
 from tests.support.repositories import PIPELINE, write
 
@@ -30,7 +29,7 @@ class Project:
         self.root = root
         (root / "conf").symlink_to(ROOT / "conf")
         write(root / "base", PIPELINE)
-        self.params = dict(composed())
+        self.params = tree_of()
         self.set(path=str(root / "base"))
         self.set_lora()
 
@@ -76,13 +75,6 @@ class Project:
         found = json.loads(self.locks()[f"{name}.lock.json"])
         lock: dict[str, Any] = found["base"] if name == "base" else found["loras"]["l"]
         return lock
-
-
-@cache
-def composed() -> dict[str, Any]:
-    """The default recipe, composed once; the current folder may be any."""
-    with contextlib.chdir(ROOT):
-        return compose()
 
 
 def fetched(hub: LoopbackHub) -> list[Call]:

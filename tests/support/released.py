@@ -37,7 +37,6 @@ from lora_fuse.regression.goldens import Goldens
 from lora_fuse.regression.recorded_numbers import MEASURED_AGAIN
 from lora_fuse.regression.review import flat_metrics
 from lora_fuse.regression.verdicts import CaseResult, Comparison, Facts, Golden, Rules, Verdict
-from stages.config import compose
 from stages.download import download
 from stages.export import export_formats
 from stages.fuse import fuse
@@ -45,6 +44,7 @@ from stages.verify import verify as verify_stage
 from tests.hub_server import LoopbackHub
 from tests.support import tiny
 from tests.support.approved import APPROVAL, KEY, run_record
+from tests.support.composed import recipe_of
 
 ROOT = Path(__file__).resolve().parents[2]
 REPO = "alice/merged"
@@ -68,19 +68,9 @@ class Project:
 
     def params(self, *overrides: str) -> Recipe:
         """The parameters, composed from `conf/`."""
-        with self._patch.context() as patch:
-            patch.chdir(ROOT)
-            tree = compose(
-                [
-                    *self._overrides,
-                    "publish.enabled=true",
-                    f"publish.repo_id={REPO}",
-                    "publish.private=false",
-                    *overrides,
-                ]
-            )
         self._patch.chdir(self.root)
-        return Recipe.parse(tree, "test")
+        published = ("publish.enabled=true", f"publish.repo_id={REPO}", "publish.private=false")
+        return recipe_of(*self._overrides, *published, *overrides)
 
     def build(self) -> None:
         params = self.params()
