@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.base_pairs import BasePair, TrainedBase, pairs_of, random_pairs, trained_pairs
 from lora_fuse import LoraInput, plan
-from lora_fuse.differences import look_for
+from lora_fuse.differences import presence as in_bases
 from lora_fuse.differences.explaining import Explanation, explain
 from lora_fuse.machine import interrupts
 from lora_fuse.studies.validation import compare_files
@@ -57,7 +57,7 @@ def presence(pairs: Iterable[BasePair], folder: Path) -> Tally:
         tally.pairs += 1
         for scale in (0.0, *SCALES):
             base, lora = pair.write(folder, pair.merged(scale) if scale else pair.weights)
-            (one,) = look_for(plan(base, [LoraInput("lora", lora, 1.0)]))
+            (one,) = in_bases.look_for(plan(base, [LoraInput("lora", lora, 1.0)]))
             if one.claim is None or one.found is None:
                 continue
             if scale:

@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("lora", type=Path, metavar="LORA")
     inspect.set_defaults(run=_inspect)
     plan = commands.add_parser("plan", help="what would be fused, what refused; writes nothing")
-    plan.add_argument("base", type=_base, metavar="BASE")
+    plan.add_argument("base", type=text.place, metavar="BASE")
     plan.set_defaults(run=_plan)
     fuse = _add_fuse(commands)
     verify = commands.add_parser(
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         "merge and compare",
     )
     verify.add_argument("merged", type=Path, metavar="MERGED", help="a merged checkpoint, or a published repository")
-    verify.add_argument("base", type=_base, metavar="BASE", nargs="?", help="what it was merged from, as for fuse")
+    verify.add_argument("base", type=text.place, metavar="BASE", nargs="?", help="what it was merged from, as for fuse")
     verify.add_argument("--rows", default="16", metavar="N|all", help="rows of each target to re-derive (default 16)")
     verify.add_argument("--seed", type=int, metavar="N", help="draw the same rows as an earlier verification")
     verify.add_argument("--scheduler", type=Path, metavar="JSON|auto", help="settings that MERGED should have")
@@ -133,7 +133,7 @@ def _add_fuse(commands: Any) -> argparse.ArgumentParser:
     fuse: argparse.ArgumentParser = commands.add_parser("fuse", help="write BASE with the LoRAs fused into it to OUT")
     fuse.add_argument(
         "base",
-        type=_base,
+        type=text.place,
         metavar="BASE",
         help="pipeline, component or file; hf://OWNER/NAME@COMMIT: a pipeline on the Hub, fetched while it is fused",
     )
@@ -204,11 +204,6 @@ def _components(options: argparse.Namespace) -> list[str | None]:
             "after each, or once before the first for all"
         )
     return [by_lora[number] for number in range(1, count + 1)]
-
-
-def _base(given: str) -> Path | str:
-    """A place on this machine, or a repository on the Hub."""
-    return given if given.startswith("hf://") else Path(given)
 
 
 @contextmanager

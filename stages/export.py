@@ -68,7 +68,7 @@ def exact(recipe: Recipe, at: Artifacts, made_of: str) -> Iterator[ExportOptions
     if not needs_sums(recipe.export.formats):
         yield ExportOptions.of(recipe.export)
         return
-    base, loras = at.read_locks()
+    base, loras = at.locks_of(recipe)
     with paths.held([base, *loras.values()]):
         plan = plan_of(base, loras, recipe)
         if plan.provenance != made_of:
@@ -83,7 +83,7 @@ def exact(recipe: Recipe, at: Artifacts, made_of: str) -> Iterator[ExportOptions
 def search(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN, *, size: str) -> int:
     """Print `export.keep` for the one format of the recipe, found for a file of at most so many bytes, ``13.5GB``."""
     room = bytes_of(size)
-    base, loras = at.read_locks()
+    base, loras = at.locks_of(recipe)
     setup = pairs.Setup.of(recipe, baseline=False)
     environment.make_deterministic(recipe.regress.threads)
     clock = progress.Stopwatch()

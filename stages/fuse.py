@@ -16,7 +16,7 @@ KEPT = "shards that are finished are kept, artifacts/merged is as it was; `dvc r
 
 def fuse(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:
     """Write `merged/` and `merged.manifest.json`."""
-    base, loras = at.read_locks()
+    base, loras = at.locks_of(recipe)
     with streamed_base.open_locked(base, recipe.download) as arriving:
         return _fuse(recipe, at, console, base, loras, arriving)
 

@@ -22,7 +22,7 @@ KEPT = "the last pictures are as they were, none of this run's is kept; `dvc rep
 
 def regress(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:
     """Write the pictures, the candidates, `metrics.json` and `report.html`; the gate decides on them."""
-    base, loras = at.read_locks()
+    base, loras = at.locks_of(recipe)
     read_manifest(at.manifest)
     verify = weight_check.read_weight_check(at.verify)
     setup = pairs.Setup.of(recipe)

@@ -17,7 +17,7 @@ from stages.run import PLAIN, run_stage
 
 def verify(recipe: Recipe, at: Artifacts = paths.HERE, console: Console = PLAIN) -> int:
     """Write `verify.json`."""
-    base, loras = at.read_locks()
+    base, loras = at.locks_of(recipe)
     manifest, manifest_sha256 = read_manifest(at.manifest)
     size = sum(file.size for file in manifest.files.values())
     clock = progress.Stopwatch()

@@ -5,7 +5,7 @@ import os
 import signal
 from collections.abc import Generator, Iterator
 from functools import cache
-from itertools import chain, zip_longest
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -81,11 +81,14 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest begins first, and what waits is among what works: else the cores are idle at the end."""
+    """What takes longest begins first, and what waits is evenly among it: else the cores are idle while it does."""
     waiting = [item for item in items if WAITING in item.nodeid]
     working = [item for item in items if WAITING not in item.nodeid]
     working.sort(key=lambda item: next((at for at, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST)))
-    items[:] = filter(None, chain.from_iterable(zip_longest(working, waiting)))
+    longest = sum(any(name in item.nodeid for name in LONGEST) for item in working)
+    places = [(at / max(1, longest), item) for at, item in enumerate(working)]
+    places += [(at / len(waiting), item) for at, item in enumerate(waiting)]
+    items[:] = [item for _, item in sorted(places, key=itemgetter(0))]
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
+from . import presence as presence
 from .paired import PairedCheckpoints as PairedCheckpoints
 from .paired import PairedTensor as PairedTensor
 from .paired import RowPiece as RowPiece
 from .paired import open_pair as open_pair
-from .presence import WAY_OUT as WAY_OUT
-from .presence import look_for as look_for
+from .paired import opened as opened
 from .presence import presence_warnings as presence_warnings

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,10 @@ from lora_fuse.checkpoint.stored import StoredMatrix, decode_rows
 from lora_fuse.errors import BadCheckpoint
 from lora_fuse.machine import direct_io, text
 from lora_fuse.models import name_maps
+from lora_fuse.recipe import hf_cache
+
+if TYPE_CHECKING:
+    from lora_fuse.hub import streamed_base
 
 Values = npt.NDArray[np.floating]
 Rows = npt.NDArray[np.int64]
@@ -54,16 +59,28 @@ class StoredRows:
         """Rows of the matrix; 1 of a single number."""
         return self.shape[0] if self.shape else 1
 
-    def read(self, source: direct_io.ByteSource, first: int, count: int) -> Values:
-        """Read rows, (count, columns), float32, or float64 where they are stored so; exact for floats.
+    def read(self, runs: Sequence[tuple[int, int]]) -> list[Values]:
+        """Read runs of rows, each a first one and a number, (number, columns) each; exact for floats.
+
+        They are float32, or float64 where they are stored so.
 
         Raises:
             BadCheckpoint: the file cannot be read, or has ended.
+            BadSource: the Hub that it is on cannot be had.
         """
         place = self.codes.codes.tensor if self.codes else self.tensor
         row_bytes = place.nbytes // self.rows
-        memory = direct_io.block_memory(count * row_bytes)[: count * row_bytes]
-        source.fill(memory, place.start + first * row_bytes)
+        memories = [direct_io.block_memory(count * row_bytes)[: count * row_bytes] for _, count in runs]
+        starts = [place.start + first * row_bytes for first, _ in runs]
+        if self.shard.streamed is not None:
+            self.shard.streamed.read(self.shard.relative, list(zip(memories, starts, strict=True)))
+        else:
+            with direct_io.open_shard(self.path) as file:
+                for memory, start in zip(memories, starts, strict=True):
+                    file.fill(memory, start)
+        return [self._values(memory, *run) for memory, run in zip(memories, runs, strict=True)]
+
+    def _values(self, memory: memoryview, first: int, count: int) -> Values:
         if self.codes is not None:
             return decode_rows(self.codes, np.frombuffer(memory, np.uint8), first).reshape(count, -1)
         values = np.frombuffer(memory, dtypes.DTYPES[self.tensor.dtype].numpy).reshape(count, -1)
@@ -162,11 +179,9 @@ class PairedTensor:
             BadCheckpoint: a file cannot be read.
         """
         block = max(1, nbytes // (4 * max(1, self.columns)))
-        with ExitStack() as stack:
-            readers = {path: stack.enter_context(direct_io.open_shard(path)) for path in self._paths}
-            for part in self.parts:
-                for start in range(0, part.rows, block):
-                    yield self._piece(readers, part, start, min(block, part.rows - start))
+        for part in self.parts:
+            for start in range(0, part.rows, block):
+                yield from self._pieces(part, [(start, min(block, part.rows - start))])
 
     def read(self, rows: Rows) -> RowPiece:
         """Read some rows, by their numbers in rising order; `RowPiece.first` is the first of them.
@@ -174,43 +189,47 @@ class PairedTensor:
         Raises:
             BadCheckpoint: a file cannot be read.
         """
-        found = []
-        with ExitStack() as stack:
-            readers = {path: stack.enter_context(direct_io.open_shard(path)) for path in self._paths}
-            for part in self.parts:
-                own = rows[(rows >= part.first) & (rows < part.first + part.rows)] - part.first
-                runs = np.split(own, np.flatnonzero(np.diff(own) != 1) + 1)
-                found += [self._piece(readers, part, int(run[0]), len(run)) for run in runs if len(run)]
+        found: list[RowPiece] = []
+        for part in self.parts:
+            own = rows[(rows >= part.first) & (rows < part.first + part.rows)] - part.first
+            runs = np.split(own, np.flatnonzero(np.diff(own) != 1) + 1)
+            found += self._pieces(part, [(int(run[0]), len(run)) for run in runs if len(run)])
         both = [np.concatenate([getattr(piece, side) for piece in found]) for side in ("base", "other")]
         return RowPiece(found[0].first, *both)
 
-    @property
-    def _paths(self) -> set[Path]:
-        return {self.base.path, *(part.stored.path for part in self.parts)}
-
-    def _piece(self, readers: Mapping[Path, direct_io.Reader], part: RowShare, start: int, count: int) -> RowPiece:
-        first = part.first + start
-        base = self.base.read(readers[self.base.path], first, count)
-        other = part.stored.read(readers[part.stored.path], part.source + start, count)
-        for stored, values in ((self.base, base), (part.stored, other)):
-            if not np.isfinite(values).all():
-                raise BadCheckpoint(
-                    f"{stored.path}: {stored.tensor.name!r} holds NaN or infinity, of which no differences are taken; "
-                    "get a good copy"
-                )
-        return RowPiece(first, base, other)
+    def _pieces(self, part: RowShare, runs: Sequence[tuple[int, int]]) -> Iterator[RowPiece]:
+        """Runs of a share's rows in both checkpoints, by first row and number."""
+        bases = self.base.read([(part.first + start, count) for start, count in runs])
+        others = part.stored.read([(part.source + start, count) for start, count in runs])
+        for (start, _), base, other in zip(runs, bases, others, strict=True):
+            for stored, values in ((self.base, base), (part.stored, other)):
+                if not np.isfinite(values).all():
+                    raise BadCheckpoint(
+                        f"{stored.path}: {stored.tensor.name!r} holds NaN or infinity, of which no differences are "
+                        "taken; get a good copy"
+                    )
+            yield RowPiece(part.first + start, base, other)
 
 
 @dataclass(frozen=True, slots=True)
 class PairedCheckpoints:
-    """A checkpoint and its base: the weights that both have, in the base's order, and names that only one has."""
+    """A checkpoint and its base: the weights that both have, in the base's order, and names that only one has.
+
+    `sources` are what both are on the Hub, ``owner/name@commit``, where that is known.
+    """
 
     other: Path
     base: Path
+    sources: tuple[str | None, str | None]
     tensors: tuple[PairedTensor, ...]
     only_base: tuple[str, ...] = ()
     only_other: tuple[str, ...] = ()
     metadata: Mapping[str, str] | None = None  # of the other's headers
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Both, for a person: by `sources`, or else by their places."""
+        return self.sources[0] or str(self.other), self.sources[1] or str(self.base)
 
     @property
     def nbytes(self) -> int:
@@ -224,8 +243,29 @@ def _place(stored: StoredRows) -> TensorInfo:
     return stored.codes.codes.tensor if stored.codes else stored.tensor
 
 
-def open_pair(other: Path, base: Path) -> PairedCheckpoints:
+@contextmanager
+def opened(*places: Path | str) -> Iterator[list[Path | streamed_base.StreamedBase]]:
+    """Places as `text.place` has them: a folder or file as it is, and a pipeline on the Hub opened for as long.
+
+    Raises:
+        BadSource, BadCheckpoint: see `streamed_base.open_streamed`.
+    """
+    with ExitStack() as stack:
+        found: list[Path | streamed_base.StreamedBase] = []
+        for place in places:
+            if isinstance(place, Path):
+                found.append(place)
+                continue
+            from lora_fuse.hub import streamed_base
+
+            found.append(stack.enter_context(streamed_base.open_streamed(place)))
+        yield found
+
+
+def open_pair(other: Path | streamed_base.StreamedBase, base: Path | streamed_base.StreamedBase) -> PairedCheckpoints:
     """Open a checkpoint and its base from their headers: pipelines, components or single files, each of any kind.
+
+    A pipeline may be on the Hub: of its weights what is asked for is read there, and only then. Nobody checks a sha256.
 
     Of two pipelines, all components with weights that both have; else the main one.
 
@@ -233,12 +273,16 @@ def open_pair(other: Path, base: Path) -> PairedCheckpoints:
         BadCheckpoint: one cannot be opened, both are the same place, or they are of two architectures; a weight is
             quantised in a way that is not decoded, or is no number.
     """
-    for place in (other, base):
-        if not place.exists():
-            raise BadCheckpoint(f"no such file or folder: {place}")
-    if other.samefile(base):
-        raise BadCheckpoint(f"{other} and {base} are one place; name the checkpoint, and the base that it came from")
-    sides = [_opened(other), _opened(base)]
+    roots = [place if isinstance(place, Path) else place.root for place in (other, base)]
+    for root in roots:
+        if not root.exists():
+            raise BadCheckpoint(f"no such file or folder: {root}")
+    names = [str(place) if isinstance(place, Path) else place.lock.label for place in (other, base)]
+    if roots[0].samefile(roots[1]) or names[0] == names[1]:
+        raise BadCheckpoint(
+            f"{names[0]} and {names[1]} are one place; name the checkpoint, and the base that it came from"
+        )
+    sides = [_opened(place) for place in (other, base)]
     shared = [name for name in sides[1] if name in sides[0]]
     if len(sides[0]) == 1 or len(sides[1]) == 1 or not shared:
         mains = [next(iter(side.values())) for side in sides]
@@ -247,8 +291,9 @@ def open_pair(other: Path, base: Path) -> PairedCheckpoints:
         pairs = [_pair(name if name != shared[0] else "", sides[0][name], sides[1][name]) for name in shared]
     tensors = tuple(tensor for pair in pairs for tensor in pair.tensors)
     return PairedCheckpoints(
-        other,
-        base,
+        roots[0],
+        roots[1],
+        (_source(other), _source(base)),
         tensors,
         tuple(name for pair in pairs for name in pair.only_base),
         tuple(name for pair in pairs for name in pair.only_other),
@@ -256,8 +301,13 @@ def open_pair(other: Path, base: Path) -> PairedCheckpoints:
     )
 
 
-def _opened(root: Path) -> dict[str, Checkpoint]:
+def _source(place: Path | streamed_base.StreamedBase) -> str | None:
+    return hf_cache.cached_at(place.absolute()) if isinstance(place, Path) else place.lock.label
+
+
+def _opened(place: Path | streamed_base.StreamedBase) -> dict[str, Checkpoint]:
     """The components of a checkpoint that have weights, the main one first; one of ``""`` where it is no pipeline."""
+    root, streamed = (place, None) if isinstance(place, Path) else (place.root, place.files)
     there = repository_files.component_names(root)
     if not there:
         return {"": open_checkpoint(root)}
@@ -268,7 +318,7 @@ def _opened(root: Path) -> dict[str, Checkpoint]:
         for folder in there - {main}
         if any(name.startswith(f"{folder}/") and repository_files.is_weights(name) for name in names)
     )
-    opened = open_checkpoint(root, main, more=more)
+    opened = open_checkpoint(root, main, more=more, streamed=streamed)
     return {one.component: one for one in (opened, *opened.further)}
 
 
@@ -294,7 +344,7 @@ def _pair(component: str, other: Checkpoint, base: Checkpoint) -> PairedCheckpoi
     if 2 * len(paired) < len(theirs) or not paired:
         _refuse_architecture(missing, left, len(theirs), other, base)
     metadata = {key: value for shard in other.shards for key, value in shard.header.metadata.items()}
-    return PairedCheckpoints(other.root, base.root, tuple(paired), tuple(missing), tuple(left), metadata)
+    return PairedCheckpoints(other.root, base.root, (None, None), tuple(paired), tuple(missing), tuple(left), metadata)
 
 
 def _weights(checkpoint: Checkpoint) -> dict[str, StoredRows]:

@@ -19,7 +19,7 @@ from lora_fuse.differences.matched_filter import Answers, ScaleEstimate, estimat
 from lora_fuse.differences.paired import StoredRows
 from lora_fuse.fusion import Plan
 from lora_fuse.lora import Delta, LoraFile, LowRank
-from lora_fuse.machine import direct_io, progress
+from lora_fuse.machine import progress
 
 WEIGHTS = 64  # of a component, at most, evenly over its targets
 NBYTES = 2 << 20  # of each, at most: 128 MiB of a base of any size
@@ -143,5 +143,4 @@ def _dense(delta: Delta, rows: Rows, columns: int) -> Floats:
 def _read(stored: StoredRows, rows: Rows) -> Floats:
     """Rows of the base."""
     runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
-    with direct_io.open_shard(stored.path) as source:
-        return np.concatenate([stored.read(source, int(run[0]), len(run)) for run in runs]).astype(np.float64)
+    return np.concatenate(stored.read([(int(run[0]), len(run)) for run in runs])).astype(np.float64)

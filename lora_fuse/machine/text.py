@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
+from pathlib import Path
 from typing import TextIO
 from urllib.parse import quote
 
@@ -148,3 +149,8 @@ def _has_colour(stream: TextIO) -> bool:
     if os.environ.get("NO_COLOR"):
         return False
     return bool(os.environ.get("FORCE_COLOR")) or (stream.isatty() and os.environ.get("TERM") != "dumb")
+
+
+def place(given: str) -> Path | str:
+    """A place that a command names: on this machine, or a pipeline on the Hub, ``hf://owner/name@commit``, as it is."""
+    return given if given.startswith("hf://") else Path(given)

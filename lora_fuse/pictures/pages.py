@@ -44,7 +44,7 @@ def render_page(
 
 @cache
 def _environment(package: str, html: bool, filters: tuple[tuple[str, Callable[..., object]], ...]) -> Environment:
-    """What holds the templates of a package once they are compiled, which takes longer than to fill one."""
+    """The holder of a package's templates once they are compiled, which takes longer than to fill one."""
     import jinja2
 
     loaders = [jinja2.PackageLoader(name) for name in (package, "lora_fuse.pictures")]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lora_fuse.errors import BadSource, Rerun
@@ -93,6 +93,30 @@ class Artifacts:
         loras = records.from_json(LoraLock, read_text(self.lora_lock, "download"), str(self.lora_lock))
         return base.base, loras.loras
 
+    def locks_of(self, recipe: Recipe) -> tuple[Lock, dict[str, Lock]]:
+        """`read_locks`, as long as they are of what the recipe names.
+
+        Raises:
+            BadSource: a lock is not there, or is no lock; or of other sources, as where a stage is run by itself with
+                settings that download did not have.
+        """
+        base, loras = self.read_locks()
+        named = {"base": _place(*recipe.base.place)}
+        pinned = {"base": _place(base.repo_id, base.path, base.requested)}
+        for name, source in recipe.loras.items():
+            named[f"LoRA {name}"] = f"{_place(*source.place)}: {PurePosixPath(source.filename)}"
+        for name, lock in loras.items():
+            asked = str(PurePosixPath(recipe.loras[name].filename)) if name in recipe.loras else ""
+            file = asked if lock.is_of(asked) else lock.lora_name
+            pinned[f"LoRA {name}"] = f"{_place(lock.repo_id, lock.path, lock.requested)}: {file}"
+        for what in sorted(pinned.keys() | named.keys()):
+            if pinned.get(what) != named.get(what):
+                raise BadSource(
+                    f"{what}: download pinned {pinned.get(what, 'none')}, and the recipe names "
+                    f"{named.get(what, 'none')}; run download with the same settings before"
+                )
+        return base, loras
+
     def write_locks(self, base: Lock | None, loras: Mapping[str, Lock] | None) -> None:
         """Pin base and LoRAs; None leaves a lock as it is."""
         if base is not None:
@@ -108,6 +132,12 @@ class Artifacts:
 
 
 HERE = Artifacts()
+
+
+def _place(repo_id: str | None, path: str | None, revision: str | None) -> str:
+    """A repository at a revision, or a folder."""
+    return f"{repo_id}@{revision}" if repo_id else str(path)
+
 
 # Fuses and verifies files that are pinned already, beside the main build; what was found is for the caller to read.
 Merge: TypeAlias = "Callable[[Recipe, Artifacts, Lock, Mapping[str, Lock]], None]"

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 import lora_fuse
 from benchmarks.base_pairs import BasePair, random_pairs
 from lora_fuse import cli
-from lora_fuse.differences import look_for, presence, presence_warnings
+from lora_fuse.differences import presence, presence_warnings
 from lora_fuse.differences.presence import Presence
 from lora_fuse.lora import LoraInput
 from tests.support.machine import ROOT
@@ -24,7 +24,7 @@ TRAINED = sorted((ROOT / "pocket/lora").glob("*.safetensors"))
 
 
 def look(base: Path, *loras: Path, scale: float = 1.0) -> list[Presence]:
-    return look_for(lora_fuse.plan(base, [LoraInput(path.name, path, scale) for path in loras]))
+    return presence.look_for(lora_fuse.plan(base, [LoraInput(path.name, path, scale) for path in loras]))
 
 
 def merged_elsewhere(base: Path, lora: Path, out: Path, scale: float) -> Path:

@@ -5,6 +5,7 @@ A change is made as it would be missed: the size stays, and the time of the chan
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -179,3 +180,30 @@ def test_hashing_what_is_read_changes_no_byte(project: Project) -> None:
     assert {name: after[name] for name in before if "build" not in name} == {
         name: sha256 for name, sha256 in before.items() if "build" not in name
     }
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("base.path=other", "base: download pinned base, and the recipe names other;"),
+        (
+            "loras.lightning.path=other",
+            f"LoRA lightning: download pinned lora: {LORA_FILE}, and the recipe names other: ",
+        ),
+        (
+            "loras.lightning.filename=x.safetensors",
+            "and the recipe names lora: x.safetensors; run download with the same",
+        ),
+        (
+            "+loras.y={repo_id:a/b,path:null,revision:main,filename:y.safetensors}",
+            "LoRA y: download pinned none, and the",
+        ),
+    ],
+)
+def test_a_stage_by_itself_with_other_sources_than_were_pinned_is_refused(
+    setting: str, said: str, project: Project
+) -> None:
+    """It would make the merge of the pinned ones, and call it that of these."""
+    recipe = project.params(setting)
+    for stage in (fuse, verify, regress):
+        assert re.search(said, refused(stage, recipe))

@@ -22,8 +22,15 @@ def add_explain(commands: Any) -> None:
     explain: argparse.ArgumentParser = commands.add_parser(
         "explain", help="what is in a checkpoint: which of some LoRAs, at what scale, and what else"
     )
-    explain.add_argument("checkpoint", type=Path, metavar="CKPT")
-    explain.add_argument("--base", type=Path, required=True, metavar="BASE", help="what it may have come from")
+    explain.add_argument(
+        "checkpoint",
+        type=text.place,
+        metavar="CKPT",
+        help="pipeline, component or file; hf://OWNER/NAME@COMMIT: a pipeline on the Hub, read there",
+    )
+    explain.add_argument(
+        "--base", type=text.place, required=True, metavar="BASE", help="what it may have come from, as CKPT"
+    )
     explain.add_argument("--lora", type=Path, action="append", default=[], metavar="F", help="may be in it; repeat")
     explain.add_argument(
         "--component",
@@ -44,6 +51,7 @@ def add_explain(commands: Any) -> None:
 
 
 def _explain(options: argparse.Namespace) -> int:
+    from lora_fuse.differences import opened
     from lora_fuse.differences.explaining.explanation import explain
 
     if options.rows != "all" and not (options.rows.isdecimal() and int(options.rows) > 0):
@@ -54,15 +62,16 @@ def _explain(options: argparse.Namespace) -> int:
         raise BadConfig(
             f"{len(options.lora)} --lora and {len(options.component)} --component: give one for each --lora, or none"
         )
-    explained = explain(
-        options.checkpoint,
-        options.base,
-        options.lora,
-        components=[None if name == "auto" else name for name in options.component],
-        rows=None if options.rows == "all" else int(options.rows),
-        leave_out=options.leave_out,
-        show_progress=not options.json,
-    )
+    with opened(options.checkpoint, options.base) as (checkpoint, base):
+        explained = explain(
+            checkpoint,
+            base,
+            options.lora,
+            components=[None if name == "auto" else name for name in options.component],
+            rows=None if options.rows == "all" else int(options.rows),
+            leave_out=options.leave_out,
+            show_progress=not options.json,
+        )
     if options.html is not None:
         from lora_fuse.differences.explaining.explain_page import explain_html
 

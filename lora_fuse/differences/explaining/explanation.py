@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,9 @@ from lora_fuse.errors import BadLora, require
 from lora_fuse.fusion import plan_base
 from lora_fuse.lora import LoraInput, Selection
 from lora_fuse.machine import file_state, progress
+
+if TYPE_CHECKING:
+    from lora_fuse.hub import streamed_base
 
 Array = npt.NDArray[np.float64]
 
@@ -141,8 +145,8 @@ class Explanation:
 
 
 def explain(
-    checkpoint: Path,
-    base: Path,
+    checkpoint: Path | streamed_base.StreamedBase,
+    base: Path | streamed_base.StreamedBase,
     loras: Sequence[Path] = (),
     *,
     components: Sequence[str | None] = (),
@@ -153,7 +157,9 @@ def explain(
     """Explain a checkpoint by its base and by LoRAs that may be in it; nothing is written.
 
     Args:
-        checkpoint: a pipeline folder, a component folder or one file, in any spelling of the family's names.
+        checkpoint: a pipeline folder, a component folder or one file, in any spelling of the family's names; or a
+            pipeline on the Hub as `streamed_base.open_streamed` of `lora_fuse.hub` opens it: what is looked at is read
+            from there, all of the weights unless there are `rows`.
         base: what it may have come from, as `checkpoint`.
         loras: files or PEFT folders.
         components: the folder of the pipeline's component that each LoRA is for, None where its keys say it; nothing
@@ -173,9 +179,13 @@ def explain(
         require("torch", "explain with LoRAs")
         given = [*components, *[None] * (len(named) - len(components))]
         inputs = [LoraInput(name, path, 1.0, part) for (name, path), part in zip(named, given, strict=True)]
-        targets = find_targets(plan_base(base, inputs, Selection(leave_out=tuple(leave_out))), pair.tensors)
+        streamed = None if isinstance(base, Path) else base.files
+        selection = Selection(leave_out=tuple(leave_out))
+        targets = find_targets(plan_base(pair.base, inputs, selection, streamed=streamed), pair.tensors)
         if not targets:
-            raise BadLora(f"{named[0][1]}: none of its targets is in both {checkpoint} and {base}; name its own base")
+            raise BadLora(
+                f"{named[0][1]}: none of its targets is in both {' and '.join(pair.names)}; name its own base"
+            )
     count = len(named)
     # BLAS has one thread: its own would spin against those that examine other weights.
     with nullcontext() if show_progress else progress.silence(), threadpool_limits(1, user_api="blas"):

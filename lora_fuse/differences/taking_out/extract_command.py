@@ -20,8 +20,13 @@ def add_extract(commands: Any) -> None:
     extract: argparse.ArgumentParser = commands.add_parser(
         "extract", help="write the difference of a checkpoint from its base as a LoRA"
     )
-    extract.add_argument("checkpoint", type=Path, metavar="CKPT")
-    extract.add_argument("--base", type=Path, required=True, metavar="BASE", help="what it came from")
+    extract.add_argument(
+        "checkpoint",
+        type=text.place,
+        metavar="CKPT",
+        help="pipeline, component or file; hf://OWNER/NAME@COMMIT: a pipeline on the Hub, read there",
+    )
+    extract.add_argument("--base", type=text.place, required=True, metavar="BASE", help="what it came from, as CKPT")
     extract.add_argument("--rank", type=int, metavar="R", help="of every module's factors")
     extract.add_argument(
         "--residual",
@@ -42,19 +47,21 @@ def add_extract(commands: Any) -> None:
 
 
 def _extract(options: argparse.Namespace) -> int:
+    from lora_fuse.differences import opened
     from lora_fuse.differences.taking_out.extraction import extract
 
-    made = extract(
-        options.checkpoint,
-        options.base,
-        options.out,
-        rank=options.rank,
-        residual=options.residual,
-        dtype=options.dtype,
-        matrices_only=options.matrices_only,
-        replace=options.replace,
-        show_progress=not options.json,
-    )
+    with opened(options.checkpoint, options.base) as (checkpoint, base):
+        made = extract(
+            checkpoint,
+            base,
+            options.out,
+            rank=options.rank,
+            residual=options.residual,
+            dtype=options.dtype,
+            matrices_only=options.matrices_only,
+            replace=options.replace,
+            show_progress=not options.json,
+        )
     if options.json:
         text.say(json.dumps(extract_answer(made), sort_keys=True))
     else:
@@ -79,7 +86,7 @@ def _print(made: Extracted) -> None:
         f"differ; {made.unchanged} do not"
     )
     text.say(
-        f"  fused into {made.pair.base} at 1, {total.residual:.3g} of the difference is left "
+        f"  fused into {made.pair.names[1]} at 1, {total.residual:.3g} of the difference is left "
         f"({total.before_rounding:.3g} before rounding); {total.equal / total.size:.2%} of these elements are CKPT's"
     )
     if out:

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,10 @@ from lora_fuse.errors import BadCheckpoint, BadConfig, Refused
 from lora_fuse.lora import open_lora
 from lora_fuse.machine import FileRecord, direct_io, file_state, files, progress
 from lora_fuse.models import COMPONENT
-from lora_fuse.recipe import hf_cache, records
+from lora_fuse.recipe import records
+
+if TYPE_CHECKING:
+    from lora_fuse.hub import streamed_base
 
 Tensor = npt.NDArray[np.generic]
 
@@ -80,8 +84,8 @@ class Extracted:
 
 
 def extract(  # noqa: PLR0913 - by keyword, each is a choice of its own
-    checkpoint: Path,
-    base: Path,
+    checkpoint: Path | streamed_base.StreamedBase,
+    base: Path | streamed_base.StreamedBase,
     out: Path,
     *,
     rank: int | None = None,
@@ -94,7 +98,8 @@ def extract(  # noqa: PLR0913 - by keyword, each is a choice of its own
     """Write a LoRA that makes the checkpoint of the base when it is fused at a scale of 1, as nearly as is asked for.
 
     Args:
-        checkpoint: a pipeline folder, a component folder or one file, as `base`.
+        checkpoint: a pipeline folder, a component folder or one file, or a pipeline on the Hub, as `base`: see
+            `explain`.
         base: what it came from.
         out: the file to write.
         rank: that of every module's factors, but for those that have no such rank.
@@ -229,17 +234,17 @@ def _prefix(pair: PairedCheckpoints, component: str) -> str | None:
 def _nothing(pair: PairedCheckpoints, left_out: int) -> str:
     if left_out:
         return (
-            f"{pair.other} and {pair.base} differ in {left_out} weights, and none of them can be in a LoRA as it is "
+            f"{' and '.join(pair.names)} differ in {left_out} weights, and none of them can be in a LoRA as it is "
             "asked for (--matrices-only leaves out what is no matrix); nothing was written"
         )
-    return f"{pair.other} and {pair.base} have the same {len(pair.tensors)} weights: there is nothing to extract"
+    return f"{' and '.join(pair.names)} have the same {len(pair.tensors)} weights: there is nothing to extract"
 
 
 def _entry(pair: PairedCheckpoints, weights: Sequence[ExtractedWeight], asked: _Asked) -> dict[str, object]:
     """The entry of the header; no name in it begins with a word that speaks of a LoRA's strength."""
     return {
-        "base": hf_cache.cached_at(pair.base.absolute()),
-        "checkpoint": hf_cache.cached_at(pair.other.absolute()),
+        "base": pair.sources[1],
+        "checkpoint": pair.sources[0],
         "asked": {"rank": asked.rank, "residual": asked.residual, "dtype": asked.dtype},
         "weights": {weight.name: weight_entry(weight) for weight in weights},
     }

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from lora_fuse.checkpoint import repository_files
-from lora_fuse.differences import WAY_OUT, look_for
+from lora_fuse.differences import presence
 from lora_fuse.errors import BadGolden, BadSource, NoDevice, Refused
 from lora_fuse.fusion import plan_base, read_manifest, resolve_device
 from lora_fuse.hub import sizes
@@ -165,12 +165,14 @@ def in_the_base(recipe: Recipe, found: Mapping[str, sizes.SourceSize]) -> Findin
         for name, lora in sorted(recipe.loras.items())
     ]
     try:
-        looked = look_for(plan_base(base.root, inputs, recipe.fuse.selection, names=base.sizes, label=base.label))
+        looked = presence.look_for(
+            plan_base(base.root, inputs, recipe.fuse.selection, names=base.sizes, label=base.label)
+        )
     except Refused as refusal:
         return fail("in the base", str(refusal))
     claims = [one.claim for one in looked if one.claim is not None]
     if claims:
-        return warn("in the base", " and ".join(claims), "", WAY_OUT)
+        return warn("in the base", " and ".join(claims), "", presence.WAY_OUT)
     told = [f"{one.name} would show from {one.found.smallest:.2g} on" for one in looked if one.found is not None]
     return ok("in the base", f"no LoRA of the recipe is seen in it: {', '.join(told) or 'too few weights to tell'}")
 
