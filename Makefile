@@ -47,7 +47,7 @@ repro: $(READY)
 check: $(READY)
 	ruff format --check .
 	ruff check .
-	mypy --num-workers 2
+	mypy --num-workers auto
 	python -m stages.config --check
 
 # Two workers a core, since many tests wait; the longest first; a module whose tests share a fixture in one worker

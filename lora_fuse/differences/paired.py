@@ -318,8 +318,8 @@ def _opened(place: Path | streamed_base.StreamedBase) -> dict[str, Checkpoint]:
         for folder in there - {main}
         if any(name.startswith(f"{folder}/") and repository_files.is_weights(name) for name in names)
     )
-    opened = open_checkpoint(root, main, more=more, streamed=streamed)
-    return {one.component: one for one in (opened, *opened.further)}
+    first = open_checkpoint(root, main, more=more, streamed=streamed)
+    return {one.component: one for one in (first, *first.further)}
 
 
 def _pair(component: str, other: Checkpoint, base: Checkpoint) -> PairedCheckpoints:
