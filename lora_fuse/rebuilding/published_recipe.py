@@ -15,14 +15,13 @@ from pathlib import Path
 from lora_fuse.checkpoint import repository_files
 from lora_fuse.errors import BadSource, CheckFailed, Refused, require
 from lora_fuse.exports import is_export
-from lora_fuse.hub import locks, sources
+from lora_fuse.hub import locks, sources, streamed_base
 from lora_fuse.machine import files, progress
 from lora_fuse.recipe import Lock, Source, records
 from lora_fuse.release import Trusted, contents, download_check, signing
 
-PLACE = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^\s@]+))?")
+PLACE = re.compile(r"(hf://)?(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^\s@]+))?")
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
-COMMIT = re.compile("[0-9a-f]{40}")
 SHA256 = re.compile("[0-9a-f]{64}")
 LARGEST_LIST = 16 << 20  # bytes: the list of ten thousand files has two million
 LARGEST_REST = 1 << 30  # bytes of card, pictures, provenance and bill of materials together
@@ -65,7 +64,7 @@ def merge_of(listing: records.ReleaseList) -> dict[str, records.MergedFile]:
 
 
 def parse_place(place: str) -> Source:
-    """The folder, or else the repository ``owner/name@revision`` on the Hub, that a place names.
+    """The folder, or else the repository on the Hub, ``owner/name@revision``, ``hf://`` before it or not, of a place.
 
     Raises:
         BadSource: it is neither.
@@ -153,7 +152,7 @@ def _refuse_names(listing: records.ReleaseList, label: str) -> None:
             continue
         if not REPOSITORY.fullmatch(what.repo_id) or ".." in what.repo_id:
             raise BadSource(f"{said} names {what.repo_id!r}, which is no repository; it is not rebuilt")
-        if not COMMIT.fullmatch(what.revision or ""):
+        if not streamed_base.COMMIT.fullmatch(what.revision or ""):
             raise BadSource(f"{said} has {what.repo_id} at {what.revision!r}, which is no commit; it is not rebuilt")
     for name, file in listing.files.items():
         if not SHA256.fullmatch(file.sha256):

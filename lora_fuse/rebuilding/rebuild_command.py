@@ -21,7 +21,9 @@ def add_rebuild(commands: Any) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(
         "rebuild", help="make the weights of a published repository again, each file with the sha256 that it lists"
     )
-    command.add_argument("repo", metavar="REPO[@REVISION]", help="owner/name on the Hub, or a folder")
+    command.add_argument(
+        "repo", metavar="REPO[@REVISION]", help="owner/name on the Hub, hf:// before it or not; or a folder"
+    )
     command.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
     add_signer(command)
     command.add_argument("--base", type=Path, metavar="FOLDER", help="the base, in the place of the one on the Hub")

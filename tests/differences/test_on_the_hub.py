@@ -47,7 +47,8 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path, hub: LoopbackHub) -> Place:
+def place(tmp_path: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.setattr(merges, "SHARDS", 2)
     return Place(tmp_path, hub)
 
 
@@ -84,25 +85,18 @@ def test_extract_makes_the_same_lora_of_what_lies_on_a_hub_and_names_it(
     assert place.on_hub[1].removeprefix("hf://").encode() in out.read_bytes()[:100_000]
 
 
-@pytest.mark.parametrize("command", [["explain"], ["extract", "--rank", "4", "-o", "out.safetensors"]])
 def test_what_a_hub_has_not_is_one_line_and_leaves_nothing(
-    place: Place,
-    command: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     merge, base = place.on_hub
-    for wrong, said in (
-        (base, "are one place"),
-        ("hf://alice/none@main", "alice/none"),
-        ("hf://x", "hf://owner/name@"),
-    ):
-        capsys.readouterr()
-        assert main([command[0], wrong, "--base", base, *command[1:]]) == 2
-        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        assert said in line
+    wrong = {base: "are one place", "hf://alice/none@main": "alice/none", "hf://x": "hf://owner/name@"}
+    for command in (["explain"], ["extract", "--rank", "4", "-o", "out.safetensors"]):
+        for checkpoint, said in wrong.items():
+            capsys.readouterr()
+            assert main([command[0], checkpoint, "--base", base, *command[1:]]) == 2
+            (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+            assert said in line
     place.hub.faults.append(Fault(STORED, times=-1, status=404))
     assert main([command[0], merge, "--base", base, *command[1:]]) == 2
     assert not list(tmp_path.glob("*out.safetensors*"))

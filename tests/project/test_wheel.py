@@ -47,7 +47,7 @@ def commands(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The commands of an environment that has the wheel, what it depends on, and nothing else."""
     folder = tmp_path_factory.mktemp("core")
     venv.create(folder, with_pip=False)
-    pip("--python", folder / "bin/python", "install", "--quiet", "-c", ROOT / "constraints.txt", wheel)
+    pip("--python", folder / "bin/python", "install", "--quiet", "--no-compile", "-c", ROOT / "constraints.txt", wheel)
     return folder / "bin"
 
 

@@ -66,7 +66,7 @@ def test_from_the_hub_after_a_kill_the_same_command_makes_every_byte_and_the_bas
     assert not out.exists()
     published.hub.faults.clear()
     capsys.readouterr()
-    assert rebuild(*given) == 0
+    assert rebuild(f"hf://{given[0]}", *given[1:]) == 0
     said = capsys.readouterr().out
     assert said.startswith(f"rebuild: {REPO}@")
     assert ", signature right\n" in said

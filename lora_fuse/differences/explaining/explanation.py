@@ -189,7 +189,7 @@ def explain(
     count = len(named)
     # BLAS has one thread: its own would spin against those that examine other weights.
     with nullcontext() if show_progress else progress.silence(), threadpool_limits(1, user_api="blas"):
-        samples = list(take_samples(list(targets.values()), count))
+        samples = take_samples(list(targets.values()), count)
         guess = estimate(samples, count) if samples else None
         way = recognise(samples, guess.scales) if guess is not None else None
         asked = _asked(named, samples, guess, way, targets)

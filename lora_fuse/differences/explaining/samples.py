@@ -18,6 +18,7 @@ from lora_fuse.differences.explaining.float_rounding import FORMATS, rounded
 from lora_fuse.differences.explaining.merge_ways import Summands
 from lora_fuse.fusion import Plan, Target, read_deltas
 from lora_fuse.lora import Delta, LowRank
+from lora_fuse.machine import file_state
 
 Array = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
@@ -116,19 +117,28 @@ def find_targets(plan: Plan, tensors: Sequence[PairedTensor]) -> dict[str, Targe
     return found
 
 
-def take_samples(targets: Sequence[TargetedTensor], count: int, budget: int = BUDGET) -> Iterator[SampledTensor]:
-    """Read rows of every target, about `budget` values in all, the same in every run.
+def take_samples(targets: Sequence[TargetedTensor], count: int, budget: int = BUDGET) -> list[SampledTensor]:
+    """Read rows of every target, about `budget` values in all, the same in every run; side by side.
 
     Raises:
         BadCheckpoint, BadLora: a file cannot be read.
     """
-    for targeted, rows in zip(targets, _row_numbers(targets, budget), strict=True):
-        tensor = targeted.tensor
-        piece = tensor.read(rows)
-        summands = OpenedDeltas(targeted, count).summands(piece, rows)
-        flat = summands.part(np.ones(summands.weights.shape, bool))
-        values = piece.other.astype(np.float64).ravel()
-        yield SampledTensor(tensor.name, flat, values, targeted.kind, frozenset(targeted.loras))
+    wanted = list(zip(targets, _row_numbers(targets, budget), strict=True))
+    return file_state.in_threads(
+        lambda pair, _: _sampled(*pair, count),
+        wanted,
+        lambda _: None,
+        lambda pair: pair[0].tensor.columns * len(pair[1]),
+    )
+
+
+def _sampled(targeted: TargetedTensor, rows: Rows, count: int) -> SampledTensor:
+    tensor = targeted.tensor
+    piece = tensor.read(rows)
+    summands = OpenedDeltas(targeted, count).summands(piece, rows)
+    flat = summands.part(np.ones(summands.weights.shape, bool))
+    values = piece.other.astype(np.float64).ravel()
+    return SampledTensor(tensor.name, flat, values, targeted.kind, frozenset(targeted.loras))
 
 
 def _row_numbers(targets: Sequence[TargetedTensor], budget: int) -> Iterator[Rows]:
