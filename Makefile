@@ -53,6 +53,9 @@ check: $(READY)
 # Two workers a core, since many tests wait; the longest first; a module whose tests share a fixture in one worker
 # (tests/conftest.py), and every other test in whichever is free.
 test: check
+	@python -m compileall -qq -j 0 lora_fuse stages pocket tests # once, and not in every checkout that a test makes
+	@python -m lora_fuse fuse pocket/model build/warm --lora pocket/lora/pocket-lightning-4steps-v1.safetensors --quiet --replace
+	@rm -rf build/warm*
 	pytest -n auto --dist loadscope --no-loadscope-reorder
 
 # The engines' own Python: quantisers and compilers that nothing else needs, and stable-diffusion.cpp, which is built once.

@@ -72,9 +72,7 @@ def test_uploads_that_fail_for_ever_end_with_one_line(tmp_path: Path, place: Pla
             assert "once more without Xet" in done.err or there.env["HF_HUB_DISABLE_XET"]
             assert is_untouched(one)
             assert not (there.root / "artifacts/publish.json").exists()
-            one.faults.clear()
-            assert there.run().code == 0
-            check_published(there, one)
+            check_next_run(there, one, sends=None)
     finally:
         for server in hubs:
             server.__exit__(None, None, None)

@@ -49,6 +49,7 @@ def pictures(checkout: Workspace) -> set[str]:
     return {path.suffix for path in (checkout.root / "artifacts/regression/images").iterdir()}
 
 
+@pytest.mark.usefixtures("threads")
 def test_a_recipe_of_two_denoisers_goes_from_a_clone_to_the_gate_and_its_clip_is_approved(checkout: Workspace) -> None:
     root = checkout.root / "build/tiny/wan_22"  # as `python -m tests.tiny_models` does
     write_loras("wan_22", tiny("wan_22", root / "model"), root / "lora")
@@ -60,7 +61,8 @@ def test_a_recipe_of_two_denoisers_goes_from_a_clone_to_the_gate_and_its_clip_is
     assert ".webp" in pictures(checkout)
     checkout.stage("approve", "--reason", "what this checkout makes")  # a clip is compared with itself, as a file
     checkout.commit("goldens")
-    assert ran(checkout.repro()) == ["regress", "gate"]
+    with chdir(checkout.root):
+        assert [stage(load()) for stage in (goldens, regress, gate)] == [0, 0, 0]
 
 
 @pytest.mark.usefixtures("threads")

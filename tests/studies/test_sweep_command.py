@@ -267,7 +267,7 @@ def test_a_queue_of_dvc_gives_a_table_with_the_same_names(workspace: Workspace) 
 
     try:
         quietly("dvc", "queue", "start", "-j", "2")
-        until(idle, seconds=LONGEST, every=3)  # asking costs the workers a core for a second
+        until(idle, seconds=LONGEST, every=6)  # asking costs the workers a core for a second
     finally:
         quietly("dvc", "queue", "stop", "--kill")
     shown = json.loads(workspace.run("dvc", "exp", "show", "--json").stdout)
