@@ -11,8 +11,8 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -206,18 +206,6 @@ def _components(options: argparse.Namespace) -> list[str | None]:
     return [by_lora[number] for number in range(1, count + 1)]
 
 
-@contextmanager
-def _opened(base: Path | str) -> Iterator[Path | streamed_base.StreamedBase]:
-    """A base that is here, or one on the Hub as it is opened to be streamed."""
-    if isinstance(base, Path):
-        yield base
-        return
-    from lora_fuse.hub import streamed_base
-
-    with streamed_base.open_streamed(base) as streamed:
-        yield streamed
-
-
 def _make_plan(options: argparse.Namespace, base: Path | streamed_base.StreamedBase) -> Plan:
     return lora_fuse.plan(
         base,
@@ -278,7 +266,9 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    with _opened(options.base) as base:
+    from lora_fuse.differences import opened
+
+    with opened(options.base) as (base,):
         _print_plan(_make_plan(options, base))
     return 0
 
@@ -340,7 +330,9 @@ def _fuse(options: argparse.Namespace) -> int:
             "--side-channel leaves the codes as they are, and --requantise makes new ones: give one of them"
         )
     out = Path(options.out)
-    with _opened(options.base) as base:
+    from lora_fuse.differences import opened
+
+    with opened(options.base) as (base,):
         plan = _make_plan(options, base)
         if plan.checkpoint.kind == "file" and not options.side_channel and options.out.endswith(os.sep):
             raise BadConfig(
@@ -424,7 +416,9 @@ def _verify_merge(options: argparse.Namespace, published: Published | None) -> i
         )
     if published and published.recipe_note:
         text.say(f"  note: {published.recipe_note}")
-    with _opened(options.base) as base:
+    from lora_fuse.differences import opened
+
+    with opened(options.base) as (base,):
         found = lora_fuse.verify(
             options.merged,
             base,

@@ -133,8 +133,6 @@ def test_a_grid_of_one_level_is_a_comb_though_all_else_calls_it_drift(period: in
     gridded = np.minimum(drift.astype(int) + grid, 255).astype(np.uint8)
     assert METRICS["comb_db"].measure(gridded, picture) > 3
     assert METRICS["psnr_db"].measure(gridded, picture) > 45
-    if size > 500:  # where those that follow take seconds
-        return
     assert METRICS["flip_worst"].measure(gridded, picture) < 0.03
     assert METRICS["ssimulacra2"].measure(gridded, picture) > 90
 

@@ -3,13 +3,11 @@
 import contextlib
 from copy import deepcopy
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from lora_fuse.recipe.recipe import Recipe
 from stages.config import compose
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.machine import ROOT
 
 
 def tree_of(*overrides: str) -> dict[str, Any]:
